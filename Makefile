@@ -1,0 +1,56 @@
+# Everything a newcomer needs: `make demo`, `make serve`, `make test`. Each sets up what it needs by itself.
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+
+.PHONY: demo serve test lint format openapi constraints clean help
+
+help:
+	@echo "make demo    start the service, optimize a trained model, show the report, stop"
+	@echo "make serve   run the service on 127.0.0.1:$(PORT) (PORT=, ANNEAL_HOME=) until Ctrl-C"
+	@echo "make test    run every test, on a real PostgreSQL, Redis and S3 server"
+	@echo "make lint    ruff, mypy --strict, import-linter"
+
+# What the service and the demo run on.
+$(VENV)/.run: pyproject.toml requirements/constraints.txt clients/python/pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(PIP) --editable '.[cpu]' --editable clients/python
+	@touch $@
+
+# What the tests and linters need on top.
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing what the tests need into $(VENV) ..."
+	@$(PIP) --editable '.[cpu,dev,torch]' --editable clients/python
+	@touch $@
+
+demo: $(VENV)/.run
+	@$(BIN)/python examples/digits/demo.py
+
+serve: $(VENV)/.run
+	@ANNEAL_PORT=$(PORT) exec $(BIN)/python -m app serve
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+openapi: $(VENV)/.dev
+	@$(BIN)/python -m app openapi > openapi.json
+
+# Pins what is installed now; run after a deliberate upgrade, then `make test`.
+constraints: $(VENV)/.dev
+	@$(BIN)/python -m pip freeze --exclude-editable --exclude anneal --exclude anneal-client \
+	  | sed 's/+cpu//' > requirements/constraints.txt
+
+clean:
+	rm -rf $(VENV) .venv-s3 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

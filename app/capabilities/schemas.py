@@ -1,0 +1,63 @@
+"""What `GET /v1/capabilities` answers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from app.capabilities.service import offered
+from app.db.orm import Worker
+
+
+class BackendOut(BaseModel):
+    """An inference library of a worker, and the precisions that it gains by on that worker's hardware."""
+
+    name: str
+    versions: dict[str, str] = {}
+    devices: list[str] = []
+    precisions: list[str] = []
+
+
+class WorkerOut(BaseModel):
+    id: str
+    hostname: str
+    hardware: dict[str, Any] = Field(description="CPU model, ISA flags, cores, memory, GPU …, as the worker found it")
+    backends: list[BackendOut]
+    formats: list[str]
+    queues: list[str]
+    started_at: datetime
+    last_seen_at: datetime
+
+
+class CapabilitiesOut(BaseModel):
+    """What the live workers offer together, and each of them."""
+
+    devices: list[str]
+    backends: list[str]
+    precisions: list[str]
+    formats: list[str]
+    hardware: list[str] = Field(description="Hardware ids that `target.hardware` of a job may name")
+    workers: list[WorkerOut]
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, workers: list[Worker]) -> CapabilitiesOut:
+        return cls(
+            **offered(workers),
+            workers=[
+                WorkerOut(
+                    id=row.id,
+                    hostname=row.hostname,
+                    hardware=row.hardware,
+                    backends=[BackendOut.model_validate(backend) for backend in row.backends],
+                    formats=row.formats,
+                    queues=row.queues,
+                    started_at=row.started_at,
+                    last_seen_at=row.last_seen_at,
+                )
+                for row in workers
+            ],
+            links={"self": "/v1/capabilities"},
+        )

@@ -1,0 +1,79 @@
+"""What live workers offer: their hardware, backends, precisions and the model formats that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from app.capabilities.repository import WorkerRepository
+from app.db.base import utcnow
+from app.db.orm import Worker
+from app.db.uow import Database
+from app.settings import Settings
+
+_KNOWN_FOR = timedelta(hours=24)
+
+
+class CapabilityService:
+    """Used by workers (report, heartbeat, stopped) and by the API and job submission (live, known)."""
+
+    def __init__(self, db: Database, settings: Settings) -> None:
+        self._db = db
+        # A worker on a busy machine may miss a few beats without being dead.
+        self._live_for = timedelta(seconds=max(10.0, 5 * settings.worker.heartbeat_s))
+
+    def report(
+        self,
+        worker_id: str,
+        *,
+        hostname: str,
+        hardware: Mapping[str, Any],
+        backends: Sequence[Mapping[str, Any]],
+        formats: Sequence[str],
+        queues: Sequence[str],
+    ) -> None:
+        """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}."""
+        fields = {
+            "hostname": hostname[:255],
+            "hardware": dict(hardware),
+            "backends": [dict(backend) for backend in backends],
+            "formats": [*formats],
+            "queues": [*queues],
+        }
+        with self._db.write() as uow:
+            WorkerRepository(uow.session).upsert(worker_id, fields)
+
+    def heartbeat(self, worker_id: str) -> bool:
+        """A sign of life. False where nobody knows this worker (any more): it has to `report` again."""
+        with self._db.write() as uow:
+            return WorkerRepository(uow.session).touch(worker_id)
+
+    def stopped(self, worker_id: str) -> None:
+        """An orderly goodbye."""
+        with self._db.write() as uow:
+            WorkerRepository(uow.session).stop(worker_id)
+
+    def live(self) -> list[Worker]:
+        """Workers that would take a job now."""
+        with self._db.read() as session:
+            return WorkerRepository(session).seen_since(utcnow() - self._live_for, stopped=False)
+
+    def known(self) -> list[Worker]:
+        """Workers seen in the last 24 hours, live or not."""
+        with self._db.read() as session:
+            return WorkerRepository(session).seen_since(utcnow() - _KNOWN_FOR, stopped=True)
+
+
+def offered(workers: Collection[Worker]) -> dict[str, list[str]]:
+    """What these workers offer together: sorted `devices`, `backends`, `precisions`, `formats` and `hardware` ids."""
+    found: dict[str, set[str]] = {name: set() for name in ("devices", "backends", "precisions", "formats", "hardware")}
+    for worker in workers:
+        found["formats"].update(worker.formats)
+        if "id" in worker.hardware:
+            found["hardware"].add(str(worker.hardware["id"]))
+        for backend in worker.backends:
+            found["backends"].add(str(backend["name"]))
+            found["devices"].update(backend.get("devices", ()))
+            found["precisions"].update(backend.get("precisions", ()))
+    return {name: sorted(values) for name, values in found.items()}

@@ -1,0 +1,246 @@
+"""Every table. Each resource belongs to a tenant; repositories filter by it, always."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Float, ForeignKey, Index, Integer, String, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
+
+LOCAL_TENANT = "tnt_local"
+
+Id = String(64)
+Sha256 = String(64)
+Json = dict[str, Any]
+
+
+class Tenant(Base):
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+
+
+class ApiKey(Base):
+    """Only the SHA-256 of a key is stored; keys are 256 random bits, so no salt or slow hash is needed."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    name: Mapped[str] = mapped_column(String(200))
+    key_sha256: Mapped[str] = mapped_column(Sha256, unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class SourceModel(Base):
+    """An uploaded ML model. `inputs`/`outputs`: lists of {name, dtype, shape}."""
+
+    __tablename__ = "source_models"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    filename: Mapped[str] = mapped_column(String(255))
+    format: Mapped[str] = mapped_column(String(16))
+    sha256: Mapped[str] = mapped_column(Sha256)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    opset: Mapped[int | None] = mapped_column(Integer)
+    inputs: Mapped[list[Json]] = mapped_column(JsonColumn)
+    outputs: Mapped[list[Json]] = mapped_column(JsonColumn)
+    detail: Mapped[Json] = mapped_column(JsonColumn)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    __table_args__ = (
+        Index("ix_source_models_tenant_id_id", "tenant_id", "id"),
+        Index("ix_source_models_tenant_id_sha256", "tenant_id", "sha256"),
+    )
+
+
+class Dataset(Base):
+    """`arrays`: list of {name, dtype, shape}, the shape of one sample."""
+
+    __tablename__ = "datasets"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    filename: Mapped[str] = mapped_column(String(255))
+    format: Mapped[str] = mapped_column(String(16))
+    sha256: Mapped[str] = mapped_column(Sha256)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    samples: Mapped[int] = mapped_column(BigInteger)
+    arrays: Mapped[list[Json]] = mapped_column(JsonColumn)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    __table_args__ = (
+        Index("ix_datasets_tenant_id_id", "tenant_id", "id"),
+        Index("ix_datasets_tenant_id_sha256", "tenant_id", "sha256"),
+    )
+
+
+class Upload(Base):
+    """An upload session. `status`: open | completed | consumed | aborted."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    filename: Mapped[str] = mapped_column(String(255))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str | None] = mapped_column(Sha256)
+    part_size: Mapped[int] = mapped_column(BigInteger)
+    storage_key: Mapped[str] = mapped_column(String(512))
+    storage_upload_id: Mapped[str] = mapped_column(String(1024))
+    status: Mapped[str] = mapped_column(String(16), default="open")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class Job(Base):
+    """A job. `version` grows with every change and is its ETag; `stages` is the snapshot that clients see.
+
+    `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("source_models.id"), index=True)
+    status: Mapped[str] = mapped_column(String(16))
+    stage: Mapped[str | None] = mapped_column(String(64))
+    progress: Mapped[float] = mapped_column(Float, default=0.0)
+    spec: Mapped[Json] = mapped_column(JsonColumn)
+    queue: Mapped[str] = mapped_column(String(128))
+    stages: Mapped[list[Json]] = mapped_column(JsonColumn, default=list)
+    error: Mapped[Json | None] = mapped_column(JsonColumn)
+    engine_ids: Mapped[list[str]] = mapped_column(JsonColumn, default=list)
+    report_sha256: Mapped[str | None] = mapped_column(Sha256)
+    manifest_sha256: Mapped[str | None] = mapped_column(Sha256)
+    correlation_id: Mapped[str] = mapped_column(String(128))
+    version: Mapped[int] = mapped_column(BigInteger, default=1)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    fencing_token: Mapped[int] = mapped_column(BigInteger, default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    dispatched_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    dispatches: Mapped[int] = mapped_column(Integer, default=0)
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    __table_args__ = (
+        Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        Index("ix_jobs_tenant_id_status", "tenant_id", "status"),
+        # What the sweeper looks at: a small part of a table that only grows.
+        Index(
+            "ix_jobs_active",
+            "status",
+            "lease_expires_at",
+            sqlite_where=text("status IN ('queued', 'running')"),
+            postgresql_where=text("status IN ('queued', 'running')"),
+        ),
+        CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
+    )
+
+
+class JobEvent(Base):
+    """What happened to a job, in order; `seq` is the job's version after the change and the SSE id."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    type: Mapped[str] = mapped_column(String(32))
+    data: Mapped[Json] = mapped_column(JsonColumn)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+
+
+class StageResult(Base):
+    """The content-addressed result of one stage call, good or bad, within a tenant's scope."""
+
+    __tablename__ = "stage_results"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(Sha256, primary_key=True)
+    stage: Mapped[str] = mapped_column(String(64))
+    outputs: Mapped[Json] = mapped_column(JsonColumn)  # output name → list of {name, sha256, size_bytes}
+    data: Mapped[Json] = mapped_column(JsonColumn)
+    failure: Mapped[Json | None] = mapped_column(JsonColumn)
+    seconds: Mapped[float] = mapped_column(Float)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    used_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
+
+
+class Blob(Base):
+    """A stored file of a tenant, so that storage can be collected and counted."""
+
+    __tablename__ = "blobs"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    sha256: Mapped[str] = mapped_column(Sha256, primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+
+
+class Engine(Base):
+    """A delivered engine: the file, its bundle, and how it runs."""
+
+    __tablename__ = "engines"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("source_models.id"), index=True)
+    backend: Mapped[str] = mapped_column(String(64))
+    format: Mapped[str] = mapped_column(String(64))
+    precision: Mapped[str] = mapped_column(String(16))
+    filename: Mapped[str] = mapped_column(String(255))
+    sha256: Mapped[str] = mapped_column(Sha256)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    bundle_filename: Mapped[str] = mapped_column(String(255))
+    bundle_sha256: Mapped[str] = mapped_column(Sha256)
+    bundle_size_bytes: Mapped[int] = mapped_column(BigInteger)
+    hardware: Mapped[Json] = mapped_column(JsonColumn)
+    runtime: Mapped[Json] = mapped_column(JsonColumn)
+    metrics: Mapped[Json] = mapped_column(JsonColumn)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+
+    __table_args__ = (Index("ix_engines_tenant_id_id", "tenant_id", "id"),)
+
+
+class IdempotencyKey(Base):
+    """One answered POST: the same key and request answers the same resource."""
+
+    __tablename__ = "idempotency_keys"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    request_sha256: Mapped[str] = mapped_column(Sha256)
+    resource_id: Mapped[str] = mapped_column(Id)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
+
+
+class Worker(Base):
+    """A worker that reported itself; live while `last_seen_at` is recent."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    hostname: Mapped[str] = mapped_column(String(255))
+    hardware: Mapped[Json] = mapped_column(JsonColumn)
+    backends: Mapped[list[Json]] = mapped_column(JsonColumn)
+    formats: Mapped[list[str]] = mapped_column(JsonColumn)
+    queues: Mapped[list[str]] = mapped_column(JsonColumn)
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    last_seen_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
+    stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

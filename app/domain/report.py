@@ -1,0 +1,112 @@
+"""The schema of the report. The first block is what platforms parse: fields are added, never removed. A figure that was
+not measured is None, with its reason in `reasons` beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Analysis(_Part):
+    """The model as it came, and where it was measured."""
+
+    model: str
+    original_size_mb: float
+    original_latency_ms: float | None
+    hardware: str
+    parameters: int | None = None
+    opset: int | None = None
+    kind: str | None = None
+    ops: dict[str, int] = {}
+    notes: list[str] = []
+
+
+class AppliedOptimization(_Part):
+    """One step of the shipped engine. `impact` was measured by putting the step in; None where it could not be."""
+
+    name: str
+    impact: str | None
+    reason: str | None = None
+    latency_ratio: float | None = None
+    latency_ratio_ci: list[float] | None = None
+    details: dict[str, Any] = {}
+
+
+class FinalMetrics(_Part):
+    """Of the shipped engine, at `batch_size`; `speedup` against the baseline, e.g. "2.2x"."""
+
+    latency_ms: float | None
+    throughput_qps: float | None
+    accuracy_loss_percent: float | None
+    memory_mb: float | None
+    speedup: str
+    speedup_ci: list[float] | None = None
+    size_mb: float | None = None
+    batch_size: int | None = None
+    accuracy_metric: str | None = None
+    accuracy_loss_ci: list[float] | None = None
+    accuracy_samples: int | None = None
+    reasons: dict[str, str] = {}
+
+
+class DeploymentConfig(_Part):
+    batch_size: int
+    precision: str
+    dynamic_batching: bool
+    instances_per_gpu: int | None
+    backend: str | None = None
+    runtime: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+
+class CandidateReport(_Part):
+    """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always."""
+
+    id: str
+    name: str
+    backend: str
+    precision: str
+    recipe: str
+    status: str
+    reason: str
+    batches: dict[str, Any] = {}
+    accuracy: dict[str, Any] | None = None
+    size_mb: float | None = None
+    memory_mb: float | None = None
+    cold_start_ms: float | None = None
+    checks: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    failure: dict[str, Any] | None = None
+
+
+class StageReport(_Part):
+    name: str
+    candidate: str | None
+    cached: bool
+    seconds: float
+    notes: list[str] = []
+
+
+class Report(_Part):
+    analysis: Analysis
+    optimizations_applied: list[AppliedOptimization]
+    final_metrics: FinalMetrics | None
+    deployment_config: DeploymentConfig | None
+    recommendations: list[str]
+    job_id: str
+    picked: str | None
+    candidates: list[CandidateReport]
+    skipped: list[dict[str, str]]
+    baseline: dict[str, Any]
+    checks: list[dict[str, Any]]
+    pareto: list[str]
+    environment: dict[str, Any]
+    method: dict[str, Any]
+    stages: list[StageReport]
+    noisy: bool
+    budget_exhausted: bool

@@ -1,0 +1,97 @@
+"""`OptimizationSpec`: what the user wants. It speaks of intent, never of stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+Objective = Literal["latency", "throughput", "cost"]
+Device = Literal["auto", "cpu", "cuda"]
+CalibrationMethod = Literal["auto", "minmax", "entropy", "percentile"]
+Metric = Literal["auto", "top1", "agreement", "cosine", "normalized_error"]
+Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Target(_Strict):
+    """Where the engine shall run. `hardware` names one of the hardware ids in `GET /v1/capabilities`."""
+
+    device: Device = "auto"
+    hardware: Name | None = None
+    backends: list[Name] | None = Field(default=None, min_length=1, max_length=16)
+
+
+class ShapeRange(_Strict):
+    """Smallest, most usual and largest shape of one input; the first axis is the batch."""
+
+    min: list[Dimension] = Field(min_length=1, max_length=16)
+    opt: list[Dimension] = Field(min_length=1, max_length=16)
+    max: list[Dimension] = Field(min_length=1, max_length=16)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ShapeRange:
+        if not len(self.min) == len(self.opt) == len(self.max):
+            raise ValueError("min, opt and max must have the same rank")
+        for i, (low, opt, high) in enumerate(zip(self.min, self.opt, self.max, strict=True)):
+            if not low <= opt <= high:
+                raise ValueError(f"axis {i} needs min ≤ opt ≤ max, got {low}, {opt}, {high}")
+        return self
+
+
+class Calibration(_Strict):
+    dataset_id: str
+    method: CalibrationMethod = "auto"
+    max_samples: int = Field(default=512, ge=1, le=100_000)
+
+
+class Validation(_Strict):
+    """`max_accuracy_loss_percent` is the largest loss of the metric, in percentage points, that the user agrees to."""
+
+    dataset_id: str | None = None
+    metric: Metric = "auto"
+    max_accuracy_loss_percent: float = Field(default=1.0, ge=0, le=100)
+    max_samples: int = Field(default=2048, ge=1, le=1_000_000)
+
+
+class Constraints(_Strict):
+    p99_latency_ms: float | None = Field(default=None, gt=0)
+    min_throughput_qps: float | None = Field(default=None, gt=0)
+    max_memory_mb: float | None = Field(default=None, gt=0)
+    max_size_mb: float | None = Field(default=None, gt=0)
+
+
+class Benchmark(_Strict):
+    """`min_seconds` is measured per engine and batch size, spread over the interleaved rounds."""
+
+    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(default=[1, 8], min_length=1, max_length=16)
+    min_seconds: float = Field(default=3.0, ge=0.1, le=600)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Benchmark:
+        if len(set(self.batch_sizes)) != len(self.batch_sizes):
+            raise ValueError("batch_sizes must be distinct")
+        return self
+
+
+class Webhook(_Strict):
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)]
+
+
+class OptimizationSpec(_Strict):
+    model_id: str
+    objective: Objective = "latency"
+    target: Target = Target()
+    precisions: list[Precision] | None = Field(default=None, min_length=1)
+    shapes: dict[Name, ShapeRange] | None = None
+    calibration: Calibration | None = None
+    validation: Validation = Validation()
+    constraints: Constraints = Constraints()
+    benchmark: Benchmark = Benchmark()
+    budget_seconds: int = Field(default=900, ge=10, le=86_400)
+    webhook: Webhook | None = None

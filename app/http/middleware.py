@@ -1,0 +1,176 @@
+"""ASGI middleware: correlation id, access log, metrics, the last net for exceptions, body limits, local protection."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import AppError
+from app.http.metrics import Metrics
+from app.http.problem import internal_error, problem_response
+from app.logging import bind_correlation_id, new_correlation_id
+
+log = structlog.get_logger("anneal.http")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+# Their bodies are files, which the routes stream and limit themselves.
+_FILE_ROUTES = re.compile(r"POST /v1/(models|datasets)|PUT /v1/uploads/[^/]+/parts/[^/]+")
+
+
+class RequestContextMiddleware:
+    """The outermost layer: gives the request its id, logs and counts it, and answers what nobody else caught."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope["anneal.request_id"] = request_id
+        bind_correlation_id(request_id)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = status or 499  # nobody is there to be answered
+        except Exception as error:
+            log.error("unhandled_error", method=scope["method"], path=scope["path"], exc_info=error)
+            if status:
+                raise  # too late for an answer: the server has to cut the connection
+            await problem_response(internal_error(), Request(scope))(scope, receive, send_with_id)
+        finally:
+            self.metrics.in_flight.dec()
+            self._note(scope, status, time.perf_counter() - started)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "(none)")  # the template: ids would make a series each
+        method = scope["method"] if scope["method"] in _METHODS else "(other)"
+        self.metrics.observe(method, route, status, seconds)
+        write = log.debug if scope["path"] in _QUIET and status < 500 else log.info
+        write("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 2))
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given: str = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(given):
+                return given
+    return new_correlation_id()
+
+
+class BodyLimitMiddleware:
+    """Limits every body that is not a file: 413 at once by Content-Length, or as soon as it has grown too large."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in _SAFE or _is_file(scope):
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdigit() and int(declared[:20]) > self.limit:
+            await problem_response(too_large(self.limit), Request(scope))(scope, receive, send)
+            return
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self.limit:
+                    # FastAPI passes HTTPException on from reading a body, and hides every other kind
+                    raise HTTPException(413, too_large(self.limit).detail)
+            return message
+
+        await self.app(scope, limited, send)
+
+
+def _is_file(scope: Scope) -> bool:
+    return _FILE_ROUTES.fullmatch(f"{scope['method']} {scope['path']}") is not None
+
+
+def too_large(limit: int) -> AppError:
+    return AppError("too_large", "Too large", 413, f"The body is larger than {limit} bytes.", extra={"limit": limit})
+
+
+class LocalGuardMiddleware:
+    """Protection of a service without keys against web pages that its user visits.
+
+    A page can send requests to loopback: by DNS rebinding (its own name resolves to 127.0.0.1: the Host header gives
+    it away) or across origins (the Origin or Sec-Fetch-Site header does).
+    """
+
+    def __init__(self, app: ASGIApp, check_host: bool) -> None:
+        self.app = app
+        self.check_host = check_host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            refusal = self._refusal(scope, Headers(scope=scope))
+            if refusal is not None:
+                await problem_response(refusal, Request(scope))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> AppError | None:
+        host = headers.get("host", "")
+        if self.check_host and not is_loopback(host):
+            detail = "This service runs without API keys and answers only to this machine's own names."
+            remedy = "Use http://127.0.0.1, or run the service with API keys."
+            return AppError("wrong_host", "Misdirected request", 421, detail, remedy=remedy)
+        if scope["method"] in _SAFE:
+            return None
+        origin = headers.get("origin")
+        foreign = origin is not None and urlsplit_host(origin) != host.lower()
+        if foreign or headers.get("sec-fetch-site") == "cross-site":
+            return AppError("cross_origin", "Cross-origin request", 403, "A page of another origin may not do this.")
+        return None
+
+
+def urlsplit_host(origin: str) -> str | None:
+    """`host[:port]` of an Origin header; None for `null` and for what is no origin."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a Host header names this machine: `localhost`, 127.0.0.0/8, `[::1]`, with or without a port."""
+    name = re.sub(r":\d*$", "", host.lower())
+    if name in ("localhost", "testserver"):  # `testserver` is what in-process test clients send
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False

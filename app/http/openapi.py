@@ -1,0 +1,31 @@
+"""The OpenAPI document: FastAPI's, with the error schema of this service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from app.http.problem import Problem
+
+DESCRIPTION = """Inference optimization as a service: upload a trained model, get back an engine that was measured to
+be faster, with the evidence. Errors are `application/problem+json` (RFC 9457)."""
+
+
+def describe(app: FastAPI) -> None:
+    """Make `app.openapi()` answer the document of this service; it is built once."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(problem.pop("$defs", {}))
+            schemas["Problem"] = problem
+            for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which no route answers
+                schemas.pop(name, None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document

@@ -1,0 +1,52 @@
+"""`Idempotency-Key`: the same key and request answers the same resource; the same key with another request is refused.
+
+The answer is noted in the transaction that makes the resource. Where two equal requests race, the second commit fails
+on the primary key (`IntegrityError`): its service rolls back and calls `recall` again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from app.db.orm import IdempotencyKey
+from app.errors import conflict
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """The client's key and the hex SHA-256 over everything that its request says (kind, fields, content)."""
+
+    key: str
+    request_sha256: str
+
+
+def recall(session: Session, tenant_id: str, idempotency: Idempotency | None) -> str | None:
+    """The id of the resource that this key made, or None; raises 409 `idempotency_conflict` for another request."""
+    if idempotency is None:
+        return None
+    row = session.get(IdempotencyKey, (tenant_id, idempotency.key))
+    if row is None:
+        return None
+    if row.request_sha256 != idempotency.request_sha256:
+        raise conflict(
+            "idempotency_conflict",
+            "This Idempotency-Key was used for another request.",
+            remedy="Send a new Idempotency-Key with every new request; repeat one only with the same body.",
+        )
+    return row.resource_id
+
+
+def remember(session: Session, tenant_id: str, idempotency: Idempotency | None, resource_id: str) -> None:
+    """Note that this key made `resource_id`; to be called in the transaction that makes it."""
+    if idempotency is None:
+        return
+    session.add(
+        IdempotencyKey(
+            tenant_id=tenant_id,
+            key=idempotency.key,
+            request_sha256=idempotency.request_sha256,
+            resource_id=resource_id,
+        )
+    )

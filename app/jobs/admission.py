@@ -1,0 +1,129 @@
+"""Whether a job can be served at all: told at submission, not after minutes in a queue. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from app.capabilities.service import offered
+from app.db.orm import Worker
+from app.domain.spec import OptimizationSpec, ShapeRange
+from app.errors import AppError, FieldError, invalid_request
+from app.queue.messages import queue_for
+
+LABELS = "labels"
+
+
+def check_dataset(
+    pointer: str,
+    arrays: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
+    outputs: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise 422 where a data set's arrays do not fit the model's inputs and outputs by name, dtype or shape."""
+    by_name = {a["name"]: a for a in arrays}
+    known = {i["name"] for i in inputs} | {o["name"] for o in outputs} | {LABELS}
+    errors: list[FieldError] = []
+    for item in inputs:
+        array = by_name.get(item["name"])
+        if array is None:
+            errors.append(FieldError(pointer, f"array {item['name']!r} is missing"))
+            continue
+        if array["dtype"] != item["dtype"]:
+            errors.append(
+                FieldError(pointer, f"array {item['name']!r} is {array['dtype']}, the model takes {item['dtype']}")
+            )
+        if item["shape"] is not None and not _fits(array["shape"], item["shape"][1:]):
+            wanted = ["samples", *item["shape"][1:]]
+            found = ["samples", *array["shape"]]
+            errors.append(FieldError(pointer, f"array {item['name']!r} has shape {found}, the model takes {wanted}"))
+    unknown = [name for name in by_name if name not in known]
+    errors += [FieldError(pointer, f"array {name!r} is no input or output of the model") for name in unknown]
+    if errors and inputs:
+        raise invalid_request(
+            f"The data set does not fit the model: {errors[0].message}.",
+            errors,
+            "Name the arrays by the model's inputs, with the samples along the first axis, in the model's dtypes.",
+        )
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    return len(shape) == len(wanted) and all(isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True))
+
+
+def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise 422 where the wanted shapes contradict the model's inputs."""
+    by_name = {i["name"]: i for i in inputs}
+    errors: list[FieldError] = []
+    for name, wanted in shapes.items():
+        pointer = f"/shapes/{name}"
+        if name not in by_name:
+            if inputs:
+                errors.append(FieldError(pointer, f"the model has no input {name!r}; it has {sorted(by_name)}"))
+            continue
+        shape = by_name[name]["shape"]
+        if shape is None:
+            continue
+        if len(shape) != len(wanted.opt):
+            errors.append(FieldError(pointer, f"rank {len(wanted.opt)}, the model's input has rank {len(shape)}"))
+            continue
+        for axis, fixed in enumerate(shape):
+            if isinstance(fixed, int) and not wanted.min[axis] == wanted.max[axis] == fixed:
+                errors.append(FieldError(pointer, f"axis {axis} of the model is fixed at {fixed}"))
+    if errors:
+        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors)
+
+
+def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Worker]) -> str:
+    """The queue whose workers can do what the spec asks. Raises 422 `unavailable_target`, saying what is on offer.
+
+    Where no worker was ever seen, a job that asks for nothing special waits for the first one.
+    """
+    workers = list(workers)
+    on_offer = offered(workers)
+    target = spec.target
+    special = target.hardware or target.backends or spec.precisions or target.device == "cuda"
+    if not workers and not special:
+        return queue_for("cpu")
+    fitting = [w for w in workers if not _lacks(spec, model_format, w)]
+    if not fitting:
+        lacks = sorted({reason for w in workers for reason in _lacks(spec, model_format, w)}) or ["no worker is known"]
+        raise AppError(
+            "unavailable_target",
+            "Not on offer here",
+            422,
+            f"No worker can do what the job asks: {'; '.join(lacks)}.",
+            remedy="Ask for what GET /v1/capabilities offers, or start a worker that has it.",
+            extra={"offered": on_offer},
+        )
+    if target.hardware:
+        return queue_for("", target.hardware)
+    devices = {d for w in fitting for b in w.backends for d in b["devices"]}
+    if target.device != "auto":
+        return queue_for(target.device)
+    return queue_for("cuda" if "cuda" in devices else "cpu")
+
+
+def _lacks(spec: OptimizationSpec, model_format: str, worker: Worker) -> list[str]:
+    """What this worker lacks for the spec, in words."""
+    reasons = []
+    target = spec.target
+    if target.hardware and worker.hardware.get("id") != target.hardware:
+        reasons.append(f"hardware {target.hardware!r}")
+    usable = [
+        b
+        for b in worker.backends
+        if (target.device == "auto" or target.device in b["devices"])
+        and (target.backends is None or b["name"] in target.backends)
+    ]
+    if not usable:
+        if target.device != "auto" and not any(target.device in b["devices"] for b in worker.backends):
+            reasons.append(f"device {target.device!r}")
+        missing = set(target.backends or ()) - {b["name"] for b in worker.backends}
+        reasons += [f"backend {name!r}" for name in sorted(missing)] or ["a backend for that device"]
+    elif spec.precisions is not None:
+        precisions = {p for b in usable for p in b["precisions"]}
+        reasons += [f"precision {p!r}" for p in spec.precisions if p not in precisions]
+    if model_format not in worker.formats:
+        reasons.append(f"model format {model_format!r}")
+    return reasons

@@ -1,0 +1,190 @@
+"""`/v1/jobs`: submit, poll, follow, cancel; report and manifest."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from app.db.orm import Job
+from app.domain.artifact_key import digest_of
+from app.domain.spec import OptimizationSpec
+from app.errors import AppError, FieldError, conflict, invalid_request
+from app.http.deps import IdempotencyKeyHeader, IdFilter, PageDep, ServicesDep, TenantId, path_id
+from app.http.downloads import etag_matches
+from app.http.pagination import cut
+from app.http.problem import problems
+from app.http.services import Services
+from app.idempotency import Idempotency
+from app.jobs.events import event_stream
+from app.jobs.report_page import PAGE_POLICY, report_page
+from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, job_document, job_etag, job_json, to_json, version_in
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+JobId = Annotated[str, path_id("job")]
+_JSON = "application/json"
+
+
+@router.post("", status_code=202, response_model=JobOut, responses=problems(400, 409, 413, 429, 507))
+def submit_job(
+    request: Request,
+    spec: OptimizationSpec,
+    services: ServicesDep,
+    tenant_id: TenantId,
+    key: IdempotencyKeyHeader = None,
+) -> Response:
+    """Optimize a model. Only `model_id` is required; every default is echoed in the job's `spec`."""
+    document = spec.model_dump(mode="json")
+    _refuse_unstorable(document, "/body")
+    idempotency = None if key is None else Idempotency(key, digest_of(["job", document]))
+    correlation_id = request.scope["anneal.request_id"]
+    row, new = services.jobs.submit(tenant_id, spec, correlation_id=correlation_id, idempotency=idempotency)
+    headers = {"Location": f"/v1/jobs/{row.id}", "ETag": job_etag(row)}
+    if not new:
+        headers["Idempotency-Replayed"] = "true"
+    return Response(job_json(row), 202, headers, _JSON)
+
+
+@router.get("", response_model=JobPage)
+def list_jobs(
+    services: ServicesDep,
+    tenant_id: TenantId,
+    page: PageDep,
+    status: Status | None = None,
+    model_id: IdFilter = None,
+) -> Response:
+    """Jobs, newest first."""
+    rows = services.jobs.list(tenant_id, limit=page.limit + 1, before=page.before, status=status, model_id=model_id)
+    shown, cursor = cut(rows, page.limit)
+    return Response(to_json({"items": [job_document(row) for row in shown], "next_cursor": cursor}), media_type=_JSON)
+
+
+@router.get(
+    "/{job_id}",
+    response_model=JobOut,
+    responses={304: {"description": "The job is still as If-None-Match says"}, **problems(404)},
+)
+async def get_job(
+    services: ServicesDep,
+    tenant_id: TenantId,
+    job_id: JobId,
+    if_none_match: Annotated[str | None, Header()] = None,
+    wait: Annotated[
+        float, Query(ge=0, le=3600, description="Seconds to wait for a change; the service may wait less")
+    ] = 0,
+) -> Response:
+    """The job now; with `wait`, as soon as it differs from the ETag in If-None-Match (or from what it is now)."""
+    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    if wait and not is_terminal(row):
+        known = version_in(if_none_match, job_id)
+        if known is None or known == row.version:
+            seconds = min(wait, services.settings.limits.wait_s)
+            if await services.watcher.wait(job_id, row.version, seconds):
+                row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    etag = job_etag(row)
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if if_none_match is not None and etag_matches(if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(job_json(row), headers=headers, media_type=_JSON)
+
+
+@router.get(
+    "/{job_id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"description": "Server-sent events", "content": {"text/event-stream": {}}}, **problems(404)},
+)
+async def follow_job(
+    services: ServicesDep,
+    tenant_id: TenantId,
+    job_id: JobId,
+    last_event_id: Annotated[str | None, Header(description="Go on after this event", max_length=64)] = None,
+) -> StreamingResponse:
+    """Follow the job; the stream ends with its last event. Resumable by `Last-Event-ID`."""
+    after = 0
+    if last_event_id:
+        if not last_event_id.isdecimal() or len(last_event_id) > 18:
+            message = "must be the id of an event of this stream"
+            raise invalid_request("Last-Event-ID " + message, [FieldError("/header/last-event-id", message)])
+        after = int(last_event_id)
+    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    # `no-transform` and X-Accel-Buffering keep proxies from gathering events.
+    headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+    return StreamingResponse(
+        event_stream(services, tenant_id, row, after), headers=headers, media_type="text/event-stream"
+    )
+
+
+@router.post("/{job_id}/cancel", status_code=202, response_model=JobOut, responses=problems(404, 413, 507))
+def cancel_job(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
+    """Cancel the job, in any state; one that has ended stays as it is."""
+    row = services.jobs.cancel(tenant_id, job_id)
+    return Response(job_json(row), 202, {"ETag": job_etag(row)}, _JSON)
+
+
+@router.get(
+    "/{job_id}/report",
+    response_class=Response,
+    responses={
+        200: {"description": "The report", "content": {_JSON: {"schema": {"type": "object"}}, "text/html": {}}},
+        **problems(404, 409),
+    },
+)
+def get_report(request: Request, services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
+    """What was measured and what came out of it; as a page with plots for `Accept: text/html`."""
+    row = services.jobs.get(tenant_id, job_id)
+    body = _document(services, row, row.report_sha256, "report")
+    headers = {"Vary": "Accept", "Cache-Control": "private, no-cache"}
+    if prefers_html(request.headers.get("accept", "")):
+        headers["Content-Security-Policy"] = PAGE_POLICY
+        return Response(report_page(json.loads(body), job_id), headers=headers, media_type="text/html")
+    return Response(body, headers=headers, media_type=_JSON)
+
+
+@router.get(
+    "/{job_id}/manifest",
+    response_class=Response,
+    responses={
+        200: {"description": "The manifest", "content": {_JSON: {"schema": {"type": "object"}}}},
+        **problems(404, 409),
+    },
+)
+def get_manifest(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
+    """Every input, stage key, option, library version, hardware fingerprint and output digest of the job."""
+    row = services.jobs.get(tenant_id, job_id)
+    return Response(_document(services, row, row.manifest_sha256, "manifest"), media_type=_JSON)
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header names HTML before JSON, as browsers do."""
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    if "text/html" not in kinds:
+        return False
+    return _JSON not in kinds or kinds.index("text/html") < kinds.index(_JSON)
+
+
+def _document(services: Services, row: Job, sha256: str | None, kind: str) -> bytes:
+    if sha256 is not None:
+        return services.content.read_bytes(row.tenant_id, sha256)
+    if is_terminal(row):
+        remedy = "The job's `error` and `stages` say what happened."
+        raise AppError(f"no_{kind}", "Not there", 404, f"The job is {row.status} and has no {kind}.", remedy=remedy)
+    remedy = f"Wait for the job: GET /v1/jobs/{row.id}?wait=30"
+    raise conflict(f"{kind}_not_ready", f"The job is {row.status}.", remedy)
+
+
+def _refuse_unstorable(value: Any, pointer: str) -> None:
+    """422 for NUL in a string: PostgreSQL keeps none in text or JSON."""
+    if isinstance(value, str) and "\x00" in value:
+        message = "must not hold NUL characters"
+        raise invalid_request(f"{pointer}: {message}", [FieldError(pointer, message)])
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_unstorable(name, pointer)
+            _refuse_unstorable(item, f"{pointer}/{name}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_unstorable(item, f"{pointer}/{index}")

@@ -1,0 +1,295 @@
+"""What a worker writes about a job. Every write is guarded by the lease's fencing token: a worker that was thought dead
+and comes back finds its token outdated and stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import ColumnElement
+
+from app.db.base import utcnow
+from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
+from app.db.uow import Database
+from app.domain.job_state import JobStatus, Trigger
+from app.jobs.repository import JobRepository
+from app.queue.producer import Dispatch
+from app.settings import WorkerSettings
+from app.storage.content import ContentStore
+
+log = structlog.get_logger(__name__)
+
+
+class LeaseLost(Exception):
+    """The job is no longer this worker's: the lease ran out and it was given on, or it was ended."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's right to a job: id, fencing token, and what does not change while it runs."""
+
+    job_id: str
+    tenant_id: str
+    token: int
+    owner: str
+    attempt: int
+
+    def holds(self) -> list[ColumnElement[bool]]:
+        return [Job.fencing_token == self.token, Job.status == JobStatus.RUNNING.value]
+
+
+class JobLedger:
+    def __init__(self, db: Database, content: ContentStore, dispatch: Dispatch, settings: WorkerSettings) -> None:
+        self.db = db
+        self.content = content
+        self.dispatch = dispatch
+        self.settings = settings
+
+    # The lease
+
+    def claim(self, job_id: str, owner: str) -> Claim | None:
+        """Take a queued job, or None where there is nothing to take (done, cancelled, another's)."""
+        now = utcnow()
+        with self.db.write() as uow:
+            jobs = JobRepository(uow.session)
+            job = jobs.get_any_tenant(job_id)
+            if job is None or job.status != JobStatus.QUEUED.value:
+                return None
+            token = job.fencing_token + 1
+            taken = jobs.apply(
+                job_id,
+                Trigger.CLAIM,
+                source=JobStatus.QUEUED,
+                where=[Job.fencing_token == job.fencing_token],
+                values={
+                    "fencing_token": token,
+                    "lease_owner": owner,
+                    "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
+                    "attempts": job.attempts + 1,
+                    "started_at": job.started_at or now,
+                },
+                event={"worker": owner, "attempt": job.attempts + 1},
+            )
+            return Claim(job_id, job.tenant_id, token, owner, job.attempts + 1) if taken is not None else None
+
+    def renew(self, claim: Claim) -> bool:
+        """Extend the lease; True when the user asked to cancel. Raises `LeaseLost`."""
+        expires = utcnow() + timedelta(seconds=self.settings.lease_s)
+        with self.db.write() as uow:
+            jobs = JobRepository(uow.session)
+            if not jobs.touch(claim.job_id, claim.holds(), {"lease_expires_at": expires}):
+                raise LeaseLost(claim.job_id)
+            job = jobs.get_any_tenant(claim.job_id)
+            return job is not None and job.cancel_requested_at is not None
+
+    def release(self, claim: Claim, reason: str) -> None:
+        """Give the job back at shutdown; it counts as no attempt."""
+        with self.db.write() as uow:
+            jobs = JobRepository(uow.session)
+            values = {"attempts": max(0, claim.attempt - 1), "dispatched_at": None}
+            released = jobs.apply(
+                claim.job_id,
+                Trigger.RELEASE,
+                source=JobStatus.RUNNING,
+                where=claim.holds(),
+                values=values,
+                event={"reason": reason},
+            )
+            if released is not None:
+                self._dispatch_later(uow.session, claim.job_id, uow.after_commit)
+
+    def retry_later(self, claim: Claim, reason: str) -> None:
+        """Queue the job again after a failure of infrastructure; the sweeper sends it, later with every attempt."""
+        with self.db.write() as uow:
+            released = JobRepository(uow.session).apply(
+                claim.job_id,
+                Trigger.RELEASE,
+                source=JobStatus.RUNNING,
+                where=claim.holds(),
+                values={"dispatched_at": utcnow(), "dispatches": claim.attempt},
+                event={"reason": reason},
+            )
+            if released is None:
+                raise LeaseLost(claim.job_id)
+
+    # Progress
+
+    def load(self, claim: Claim) -> tuple[Job, SourceModel, dict[str, Dataset]]:
+        """The job, its model and its data sets by id."""
+        with self.db.read() as session:
+            job = session.get_one(Job, claim.job_id)
+            model = session.get_one(SourceModel, job.model_id)
+            sections = [job.spec.get(name) or {} for name in ("calibration", "validation")]
+            wanted: set[str] = {s["dataset_id"] for s in sections if s.get("dataset_id")}
+            datasets = {i: session.get_one(Dataset, i) for i in wanted}
+            return job, model, datasets
+
+    def progress(self, claim: Claim, changes: dict[str, Any], event_type: str, event: dict[str, Any]) -> None:
+        """Change what clients see of a running job (stage, progress, stages) and leave an event."""
+        with self.db.write() as uow:
+            version = JobRepository(uow.session).update(claim.job_id, claim.holds(), changes, event_type, event)
+            if version is None:
+                raise LeaseLost(claim.job_id)
+
+    # Stage results: the cache
+
+    def recall(self, tenant_id: str, key: str) -> StageResult | None:
+        """The stored result under this key whose files are all still there."""
+        with self.db.write() as uow:
+            row = uow.session.get(StageResult, (tenant_id, key))
+            if row is None:
+                return None
+            for sha256 in _digests(row):
+                if not self.content.exists(tenant_id, sha256):
+                    log.warning("cached_blob_missing", stage=row.stage, key=key, sha256=sha256)
+                    uow.session.delete(row)
+                    return None
+            row.used_at = utcnow()
+            return row
+
+    def remember(self, claim: Claim, result: StageResult) -> None:
+        """Store a stage's result, its files being in storage already. Two workers may do so with the same key: the
+        results are interchangeable, the later one wins."""
+        with self.db.write() as uow:
+            if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"attempts": 1}):
+                raise LeaseLost(claim.job_id)
+            for files in result.outputs.values():
+                for file in files:
+                    self.content.record(uow.session, claim.tenant_id, file["sha256"], file["size_bytes"])
+            uow.session.merge(result)
+
+    # The end
+
+    def complete(
+        self,
+        claim: Claim,
+        *,
+        engine: Engine,
+        report: tuple[str, int],
+        manifest: tuple[str, int],
+        changes: dict[str, Any],
+        event: dict[str, Any],
+    ) -> None:
+        """Engine row, report and manifest (digest and size, already stored) and the final state, in one transaction."""
+        with self.db.write() as uow:
+            for sha256, size in (report, manifest, *_engine_blobs(engine)):
+                self.content.record(uow.session, claim.tenant_id, sha256, size)
+            uow.session.add(engine)
+            uow.session.flush()
+            values = {
+                "report_sha256": report[0],
+                "manifest_sha256": manifest[0],
+                "engine_ids": [engine.id],
+                "progress": 1.0,
+                "stage": None,
+                **changes,
+            }
+            self._end(JobRepository(uow.session), claim, Trigger.COMPLETE, values, {"engine_ids": [engine.id], **event})
+
+    def fail(self, claim: Claim, error: dict[str, Any], changes: dict[str, Any]) -> None:
+        """The job ends without an engine; a report of what was tried may stand in `changes`."""
+        with self.db.write() as uow:
+            for name in ("report_sha256", "manifest_sha256"):
+                if name in changes:
+                    self.content.record(uow.session, claim.tenant_id, changes[name], changes.pop(f"{name}_size"))
+            values = {"error": error, **changes}
+            self._end(JobRepository(uow.session), claim, Trigger.FAIL, values, {"error": error})
+
+    def cancelled(self, claim: Claim, changes: dict[str, Any]) -> None:
+        with self.db.write() as uow:
+            self._end(JobRepository(uow.session), claim, Trigger.CANCEL, changes, {})
+
+    def _end(
+        self, jobs: JobRepository, claim: Claim, trigger: Trigger, values: dict[str, Any], event: dict[str, Any]
+    ) -> None:
+        done = jobs.apply(
+            claim.job_id, trigger, source=JobStatus.RUNNING, where=claim.holds(), values=values, event=event
+        )
+        if done is None:
+            raise LeaseLost(claim.job_id)
+
+    # The sweeper
+
+    def sweep(self) -> dict[str, int]:
+        """Give on the jobs of dead workers, end what cannot go on, and send lost messages again. Any number of workers
+        may sweep at once: each change is a compare-and-set."""
+        counts = {"expired": self._sweep_expired(), "redispatched": self._sweep_undispatched()}
+        if any(counts.values()):
+            log.info("swept", **counts)
+        return counts
+
+    def _sweep_expired(self) -> int:
+        now = utcnow()
+        with self.db.read() as session:
+            expired = JobRepository(session).expired(now, limit=200)
+        done = 0
+        for job in expired:
+            guard = [Job.fencing_token == job.fencing_token, Job.lease_expires_at < now]
+            trigger, values, event = self._fate(job)
+            with self.db.write() as uow:
+                jobs = JobRepository(uow.session)
+                if (
+                    jobs.apply(job.id, trigger, source=JobStatus.RUNNING, where=guard, values=values, event=event)
+                    is not None
+                ):
+                    done += 1
+                    if trigger is Trigger.LEASE_EXPIRED:
+                        self._dispatch_later(uow.session, job.id, uow.after_commit)
+        return done
+
+    def _fate(self, job: Job) -> tuple[Trigger, dict[str, Any], dict[str, Any]]:
+        """What becomes of a job whose worker died: cancelled where the user wanted that, failed after too many lost
+        workers with no stage finished in between (it may be what kills them), else queued again."""
+        if job.cancel_requested_at is not None:
+            return Trigger.CANCEL, {}, {}
+        if job.attempts >= self.settings.max_attempts:
+            error = {
+                "code": "worker_lost",
+                "detail": f"{job.attempts} workers in a row were lost while they ran this job.",
+                "stage": job.stage,
+                "remedy": "Ask the operator to look at the workers' logs; submit again once they are well.",
+            }
+            return Trigger.FAIL, {"error": error}, {"error": error}
+        return Trigger.LEASE_EXPIRED, {"dispatched_at": None}, {"reason": "worker_lost", "worker": job.lease_owner}
+
+    def _sweep_undispatched(self) -> int:
+        now = utcnow()
+        with self.db.read() as session:
+            first_due = now - timedelta(seconds=self.settings.redispatch_s)
+            waiting = JobRepository(session).undispatched(first_due, limit=1000)
+        sent = 0
+        for job in waiting:
+            # A message is seldom lost and a queue may be long: each further one waits twice as long, at most an hour.
+            wait = min(self.settings.redispatch_s * 2 ** min(max(job.dispatches - 1, 0), 8), 3600)
+            if job.dispatched_at is not None and job.dispatched_at > now - timedelta(seconds=wait):
+                continue
+            guard: list[ColumnElement[bool]] = [
+                Job.status == JobStatus.QUEUED.value,
+                Job.dispatches == job.dispatches,
+                Job.fencing_token == job.fencing_token,
+            ]
+            with self.db.write() as uow:
+                changes = {"dispatched_at": now, "dispatches": job.dispatches + 1}
+                if JobRepository(uow.session).touch(job.id, guard, changes):
+                    uow.after_commit(lambda job=job: self.dispatch(job))  # type: ignore[misc]  # bound early on purpose
+                    sent += 1
+        return sent
+
+    def _dispatch_later(self, session: Any, job_id: str, after_commit: Any) -> None:
+        session.flush()
+        job = session.get_one(Job, job_id, populate_existing=True)
+        job.dispatched_at, job.dispatches = utcnow(), 1
+        after_commit(lambda: self.dispatch(job))
+
+
+def _digests(row: StageResult) -> Iterable[str]:
+    for files in row.outputs.values():
+        for file in files:
+            yield file["sha256"]
+
+
+def _engine_blobs(engine: Engine) -> tuple[tuple[str, int], tuple[str, int]]:
+    return (engine.sha256, engine.size_bytes), (engine.bundle_sha256, engine.bundle_size_bytes)

@@ -1,0 +1,125 @@
+"""All SQL on jobs and their events. A state changes only by `apply`: compare-and-set, and an event with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from app.db.base import utcnow
+from app.db.orm import Job, JobEvent
+from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
+
+ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
+
+
+class JobRepository:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def add(self, job: Job) -> None:
+        self.session.add(job)
+        self.session.flush()
+        self._event(job.id, job.version, "state", {"status": job.status})
+
+    def get(self, tenant_id: str, job_id: str) -> Job | None:
+        return self.session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id))
+
+    def get_any_tenant(self, job_id: str) -> Job | None:
+        """For workers only: a message carries no tenant."""
+        return self.session.get(Job, job_id)
+
+    def page(
+        self, tenant_id: str, *, limit: int, before: str | None, status: str | None, model_id: str | None
+    ) -> list[Job]:
+        query = select(Job).where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(Job.id < before)
+        if status is not None:
+            query = query.where(Job.status == status)
+        if model_id is not None:
+            query = query.where(Job.model_id == model_id)
+        return [*self.session.scalars(query)]
+
+    def count_active(self, tenant_id: str) -> int:
+        query = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE))
+        return self.session.scalar(query) or 0
+
+    def apply(
+        self,
+        job_id: str,
+        trigger: Trigger,
+        *,
+        source: JobStatus,
+        where: Sequence[ColumnElement[bool]] = (),
+        values: dict[str, Any] | None = None,
+        event: dict[str, Any] | None = None,
+    ) -> int | None:
+        """Take the job from `source` by `trigger`. The new version, or None where it was no longer as expected."""
+        target = transition(source, trigger)
+        changes: dict[str, Any] = {"status": target.value, **(values or {})}
+        if target in TERMINAL:
+            changes.setdefault("finished_at", utcnow())
+        if target is not JobStatus.RUNNING:
+            changes.setdefault("lease_owner", None)
+            changes.setdefault("lease_expires_at", None)
+        data = {"status": target.value, **(event or {})}
+        return self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
+
+    def update(
+        self,
+        job_id: str,
+        where: Sequence[ColumnElement[bool]],
+        changes: dict[str, Any],
+        event_type: str | None,
+        event: dict[str, Any] | None = None,
+    ) -> int | None:
+        """Change columns of a job that still meets `where`, and leave an event row. The new version or None."""
+        statement = (
+            update(Job)
+            .where(Job.id == job_id, *where)
+            .values(**changes, version=Job.version + 1)
+            .returning(Job.version)
+            .execution_options(synchronize_session=False)
+        )
+        version = self.session.scalar(statement)
+        if version is not None and event_type is not None:
+            self._event(job_id, version, event_type, event or {})
+        return version
+
+    def touch(self, job_id: str, where: Sequence[ColumnElement[bool]], changes: dict[str, Any]) -> bool:
+        """Change columns that no client sees (the lease, dispatch bookkeeping): no new version, no event."""
+        statement = (
+            update(Job)
+            .where(Job.id == job_id, *where)
+            .values(**changes)
+            .returning(Job.id)
+            .execution_options(synchronize_session=False)
+        )
+        return self.session.scalar(statement) is not None
+
+    def _event(self, job_id: str, seq: int, event_type: str, data: dict[str, Any]) -> None:
+        self.session.add(JobEvent(job_id=job_id, seq=seq, type=event_type, data=data))
+
+    def events_after(self, job_id: str, seq: int, limit: int) -> list[JobEvent]:
+        query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq).order_by(JobEvent.seq)
+        return [*self.session.scalars(query.limit(limit))]
+
+    def versions(self, job_ids: Collection[str]) -> dict[str, int]:
+        rows = self.session.execute(select(Job.id, Job.version).where(Job.id.in_(job_ids)))
+        return {row.id: row.version for row in rows}
+
+    def expired(self, now: datetime, limit: int) -> list[Job]:
+        """Running jobs whose worker has let the lease run out."""
+        query = select(Job).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
+        return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
+
+    def undispatched(self, first_due: datetime, limit: int) -> list[Job]:
+        """Queued jobs whose message may be lost; `first_due` is when a message sent then counts as late."""
+        query = select(Job).where(
+            Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), Job.dispatched_at < first_due)
+        )
+        return [*self.session.scalars(query.order_by(Job.id).limit(limit))]

@@ -1,0 +1,122 @@
+"""Jobs as clients see them."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.db.orm import Job
+from app.domain.job_state import TERMINAL
+from app.domain.spec import OptimizationSpec
+from app.http.schemas import ItemPage, Resource
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class StageOut(BaseModel):
+    """One stage of a job. `cached`: its result was there already, and it did not run."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    status: str
+    cached: bool = False
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class JobError(BaseModel):
+    """Why a job failed: what happened, where in the user's model, and what to do about it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    detail: str
+    stage: str | None = None
+    node: str | None = None
+    tensor: str | None = None
+    remedy: str | None = None
+
+
+class JobOut(Resource):
+    status: Status
+    stage: str | None = Field(description="The stage that runs now")
+    progress: float = Field(ge=0, le=1)
+    model_id: str
+    spec: OptimizationSpec
+    stages: list[StageOut]
+    error: JobError | None
+    engine_ids: list[str]
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested: bool
+
+
+class JobPage(ItemPage[JobOut]):
+    """Jobs."""
+
+
+def job_document(row: Job) -> dict[str, Any]:
+    """`JobOut` as JSON data. By hand: a status poll is the hottest path, and the row has been validated before."""
+    path = f"/v1/jobs/{row.id}"
+    links = {
+        "self": path,
+        "events": f"{path}/events",
+        "cancel": f"{path}/cancel",
+        "model": f"/v1/models/{row.model_id}",
+        "engines": f"/v1/engines?job_id={row.id}",
+    }
+    if row.report_sha256 is not None:
+        links["report"] = f"{path}/report"
+    if row.manifest_sha256 is not None:
+        links["manifest"] = f"{path}/manifest"
+    return {
+        "id": row.id,
+        "status": row.status,
+        "stage": row.stage,
+        "progress": row.progress,
+        "model_id": row.model_id,
+        "spec": row.spec,
+        "stages": row.stages,
+        "error": row.error,
+        "engine_ids": row.engine_ids,
+        "created_at": timestamp(row.created_at),
+        "started_at": timestamp(row.started_at),
+        "finished_at": timestamp(row.finished_at),
+        "cancel_requested": row.cancel_requested_at is not None,
+        "links": links,
+    }
+
+
+def job_json(row: Job) -> bytes:
+    return to_json(job_document(row))
+
+
+def job_etag(row: Job) -> str:
+    """Strong: every change that a client can see raises the version."""
+    return f'"{row.id}-{row.version}"'
+
+
+def version_in(etags: str | None, job_id: str) -> int | None:
+    """The version of this job that an If-None-Match header names."""
+    for tag in (etags or "").split(","):
+        name, _, version = tag.strip().removeprefix("W/").strip('"').rpartition("-")
+        if name == job_id and version.isdecimal() and len(version) < 19:
+            return int(version)
+    return None
+
+
+def is_terminal(row: Job) -> bool:
+    return row.status in TERMINAL
+
+
+def timestamp(value: datetime | None) -> str | None:
+    """RFC 3339 in UTC."""
+    return None if value is None else value.isoformat().replace("+00:00", "Z")
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

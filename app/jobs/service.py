@@ -1,0 +1,169 @@
+"""What clients can do with jobs: submit, look, cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.capabilities.service import CapabilityService
+from app.db.base import utcnow
+from app.db.ids import new_id
+from app.db.orm import Dataset, Job, JobEvent, SourceModel
+from app.db.uow import Database
+from app.domain.job_state import TERMINAL, JobStatus, Trigger
+from app.domain.spec import OptimizationSpec
+from app.errors import AppError, FieldError, invalid_request, not_found
+from app.idempotency import Idempotency, recall, remember
+from app.jobs.admission import check_dataset, check_shapes, choose_queue
+from app.jobs.repository import JobRepository
+from app.queue.producer import Dispatch
+from app.settings import Settings
+from app.storage.content import ContentStore
+
+
+class JobService:
+    def __init__(self, db: Database, content: ContentStore, dispatch: Dispatch, settings: Settings) -> None:
+        self.db = db
+        self.content = content
+        self.dispatch = dispatch
+        self.settings = settings
+        self.capabilities = CapabilityService(db, settings)
+
+    def submit(
+        self, tenant_id: str, spec: OptimizationSpec, *, correlation_id: str, idempotency: Idempotency | None
+    ) -> tuple[Job, bool]:
+        """Queue a job; the row, and whether it is new. Raises `AppError` for a spec that cannot be met here."""
+        try:
+            return self._submit(tenant_id, spec, correlation_id, idempotency)
+        except IntegrityError:
+            # The same key came twice at the same time and the other won: answer with its job.
+            if idempotency is None:
+                raise
+            return self._submit(tenant_id, spec, correlation_id, idempotency)
+
+    def _submit(
+        self, tenant_id: str, spec: OptimizationSpec, correlation_id: str, idempotency: Idempotency | None
+    ) -> tuple[Job, bool]:
+        # Live ones decide; where none lives just now, the job may wait for one that was seen.
+        workers = self.capabilities.live() or self.capabilities.known()
+        with self.db.write() as uow:
+            session, jobs = uow.session, JobRepository(uow.session)
+            earlier = recall(session, tenant_id, idempotency) if idempotency else None
+            if earlier is not None:
+                job = jobs.get(tenant_id, earlier)
+                if job is not None:
+                    return job, False
+            model = self._model(session, tenant_id, spec)
+            self._datasets(session, tenant_id, spec, model)
+            if spec.shapes is not None:
+                check_shapes(spec.shapes, model.inputs)
+            queue = choose_queue(spec, model.format, workers)
+            if jobs.count_active(tenant_id) >= self.settings.limits.active_jobs_per_tenant:
+                raise AppError(
+                    "too_many_jobs",
+                    "Too many jobs",
+                    429,
+                    f"{self.settings.limits.active_jobs_per_tenant} jobs are queued or running already.",
+                    retryable=True,
+                    remedy="Wait for some of them to end, or cancel them.",
+                    headers={"Retry-After": "30"},
+                )
+            job = Job(
+                id=new_id("job"),
+                tenant_id=tenant_id,
+                model_id=model.id,
+                status=JobStatus.QUEUED.value,
+                stage=None,
+                progress=0.0,
+                spec=spec.model_dump(mode="json"),
+                queue=queue,
+                stages=[],
+                error=None,
+                engine_ids=[],
+                correlation_id=correlation_id,
+                version=1,
+                attempts=0,
+                fencing_token=0,
+                dispatched_at=utcnow(),
+                dispatches=1,
+                created_at=utcnow(),
+            )
+            jobs.add(job)
+            if idempotency is not None:
+                remember(session, tenant_id, idempotency, job.id)
+            uow.after_commit(lambda: self.dispatch(job))
+            return job, True
+
+    def _model(self, session: Session, tenant_id: str, spec: OptimizationSpec) -> SourceModel:
+        model = session.scalar(
+            select(SourceModel).where(
+                SourceModel.id == spec.model_id, SourceModel.tenant_id == tenant_id, SourceModel.deleted_at.is_(None)
+            )
+        )
+        if model is None:
+            detail = f"There is no model {spec.model_id!r}."
+            raise invalid_request(detail, [FieldError("/model_id", "unknown model")], "Upload it with POST /v1/models.")
+        return model
+
+    def _datasets(self, session: Session, tenant_id: str, spec: OptimizationSpec, model: SourceModel) -> None:
+        sections: list[tuple[str, str | None]] = [
+            ("calibration", spec.calibration.dataset_id if spec.calibration else None),
+            ("validation", spec.validation.dataset_id),
+        ]
+        for section, dataset_id in sections:
+            if dataset_id is None:
+                continue
+            row = session.scalar(
+                select(Dataset).where(
+                    Dataset.id == dataset_id, Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None)
+                )
+            )
+            pointer = f"/{section}/dataset_id"
+            if row is None:
+                detail = f"There is no data set {dataset_id!r}."
+                raise invalid_request(
+                    detail, [FieldError(pointer, "unknown data set")], "Upload it with POST /v1/datasets."
+                )
+            check_dataset(pointer, row.arrays, model.inputs, model.outputs)
+
+    def get(self, tenant_id: str, job_id: str) -> Job:
+        with self.db.read() as session:
+            job = JobRepository(session).get(tenant_id, job_id)
+        if job is None:
+            raise not_found("job", job_id)
+        return job
+
+    def list(
+        self, tenant_id: str, *, limit: int, before: str | None, status: str | None, model_id: str | None
+    ) -> list[Job]:
+        with self.db.read() as session:
+            return JobRepository(session).page(tenant_id, limit=limit, before=before, status=status, model_id=model_id)
+
+    def cancel(self, tenant_id: str, job_id: str) -> Job:
+        """End a queued job now; ask the worker of a running one to stop. A job that has ended stays as it is."""
+        with self.db.write() as uow:
+            jobs = JobRepository(uow.session)
+            job = jobs.get(tenant_id, job_id)
+            if job is None:
+                raise not_found("job", job_id)
+            if job.status not in TERMINAL and job.cancel_requested_at is None:
+                asked: dict[str, Any] = {"cancel_requested_at": utcnow()}
+                if jobs.apply(job_id, Trigger.CANCEL, source=JobStatus.QUEUED, values=asked) is None:
+                    running = [Job.status == JobStatus.RUNNING.value]
+                    jobs.update(job_id, running, asked, "note", {"message": "cancel requested"})
+            return uow.session.get_one(Job, job_id, populate_existing=True)
+
+    def events_after(self, tenant_id: str, job_id: str, seq: int, limit: int = 500) -> Sequence[JobEvent]:
+        with self.db.read() as session:
+            jobs = JobRepository(session)
+            if jobs.get(tenant_id, job_id) is None:
+                raise not_found("job", job_id)
+            return jobs.events_after(job_id, seq, limit)
+
+    def versions(self, job_ids: Collection[str]) -> dict[str, int]:
+        with self.db.read() as session:
+            return JobRepository(session).versions(job_ids)

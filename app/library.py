@@ -1,0 +1,274 @@
+"""What uploaded models and data sets have in common: a named, inspected file of a tenant, stored by content."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from sqlalchemy import or_, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.db.base import utcnow
+from app.db.ids import new_id
+from app.db.orm import Dataset, Job, SourceModel, Upload
+from app.db.uow import Database
+from app.domain.artifact_key import digest_of
+from app.errors import AppError, FieldError, conflict, invalid_request, not_found
+from app.idempotency import Idempotency, recall, remember
+from app.references import is_referenced, lock_blob
+from app.settings import Settings
+from app.storage.content import ContentStore, blob_key
+
+Row = TypeVar("Row", SourceModel, Dataset)
+
+_LONGEST_NAME = 200
+_LONGEST_FILENAME = 255
+
+
+@dataclass(frozen=True)
+class IncomingFile:
+    """A file that has arrived whole on this machine's disk. Whoever made it removes `path` if it is still there."""
+
+    path: Path
+    filename: str
+    sha256: str
+    size_bytes: int
+
+
+class LibraryRepository(Generic[Row]):
+    """All SQL on one kind of uploaded file. `deleted_at` hides a row; jobs may still point to it."""
+
+    def __init__(self, session: Session, table: type[Row]) -> None:
+        self.session = session
+        self.table: type[Row] = table
+
+    def get(self, tenant_id: str, row_id: str, *, lock: bool = False) -> Row | None:
+        query = select(self.table).where(
+            self.table.id == row_id, self.table.tenant_id == tenant_id, self.table.deleted_at.is_(None)
+        )
+        return self.session.scalar(query.with_for_update() if lock else query)
+
+    def page(self, tenant_id: str, *, limit: int, before: str | None, name: str | None) -> list[Row]:
+        table = self.table
+        wanted = [table.tenant_id == tenant_id, table.deleted_at.is_(None)]
+        if before is not None:
+            wanted.append(table.id < before)
+        if name is not None:
+            wanted.append(table.name == name)
+        query = select(table).where(*wanted).order_by(table.id.desc()).limit(limit)
+        return list(self.session.scalars(query))
+
+    def active_job(self, tenant_id: str, row_id: str) -> str | None:
+        """The id of a queued or running job that uses this file."""
+        if self.table is SourceModel:
+            uses = Job.model_id == row_id
+        else:
+            uses = or_(
+                Job.spec["calibration"]["dataset_id"].as_string() == row_id,
+                Job.spec["validation"]["dataset_id"].as_string() == row_id,
+            )
+        active = Job.status.in_(("queued", "running"))
+        return self.session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, active, uses).limit(1))
+
+    def upload(self, tenant_id: str, upload_id: str) -> Upload | None:
+        return self.session.scalar(select(Upload).where(Upload.id == upload_id, Upload.tenant_id == tenant_id))
+
+
+class FileLibrary(ABC, Generic[Row]):
+    """The service over one kind of uploaded file. Calls block."""
+
+    kind: ClassVar[str]
+    prefix: ClassVar[str]
+    table: type[Row]
+
+    def __init__(self, db: Database, content: ContentStore, settings: Settings) -> None:
+        self._db = db
+        self._content = content
+        self._settings = settings
+
+    @abstractmethod
+    def inspect(self, path: Path, filename: str) -> dict[str, Any]:
+        """Look into the file: the columns that describe it. Raises AppError 422 for what is not of this kind."""
+
+    def create(self, tenant_id: str, name: str | None, file: IncomingFile, key: str | None) -> tuple[Row, bool]:
+        """Inspect, store and name the file: (row, whether it was made now)."""
+        name = clean_name(name, file.filename)
+        idempotency = self._idempotency(key, name, file.filename, file.sha256)
+        earlier = self._recall(tenant_id, idempotency)
+        if earlier is not None:
+            return earlier, False
+        columns = self.inspect(file.path, file.filename)
+        self._content.put(tenant_id, file.path, file.sha256, move=True)
+        row = self._row(tenant_id, name, file.filename, file.sha256, file.size_bytes, columns)
+        return self._save(row, idempotency, None)
+
+    def create_from_upload(self, tenant_id: str, name: str | None, upload_id: str, key: str | None) -> tuple[Row, bool]:
+        """The same for the content of a completed upload session, which is consumed by it."""
+        with self._db.read() as session:
+            upload = LibraryRepository(session, self.table).upload(tenant_id, upload_id)
+        if upload is None:
+            raise not_found("upload", upload_id)
+        if upload.status in ("open", "aborted") or upload.sha256 is None:
+            detail = f"The upload is {upload.status}, not completed."
+            remedy = f"POST /v1/uploads/{upload_id}/complete first." if upload.status == "open" else "Upload it again."
+            raise conflict("upload_not_completed", detail, remedy)
+        name = clean_name(name, upload.filename)
+        idempotency = self._idempotency(key, name, upload.filename, upload.sha256)
+        earlier = self._recall(tenant_id, idempotency)
+        if earlier is not None:
+            return earlier, False
+        if upload.status == "consumed":
+            raise conflict("upload_consumed", "The upload has become a model or a data set already.")
+        with local_copy(self._content, tenant_id, upload.sha256, self._settings.temp_dir) as path:
+            columns = self.inspect(path, upload.filename)
+        row = self._row(tenant_id, name, upload.filename, upload.sha256, upload.size_bytes, columns)
+        return self._save(row, idempotency, upload_id)
+
+    def get(self, tenant_id: str, row_id: str) -> Row:
+        with self._db.read() as session:
+            row = LibraryRepository(session, self.table).get(tenant_id, row_id)
+        if row is None:
+            raise not_found(self.kind, row_id)
+        return row
+
+    def page(self, tenant_id: str, *, limit: int, before: str | None, name: str | None = None) -> list[Row]:
+        """Newest first; `before` is the id that the page before ended with."""
+        with self._db.read() as session:
+            return LibraryRepository(session, self.table).page(tenant_id, limit=limit, before=before, name=name)
+
+    def delete(self, tenant_id: str, row_id: str) -> None:
+        """Hide the row, and remove the bytes where nothing else of the tenant needs them. 409 `in_use`."""
+        with self._db.write() as uow:
+            repository = LibraryRepository(uow.session, self.table)
+            row = repository.get(tenant_id, row_id, lock=True)
+            if row is None:
+                raise not_found(self.kind, row_id)
+            job_id = repository.active_job(tenant_id, row_id)
+            if job_id is not None:
+                remedy = f"Wait for job {job_id} to finish, or cancel it."
+                raise conflict("in_use", f"The {self.kind} is used by job {job_id}.", remedy)
+            row.deleted_at = utcnow()
+            sha256 = row.sha256
+        release_blob(self._db, self._content, tenant_id, sha256)
+
+    def _idempotency(self, key: str | None, name: str, filename: str, sha256: str) -> Idempotency | None:
+        return Idempotency(key, digest_of([self.kind, name, filename, sha256])) if key is not None else None
+
+    def _recall(self, tenant_id: str, idempotency: Idempotency | None) -> Row | None:
+        if idempotency is None:
+            return None
+        with self._db.read() as session:
+            row_id = recall(session, tenant_id, idempotency)
+        return None if row_id is None else self.get(tenant_id, row_id)
+
+    def _row(
+        self, tenant_id: str, name: str, filename: str, sha256: str, size_bytes: int, columns: dict[str, Any]
+    ) -> Row:
+        return self.table(
+            id=new_id(self.prefix),
+            tenant_id=tenant_id,
+            name=name,
+            filename=filename,
+            sha256=sha256,
+            size_bytes=size_bytes,
+            created_at=utcnow(),
+            **columns,
+        )
+
+    def _save(self, row: Row, idempotency: Idempotency | None, upload_id: str | None) -> tuple[Row, bool]:
+        """Commit the row. The bytes are stored before; a deletion that came in between is found under the lock."""
+        tenant_id, sha256 = row.tenant_id, row.sha256
+        try:
+            with self._db.write() as uow:
+                lock_blob(uow.session, tenant_id, sha256)
+                if not self._content.exists(tenant_id, sha256):
+                    detail = "The same content was deleted at this very moment."
+                    raise AppError("content_missing", "Try again", 503, detail, retryable=True)
+                self._content.record(uow.session, tenant_id, sha256, row.size_bytes)
+                if upload_id is not None:
+                    upload = LibraryRepository(uow.session, self.table).upload(tenant_id, upload_id)
+                    assert upload is not None
+                    upload.status = "consumed"
+                uow.session.add(row)
+                remember(uow.session, tenant_id, idempotency, row.id)
+        except IntegrityError:
+            earlier = self._recall(tenant_id, idempotency)
+            if earlier is None:
+                raise
+            return earlier, False
+        return row, True
+
+
+def release_blob(db: Database, content: ContentStore, tenant_id: str, sha256: str) -> None:
+    """Remove a blob, row and bytes, unless something of the tenant still needs it."""
+    with db.write() as uow:
+        lock_blob(uow.session, tenant_id, sha256)
+        if is_referenced(uow.session, tenant_id, sha256):
+            return
+        content.forget(uow.session, tenant_id, sha256)
+        # Inside the transaction: whoever stores the same content now waits for the lock, then finds it gone. A crash
+        # before the commit leaves a blob row without bytes, which the next upload of this content mends.
+        content.remove(tenant_id, sha256)
+
+
+@contextmanager
+def local_copy(content: ContentStore, tenant_id: str, sha256: str, temp_dir: Path) -> Iterator[Path]:
+    """The blob as a file on this machine: where it lies, or a copy that is removed at the end. Read-only."""
+    path = content.store.local_path(blob_key(tenant_id, sha256))
+    if path is not None:
+        yield path
+        return
+    with scratch_folder(temp_dir) as folder:
+        copy = folder / "blob"
+        content.fetch(tenant_id, sha256, copy)
+        yield copy
+
+
+@contextmanager
+def scratch_folder(temp_dir: Path) -> Iterator[Path]:
+    temp_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="incoming-", dir=temp_dir))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean_name(name: str | None, filename: str) -> str:
+    """The resource's name: given, or the file's name without its suffix. Raises 422."""
+    if name is None:
+        name = Path(filename).stem[:_LONGEST_NAME]
+    name = name.strip()
+    if not 0 < len(name) <= _LONGEST_NAME:
+        raise _bad("name", f"must have 1 to {_LONGEST_NAME} characters")
+    if _unprintable(name):
+        raise _bad("name", "must not hold control characters")
+    return name
+
+
+def clean_filename(filename: str) -> str:
+    """A plain file name without folders. Raises 422."""
+    if not 0 < len(filename.encode("utf-8", "replace")) <= _LONGEST_FILENAME:
+        raise _bad("filename", f"must have 1 to {_LONGEST_FILENAME} bytes")
+    if "/" in filename or "\\" in filename or filename in (".", ".."):
+        raise _bad("filename", "must be a plain file name without folders")
+    if _unprintable(filename):
+        raise _bad("filename", "must not hold control characters")
+    return filename
+
+
+def _unprintable(text: str) -> bool:
+    """Control characters, and halves of surrogate pairs, which no database takes."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def _bad(field: str, message: str) -> AppError:
+    return invalid_request(f"{field}: {message}", [FieldError(f"/{field}", message)])

@@ -1,0 +1,99 @@
+"""The API: wiring only. Nothing connects at import; the parts are made when the application starts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from anyio import CapacityLimiter
+from fastapi import APIRouter, FastAPI
+
+from app.artifacts import endpoints as artifacts
+from app.artifacts.service import EngineService
+from app.capabilities import endpoints as capabilities
+from app.capabilities.service import CapabilityService
+from app.datasets import endpoints as datasets
+from app.datasets.service import DatasetService
+from app.db.base import make_engine
+from app.db.orm import Job
+from app.db.uow import Database
+from app.http import health
+from app.http.auth import Authenticator
+from app.http.metrics import Metrics
+from app.http.middleware import BodyLimitMiddleware, LocalGuardMiddleware, RequestContextMiddleware, is_loopback
+from app.http.openapi import describe
+from app.http.problem import install_handlers, problems
+from app.http.services import Services
+from app.http.sink import remove_stale
+from app.jobs import endpoints as jobs
+from app.jobs.service import JobService
+from app.jobs.watcher import JobWatcher
+from app.queue.producer import make_dispatch
+from app.settings import Settings, load_settings
+from app.source_models import endpoints as source_models
+from app.source_models.service import SourceModelService
+from app.storage.content import ContentStore
+from app.storage.factory import make_store
+from app.uploads import endpoints as uploads
+from app.uploads.service import UploadService
+
+VERSION = "0.1.0"
+
+Dispatch = Callable[[Job], None]
+
+
+def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = None) -> FastAPI:
+    """The ASGI application. `dispatch` sends a queued job to the workers; the default one uses the broker."""
+    settings = settings or load_settings()
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = make_services(settings, metrics, dispatch or make_dispatch(settings))
+        metrics.watch(health.CachedSnapshot(lambda: health.snapshot(services)))
+        remove_stale(settings.temp_dir)
+        app.state.services = services
+        services.watcher.start()
+        try:
+            yield
+        finally:
+            await services.watcher.stop()
+            services.db.close()
+
+    app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    install_handlers(app)
+    v1 = APIRouter(prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
+    for module in (source_models, datasets, uploads, jobs, artifacts, capabilities):
+        v1.include_router(module.router)
+    app.include_router(v1)
+    app.include_router(health.router)
+    describe(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, limit=settings.limits.json_bytes)
+    if not settings.keys_required:
+        app.add_middleware(LocalGuardMiddleware, check_host=is_loopback(settings.host))
+    app.add_middleware(RequestContextMiddleware, metrics=metrics)
+    return app
+
+
+def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> Services:
+    """Every part of the API. The database is connected to on first use."""
+    db = Database(make_engine(settings.database))
+    content = ContentStore(make_store(settings))
+    jobs_service = JobService(db, content, dispatch, settings)
+    return Services(
+        settings=settings,
+        db=db,
+        content=content,
+        auth=Authenticator(db, settings.keys_required),
+        metrics=metrics,
+        models=SourceModelService(db, content, settings),
+        datasets=DatasetService(db, content, settings),
+        uploads=UploadService(db, content, settings),
+        jobs=jobs_service,
+        engines=EngineService(db),
+        capabilities=CapabilityService(db, settings),
+        watcher=JobWatcher(jobs_service.versions),
+        files=CapacityLimiter(16),
+        inspections=CapacityLimiter(2),
+    )

@@ -1,0 +1,54 @@
+"""The Celery application, shared by the API (which only sends) and the workers (which also run)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+
+from app.settings import Settings
+
+
+def make_celery(settings: Settings) -> Celery:
+    """A Celery app for the broker of the settings. Nothing connects here.
+
+    Messages are at least once: acknowledged late, sent again when a worker is lost. What makes a job safe is the lease
+    in the database and the sweeper, so a transport that loses messages (the file-system one) is good enough.
+    """
+    app = Celery("anneal", broker=settings.broker, set_as_current=False)
+    app.conf.update(
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=_transport_options(settings),
+    )
+    return app
+
+
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    if settings.broker.startswith("filesystem"):
+        folder = settings.broker_dir
+        for name in ("messages", "control"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        return {
+            "data_folder_in": str(folder / "messages"),
+            "data_folder_out": str(folder / "messages"),
+            "control_folder": str(folder / "control"),
+            "polling_interval": 0.02,  # the default of 1 s would be the latency of a job
+        }
+    # Redis: above the longest job, or the message would run a second time beside the first (the lease stops that too).
+    return {
+        "visibility_timeout": 24 * 3600,
+        "socket_connect_timeout": 3,
+        "socket_timeout": 30,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+    }

@@ -1,0 +1,120 @@
+"""Every setting of the service, typed. The only reader of the environment.
+
+The embedded default needs nothing set: SQLite, a blob folder and a file-system broker below `ANNEAL_HOME`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class StorageSettings(BaseSettings):
+    """`STORAGE_URL`: empty = a folder below the home; `file:///path`; `s3://bucket[/prefix]`."""
+
+    model_config = SettingsConfigDict(env_prefix="STORAGE_", extra="ignore")
+
+    url: str = ""
+    s3_endpoint_url: str | None = Field(default=None, validation_alias="S3_ENDPOINT_URL")
+    s3_public_endpoint_url: str | None = Field(default=None, validation_alias="S3_PUBLIC_ENDPOINT_URL")
+    s3_region: str = Field(default="us-east-1", validation_alias="S3_REGION")
+    s3_access_key_id: str | None = Field(default=None, validation_alias="AWS_ACCESS_KEY_ID")
+    s3_secret_access_key: SecretStr | None = Field(default=None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    presign_seconds: int = Field(default=3600, ge=1, le=7 * 24 * 3600)
+
+
+class LimitSettings(BaseSettings):
+    """Limits of what a client may send. Sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="LIMIT_", extra="ignore")
+
+    upload_bytes: int = Field(default=64 << 30, ge=1)
+    unpacked_bytes: int = Field(default=128 << 30, ge=1)
+    compression_ratio: int = Field(default=200, ge=1)
+    archive_members: int = Field(default=10_000, ge=1)
+    json_bytes: int = Field(default=1 << 20, ge=1)
+    part_bytes: int = Field(default=64 << 20, ge=5 << 20)
+    upload_expires_s: int = Field(default=24 * 3600, ge=1)
+    wait_s: float = Field(default=60, ge=0)
+    active_jobs_per_tenant: int = Field(default=1000, ge=1)
+
+
+class WorkerSettings(BaseSettings):
+    """How a worker runs. Times in seconds, memory in MiB."""
+
+    model_config = SettingsConfigDict(env_prefix="WORKER_", extra="ignore")
+
+    name: str = ""
+    lease_s: float = Field(default=15.0, gt=0)
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    sweep_s: float = Field(default=3.0, gt=0)
+    redispatch_s: float = Field(default=15.0, gt=0)
+    max_attempts: int = Field(default=5, ge=1)
+    stage_timeout_s: float = Field(default=1800, gt=0)
+    stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
+    stage_disk_mb: int = Field(default=64 << 10, ge=1)
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="ANNEAL_", extra="ignore")
+
+    home: Path = Path(".anneal")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    require_keys: bool | None = Field(default=None, description="None = whenever the host is not loopback")
+    log_json: bool | None = Field(default=None, description="None = whenever stderr is not a terminal")
+    log_level: str = "INFO"
+    database_url: str = Field(default="", validation_alias="DATABASE_URL")
+    broker_url: str = Field(default="", validation_alias="BROKER_URL")
+    storage: StorageSettings = Field(default_factory=StorageSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
+
+    @property
+    def home_dir(self) -> Path:
+        return self.home.expanduser().resolve()
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL; `postgres://` and `postgresql://` get the psycopg driver."""
+        url = self.database_url or f"sqlite:///{self.home_dir / 'anneal.db'}"
+        for prefix in ("postgres://", "postgresql://"):
+            if url.startswith(prefix):
+                return "postgresql+psycopg://" + url[len(prefix) :]
+        return url
+
+    @property
+    def broker(self) -> str:
+        return self.broker_url or "filesystem://localhost/"
+
+    @property
+    def broker_dir(self) -> Path:
+        return self.home_dir / "broker"
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage.url or f"file://{self.home_dir / 'blobs'}"
+
+    @property
+    def temp_dir(self) -> Path:
+        """Scratch space on the same disk as the embedded blob folder, so that storing is a rename."""
+        return self.home_dir / "tmp"
+
+    @property
+    def keys_required(self) -> bool:
+        if self.require_keys is not None:
+            return self.require_keys
+        return self.host not in ("127.0.0.1", "::1", "localhost")
+
+
+def load_settings() -> Settings:
+    return Settings()
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child process that handles a user's model: no secrets, nothing but what Python needs."""
+    keep = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+    return {k: os.environ[k] for k in keep if k in os.environ}

@@ -1,0 +1,69 @@
+"""`/v1/models`: uploaded ML models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request, Response
+
+from app.http.bodies import BODY_DESCRIPTION, create_from_request
+from app.http.deps import IdempotencyKeyHeader, NameFilter, PageDep, ServicesDep, TenantId, path_id
+from app.http.downloads import Download, download_response
+from app.http.pagination import cut
+from app.http.problem import problems
+from app.http.responses import DOWNLOAD_RESPONSES, created
+from app.source_models.schemas import ModelOut, ModelPage
+
+router = APIRouter(prefix="/models", tags=["models"])
+
+ModelId = Annotated[str, path_id("model")]
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=ModelOut,
+    responses=problems(400, 404, 409, 413, 415, 507),
+    openapi_extra={"requestBody": BODY_DESCRIPTION},
+)
+async def create_model(
+    request: Request,
+    services: ServicesDep,
+    tenant_id: TenantId,
+    key: IdempotencyKeyHeader = None,
+    name: Annotated[str | None, Query(description="Default: the file's name without its suffix")] = None,
+    filename: Annotated[str | None, Query(description="The file's name; its suffix helps to tell the format")] = None,
+) -> Response:
+    """Upload a model: `.onnx`, a `.zip`/`.tar` of one `.onnx` and its external data, or `.pt2`."""
+    row, new = await create_from_request(
+        request, services, services.models, tenant_id, name=name, filename=filename, key=key
+    )
+    return created(ModelOut.of(row), new)
+
+
+@router.get("", response_model=ModelPage)
+def list_models(services: ServicesDep, tenant_id: TenantId, page: PageDep, name: NameFilter = None) -> ModelPage:
+    """Uploaded models, newest first."""
+    rows, cursor = cut(services.models.page(tenant_id, limit=page.limit + 1, before=page.before, name=name), page.limit)
+    return ModelPage(items=[ModelOut.of(row) for row in rows], next_cursor=cursor)
+
+
+@router.get("/{model_id}", response_model=ModelOut, responses=problems(404))
+def get_model(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> ModelOut:
+    """One model."""
+    return ModelOut.of(services.models.get(tenant_id, model_id))
+
+
+@router.head("/{model_id}/download", include_in_schema=False)
+@router.get("/{model_id}/download", response_class=Response, responses=DOWNLOAD_RESPONSES)
+async def download_model(request: Request, services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> Response:
+    """The file as it was uploaded."""
+    row = await anyio.to_thread.run_sync(services.models.get, tenant_id, model_id)
+    return await download_response(request, services, Download(tenant_id, row.sha256, row.size_bytes, row.filename))
+
+
+@router.delete("/{model_id}", status_code=204, responses=problems(404, 409, 413, 507))
+def delete_model(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> None:
+    """Delete a model that no queued or running job uses. Engines made of it stay."""
+    services.models.delete(tenant_id, model_id)

@@ -1,0 +1,63 @@
+"""Content addressing over a `BlobStore`: every file of a tenant lies under its own SHA-256, in that tenant's scope."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from app.db.orm import Blob
+from app.storage.base import BlobStore
+
+CHUNK = 4 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, with flat memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blob_key(tenant_id: str, sha256: str) -> str:
+    """Storage key of a tenant's blob. The tenant is part of it: a digest alone never reaches another's bytes."""
+    return f"tenants/{tenant_id}/blobs/{sha256[:2]}/{sha256}"
+
+
+class ContentStore:
+    """Puts files in storage first and rows second: a crash in between leaves a blob that the collector finds,
+    never a row without its bytes."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self.store = store
+
+    def put(self, tenant_id: str, path: Path, sha256: str, *, move: bool = False) -> None:
+        """Store the bytes of `path`, whose digest the caller has computed."""
+        self.store.put_file(blob_key(tenant_id, sha256), path, move=move)
+
+    def record(self, session: Session, tenant_id: str, sha256: str, size_bytes: int) -> None:
+        """Note in the database that the tenant holds this blob (idempotent)."""
+        if session.get(Blob, (tenant_id, sha256)) is None:
+            session.merge(Blob(tenant_id=tenant_id, sha256=sha256, size_bytes=size_bytes))
+
+    def fetch(self, tenant_id: str, sha256: str, path: Path) -> None:
+        self.store.fetch(blob_key(tenant_id, sha256), path)
+
+    def read_bytes(self, tenant_id: str, sha256: str) -> bytes:
+        """The whole of a small blob (report, manifest)."""
+        with self.store.open(blob_key(tenant_id, sha256)) as stream:
+            return stream.read()
+
+    def exists(self, tenant_id: str, sha256: str) -> bool:
+        return self.store.size(blob_key(tenant_id, sha256)) is not None
+
+    def forget(self, session: Session, tenant_id: str, sha256: str) -> None:
+        """Drop the row; the caller deletes the bytes after the commit with `remove`."""
+        session.execute(delete(Blob).where(Blob.tenant_id == tenant_id, Blob.sha256 == sha256))
+
+    def remove(self, tenant_id: str, sha256: str) -> None:
+        self.store.delete(blob_key(tenant_id, sha256))
+
+    def known(self, session: Session, tenant_id: str, sha256: str) -> bool:
+        return session.scalar(select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256 == sha256)) is not None

@@ -1,0 +1,115 @@
+"""Runs the processes of the embedded default: the API and one worker, which end together and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from app.db.migrate import upgrade
+from app.logging import configure_logging
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_GRACE_S = 8.0
+
+
+def run_api(settings: Settings) -> int:
+    """Serve the API in this process until SIGTERM or SIGINT."""
+    from app.main import create_app
+
+    refuse_open_server(settings)
+    _logging(settings)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def refuse_open_server(settings: Settings) -> None:
+    """Beyond loopback, keys are not optional."""
+    loopback = settings.host in ("127.0.0.1", "::1", "localhost")
+    if not loopback and not settings.keys_required:
+        raise SystemExit(f"Refusing to listen on {settings.host} without API keys: unset ANNEAL_REQUIRE_KEYS.")
+
+
+def serve(settings: Settings) -> int:
+    """Migrate, start API and worker, and wait. Ctrl-C, SIGTERM, or the death of either ends both."""
+    refuse_open_server(settings)
+    _logging(settings)
+    settings.home_dir.mkdir(parents=True, exist_ok=True)
+    upgrade(settings.database)
+    stop: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        stop.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    children = {
+        "api": _start([sys.executable, "-m", "app", "api"]),
+        "worker": _start([sys.executable, "-m", "workers"]),
+    }
+    log.info("serving", url=f"http://{settings.host}:{settings.port}", home=str(settings.home_dir))
+    status = 0
+    while not stop:
+        ended = {name: p.returncode for name, p in children.items() if p.poll() is not None}
+        if "api" in ended:
+            log.error("api_ended", status=ended["api"])
+            status = 1
+            break
+        if "worker" in ended and not stop:
+            # The API goes on and so do the jobs: a new worker takes them up from their last finished stage.
+            log.error("worker_ended", status=ended["worker"])
+            time.sleep(1)
+            children["worker"] = _start([sys.executable, "-m", "workers"])
+        time.sleep(0.1)
+    _stop([*children.values()])
+    return status
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    # A group of its own: a terminal's Ctrl-C reaches the supervisor only, which then ends everybody in order.
+    # `preexec_fn` is safe here: this process has no threads.
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)  # noqa: PLW1509
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+    for process in children:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for process in children:
+        try:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _logging(settings: Settings) -> None:
+    log_json = settings.log_json if settings.log_json is not None else not sys.stderr.isatty()
+    configure_logging(json=log_json, level=settings.log_level)

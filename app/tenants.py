@@ -1,0 +1,67 @@
+"""Tenants and their API keys. Only the SHA-256 of a key is stored; a key is shown once, when it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from app.db.base import utcnow
+from app.db.ids import new_id
+from app.db.orm import LOCAL_TENANT, ApiKey, Tenant
+from app.db.uow import Database
+
+KEY_PREFIX = "ank_"
+_LONGEST_KEY = 200
+
+
+class TenantRepository:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def by_name(self, name: str) -> Tenant | None:
+        return self.session.scalar(select(Tenant).where(Tenant.name == name))
+
+    def tenant_of_key(self, key_sha256: str) -> str | None:
+        query = select(ApiKey.tenant_id).where(ApiKey.key_sha256 == key_sha256, ApiKey.revoked_at.is_(None))
+        return self.session.scalar(query)
+
+    def revoke(self, key_sha256: str) -> bool:
+        statement = update(ApiKey).where(ApiKey.key_sha256 == key_sha256, ApiKey.revoked_at.is_(None))
+        return self.session.scalar(statement.values(revoked_at=utcnow()).returning(ApiKey.id)) is not None
+
+
+def hash_key(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def create_key(db: Database, tenant_name: str, key_name: str) -> str:
+    """Make a key for the tenant of this name (made too where there is none) and return it: `ank_` + 43 characters."""
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    with db.write() as uow:
+        tenant = TenantRepository(uow.session).by_name(tenant_name)
+        if tenant is None:
+            tenant = Tenant(id=new_id("tnt"), name=tenant_name)
+            uow.session.add(tenant)
+            uow.session.flush()
+        uow.session.add(ApiKey(id=new_id("key"), tenant_id=tenant.id, name=key_name, key_sha256=hash_key(key)))
+    return key
+
+
+def revoke_key(db: Database, key: str) -> bool:
+    """Revoke a key; False where there is no such live key. Running API processes forget it within two seconds."""
+    with db.write() as uow:
+        return TenantRepository(uow.session).revoke(hash_key(key))
+
+
+def tenant_of(db: Database, key: str) -> str | None:
+    """The tenant id of a live key, or None."""
+    if not key.isascii() or len(key) > _LONGEST_KEY:
+        return None
+    with db.read() as session:
+        return TenantRepository(session).tenant_of_key(hash_key(key))
+
+
+__all__ = ["KEY_PREFIX", "LOCAL_TENANT", "create_key", "revoke_key", "tenant_of"]

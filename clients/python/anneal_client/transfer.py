@@ -1,0 +1,168 @@
+"""Files in and out: streamed, verified, resumed. Memory stays flat in the size of the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from anneal_client.errors import AnnealError, DigestMismatch, UploadInterrupted
+from anneal_client.transport import Transient, Transport, raise_for
+
+BLOCK = 1 << 20
+_SHA256 = re.compile(r"(?:sha-?256[:=-])?([0-9a-f]{64})", re.IGNORECASE)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(sha256: str) -> str:
+    """The `Content-Digest` header's value (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
+
+
+def blocks(path: Path, start: int, length: int) -> Iterator[bytes]:
+    """`length` bytes of the file from `start`, block by block."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while length > 0 and (block := file.read(min(BLOCK, length))):
+            length -= len(block)
+            yield block
+
+
+class PartedUpload:
+    """An upload session: parts in parallel, each retried; parts that are there already are not sent again."""
+
+    def __init__(self, transport: Transport, path: Path) -> None:
+        self._transport = transport
+        self._path = path
+        self._size = path.stat().st_size
+
+    def run(self, upload_id: str | None, *, workers: int) -> str:
+        """Send the file and complete the session; answers its id. Raises `UploadInterrupted`, which can be resumed."""
+        session = self._begin() if upload_id is None else self._state(upload_id)
+        upload_id = str(session["id"])
+        try:
+            if session.get("status", "open") == "open":  # else completed by a call whose answer was lost
+                self._send_missing(session, workers)
+            self._transport.request("POST", f"/v1/uploads/{upload_id}/complete")
+        except AnnealError as error:
+            raise UploadInterrupted(upload_id, error) from error
+        return upload_id
+
+    def _begin(self) -> Mapping[str, Any]:
+        wanted = {"filename": self._path.name, "size_bytes": self._size, "sha256": sha256_of(self._path)}
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        session: Mapping[str, Any] = self._transport.request("POST", "/v1/uploads", json=wanted, headers=headers).json()
+        return session
+
+    def _state(self, upload_id: str) -> Mapping[str, Any]:
+        session: Mapping[str, Any] = self._transport.request("GET", f"/v1/uploads/{upload_id}").json()
+        size = session.get("size_bytes", self._size)
+        if size != self._size:
+            raise AnnealError("upload_mismatch", f"Upload {upload_id} is for {size} bytes, the file has {self._size}.")
+        return session
+
+    def _send_missing(self, session: Mapping[str, Any], workers: int) -> None:
+        part_size = int(session["part_size"])
+        urls = part_urls(session)
+        there = {int(p["number"]) if isinstance(p, Mapping) else int(p) for p in session.get("parts") or ()}
+        count = max(1, -(-self._size // part_size))
+        missing = [number for number in range(1, count + 1) if number not in there]
+        path = f"/v1/uploads/{session['id']}/parts"
+
+        def send(number: int) -> None:
+            start = (number - 1) * part_size
+            length = min(part_size, self._size - start)
+            self._transport.request(
+                "PUT",
+                urls.get(number, f"{path}/{number}"),
+                headers={"Content-Length": str(length)},
+                body=lambda: blocks(self._path, start, length),
+                timeout_s=300,
+            )
+
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            pending = [pool.submit(send, number) for number in missing]
+            try:
+                for future in pending:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def part_urls(session: Mapping[str, Any]) -> dict[int, str]:
+    """URL of each part by its 1-based number: from a list in order, a list of `{number, url}`, or an object."""
+    given = session.get("part_urls") or ()
+    if isinstance(given, Mapping):
+        return {int(number): str(url) for number, url in given.items()}
+    urls: dict[int, str] = {}
+    for position, entry in enumerate(given, start=1):
+        if isinstance(entry, Mapping):
+            urls[int(entry.get("number", position))] = str(entry["url"])
+        else:
+            urls[position] = str(entry)
+    return urls
+
+
+def download(transport: Transport, url: str, target: Path, sha256: str | None) -> Path:
+    """Fetch `url` into `target`, which appears only when whole and verified. An interrupted download goes on where it
+    stopped, within the call and (where `sha256` is known beforehand) in a later call too.
+
+    The digest is `sha256`, or else the one in the response's ETag. Raises `DigestMismatch`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{sha256[:16] if sha256 else 'partial'}.part")
+    if sha256 is None:
+        part.unlink(missing_ok=True)
+    stated: list[str] = [sha256] if sha256 else []
+    transport.attempt(lambda: _fetch(transport, url, part, stated))
+    found = sha256_of(part)
+    if stated and found != stated[0]:
+        part.unlink()
+        raise DigestMismatch("digest_mismatch", f"{url} came as sha256 {found}, stated was {stated[0]}.")
+    part.replace(target)
+    return target
+
+
+def _fetch(transport: Transport, path: str, part: Path, stated: list[str]) -> None:
+    """One attempt: append what is missing to `part`. Notes the digest of the first answer's ETag in `stated`."""
+    have = part.stat().st_size if part.exists() else 0
+    url = transport.resolve(path)
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with transport.client_for(url).stream("GET", url, headers=headers, follow_redirects=True) as response:
+        if have and response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+            if response.headers.get("Content-Range") == f"bytes */{have}":
+                return  # all of it was there already
+            part.unlink()
+            raise Transient(AnnealError("range_not_satisfiable", f"{path} is not what was begun; starting over."))
+        raise_for(response)
+        digest = next(filter(None, (etag_sha256(r) for r in (*response.history, response))), None)
+        if digest and not stated:
+            stated.append(digest)
+        elif digest and digest != stated[0]:
+            part.unlink(missing_ok=True)
+            raise Transient(DigestMismatch("digest_mismatch", f"{path} changed while it was downloaded."))
+        mode = "ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb"
+        with part.open(mode) as file:
+            for block in response.iter_bytes():
+                file.write(block)
+
+
+def etag_sha256(response: httpx.Response) -> str | None:
+    """The SHA-256 in a strong ETag, or None where the ETag is something else (as S3's own)."""
+    match = _SHA256.fullmatch(response.headers.get("ETag", "").strip('"'))
+    return match.group(1).lower() if match else None

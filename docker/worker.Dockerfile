@@ -1,0 +1,44 @@
+# syntax=docker/dockerfile:1
+# A CPU worker: ONNX Runtime, and torch for `.pt2` sources. Build from the root of the repository:
+#   docker build -f docker/worker.Dockerfile -t anneal-worker .
+
+FROM python:3.11-slim-trixie AS build
+# The index of torch's CPU wheels: PyPI's Linux wheel brings several GB of CUDA, which a CPU worker has no use for.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CONSTRAINT=/srv/anneal/requirements/constraints.txt
+WORKDIR /srv/anneal
+RUN python -m venv /venv
+ENV PATH=/venv/bin:$PATH
+COPY requirements/constraints.txt requirements/
+# The largest layer first and by itself: `+cpu` wheels stand on that index only. Which version, the constraints say.
+# hadolint ignore=DL3013
+RUN --mount=type=cache,target=/root/.cache/pip pip install --extra-index-url "$TORCH_INDEX_URL" torch
+COPY pyproject.toml README.md LICENSE ./
+# hadolint ignore=DL3013
+RUN --mount=type=cache,target=/root/.cache/pip \
+    mkdir app && touch app/__init__.py \
+    && pip install ".[cpu,torch]" \
+    && pip uninstall --yes anneal
+COPY app app
+COPY workers workers
+COPY docker/worker_health.py docker/
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --editable .
+
+FROM python:3.11-slim-trixie
+RUN groupadd --gid 10001 anneal \
+    && useradd --uid 10001 --gid anneal --no-create-home --home-dir /var/lib/anneal --shell /usr/sbin/nologin anneal \
+    && install --directory --owner=anneal --group=anneal --mode=0750 /var/lib/anneal
+COPY --from=build /venv /venv
+COPY --from=build /srv/anneal /srv/anneal
+ENV PATH=/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    ANNEAL_HOME=/var/lib/anneal
+WORKDIR /srv/anneal
+USER 10001:10001
+VOLUME /var/lib/anneal
+# Its heartbeat in the database, which goes on while a job runs in a child.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 \
+    CMD ["python", "/srv/anneal/docker/worker_health.py"]
+CMD ["python", "-m", "workers"]

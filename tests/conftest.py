@@ -1,0 +1,126 @@
+"""Fixtures shared by all tests. A server starts when the first test asks for it and ends with the test run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import boto3
+import pytest
+import redis
+from botocore.config import Config
+
+from app.settings import Settings, StorageSettings
+from tests import servers, swift_server
+from tests.swift_server import S3Server
+
+# What would make the code under test use the developer's own database, broker or storage.
+_SERVICE_VARIABLES = (
+    "DATABASE_URL",
+    "BROKER_URL",
+    "STORAGE_URL",
+    "S3_ENDPOINT_URL",
+    "S3_PUBLIC_ENDPOINT_URL",
+    "S3_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "ANNEAL_HOST",
+    "ANNEAL_PORT",
+    "ANNEAL_REQUIRE_KEYS",
+)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server: the URL of its maintenance database, as a superuser. Tests take `fresh_postgres`."""
+    with servers.postgres() as url:
+        yield url
+
+
+@pytest.fixture
+def fresh_postgres(postgres_url: str) -> Iterator[str]:
+    """A new, empty PostgreSQL database: `postgresql://user:password@host:port/name`."""
+    with servers.new_database(postgres_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Redis server: `redis://:password@host:port/0`. Its content is shared between tests; see `fresh_redis`."""
+    with servers.redis_server() as url:
+        yield url
+
+
+@pytest.fixture
+def fresh_redis(redis_url: str) -> str:
+    """The Redis server, emptied."""
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    return redis_url
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server (OpenStack Swift); installed on first use, and a test fails where that is not possible."""
+    with swift_server.swift() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class S3Bucket:
+    """A bucket on the S3 server of the tests."""
+
+    server: S3Server
+    name: str
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables that make the service use this bucket."""
+        return {
+            "STORAGE_URL": f"s3://{self.name}",
+            "S3_ENDPOINT_URL": self.server.endpoint_url,
+            "S3_REGION": self.server.region,
+            "AWS_ACCESS_KEY_ID": self.server.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.server.secret_access_key,
+        }
+
+    def settings(self, **overrides: Any) -> StorageSettings:
+        """The storage settings for this bucket; `overrides` by the names of the variables."""
+        values = {**self.variables, **overrides}
+        return StorageSettings.model_validate({"url": values.pop("STORAGE_URL"), **values})
+
+
+@pytest.fixture
+def fresh_bucket(s3_server: S3Server) -> S3Bucket:
+    """A new, empty bucket; it goes with the server."""
+    bucket = S3Bucket(s3_server, f"test-{uuid4().hex[:12]}")
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3_server.endpoint_url,
+        aws_access_key_id=s3_server.access_key_id,
+        aws_secret_access_key=s3_server.secret_access_key,
+        region_name=s3_server.region,
+        config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+    )
+    try:
+        client.create_bucket(Bucket=bucket.name)
+    finally:
+        client.close()
+    return bucket
+
+
+@pytest.fixture
+def tmp_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The settings of the embedded default with its home in a temporary folder; `ANNEAL_HOME` says the same, so that
+    child processes and `load_settings()` agree."""
+    for name in _SERVICE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("ANNEAL_HOME", str(home))
+    return Settings(home=home)

@@ -1,0 +1,91 @@
+"""What cannot be served is refused at submission, with what is on offer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.db.orm import Worker
+from app.domain.spec import OptimizationSpec
+from app.errors import AppError
+from app.jobs.admission import check_dataset, check_shapes, choose_queue
+
+INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 8]}]
+OUTPUTS = [{"name": "y", "dtype": "float32", "shape": ["batch", 10]}]
+
+
+def _spec(**changes: Any) -> OptimizationSpec:
+    return OptimizationSpec.model_validate({"model_id": "mdl_x", **changes})
+
+
+def _worker() -> Worker:
+    backend = {"name": "onnxruntime", "versions": {}, "devices": ["cpu"], "precisions": ["fp32", "int8"]}
+    return Worker(id="w", hardware={"id": "cpu-x"}, backends=[backend], formats=["onnx", "archive"], queues=[])
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"target": {"device": "cuda"}},
+        {"precisions": ["fp8"]},
+        {"target": {"backends": ["tensorrt"]}},
+        {"target": {"hardware": "gpu-z"}},
+    ],
+)
+def test_what_no_worker_has_is_refused_with_the_offer(wanted: dict[str, Any]) -> None:
+    with pytest.raises(AppError) as caught:
+        choose_queue(_spec(**wanted), "onnx", [_worker()])
+    assert caught.value.code == "unavailable_target"
+    assert caught.value.extra["offered"]["backends"] == ["onnxruntime"]
+
+
+def test_a_format_that_no_worker_reads_is_refused() -> None:
+    with pytest.raises(AppError, match="pt2"):
+        choose_queue(_spec(), "pt2", [_worker()])
+
+
+def test_jobs_go_to_the_queue_of_their_hardware() -> None:
+    assert choose_queue(_spec(), "onnx", [_worker()]) == "anneal.cpu"
+    assert choose_queue(_spec(target={"hardware": "cpu-x"}), "onnx", [_worker()]) == "anneal.hw.cpu-x"
+
+
+def test_before_any_worker_was_seen_plain_jobs_wait_and_special_ones_are_refused() -> None:
+    assert choose_queue(_spec(), "onnx", []) == "anneal.cpu"
+    with pytest.raises(AppError, match="no worker"):
+        choose_queue(_spec(target={"device": "cuda"}), "onnx", [])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ([], "is missing"),
+        ([{"name": "x", "dtype": "float64", "shape": [3, 8]}], "is float64"),
+        ([{"name": "x", "dtype": "float32", "shape": [3, 9]}], "has shape"),
+        ([{"name": "x", "dtype": "float32", "shape": [3]}], "has shape"),
+        (
+            [{"name": "x", "dtype": "float32", "shape": [3, 8]}, {"name": "z", "dtype": "float32", "shape": [1]}],
+            "no input or output",
+        ),
+    ],
+)
+def test_a_data_set_that_does_not_fit_is_refused(arrays: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(AppError, match=message) as caught:
+        check_dataset("/calibration/dataset_id", arrays, INPUTS, OUTPUTS)
+    assert caught.value.errors
+
+
+def test_a_data_set_with_labels_fits() -> None:
+    arrays = [{"name": "x", "dtype": "float32", "shape": [3, 8]}, {"name": "labels", "dtype": "int64", "shape": []}]
+    check_dataset("/validation/dataset_id", arrays, INPUTS, OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [("nope", [1, 3, 8], "no input"), ("x", [1, 3], "rank"), ("x", [1, 3, 9], "fixed at 8")],
+)
+def test_shapes_that_contradict_the_model_are_refused(name: str, shape: list[int], message: str) -> None:
+    spec = _spec(shapes={name: {"min": shape, "opt": shape, "max": shape}})
+    assert spec.shapes is not None
+    with pytest.raises(AppError, match=message):
+        check_shapes(spec.shapes, INPUTS)

@@ -1,0 +1,337 @@
+"""The benchmark stage on real models, with seeded regressions: a slowed engine, a broken one, one that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from app.domain.failures import FailureKind, StageFailure
+from workers.hardware import describe
+from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, TensorSpec, backends
+from workers.measure import engine_process, rounds
+from workers.measure.engine_process import EngineProcess
+from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
+from workers.stages.benchmark import Benchmark, BenchmarkOptions
+
+
+class Spoiled(Session):
+    """A real session with a fault: `how` is the runtime option of `TestSpoiled`."""
+
+    def __init__(self, inner: Session, how: Mapping[str, Any]) -> None:
+        self._inner, self._how, self._runs = inner, how, 0
+        self.inputs, self.outputs = inner.inputs, inner.outputs
+
+    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        out = self._inner.run(feeds)
+        if "nan_above" in self._how and max(float(a.max()) for a in feeds.values()) > self._how["nan_above"]:
+            out = {n: np.full_like(a, np.nan) for n, a in out.items()}
+        return out
+
+    def bind(self, feeds: dict[str, Any]) -> Callable[[], Any]:
+        call = self._inner.bind(feeds)
+
+        def spoiled() -> None:
+            self._runs += 1
+            if "sleep_s" in self._how:
+                time.sleep(self._how["sleep_s"])
+            if self._runs == self._how.get("signal_after"):
+                os.kill(os.getpid(), self._how["signal"])
+            if self._runs == self._how.get("hang_after"):
+                time.sleep(3600)
+            if self._runs == self._how.get("raise_after"):
+                raise MemoryError
+            call()
+
+        return spoiled
+
+
+class SpoiledBackend(Backend):
+    name: ClassVar[str] = "test-spoiled"
+    engine_format: ClassVar[str] = "onnx"
+
+    def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
+        return None  # no worker offers it
+
+    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
+        return Spoiled(backends()["onnxruntime"]().load(engine, {}), runtime)
+
+    def infer_script(self, runtime: Mapping[str, Any]) -> str:
+        return ""
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.fractions: list[float] = []
+        self.notes: list[str] = []
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        self.fractions.append(fraction)
+
+    def note(self, message: str, **facts: Any) -> None:
+        self.notes.append(message)
+
+
+def mlp(folder: Path, *, width: int = 256, layers: int = 4, batch: int | str = "batch", reshape: int = 0) -> Path:
+    """A small perceptron, 16 inputs to 4 outputs; with `reshape` it really takes only batches of that size."""
+    rng = np.random.default_rng(0)
+    nodes, weights, size, last = [], [], 16, "x"
+    for i in range(layers):
+        out = 4 if i == layers - 1 else width
+        weights.append(numpy_helper.from_array((rng.standard_normal((size, out)) / 8).astype(np.float32), f"w{i}"))
+        nodes += [
+            helper.make_node("MatMul", [last, f"w{i}"], [f"h{i}"]),
+            helper.make_node("Tanh", [f"h{i}"], [f"a{i}"]),
+        ]
+        size, last = out, f"a{i}"
+    if reshape:
+        weights.append(numpy_helper.from_array(np.array([reshape, 4], np.int64), "shape"))
+        nodes.append(helper.make_node("Reshape", [last, "shape"], ["fixed"]))
+        last = "fixed"
+    nodes.append(helper.make_node("Identity", [last], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 4])],
+        weights,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 10
+    onnx.save(model, folder / "model.onnx")
+    return folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., Any]:
+    def run(engines: dict[str, Any], *, baseline: Path | None = None, data: Path | None = None, **options: Any) -> Any:
+        folder = baseline or mlp(tmp_path / "model")
+        inputs = {"baseline": folder, **{f"engine.{i}": e.pop("folder", folder) for i, e in engines.items()}}
+        if data is not None:
+            inputs["data"] = data
+        reporter = Notes()
+        ctx = StageContext(inputs, tmp_path, tmp_path / "out", reporter, describe())
+        given = [{"id": i, "backend": "test-spoiled", **e} for i, e in engines.items()]
+        result = Benchmark().run(
+            ctx, BenchmarkOptions(**{"engines": given, "batch_sizes": [1], "min_seconds": 0.1, **options})
+        )
+        json.dumps(result.data, allow_nan=False)
+        assert reporter.fractions == sorted(reporter.fractions)
+        assert reporter.fractions[-1] == pytest.approx(1.0)
+        return result.data
+
+    return run
+
+
+def test_every_figure_of_a_run(bench: Callable[..., Any], tmp_path: Path) -> None:
+    small = mlp(tmp_path / "small", width=16)
+    data = bench({"same": {}, "small": {"folder": small}}, batch_sizes=[8, 1], min_seconds=0.2, want_p99=True)
+    assert set(data["engines"]) == {"baseline", "same", "small"}
+    assert data["batch_sizes"] == [1, 8]
+    for name, engine in data["engines"].items():
+        assert set(engine["batches"]) == {"1", "8"}
+        assert engine["cold_start_ms"] == pytest.approx(engine["load_ms"] + engine["first_inference_ms"], rel=1e-4)
+        assert 10 < engine["peak_memory_mb"] < 4000
+        for batch, figures in engine["batches"].items():
+            assert figures["samples"] >= 662
+            assert figures["rounds"] >= 5
+            assert 0 < figures["p50_ms"] <= figures["p90_ms"] <= figures["p95_ms"] <= figures["p99_ms"]
+            assert figures["throughput_qps"] == pytest.approx(1000 * int(batch) / figures["mean_ms"], rel=1e-4)
+            assert figures["not_finite"] == []
+            for key in ("speedup", "throughput_ratio"):
+                assert figures[key]["low"] <= figures[key]["ratio"] <= figures[key]["high"]
+            expected = data["engines"]["baseline"]["batches"][batch]["p50_ms"] / figures["p50_ms"]
+            assert figures["speedup"]["ratio"] == pytest.approx(expected, rel=0.05), name
+    assert data["engines"]["small"]["size_bytes"] < data["engines"]["same"]["size_bytes"]
+    assert set(data["aa"]) == {"1", "8"}
+    assert data["noisy"] == any(not a["low"] <= 1 <= a["high"] for a in data["aa"].values()) == bool(data["noise"])
+    assert "load_average" in data["conditions"]["before"]
+    with np.load(tmp_path / "out/samples/samples.npz", allow_pickle=False) as raw:
+        for name in ("baseline", "baseline (again)", "same", "small"):
+            assert raw[f"{name}|1|latency_ns"].shape == raw[f"{name}|1|round"].shape
+        assert len(raw["small|8|latency_ns"]) == data["engines"]["small"]["batches"]["8"]["samples"]
+
+
+def test_a_slowed_engine_never_looks_faster(bench: Callable[..., Any]) -> None:
+    data = bench({"slow": {"runtime": {"sleep_s": 0.001}}})
+    speedup = data["engines"]["slow"]["batches"]["1"]["speedup"]
+    assert speedup["high"] < 1
+    assert data["engines"]["slow"]["batches"]["1"]["throughput_ratio"]["high"] < 1
+
+
+def test_a_faster_engine_is_seen(bench: Callable[..., Any], tmp_path: Path) -> None:
+    big = mlp(tmp_path / "big", width=1024)
+    data = bench({"small": {"backend": "onnxruntime", "folder": mlp(tmp_path / "small", width=8)}}, baseline=big)
+    assert data["engines"]["small"]["batches"]["1"]["speedup"]["low"] > 1.5
+
+
+@pytest.mark.parametrize(
+    ("runtime", "code"),
+    [
+        ({"signal_after": 40, "signal": int(signal.SIGSEGV)}, "engine_crashed"),
+        ({"signal_after": 40, "signal": int(signal.SIGKILL)}, "out_of_memory"),
+        ({"raise_after": 40}, "out_of_memory"),
+    ],
+)
+def test_an_engine_that_dies_leaves_the_others_alone(
+    bench: Callable[..., Any], runtime: dict[str, Any], code: str
+) -> None:
+    data = bench({"dies": {"runtime": runtime}, "lives": {}})
+    assert data["engines"]["dies"]["failed"]["code"] == code
+    assert data["engines"]["dies"]["batches"] == {}
+    assert "failed" not in data["engines"]["lives"]
+    assert data["engines"]["lives"]["batches"]["1"]["samples"] > 11
+
+
+def test_an_engine_that_hangs_is_ended(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "INFERENCE_LIMIT_S", 1.0)
+    data = bench({"hangs": {"runtime": {"hang_after": 10}}, "lives": {}})
+    assert data["engines"]["hangs"]["failed"]["code"] == "engine_timeout"
+    assert data["engines"]["lives"]["batches"]["1"]["p50_ms"] > 0
+
+
+def test_engines_that_cannot_start(bench: Callable[..., Any], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.onnx").write_bytes(b"not a model")
+    data = bench({"broken": {"folder": broken}, "nobody": {"backend": "no-such-backend"}})
+    assert data["engines"]["broken"]["failed"]["stage"] == "benchmark"
+    assert data["engines"]["nobody"]["failed"]["code"] == "backend_unavailable"
+    with pytest.raises(StageFailure, match="original model"):
+        bench({}, baseline=broken)
+
+
+def test_outputs_that_are_not_finite_are_flagged(bench: Callable[..., Any]) -> None:
+    data = bench({"nan": {"runtime": {"nan_above": 2.4}}})
+    assert data["engines"]["nan"]["batches"]["1"]["not_finite"] == ["y"]
+    assert data["engines"]["baseline"]["batches"]["1"]["not_finite"] == []
+
+
+def test_only_batch_sizes_that_the_model_takes(bench: Callable[..., Any], tmp_path: Path) -> None:
+    data = bench({}, baseline=mlp(tmp_path / "fixed", batch=2), batch_sizes=[1, 2, 8])
+    assert data["batch_sizes"] == [2]
+    assert set(data["skipped_batches"]) == {"1", "8"}
+    data = bench({}, baseline=mlp(tmp_path / "lies", reshape=1), batch_sizes=[1, 8])
+    assert data["batch_sizes"] == [1]
+    assert "fails" in data["skipped_batches"]["8"]
+
+
+def test_few_samples_give_no_percentile(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "P99_CAP_S", 1.0)
+    data = bench({"slow": {"runtime": {"sleep_s": 0.03}}}, want_p99=True)
+    figures = data["engines"]["slow"]["batches"]["1"]
+    assert 11 <= figures["samples"] < 64
+    assert figures["p50_ms"] > 30
+    assert figures["p90_ms"] is None
+    assert figures["p99_ms"] is None
+    assert "662" in figures["reasons"]["p99_ms"]
+    assert "more than 1 s" in figures["reasons"]["p99_ms"]
+    assert data["engines"]["baseline"]["batches"]["1"]["p99_ms"] is not None  # that one was affordable
+
+
+def test_inputs_come_from_the_data_set(bench: Callable[..., Any], tmp_path: Path) -> None:
+    x = np.zeros((20, 16), np.float32)
+    x[:, 0] = np.arange(20)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "d.npz", x=x, labels=np.arange(20))
+    data = bench({"nan": {"runtime": {"nan_above": 10}}}, data=tmp_path / "data", batch_sizes=[2])
+    assert "20 samples" in data["method"]["inputs"] or "16 samples" in data["method"]["inputs"]
+    assert data["engines"]["nan"]["batches"]["2"]["not_finite"] == ["y"]
+    np.savez(tmp_path / "data" / "d.npz", x=x[:, :3])
+    with pytest.raises(StageFailure) as caught:
+        bench({}, data=tmp_path / "data")
+    assert caught.value.kind is FailureKind.DATA
+
+
+def test_inputs_are_distinct_at_every_batch_size() -> None:
+    spec = (TensorSpec("x", "float32", ("batch", 16)),)
+    feeds, _ = rotating_feeds(spec, [1, 7, 8, 64], None, None, 0)
+    for batch, inputs in feeds.items():
+        assert len({f["x"].tobytes() for f in inputs}) == DISTINCT
+        assert all(f["x"].shape == (batch, 16) for f in inputs)
+    wide = (TensorSpec("x", "float32", ("batch", 1 << 16)),)
+    (views,) = rotating_feeds(wide, [128], None, None, 0)[0].values()
+    assert len({f["x"][:1].tobytes() for f in views}) == DISTINCT
+    assert all(f["x"].base is views[0]["x"].base for f in views)
+
+
+def test_a_window_of_a_tiny_model_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "MAX_WINDOW_SAMPLES", 50)
+    x = np.ones((1, 16), np.float32)
+    process = EngineProcess("x", "onnxruntime", mlp(tmp_path / "m", width=8), {}, {1: [{"x": x}]})
+    process.load()
+    process.prepare(1)
+    assert len(process.window(30, 1, 1e4)) == 50
+    assert len(process.window(30, 60, 1e4)) == 60
+    process.close()
+
+
+def test_fixed_batch() -> None:
+    assert fixed_batch([TensorSpec("x", "float32", (4, 3))]) == 4
+    assert fixed_batch([TensorSpec("x", "float32", ("n", 3)), TensorSpec("s", "float32", (1,))]) is None
+    assert fixed_batch([TensorSpec("scalar", "float32", ())]) is None
+
+
+def test_how_long_is_measured() -> None:
+    fast = rounds.plan_rounds({"a": 1e5, "b": 2e5}, min_seconds=3, rounds=10, want_p99=True)
+    assert (fast.rounds, fast.seconds) == (10, 0.3)
+    assert all(n * 10 >= 662 for n in fast.iterations.values())
+    slow = rounds.plan_rounds({"a": 2e9, "b": 1e5}, min_seconds=3, rounds=10, want_p99=True)
+    assert 5 <= slow.rounds <= 6
+    assert slow.iterations["a"] * slow.rounds >= 11
+    assert set(slow.refused) == {"a"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12+, in a process with threads
+def test_no_process_is_left(tmp_path: Path) -> None:
+    process = EngineProcess("x", "onnxruntime", mlp(tmp_path / "m"), {})
+    pid = process.pid
+    assert process.load().inputs[0].name == "x"
+    process.close()
+    process.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(StageFailure, match="ended before"):
+        process.load()
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:  # a stage that is killed takes its engines with it
+        child = EngineProcess("x", "onnxruntime", tmp_path / "m", {})
+        child.load()
+        os.write(write, str(child.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    grandchild = int(os.read(read, 32))
+    os.close(read)
+    os.close(write)
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{grandchild}/stat").read_text().split(")")[1].split()[0] == "Z":
+                break
+        except FileNotFoundError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the engine's process outlived its stage")
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [[{"id": "a", "backend": "x"}] * 2, [{"id": "baseline", "backend": "x"}], [{"id": "../x", "backend": "x"}]],
+)
+def test_engine_ids(engines: list[dict[str, str]]) -> None:
+    with pytest.raises(ValueError, match="engine"):
+        BenchmarkOptions(engines=engines)

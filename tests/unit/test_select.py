@@ -1,0 +1,138 @@
+"""The promise under seeded regressions: never slower, never less accurate than agreed, within every constraint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from app.domain.spec import OptimizationSpec
+from workers.pipeline.select import BASELINE, Tried, judge, pareto
+
+QUIET = {"1": {"ratio": 1.0, "low": 0.98, "high": 1.02}, "8": {"ratio": 1.0, "low": 0.98, "high": 1.02}}
+MEASURED = {"source": "dataset", "loss_percent": 0.1, "metric": "top1", "samples": 600}
+
+
+def _spec(**changes: Any) -> OptimizationSpec:
+    return OptimizationSpec.model_validate({"model_id": "mdl_x", **changes})
+
+
+def _figures(ratio: float, *, width: float = 0.05, at8: float | None = None, **extra: Any) -> dict[str, Any]:
+    def batch(r: float, size: int) -> dict[str, Any]:
+        around = {"ratio": r, "low": r - width, "high": r + width}
+        latency = 10.0 * size / r
+        return {
+            "mean_ms": latency,
+            "p50_ms": latency,
+            "p99_ms": latency * 1.2,
+            "throughput_qps": size * 1000 / latency,
+            "speedup": around,
+            "throughput_ratio": around,
+        }
+
+    return {
+        "batches": {"1": batch(ratio, 1), "8": batch(at8 or ratio, 8)},
+        "size_bytes": 4_000_000,
+        "peak_memory_mb": 100.0,
+        **extra,
+    }
+
+
+def _candidate(ratio: float, accuracy: dict[str, Any] | None = MEASURED, **figures: Any) -> Tried:
+    return Tried("int8", "int8", False, accuracy, _figures(ratio, **figures))
+
+
+def _baseline() -> Tried:
+    return Tried(BASELINE, "fp32", True, None, _figures(1.0, width=0.02))
+
+
+def _pick(candidate: Tried, noise: dict[str, Any] = QUIET, **spec: Any) -> str | None:
+    return judge(_spec(**spec), _baseline(), [candidate], noise).picked
+
+
+def test_a_faster_and_accurate_engine_ships() -> None:
+    assert _pick(_candidate(2.0)) == "int8"
+
+
+def test_the_fastest_of_several_ships() -> None:
+    slow, fast = _candidate(1.5), _candidate(2.5)
+    slow.id, fast.id = "slow", "fast"
+    assert judge(_spec(), _baseline(), [slow, fast], QUIET).picked == "fast"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "why"),
+    [
+        (_candidate(0.7), "not faster with confidence"),
+        (_candidate(1.03), "not faster with confidence"),
+        (_candidate(2.0, at8=0.8), "slower at batch size 8"),
+        (_candidate(2.0, {**MEASURED, "loss_percent": 1.5}), "over the limit"),
+        (_candidate(2.0, {**MEASURED, "loss_percent": None}), "accuracy loss unknown"),
+        (_candidate(2.0, None), "accuracy was not measured"),
+        (_candidate(2.0, {"broken": {"code": "not_finite", "detail": "NaN in y"}}), "output broken"),
+        (_candidate(2.0, {**MEASURED, "source": "synthetic"}), "no validation data"),
+        (_candidate(2.0, not_finite=True), "NaN or Inf"),
+    ],
+)
+def test_a_regression_never_ships(candidate: Tried, why: str) -> None:
+    assert _pick(candidate) == BASELINE
+    assert any(why in reason for reason in candidate.reasons), candidate.reasons
+
+
+def test_fifty_seeded_regressions_are_all_stopped() -> None:
+    rng = random.Random(7)
+    for _ in range(50):
+        kind = rng.choice(["slow", "lossy", "broken", "noisy"])
+        noise = QUIET
+        if kind == "slow":
+            candidate = _candidate(rng.uniform(0.3, 1.04))
+        elif kind == "lossy":
+            candidate = _candidate(rng.uniform(1.2, 4), {**MEASURED, "loss_percent": rng.uniform(1.01, 60)})
+        elif kind == "broken":
+            candidate = _candidate(3.0, {"broken": {"code": "not_finite", "detail": "NaN"}})
+        else:
+            shift = rng.uniform(1.2, 1.5)
+            noise = {b: {"ratio": shift, "low": shift - 0.1, "high": shift + 0.1} for b in ("1", "8")}
+            candidate = _candidate(rng.uniform(0.9, shift + 0.1))
+        assert _pick(candidate, noise) == BASELINE, kind
+
+
+def test_a_lossless_engine_needs_no_data() -> None:
+    candidate = _candidate(1.5, {"source": "synthetic", "loss_percent": 1e-5})
+    candidate.lossless = True
+    assert _pick(candidate) == "int8"
+
+
+def test_throughput_is_judged_at_the_largest_batch() -> None:
+    candidate = _candidate(1.0, at8=2.0)
+    assert _pick(candidate) == BASELINE
+    assert _pick(_candidate(1.0, at8=2.0), objective="throughput") == "int8"
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [{"p99_latency_ms": 0.001}, {"min_throughput_qps": 1e9}, {"max_memory_mb": 1}, {"max_size_mb": 0.001}],
+)
+def test_what_nobody_meets_names_the_nearest_miss(constraints: dict[str, float]) -> None:
+    verdict = judge(_spec(constraints=constraints), _baseline(), [_candidate(2.0)], QUIET)
+    assert verdict.picked is None
+    assert verdict.nearest is not None
+    assert verdict.nearest[1]
+
+
+def test_a_percentile_without_enough_samples_does_not_pass() -> None:
+    candidate = _candidate(2.0)
+    for tried in (candidate, base := _baseline()):
+        assert tried.figures is not None
+        tried.figures["batches"]["1"].update(p99_ms=None, reasons={"p99_ms": "662 samples are needed"})
+    verdict = judge(_spec(constraints={"p99_latency_ms": 50}), base, [candidate], QUIET)
+    assert verdict.picked is None
+    assert "662" in " ".join(candidate.reasons)
+
+
+def test_pareto_keeps_what_nobody_beats_in_both() -> None:
+    fast, slow, beaten = _candidate(3.0), _candidate(2.0), _candidate(1.5)
+    fast.accuracy, slow.accuracy, beaten.accuracy = ({**MEASURED, "loss_percent": loss} for loss in (2.0, 0.1, 0.5))
+    fast.id, slow.id, beaten.id = "fast", "slow", "beaten"
+    assert pareto([_baseline(), fast, slow, beaten], "1") == [BASELINE, "fast", "slow"]

@@ -1,0 +1,201 @@
+"""The contracts that stages and backends are written against.
+
+A stage is typed options plus one function from files to files. It runs in a child process
+(`workers.pipeline.isolated`), sees folders, options and a `Reporter`, and never the database, the queue or HTTP.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class StageOptions(BaseModel):
+    """Base of every stage's options. They are part of the stage's key: only what changes the output belongs here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+OptionsT = TypeVar("OptionsT", bound=StageOptions)
+
+
+class Reporter(ABC):
+    """Where a stage tells how far it is. Cheap to call often; the receiver throttles."""
+
+    @abstractmethod
+    def progress(self, fraction: float, message: str = "") -> None:
+        """`fraction` of this stage's work that is done, 0…1."""
+
+    @abstractmethod
+    def note(self, message: str, **facts: Any) -> None:
+        """Something a person reading the report should know, e.g. that a simplifier was given up and why."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a running stage sees.
+
+    `inputs`: name → read-only folder with the artifact's files. `workspace`: an empty folder for scratch files on the
+    same disk. `output(name)` makes the folder of one output artifact. `hardware` is `workers.hardware.describe()`.
+    """
+
+    inputs: Mapping[str, Path]
+    workspace: Path
+    outputs: Path
+    reporter: Reporter
+    hardware: Mapping[str, Any]
+
+    def output(self, name: str) -> Path:
+        path = self.outputs / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def only_file(self, name: str) -> Path:
+        """The single file of input artifact `name`."""
+        (path,) = sorted(self.inputs[name].iterdir())
+        return path
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """`outputs`: names of the artifacts written below `ctx.output(name)` (flat folders, at least one file each).
+    `data`: JSON of what was found out (never NaN or Infinity); it is cached with the outputs and goes into the
+    report."""
+
+    outputs: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Stage(ABC, Generic[OptionsT]):
+    """One step of the pipeline. A subclass in `workers/stages/` registers itself under `name`.
+
+    `version` goes up whenever the code's output for the same inputs may change. `libraries` are the distributions whose
+    versions are part of the key. `hardware_bound` says that the result depends on the machine.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    Options: ClassVar[type[StageOptions]]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    hardware_bound: ClassVar[bool] = False
+    exclusive_device: ClassVar[bool] = False  # a measurement: one at a time on a device
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(_STAGES, cls.name, cls)
+
+    @abstractmethod
+    def run(self, ctx: StageContext, options: OptionsT) -> StageResult:
+        """Do the work. Raises `app.domain.failures.StageFailure`; any other exception is a typed `internal` failure."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A model input or output: ONNX-style lower-case dtype (`float32`, `int64`, …), shape with symbolic dims as str."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Session(ABC):
+    """A loaded engine that runs. One thread at a time."""
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+
+    @abstractmethod
+    def run(self, feeds: Arrays) -> Arrays:
+        """All outputs by name; raises StageFailure(`inference_failed`)."""
+
+    def bind(self, feeds: Arrays) -> Callable[[], Any]:
+        """The cheapest honest call that runs once on these feeds; what the benchmark times."""
+        return lambda: self.run(feeds)
+
+    def close(self) -> None:  # noqa: B027  (optional: most sessions free on collection)
+        """Free what the session holds."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a live worker offers with this backend: ids, versions of its libraries, devices, precisions it gains by."""
+
+    name: str
+    versions: Mapping[str, str]
+    devices: tuple[str, ...]
+    precisions: tuple[str, ...]
+
+
+class Backend(ABC):
+    """An inference library. The only home of that library's import, made inside the methods."""
+
+    name: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(_BACKENDS, cls.name, cls)
+
+    @abstractmethod
+    def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
+        """What it offers on this machine, or None where its library or device is missing. Never raises."""
+
+    @abstractmethod
+    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+        """Make the engine for this hardware from folder `model` (holding `model.onnx`) into folder `out`.
+        Returns JSON: at least `{"runtime": {...}}`, the options that `load` needs (session options, threads)."""
+
+    @abstractmethod
+    def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
+        """Load the engine in folder `engine` with the `runtime` that `build` returned."""
+
+    @abstractmethod
+    def infer_script(self, runtime: Mapping[str, Any]) -> str:
+        """Source of a runnable `infer.py` for the bundle: loads the engine beside it, reads an .npz, writes an .npz."""
+
+
+_STAGES: dict[str, type[Stage[Any]]] = {}
+_BACKENDS: dict[str, type[Backend]] = {}
+
+T = TypeVar("T")
+
+
+class AlreadyRegistered(Exception):
+    """Two stages or two backends claim the same name."""
+
+
+def _register(table: dict[str, type[T]], name: str, cls: type[T]) -> None:
+    if name in table and table[name].__qualname__ != cls.__qualname__:
+        raise AlreadyRegistered(f"{name!r} is already registered by {table[name].__module__}")
+    table[name] = cls
+
+
+def _load_all(package: str) -> None:
+    module = importlib.import_module(package)
+    for info in pkgutil.iter_modules(module.__path__):
+        importlib.import_module(f"{package}.{info.name}")
+
+
+def stages() -> Mapping[str, type[Stage[Any]]]:
+    """All stages by name; imports every file of `workers/stages`."""
+    _load_all("workers.stages")
+    return _STAGES
+
+
+def backends() -> Mapping[str, type[Backend]]:
+    """All backends by name; imports every file of `workers/backends` (their libraries only when used)."""
+    _load_all("workers.backends")
+    return _BACKENDS

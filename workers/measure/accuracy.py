@@ -1,0 +1,191 @@
+"""How far an engine's outputs are from the original's, sample by sample; memory is a few numbers per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+MAX_CLASSES = 200_000
+_UNIT_NORM = 0.02
+_EMBEDDING_WIDTH = 64
+_LOGIT_NAMES = ("logit", "prob", "score", "softmax", "class")
+_EMBEDDING_NAMES = ("embed", "pool", "hidden", "feature")
+
+
+class Kind(StrEnum):
+    """What an output is, and so how two of them are compared."""
+
+    LOGITS = "logits"  # scores or probabilities of classes on the last axis: top-1 agreement and KL divergence
+    EMBEDDING = "embedding"  # vectors on the last axis: cosine
+    NUMBERS = "numbers"  # any other floats: normalized error
+    EXACT = "exact"  # integers, booleans, strings: equal or not
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Why an engine's outputs cannot be trusted at all."""
+
+    code: str
+    output: str | None
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"code": self.code, "output": self.output, "detail": self.detail}
+
+
+def output_kind(name: str, values: Array) -> Kind:
+    """The kind of an output, from its name, dtype, shape and values (one batch of the original's)."""
+    if values.dtype.kind not in "f":
+        return Kind.EXACT
+    lower = name.lower()
+    classes = values.shape[-1] if values.ndim >= 2 else 0
+    class_like = 2 <= classes <= MAX_CLASSES
+    if class_like and any(word in lower for word in _LOGIT_NAMES):
+        return Kind.LOGITS
+    if classes > 1 and any(word in lower for word in _EMBEDDING_NAMES):
+        return Kind.EMBEDDING
+    if values.ndim != 2 or not class_like or classes > 100_000:
+        return Kind.NUMBERS
+    if not are_probabilities(values) and classes >= _EMBEDDING_WIDTH:
+        norms = np.linalg.norm(values.astype(np.float64), axis=-1)
+        if np.all(np.abs(norms - 1) < _UNIT_NORM):
+            return Kind.EMBEDDING
+    return Kind.LOGITS
+
+
+def are_probabilities(values: Array) -> bool:
+    """Whether the last axis holds numbers in 0…1 that add up to one."""
+    v = values.astype(np.float64)
+    return bool(v.size and v.min() >= -1e-6 and v.max() <= 1 + 1e-3 and np.allclose(v.sum(axis=-1), 1, atol=1e-2))
+
+
+def check_outputs(original: Mapping[str, Array], engine: Mapping[str, Array], first: int) -> Broken | None:
+    """What must never ship: a missing output, another dtype or shape, NaN or Infinity where the original has numbers.
+
+    `first`: index of the batch's first sample, for the message.
+    """
+    for name, a in original.items():
+        b = engine.get(name)
+        if b is None:
+            return Broken("output_missing", name, f"The engine has no output {name!r}.")
+        if b.dtype != a.dtype and not (a.dtype.kind in "OSU" and b.dtype.kind in "OSU"):
+            return Broken("wrong_dtype", name, f"Output {name!r} is {b.dtype}, the original's is {a.dtype}.")
+        if b.shape != a.shape:
+            where = f"from sample {first} on"
+            return Broken("wrong_shape", name, f"Output {name!r} is {b.shape} {where}, the original's {a.shape}.")
+        if a.dtype.kind not in "fc":
+            continue
+        finite = np.isfinite(a)
+        for code, word, test in (("output_nan", "NaN", np.isnan), ("output_inf", "Infinity", np.isinf)):
+            bad = np.asarray(test(b) & finite)
+            if bad.any():
+                row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1))) if bad.ndim else 0
+                return Broken(code, name, f"Output {name!r} holds {word} for sample {first + row}.")
+    return None
+
+
+def per_row(values: Array, rows: int) -> Array:
+    """[rows, …]; an output without the batch on its first axis is one row for the whole batch."""
+    return values if values.ndim and values.shape[0] == rows else values[np.newaxis]
+
+
+@dataclass
+class OutputComparison:
+    """Accumulates one output over all batches. Per row: agreement, KL, cosine, ‖a−b‖², ‖a‖²."""
+
+    name: str
+    kind: Kind
+    max_abs_diff: float = 0.0
+    original_not_finite: int = 0
+    _columns: dict[str, list[Array]] = field(default_factory=dict)
+
+    def add(self, original: Array, engine: Array, rows: int) -> None:
+        """Both of one shape; `rows` samples on the first axis."""
+        if self.kind is Kind.EXACT:
+            equal = per_row(np.asarray(original == engine), rows)
+            self._put("agreement", equal.reshape(len(equal), -1).mean(axis=1) if equal.size else np.ones(len(equal)))
+            return
+        finite = np.isfinite(original)
+        self.original_not_finite += int(original.size - finite.sum())
+        a = per_row(np.where(finite, original, 0).astype(np.float64), rows)
+        b = per_row(np.where(finite, engine, 0).astype(np.float64), rows)
+        difference = np.abs(a - b)
+        self.max_abs_diff = max(self.max_abs_diff, float(difference.max(initial=0.0)))
+        flat = (len(a), -1) if a.size else (len(a), 0)
+        self._put("squared_error", (difference**2).reshape(flat).sum(axis=1))
+        self._put("squared_norm", (a**2).reshape(flat).sum(axis=1))
+        if a.ndim >= 2 and self.kind in (Kind.LOGITS, Kind.EMBEDDING):
+            self._put("cosine", _row_means(_cosine(a, b)))
+        else:
+            self._put("cosine", _cosine(a.reshape(flat), b.reshape(flat)))
+        if self.kind is Kind.LOGITS:
+            self._put("agreement", _row_means(a.argmax(axis=-1) == b.argmax(axis=-1)))
+            self._put("kl", _row_means(_kl(a, b)))
+
+    def column(self, name: str) -> Array:
+        """One value per row."""
+        parts = self._columns.get(name)
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures over all rows; only those that fit the kind."""
+        out: dict[str, Any] = {"kind": str(self.kind)}
+        if "agreement" in self._columns:
+            out["agreement"] = rounded(float(self.column("agreement").mean()))
+        if "kl" in self._columns:
+            out["mean_kl"] = rounded(float(self.column("kl").mean()))
+        if self.kind is not Kind.EXACT:
+            out["cosine"] = rounded(float(self.column("cosine").mean()))
+            out["max_abs_diff"] = rounded(self.max_abs_diff)
+            out["normalized_error"] = rounded(
+                normalized_error(self.column("squared_error").sum(), self.column("squared_norm").sum())
+            )
+        if self.original_not_finite:
+            out["original_not_finite"] = self.original_not_finite
+        return out
+
+    def _put(self, name: str, values: Array) -> None:
+        self._columns.setdefault(name, []).append(np.asarray(values, dtype=np.float64))
+
+
+def normalized_error(squared_error: float, squared_norm: float) -> float:
+    """‖a − b‖ / ‖a‖; the plain ‖a − b‖ where the original is all zeros."""
+    return float(np.sqrt(squared_error / squared_norm)) if squared_norm > 0 else float(np.sqrt(squared_error))
+
+
+def rounded(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}")
+
+
+def _row_means(values: Array) -> Array:
+    v = np.asarray(values, dtype=np.float64)
+    return np.asarray(v.reshape(len(v), -1).mean(axis=1))
+
+
+def _cosine(a: Array, b: Array) -> Array:
+    """Over the last axis. Two zero vectors agree; one zero vector agrees with nothing."""
+    na, nb = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
+    product = na * nb
+    cosine = (a * b).sum(axis=-1) / np.where(product > 0, product, 1)
+    return np.asarray(np.where((na == 0) & (nb == 0), 1.0, np.clip(cosine, -1, 1)))
+
+
+def _kl(a: Array, b: Array) -> Array:
+    """KL(original ‖ engine) in nats over the last axis, of probabilities or of the softmax of scores."""
+    if are_probabilities(a) and are_probabilities(b):
+        log_a, log_b = np.log(np.clip(a, 1e-12, None)), np.log(np.clip(b, 1e-12, None))
+    else:
+        log_a, log_b = _log_softmax(a), _log_softmax(b)
+    return np.asarray(np.maximum((np.exp(log_a) * (log_a - log_b)).sum(axis=-1), 0))
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

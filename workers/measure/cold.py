@@ -1,0 +1,45 @@
+"""Cold start and peak memory of an engine, in a process that did nothing before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.domain.failures import StageFailure
+from workers.measure.engine_process import EngineProcess, Feeds, Loaded
+from workers.measure.figures import rounded
+
+
+@dataclass
+class Cold:
+    """Milliseconds and MiB. `refused`: larger batch sizes that did not run, and how they failed."""
+
+    load_ms: float
+    first_inference_ms: float
+    peak_memory_mb: float
+    refused: dict[int, StageFailure] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "cold_start_ms": rounded(self.load_ms + self.first_inference_ms),
+            "load_ms": rounded(self.load_ms),
+            "first_inference_ms": rounded(self.first_inference_ms),
+            "peak_memory_mb": rounded(self.peak_memory_mb),
+        }
+
+
+def cold_start(process: EngineProcess, loaded: Loaded, feeds: Feeds) -> Cold:
+    """The first inference at the smallest batch size, then one at each larger for the peak of the memory.
+
+    Raises StageFailure where the smallest batch size fails.
+    """
+    smallest, *larger = sorted(feeds)
+    first_ms, _ = process.infer(feeds[smallest][0])
+    cold = Cold(loaded.load_ms, first_ms, process.peak_memory_mb())
+    for batch in larger:
+        try:
+            process.infer(feeds[batch][0])
+            cold.peak_memory_mb = process.peak_memory_mb()
+        except StageFailure as failure:
+            cold.refused[batch] = failure
+    return cold

@@ -1,0 +1,298 @@
+"""One engine in one process of its own: loaded, warmed up and timed there, so that a crash, a hang or a lack of memory
+ends that engine and nothing else.
+
+The process is forked from the stage's own (which has the libraries imported and holds no session), is told what to do
+over a pipe, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import resource
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.domain.failures import FailureKind, StageFailure
+from workers import kernel
+from workers.measure.stats import settled
+
+Array = np.ndarray[Any, Any]
+Feeds = Mapping[int, Sequence[dict[str, Array]]]  # batch size → distinct inputs
+
+LOAD_LIMIT_S = 300.0
+INFERENCE_LIMIT_S = 120.0
+WARM_UP_CAP_S = 10.0
+WARM_UP_ITERATIONS = 50
+WARM_UP_SECONDS = 1.0
+_WARM_WINDOW_NS = 30_000_000
+MAX_WINDOW_SAMPLES = 200_000  # a window of a very small model ends here: its memory stays bounded
+_SETTLE_ITERATIONS = 5
+_SETTLE_NS = 20_000_000
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` found: milliseconds it took, and the model's tensors."""
+
+    load_ms: float
+    inputs: tuple[kernel.TensorSpec, ...]
+    outputs: tuple[kernel.TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """`p50_ns`: median of the last window. `settled`: the last three windows agreed within 10 %."""
+
+    iterations: int
+    seconds: float
+    settled: bool
+    p50_ns: float
+
+
+class EngineProcess:
+    """The parent's handle. Every call raises StageFailure where the engine fails, and the process is then gone.
+
+    Codes: those of the backend, `engine_crashed`, `engine_timeout`, `out_of_memory`, `inference_failed`.
+    """
+
+    def __init__(self, name: str, backend: str, folder: Path, runtime: Mapping[str, Any], feeds: Feeds | None = None):
+        """Fork. `feeds` are inherited, not copied; a process that is to load in a clean memory gets none."""
+        self.name = name
+        parent = os.getpid()
+        self._conn, theirs = Pipe()
+        with warnings.catch_warnings():
+            # Python 3.12+ warns where the process has threads: those of a library that sleep and hold no lock do no harm.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            self._conn.close()
+            _child(theirs, parent, _Engine(backend, folder, runtime, feeds or {}))
+        theirs.close()
+
+    def load(self) -> Loaded:
+        """Load the engine; its library is imported before the clock starts."""
+        answer: Loaded = self._call("load", limit_s=LOAD_LIMIT_S)
+        return answer
+
+    def infer(self, feeds: dict[str, Array]) -> tuple[float, list[str]]:
+        """One inference: (milliseconds, names of outputs that hold NaN or Infinity)."""
+        answer: tuple[float, list[str]] = self._call("infer", feeds, limit_s=INFERENCE_LIMIT_S)
+        return answer
+
+    def prepare(self, batch: int) -> list[str]:
+        """Run every distinct input of this batch size once and bind it; names of outputs with NaN or Infinity."""
+        answer: list[str] = self._call("prepare", batch, limit_s=8 * INFERENCE_LIMIT_S)
+        return answer
+
+    def warm_up(self, cap_s: float) -> WarmUp:
+        """Until three windows agree within 10 %, after at least 50 iterations or 1 s; at most `cap_s`."""
+        answer: WarmUp = self._call("warm_up", cap_s, limit_s=cap_s + INFERENCE_LIMIT_S)
+        return answer
+
+    def window(self, seconds: float, iterations: int, expected_ns: float) -> Array:
+        """Latencies in ns (int64) of at least `iterations` calls and `seconds`, after a few uncounted ones."""
+        usual = max(seconds, (iterations + _SETTLE_ITERATIONS) * expected_ns / 1e9)
+        answer: Array = self._call("window", seconds, iterations, limit_s=20 * usual + INFERENCE_LIMIT_S / 2)
+        return answer
+
+    def peak_memory_mb(self) -> float:
+        """Largest resident memory of the process so far, libraries and interpreter included, in MiB."""
+        answer: float = self._call("peak_memory_mb", limit_s=INFERENCE_LIMIT_S)
+        return answer
+
+    def close(self) -> None:
+        """End the process; also after a failure, any number of times."""
+        self._conn.close()
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._reap()
+
+    def _call(self, command: str, *args: Any, limit_s: float) -> Any:
+        if not self.pid:
+            raise self._failure("engine_crashed", f"Engine {self.name!r} has ended before.")
+        try:
+            self._conn.send((command, args))
+            if not self._conn.poll(limit_s):
+                self.close()
+                raise self._failure(
+                    "engine_timeout",
+                    f"Engine {self.name!r} did not finish {command!r} within {limit_s:.0f} s.",
+                    remedy="Use a smaller model or batch size.",
+                    cacheable=False,
+                )
+            ok, value = self._conn.recv()
+        except (EOFError, ConnectionError):
+            raise self._ended(command) from None
+        if not ok:
+            raise StageFailure.from_json(value)
+        return value
+
+    def _ended(self, command: str) -> StageFailure:
+        self._conn.close()
+        status = self._reap()
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return self._failure(
+                "out_of_memory",
+                f"Engine {self.name!r} was killed during {command!r}, as a process is that takes too much memory.",
+                remedy="Use a smaller model or batch size, or a machine with more memory.",
+                cacheable=False,
+            )
+        how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+        return self._failure(
+            "engine_crashed",
+            f"Engine {self.name!r} crashed during {command!r} ({how}).",
+            remedy="Check that the model runs at this batch size on this library.",
+        )
+
+    def _failure(self, code: str, detail: str, **where: Any) -> StageFailure:
+        return StageFailure(code, detail, FailureKind.MODEL, **where)
+
+    def _reap(self) -> int:
+        pid, self.pid = self.pid, 0
+        return os.waitpid(pid, 0)[1] if pid else 0
+
+
+# In the child
+
+
+class _Engine:
+    def __init__(self, backend: str, folder: Path, runtime: Mapping[str, Any], feeds: Feeds) -> None:
+        self._backend_name = backend
+        self._folder = folder
+        self._runtime = runtime
+        self._feeds = feeds
+        self._session: kernel.Session | None = None
+        self._calls: list[Callable[[], Any]] = []
+        self._next = 0
+
+    @property
+    def session(self) -> kernel.Session:
+        assert self._session is not None, "load comes first"
+        return self._session
+
+    def load(self) -> Loaded:
+        backend = kernel.backends()[self._backend_name]()
+        backend.probe({})  # imports the library
+        start = time.perf_counter_ns()
+        self._session = backend.load(self._folder, self._runtime)
+        elapsed = time.perf_counter_ns() - start
+        return Loaded(elapsed / 1e6, tuple(self._session.inputs), tuple(self._session.outputs))
+
+    def infer(self, feeds: dict[str, Array]) -> tuple[float, list[str]]:
+        start = time.perf_counter_ns()
+        outputs = self.session.run(feeds)
+        elapsed = time.perf_counter_ns() - start
+        return elapsed / 1e6, _not_finite(outputs)
+
+    def prepare(self, batch: int) -> list[str]:
+        broken: set[str] = set()
+        self._calls, self._next = [], 0
+        for feeds in self._feeds[batch]:
+            broken.update(_not_finite(self.session.run(feeds)))
+            self._calls.append(self.session.bind(feeds))
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection inside a window would be Python's cost, not the engine's
+        return sorted(broken)
+
+    def warm_up(self, cap_s: float) -> WarmUp:
+        medians: list[float] = []
+        iterations, start = 0, time.perf_counter_ns()
+        while True:
+            window = self._timed(_WARM_WINDOW_NS, 1)
+            iterations += len(window)
+            medians.append(float(np.median(window)))
+            seconds = (time.perf_counter_ns() - start) / 1e9
+            enough = iterations >= WARM_UP_ITERATIONS or seconds >= min(WARM_UP_SECONDS, cap_s)
+            if (enough and settled(medians)) or seconds >= cap_s:
+                return WarmUp(iterations, seconds, settled(medians), medians[-1])
+
+    def window(self, seconds: float, iterations: int) -> Array:
+        start = time.perf_counter_ns()
+        for _ in range(_SETTLE_ITERATIONS):  # caches and threads come back after the other engines' turns
+            self._call_next()
+            if time.perf_counter_ns() - start > _SETTLE_NS:
+                break
+        return self._timed(int(seconds * 1e9), iterations)
+
+    def peak_memory_mb(self) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def _call_next(self) -> None:
+        self._calls[self._next]()
+        self._next = (self._next + 1) % len(self._calls)
+
+    def _timed(self, duration_ns: int, iterations: int) -> Array:
+        calls, count, i = self._calls, len(self._calls), self._next
+        clock = time.perf_counter_ns
+        latencies: list[int] = []
+        begin = end = clock()
+        while (end - begin < duration_ns and len(latencies) < MAX_WINDOW_SAMPLES) or len(latencies) < iterations:
+            call = calls[i]
+            start = clock()
+            call()
+            end = clock()
+            latencies.append(end - start)
+            i = (i + 1) % count
+        self._next = i
+        return np.array(latencies, dtype=np.int64)
+
+
+def _not_finite(outputs: Mapping[str, Array]) -> list[str]:
+    return [n for n, a in outputs.items() if a.dtype.kind in "fc" and not np.isfinite(a).all()]
+
+
+def _child(conn: Connection, parent: int, engine: _Engine) -> None:
+    """Answer commands until the parent closes the pipe; never returns."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        while True:
+            command, args = conn.recv()
+            try:
+                answer = (True, getattr(engine, command)(*args))
+            except StageFailure as failure:
+                answer = (False, failure.to_json())
+            except MemoryError:
+                answer = (False, _no_memory().to_json())
+            except Exception as error:  # whatever a library raises on an untrusted model
+                traceback.print_exc()
+                detail = f"The engine raised {type(error).__name__}: {error}"[:500]
+                answer = (False, StageFailure("inference_failed", detail).to_json())
+            conn.send(answer)
+    except (EOFError, ConnectionError):
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _no_memory() -> StageFailure:
+    return StageFailure(
+        "out_of_memory",
+        "The engine needed more memory than there is.",
+        remedy="Use a smaller model or batch size, or a machine with more memory.",
+        cacheable=False,
+    )

@@ -1,0 +1,212 @@
+"""The statistics of the reports: percentiles with the samples that carry them, intervals by bootstrap, A/A.
+
+All intervals are 95 % and deterministic for the same samples and seed. Times may be in any unit; only ratios and
+quantiles are formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# How many samples a percentile needs: MLPerf LoadGen's early-stopping bound with one slow query, 99 % confidence.
+REQUIRED_SAMPLES = {"p50": (0.50, 11), "p90": (0.90, 64), "p95": (0.95, 130), "p99": (0.99, 662), "p999": (0.999, 6636)}
+P50_SAMPLES = REQUIRED_SAMPLES["p50"][1]
+P99_SAMPLES = REQUIRED_SAMPLES["p99"][1]
+RESAMPLES = 4000
+_THIN = 256  # order statistics kept of a round; the error of a median by this is far below its interval
+_BLOCKS = 2048
+
+# 97.5 % quantiles of Student's t for 1…30 degrees of freedom.
+_T975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"ratio": _rounded(self.ratio), "low": _rounded(self.low), "high": _rounded(self.high)}
+
+    def hull(self, other: Interval) -> Interval:
+        """This estimate with an interval that also covers the other's."""
+        return Interval(self.ratio, min(self.low, other.low), max(self.high, other.high))
+
+
+def holds_one(interval: Interval) -> bool:
+    """The A/A verdict: True where the same engine measured twice cannot be told apart."""
+    return interval.low <= 1.0 <= interval.high
+
+
+def percentiles(latencies: Array, unit: float = 1.0) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Nearest-rank percentiles of `latencies`, divided by `unit`, and why any of them is None.
+
+    Keys: p50, p90, p95, p99, p999.
+    """
+    ordered = np.sort(np.asarray(latencies, dtype=np.float64))
+    values: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for name, (level, needed) in REQUIRED_SAMPLES.items():
+        if len(ordered) >= needed:
+            rank = max(math.ceil(level * len(ordered) - 1e-9), 1)
+            values[name] = float(ordered[rank - 1]) / unit
+        else:
+            values[name] = None
+            reasons[name] = f"{len(ordered)} samples; {needed} are needed to carry this percentile"
+    return values, reasons
+
+
+def settled(window_medians: Sequence[float], tolerance: float = 0.10) -> bool:
+    """Whether the last three windows agree within `tolerance` (largest to smallest)."""
+    last = window_medians[-3:]
+    return len(last) == 3 and min(last) > 0 and max(last) / min(last) <= 1 + tolerance
+
+
+def ratio_of_medians(numerator: Sequence[Array], denominator: Sequence[Array], seed: int = 0) -> Interval:
+    """median(numerator) / median(denominator) with an interval by block bootstrap over rounds.
+
+    The two sides hold one array of samples per round, in the same order: rounds are drawn together, because both sides
+    of a round saw the same moment of the machine.
+    """
+    counts = _draws(len(_paired(numerator, denominator)), seed)
+    top, bottom = _resampled_medians(numerator, counts), _resampled_medians(denominator, counts)
+    estimate = float(np.median(np.concatenate(numerator)) / np.median(np.concatenate(denominator)))
+    return _interval(estimate, top / bottom, len(numerator))
+
+
+def ratio_of_means(numerator: Sequence[Array], denominator: Sequence[Array], seed: int = 0) -> Interval:
+    """mean(numerator) / mean(denominator); rounds as in `ratio_of_medians`."""
+    counts = _draws(len(_paired(numerator, denominator)), seed)
+
+    def means(rounds: Sequence[Array]) -> Array:
+        sums = np.array([float(np.sum(r)) for r in rounds])
+        sizes = np.array([len(r) for r in rounds], dtype=np.float64)
+        return np.asarray((counts @ sums) / (counts @ sizes))
+
+    estimate = float(np.concatenate(numerator).mean() / np.concatenate(denominator).mean())
+    return _interval(estimate, means(numerator) / means(denominator), len(numerator))
+
+
+def paired_loss(per_sample: Array, *, zero_one: bool, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a per-sample loss with its interval by bootstrap over samples: (loss, low, high).
+
+    `per_sample` holds the paired differences (original − engine) of each sample. With `zero_one` (right or wrong) and
+    not one difference, the bootstrap would answer a width of zero; the rule of three (3/n) takes its place.
+    """
+    values = np.asarray(per_sample, dtype=np.float64)
+    return bootstrap_statistic(
+        np.stack([values, np.ones_like(values)], axis=1), lambda sums: sums[:, 0] / sums[:, 1], zero_one, seed
+    )
+
+
+def paired_normalized_error(squared_error: Array, squared_norm: Array, seed: int = 0) -> tuple[float, float, float]:
+    """‖a − b‖ / ‖a‖ over all samples with its interval, from each sample's ‖a − b‖² and ‖a‖²."""
+    pair = np.stack([np.asarray(squared_error, np.float64), np.asarray(squared_norm, np.float64)], axis=1)
+    return bootstrap_statistic(pair, lambda sums: np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1e-300)), False, seed)
+
+
+def bootstrap_statistic(columns: Array, statistic: Any, zero_one: bool, seed: int) -> tuple[float, float, float]:
+    """`statistic` ([draws, k] → [draws]) of the column sums of `columns` [samples, k], with its interval.
+
+    Above 2,048 samples, blocks of neighbours are drawn instead of single samples: time and memory stay bounded.
+    """
+    n = len(columns)
+    estimate = float(statistic(columns.sum(axis=0, keepdims=True))[0])
+    if zero_one and not columns[:, 0].any():
+        bound = min(1.0, 3.0 / n)
+        return estimate, -bound, bound
+    if n > _BLOCKS:
+        edges = np.linspace(0, n, _BLOCKS + 1).astype(np.int64)[:-1]
+        columns = np.add.reduceat(columns, edges, axis=0)
+    rng = np.random.default_rng(seed)
+    size = len(columns)
+    chunks = []
+    for _ in range(8):  # 8 × 250 draws: at most 2,048 × 250 counts at a time
+        counts = rng.multinomial(size, np.full(size, 1 / size), size=250)
+        chunks.append(statistic(counts @ columns))
+    low, high = np.quantile(np.concatenate(chunks), _tails(size))
+    return estimate, min(float(low), estimate), max(float(high), estimate)
+
+
+def carried_loss_percent(samples: int, *, zero_one: bool, upper_margin: float) -> tuple[float, str]:
+    """The smallest loss, in percent, that `samples` can tell from none, and why.
+
+    Zero-one metrics: the rule of three. Others: how far the interval reaches above the estimate (`upper_margin`, a
+    fraction); one sample carries nothing.
+    """
+    if zero_one:
+        value = min(100.0, 300.0 / samples)
+        return _rounded(value), f"rule of three: {samples} samples without one error leave up to 3/{samples} at 95 %"
+    if samples < 2:
+        return 100.0, "one sample has no spread to judge by"
+    return _rounded(100 * upper_margin), f"the 95 % interval over {samples} samples reaches this far above the estimate"
+
+
+def _paired(a: Sequence[Array], b: Sequence[Array]) -> Sequence[Array]:
+    if len(a) != len(b) or len(a) < 2 or any(len(r) == 0 for r in (*a, *b)):
+        raise ValueError("both sides need the same rounds, at least two, none empty")
+    return a
+
+
+def _draws(rounds: int, seed: int) -> Array:
+    """[RESAMPLES, rounds]: how often each round is drawn."""
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES), dtype=np.float64)
+
+
+def _resampled_medians(rounds: Sequence[Array], counts: Array) -> Array:
+    """The median of the pooled samples under each draw of rounds: a weighted median over thinned order statistics."""
+    values, owner, weight = [], [], []
+    for i, samples in enumerate(rounds):
+        ordered = np.sort(np.asarray(samples, dtype=np.float64))
+        if len(ordered) > _THIN:
+            ordered = np.quantile(ordered, (np.arange(_THIN) + 0.5) / _THIN)
+        values.append(ordered)
+        owner.append(np.full(len(ordered), i))
+        weight.append(np.full(len(ordered), len(samples) / len(ordered)))
+    order = np.argsort(np.concatenate(values), kind="stable")
+    value, who, share = (np.concatenate(x)[order] for x in (values, owner, weight))
+    medians = []
+    for chunk in np.array_split(counts, 16):
+        reached = np.cumsum(chunk[:, who] * share, axis=1)
+        half = reached[:, -1:] / 2
+        lower = np.argmax(reached >= half - 1e-9, axis=1)
+        upper = np.argmax(reached > half + 1e-9, axis=1)
+        medians.append((value[lower] + value[upper]) / 2)
+    return np.concatenate(medians)
+
+
+def _tails(n: int) -> tuple[float, float]:
+    """The quantiles of the bootstrap that make a 95 % interval with `n` blocks.
+
+    A plain percentile interval is too narrow for few blocks; the expanded one takes the normal tail at
+    sqrt(n/(n−1))·t (Hesterberg 2015, "What teachers should know about the bootstrap").
+    """
+    if n < 2:
+        return 0.0, 1.0
+    t = _T975[n - 2] if n - 2 < len(_T975) else 1.96 + 2.5 / (n - 1)
+    tail = 0.5 * math.erfc(math.sqrt(n / (n - 1)) * t / math.sqrt(2))
+    return tail, 1 - tail
+
+
+def _interval(estimate: float, resampled: Array, blocks: int) -> Interval:
+    low, high = np.quantile(resampled, _tails(blocks))
+    return Interval(estimate, min(float(low), estimate), max(float(high), estimate))
+
+
+def _rounded(value: float) -> float:
+    """Five significant digits: what a report shows, and equal on every run with the same samples."""
+    return float(f"{value:.5g}")

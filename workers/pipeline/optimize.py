@@ -1,0 +1,289 @@
+"""The way of one job: export → candidates (simplify → quantize → build → validate) → benchmark → verdict → package →
+report. Each step is a keyed stage call, so that running this again after a crash goes on from the last finished one."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from app.db.orm import Dataset, Job, SourceModel
+from app.domain.artifact_key import ArtifactRef, FileRef
+from app.domain.failures import FailureKind, StageFailure
+from app.domain.spec import OptimizationSpec
+from workers.pipeline import planner
+from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.select import BASELINE, Tried, Verdict, judge
+
+log = structlog.get_logger(__name__)
+
+_SEED = 20_240_229
+_WEIGHTS = {"export": 2.0, "simplify": 1.0, "quantize": 2.0, "build": 1.0, "validate": 1.0, "package": 1.0}
+
+
+@dataclass
+class CandidateRun:
+    """A planned candidate and how far it came."""
+
+    plan: planner.Candidate
+    tried: Tried
+    graph: Outcome | None = None
+    build: Outcome | None = None
+    validate: Outcome | None = None
+    steps: list[Outcome] = field(default_factory=list)
+    failure: StageFailure | None = None
+
+
+@dataclass
+class Optimization:
+    """Everything that a job found out; the report and the manifest are made from it."""
+
+    job: Job
+    model: SourceModel
+    spec: OptimizationSpec
+    hardware: Mapping[str, Any]
+    export: Outcome
+    plan: planner.Plan
+    baseline: Tried
+    runs: list[CandidateRun]
+    benchmark: Outcome
+    verdict: Verdict
+    budget_exhausted: bool
+    package: Outcome | None = None
+
+    @property
+    def picked(self) -> CandidateRun | None:
+        """The winning candidate; None where the baseline (or nothing) ships."""
+        return next((r for r in self.runs if r.plan.id == self.verdict.picked), None)
+
+
+class Optimizer:
+    """Takes one claimed job through the pipeline."""
+
+    def __init__(
+        self,
+        runner: StageRunner,
+        job: Job,
+        model: SourceModel,
+        datasets: Mapping[str, Dataset],
+        backends: list[str],
+    ) -> None:
+        self.runner = runner
+        self.job = job
+        self.model = model
+        self.spec = OptimizationSpec.model_validate(job.spec)
+        self.backends = backends
+        self.started = time.monotonic()
+        self.calibration = _dataset_ref(self.spec.calibration.dataset_id if self.spec.calibration else None, datasets)
+        validation = _dataset_ref(self.spec.validation.dataset_id, datasets)
+        # One data set for both is split, sample by sample: what calibrates never judges.
+        self.same_data = self.calibration is not None and validation in (None, self.calibration)
+        self.validation = validation or self.calibration
+        self.shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
+
+    def run(self) -> Optimization:
+        """All stages up to the package. Raises `StageFailure` where the job fails as a whole."""
+        export = self._export()
+        plan = planner.plan(self.spec, self._facts(export))
+        self._plan_progress(plan)
+        runs = [CandidateRun(c, Tried(c.id, c.precision, c.lossless)) for c in plan.candidates]
+        exhausted = False
+        for run in runs:
+            if self._out_of_budget(len(runs)):
+                exhausted = True
+                run.tried.failed = f"the budget of {self.spec.budget_seconds} s left no time for it"
+                continue
+            self._try_candidate(run, export)
+        benchmark = self._benchmark(export, runs)
+        figures = benchmark.data["engines"]
+        baseline = Tried(BASELINE, "fp32", True, figures=figures[BASELINE])
+        for run in runs:
+            run.tried.figures = figures.get(run.plan.id)
+        verdict = judge(self.spec, baseline, [r.tried for r in runs], benchmark.data["aa"])
+        found = Optimization(
+            self.job,
+            self.model,
+            self.spec,
+            self.runner.hardware,
+            export,
+            plan,
+            baseline,
+            runs,
+            benchmark,
+            verdict,
+            exhausted,
+        )
+        if verdict.picked is not None:
+            found.package = self._package(found)
+        return found
+
+    def _export(self) -> Outcome:
+        extension = {"onnx": ".onnx", "pt2": ".pt2"}.get(self.model.format, _archive_suffix(self.model.filename))
+        source = ArtifactRef((FileRef(f"source{extension}", self.model.sha256, self.model.size_bytes),))
+        return self.runner.run(
+            "export",
+            {"source": source},
+            {"format": self.model.format, "shapes": self.shapes},
+            weight=_WEIGHTS["export"],
+        )
+
+    def _facts(self, export: Outcome) -> planner.Facts:
+        structure = export.data["structure"]
+        return planner.Facts(
+            ops=structure["ops"],
+            kind=structure["kind"],
+            quantized=bool(structure.get("quantized")),
+            isa=self.runner.hardware.get("isa", ()),
+            backends=self.backends,
+            has_calibration=self.calibration is not None,
+            same_data=self.same_data,
+        )
+
+    def _plan_progress(self, plan: planner.Plan) -> None:
+        per_candidate = [
+            sum(_WEIGHTS[s.stage] for s in c.steps) + _WEIGHTS["build"] + _WEIGHTS["validate"] for c in plan.candidates
+        ]
+        self.runner.view.planned = (
+            _WEIGHTS["export"] + sum(per_candidate) + self._benchmark_weight(len(plan.candidates)) + _WEIGHTS["package"]
+        )
+
+    def _benchmark_weight(self, candidates: int) -> float:
+        return 2.0 * (candidates + 2)
+
+    def _benchmark_seconds(self, engines: int) -> float:
+        """What the benchmark is expected to take: measuring, warming up and starting, per engine and batch size."""
+        batches = len(self.spec.benchmark.batch_sizes)
+        return (engines + 2) * (batches * (self.spec.benchmark.min_seconds * 1.2 + 1) + 2)
+
+    def _out_of_budget(self, engines: int) -> bool:
+        elapsed = time.monotonic() - self.started
+        return elapsed + self._benchmark_seconds(engines) > self.spec.budget_seconds
+
+    def _try_candidate(self, run: CandidateRun, export: Outcome) -> None:
+        """Build and validate one candidate. Its failure is its own; only infrastructure ends the job."""
+        try:
+            graph = export
+            for step in run.plan.steps:
+                inputs = {"model": graph.outputs["model"]}
+                if "calibration" in step.extra and self.calibration is not None:
+                    inputs["calibration"] = self.calibration
+                graph = self._call(run, step.stage, inputs, step.options)
+            run.graph = graph
+            options = {"backend": run.plan.backend, "options": dict(run.plan.build_options)}
+            run.build = self._call(run, "build", {"model": graph.outputs["model"]}, options)
+            inputs = {"model": export.outputs["model"], "engine": run.build.outputs["engine"]}
+            if self.validation is not None:
+                inputs["data"] = self.validation
+            run.validate = self._call(run, "validate", inputs, self._validate_options(run))
+            run.tried.accuracy = run.validate.data
+        except StageFailure as failure:
+            if failure.kind in (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST):
+                raise  # not this candidate's fault: the machine, or what the user sent, has to be mended first
+            run.failure = failure
+            run.tried.failed = f"{failure.stage}: {failure.detail}"
+
+    def _call(
+        self, run: CandidateRun, stage: str, inputs: Mapping[str, ArtifactRef], options: Mapping[str, Any]
+    ) -> Outcome:
+        outcome = self.runner.run(stage, inputs, options, candidate=run.plan.id, weight=_WEIGHTS[stage])
+        run.steps.append(outcome)
+        return outcome
+
+    def _validate_options(self, run: CandidateRun) -> dict[str, Any]:
+        assert run.build is not None
+        return {
+            "backend": run.plan.backend,
+            "runtime": run.build.data["runtime"],
+            "metric": self.spec.validation.metric,
+            "max_samples": self.spec.validation.max_samples,
+            "part": "validation" if self.same_data else "all",
+            "shapes": self.shapes,
+            "seed": _SEED,
+        }
+
+    def _benchmark(self, export: Outcome, runs: list[CandidateRun]) -> Outcome:
+        """Baseline and all built candidates side by side; those that lost too much accuracy too, since their figures
+        tell the user what a looser limit would buy. What is broken is not timed."""
+        ready = [r for r in runs if r.build is not None and not (r.tried.accuracy or {"broken": True}).get("broken")]
+        inputs = {"baseline": export.outputs["model"]}
+        engines = []
+        for run in ready:
+            assert run.build is not None
+            inputs[f"engine.{run.plan.id}"] = run.build.outputs["engine"]
+            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.build.data["runtime"]})
+        if self.validation is not None:
+            inputs["data"] = self.validation
+        options = {
+            "engines": engines,
+            "batch_sizes": self.spec.benchmark.batch_sizes,
+            "min_seconds": self.spec.benchmark.min_seconds,
+            "shapes": self.shapes,
+            "want_p99": self.spec.constraints.p99_latency_ms is not None,
+            "seed": _SEED,
+        }
+        return self.runner.run("benchmark", inputs, options, weight=self._benchmark_weight(len(runs)))
+
+    def _package(self, found: Optimization) -> Outcome:
+        picked = found.picked
+        if picked is not None and picked.build is not None:
+            engine, backend = picked.build.outputs["engine"], picked.plan.backend
+            runtime, precision = picked.build.data["runtime"], picked.plan.precision
+            engine_format = picked.build.data["engine_format"]
+        else:
+            engine, backend, runtime, engine_format = found.export.outputs["model"], "onnxruntime", {}, "onnx"
+            precision = baseline_precision(found)
+        inputs = {"engine": engine}
+        if self.validation is not None:
+            inputs["data"] = self.validation
+        manifest = {
+            "engine": {
+                "candidate": found.verdict.picked,
+                "backend": backend,
+                "format": engine_format,
+                "precision": precision,
+                "runtime": runtime,
+                "files": engine.to_json(),
+            },
+            "model": {"name": self.model.name, "sha256": self.model.sha256},
+            "inputs": found.export.data["inputs"],
+            "outputs": found.export.data["outputs"],
+            "hardware": dict(self.runner.hardware),
+            "versions": (picked.build.data.get("versions") if picked and picked.build else None)
+            or found.benchmark.data.get("versions", {}),
+        }
+        options = {
+            "name": f"{slug(self.model.name)}-{precision}",
+            "backend": backend,
+            "runtime": runtime,
+            "engine_format": engine_format,
+            "manifest": manifest,
+            "shapes": self.shapes,
+            "seed": _SEED,
+        }
+        return self.runner.run("package", inputs, options, weight=_WEIGHTS["package"])
+
+
+def baseline_precision(found: Optimization) -> str:
+    return "int8" if found.export.data["structure"].get("quantized") else "fp32"
+
+
+def slug(name: str) -> str:
+    """A file name's stem that is safe everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
+
+
+def _archive_suffix(filename: str) -> str:
+    lower = filename.lower()
+    return next((s for s in (".tar.gz", ".tgz", ".tar", ".zip") if lower.endswith(s)), ".zip")
+
+
+def _dataset_ref(dataset_id: str | None, datasets: Mapping[str, Dataset]) -> ArtifactRef | None:
+    if dataset_id is None:
+        return None
+    row = datasets[dataset_id]
+    suffix = ".npz" if row.format == "npz" else _archive_suffix(row.filename)
+    return ArtifactRef((FileRef(f"data{suffix}", row.sha256, row.size_bytes),))

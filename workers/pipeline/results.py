@@ -1,0 +1,72 @@
+"""Report and manifest as stored blobs, and the failure of a job whose constraints nobody meets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from app.domain.failures import FailureKind, StageFailure
+from app.domain.report import Report
+from app.storage.content import ContentStore
+from workers.pipeline.optimize import Optimization
+
+
+@dataclass(frozen=True)
+class Published:
+    """Digest and size of the two documents in storage."""
+
+    body: Report
+    report: tuple[str, int]
+    manifest: tuple[str, int]
+
+    def columns(self) -> dict[str, Any]:
+        """For a job that fails with a report of what was tried."""
+        return {
+            "report_sha256": self.report[0],
+            "report_sha256_size": self.report[1],
+            "manifest_sha256": self.manifest[0],
+            "manifest_sha256_size": self.manifest[1],
+        }
+
+
+def publish(
+    content: ContentStore,
+    tenant_id: str,
+    report: Report,
+    manifest_for: Callable[[str], dict[str, Any]],
+    temp_dir: Path,
+) -> Published:
+    temp_dir.mkdir(parents=True, exist_ok=True)
+    stored = _store(content, tenant_id, report.model_dump(mode="json"), temp_dir)
+    manifest = _store(content, tenant_id, manifest_for(stored[0]), temp_dir)
+    return Published(report, stored, manifest)
+
+
+def _store(content: ContentStore, tenant_id: str, document: dict[str, Any], temp_dir: Path) -> tuple[str, int]:
+    raw = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    with NamedTemporaryFile(dir=temp_dir, suffix=".json") as file:
+        file.write(raw)
+        file.flush()
+        content.put(tenant_id, Path(file.name), digest)
+    return digest, len(raw)
+
+
+def no_feasible_candidate(found: Optimization) -> StageFailure:
+    """Says which configuration came nearest and what would have to give."""
+    assert found.verdict.nearest is not None
+    name, missed = found.verdict.nearest
+    misses = "; ".join(c.reason or f"{c.name} {c.value}, limit {c.limit}" for c in missed)
+    relax = ", ".join(f"{c.name} to {c.value:.4g}" for c in missed if c.value is not None)
+    return StageFailure(
+        "no_feasible_candidate",
+        f"No configuration meets all constraints. The nearest is {name}: {misses}.",
+        FailureKind.REQUEST,
+        "benchmark",
+        remedy=f"Relax {relax}." if relax else "Relax the constraints that the report names.",
+    )

@@ -1,0 +1,220 @@
+"""The verdict: which engine ships. Pure functions over measured figures.
+
+An engine ships only if it is at least as accurate as agreed on the very bytes, faster with confidence (the lower end of
+the 95 % interval of its speed-up lies above 1, beyond what the machine's own noise shows), not slower at any other
+measured batch size, and within every constraint. Otherwise the untouched baseline ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.domain.spec import Constraints, OptimizationSpec
+
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict: the value that was measured (None where it could not be), its limit, and whether it holds."""
+
+    name: str
+    value: float | None
+    limit: float | None
+    passed: bool
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "value": self.value,
+            "limit": self.limit,
+            "passed": self.passed,
+            "reason": self.reason,
+        }
+
+    @property
+    def miss(self) -> float:
+        """How far the value is off its limit, relative to it; 0 where it holds, infinite where it is not known."""
+        if self.passed:
+            return 0.0
+        if self.value is None or not self.limit:
+            return float("inf")
+        return abs(self.value - self.limit) / abs(self.limit)
+
+
+@dataclass
+class Tried:
+    """A candidate (or the baseline) with all that was found out about it."""
+
+    id: str
+    precision: str
+    lossless: bool
+    accuracy: Mapping[str, Any] | None = None  # the validate stage's data
+    figures: Mapping[str, Any] | None = None  # its part of the benchmark stage's data
+    failed: str | None = None  # why it never got that far
+    checks: list[Check] = field(default_factory=list)
+    speed: list[str] = field(default_factory=list)  # why it is not faster
+
+    @property
+    def reasons(self) -> list[str]:
+        if self.failed:
+            return [self.failed]
+        return [c.reason or f"{c.name}: {c.value} against {c.limit}" for c in self.checks if not c.passed] + self.speed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`picked` is a candidate's id or `baseline`; None where not even the baseline meets the constraints."""
+
+    picked: str | None
+    primary_batch: str
+    nearest: tuple[str, list[Check]] | None = None
+
+
+def primary_batch(spec: OptimizationSpec, measured: Sequence[str]) -> str:
+    """The batch size that the objective is judged at: the first one asked for, or the largest for throughput."""
+    if spec.objective == "latency":
+        return next((str(b) for b in spec.benchmark.batch_sizes if str(b) in measured), measured[0])
+    return max(measured, key=int)
+
+
+def ratio_of(spec: OptimizationSpec, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    ratio: Mapping[str, Any] | None = batch.get("speedup" if spec.objective == "latency" else "throughput_ratio")
+    return ratio
+
+
+def judge(
+    spec: OptimizationSpec, baseline: Tried, candidates: Sequence[Tried], noise: Mapping[str, Mapping[str, Any]]
+) -> Verdict:
+    """Fill in everybody's checks and name the pick. `noise`: batch → the A/A ratio's {ratio, low, high}."""
+    assert baseline.figures is not None
+    batch = primary_batch(spec, [*baseline.figures["batches"]])
+    baseline.checks = [*_constraints(spec.constraints, baseline, batch)]
+    for tried in candidates:
+        if tried.failed is None:
+            tried.checks = [*_accuracy(spec, tried), *_constraints(spec.constraints, tried, batch)]
+            tried.speed = _not_faster(spec, tried, batch, noise)
+    shippable = [t for t in candidates if not t.reasons]
+    if shippable:
+        best = max(shippable, key=lambda t: _ratio_at(spec, t, batch))
+        return Verdict(best.id, batch)
+    if all(c.passed for c in baseline.checks):
+        return Verdict(BASELINE, batch)
+    # A candidate that meets what the baseline misses may ship even where it is no faster: constraints come first.
+    meeting = [t for t in candidates if t.failed is None and all(c.passed for c in t.checks)]
+    if meeting:
+        best = max(meeting, key=lambda t: _ratio_at(spec, t, batch))
+        if not _slower(spec, best, batch):
+            return Verdict(best.id, batch)
+    everyone = [t for t in (baseline, *candidates) if t.failed is None]
+    nearest = min(everyone, key=lambda t: max((c.miss for c in t.checks), default=0.0))
+    return Verdict(None, batch, (nearest.id, [c for c in nearest.checks if not c.passed]))
+
+
+def _ratio_at(spec: OptimizationSpec, tried: Tried, batch: str) -> float:
+    assert tried.figures is not None
+    ratio = ratio_of(spec, tried.figures["batches"][batch])
+    return float(ratio["ratio"]) if ratio else 0.0
+
+
+def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
+    """Fails closed: no figure, no pass."""
+    limit = spec.validation.max_accuracy_loss_percent
+    accuracy = tried.accuracy
+    if accuracy is None:
+        return [Check("accuracy_loss_percent", None, limit, False, "its accuracy was not measured")]
+    broken = accuracy.get("broken")
+    finite = Check("finite_outputs", None, None, not broken, f"output broken: {broken['detail']}" if broken else None)
+    if broken:
+        return [finite]
+    loss = accuracy.get("loss_percent")
+    if accuracy.get("source") == "synthetic" and not tried.lossless:
+        reason = "no validation data: a change of precision cannot be shown to keep its accuracy"
+        return [finite, Check("accuracy_loss_percent", loss, limit, False, reason)]
+    passed = loss is not None and loss <= limit
+    shown = "unknown" if loss is None else f"{loss:.3f} %"
+    over = None if passed else f"accuracy loss {shown}, over the limit of {limit} %"
+    return [finite, Check("accuracy_loss_percent", loss, limit, passed, over)]
+
+
+def _constraints(constraints: Constraints, tried: Tried, batch: str) -> list[Check]:
+    figures = tried.figures
+    if figures is None or "failed" in figures:
+        why = figures["failed"].get("detail", "failed") if figures else "it was not measured"
+        return [Check("benchmark", None, None, False, f"benchmark failed: {why}")]
+    at = figures["batches"].get(batch)
+    if at is None:
+        return [Check("benchmark", None, None, False, f"not measured at batch size {batch}")]
+    checks = []
+    if figures.get("not_finite"):
+        checks.append(Check("finite_outputs_in_benchmark", None, None, False, "NaN or Inf in an output"))
+    if constraints.p99_latency_ms is not None:
+        why = at.get("reasons", {}).get("p99_ms", "p99 was not measured")
+        checks.append(_at_most("p99_latency_ms", at.get("p99_ms"), constraints.p99_latency_ms, why))
+    if constraints.min_throughput_qps is not None:
+        value, limit = at.get("throughput_qps"), constraints.min_throughput_qps
+        passed = value is not None and value >= limit
+        checks.append(Check("throughput_qps", value, limit, passed, None if passed else f"{value} qps, wanted {limit}"))
+    if constraints.max_memory_mb is not None:
+        checks.append(_at_most("memory_mb", figures.get("peak_memory_mb"), constraints.max_memory_mb, "not measured"))
+    if constraints.max_size_mb is not None:
+        checks.append(_at_most("size_mb", figures["size_bytes"] / 1e6, constraints.max_size_mb, "not measured"))
+    return checks
+
+
+def _at_most(name: str, value: float | None, limit: float, missing: str) -> Check:
+    if value is None:
+        return Check(name, None, limit, False, f"{name}: {missing}")
+    passed = value <= limit
+    return Check(name, value, limit, passed, None if passed else f"{name} {value:.3f} over the limit of {limit}")
+
+
+def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if tried.figures is None or batch not in tried.figures.get("batches", {}):
+        return ["its speed was not measured"]
+    reasons = []
+    for size, at in tried.figures["batches"].items():
+        ratio = ratio_of(spec, at)
+        if ratio is None:
+            reasons.append(f"no speed-up known at batch size {size}")
+        elif size == batch:
+            # What the baseline shows against itself is noise; a gain must lie beyond it.
+            floor = _noise_floor(noise.get(size))
+            if not ratio["low"] > floor:
+                beyond = "" if floor == 1.0 else f" (the machine's noise reaches {floor:.2f}x)"
+                interval = f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+                reasons.append(f"not faster with confidence at batch size {size}: {interval}{beyond}")
+        elif ratio["high"] < 1.0:
+            reasons.append(f"slower at batch size {size}: {ratio['ratio']:.2f}x")
+    return reasons
+
+
+def _noise_floor(aa: Mapping[str, Any] | None) -> float:
+    """1, or what the A/A interval reaches where it does not hold 1 (the run is then marked noisy)."""
+    if not aa or aa["low"] <= 1.0 <= aa["high"]:
+        return 1.0
+    return float(max(aa["high"], 1 / aa["low"]))
+
+
+def _slower(spec: OptimizationSpec, tried: Tried, batch: str) -> bool:
+    assert tried.figures is not None
+    ratio = ratio_of(spec, tried.figures["batches"][batch])
+    return ratio is None or float(ratio["high"]) < 1.0
+
+
+def pareto(candidates: Sequence[Tried], batch: str) -> list[str]:
+    """Ids of the measured, unbroken configurations that no other one beats in both latency and accuracy loss."""
+    points = []
+    for tried in candidates:
+        at = (tried.figures or {}).get("batches", {}).get(batch)
+        loss = 0.0 if tried.id == BASELINE else (tried.accuracy or {}).get("loss_percent")
+        if at and at.get("mean_ms") is not None and loss is not None and not (tried.accuracy or {}).get("broken"):
+            points.append((tried.id, at["mean_ms"], loss))
+    return [
+        i
+        for i, latency, loss in points
+        if not any(lat <= latency and los <= loss and (lat, los) != (latency, loss) for _, lat, los in points)
+    ]

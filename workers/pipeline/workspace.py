@@ -1,0 +1,108 @@
+"""Scratch folders of jobs: one per claim, removed at its end; a killed worker's go at the next start."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.domain.artifact_key import ArtifactRef, FileRef
+from app.storage.content import ContentStore, sha256_file
+
+
+@dataclass
+class Workspace:
+    """`root` holds one folder per fetched artifact (by digest) and one per stage call."""
+
+    root: Path
+    tenant_id: str
+    content: ContentStore
+    calls: int = 0
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """A folder with the artifact's files; fetched once. Raises `BlobNotFound`."""
+        folder = self.root / "artifacts" / ref.digest
+        if not folder.exists():
+            partial = folder.with_suffix(".part")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for file in ref.files:
+                self.content.fetch(self.tenant_id, file.sha256, partial / file.name)
+            partial.rename(folder)
+        return folder
+
+    def new_call(self, stage: str) -> Path:
+        """A fresh folder with `work/` and `out/` for one stage call."""
+        self.calls += 1
+        folder = self.root / f"{self.calls:03d}-{stage}"
+        for name in ("work", "out"):
+            (folder / name).mkdir(parents=True)
+        return folder
+
+    def store(self, folder: Path) -> ArtifactRef:
+        """Hash the files of an output folder and put them in storage."""
+        files = []
+        for path in sorted(folder.iterdir()):
+            if path.is_symlink() or not path.is_file():
+                raise ValueError(f"a stage left {path.name!r}, which is no plain file, among its outputs")
+            digest = sha256_file(path)
+            files.append(FileRef(path.name, digest, path.stat().st_size))
+            self.content.put(self.tenant_id, path, digest)
+        if not files:
+            raise ValueError(f"a stage left no file in its output {folder.name!r}")
+        return ArtifactRef(tuple(files))
+
+
+def work_dir(home: Path) -> Path:
+    return home / "work"
+
+
+@contextmanager
+def open_workspace(home: Path, name: str, tenant_id: str, content: ContentStore) -> Iterator[Workspace]:
+    """A workspace that is gone afterwards. A held lock file keeps `remove_stale` away from it."""
+    base = work_dir(home)
+    base.mkdir(parents=True, exist_ok=True)
+    root = base / name
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        try:
+            yield Workspace(root, tenant_id, content)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+            (base / f"{name}.lock").unlink(missing_ok=True)
+
+
+def remove_stale(home: Path) -> int:
+    """Remove the workspaces of workers that died; how many there were."""
+    removed = 0
+    base = work_dir(home)
+    for lock_path in base.glob("*.lock") if base.exists() else ():
+        with contextlib.suppress(OSError), lock_path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(base / lock_path.stem, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+@contextmanager
+def device_lock(device: str, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """One measurement at a time on a device of this host, over all workers of this user. Waits for it, as long as
+    `should_stop` does not say otherwise: then the caller's stage sees that itself."""
+    path = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / f"anneal-{os.getuid()}-{device}.lock"  # noqa: S108  (a lock: holds no data)
+    with path.open("w") as lock:
+        while not should_stop():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield

@@ -1,0 +1,257 @@
+"""A worker: takes claimed jobs through the pipeline, reports itself, and sweeps up after workers that died."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from app.logging import bind_correlation_id
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.capabilities.service import CapabilityService
+from app.db.base import make_engine, utcnow
+from app.db.ids import new_id
+from app.db.orm import Engine
+from app.db.uow import Database
+from app.domain.artifact_key import digest_of
+from app.domain.failures import FailureKind, StageFailure
+from app.errors import AppError
+from app.jobs.ledger import Claim, JobLedger, LeaseLost
+from app.queue.messages import queue_for
+from app.queue.producer import make_dispatch
+from app.settings import Settings
+from app.storage.content import ContentStore
+from app.storage.factory import make_store
+from app.uploads.service import UploadService
+from workers import kernel
+from workers.hardware import describe, fingerprint
+from workers.pipeline.isolated import Interrupted, IsolatedRunner
+from workers.pipeline.lease import LeaseKeeper, StopReason
+from workers.pipeline.optimize import Optimization, Optimizer
+from workers.pipeline.protocol import Limits
+from workers.pipeline.report import make_manifest, make_report
+from workers.pipeline.results import Published, no_feasible_candidate, publish
+from workers.pipeline.runner import StageRunner
+from workers.pipeline.workspace import open_workspace, remove_stale
+
+log = structlog.get_logger(__name__)
+
+_INTERNAL = StageFailure(
+    "internal",
+    "The service failed on this job.",
+    FailureKind.INFRASTRUCTURE,
+    remedy="Report this with the job's id: the worker's log holds the trace.",
+)
+_RETRIED_LATER = frozenset({"storage_unavailable", "io_error"})
+
+
+class WorkerService:
+    """Everything one worker process holds. `start` before the first job, `close` at the end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.id = settings.worker.name or f"{socket.gethostname()}-{os.getpid()}"
+        self.db = Database(make_engine(settings.database))
+        self.content = ContentStore(make_store(settings))
+        self.ledger = JobLedger(self.db, self.content, make_dispatch(settings), settings.worker)
+        self.capabilities = CapabilityService(self.db, settings)
+        self.uploads = UploadService(self.db, self.content, settings)
+        self.isolated = IsolatedRunner()
+        self.shutdown = threading.Event()
+        self.hardware: Mapping[str, Any] = describe()
+        self.fingerprint = fingerprint(self.hardware)
+        infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
+        self.backends = [info for info in infos if info is not None]
+        self._housekeeper = threading.Thread(target=self._housekeep, name="housekeeping", daemon=True)
+
+    @property
+    def queues(self) -> list[str]:
+        devices = sorted({d for b in self.backends for d in b.devices} | {"cpu"})
+        return [*(queue_for(d) for d in devices), queue_for("", str(self.hardware["id"]))]
+
+    def start(self) -> None:
+        stale = remove_stale(self.settings.home_dir)
+        if stale:
+            log.info("removed_stale_workspaces", count=stale)
+        self.isolated.start()
+        self._report_self()
+        self._housekeeper.start()
+
+    def close(self) -> None:
+        self.shutdown.set()
+        self.isolated.close()
+        if self._housekeeper.is_alive():
+            self._housekeeper.join(timeout=5)
+        try:
+            self.capabilities.stopped(self.id)
+        except SQLAlchemyError as error:
+            log.warning("could_not_sign_off", error=str(error)[:200])
+        self.db.close()
+
+    # Housekeeping
+
+    def _report_self(self) -> None:
+        self.capabilities.report(
+            self.id,
+            hostname=socket.gethostname(),
+            hardware=self.hardware,
+            backends=[
+                {
+                    "name": b.name,
+                    "versions": dict(b.versions),
+                    "devices": list(b.devices),
+                    "precisions": list(b.precisions),
+                }
+                for b in self.backends
+            ],
+            formats=_formats(),
+            queues=self.queues,
+        )
+
+    def _housekeep(self) -> None:
+        """Every worker sweeps, also while it runs a job: as long as one lives, nothing stays lost. A thread of its own,
+        not a Celery task: it must not wait behind a long job, nor depend on the broker whose losses it mends."""
+        last_sweep = 0.0
+        tick = 0.0
+        while not self.shutdown.wait(self.settings.worker.heartbeat_s if tick else 0):
+            tick += self.settings.worker.heartbeat_s
+            try:
+                if not self.capabilities.heartbeat(self.id):
+                    self._report_self()
+                if tick - last_sweep >= self.settings.worker.sweep_s:
+                    last_sweep = tick
+                    self.ledger.sweep()
+                    self.uploads.expire_uploads()
+            except (SQLAlchemyError, AppError, OSError) as error:
+                log.warning("housekeeping_failed", error=str(error)[:300])
+
+    # Jobs
+
+    def run_job(self, job_id: str) -> None:
+        """Claim the job and take it to its end; nothing where it is not there to take."""
+        claim = self.ledger.claim(job_id, self.id)
+        if claim is None:
+            log.info("nothing_to_claim", job_id=job_id)
+            return
+        with LeaseKeeper(self.ledger, claim, self.shutdown) as keeper:
+            try:
+                self._run(claim, keeper)
+            except LeaseLost:
+                log.warning("lease_lost", job_id=job_id, token=claim.token)
+            except Interrupted:
+                self._interrupted(claim, keeper)
+
+    def _run(self, claim: Claim, keeper: LeaseKeeper) -> None:
+        job, model, datasets = self.ledger.load(claim)
+        bind_correlation_id(job.correlation_id)
+        log.info("job_started", job_id=job.id, attempt=claim.attempt)
+        name = f"{claim.job_id}-{claim.token}"
+        with open_workspace(self.settings.home_dir, name, claim.tenant_id, self.content) as workspace:
+            runner = StageRunner(
+                claim=claim,
+                ledger=self.ledger,
+                isolated=self.isolated,
+                workspace=workspace,
+                hardware=self.hardware,
+                fingerprint=self.fingerprint,
+                limits=self._limits(),
+                should_stop=keeper.should_stop,
+            )
+            try:
+                found = Optimizer(runner, job, model, datasets, [b.name for b in self.backends]).run()
+                if keeper.should_stop():
+                    raise Interrupted
+                self._finish(claim, found, runner)
+            except StageFailure as failure:
+                self._failed(claim, failure, runner)
+            except (LeaseLost, Interrupted, SQLAlchemyError):
+                raise
+            except Exception:  # a fault of ours: the job gets a typed error, the trace stays in the log
+                log.exception("job_internal_error", job_id=claim.job_id)
+                self.ledger.fail(claim, _INTERNAL.public(), {"stages": runner.view.stages})
+        log.info("job_ended", job_id=job.id)
+
+    def _limits(self) -> Limits:
+        worker = self.settings.worker
+        memory = worker.stage_memory_mb << 20 or int(self.hardware["memory_bytes"] * 0.8)
+        return Limits(worker.stage_timeout_s, memory, worker.stage_disk_mb << 20)
+
+    def _finish(self, claim: Claim, found: Optimization, runner: StageRunner) -> None:
+        found.job.stages = runner.view.stages
+        report = make_report(found, runner.calls)
+        published = publish(
+            self.content,
+            claim.tenant_id,
+            report,
+            lambda digest: make_manifest(found, runner.calls, self.fingerprint, digest),
+            self.settings.temp_dir,
+        )
+        if found.package is None:
+            failure = no_feasible_candidate(found)
+            changes = {"stages": runner.view.stages, **published.columns()}
+            self.ledger.fail(claim, failure.public(), changes)
+            return
+        engine = self._engine_row(claim, found, published)
+        self.ledger.complete(
+            claim,
+            engine=engine,
+            report=published.report,
+            manifest=published.manifest,
+            changes={"stages": runner.view.stages},
+            event={"picked": found.verdict.picked, "progress": 1.0},
+        )
+
+    def _engine_row(self, claim: Claim, found: Optimization, published: Published) -> Engine:
+        assert found.package is not None
+        (engine_file,) = found.package.outputs["engine"].files
+        (bundle_file,) = found.package.outputs["bundle"].files
+        options = found.package.options
+        final = published.body.final_metrics
+        return Engine(
+            id=new_id("eng"),
+            tenant_id=claim.tenant_id,
+            job_id=claim.job_id,
+            model_id=found.model.id,
+            backend=options["backend"],
+            format=options["engine_format"],
+            precision=options["manifest"]["engine"]["precision"],
+            filename=engine_file.name,
+            sha256=engine_file.sha256,
+            size_bytes=engine_file.size_bytes,
+            bundle_filename=bundle_file.name,
+            bundle_sha256=bundle_file.sha256,
+            bundle_size_bytes=bundle_file.size_bytes,
+            hardware={"id": self.hardware["id"], "fingerprint": digest_of(self.fingerprint), **self.hardware},
+            runtime=options["runtime"],
+            metrics=final.model_dump(mode="json") if final else {},
+            created_at=utcnow(),
+        )
+
+    def _failed(self, claim: Claim, failure: StageFailure, runner: StageRunner) -> None:
+        log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
+        if failure.code in _RETRIED_LATER and claim.attempt < self.settings.worker.max_attempts:
+            self.ledger.retry_later(claim, failure.detail)
+            return
+        self.ledger.fail(claim, failure.public(), {"stages": runner.view.stages})
+
+    def _interrupted(self, claim: Claim, keeper: LeaseKeeper) -> None:
+        log.info("job_interrupted", job_id=claim.job_id, reason=keeper.reason)
+        try:
+            if keeper.reason is StopReason.CANCELLED:
+                self.ledger.cancelled(claim, {})
+            elif keeper.reason is StopReason.SHUTDOWN:
+                self.ledger.release(claim, "the worker shuts down")
+        except LeaseLost:
+            log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
+
+
+def _formats() -> list[str]:
+    """The model formats that this worker can export."""
+    import importlib.util
+
+    has_torch = all(importlib.util.find_spec(name) is not None for name in ("torch", "onnxscript"))
+    return ["onnx", "archive", *(["pt2"] if has_torch else [])]

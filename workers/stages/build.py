@@ -1,0 +1,63 @@
+"""Stage build: a backend makes the engine for this hardware."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from app.domain.failures import FailureKind, StageFailure
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.onnx_files import size_of
+
+
+class BuildStageOptions(StageOptions):
+    """`backend`: name of a registered backend; `options`: its own build options."""
+
+    backend: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Build(Stage[BuildStageOptions]):
+    """Input `model` → output `engine`, in the backend's format."""
+
+    name: ClassVar[str] = "build"
+    version: ClassVar[int] = 1
+    Options = BuildStageOptions
+    # A backend that is not installed adds nothing to the key; one that is, its version.
+    libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
+    hardware_bound: ClassVar[bool] = True
+
+    def run(self, ctx: StageContext, options: BuildStageOptions) -> StageResult:
+        """Raises StageFailure: `unknown_backend`, `backend_unavailable` and `invalid_backend_options` (kind REQUEST),
+        or what the backend raises (`load_failed`, …). `data`: runtime, engine_format, versions, size_bytes, and what
+        else the backend reports."""
+        known = backends()
+        if options.backend not in known:
+            raise StageFailure(
+                "unknown_backend",
+                f"There is no backend {options.backend!r}.",
+                FailureKind.REQUEST,
+                remedy=f"Use one of {', '.join(sorted(known))}.",
+            )
+        backend = known[options.backend]()
+        info = backend.probe(ctx.hardware)
+        if info is None:
+            raise StageFailure(
+                "backend_unavailable",
+                f"Backend {options.backend!r} cannot run on this worker.",
+                FailureKind.REQUEST,
+                remedy="Choose a backend that GET /v1/capabilities lists.",
+                cacheable=False,
+            )
+        ctx.reporter.progress(0.0, f"building with {options.backend}")
+        out = ctx.output("engine")
+        built = backend.build(ctx.inputs["model"], out, options.options, ctx.reporter)
+        ctx.reporter.progress(1.0, "built")
+        data = {
+            **built,
+            "engine_format": backend.engine_format,
+            "versions": dict(info.versions),
+            "size_bytes": size_of(out),
+        }
+        return StageResult(("engine",), data)

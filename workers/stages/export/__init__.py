@@ -1,0 +1,99 @@
+"""Stage export: from the uploaded file to a checked ONNX model that has run once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.domain.spec import ShapeRange
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, TensorSpec
+from workers.onnx_files import size_of
+from workers.onnx_graph import describe_structure, opset_of
+from workers.stages.export._pipeline import Exported, export_onnx
+from workers.stages.export._source import unpack
+
+
+class ExportOptions(StageOptions):
+    """`format`: of the uploaded file. `shapes`: the user's ranges by input, checked against the model. The others bound
+    what an archive may unpack to."""
+
+    format: Literal["onnx", "archive", "pt2"] = "onnx"
+    min_opset: int = Field(default=17, ge=7, le=64)
+    shapes: dict[str, ShapeRange] | None = None
+    max_unpacked_bytes: int = Field(default=32 << 30, ge=1)
+    max_members: int = Field(default=10_000, ge=1)
+    max_ratio: float = Field(default=200.0, ge=1)
+
+
+class Export(Stage[ExportOptions]):
+    """Input `source` (one file) → output `model` (`model.onnx`; large weights in `model.onnx.data`)."""
+
+    name: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+    Options = ExportOptions
+    libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
+
+    def run(self, ctx: StageContext, options: ExportOptions) -> StageResult:
+        """Raises StageFailure: `invalid_model`, `invalid_graph`, `unsupported_op`, `unsupported_opset`,
+        `unsupported_input_type`, `unsupported_output_type`, `no_inputs`, `no_outputs`, `dynamic_rank`,
+        `external_data_missing`, `external_data_outside`, `archive_*`, `load_failed`, `inference_failed`,
+        `shape_mismatch` and `missing_extra` (kind REQUEST), `export_failed`, `export_mismatch`, `unsafe_program`."""
+        source = ctx.only_file("source")
+        reporter = ctx.reporter
+        reporter.progress(0.0, "reading the upload")
+        program = None
+        if options.format == "archive":
+            source = unpack(
+                source,
+                ctx.workspace / "unpacked",
+                max_bytes=options.max_unpacked_bytes,
+                max_members=options.max_members,
+                max_ratio=options.max_ratio,
+            )
+        elif options.format == "pt2":
+            from workers.stages.export._pt2 import Program
+
+            program = Program.load(source, ctx.workspace)
+            source = program.to_onnx(ctx.workspace / "from_pt2", max(18, options.min_opset))
+        exported = export_onnx(
+            source,
+            ctx.output("model"),
+            ctx.workspace,
+            min_opset=options.min_opset,
+            shapes=options.shapes,
+            progress=reporter.progress,
+        )
+        if program is not None:
+            reporter.progress(0.9, "comparing with the source program")
+            shapes = {n: r.model_dump() for n, r in options.shapes.items()} if options.shapes else None
+            exported.checks["source_comparison"] = program.check(exported, shapes)
+            exported.notes += program.notes
+        for note in exported.notes:
+            reporter.note(note)
+        reporter.progress(1.0, "exported")
+        return StageResult(("model",), _data(exported))
+
+
+def _data(exported: Exported) -> dict[str, Any]:
+    structure = describe_structure(exported.model)
+    return {
+        "inputs": [_spec(s) for s in exported.inputs],
+        "outputs": [_spec(s) for s in exported.outputs],
+        "opset": opset_of(exported.model),
+        "opset_before": exported.opset_before,
+        "parameters": structure["parameters"],
+        "size_bytes": size_of(exported.folder),
+        "dynamic_batch": exported.dynamic_batch,
+        "notes": exported.notes,
+        "checks": exported.checks,
+        "structure": structure,
+    }
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {**asdict(spec), "shape": list(spec.shape)}
+
+
+__all__ = ["Export", "ExportOptions", "describe_structure"]

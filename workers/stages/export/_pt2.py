@@ -1,0 +1,217 @@
+"""A `.pt2` source (torch.export): to ONNX by the dynamo exporter, and compared with it afterwards."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.data import synthetic_feeds
+from workers.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
+from workers.stages.export._pipeline import Exported, rename_symbol
+from workers.stages.export._pt2_guard import clean_copy
+from workers.stages.export._trial import batch_sizes, compare, open_session
+from workers.stages.export._write import write_model
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
+
+_SEEDS = (11, 12, 13)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch warns of its own deprecations and of libraries it could use; none of it is about the user's model. Within,
+    `torch.load` never unpickles objects (the archive was cleaned before: this is the second lock on the door)."""
+    name, force = "torch.onnx", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    level, before = logging.getLogger(name).level, os.environ.get(force)
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[force] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger(name).setLevel(level)
+        if before is None:
+            del os.environ[force]
+        else:
+            os.environ[force] = before
+
+
+def _import_torch() -> Any:
+    try:
+        with _quiet():
+            import onnxscript  # noqa: F401  (torch.onnx needs it; better to miss it here than in the middle)
+            import torch
+            import torch.export
+    except ImportError as error:
+        raise StageFailure(
+            "missing_extra",
+            f"This worker cannot read .pt2 files: {error.name or 'torch'} is not installed.",
+            FailureKind.REQUEST,
+            remedy="Upload ONNX, or ask the operator to install the extra `torch` (pip install 'anneal[torch]').",
+            cacheable=False,
+        ) from None
+    return torch
+
+
+class Program:
+    """A loaded `ExportedProgram`."""
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+        self.notes: list[str] = []
+
+    @classmethod
+    def load(cls, path: Path, workspace: Path) -> Program:
+        """Load from a cleaned copy. Raises StageFailure `missing_extra`, `unsafe_program`, `invalid_model`."""
+        torch = _import_torch()
+        nothing = io.BytesIO()
+        torch.save(((), {}), nothing)
+        copy = workspace / "program.pt2"
+        clean_copy(path, copy, nothing.getvalue())
+        try:
+            with _quiet():
+                program = torch.export.load(str(copy))
+                program.example_inputs = _example_inputs(torch, program)
+        except Exception as error:  # damaged content shows as any kind of error
+            raise model_failure(
+                "invalid_model",
+                f"torch cannot load the program: {_line(error)}",
+                remedy="Save it again with torch.export.save and a torch version up to this worker's "
+                f"{torch.__version__}.",
+            ) from None
+        finally:
+            copy.unlink(missing_ok=True)
+        return cls(program)
+
+    def to_onnx(self, folder: Path, opset: int) -> Path:
+        """Write the ONNX model to `folder`; its dynamic first axis is named `batch`. Raises `export_failed`."""
+        import torch
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / MODEL_FILE
+        tensors = [*self._program.state_dict.values(), *self._program.constants.values()]
+        size = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        try:
+            with _quiet():
+                converted = torch.onnx.export(self._program, dynamo=True, opset_version=opset, verbose=False)
+                assert converted is not None
+                converted.save(str(path), external_data=size > INLINE_LIMIT_BYTES // 2)
+        except Exception as error:  # the exporter's own errors, and whatever a pass of it trips over
+            text = _line(error, deepest=True)
+            op = re.search(r"op='([\w.]+)'|\b(aten\.\w+)", text)
+            raise model_failure(
+                "export_failed",
+                f"The program cannot be converted to ONNX: {text}",
+                node=(op.group(1) or op.group(2)) if op else None,
+                remedy="Convert it to ONNX yourself, or replace the operation that has no ONNX counterpart.",
+            ) from None
+        model = read_skeleton(path)
+        first: Any = next(
+            (i.type.tensor_type.shape.dim[:1] for i in model.graph.input if i.type.tensor_type.shape.dim), []
+        )
+        known = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim}
+        if first and first[0].dim_param and "batch" not in known:
+            rename_symbol(model, first[0].dim_param, "batch")
+            write_model(model, folder)
+        elif first and not first[0].dim_param:
+            self.notes.append(
+                "The program was exported with a fixed batch; for a dynamic one use "
+                "torch.export.export(..., dynamic_shapes={...: {0: torch.export.Dim('batch')}})."
+            )
+        return path
+
+    def check(self, exported: Exported, shapes: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Source against ONNX on several inputs and, where it is dynamic, two batch sizes.
+
+        Returns `{"inputs", "batch_sizes", "max_abs_diff"}`; raises `export_mismatch` with the tensor and the error.
+        """
+        session = open_session(exported.folder)
+        sizes, worst, compared = [], 0.0, 0
+        refused: Exception | None = None
+        for batch in batch_sizes(exported.inputs, shapes):
+            for seed in _SEEDS:
+                feeds = synthetic_feeds(session.inputs, batch, shapes, seed)
+                try:
+                    wanted = self._run(feeds, [o.name for o in session.outputs])
+                except StageFailure:
+                    raise
+                except Exception as error:  # e.g. a batch below the range that the program was exported for
+                    refused = error
+                    break
+                found = compare(wanted, session.run(feeds))
+                if found.significant:
+                    raise _mismatch(found.tensor, found.error, batch)
+                worst, compared = max(worst, found.error), compared + 1
+            else:
+                sizes.append(batch)
+        session.close()
+        if not compared:
+            raise model_failure(
+                "export_failed",
+                f"The program does not run on inputs of its own shapes: {_line(refused)}",
+                remedy="Give `shapes` inside the ranges that the program was exported for.",
+            )
+        if refused is not None:
+            self.notes.append(f"Source and ONNX were compared at batch {sizes} only: {_line(refused)[:160]}")
+        return {"passed": True, "inputs": compared, "batch_sizes": sizes, "max_abs_diff": worst}
+
+    def _run(self, feeds: Arrays, names: list[str]) -> Arrays:
+        import torch
+        from torch.utils import _pytree as pytree
+
+        with _quiet(), torch.no_grad():
+            flat = [
+                torch.from_numpy(np.array(feeds[name])) if isinstance(name, str) and name in feeds else name
+                for name in self._program.graph_signature.user_inputs
+            ]
+            args, kwargs = pytree.tree_unflatten(flat, self._program.call_spec.in_spec)
+            result = self._program.module()(*args, **kwargs)
+            leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if len(leaves) != len(names):
+            raise model_failure("export_mismatch", f"The program has {len(leaves)} outputs, the ONNX has {len(names)}.")
+        return {name: leaf.detach().numpy() for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _example_inputs(torch: Any, program: Any) -> Any:
+    """Arguments as the exporter's passes need them, in place of the archive's own, which are pickles: ones, of the
+    sizes that the program was traced with."""
+    from torch.utils import _pytree as pytree
+
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    flat = []
+    for name in program.graph_signature.user_inputs:
+        value = values.get(name) if isinstance(name, str) else name
+        if isinstance(value, torch.Tensor):
+            sizes = [d if isinstance(d, int) else d.node.hint or 2 for d in value.shape]
+            value = torch.ones(sizes, dtype=value.dtype)
+        flat.append(value)
+    return pytree.tree_unflatten(flat, program.call_spec.in_spec)
+
+
+def _mismatch(tensor: str, error: float, batch: int) -> StageFailure:
+    return model_failure(
+        "export_mismatch",
+        f"Output {tensor!r} of the ONNX model differs from the source program's by {error:.3g} at batch {batch}.",
+        tensor=tensor,
+        remedy="Call model.eval() before torch.export.export, or convert the model to ONNX yourself.",
+    )
+
+
+def _line(error: BaseException | None, *, deepest: bool = False) -> str:
+    """The error's message in one line without paths; `deepest`: that of the error which caused it all."""
+    while deepest and error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\S*/(?:[\w.+-]+/)+", "", " ".join(str(error).split()))
+    return (text or type(error).__name__)[:400]

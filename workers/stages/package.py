@@ -1,0 +1,162 @@
+"""package: the engine as one file, and the bundle: everything needed to run it, in one archive.
+
+Both archives are deterministic (sorted names, fixed times): the same engine gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from app.domain.failures import StageFailure
+from workers import kernel
+from workers.data import Samples, synthetic_feeds
+from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_BUFFER = 4 << 20
+
+
+class PackageOptions(StageOptions):
+    """`name`: stem of the file names. `manifest` goes into the bundle as it is, with the engine's figures."""
+
+    name: str
+    backend: str
+    runtime: dict[str, Any]
+    engine_format: str
+    manifest: dict[str, Any]
+    shapes: dict[str, Any] | None = None
+    seed: int = 0
+
+
+class Package(Stage[PackageOptions]):
+    """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip)."""
+
+    name = "package"
+    version = 1
+    Options = PackageOptions
+    libraries = ("numpy",)
+
+    def run(self, ctx: StageContext, options: PackageOptions) -> StageResult:
+        engine = ctx.inputs["engine"]
+        single = _single_file(engine, ctx.output("engine"), options)
+        ctx.reporter.progress(0.3, "engine file")
+        backend = kernel.backends()[options.backend]()
+        session = backend.load(engine, options.runtime)
+        try:
+            feeds = _sample_feeds(ctx, session, options)
+            expected = session.run(feeds)
+        except StageFailure as failure:
+            failure.code = "packaged_engine_fails"
+            raise
+        finally:
+            session.close()
+        ctx.reporter.progress(0.6, "bundle")
+        bundle = ctx.output("bundle") / f"{options.name}-bundle.zip"
+        extra = {
+            "manifest.json": json.dumps(options.manifest, indent=2, sort_keys=True).encode(),
+            "infer.py": backend.infer_script(options.runtime).encode(),
+            "sample_input.npz": _npz(feeds),
+            "expected_output.npz": _npz(expected),
+            "README.md": _readme(options).encode(),
+            "requirements.txt": _requirements(options.manifest).encode(),
+        }
+        _write_zip(bundle, engine, extra)
+        return StageResult(
+            outputs=("engine", "bundle"),
+            data={"engine_file": single.name, "bundle_file": bundle.name, "files": [*extra]},
+        )
+
+
+def _single_file(engine: Path, out: Path, options: PackageOptions) -> Path:
+    files = sorted(engine.iterdir())
+    if len(files) == 1:
+        target = out / f"{options.name}{files[0].suffix}"
+        _link_or_copy(files[0], target)
+        return target
+    target = out / f"{options.name}.tar"
+    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
+        for path in files:
+            info = tarfile.TarInfo(path.name)
+            info.size, info.mode = path.stat().st_size, 0o644
+            with path.open("rb") as source:
+                archive.addfile(info, source)
+    return target
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions) -> Arrays:
+    """One real sample where there is data, else a plausible random one; repeated where the batch is fixed."""
+    batch = next((s.shape[0] for s in session.inputs if s.shape and isinstance(s.shape[0], int)), 1)
+    if "data" in ctx.inputs:
+        samples = Samples(ctx.only_file("data"), session.inputs, session.outputs, max_samples=1)
+        feeds = next(iter(samples.batches(1))).feeds
+        return {name: np.repeat(array, batch, axis=0) for name, array in feeds.items()}
+    return synthetic_feeds(session.inputs, batch, options.shapes, options.seed)
+
+
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(arrays):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+            archive.writestr(_zip_info(f"{name}.npy", zipfile.ZIP_DEFLATED), member.getvalue())
+    return buffer.getvalue()
+
+
+def _zip_info(name: str, method: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _EPOCH)
+    info.compress_type = method
+    info.external_attr = 0o644 << 16
+    return info
+
+
+def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for file in sorted(engine.iterdir()):
+            with (
+                file.open("rb") as source,
+                archive.open(_zip_info(file.name, zipfile.ZIP_STORED), "w", force_zip64=True) as target,
+            ):
+                shutil.copyfileobj(source, target, _BUFFER)
+        for name in sorted(extra):
+            archive.writestr(_zip_info(name, zipfile.ZIP_DEFLATED), extra[name])
+
+
+def _requirements(manifest: Mapping[str, Any]) -> str:
+    versions = manifest.get("versions", {})
+    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
+
+
+def _readme(options: PackageOptions) -> str:
+    hardware = options.manifest.get("hardware", {})
+    machine = hardware.get("cpu_model") or hardware.get("id", "one machine")
+    return f"""# {options.name}
+
+An engine for `{options.backend}`, built and measured on {machine}.
+
+    pip install -r requirements.txt
+    python infer.py                      # runs sample_input.npz and compares with expected_output.npz
+    python infer.py INPUT.npz OUTPUT.npz # arrays named by the model's inputs
+
+`manifest.json` says what it was made from, how, and what was measured. An engine may be specific to the hardware it was
+built for: run the job again for another kind of machine.
+"""

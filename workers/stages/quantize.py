@@ -1,0 +1,379 @@
+"""quantize: a copy of the model in fewer bits.
+
+Inputs `model`, and for static int8 `calibration` (a data set) or `ranges` (what an earlier calibration found). Outputs
+`model`, and for static int8 `ranges`. Recipes: dynamic_int8, static_int8 (Q/DQ), fp16, bf16 (weights only).
+
+The result is loaded and run once, and its quantized nodes are counted: a "quantized" model without any, or one that
+does not run, is a failure of the candidate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+from pydantic import Field
+
+from app.domain.failures import FailureKind, StageFailure, data_failure, model_failure
+from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_quantize as quantization
+from workers.backends._onnxruntime_messages import clean_message, runtime_failure
+from workers.data import Samples, synthetic_feeds
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
+
+RANGES_FILE = "ranges.json"
+RANGES_FORMAT = 1
+OLDEST_OPSET = 13  # QuantizeLinear with an axis, and Cast to bfloat16
+LARGEST_RANGES_FILE = 64 << 20  # bytes
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class QuantizeOptions(StageOptions):
+    """`op_types`: None = by architecture. `method`, `percentile`, `max_samples` and `part` say how to calibrate;
+    `activations` is uint8 on x86 and int8 (symmetric) for TensorRT; `reduce_range` gives weights seven bits, for CPUs
+    without VNNI. `exclude_nodes` stay as they are. `shapes`: min/opt/max by input, for the trial run."""
+
+    recipe: Literal["dynamic_int8", "static_int8", "fp16", "bf16"]
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    op_types: list[str] | None = Field(default=None, min_length=1)
+    activations: Literal["uint8", "int8"] = "uint8"
+    per_channel: bool = True
+    reduce_range: bool = False
+    exclude_nodes: list[str] = Field(default_factory=list)
+    max_samples: int = Field(default=512, ge=1)
+    part: Literal["all", "calibration"] = "all"
+    shapes: dict[str, dict[str, list[int]]] | None = None
+
+
+class Quantize(Stage[QuantizeOptions]):
+    """See the module. `data`: recipe, qdq_by_op, quantized_nodes, op_types, excluded_nodes, calibration, …"""
+
+    name = "quantize"
+    version = 1
+    Options = QuantizeOptions
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
+
+    def run(self, ctx: StageContext, options: QuantizeOptions) -> StageResult:
+        source = ctx.inputs["model"] / MODEL_FILE
+        _check_source(read_skeleton(source), options)
+        samples = _samples(ctx, options) if "calibration" in ctx.inputs else None
+        ctx.reporter.progress(0.02, "shape inference")
+        prepared = quantization.prepare(source, ctx.workspace)
+        if options.recipe == "static_int8":
+            model, data = _static(ctx, options, prepared, samples)
+        elif options.recipe == "dynamic_int8":
+            model, data = _dynamic(ctx, options, prepared)
+        else:
+            model, data = _low_precision(options, prepared)
+        _restore_interface(model, read_skeleton(source))
+        out = ctx.output("model")
+        quantization.save_model(model, out)
+        del model
+        ctx.reporter.progress(0.9, "trial run")
+        data |= _trial_run(ctx, options, out, samples)
+        data |= {
+            "recipe": options.recipe,
+            "quantized_nodes": sum(data["qdq_by_op"].values()),
+            "size_bytes_before": size_of(ctx.inputs["model"]),
+            "size_bytes": size_of(out),
+        }
+        outputs = ["model", "ranges"] if options.recipe == "static_int8" else ["model"]
+        return StageResult(outputs=outputs, data=data)
+
+
+def _check_source(model: ModelProto, options: QuantizeOptions) -> None:
+    if quantization.is_quantized(model):
+        raise model_failure(
+            "already_quantized",
+            "The model already holds quantized operators.",
+            remedy="Upload the float32 model, or ask for no further precision.",
+        )
+    if quantization.has_low_precision_weights(model):
+        raise model_failure(
+            "not_float32",
+            "The model's weights are already in float16 or bfloat16.",
+            remedy="Upload the float32 model.",
+        )
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST_OPSET:
+        raise model_failure(
+            "opset_too_old",
+            f"Quantization needs opset {OLDEST_OPSET}; the model has {opset}.",
+            remedy="Export the model with opset 17 or later.",
+        )
+    unknown = sorted(set(options.exclude_nodes) - {n.name for n in model.graph.node})
+    if unknown:
+        raise StageFailure(
+            "unknown_node",
+            f"exclude_nodes names {unknown[0]!r}, which is no node of the model.",
+            FailureKind.REQUEST,
+            node=unknown[0],
+            remedy="Use node names of the simplified model.",
+        )
+
+
+def _dynamic(ctx: StageContext, options: QuantizeOptions, prepared: Path) -> tuple[ModelProto, dict[str, Any]]:
+    skeleton = onnx.load(prepared, load_external_data=False)
+    op_types = _op_types(skeleton, options, "dynamic_int8")
+    ctx.reporter.progress(0.2, "weights to int8")
+    model = _made(
+        ctx.workspace,
+        lambda out: quantization.dynamic_int8(
+            prepared,
+            out,
+            op_types=op_types,
+            excluded=options.exclude_nodes,
+            per_channel=options.per_channel,
+            reduce_range=options.reduce_range,
+        ),
+    )
+    data = {"op_types": sorted(op_types), "excluded_nodes": sorted(options.exclude_nodes), "calibration": None}
+    return model, data | {"qdq_by_op": _counted(model, op_types)}
+
+
+def _static(
+    ctx: StageContext, options: QuantizeOptions, prepared: Path, samples: Samples | None
+) -> tuple[ModelProto, dict[str, Any]]:
+    skeleton = onnx.load(prepared, load_external_data=False)
+    op_types = _op_types(skeleton, options, "static_int8")
+    tensors = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
+    if "ranges" in ctx.inputs:
+        ranges = _read_ranges(ctx.only_file("ranges"), tensors)
+        shutil.copyfile(ctx.only_file("ranges"), ctx.output("ranges") / RANGES_FILE)
+    else:
+        ranges = _calibrated(ctx, options, prepared, tensors, samples)
+        text = json.dumps(ranges, indent=1, sort_keys=True, allow_nan=False)
+        (ctx.output("ranges") / RANGES_FILE).write_text(text + "\n")
+    unusable = set(ranges["unusable"])
+    untouchable = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output} and n.op_type in op_types]
+    if untouchable:
+        ctx.reporter.note("Some nodes stay in float32: their values have no finite range.", nodes=untouchable[:20])
+    excluded = sorted({*options.exclude_nodes, *untouchable})
+    ctx.reporter.progress(0.75, "Q/DQ nodes")
+    model = _made(
+        ctx.workspace,
+        lambda out: quantization.static_int8(
+            prepared,
+            out,
+            ranges={name: (low, high) for name, (low, high) in ranges["tensors"].items()},
+            op_types=op_types,
+            excluded=excluded,
+            activations=options.activations,
+            per_channel=options.per_channel,
+            reduce_range=options.reduce_range,
+        ),
+    )
+    facts = {key: ranges[key] for key in ("method", "percentile", "samples", "dataset")}
+    facts |= {"tensors": len(ranges["tensors"]), "reused": "ranges" in ctx.inputs}
+    data = {"op_types": sorted(op_types), "excluded_nodes": excluded, "calibration": facts}
+    return model, data | {"qdq_by_op": _counted(model, op_types)}
+
+
+def _low_precision(options: QuantizeOptions, prepared: Path) -> tuple[ModelProto, dict[str, Any]]:
+    model = onnx.load(prepared)
+    if options.recipe == "fp16":
+        model = quantization.to_float16(model, options.exclude_nodes)
+    else:
+        quantization.to_bfloat16(model, options.exclude_nodes)
+    counts = quantization.count_low_precision(model)
+    if not counts:
+        raise _nothing_to_quantize("no float32 weights")
+    data = {"op_types": sorted(counts), "excluded_nodes": sorted(options.exclude_nodes), "calibration": None}
+    return model, data | {"qdq_by_op": counts, "computes_in": "float16" if options.recipe == "fp16" else "float32"}
+
+
+def _op_types(model: ModelProto, options: QuantizeOptions, recipe: Literal["dynamic_int8", "static_int8"]) -> list[str]:
+    op_types = options.op_types or list(quantization.default_op_types(model, recipe))
+    if recipe == "dynamic_int8":
+        op_types = [op for op in op_types if op not in quantization.DYNAMIC_FORBIDDEN]
+    if not quantization.quantizable_nodes(model, op_types, options.exclude_nodes):
+        raise _nothing_to_quantize(f"no node of the types {', '.join(sorted(op_types)) or '(none)'}")
+    return sorted(set(op_types))
+
+
+def _nothing_to_quantize(reason: str) -> StageFailure:
+    return model_failure(
+        "nothing_to_quantize",
+        f"There is nothing to quantize: the model has {reason}.",
+        remedy="Use another precision for this model.",
+    )
+
+
+def _made(workspace: Path, make: Callable[[Path], None]) -> ModelProto:
+    """The model that the quantizer writes; what it raises becomes `quantizer_failed`."""
+    folder = workspace / "quantized"
+    folder.mkdir()
+    try:
+        make(folder / MODEL_FILE)
+    except (MemoryError, StageFailure):
+        raise
+    except Exception as error:  # the quantizer raises ValueError, RuntimeError, KeyError, AssertionError, …
+        raise model_failure(
+            "quantizer_failed",
+            f"The quantizer does not take this model: {type(error).__name__}: {clean_message(error)}",
+            remedy="Use another precision for this model.",
+        ) from error
+    return onnx.load(folder / MODEL_FILE)
+
+
+def _counted(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
+    counts = quantization.count_quantized(model, op_types)
+    if not quantization.computes_on_integers(counts):
+        raise model_failure(
+            "not_quantized",
+            "The quantizer left every convolution and matrix product in floating point.",
+            remedy="Use another precision for this model.",
+        )
+    return counts
+
+
+def _calibrated(
+    ctx: StageContext, options: QuantizeOptions, prepared: Path, tensors: list[str], samples: Samples | None
+) -> dict[str, Any]:
+    if samples is None:
+        raise StageFailure(
+            "calibration_data_missing",
+            "Static int8 needs calibration data.",
+            FailureKind.REQUEST,
+            remedy="Name a data set under calibration.dataset_id.",
+        )
+
+    def batches(size: int) -> Iterator[Arrays]:
+        for batch in samples.batches(size):
+            yield batch.feeds
+
+    try:
+        found = calibration.calibrate(
+            prepared,
+            tensors,
+            batches,
+            method=options.method,
+            percentile=options.percentile,
+            symmetric=options.activations == "int8",
+            progress=lambda fraction, message: ctx.reporter.progress(0.1 + 0.6 * fraction, message),
+            total=len(samples),
+        )
+    except (StageFailure, MemoryError):
+        raise
+    except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
+        raise runtime_failure("calibration_failed", error, remedy="Check that the model runs on this data.") from error
+    return {
+        "format": RANGES_FORMAT,
+        "model": hashlib.sha256((ctx.inputs["model"] / MODEL_FILE).read_bytes()).hexdigest(),
+        "dataset": samples.digest(),
+        "method": options.method,
+        "percentile": options.percentile if options.method == "percentile" else None,
+        "samples": found.samples,
+        "tensors": {name: [low, high] for name, (low, high) in sorted(found.tensors.items())},
+        "unusable": sorted(found.unusable),
+    }
+
+
+def _samples(ctx: StageContext, options: QuantizeOptions) -> Samples:
+    graph = read_skeleton(ctx.inputs["model"] / MODEL_FILE)
+    inputs, outputs = quantization.graph_inputs(graph), quantization.interface(graph.graph.output)
+    path = ctx.only_file("calibration")
+    return Samples(path, inputs, outputs, part=options.part, max_samples=options.max_samples)
+
+
+def _read_ranges(path: Path, tensors: Collection[str]) -> dict[str, Any]:
+    """The ranges of an earlier calibration; raises `ranges_invalid` or `ranges_mismatch`."""
+    ranges: Any = None
+    if path.stat().st_size <= LARGEST_RANGES_FILE:
+        try:
+            ranges = json.loads(path.read_bytes())
+        except ValueError:
+            ranges = None
+    if not _is_ranges(ranges):
+        raise data_failure(
+            "ranges_invalid",
+            "The calibration ranges are not a file that this service wrote.",
+            remedy="Calibrate again with a data set.",
+        )
+    missing = sorted(set(tensors) - set(ranges["tensors"]) - set(ranges["unusable"]))
+    if missing:
+        raise data_failure(
+            "ranges_mismatch",
+            f"The calibration ranges have none for {len(missing)} of the model's {len(tensors)} tensors.",
+            tensor=missing[0],
+            remedy="Calibrate again with a data set; the ranges belong to another graph.",
+        )
+    found: dict[str, Any] = ranges
+    return found
+
+
+def _is_ranges(value: Any) -> bool:
+    keys = {"format", "method", "percentile", "samples", "dataset", "tensors", "unusable"}
+    if not isinstance(value, Mapping) or value.get("format") != RANGES_FORMAT or not keys <= set(value):
+        return False
+    tensors, unusable = value["tensors"], value["unusable"]
+    if not isinstance(tensors, Mapping) or not isinstance(unusable, list):
+        return False
+    return all(isinstance(name, str) for name in unusable) and all(map(_is_range, tensors.values()))
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(v) in (int, float) for v in value):
+        return False
+    return all(math.isfinite(v) and abs(v) <= calibration.USABLE_MAGNITUDE for v in value) and value[0] <= value[1]
+
+
+def _restore_interface(model: ModelProto, original: ModelProto) -> None:
+    """Names, types and symbolic shapes of inputs and outputs as they came: quantizers drop some of them."""
+    weights = {i.name for i in original.graph.initializer}
+    inputs = [i for i in original.graph.input if i.name not in weights]
+    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
+        if {v.name for v in made} == {v.name for v in wanted}:
+            del made[:]
+            made.extend(wanted)
+
+
+def _trial_run(ctx: StageContext, options: QuantizeOptions, made: Path, samples: Samples | None) -> dict[str, Any]:
+    """Load the artifact and run it once. Where the original does not take the same inputs either, nothing is known."""
+    backend = backends()["onnxruntime"]()
+    graph = read_skeleton(made / MODEL_FILE)
+    inputs = quantization.graph_inputs(graph)
+    fixed = [spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
+    batch = fixed[0] if fixed else 1
+    if samples is not None:
+        feeds = next(samples.batches(batch)).feeds
+        rows = np.arange(batch)
+        feeds = {name: value[rows % value.shape[0]] for name, value in feeds.items()}
+    else:
+        feeds = synthetic_feeds(inputs, batch, options.shapes, seed=0)
+    try:
+        session = backend.load(made, {})
+        outputs = session.run(feeds)
+    except StageFailure as failure:
+        if not failure.cacheable:
+            raise
+        if failure.code == "inference_failed" and not _original_runs(ctx, feeds):
+            ctx.reporter.note("The trial run tells nothing: the original does not take the generated inputs either.")
+            return {"trial_run": None}
+        raise model_failure(
+            "quantized_model_fails",
+            f"The quantized model does not run: {failure.detail}",
+            node=failure.node,
+            remedy="Use another precision for this model, or exclude the node.",
+        ) from failure
+    finite = all(bool(np.isfinite(v).all()) for v in outputs.values() if v.dtype.kind == "f")
+    return {"trial_run": {"batch": batch, "finite": finite}}
+
+
+def _original_runs(ctx: StageContext, feeds: Arrays) -> bool:
+    try:
+        backends()["onnxruntime"]().load(ctx.inputs["model"], {}).run(feeds)
+    except StageFailure:
+        return False
+    return True

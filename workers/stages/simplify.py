@@ -1,0 +1,300 @@
+"""simplify: constant folding, dead code and fusions, kept only where the function stays the same.
+
+Input `model`, output `model`. Every step is compared with the graph before it on random inputs; a step that crashes,
+changes an input or output, or changes a result is undone, and `data["fell_back"]` says which and why.
+
+With `fusions` false the output is standard ONNX for every backend. With `fusions` true a recognised transformer also
+gets ONNX Runtime's contrib ops, which only that runtime executes (`data["contrib_ops"]`).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from app.domain.failures import StageFailure
+from workers.backends import _ort_fusion as fusion
+from workers.backends._ort_quantize import graph_inputs, interface, save_model
+from workers.data import synthetic_feeds
+from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult, backends
+from workers.onnx_files import MODEL_FILE, files_of, link_or_copy, size_of
+
+RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
+ABSOLUTE_TOLERANCE = 1e-6
+LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
+LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class SimplifyOptions(StageOptions):
+    """`shapes`: the job's min/opt/max by input, for the sizes of the random inputs; None = defaults."""
+
+    fusions: bool = False
+    shapes: dict[str, dict[str, list[int]]] | None = None
+
+
+class Simplify(Stage[SimplifyOptions]):
+    """See the module. `data`: nodes_before, nodes_after, fusions, at_load, fell_back, max_abs_diff, tolerance, …"""
+
+    name = "simplify"
+    version = 1
+    Options = SimplifyOptions
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
+
+    def run(self, ctx: StageContext, options: SimplifyOptions) -> StageResult:
+        source = ctx.inputs["model"]
+        size = size_of(source)
+        if size > LARGEST_IN_MEMORY:
+            return _unchanged(ctx, source, f"larger than 2 GB ({size} bytes): the simplifiers cannot hold it in memory")
+        original = onnx.load(source / MODEL_FILE)
+        ctx.reporter.progress(0.05, "reference outputs")
+        check = _EquivalenceCheck(original, options.shapes, ctx.workspace)
+        steps = _Steps(original, check)
+        ctx.reporter.progress(0.2, "constant folding and dead code")
+        steps.attempt("onnxslim", lambda: [_slimmed(original)])
+        architecture = None
+        if options.fusions:
+            ctx.reporter.progress(0.6, "transformer fusions")
+            architecture = fusion.recognise(steps.model) or fusion.recognise(original)
+            if architecture is not None:
+                found = architecture
+                steps.attempt("transformer fusions", lambda: _fused(steps.model, original, found))
+        save_model(steps.model, ctx.output("model"))
+        ctx.reporter.progress(0.9, "what the runtime fuses at load")
+        at_load = _fused_at_load(ctx.output("model") / MODEL_FILE, ctx.workspace)
+        if steps.fell_back:
+            ctx.reporter.note("A simplification was given up.", reason="; ".join(steps.fell_back))
+        data = _data(original, steps.model, at_load)
+        data |= {
+            "fell_back": "; ".join(steps.fell_back) or None,
+            "steps": steps.kept,
+            "max_abs_diff": steps.max_abs_diff,
+            "architecture": architecture.to_json() if architecture else None,
+            "compared": {"inputs": len(check.feeds), "batch_sizes": check.batch_sizes},
+        }
+        return StageResult(outputs=["model"], data=data)
+
+
+def _data(before: ModelProto, after: ModelProto, at_load: Mapping[str, int] | None) -> dict[str, Any]:
+    fusions = fusion.count_fused(before, after)
+    fusions["conv+relu"] = (at_load or {}).get("conv+relu", 0)
+    return {
+        "nodes_before": len(before.graph.node),
+        "nodes_after": len(after.graph.node),
+        "fusions": fusions,
+        "at_load": None if at_load is None else dict(at_load),
+        "contrib_ops": fusion.uses_contrib_ops(after),
+        "tolerance": {"relative_to_max_abs": RELATIVE_TOLERANCE, "absolute": ABSOLUTE_TOLERANCE},
+    }
+
+
+def _unchanged(ctx: StageContext, source: Path, reason: str) -> StageResult:
+    out = ctx.output("model")
+    for file in files_of(source):
+        link_or_copy(file, out / file.name)
+    ctx.reporter.note("The model is not simplified.", reason=reason)
+    model = onnx.load(source / MODEL_FILE, load_external_data=False)
+    data = _data(model, model, None)
+    data |= {"fell_back": reason, "steps": [], "max_abs_diff": 0.0, "architecture": None, "compared": None}
+    return StageResult(outputs=["model"], data=data)
+
+
+def _slimmed(original: ModelProto) -> ModelProto:
+    import onnxslim
+
+    slim = onnxslim.slim(_copy(original), size_threshold=LARGEST_FOLDED_CONSTANT)
+    if not isinstance(slim, ModelProto):
+        raise TypeError("onnxslim returned no model")
+    slim.ir_version = original.ir_version
+    slim.producer_name, slim.producer_version = original.producer_name, original.producer_version
+    return slim
+
+
+def _fused(slim: ModelProto, original: ModelProto, architecture: fusion.Transformer) -> list[ModelProto]:
+    """Fused graphs, best first. The slimmed graph is smaller, but merged nodes may hide a pattern (a mask's Unsqueezes)
+    that still stands in the original, so both are tried and the one with more attention fused goes first."""
+    candidates = []
+    for source in (slim, original):
+        fused = fusion.fuse(_copy(source), architecture)
+        if fusion.uses_contrib_ops(fused):
+            candidates.append((-fusion.count_fused(source, fused)["attention"], len(fused.graph.node), fused))
+    if not candidates:
+        return []
+    return [c[2] for c in sorted(candidates, key=lambda c: c[:2])]
+
+
+def _fused_at_load(model: Path, workspace: Path) -> dict[str, int] | None:
+    try:
+        return fusion.fused_at_load(model, workspace)
+    except Exception:
+        return None  # only a figure for the report; whether the model loads is another stage's finding
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+@dataclass
+class _Steps:
+    """The graph so far, and what became of each attempted step."""
+
+    model: ModelProto
+    check: _EquivalenceCheck
+    kept: list[str] = field(default_factory=list)
+    fell_back: list[str] = field(default_factory=list)
+    max_abs_diff: float = 0.0
+
+    def attempt(self, step: str, make: Callable[[], Sequence[ModelProto]]) -> None:
+        """Take the first of the graphs from `make` that is equivalent to the original; keep the graph before otherwise.
+        No graph at all means that there was nothing to do."""
+        try:
+            candidates = make()
+        except MemoryError:
+            raise  # a fact about this worker, not about the model: it must not be cached as a fall-back
+        except Exception as error:
+            self.fell_back.append(f"{step}: {type(error).__name__}: {str(error)[:300]}")
+            return
+        reasons = []
+        for candidate in candidates:
+            _restore_symbolic_shapes(candidate, self.check.original)
+            difference, reason = self.check.compare(candidate)
+            if reason is None:
+                self.model = candidate
+                self.max_abs_diff = difference
+                self.kept.append(step)
+                return
+            reasons.append(reason)
+        if reasons:
+            self.fell_back.append(f"{step}: {reasons[0]}")
+
+
+class _EquivalenceCheck:
+    """The original's outputs on random inputs, and whether another graph gives the same."""
+
+    def __init__(self, original: ModelProto, shapes: Mapping[str, Any] | None, workspace: Path) -> None:
+        self.original = original
+        self._workspace = workspace
+        self.feeds: list[Arrays] = []
+        self.batch_sizes: list[int] = []
+        self._expected: list[Arrays] = []
+        self._why_none = ""
+        try:
+            session = _load(original, workspace)
+        except (StageFailure, ValueError) as failure:
+            self._why_none = _reason(failure)
+            return
+        for seed, batch in enumerate(_batch_sizes(original)):
+            try:
+                feeds = _with_gaps_in_masks(synthetic_feeds(graph_inputs(original), batch, shapes, seed), seed)
+                expected = session.run(feeds)
+            except StageFailure as failure:
+                self._why_none = _reason(failure)
+                continue
+            self.feeds.append(feeds)
+            self.batch_sizes.append(batch)
+            self._expected.append(expected)
+        session.close()
+
+    def compare(self, model: ModelProto) -> tuple[float, str | None]:
+        """The largest absolute difference over all inputs and outputs, and why `model` may not be used (or None)."""
+        changed = _interface_change(self.original, model)
+        if changed:
+            return 0.0, changed
+        if not self.feeds:
+            return 0.0, f"it could not be compared: the original does not run on random inputs ({self._why_none})"
+        largest = 0.0
+        try:
+            session = _load(model, self._workspace)
+            for feeds, expected in zip(self.feeds, self._expected, strict=True):
+                actual = session.run(feeds)
+                for name, reference in expected.items():
+                    difference, limit = _difference(reference, actual[name])
+                    if not difference <= limit:
+                        return 0.0, f"output {name!r} differs by {difference:.3g}, more than {limit:.3g}"
+                    largest = max(largest, difference)
+            session.close()
+        except (StageFailure, ValueError) as failure:
+            return 0.0, f"the result does not run: {_reason(failure)}"
+        return largest, None
+
+
+def _load(model: ModelProto, workspace: Path) -> Session:
+    folder = workspace / "compared"
+    shutil.rmtree(folder, ignore_errors=True)  # a new file: a session still open may have mapped the old one
+    folder.mkdir()
+    save_model(model, folder)
+    return backends()["onnxruntime"]().load(folder, {})
+
+
+def _reason(failure: StageFailure | ValueError) -> str:
+    """What to say of a failure that is a fact about the model; another one (memory, time) is raised."""
+    if isinstance(failure, StageFailure) and not failure.cacheable:
+        raise failure
+    return str(failure)[:300]
+
+
+def _batch_sizes(model: ModelProto) -> list[int]:
+    """Two inputs: at the model's fixed batch size, or at 1 and 2."""
+    fixed = [spec.shape[0] for spec in graph_inputs(model) if spec.shape and isinstance(spec.shape[0], int)]
+    return [fixed[0], fixed[0]] if fixed and fixed[0] > 0 else [1, 2]
+
+
+def _with_gaps_in_masks(feeds: Arrays, seed: int) -> Arrays:
+    """Masks of ones would hide a fusion that ignores the mask, or that assumes padding at the right."""
+    rng = np.random.default_rng(seed)
+    for name, value in feeds.items():
+        if "mask" in name.lower() and value.ndim >= 2 and value.dtype.kind in "iub" and value.shape[-1] > 2:
+            value[..., 1:] = rng.integers(0, 2, size=(*value.shape[:-1], value.shape[-1] - 1))
+    return feeds
+
+
+def _restore_symbolic_shapes(model: ModelProto, original: ModelProto) -> None:
+    """Inputs and outputs as they came, where only dimensions changed: shape inference renames and narrows them."""
+    weights = {i.name for i in model.graph.initializer}
+    inputs = [i for i in original.graph.input if i.name not in weights]
+    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
+        kinds = [[(v.name, v.type.tensor_type.elem_type) for v in values] for values in (made, wanted)]
+        if kinds[0] == kinds[1]:
+            del made[:]
+            made.extend(wanted)
+
+
+def _interface_change(before: ModelProto, after: ModelProto) -> str | None:
+    if graph_inputs(before) != graph_inputs(after):
+        return "it changes the inputs"
+    if interface(before.graph.output) != interface(after.graph.output):
+        return "it changes the outputs"
+    opsets = [
+        {o.domain: o.version for o in m.opset_import if o.domain != fusion.CONTRIB_DOMAIN} for m in (before, after)
+    ]
+    if any(opsets[1].get(domain, version) != version for domain, version in opsets[0].items()):
+        return "it changes the opset"
+    return None
+
+
+def _difference(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Largest absolute difference and its limit. NaN and infinities must stand in the same places."""
+    if reference.shape != actual.shape or reference.dtype != actual.dtype:
+        return math.inf, 0.0
+    if reference.dtype.kind not in "fc":
+        same = bool(np.array_equal(reference, actual))
+        return (0.0 if same else math.inf), 0.0
+    a, b = reference.astype(np.float64).reshape(-1), actual.astype(np.float64).reshape(-1)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf, 0.0
+    if not finite.any():
+        return 0.0, 0.0
+    limit = RELATIVE_TOLERANCE * float(np.abs(a[finite]).max()) + ABSOLUTE_TOLERANCE
+    return float(np.abs(a[finite] - b[finite]).max()), limit

@@ -1,0 +1,25 @@
+"""The one task: run a job by its id. At least once, in any order: the claim in the database decides."""
+
+from __future__ import annotations
+
+import structlog
+from app.logging import bind_correlation_id, new_correlation_id
+from celery import Celery
+
+from app.queue.messages import OPTIMIZE
+from workers.service import WorkerService
+
+log = structlog.get_logger(__name__)
+
+
+def register(app: Celery, service: WorkerService) -> None:
+    """Bind the task to this worker's service."""
+
+    def optimize(job_id: str) -> None:
+        bind_correlation_id(new_correlation_id())
+        try:
+            service.run_job(str(job_id))
+        except Exception:  # the database is away, say: the lease runs out and the sweeper gives the job on
+            log.exception("task_failed", job_id=job_id)
+
+    app.task(name=OPTIMIZE, ignore_result=True)(optimize)
