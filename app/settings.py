@@ -42,6 +42,17 @@ class LimitSettings(BaseSettings):
     active_jobs_per_tenant: int = Field(default=1000, ge=1)
 
 
+class WebhookSettings(BaseSettings):
+    """How job ends are told to webhooks. `WEBHOOK_SECRET` signs them (HMAC-SHA256 over the body)."""
+
+    model_config = SettingsConfigDict(env_prefix="WEBHOOK_", extra="ignore")
+
+    secret: SecretStr | None = None
+    allow_private: bool | None = Field(default=None, description="None = wherever no API keys are required")
+    timeout_s: float = Field(default=5, gt=0, le=60)
+    max_attempts: int = Field(default=8, ge=1, le=50)
+
+
 class WorkerSettings(BaseSettings):
     """How a worker runs. Times in seconds, memory in MiB."""
 
@@ -72,6 +83,7 @@ class Settings(BaseSettings):
     storage: StorageSettings = Field(default_factory=StorageSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
 
     @property
     def home_dir(self) -> Path:

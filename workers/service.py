@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import structlog
-from app.logging import bind_correlation_id
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.capabilities.service import CapabilityService
@@ -21,6 +20,8 @@ from app.domain.artifact_key import digest_of
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
+from app.jobs.webhooks import WebhookSender
+from app.logging import bind_correlation_id
 from app.queue.messages import queue_for
 from app.queue.producer import make_dispatch
 from app.settings import Settings
@@ -59,6 +60,7 @@ class WorkerService:
         self.content = ContentStore(make_store(settings))
         self.ledger = JobLedger(self.db, self.content, make_dispatch(settings), settings.worker)
         self.capabilities = CapabilityService(self.db, settings)
+        self.webhooks = WebhookSender(self.db, settings)
         self.uploads = UploadService(self.db, self.content, settings)
         self.isolated = IsolatedRunner()
         self.shutdown = threading.Event()
@@ -66,6 +68,8 @@ class WorkerService:
         self.fingerprint = fingerprint(self.hardware)
         infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]
+        # Apart from housekeeping: a slow receiver must not hold up the heartbeat.
+        self._messenger = threading.Thread(target=self._send_webhooks, name="webhooks", daemon=True)
         self._housekeeper = threading.Thread(target=self._housekeep, name="housekeeping", daemon=True)
 
     @property
@@ -80,12 +84,14 @@ class WorkerService:
         self.isolated.start()
         self._report_self()
         self._housekeeper.start()
+        self._messenger.start()
 
     def close(self) -> None:
         self.shutdown.set()
         self.isolated.close()
-        if self._housekeeper.is_alive():
-            self._housekeeper.join(timeout=5)
+        for thread in (self._housekeeper, self._messenger):
+            if thread.is_alive():
+                thread.join(timeout=5)
         try:
             self.capabilities.stopped(self.id)
         except SQLAlchemyError as error:
@@ -128,6 +134,13 @@ class WorkerService:
                     self.uploads.expire_uploads()
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("housekeeping_failed", error=str(error)[:300])
+
+    def _send_webhooks(self) -> None:
+        while not self.shutdown.wait(self.settings.worker.heartbeat_s):
+            try:
+                self.webhooks.deliver_due()
+            except SQLAlchemyError as error:
+                log.warning("webhooks_failed", error=str(error)[:300])
 
     # Jobs
 

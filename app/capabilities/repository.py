@@ -52,12 +52,12 @@ class StatisticsRepository:
 
     def jobs_by_status(self) -> dict[str, int]:
         query = select(Job.status, func.count()).group_by(Job.status)
-        return dict(self.session.execute(query).tuples().all())
+        return {row[0]: row[1] for row in self.session.execute(query)}
 
     def queue_depth(self) -> dict[str, int]:
         """Jobs waiting in each queue. The row, not the broker's message, is what waits."""
         query = select(Job.queue, func.count()).where(Job.status == "queued").group_by(Job.queue)
-        return dict(self.session.execute(query).tuples().all())
+        return {row[0]: row[1] for row in self.session.execute(query)}
 
     def ping(self) -> None:
         self.session.execute(text("SELECT 1"))

@@ -134,6 +134,10 @@ class Job(Base):
     dispatched_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     dispatches: Mapped[int] = mapped_column(Integer, default=0)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    webhook_url: Mapped[str | None] = mapped_column(String(2048))
+    webhook_attempts: Mapped[int] = mapped_column(Integer, default=0)
+    webhook_due_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    webhook_done_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -148,6 +152,12 @@ class Job(Base):
             "lease_expires_at",
             sqlite_where=text("status IN ('queued', 'running')"),
             postgresql_where=text("status IN ('queued', 'running')"),
+        ),
+        Index(
+            "ix_jobs_webhook",
+            "finished_at",
+            sqlite_where=text("webhook_url IS NOT NULL AND webhook_done_at IS NULL"),
+            postgresql_where=text("webhook_url IS NOT NULL AND webhook_done_at IS NULL"),
         ),
         CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
     )

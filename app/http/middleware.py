@@ -69,11 +69,20 @@ class RequestContextMiddleware:
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "(none)")  # the template: ids would make a series each
+        route = _template(scope)
         method = scope["method"] if scope["method"] in _METHODS else "(other)"
         self.metrics.observe(method, route, status, seconds)
         write = log.debug if scope["path"] in _QUIET and status < 500 else log.info
         write("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 2))
+
+
+def _template(scope: Scope) -> str:
+    """The path with its parameters' names in it: ids would make a series of metrics each."""
+    path: str = getattr(scope.get("route"), "path", "(none)")
+    # Newer versions of FastAPI leave the prefix of an included router out.
+    if scope["path"].startswith("/v1/") and path.startswith("/") and not path.startswith("/v1/"):
+        return "/v1" + path
+    return path
 
 
 def _request_id(scope: Scope) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ _TITLES = {
     507: "No space left",
 }
 _MAX_ERRORS = 50
+_PARTS = re.compile(r"(\{[^}]*\})")
 
 
 class ProblemError(BaseModel):
@@ -141,9 +143,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     detail = str(error.detail)
     if error.status_code == 404 and detail == "Not Found":
         detail = "There is nothing at this path."
+    headers = dict(error.headers or {})
     if error.status_code == 405:
         detail = f"{request.method} is not possible here."
-    failure = AppError(code, title, error.status_code, detail, headers=dict(error.headers or {}))
+        headers["Allow"] = ", ".join(allowed_methods(request.app, request.url.path))
+    failure = AppError(code, title, error.status_code, detail, headers=headers)
     return problem_response(failure, request)
 
 
@@ -172,3 +176,13 @@ async def _on_blob_not_found(request: Request, error: Exception) -> Response:
     log.error("blob_missing", exc_info=error)
     missing = AppError("content_missing", "The content is gone", 503, "The storage does not hold this file.")
     return problem_response(missing, request)
+
+
+def allowed_methods(app: FastAPI, path: str) -> list[str]:
+    """The methods that this path takes; the router itself names those of the first route only (RFC 9110 15.5.6)."""
+    found: set[str] = set()
+    for template, methods in app.openapi()["paths"].items():
+        pattern = "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in _PARTS.split(template))
+        if re.fullmatch(pattern, path):
+            found.update(method.upper() for method in methods)
+    return sorted(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -27,6 +28,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 JobId = Annotated[str, path_id("job")]
 _JSON = "application/json"
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 @router.post("", status_code=202, response_model=JobOut, responses=problems(400, 409, 413, 429, 507))
@@ -177,14 +179,14 @@ def _document(services: Services, row: Job, sha256: str | None, kind: str) -> by
 
 
 def _refuse_unstorable(value: Any, pointer: str) -> None:
-    """422 for NUL in a string: PostgreSQL keeps none in text or JSON."""
-    if isinstance(value, str) and "\x00" in value:
-        message = "must not hold NUL characters"
+    """422 for NUL and halves of surrogate pairs in a string: JSON can say them, a database cannot keep them."""
+    if isinstance(value, str) and _UNSTORABLE.search(value):
+        message = "must not hold NUL characters or lone surrogates"
         raise invalid_request(f"{pointer}: {message}", [FieldError(pointer, message)])
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_unstorable(name, pointer)
-            _refuse_unstorable(item, f"{pointer}/{name}")
+            _refuse_unstorable(item, f"{pointer}/{name}"[:200])
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _refuse_unstorable(item, f"{pointer}/{index}")

@@ -112,6 +112,16 @@ class JobRepository:
         rows = self.session.execute(select(Job.id, Job.version).where(Job.id.in_(job_ids)))
         return {row.id: row.version for row in rows}
 
+    def webhooks_due(self, now: datetime, limit: int) -> Sequence[Job]:
+        """Ended jobs whose webhook has yet to hear of it."""
+        query = select(Job).where(
+            Job.webhook_url.is_not(None),
+            Job.webhook_done_at.is_(None),
+            Job.finished_at.is_not(None),
+            or_(Job.webhook_due_at.is_(None), Job.webhook_due_at <= now),
+        )
+        return [*self.session.scalars(query.order_by(Job.finished_at).limit(limit))]
+
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""
         query = select(Job).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)

@@ -85,6 +85,8 @@ class JobService:
                 error=None,
                 engine_ids=[],
                 correlation_id=correlation_id,
+                webhook_url=spec.webhook.url if spec.webhook else None,
+                webhook_attempts=0,
                 version=1,
                 attempts=0,
                 fencing_token=0,

@@ -187,6 +187,10 @@ def upgrade() -> None:
         sa.Column("dispatched_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("dispatches", sa.Integer(), nullable=False),
         sa.Column("cancel_requested_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("webhook_url", sa.String(length=2048), nullable=True),
+        sa.Column("webhook_attempts", sa.Integer(), nullable=False),
+        sa.Column("webhook_due_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("webhook_done_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
@@ -204,6 +208,10 @@ def upgrade() -> None:
             unique=False,
             sqlite_where=sa.text("status IN ('queued', 'running')"),
             postgresql_where=sa.text("status IN ('queued', 'running')"),
+        )
+        unsent = sa.text("webhook_url IS NOT NULL AND webhook_done_at IS NULL")
+        batch_op.create_index(
+            "ix_jobs_webhook", ["finished_at"], unique=False, sqlite_where=unsent, postgresql_where=unsent
         )
         batch_op.create_index(batch_op.f("ix_jobs_model_id"), ["model_id"], unique=False)
         batch_op.create_index("ix_jobs_tenant_id_id", ["tenant_id", "id"], unique=False)

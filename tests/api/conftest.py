@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from app.db.migrate import upgrade
 from app.db.orm import Job
 from app.http.services import Services
+from app.logging import configure_logging
 from app.main import create_app
 from app.settings import LimitSettings, Settings
 from tests.factories import onnx_models
@@ -32,6 +33,12 @@ BACKENDS = [
         "precisions": ["fp32", "int8"],
     }
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logging() -> None:
+    """As in production: a traceback drawn for a terminal takes seconds."""
+    configure_logging(json=True, level="WARNING")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-import pytest
 
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job
@@ -149,9 +148,9 @@ def test_long_poll(client: httpx.Client, job: dict[str, Any], services: Services
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("wait", ["-1", "x", "nan", "inf", "3601"])
-def test_bad_wait(client: httpx.Client, wait: str) -> None:
-    assert_problem(client.get(f"/v1/jobs/job_0?wait={wait}"), 422, "invalid_request")
+def test_bad_wait(client: httpx.Client) -> None:
+    for wait in ("-1", "x", "nan", "inf", "3601"):
+        assert_problem(client.get(f"/v1/jobs/job_0?wait={wait}"), 422, "invalid_request")
 
 
 def test_list(client: httpx.Client, job: dict[str, Any], services: Services) -> None:

@@ -2,7 +2,8 @@
 
 Good models: `mlp`, `conv_net`, `transformer_block`, `lstm`, `embedding`, `quantized_mlp`, `with_if`, `with_loop`,
 `with_function`. Bad ones: `cyclic`, `unknown_op`, `unknown_standard_op`, `string_input`, `no_inputs`, `no_outputs`,
-`dynamic_rank`, `type_error`, `shape_error`, `makes_nan`. Files: `save`, `save_external`, `folder`.
+`dynamic_rank`, `type_error`, `shape_error`, `makes_nan`, `hangs`, `wants_memory`. Files: `save`, `save_external`,
+`folder`.
 """
 
 from __future__ import annotations
@@ -260,8 +261,8 @@ def with_if(features: int = 4) -> ModelProto:
     return make_model(nodes, inputs, [value("output", ["batch", features])], [tensor("zero", 0.0)])
 
 
-def with_loop(features: int = 4) -> ModelProto:
-    """A Loop that adds `input` to itself three times."""
+def with_loop(features: int = 4, trips: int = 3) -> ModelProto:
+    """A Loop that adds `input` to itself `trips` times."""
     body = helper.make_graph(
         [
             helper.make_node("Add", ["acc_in", "input"], ["acc_out"], name="step"),
@@ -272,7 +273,7 @@ def with_loop(features: int = 4) -> ModelProto:
         [value("cond_out", [], TensorProto.BOOL), value("acc_out", None)],
     )
     nodes = [helper.make_node("Loop", ["trips", "true", "input"], ["output"], name="loop", body=body)]
-    weights = [tensor("trips", 3, np.int64), tensor("true", True, np.bool_)]
+    weights = [tensor("trips", trips, np.int64), tensor("true", True, np.bool_)]
     inputs = [value("input", ["batch", features])]
     return make_model(nodes, inputs, [value("output", ["batch", features])], weights)
 
@@ -371,6 +372,22 @@ def makes_nan() -> ModelProto:
     ]
     inputs = [value("input", ["batch", 4])]
     return make_model(nodes, inputs, [value("output", ["batch", 4])], [tensor("minus_one", -1.0)])
+
+
+def hangs() -> ModelProto:
+    """A Loop of 2^62 turns: loads well, and never ends its first run."""
+    return with_loop(trips=2**62)
+
+
+def wants_memory(gibibytes: int = 64) -> ModelProto:
+    """Expands one number to a tensor of this size at every run; `output` is its largest value."""
+    nodes = [
+        helper.make_node("ReduceMean", ["input"], ["mean"], name="mean", keepdims=0),
+        helper.make_node("Expand", ["mean", "shape"], ["huge"], name="expand"),
+        helper.make_node("ReduceMax", ["huge"], ["output"], name="max", keepdims=0),
+    ]
+    weights = [tensor("shape", [gibibytes, 1 << 28], np.int64)]
+    return make_model(nodes, [value("input", ["batch", 4])], [value("output", [])], weights)
 
 
 # Files

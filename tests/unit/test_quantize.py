@@ -439,16 +439,12 @@ def test_bf16_rounds_the_weights(name: str, tmp_path: Path) -> None:
     rounded = [i for i in made.graph.initializer if i.data_type == TensorProto.BFLOAT16]
     assert rounded
     assert all(i.name.endswith("_bf16") for i in rounded)
+    original = initializers(onnx.load(bench.source / "model.onnx"))
+    for tensor in rounded:
+        exact = numpy_helper.to_array(original[tensor.name.removesuffix("_bf16")])
+        np.testing.assert_allclose(numpy_helper.to_array(tensor).astype(np.float32), exact, rtol=2**-8)
     assert result.data["computes_in"] == "float32"
     assert 1e-5 < bench.error() < 0.02
-
-
-def test_bf16_rounds_to_nearest_even() -> None:
-    values = np.array([1.0, 1.00390625, 1.01171875, -2.5, np.inf, np.nan, 3.4e38], np.float32)
-    bits = quantization._as_bfloat16(values).astype(np.uint32) << 16
-    expected = np.array([1.0, 1.0, 1.015625, -2.5, np.inf, np.nan, np.inf], np.float32)
-    np.testing.assert_array_equal(bits.view(np.float32)[:6], expected[:6])
-    assert bits.view(np.float32)[6] > 3.3e38
 
 
 # What is refused

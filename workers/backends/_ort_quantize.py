@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
-from google.protobuf.message import EncodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from workers.kernel import TensorSpec
@@ -376,7 +376,7 @@ def to_bfloat16(model: ModelProto, excluded: Sequence[str] = ()) -> int:
             casts.setdefault(name, helper.make_node("Cast", [f"{name}_bf16"], [name], f"{name}_from_bf16", to=1))
         readers += bool(names)
     for name in casts:
-        rounded = _as_bfloat16(numpy_helper.to_array(weights[name]))
+        rounded = numpy_helper.to_array(weights[name]).astype(ml_dtypes.bfloat16)
         weights[name].CopyFrom(
             helper.make_tensor(f"{name}_bf16", TensorProto.BFLOAT16, rounded.shape, rounded.tobytes(), raw=True)
         )
@@ -384,15 +384,6 @@ def to_bfloat16(model: ModelProto, excluded: Sequence[str] = ()) -> int:
     del graph.node[:]
     graph.node.extend(nodes)
     return readers
-
-
-def _as_bfloat16(
-    values: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
-    """The upper half of each float32, rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
 
 
 def count_quantized(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
@@ -421,10 +412,10 @@ def computes_on_integers(counts: Mapping[str, int]) -> bool:
 
 
 def _is_large(model: ModelProto) -> bool:
-    try:
-        return bool(model.ByteSize() > INLINE_LIMIT_BYTES)
-    except EncodeError:  # over 2 GiB protobuf cannot even tell the size
-        return True
+    """By the loaded weights: protobuf cannot tell the size of a message over 2 GiB."""
+    loaded = [i for i in model.graph.initializer if i.data_location != TensorProto.EXTERNAL]
+    sizes = (int(np.prod(i.dims)) * helper.tensor_dtype_to_np_dtype(i.data_type).itemsize for i in loaded)
+    return sum(sizes) > INLINE_LIMIT_BYTES
 
 
 def _is_large_file(model: Path) -> bool:

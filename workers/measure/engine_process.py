@@ -75,7 +75,7 @@ class EngineProcess:
         parent = os.getpid()
         self._conn, theirs = Pipe()
         with warnings.catch_warnings():
-            # Python 3.12+ warns where the process has threads: those of a library that sleep and hold no lock do no harm.
+            # Python 3.12+ warns where the process has threads; a library's that sleep without a lock do no harm.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
@@ -95,7 +95,7 @@ class EngineProcess:
 
     def prepare(self, batch: int) -> list[str]:
         """Run every distinct input of this batch size once and bind it; names of outputs with NaN or Infinity."""
-        answer: list[str] = self._call("prepare", batch, limit_s=8 * INFERENCE_LIMIT_S)
+        answer: list[str] = self._call("prepare", batch, limit_s=2 * INFERENCE_LIMIT_S)
         return answer
 
     def warm_up(self, cap_s: float) -> WarmUp:
@@ -269,6 +269,7 @@ def _child(conn: Connection, parent: int, engine: _Engine) -> None:
             os._exit(1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.disable()
+        gc.freeze()  # what was inherited is not this process's to free: a session's threads did not come with it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         while True:
             command, args = conn.recv()

@@ -178,6 +178,8 @@ class Optimizer:
             inputs = {"model": export.outputs["model"], "engine": run.build.outputs["engine"]}
             if self.validation is not None:
                 inputs["data"] = self.validation
+                if self.calibration is not None and not self.same_data:
+                    inputs["calibration"] = self.calibration  # its samples are left out of the judgement
             run.validate = self._call(run, "validate", inputs, self._validate_options(run))
             run.tried.accuracy = run.validate.data
         except StageFailure as failure:

@@ -34,6 +34,8 @@ class Workspace:
             partial.mkdir(parents=True)
             for file in ref.files:
                 self.content.fetch(self.tenant_id, file.sha256, partial / file.name)
+                if file.name.endswith(".data"):
+                    _unlink_from_store(partial / file.name)
             partial.rename(folder)
         return folder
 
@@ -57,6 +59,14 @@ class Workspace:
         if not files:
             raise ValueError(f"a stage left no file in its output {folder.name!r}")
         return ArtifactRef(tuple(files))
+
+
+def _unlink_from_store(path: Path) -> None:
+    """Make a hard link a file of its own: onnx refuses external data with more than one link."""
+    if path.stat().st_nlink > 1:
+        copy = path.with_suffix(".copy")
+        shutil.copyfile(path, copy)
+        copy.replace(path)
 
 
 def work_dir(home: Path) -> Path:

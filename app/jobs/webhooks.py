@@ -1,0 +1,133 @@
+"""Tells a job's webhook that the job has ended: at least once, with growing pauses, until it answers 2xx.
+
+The URL is the client's, so it is untrusted: only addresses of the public internet are connected to (unless the operator
+allows more), the address that was checked is the one connected to, no redirect is followed and no answer is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import json
+import socket
+import ssl
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import structlog
+
+from app.db.base import utcnow
+from app.db.orm import Job
+from app.db.uow import Database
+from app.jobs.repository import JobRepository
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 3600.0
+
+
+class UndeliverableWebhook(Exception):
+    """The message says why this attempt failed."""
+
+
+class WebhookSender:
+    def __init__(self, db: Database, settings: Settings) -> None:
+        self.db = db
+        self.settings = settings.webhooks
+        self.allow_private = settings.webhooks.allow_private
+        if self.allow_private is None:
+            # Where no keys are needed everybody is on this machine, and so may their receivers be.
+            self.allow_private = not settings.keys_required
+
+    def deliver_due(self, limit: int = 20) -> int:
+        """One attempt for every webhook that is due; how many were delivered. Any number of workers may call it."""
+        with self.db.read() as session:
+            due = JobRepository(session).webhooks_due(utcnow(), limit)
+        return sum(self._attempt(job) for job in due)
+
+    def _attempt(self, job: Job) -> bool:
+        # Taken before it is sent: two workers do not send it at once, and one that dies has only lost this attempt.
+        pause = min(_FIRST_PAUSE_S * 4**job.webhook_attempts, _LONGEST_PAUSE_S)
+        taken = {
+            "webhook_due_at": utcnow() + timedelta(seconds=pause),
+            "webhook_attempts": job.webhook_attempts + 1,
+        }
+        with self.db.write() as uow:
+            if not JobRepository(uow.session).touch(job.id, [Job.webhook_attempts == job.webhook_attempts], taken):
+                return False
+        try:
+            self._post(job)
+        except (UndeliverableWebhook, OSError, http.client.HTTPException) as error:
+            last = job.webhook_attempts + 1 >= self.settings.max_attempts
+            log.warning("webhook_failed", job_id=job.id, attempt=job.webhook_attempts + 1, reason=str(error)[:200])
+            if last:
+                self._done(job, f"webhook given up after {self.settings.max_attempts} attempts: {error}")
+            return False
+        self._done(job, "webhook delivered")
+        return True
+
+    def _done(self, job: Job, message: str) -> None:
+        with self.db.write() as uow:
+            JobRepository(uow.session).update(
+                job.id, [], {"webhook_done_at": utcnow()}, "note", {"message": message[:300]}
+            )
+
+    def _post(self, job: Job) -> None:
+        assert job.webhook_url is not None
+        body = json.dumps(_message(job)).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "anneal-webhook/1",
+            "X-Anneal-Delivery": f"{job.id}-{job.webhook_attempts + 1}",
+        }
+        if self.settings.secret is not None:
+            key = self.settings.secret.get_secret_value().encode()
+            headers["X-Anneal-Signature"] = "sha256=" + hmac.new(key, body, hashlib.sha256).hexdigest()
+        parts = urlsplit(job.webhook_url)
+        connection = self._connect(parts.scheme, parts.hostname or "", parts.port)
+        try:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("POST", target, body, headers)
+            status = connection.getresponse().status
+        finally:
+            connection.close()
+        if not 200 <= status < 300:
+            raise UndeliverableWebhook(f"it answered {status}")
+
+    def _connect(self, scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+        port = port or (443 if scheme == "https" else 80)
+        address = self._address(host, port)
+        # The name goes into the Host header and the certificate check, the checked address into the connection.
+        connection: http.client.HTTPConnection
+        if scheme == "https":
+            connection = http.client.HTTPSConnection(host, port, timeout=self.settings.timeout_s)
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=self.settings.timeout_s)
+        connection.sock = socket.create_connection((address, port), timeout=self.settings.timeout_s)
+        if scheme == "https":
+            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+        return connection
+
+    def _address(self, host: str, port: int) -> str:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for *_, (address, *_rest) in found:
+            if self.allow_private or ipaddress.ip_address(str(address).split("%")[0]).is_global:
+                return str(address)
+        raise UndeliverableWebhook(f"{host} has no public address")
+
+
+def _message(job: Job) -> dict[str, object]:
+    return {
+        "type": f"job.{job.status}",
+        "job": {
+            "id": job.id,
+            "status": job.status,
+            "error": job.error,
+            "engine_ids": job.engine_ids,
+            "links": {"self": f"/v1/jobs/{job.id}", "report": f"/v1/jobs/{job.id}/report"},
+        },
+    }

@@ -1,0 +1,61 @@
+"""The committed OpenAPI document is that of the code, and names every error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.main import create_app
+from app.settings import Settings
+
+COMMITTED = Path(__file__).resolve().parents[2] / "openapi.json"
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return create_app(Settings(home=tmp_path_factory.mktemp("home"))).openapi()
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, o) for path, methods in document["paths"].items() for method, o in methods.items()]
+
+
+def test_committed_document(document: dict[str, Any]) -> None:
+    remedy = "run: python -m app openapi > openapi.json"
+    assert json.loads(COMMITTED.read_text()) == json.loads(json.dumps(document)), remedy
+
+
+def test_errors_are_problems(document: dict[str, Any]) -> None:
+    reference = {"$ref": "#/components/schemas/Problem"}
+    for path, method, operation in operations(document):
+        for status, response in operation["responses"].items():
+            if int(status) >= 400 and (path, status) != ("/readyz", "503"):
+                content = response["content"]
+                assert content == {"application/problem+json": {"schema": reference}}, (path, method, status)
+        if path.startswith("/v1"):
+            assert {"401", "422", "500", "503"} <= set(operation["responses"])
+            assert operation["security"] == [{"ApiKey": []}]
+
+
+def test_described(document: dict[str, Any]) -> None:
+    ids = [operation["operationId"] for _, _, operation in operations(document)]
+    assert len(set(ids)) == len(ids)
+    assert all(operation.get("description") for _, _, operation in operations(document))
+    schemas = document["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    text = json.dumps(document)
+    for name in set(_references(document)):
+        assert name in schemas, name
+    assert "/tmp" not in text
+
+
+def _references(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["$ref"].rsplit("/", 1)[1]] if isinstance(value.get("$ref"), str) else []
+        return own + [name for item in value.values() for name in _references(item)]
+    if isinstance(value, list):
+        return [name for item in value for name in _references(item)]
+    return []

@@ -1,0 +1,126 @@
+"""Webhooks: delivered after the end, tried again, signed, and never to an address that is not meant for clients."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from app.db.base import utcnow
+from app.db.orm import LOCAL_TENANT, Job
+from app.domain.spec import OptimizationSpec
+from app.jobs.webhooks import WebhookSender
+from app.settings import Settings, WebhookSettings
+from tests.integration.conftest import Desk
+
+
+@dataclass
+class Receiver:
+    port: int = 0
+    status: int = 200
+    requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook?x=1"
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            found.requests.append((dict(self.headers), body))
+            self.send_response(found.status)
+            self.send_header("Location", "http://127.0.0.1:1/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _sender(desk: Desk, **options: Any) -> WebhookSender:
+    return WebhookSender(desk.db, Settings(webhooks=WebhookSettings(**options)))
+
+
+def _ended_job(desk: Desk, url: str) -> Job:
+    body = {"model_id": desk.add_model().id, "webhook": {"url": url}}
+    spec = OptimizationSpec.model_validate(body)
+    job, _ = desk.service.submit(LOCAL_TENANT, spec, correlation_id="t", idempotency=None)
+    desk.service.cancel(LOCAL_TENANT, job.id)
+    return job
+
+
+def _make_due(desk: Desk, job: Job) -> None:
+    with desk.db.write() as uow:
+        uow.session.get_one(Job, job.id).webhook_due_at = utcnow()
+
+
+def test_an_ended_job_is_told_once_and_signed(desk: Desk, receiver: Receiver) -> None:
+    job = _ended_job(desk, receiver.url)
+    sender = _sender(desk, secret=SecretStr("s3cret"))
+    assert sender.deliver_due() == 1
+    assert sender.deliver_due() == 0
+    ((headers, body),) = receiver.requests
+    assert json.loads(body)["type"] == "job.cancelled"
+    assert json.loads(body)["job"]["id"] == job.id
+    assert headers["X-Anneal-Signature"] == "sha256=" + hmac.new(b"s3cret", body, hashlib.sha256).hexdigest()
+
+
+def test_a_running_job_is_not_told(desk: Desk, receiver: Receiver) -> None:
+    body = {"model_id": desk.add_model().id, "webhook": {"url": receiver.url}}
+    desk.service.submit(LOCAL_TENANT, OptimizationSpec.model_validate(body), correlation_id="t", idempotency=None)
+    assert _sender(desk).deliver_due() == 0
+
+
+@pytest.mark.parametrize("status", [302, 404, 500])
+def test_anything_but_2xx_is_tried_again_later(desk: Desk, receiver: Receiver, status: int) -> None:
+    job = _ended_job(desk, receiver.url)
+    receiver.status = status
+    sender = _sender(desk)
+    assert sender.deliver_due() == 0
+    assert sender.deliver_due() == 0
+    assert len(receiver.requests) == 1, "the second attempt has to wait"
+    _make_due(desk, job)
+    receiver.status = 204
+    assert sender.deliver_due() == 1
+
+
+def test_it_is_given_up_in_the_end_and_the_job_says_so(desk: Desk, receiver: Receiver) -> None:
+    job = _ended_job(desk, receiver.url)
+    receiver.status = 500
+    sender = _sender(desk, max_attempts=2)
+    for _ in range(3):
+        sender.deliver_due()
+        _make_due(desk, job)
+    assert len(receiver.requests) == 2
+    assert "given up" in desk.service.events_after(LOCAL_TENANT, job.id, 0)[-1].data["message"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "http://localhost:{port}/", "http://[::1]:{port}/"])
+def test_private_addresses_are_not_connected_to_where_tenants_share_the_service(
+    desk: Desk, receiver: Receiver, url: str
+) -> None:
+    _ended_job(desk, url.format(port=receiver.port))
+    sender = WebhookSender(desk.db, Settings(require_keys=True))
+    assert sender.deliver_due() == 0
+    assert receiver.requests == []
