@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from anyio import CapacityLimiter
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 
 from app.artifacts import endpoints as artifacts
 from app.artifacts.service import EngineService
@@ -62,10 +62,9 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
 
     app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url="/docs", redoc_url=None)
     install_handlers(app)
-    v1 = APIRouter(prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
-    for module in (source_models, datasets, uploads, jobs, artifacts, capabilities):
-        v1.include_router(module.router)
-    app.include_router(v1)
+    # Routes are tried in order: jobs, which are polled, come first.
+    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities):
+        app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
     app.include_router(health.router)
     describe(app)
     # The last one added is the outermost.

@@ -8,7 +8,7 @@ import time
 from urllib.parse import urlsplit
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +23,8 @@ log = structlog.get_logger("anneal.http")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+# Probes and status polls: logged for debugging only, unless they fail.
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/v1/jobs/{job_id}"})
 # Their bodies are files, which the routes stream and limit themselves.
 _FILE_ROUTES = re.compile(r"POST /v1/(models|datasets)|PUT /v1/uploads/[^/]+/parts/[^/]+")
 
@@ -49,9 +50,11 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers.setdefault("X-Content-Type-Options", "nosniff")
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
             await send(message)
 
         self.metrics.in_flight.inc()
@@ -72,7 +75,7 @@ class RequestContextMiddleware:
         route = _template(scope)
         method = scope["method"] if scope["method"] in _METHODS else "(other)"
         self.metrics.observe(method, route, status, seconds)
-        write = log.debug if scope["path"] in _QUIET and status < 500 else log.info
+        write = log.debug if route in _QUIET and status < 400 else log.info
         write("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 2))
 
 

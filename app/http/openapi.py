@@ -12,6 +12,12 @@ from app.http.problem import Problem
 DESCRIPTION = """Inference optimization as a service: upload a trained model, get back an engine that was measured to
 be faster, with the evidence. Errors are `application/problem+json` (RFC 9457)."""
 
+_API_KEY = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "`ank_…`, made by the operator. Not needed where the service listens on loopback without keys.",
+}
+
 
 def describe(app: FastAPI) -> None:
     """Make `app.openapi()` answer the document of this service; it is built once."""
@@ -19,6 +25,11 @@ def describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+            document.setdefault("components", {})["securitySchemes"] = {"ApiKey": _API_KEY}
+            for path, operations in document["paths"].items():
+                if path.startswith("/v1/"):
+                    for operation in operations.values():
+                        operation["security"] = [{"ApiKey": []}]
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(problem.pop("$defs", {}))

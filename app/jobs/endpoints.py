@@ -31,6 +31,35 @@ _JSON = "application/json"
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
+@router.get(
+    "/{job_id}",
+    response_model=JobOut,
+    responses={304: {"description": "The job is still as If-None-Match says"}, **problems(404)},
+)
+async def get_job(
+    services: ServicesDep,
+    tenant_id: TenantId,
+    job_id: JobId,
+    if_none_match: Annotated[str | None, Header()] = None,
+    wait: Annotated[
+        float, Query(ge=0, le=3600, description="Seconds to wait for a change; the service may wait less")
+    ] = 0,
+) -> Response:
+    """The job now; with `wait`, as soon as it differs from the ETag in If-None-Match (or from what it is now)."""
+    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    if wait and not is_terminal(row):
+        known = version_in(if_none_match, job_id)
+        if known is None or known == row.version:
+            seconds = min(wait, services.settings.limits.wait_s)
+            if await services.watcher.wait(job_id, row.version, seconds):
+                row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    etag = job_etag(row)
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if if_none_match is not None and etag_matches(if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(job_json(row), headers=headers, media_type=_JSON)
+
+
 @router.post("", status_code=202, response_model=JobOut, responses=problems(400, 409, 413, 429, 507))
 def submit_job(
     request: Request,
@@ -63,35 +92,6 @@ def list_jobs(
     rows = services.jobs.list(tenant_id, limit=page.limit + 1, before=page.before, status=status, model_id=model_id)
     shown, cursor = cut(rows, page.limit)
     return Response(to_json({"items": [job_document(row) for row in shown], "next_cursor": cursor}), media_type=_JSON)
-
-
-@router.get(
-    "/{job_id}",
-    response_model=JobOut,
-    responses={304: {"description": "The job is still as If-None-Match says"}, **problems(404)},
-)
-async def get_job(
-    services: ServicesDep,
-    tenant_id: TenantId,
-    job_id: JobId,
-    if_none_match: Annotated[str | None, Header()] = None,
-    wait: Annotated[
-        float, Query(ge=0, le=3600, description="Seconds to wait for a change; the service may wait less")
-    ] = 0,
-) -> Response:
-    """The job now; with `wait`, as soon as it differs from the ETag in If-None-Match (or from what it is now)."""
-    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
-    if wait and not is_terminal(row):
-        known = version_in(if_none_match, job_id)
-        if known is None or known == row.version:
-            seconds = min(wait, services.settings.limits.wait_s)
-            if await services.watcher.wait(job_id, row.version, seconds):
-                row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
-    etag = job_etag(row)
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if if_none_match is not None and etag_matches(if_none_match, etag):
-        return Response(status_code=304, headers=headers)
-    return Response(job_json(row), headers=headers, media_type=_JSON)
 
 
 @router.get(

@@ -171,9 +171,10 @@ class Optimizer:
                 inputs = {"model": graph.outputs["model"]}
                 if "calibration" in step.extra and self.calibration is not None:
                     inputs["calibration"] = self.calibration
-                graph = self._call(run, step.stage, inputs, step.options)
+                graph = self._call(run, step.stage, inputs, {**step.options, "shapes": self.shapes})
             run.graph = graph
-            options = {"backend": run.plan.backend, "options": dict(run.plan.build_options)}
+            build_options = {**run.plan.build_options, **({"shapes": self.shapes} if self.shapes else {})}
+            options = {"backend": run.plan.backend, "options": build_options}
             run.build = self._call(run, "build", {"model": graph.outputs["model"]}, options)
             inputs = {"model": export.outputs["model"], "engine": run.build.outputs["engine"]}
             if self.validation is not None:

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, data_failure, model_failure
 from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_precision as precision
 from workers.backends import _ort_quantize as quantization
 from workers.backends._onnxruntime_messages import clean_message, runtime_failure
 from workers.data import Samples, synthetic_feeds
@@ -99,7 +100,7 @@ def _check_source(model: ModelProto, options: QuantizeOptions) -> None:
             "The model already holds quantized operators.",
             remedy="Upload the float32 model, or ask for no further precision.",
         )
-    if quantization.has_low_precision_weights(model):
+    if precision.has_low_precision_weights(model):
         raise model_failure(
             "not_float32",
             "The model's weights are already in float16 or bfloat16.",
@@ -183,10 +184,10 @@ def _static(
 def _low_precision(options: QuantizeOptions, prepared: Path) -> tuple[ModelProto, dict[str, Any]]:
     model = onnx.load(prepared)
     if options.recipe == "fp16":
-        model = quantization.to_float16(model, options.exclude_nodes)
+        model = precision.to_float16(model, options.exclude_nodes)
     else:
-        quantization.to_bfloat16(model, options.exclude_nodes)
-    counts = quantization.count_low_precision(model)
+        precision.to_bfloat16(model, options.exclude_nodes)
+    counts = precision.count_low_precision(model)
     if not counts:
         raise _nothing_to_quantize("no float32 weights")
     data = {"op_types": sorted(counts), "excluded_nodes": sorted(options.exclude_nodes), "calibration": None}
