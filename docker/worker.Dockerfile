@@ -3,17 +3,18 @@
 #   docker build -f docker/worker.Dockerfile -t anneal-worker .
 
 FROM python:3.11-slim-trixie AS build
-# The index of torch's CPU wheels: PyPI's Linux wheel brings several GB of CUDA, which a CPU worker has no use for.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# The registry's Linux wheel of torch may bring several GB of CUDA, which a CPU worker has no use for: name an index of
+# CPU wheels (PyTorch's own, or a mirror) with --build-arg TORCH_INDEX_URL=...
+ARG TORCH_INDEX_URL=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_CONSTRAINT=/srv/anneal/requirements/constraints.txt
 WORKDIR /srv/anneal
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 COPY requirements/constraints.txt requirements/
-# The largest layer first and by itself: `+cpu` wheels stand on that index only. Which version, the constraints say.
+# The largest layer first and by itself. Which version, the constraints say.
 # hadolint ignore=DL3013
-RUN --mount=type=cache,target=/root/.cache/pip pip install --extra-index-url "$TORCH_INDEX_URL" torch
+RUN --mount=type=cache,target=/root/.cache/pip pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
 COPY pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \

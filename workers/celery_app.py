@@ -8,7 +8,7 @@ from typing import Any
 from celery import Celery
 from celery.apps.worker import Worker as CeleryWorker
 from celery.exceptions import SecurityWarning
-from celery.signals import worker_shutting_down
+from celery.signals import setup_logging, worker_shutting_down
 
 from app.queue.broker import make_celery
 from workers.service import WorkerService
@@ -35,7 +35,11 @@ def run_worker(service: WorkerService) -> int:
     def on_shutdown(**_: Any) -> None:
         service.shutdown.set()
 
+    def on_setup_logging(**_: Any) -> None:
+        """Logging is set up already; with a receiver here Celery leaves it alone."""
+
     worker_shutting_down.connect(on_shutdown)
+    setup_logging.connect(on_setup_logging)
     worker: CeleryWorker = app.Worker(
         hostname=f"anneal@{service.id}",
         queues=service.queues,
@@ -44,7 +48,6 @@ def run_worker(service: WorkerService) -> int:
         without_gossip=True,
         without_mingle=True,
         quiet=True,
-        loglevel="WARNING",
     )
     worker.start()
     return int(worker.exitcode or 0)

@@ -60,15 +60,16 @@ IdempotencyKeyHeader = Annotated[
 ]
 
 
+def check_id(kind: str, value: str) -> str:
+    """404 for what cannot be an id; it never reaches the database (which refuses NUL bytes)."""
+    if not _ID.fullmatch(value):
+        raise not_found(kind, value[:80])
+    return value
+
+
 def path_id(kind: str) -> AfterValidator:
-    """For a path parameter: what cannot be an id is 404, and never reaches the database (which refuses NUL bytes)."""
-
-    def check(value: str) -> str:
-        if not _ID.fullmatch(value):
-            raise not_found(kind, value[:80])
-        return value
-
-    return AfterValidator(check)
+    """`check_id` for a path parameter."""
+    return AfterValidator(lambda value: check_id(kind, value))
 
 
 def _printable(value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -113,8 +114,8 @@ def remove_stale(folder: Path) -> int:
     removed = 0
     for path in folder.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if path.is_file() and time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink()
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed += 1
     return removed
 

@@ -19,8 +19,10 @@ def check_dataset(
     arrays: Sequence[Mapping[str, Any]],
     inputs: Sequence[Mapping[str, Any]],
     outputs: Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, ShapeRange] | None = None,
 ) -> None:
-    """Raise 422 where a data set's arrays do not fit the model's inputs and outputs by name, dtype or shape."""
+    """Raise 422 where a data set's arrays do not fit the model's inputs and outputs by name, dtype or shape, or its
+    samples lie outside of the wanted `shapes`."""
     by_name = {a["name"]: a for a in arrays}
     known = {i["name"] for i in inputs} | {o["name"] for o in outputs} | {LABELS}
     errors: list[FieldError] = []
@@ -37,6 +39,8 @@ def check_dataset(
             wanted = ["samples", *item["shape"][1:]]
             found = ["samples", *array["shape"]]
             errors.append(FieldError(pointer, f"array {item['name']!r} has shape {found}, the model takes {wanted}"))
+        elif shapes and item["name"] in shapes:
+            errors += _outside(pointer, array, shapes[item["name"]])
     unknown = [name for name in by_name if name not in known]
     errors += [FieldError(pointer, f"array {name!r} is no input or output of the model") for name in unknown]
     if errors and inputs:
@@ -45,6 +49,18 @@ def check_dataset(
             errors,
             "Name the arrays by the model's inputs, with the samples along the first axis, in the model's dtypes.",
         )
+
+
+def _outside(pointer: str, array: Mapping[str, Any], wanted: ShapeRange) -> list[FieldError]:
+    """The axes of a data set's array that leave the wanted range; the first axis, the samples, may have any length."""
+    return [
+        FieldError(
+            pointer,
+            f"array {array['name']!r} has {size} along axis {axis}, outside of the wanted shapes ({low} to {high})",
+        )
+        for axis, (size, low, high) in enumerate(zip(array["shape"], wanted.min[1:], wanted.max[1:], strict=False), 1)
+        if not low <= size <= high
+    ]
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
@@ -72,6 +88,28 @@ def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str,
                 errors.append(FieldError(pointer, f"axis {axis} of the model is fixed at {fixed}"))
     if errors:
         raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors)
+
+
+def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]]) -> OptimizationSpec:
+    """The spec with batch sizes inside of the wanted shapes. Those that are only defaults are fitted; raise 422 where
+    the client asks for one outside. Inputs whose first axis the model fixes do not count: there is nothing to choose."""
+    fixed = {i["name"] for i in inputs if i["shape"] and isinstance(i["shape"][0], int)}
+    ranges = [r for name, r in (spec.shapes or {}).items() if name not in fixed]
+    low, high = max((r.min[0] for r in ranges), default=1), min((r.max[0] for r in ranges), default=2**31)
+    wanted = spec.benchmark.batch_sizes
+    outside = [b for b in wanted if not low <= b <= high]
+    if low > high or not outside:  # the export stage knows which inputs share their batch axis
+        return spec
+    if "batch_sizes" in spec.benchmark.model_fields_set:
+        message = f"batch size {outside[0]} is outside of the wanted shapes ({low} to {high})"
+        raise invalid_request(
+            f"The benchmark does not fit the shapes: {message}.",
+            [FieldError("/benchmark/batch_sizes", message)],
+            "Widen the first axis of `shapes`, or leave the batch size out.",
+        )
+    kept = [b for b in wanted if b not in outside] or [min(max(ranges[0].opt[0], low), high)]
+    benchmark = spec.benchmark.model_copy(update={"batch_sizes": kept})
+    return spec.model_copy(update={"benchmark": benchmark})
 
 
 def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Worker]) -> str:

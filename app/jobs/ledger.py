@@ -10,14 +10,17 @@ from typing import Any
 
 import structlog
 from sqlalchemy import ColumnElement
+from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database
+from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
 from app.settings import WorkerSettings
+from app.storage.base import BlobNotFound
 from app.storage.content import ContentStore
 
 log = structlog.get_logger(__name__)
@@ -156,9 +159,8 @@ class JobLedger:
         with self.db.write() as uow:
             if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"attempts": 1}):
                 raise LeaseLost(claim.job_id)
-            for files in result.outputs.values():
-                for file in files:
-                    self.content.record(uow.session, claim.tenant_id, file["sha256"], file["size_bytes"])
+            files = {f["sha256"]: f["size_bytes"] for files in result.outputs.values() for f in files}
+            self._record(uow.session, claim, files)
             uow.session.merge(result)
 
     # The end
@@ -175,8 +177,7 @@ class JobLedger:
     ) -> None:
         """Engine row, report and manifest (digest and size, already stored) and the final state, in one transaction."""
         with self.db.write() as uow:
-            for sha256, size in (report, manifest, *_engine_blobs(engine)):
-                self.content.record(uow.session, claim.tenant_id, sha256, size)
+            self._record(uow.session, claim, dict((report, manifest, *_engine_blobs(engine))))
             uow.session.add(engine)
             uow.session.flush()
             values = {
@@ -192,11 +193,19 @@ class JobLedger:
     def fail(self, claim: Claim, error: dict[str, Any], changes: dict[str, Any]) -> None:
         """The job ends without an engine; a report of what was tried may stand in `changes`."""
         with self.db.write() as uow:
-            for name in ("report_sha256", "manifest_sha256"):
-                if name in changes:
-                    self.content.record(uow.session, claim.tenant_id, changes[name], changes.pop(f"{name}_size"))
+            names = [n for n in ("report_sha256", "manifest_sha256") if n in changes]
+            self._record(uow.session, claim, {changes[n]: changes.pop(f"{n}_size") for n in names})
             values = {"error": error, **changes}
             self._end(JobRepository(uow.session), claim, Trigger.FAIL, values, {"error": error})
+
+    def _record(self, session: Session, claim: Claim, blobs: dict[str, int]) -> None:
+        """Note blobs (digest → size), in one order everywhere: locks taken in turn cannot wait for each other."""
+        for sha256 in sorted(blobs):
+            try:
+                self.content.record(session, claim.tenant_id, sha256, blobs[sha256])
+            except BlobNotFound as error:
+                detail = f"A stored file was deleted in the meantime ({error})."
+                raise infrastructure_failure("blob_missing", detail, remedy="Submit the job again.") from error
 
     def cancelled(self, claim: Claim, changes: dict[str, Any]) -> None:
         with self.db.write() as uow:

@@ -18,7 +18,7 @@ from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
-from app.jobs.admission import check_dataset, check_shapes, choose_queue
+from app.jobs.admission import check_dataset, check_shapes, choose_queue, fit_batch_sizes
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
 from app.settings import Settings
@@ -58,9 +58,10 @@ class JobService:
                 if job is not None:
                     return job, False
             model = self._model(session, tenant_id, spec)
-            self._datasets(session, tenant_id, spec, model)
             if spec.shapes is not None:
                 check_shapes(spec.shapes, model.inputs)
+                spec = fit_batch_sizes(spec, model.inputs)
+            self._datasets(session, tenant_id, spec, model)
             queue = choose_queue(spec, model.format, workers)
             if jobs.count_active(tenant_id) >= self.settings.limits.active_jobs_per_tenant:
                 raise AppError(
@@ -102,9 +103,11 @@ class JobService:
 
     def _model(self, session: Session, tenant_id: str, spec: OptimizationSpec) -> SourceModel:
         model = session.scalar(
-            select(SourceModel).where(
+            select(SourceModel)
+            .where(
                 SourceModel.id == spec.model_id, SourceModel.tenant_id == tenant_id, SourceModel.deleted_at.is_(None)
             )
+            .with_for_update(read=True)  # a deletion waits, and then sees the job
         )
         if model is None:
             detail = f"There is no model {spec.model_id!r}."
@@ -120,9 +123,9 @@ class JobService:
             if dataset_id is None:
                 continue
             row = session.scalar(
-                select(Dataset).where(
-                    Dataset.id == dataset_id, Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None)
-                )
+                select(Dataset)
+                .where(Dataset.id == dataset_id, Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None))
+                .with_for_update(read=True)
             )
             pointer = f"/{section}/dataset_id"
             if row is None:
@@ -130,7 +133,7 @@ class JobService:
                 raise invalid_request(
                     detail, [FieldError(pointer, "unknown data set")], "Upload it with POST /v1/datasets."
                 )
-            check_dataset(pointer, row.arrays, model.inputs, model.outputs)
+            check_dataset(pointer, row.arrays, model.inputs, model.outputs, spec.shapes)
 
     def get(self, tenant_id: str, job_id: str) -> Job:
         with self.db.read() as session:

@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 3600.0
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 
 
 class UndeliverableWebhook(Exception):
@@ -61,7 +63,8 @@ class WebhookSender:
                 return False
         try:
             self._post(job)
-        except (UndeliverableWebhook, OSError, http.client.HTTPException) as error:
+        except (UndeliverableWebhook, OSError, ValueError, http.client.HTTPException) as error:
+            # ValueError: what is no URL after all (a broken IPv6 address, a port of 99999, a label of 70 letters)
             last = job.webhook_attempts + 1 >= self.settings.max_attempts
             log.warning("webhook_failed", job_id=job.id, attempt=job.webhook_attempts + 1, reason=str(error)[:200])
             if last:
@@ -115,9 +118,22 @@ class WebhookSender:
     def _address(self, host: str, port: int) -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for *_, (address, *_rest) in found:
-            if self.allow_private or ipaddress.ip_address(str(address).split("%")[0]).is_global:
+            if self.allow_private or is_public(str(address)):
                 return str(address)
         raise UndeliverableWebhook(f"{host} has no public address")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet; IPv6 that carries an IPv4 address is judged by that."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.is_site_local:
+            return False
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and (ip in _NAT64 or ip in _IPV4_COMPATIBLE):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast
 
 
 def _message(job: Job) -> dict[str, object]:

@@ -9,7 +9,8 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from app.db.orm import Blob
-from app.storage.base import BlobStore
+from app.references import lock_blob
+from app.storage.base import BlobNotFound, BlobStore
 
 CHUNK = 4 << 20
 
@@ -37,7 +38,11 @@ class ContentStore:
         self.store.put_file(blob_key(tenant_id, sha256), path, move=move)
 
     def record(self, session: Session, tenant_id: str, sha256: str, size_bytes: int) -> None:
-        """Note in the database that the tenant holds this blob (idempotent)."""
+        """Note in the database that the tenant holds this blob (idempotent). Raises `BlobNotFound` where a deletion
+        took the bytes in the meantime; from here to the end of the transaction none can."""
+        lock_blob(session, tenant_id, sha256)
+        if not self.exists(tenant_id, sha256):
+            raise BlobNotFound(sha256)
         if session.get(Blob, (tenant_id, sha256)) is None:
             session.merge(Blob(tenant_id=tenant_id, sha256=sha256, size_bytes=size_bytes))
 

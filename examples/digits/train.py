@@ -147,7 +147,7 @@ def main() -> None:
     started = time.monotonic()
     data = load_digits()
     pixels = data.images.astype(np.float32)[:, None]
-    # In the data set's own order: the later digits are by other writers, which a shuffled split would hide.
+    # In the data set's own order: the later digits are mostly by other writers, which a shuffled split would hide.
     x, x_val = pixels[:-HELD_OUT], pixels[-HELD_OUT:]
     y, y_val = data.target[:-HELD_OUT], data.target[-HELD_OUT:]
     held_out = (torch.from_numpy(x_val), torch.from_numpy(y_val))

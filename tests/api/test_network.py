@@ -93,8 +93,13 @@ def test_a_killed_process_leaves_nothing_for_long(settings: Settings) -> None:
         path.write_bytes(b"x")
         if path != new:
             os.utime(path, (1, 1))
-    assert remove_stale(settings.temp_dir) == 1
+    folder = settings.temp_dir / "incoming-folder"
+    folder.mkdir()
+    (folder / "blob").write_bytes(b"x")
+    os.utime(folder, (1, 1))
+    assert remove_stale(settings.temp_dir) == 2
     assert not old.exists()
+    assert not folder.exists()
     assert new.exists()
     assert other.exists()
 

@@ -104,6 +104,9 @@ class Deployment:
     def logs(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-6000:]}" for p in self.home.glob("*.log"))
 
+    def worker_log(self) -> str:
+        return "\n".join(p.read_text(errors="replace") for p in sorted(self.home.glob("workers-*.log")))
+
     def close(self) -> None:
         for process in self.processes:
             if process.poll() is None:

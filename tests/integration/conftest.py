@@ -46,6 +46,7 @@ class Desk:
     service: JobService
     ledger: JobLedger
     content: ContentStore
+    scratch: Path
     sent: list[str] = field(default_factory=list)
 
     def add_model(self, tenant_id: str = LOCAL_TENANT) -> SourceModel:
@@ -84,6 +85,11 @@ class Desk:
             uow.session.add(dataset)
         return dataset
 
+    def put_blob(self, sha256: str) -> None:
+        path = self.scratch / sha256
+        path.write_bytes(b"x")
+        self.content.put(LOCAL_TENANT, path, sha256)
+
     def submit(self) -> Job:
         spec = OptimizationSpec(model_id=self.add_model().id)
         job, created = self.service.submit(LOCAL_TENANT, spec, correlation_id="test", idempotency=None)
@@ -101,4 +107,4 @@ def desk(database: Database, tmp_path: Path) -> Desk:
     sent: list[str] = []
     ledger = JobLedger(database, content, lambda job: sent.append(job.id), settings.worker)
     service = JobService(database, content, lambda job: sent.append(job.id), settings)
-    return Desk(database, service, ledger, content, sent)
+    return Desk(database, service, ledger, content, tmp_path, sent)

@@ -58,6 +58,8 @@ def _engine(job: Job) -> Engine:
 
 
 def _complete(desk: Desk, claim: Claim, job: Job) -> None:
+    for digit in "2345":
+        desk.put_blob(digit * 64)
     desk.ledger.complete(claim, engine=_engine(job), report=("4" * 64, 1), manifest=("5" * 64, 1), changes={}, event={})
 
 
@@ -219,7 +221,10 @@ def test_a_cached_result_whose_bytes_are_gone_is_no_hit(desk: Desk) -> None:
     claim = _claim(desk, job)
     files = [{"name": "model.onnx", "sha256": "9" * 64, "size_bytes": 3}]
     row: dict[str, Any] = {"tenant_id": LOCAL_TENANT, "stage": "export", "data": {}, "failure": None, "seconds": 0.1}
+    desk.put_blob("9" * 64)
     desk.ledger.remember(claim, StageResult(**row, key="7" * 64, outputs={"model": files}))
+    assert desk.ledger.recall(LOCAL_TENANT, "7" * 64) is not None
+    desk.content.remove(LOCAL_TENANT, "9" * 64)
     assert desk.ledger.recall(LOCAL_TENANT, "7" * 64) is None
     desk.ledger.remember(claim, StageResult(**row, key="8" * 64, outputs={}))
     assert desk.ledger.recall(LOCAL_TENANT, "8" * 64) is not None

@@ -231,7 +231,7 @@ def test_parts_go_where_told_without_the_key_and_missing_ones_are_resumed(
     (tmp_path / "d.npz").write_bytes(content)
     foreign = f"http://localhost:{service.server_address[1]}/bucket"  # another origin, as a presigned URL is
     urls = [f"{foreign}/1", f"{foreign}/2", "/v1/uploads/upl_1/parts/3", "/v1/uploads/upl_1/parts/4"]
-    session = {"id": "upl_1", "part_size": 1000, "part_urls": urls, "size_bytes": 3500, "parts": []}
+    session = {"id": "upl_1", "part_size": 1000, "part_urls": urls, "size_bytes": 3500, "received_parts": []}
     service.on("POST", "/v1/uploads", answer_json(201, session))
     ok = body(200, b"")
     service.on("PUT", "/bucket/1", drop, ok)
@@ -248,7 +248,7 @@ def test_parts_go_where_told_without_the_key_and_missing_ones_are_resumed(
 
     service.seen.clear()
     there = [{"number": 1, "size_bytes": 1000}, {"number": 2, "size_bytes": 1000}]
-    service.on("GET", "/v1/uploads/upl_1", answer_json(200, {**session, "parts": there}))
+    service.on("GET", "/v1/uploads/upl_1", answer_json(200, {**session, "received_parts": there}))
     service.on("PUT", "/v1/uploads/upl_1/parts/3", ok)
     service.on("POST", "/v1/uploads/upl_1/complete", answer_json(200, {"id": "upl_1"}))
     service.on("POST", "/v1/datasets", answer_json(201, {"id": "dst_1"}))

@@ -75,18 +75,16 @@ class PartedUpload:
 
     def _send_missing(self, session: Mapping[str, Any], workers: int) -> None:
         part_size = int(session["part_size"])
-        urls = part_urls(session)
-        there = {int(p["number"]) if isinstance(p, Mapping) else int(p) for p in session.get("parts") or ()}
-        count = max(1, -(-self._size // part_size))
-        missing = [number for number in range(1, count + 1) if number not in there]
-        path = f"/v1/uploads/{session['id']}/parts"
+        urls: list[str] = session["part_urls"]
+        there = {int(part["number"]) for part in session["received_parts"]}
+        missing = [number for number in range(1, len(urls) + 1) if number not in there]
 
         def send(number: int) -> None:
             start = (number - 1) * part_size
             length = min(part_size, self._size - start)
             self._transport.request(
                 "PUT",
-                urls.get(number, f"{path}/{number}"),
+                urls[number - 1],
                 headers={"Content-Length": str(length)},
                 body=lambda: blocks(self._path, start, length),
                 timeout_s=300,
@@ -100,20 +98,6 @@ class PartedUpload:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def part_urls(session: Mapping[str, Any]) -> dict[int, str]:
-    """URL of each part by its 1-based number: from a list in order, a list of `{number, url}`, or an object."""
-    given = session.get("part_urls") or ()
-    if isinstance(given, Mapping):
-        return {int(number): str(url) for number, url in given.items()}
-    urls: dict[int, str] = {}
-    for position, entry in enumerate(given, start=1):
-        if isinstance(entry, Mapping):
-            urls[int(entry.get("number", position))] = str(entry["url"])
-        else:
-            urls[position] = str(entry)
-    return urls
 
 
 def download(transport: Transport, url: str, target: Path, sha256: str | None) -> Path:

@@ -1,0 +1,65 @@
+"""The queries that differ between databases, on PostgreSQL: JSON paths, locks, NUL bytes, duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from app.db.migrate import upgrade
+from app.db.orm import LOCAL_TENANT, StageResult
+from app.http.services import Services
+from app.settings import Settings
+from tests.api.conftest import assert_problem, files_in
+
+
+@pytest.fixture
+def settings(settings: Settings, fresh_postgres: str) -> Settings:
+    changed = settings.model_copy(update={"database_url": fresh_postgres})
+    upgrade(changed.database)
+    return changed
+
+
+def test_on_postgres(
+    client: httpx.Client,
+    services: Services,
+    settings: Settings,
+    job: dict[str, Any],
+    npz: Callable[..., bytes],
+    model_bytes: bytes,
+) -> None:
+    content = npz(input=np.zeros((6, 8), np.float32))
+    dataset = client.post("/v1/datasets?filename=d.npz", content=content).json()
+    spec = {"model_id": job["model_id"], "calibration": {"dataset_id": dataset["id"]}}
+    second = client.post("/v1/jobs", json=spec).json()
+    assert_problem(client.delete(dataset["links"]["self"]), 409, "in_use")
+    assert_problem(client.delete(job["links"]["model"]), 409, "in_use")
+    for made in (job, second):
+        assert client.post(made["links"]["cancel"]).json()["status"] == "cancelled"
+    assert client.delete(dataset["links"]["self"]).status_code == 204
+    model = client.get(job["links"]["model"]).json()
+    outputs = {"model": [{"name": "model.onnx", "sha256": model["sha256"], "size_bytes": 1}]}
+    with services.db.write() as uow:
+        row = StageResult(tenant_id=LOCAL_TENANT, key="0" * 64, stage="export", outputs=outputs, data={}, seconds=1.0)
+        uow.session.add(row)
+    assert client.delete(job["links"]["model"]).status_code == 204
+    assert len(files_in(settings.home_dir / "blobs")) == 1
+
+    for body in ({"model_id": "a\x00"}, {"model_id": "m", "webhook": {"url": "http://a/\x00"}}):
+        assert_problem(client.post("/v1/jobs", json=body), 422, "invalid_request")
+    assert_problem(client.get("/v1/models/mdl_%00"), 404, "not_found")
+
+    def send(_: int) -> str:
+        headers = {"Idempotency-Key": "same"}
+        response = httpx.post(f"{client.base_url}/v1/models?filename=a.onnx", content=model_bytes, headers=headers)
+        return response.json()["id"]
+
+    with ThreadPoolExecutor(6) as threads:
+        assert len(set(threads.map(send, range(12)))) == 1
+    assert len(client.get("/v1/models").json()["items"]) == 1
+    assert client.get("/readyz").json()["checks"]["database"]["ok"] is True
+    assert "anneal_jobs" in client.get("/metrics").text

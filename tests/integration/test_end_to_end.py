@@ -1,0 +1,180 @@
+"""The main job through HTTP with real processes: the embedded default, and PostgreSQL, Redis and S3 by settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.factories.deployment import Deployment, deployment
+
+DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(params=["embedded", "servers"])
+def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deployment]:
+    extra: dict[str, str] = {}
+    if request.param == "servers":
+        extra = {
+            "DATABASE_URL": request.getfixturevalue("fresh_postgres"),
+            "BROKER_URL": request.getfixturevalue("fresh_redis"),
+            **request.getfixturevalue("fresh_bucket").variables,
+        }
+    with deployment(tmp_path / "home", extra) as found:
+        found.start_worker()
+        found.wait_ready()
+        yield found
+
+
+def _spec(client: Any, *, min_seconds: float = 0.3) -> dict[str, Any]:
+    # In parts, over an upload session: on S3 the parts go to presigned URLs.
+    model = client.upload_model(DIGITS / "model.onnx", "digits", parts_above=0)
+    calibration = client.upload_dataset(DIGITS / "calibration.npz")
+    validation = client.upload_dataset(DIGITS / "validation.npz")
+    return {
+        "model_id": model["id"],
+        "calibration": {"dataset_id": calibration["id"]},
+        "validation": {"dataset_id": validation["id"], "max_accuracy_loss_percent": 1.0},
+        "benchmark": {"batch_sizes": [1, 8], "min_seconds": min_seconds},
+    }
+
+
+def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_path: Path) -> None:
+    with deployed.client() as client:
+        spec = _spec(client)
+        seen: list[str] = []
+        job = client.wait(client.submit(spec)["id"], on_event=lambda e: seen.append(e.type))
+        assert {"state", "stage"} <= set(seen)
+        assert job["progress"] == 1.0
+        stages = [s["name"] for s in job["stages"]]
+        assert set(stages) == {"export", "simplify", "quantize", "build", "validate", "benchmark", "package"}
+        report = client.report(job["id"])
+        _check_report(report)
+        _check_manifest(client.manifest(job["id"]), report)
+        (engine_id,) = job["engine_ids"]
+        engine = client.engine(engine_id)
+        path = client.download_engine(engine_id, tmp_path / "engine.onnx")
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == engine["sha256"]
+        _check_accuracy(path, report)
+        _check_bundle(client.download_bundle(engine_id, tmp_path / "bundle.zip"), tmp_path / "bundle", path)
+
+        again = client.wait(client.submit(spec)["id"])
+        assert all(s["cached"] for s in again["stages"]), "the same job again computes nothing"
+        assert client.engine(again["engine_ids"][0])["sha256"] == engine["sha256"]
+
+
+def _check_report(report: dict[str, Any]) -> None:
+    for block in ("analysis", "optimizations_applied", "final_metrics", "deployment_config", "recommendations"):
+        assert block in report
+    candidates = {c["id"]: c for c in report["candidates"]}
+    assert {"fp32-simplified", "int8-static"} <= set(candidates)
+    assert candidates["int8-static"]["details"]["quantize"]["qdq_by_op"]["Conv"] > 0
+    assert candidates["fp32-simplified"]["details"]["simplify"]["fusions"]["conv+bn"] > 0
+    assert all(c["reason"] for c in report["candidates"])
+    for figures in [report["baseline"], *report["candidates"]]:
+        for batch in figures["batches"].values():
+            assert batch["samples"] > 0
+            assert batch["p999_ms"] is None or batch["samples"] >= 6636
+            assert (batch["p99_ms"] is None) == ("p99_ms" in batch["reasons"])
+    assert report["method"]["aa"]
+    final = report["final_metrics"]
+    if report["picked"] == "baseline":
+        assert final["speedup"] == "1.0x"
+    else:
+        assert final["speedup_ci"][0] > 1.0
+        assert final["accuracy_loss_percent"] <= 1.0
+    assert all(check["passed"] for check in report["checks"])
+
+
+def _check_manifest(manifest: dict[str, Any], report: dict[str, Any]) -> None:
+    assert manifest["job_id"] == report["job_id"]
+    assert manifest["hardware_fingerprint"]
+    for stage in manifest["stages"]:
+        assert len(stage["key"]) == 64
+        for files in [*stage["inputs"].values(), *stage["outputs"].values()]:
+            assert all(len(f["sha256"]) == 64 for f in files)
+
+
+def _check_accuracy(engine: Path, report: dict[str, Any]) -> None:
+    """On the downloaded bytes, here: as accurate as agreed."""
+    data = np.load(DIGITS / "validation.npz")
+    scores = {}
+    for name, path in (("original", DIGITS / "model.onnx"), ("engine", engine)):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        (logits, *_) = session.run(None, {session.get_inputs()[0].name: data["image"]})
+        scores[name] = float((logits.argmax(axis=1) == data["labels"]).mean())
+    loss = 100 * (scores["original"] - scores["engine"])
+    assert loss <= 1.0
+    assert report["final_metrics"]["accuracy_loss_percent"] == pytest.approx(loss, abs=0.2)
+
+
+def _check_bundle(bundle: Path, folder: Path, engine: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(folder)
+    names = {p.name for p in folder.iterdir()}
+    assert {"infer.py", "manifest.json", "sample_input.npz", "expected_output.npz", "model.onnx"} <= names
+    assert (folder / "model.onnx").read_bytes() == engine.read_bytes()
+    assert json.loads((folder / "manifest.json").read_text())["engine"]["backend"] == "onnxruntime"
+    done = subprocess.run([sys.executable, "infer.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "difference" in done.stdout
+
+
+def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: Deployment, tmp_path: Path) -> None:
+    with deployed.client() as client:
+        spec = _spec(client, min_seconds=0.1)
+    headers = {"X-Request-ID": "trace-me-through"}
+    job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
+    with deployed.client() as client:
+        client.wait(job["id"])
+    lines = [json.loads(x) for x in deployed.worker_log().splitlines() if x.startswith("{")]
+    mine = [line["event"] for line in lines if line.get("correlation_id") == "trace-me-through"]
+    assert "job_started" in mine
+    assert "job_ended" in mine
+    page = httpx.get(f"{deployed.url}/v1/jobs/{job['id']}/report", headers={"Accept": "text/html"})
+    assert page.status_code == 200
+    assert "<svg" in page.text
+    assert "static int8" in page.text
+
+
+def test_without_data_only_engines_that_keep_the_arithmetic_may_ship(deployed: Deployment) -> None:
+    with deployed.client() as client:
+        model = client.upload_model(DIGITS / "model.onnx")
+        benchmark = {"batch_sizes": [1], "min_seconds": 0.1}
+        job = client.wait(client.submit(model_id=model["id"], benchmark=benchmark)["id"])
+        report = client.report(job["id"])
+    assert report["picked"] in ("baseline", "fp32-simplified")
+    assert any("calibration data" in s["reason"] for s in report["skipped"])
+    assert any("calibration data" in advice for advice in report["recommendations"])
+
+
+def test_what_nobody_can_meet_fails_with_the_nearest_miss_and_a_report(deployed: Deployment) -> None:
+    with deployed.client() as client:
+        model = client.upload_model(DIGITS / "model.onnx")
+        body = {
+            "model_id": model["id"],
+            "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
+            "constraints": {"max_size_mb": 0.001},
+        }
+        job = client.wait(client.submit(body)["id"], check=False)
+        assert job["status"] == "failed"
+        assert job["error"]["code"] == "no_feasible_candidate"
+        assert "size_mb" in job["error"]["detail"]
+        assert "size_mb" in job["error"]["remedy"]
+        report = client.report(job["id"])
+    assert report["picked"] is None
+    assert not all(check["passed"] for check in report["checks"])

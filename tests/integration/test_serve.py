@@ -1,0 +1,91 @@
+"""`python -m app serve`, what `make serve` runs: up with one command, and gone without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.factories.deployment import FAST, gone
+from tests.servers import free_port
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    port = free_port()
+    environment = {**os.environ, **FAST, "ANNEAL_HOME": str(tmp_path / "home"), "ANNEAL_PORT": str(port)}
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, "-m", "app", "serve"]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                break
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    else:
+        process.kill()
+        pytest.fail((tmp_path / "log").read_text())
+    yield process, url
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3, "API, worker and the worker's zygote"
+    return children
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything(served: tuple[subprocess.Popen[bytes], str], number: signal.Signals) -> None:
+    process, _ = served
+    family = _family(process)
+    process.send_signal(number)
+    assert process.wait(timeout=15) == 0
+    assert gone(family, timeout_s=1)
+
+
+def test_even_a_killed_supervisor_leaves_nothing_behind(served: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, _ = served
+    family = _family(process)
+    process.kill()
+    process.wait()
+    assert gone(family, timeout_s=15)
+
+
+def test_a_killed_worker_is_replaced(served: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = served
+    before = {w["id"] for w in httpx.get(f"{url}/v1/capabilities").json()["workers"]}
+    (worker,) = [p for p in _family(process) if "workers" in p.cmdline()]
+    worker.kill()
+    deadline = time.monotonic() + 40
+    while not {w["id"] for w in httpx.get(f"{url}/v1/capabilities").json()["workers"]} - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_it_refuses_to_listen_beyond_loopback_without_keys(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "ANNEAL_HOME": str(tmp_path),
+        "ANNEAL_HOST": "0.0.0.0",
+        "ANNEAL_REQUIRE_KEYS": "false",
+        "ANNEAL_PORT": str(free_port()),
+    }
+    command = [sys.executable, "-m", "app", "serve"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode != 0
+    assert "without API keys" in done.stderr
