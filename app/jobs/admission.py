@@ -87,12 +87,13 @@ def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str,
             if isinstance(fixed, int) and not wanted.min[axis] == wanted.max[axis] == fixed:
                 errors.append(FieldError(pointer, f"axis {axis} of the model is fixed at {fixed}"))
     if errors:
-        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors)
+        remedy = "Give every input a range that fits the shape which GET /v1/models/{id} tells."
+        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors, remedy)
 
 
 def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]]) -> OptimizationSpec:
     """The spec with batch sizes inside of the wanted shapes. Those that are only defaults are fitted; raise 422 where
-    the client asks for one outside. Inputs whose first axis the model fixes do not count: there is nothing to choose."""
+    the client asks for one outside. Inputs whose first axis the model fixes do not count: there is no choice."""
     fixed = {i["name"] for i in inputs if i["shape"] and isinstance(i["shape"][0], int)}
     ranges = [r for name, r in (spec.shapes or {}).items() if name not in fixed]
     low, high = max((r.min[0] for r in ranges), default=1), min((r.max[0] for r in ranges), default=2**31)

@@ -125,7 +125,7 @@ class WebhookSender:
 
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet; IPv6 that carries an IPv4 address is judged by that."""
-    ip = ipaddress.ip_address(address.split("%")[0])
+    ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.is_site_local:
             return False

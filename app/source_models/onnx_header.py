@@ -14,7 +14,8 @@ from typing import Literal, TypedDict
 from app.errors import invalid_model
 from app.source_models.onnx_wire import ByteStream, Wire, damaged
 
-_MAX_GRAPH_DEPTH = 32
+# A subgraph is three messages deep, and protobuf reads no file of more than 100; shape inference writes a few deeper.
+_MAX_GRAPH_DEPTH = 28
 _MAX_NAME_BYTES = 4096
 _MAX_RANK = 64
 # Bytes of names, shapes and file locations that one header may hold.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ def _spec(**changes: Any) -> OptimizationSpec:
     return OptimizationSpec.model_validate({"model_id": "mdl_x", **changes})
 
 
-def _figures(ratio: float, *, width: float = 0.05, at8: float | None = None, **extra: Any) -> dict[str, Any]:
+def _figures(
+    ratio: float, *, width: float = 0.05, at8: float | None = None, not_finite: Sequence[str] = (), **extra: Any
+) -> dict[str, Any]:
     def batch(r: float, size: int) -> dict[str, Any]:
         around = {"ratio": r, "low": r - width, "high": r + width}
         latency = 10.0 * size / r
@@ -29,6 +32,7 @@ def _figures(ratio: float, *, width: float = 0.05, at8: float | None = None, **e
             "throughput_qps": size * 1000 / latency,
             "speedup": around,
             "throughput_ratio": around,
+            "not_finite": not_finite,
         }
 
     return {
@@ -72,12 +76,17 @@ def test_the_fastest_of_several_ships() -> None:
         (_candidate(2.0, None), "accuracy was not measured"),
         (_candidate(2.0, {"broken": {"code": "not_finite", "detail": "NaN in y"}}), "output broken"),
         (_candidate(2.0, {**MEASURED, "source": "synthetic"}), "no validation data"),
-        (_candidate(2.0, not_finite=True), "NaN or Inf"),
+        (_candidate(2.0, not_finite=["y"]), "NaN or Inf in y"),
     ],
 )
 def test_a_regression_never_ships(candidate: Tried, why: str) -> None:
     assert _pick(candidate) == BASELINE
     assert any(why in reason for reason in candidate.reasons), candidate.reasons
+
+
+def test_an_original_that_is_not_finite_itself_does_not_stop_its_engines() -> None:
+    base = Tried(BASELINE, "fp32", True, None, _figures(1.0, width=0.02, not_finite=["mask"]))
+    assert judge(_spec(), base, [_candidate(2.0, not_finite=["mask"])], QUIET).picked == "int8"
 
 
 def test_fifty_seeded_regressions_are_all_stopped() -> None:

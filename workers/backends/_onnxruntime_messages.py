@@ -24,6 +24,11 @@ _TENSOR_PATTERNS = (
     re.compile(r"Invalid (?:[Ff]eed )?[Ii]nput [Nn]ame:?\s*(\S+)"),
     re.compile(r"Tensor '?([^\s']+)'? .*external"),
 )
+# Where in its source ONNX Runtime stands: `/path/file.cc:12 ` and the name or the whole signature of a function.
+_SOURCE = re.compile(
+    r"(?:/\S*?/)?[\w.-]+\.(?:cc|h|hpp|cpp):\d+ "
+    r"(?:[^()]{0,300}?::[^()]{0,300}\([^()]*\)(?: const)? |[^ ]+ )(?:\[[^\]]*\] )?"
+)
 _UNSUPPORTED = ("is not a registered function/op", "No Op registered for", "NOT_IMPLEMENTED", "Could not find an impl")
 _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "MemoryError", "bad allocation")
 
@@ -33,7 +38,7 @@ def clean_message(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"Load model from \S+ failed:\s*", "", text)
-    text = re.sub(r"/\S*?/([\w.-]+\.(?:cc|h|hpp|cpp)):\d+ [^ ]+ (?:\[[^\]]*\] )?", "", text)
+    text = _SOURCE.sub("", text)
     text = re.sub(r"(?<![\w:])/(?:[\w.+-]+/)+", "", text)
     return text[:800]
 
@@ -77,6 +82,7 @@ def runtime_failure(code: str, error: BaseException, *, remedy: str | None = Non
             node=where.get("node"),
             remedy="Export the model with standard ONNX operators only.",
         )
+    remedy = remedy or "Check that the model runs in ONNX Runtime on its own; repair it or export it again."
     return StageFailure(code, message, node=where.get("node"), tensor=where.get("tensor"), remedy=remedy)
 
 

@@ -14,6 +14,16 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.report import Report
 from app.storage.content import ContentStore
 from workers.pipeline.optimize import Optimization
+from workers.pipeline.select import Check
+
+# The fields of the job's spec that the checks come from.
+_FIELDS = {
+    "accuracy_loss_percent": "validation.max_accuracy_loss_percent",
+    "p99_latency_ms": "constraints.p99_latency_ms",
+    "throughput_qps": "constraints.min_throughput_qps",
+    "memory_mb": "constraints.max_memory_mb",
+    "size_mb": "constraints.max_size_mb",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ def no_feasible_candidate(found: Optimization) -> StageFailure:
     assert found.verdict.nearest is not None
     name, missed = found.verdict.nearest
     misses = "; ".join(c.reason or f"{c.name} {c.value}, limit {c.limit}" for c in missed)
-    relax = ", ".join(f"{c.name} to {c.value:.4g}" for c in missed if c.value is not None)
+    relax = ", ".join(f"{_FIELDS.get(c.name, c.name)} to {c.value:.4g}" for c in missed if _is_measured_miss(c))
     return StageFailure(
         "no_feasible_candidate",
         f"No configuration meets all constraints. The nearest is {name}: {misses}.",
@@ -70,3 +80,10 @@ def no_feasible_candidate(found: Optimization) -> StageFailure:
         "benchmark",
         remedy=f"Relax {relax}." if relax else "Relax the constraints that the report names.",
     )
+
+
+def _is_measured_miss(check: Check) -> bool:
+    """Whether another limit would help: not where a figure is missing, or good and only not proven."""
+    if check.value is None or check.limit is None:
+        return False
+    return check.value < check.limit if check.name == "throughput_qps" else check.value > check.limit

@@ -92,10 +92,11 @@ def judge(
     """Fill in everybody's checks and name the pick. `noise`: batch → the A/A ratio's {ratio, low, high}."""
     assert baseline.figures is not None
     batch = primary_batch(spec, [*baseline.figures["batches"]])
-    baseline.checks = [*_constraints(spec.constraints, baseline, batch)]
+    usual = _not_finite(baseline.figures)
+    baseline.checks = [*_constraints(spec.constraints, baseline, batch, usual)]
     for tried in candidates:
         if tried.failed is None:
-            tried.checks = [*_accuracy(spec, tried), *_constraints(spec.constraints, tried, batch)]
+            tried.checks = [*_accuracy(spec, tried), *_constraints(spec.constraints, tried, batch, usual)]
             tried.speed = _not_faster(spec, tried, batch, noise)
     shippable = [t for t in candidates if not t.reasons]
     if shippable:
@@ -140,7 +141,13 @@ def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
     return [finite, Check("accuracy_loss_percent", loss, limit, passed, over)]
 
 
-def _constraints(constraints: Constraints, tried: Tried, batch: str) -> list[Check]:
+def _not_finite(figures: Mapping[str, Any]) -> set[str]:
+    """Outputs in which the benchmark met NaN or Inf, at any batch size."""
+    return {name for at in figures.get("batches", {}).values() for name in at.get("not_finite") or ()}
+
+
+def _constraints(constraints: Constraints, tried: Tried, batch: str, usual: set[str]) -> list[Check]:
+    """`usual`: outputs that are not finite in the original either."""
     figures = tried.figures
     if figures is None or "failed" in figures:
         why = figures["failed"].get("detail", "failed") if figures else "it was not measured"
@@ -149,23 +156,25 @@ def _constraints(constraints: Constraints, tried: Tried, batch: str) -> list[Che
     if at is None:
         return [Check("benchmark", None, None, False, f"not measured at batch size {batch}")]
     checks = []
-    if figures.get("not_finite"):
-        checks.append(Check("finite_outputs_in_benchmark", None, None, False, "NaN or Inf in an output"))
-    if constraints.p99_latency_ms is not None:
-        why = at.get("reasons", {}).get("p99_ms", "p99 was not measured")
-        checks.append(_at_most("p99_latency_ms", at.get("p99_ms"), constraints.p99_latency_ms, why))
-    if constraints.min_throughput_qps is not None:
-        value, limit = at.get("throughput_qps"), constraints.min_throughput_qps
-        passed = value is not None and value >= limit
-        checks.append(Check("throughput_qps", value, limit, passed, None if passed else f"{value} qps, wanted {limit}"))
-    if constraints.max_memory_mb is not None:
-        checks.append(_at_most("memory_mb", figures.get("peak_memory_mb"), constraints.max_memory_mb, "not measured"))
-    if constraints.max_size_mb is not None:
-        checks.append(_at_most("size_mb", figures["size_bytes"] / 1e6, constraints.max_size_mb, "not measured"))
+    strange = _not_finite(figures) - usual
+    if strange:
+        where = ", ".join(sorted(strange))
+        reason = f"NaN or Inf in {where} during the benchmark, where the original has none"
+        checks.append(Check("finite_outputs_in_benchmark", None, None, False, reason))
+    why = at.get("reasons", {}).get("p99_ms", "p99 was not measured")
+    checks.append(_at_most("p99_latency_ms", at.get("p99_ms"), constraints.p99_latency_ms, why))
+    value, limit = at.get("throughput_qps"), constraints.min_throughput_qps
+    enough = limit is None or (value is not None and value >= limit)
+    checks.append(Check("throughput_qps", value, limit, enough, None if enough else f"{value} qps, wanted {limit}"))
+    checks.append(_at_most("memory_mb", figures.get("peak_memory_mb"), constraints.max_memory_mb, "not measured"))
+    checks.append(_at_most("size_mb", figures["size_bytes"] / 1e6, constraints.max_size_mb, "not measured"))
     return checks
 
 
-def _at_most(name: str, value: float | None, limit: float, missing: str) -> Check:
+def _at_most(name: str, value: float | None, limit: float | None, missing: str) -> Check:
+    """Where nobody set a limit the value is shown and passes."""
+    if limit is None:
+        return Check(name, value, None, True, missing if value is None else None)
     if value is None:
         return Check(name, None, limit, False, f"{name}: {missing}")
     passed = value <= limit

@@ -93,4 +93,3 @@ def _child(request: StageRequest, progress_fd: int, parent: int) -> None:
     child.write_result(request.workspace, result)
     sys.stdout.flush()
     sys.stderr.flush()
-
