@@ -26,6 +26,7 @@ from app.http.problem import install_handlers, problems
 from app.http.services import Services
 from app.http.sink import remove_stale
 from app.jobs import endpoints as jobs
+from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
 from app.queue.producer import make_dispatch
@@ -90,6 +91,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         datasets=DatasetService(db, content, settings),
         uploads=UploadService(db, content, settings),
         jobs=jobs_service,
+        job_documents=JobDocuments(jobs_service),
         engines=EngineService(db),
         capabilities=CapabilityService(db, settings),
         watcher=JobWatcher(jobs_service.versions),

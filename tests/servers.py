@@ -64,6 +64,12 @@ def temporary_folder(prefix: str, owner: pwd.struct_passwd | None = None, base: 
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def launched(death_signal: signal.Signals = signal.SIGKILL, user: pwd.struct_passwd | None = None) -> list[str]:
+    """What to put before a command so that it gets `death_signal` when this process ends, and runs as `user`."""
+    uid, gid = (user.pw_uid, user.pw_gid) if user else (-1, -1)
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, *map(str, (os.getpid(), int(death_signal), uid, gid))]
+
+
 @contextmanager
 def running(
     command: Sequence[str | Path],
@@ -76,8 +82,7 @@ def running(
     timeout_s: float = 30,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run `command` until the context ends; yields once `ready()` is true, `ServerFailed` if that never comes."""
-    uid, gid = (user.pw_uid, user.pw_gid) if user else (-1, -1)
-    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *map(str, (os.getpid(), int(death_signal), uid, gid))]
+    launcher = launched(death_signal, user)
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", "HOME": str(log.parent)}
     with log.open("wb") as output:
         # A session of its own: Ctrl-C in the terminal reaches the tests, and they stop the server.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
+from types import FrameType
 from typing import Any
 
 from celery import Celery
 from celery.apps.worker import Worker as CeleryWorker
-from celery.exceptions import SecurityWarning
-from celery.signals import setup_logging, worker_shutting_down
+from celery.exceptions import SecurityWarning, WorkerShutdown
+from celery.signals import setup_logging, worker_ready
 
 from app.queue.broker import make_celery
 from workers.service import WorkerService
@@ -31,14 +33,20 @@ def run_worker(service: WorkerService) -> int:
     # Celery's warning against root is about pickled messages; only JSON is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
 
-    # The handler must stay referenced here: Celery's signals hold it weakly.
-    def on_shutdown(**_: Any) -> None:
-        service.shutdown.set()
+    # The receivers must stay referenced here: Celery's signals hold them weakly.
+    def on_ready(**_: Any) -> None:
+        """Celery's own handlers only set a flag that its consumer looks at every two seconds."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        service.shutdown.set()  # the job's thread sees it, ends its child and gives the job back
+        raise WorkerShutdown(0)
 
     def on_setup_logging(**_: Any) -> None:
         """Logging is set up already; with a receiver here Celery leaves it alone."""
 
-    worker_shutting_down.connect(on_shutdown)
+    worker_ready.connect(on_ready)
     setup_logging.connect(on_setup_logging)
     worker: CeleryWorker = app.Worker(
         hostname=f"anneal@{service.id}",

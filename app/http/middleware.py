@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import time
@@ -177,6 +178,7 @@ def urlsplit_host(origin: str) -> str | None:
         return None
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a Host header names this machine: `localhost`, 127.0.0.0/8, `[::1]`, with or without a port."""
     name = re.sub(r":\d*$", "", host.lower())

@@ -12,6 +12,7 @@ from app.datasets.service import DatasetService
 from app.db.uow import Database
 from app.http.auth import Authenticator
 from app.http.metrics import Metrics
+from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
 from app.settings import Settings
@@ -34,6 +35,7 @@ class Services:
     datasets: DatasetService
     uploads: UploadService
     jobs: JobService
+    job_documents: JobDocuments
     engines: EngineService
     capabilities: CapabilityService
     watcher: JobWatcher

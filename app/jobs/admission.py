@@ -12,6 +12,7 @@ from app.errors import AppError, FieldError, invalid_request
 from app.queue.messages import queue_for
 
 LABELS = "labels"
+_MOST_ERRORS = 50  # a request may name thousands of inputs that are none
 
 
 def check_dataset(
@@ -46,7 +47,7 @@ def check_dataset(
     if errors and inputs:
         raise invalid_request(
             f"The data set does not fit the model: {errors[0].message}.",
-            errors,
+            errors[:_MOST_ERRORS],
             "Name the arrays by the model's inputs, with the samples along the first axis, in the model's dtypes.",
         )
 
@@ -88,7 +89,7 @@ def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str,
                 errors.append(FieldError(pointer, f"axis {axis} of the model is fixed at {fixed}"))
     if errors:
         remedy = "Give every input a range that fits the shape which GET /v1/models/{id} tells."
-        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors, remedy)
+        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors[:_MOST_ERRORS], remedy)
 
 
 def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]]) -> OptimizationSpec:

@@ -70,18 +70,17 @@ async def get_job(request: Request) -> Response:
     job_id = check_id("job", request.path_params["job_id"])
     if_none_match = request.headers.get("if-none-match")
     wait = _seconds(request.query_params.get("wait")) if request.scope["query_string"] else 0.0
-    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
-    if wait and not is_terminal(row):
+    job = await anyio.to_thread.run_sync(services.job_documents.get, tenant_id, job_id)
+    if wait and not job.terminal:
         known = version_in(if_none_match, job_id)
-        if known is None or known == row.version:
+        if known is None or known == job.version:
             seconds = min(wait, services.settings.limits.wait_s)
-            if await services.watcher.wait(job_id, row.version, seconds):
-                row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
-    etag = job_etag(row)
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if if_none_match is not None and etag_matches(if_none_match, etag):
+            if await services.watcher.wait(job_id, job.version, seconds):
+                job = await anyio.to_thread.run_sync(services.job_documents.get, tenant_id, job_id)
+    headers = {"ETag": job.etag, "Cache-Control": "private, no-cache"}
+    if if_none_match is not None and etag_matches(if_none_match, job.etag):
         return Response(status_code=304, headers=headers)
-    return Response(job_json(row), headers=headers, media_type=_JSON)
+    return Response(job.body, headers=headers, media_type=_JSON)
 
 
 @router.post("", status_code=202, response_model=JobOut, responses=problems(400, 409, 413, 429, 507))

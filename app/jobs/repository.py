@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
@@ -14,6 +14,10 @@ from app.db.orm import Job, JobEvent
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 
 ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
+
+
+# Built once: composing it costs more than the database takes to answer it.
+_VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
 
 
 class JobRepository:
@@ -27,6 +31,9 @@ class JobRepository:
 
     def get(self, tenant_id: str, job_id: str) -> Job | None:
         return self.session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id))
+
+    def version(self, tenant_id: str, job_id: str) -> int | None:
+        return self.session.scalar(_VERSION, {"job_id": job_id, "tenant_id": tenant_id})
 
     def get_any_tenant(self, job_id: str) -> Job | None:
         """For workers only: a message carries no tenant."""

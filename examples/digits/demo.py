@@ -183,7 +183,7 @@ def parsed_arguments() -> argparse.Namespace:
         "--port", type=int, default=int(os.environ.get("PORT") or 0), help="default: $PORT or a free one"
     )
     parser.add_argument("--out", type=Path, help="keep report, bundle and engine in this folder")
-    parser.add_argument("--min-seconds", type=float, default=0.5, help="measured per engine and batch size")
+    parser.add_argument("--min-seconds", type=float, default=0.3, help="measured per engine and batch size")
     return parser.parse_args()
 
 

@@ -26,7 +26,7 @@ from app.db.orm import Job
 from app.db.uow import Database
 from app.settings import Settings
 from tests.factories import onnx_models
-from tests.servers import free_port
+from tests.servers import free_port, launched
 
 FAST = {
     "WORKER_LEASE_S": "2",
@@ -66,7 +66,11 @@ class Deployment:
         log = (self.home / f"{arguments[0]}-{len(self.processes)}.log").open("wb")
         with log:
             process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                [*launched(), sys.executable, "-m", *arguments],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.processes.append(process)
         return process

@@ -111,7 +111,7 @@ def test_a_killed_child_costs_one_stage_call(deployed: Deployment, db: Database,
 def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
         worker = deployed.start_worker()
-        job_id = submit_case(client, tmp_path, 20, benchmark={"batch_sizes": [1], "min_seconds": 5})["id"]
+        job_id = submit_case(client, tmp_path, 20, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
         children = descendants(worker)
         started = time.monotonic()

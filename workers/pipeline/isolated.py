@@ -211,7 +211,7 @@ def _over_limit(watch: _Watch) -> StageFailure | None:
             f"The {stage} stage did not end within {limits.seconds:.0f} s.",
             FailureKind.MODEL,
             stage,
-            remedy="Raise budget_seconds, use a smaller model, or ask the operator to raise WORKER_STAGE_TIMEOUT_S.",
+            remedy="Use a smaller model, or ask the operator to raise WORKER_STAGE_TIMEOUT_S.",
             cacheable=False,
         )
     return None

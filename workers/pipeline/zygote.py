@@ -24,7 +24,16 @@ from workers.pipeline.protocol import LOG_FILE, MAX_DATAGRAM, StageRequest
 
 SOCKET_FD = 3
 # Not torch: it takes seconds and most models need it never.
-_PRELOAD = ("numpy", "onnx", "onnx.checker", "onnx.shape_inference", "onnxruntime")
+_PRELOAD = (
+    "numpy",
+    "onnx",
+    "onnx.checker",
+    "onnx.shape_inference",
+    "onnxruntime",
+    "onnxruntime.quantization",
+    "onnxruntime.transformers.optimizer",
+    "onnxslim",
+)
 
 
 def serve(extra_modules: Sequence[str] = ()) -> None:

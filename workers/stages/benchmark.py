@@ -24,6 +24,7 @@ from workers.measure.stats import holds_one
 BASELINE = "baseline"
 AGAIN = "baseline (again)"
 _COLD_SHARE = 0.15
+_WIDE = 1.25  # high over low of an A/A interval, beyond which it says next to nothing
 
 
 class EngineOption(StageOptions):
@@ -241,6 +242,11 @@ class _Run:
             self.noise.append(
                 f"batch {batch}: the baseline against itself is {interval.ratio:.3f} "
                 f"[{interval.low:.3f}, {interval.high:.3f}], which does not hold 1.0"
+            )
+        elif interval.high > interval.low * _WIDE:
+            self.noise.append(
+                f"batch {batch}: the baseline against itself is anywhere in [{interval.low:.3f}, {interval.high:.3f}]: "
+                "small gains cannot be told from noise"
             )
         for name, timing in timings.items():
             self.raw[f"{name}|{batch}|latency_ns"] = timing.all()
