@@ -175,7 +175,8 @@ class WorkerService:
                 should_stop=keeper.should_stop,
             )
             try:
-                found = Optimizer(runner, job, model, datasets, [b.name for b in self.backends]).run()
+                backends = [b.name for b in self.backends]
+                found = Optimizer(runner, job, model, datasets, backends, self.settings.limits).run()
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)

@@ -6,6 +6,7 @@ allows more), the address that was checked is the one connected to, no redirect 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -13,6 +14,7 @@ import ipaddress
 import json
 import socket
 import ssl
+import threading
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -92,11 +94,15 @@ class WebhookSender:
             headers["X-Anneal-Signature"] = "sha256=" + hmac.new(key, body, hashlib.sha256).hexdigest()
         parts = urlsplit(job.webhook_url)
         connection = self._connect(parts.scheme, parts.hostname or "", parts.port)
+        # A socket's time-out is per operation; a receiver that trickles its answer must not hold up everybody else's.
+        deadline = threading.Timer(2 * self.settings.timeout_s, _hang_up, [connection])
+        deadline.start()
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("POST", target, body, headers)
             status = connection.getresponse().status
         finally:
+            deadline.cancel()
             connection.close()
         if not 200 <= status < 300:
             raise UndeliverableWebhook(f"it answered {status}")
@@ -121,6 +127,11 @@ class WebhookSender:
             if self.allow_private or is_public(str(address)):
                 return str(address)
         raise UndeliverableWebhook(f"{host} has no public address")
+
+
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    with contextlib.suppress(OSError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def is_public(address: str) -> bool:

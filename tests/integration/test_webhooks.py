@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -124,3 +127,22 @@ def test_private_addresses_are_not_connected_to_where_tenants_share_the_service(
     sender = WebhookSender(desk.db, Settings(require_keys=True))
     assert sender.deliver_due() == 0
     assert receiver.requests == []
+
+
+def test_a_receiver_that_trickles_its_answer_is_hung_up_on(desk: Desk) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                for _ in range(100):
+                    connection.sendall(b"H")
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        _ended_job(desk, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        started = time.monotonic()
+        assert _sender(desk, timeout_s=0.4).deliver_due() == 0
+        assert time.monotonic() - started < 3
+        thread.join()

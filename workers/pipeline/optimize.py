@@ -15,6 +15,7 @@ from app.db.orm import Dataset, Job, SourceModel
 from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
+from app.settings import LimitSettings
 from workers.pipeline import planner
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.select import BASELINE, Tried, Verdict, judge
@@ -22,6 +23,7 @@ from workers.pipeline.select import BASELINE, Tried, Verdict, judge
 log = structlog.get_logger(__name__)
 
 _SEED = 20_240_229
+_LEAST_STAGE_S = 60.0
 _WEIGHTS = {"export": 2.0, "simplify": 1.0, "quantize": 2.0, "build": 1.0, "validate": 1.0, "package": 1.0}
 
 
@@ -71,12 +73,14 @@ class Optimizer:
         model: SourceModel,
         datasets: Mapping[str, Dataset],
         backends: list[str],
+        limits: LimitSettings,
     ) -> None:
         self.runner = runner
         self.job = job
         self.model = model
         self.spec = OptimizationSpec.model_validate(job.spec)
         self.backends = backends
+        self.limits = limits
         self.started = time.monotonic()
         self.calibration = _dataset_ref(self.spec.calibration.dataset_id if self.spec.calibration else None, datasets)
         validation = _dataset_ref(self.spec.validation.dataset_id, datasets)
@@ -127,8 +131,15 @@ class Optimizer:
         return self.runner.run(
             "export",
             {"source": source},
-            {"format": self.model.format, "shapes": self.shapes},
+            {
+                "format": self.model.format,
+                "shapes": self.shapes,
+                "max_unpacked_bytes": self.limits.unpacked_bytes,
+                "max_members": self.limits.archive_members,
+                "max_ratio": self.limits.compression_ratio,
+            },
             weight=_WEIGHTS["export"],
+            seconds=self._stage_seconds(),
         )
 
     def _facts(self, export: Outcome) -> planner.Facts:
@@ -158,6 +169,11 @@ class Optimizer:
         """What the benchmark is expected to take: measuring, warming up and starting, per engine and batch size."""
         batches = len(self.spec.benchmark.batch_sizes)
         return (engines + 2) * (batches * (self.spec.benchmark.min_seconds * 1.2 + 1) + 2)
+
+    def _stage_seconds(self) -> float:
+        """How long one stage call may take: a model that hangs must not outlast the budget by far, and a small budget
+        must not break what is only slow to start."""
+        return max(_LEAST_STAGE_S, float(self.spec.budget_seconds))
 
     def _out_of_budget(self, engines: int) -> bool:
         elapsed = time.monotonic() - self.started
@@ -192,7 +208,14 @@ class Optimizer:
     def _call(
         self, run: CandidateRun, stage: str, inputs: Mapping[str, ArtifactRef], options: Mapping[str, Any]
     ) -> Outcome:
-        outcome = self.runner.run(stage, inputs, options, candidate=run.plan.id, weight=_WEIGHTS[stage])
+        outcome = self.runner.run(
+            stage,
+            inputs,
+            options,
+            candidate=run.plan.id,
+            weight=_WEIGHTS[stage],
+            seconds=self._stage_seconds(),
+        )
         run.steps.append(outcome)
         return outcome
 
@@ -228,7 +251,9 @@ class Optimizer:
             "want_p99": self.spec.constraints.p99_latency_ms is not None,
             "seed": _SEED,
         }
-        return self.runner.run("benchmark", inputs, options, weight=self._benchmark_weight(len(runs)))
+        # Nothing ships without it: it may take what it needs, and is ended only where it clearly hangs.
+        seconds = max(self._stage_seconds(), 5 * self._benchmark_seconds(len(engines)))
+        return self.runner.run("benchmark", inputs, options, weight=self._benchmark_weight(len(runs)), seconds=seconds)
 
     def _package(self, found: Optimization) -> Outcome:
         picked = found.picked
@@ -267,7 +292,7 @@ class Optimizer:
             "shapes": self.shapes,
             "seed": _SEED,
         }
-        return self.runner.run("package", inputs, options, weight=_WEIGHTS["package"])
+        return self.runner.run("package", inputs, options, weight=_WEIGHTS["package"], seconds=self._stage_seconds())
 
 
 def baseline_precision(found: Optimization) -> str:
