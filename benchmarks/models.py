@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from _common import CannotMeasure, deployment, execute, parser, say, scratch, table
+
 from anneal_client import Client, Event
 
 NAMES = ("resnet50", "minilm", "lstm")

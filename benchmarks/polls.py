@@ -35,8 +35,8 @@ from _common import (
     verdict,
 )
 from _load import Load, generator, load
-from anneal_client import Client
 
+from anneal_client import Client
 from app.settings import Settings
 
 GOAL = 0.70

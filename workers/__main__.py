@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from app.logging import configure_logging
-
 from app.settings import load_settings
 from workers.celery_app import run_worker
 from workers.service import WorkerService

@@ -25,9 +25,10 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-from anneal_client import AnnealError, Client, JobFailed
 from service import Service, ServiceFailed, free_port
 from view import Progress, Screen, clean, number, show_report, table
+
+from anneal_client import AnnealError, Client, JobFailed
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8)

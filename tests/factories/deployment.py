@@ -18,9 +18,9 @@ import httpx
 import numpy as np
 import psutil
 import redis
-from anneal_client import Client
 from sqlalchemy import select
 
+from anneal_client import Client
 from app.db.base import make_engine
 from app.db.orm import Job
 from app.db.uow import Database

@@ -23,17 +23,9 @@ from workers.pipeline import child
 from workers.pipeline.protocol import LOG_FILE, MAX_DATAGRAM, StageRequest
 
 SOCKET_FD = 3
-# Not torch: it takes seconds and most models need it never.
-_PRELOAD = (
-    "numpy",
-    "onnx",
-    "onnx.checker",
-    "onnx.shape_inference",
-    "onnxruntime",
-    "onnxruntime.quantization",
-    "onnxruntime.transformers.optimizer",
-    "onnxslim",
-)
+# Only what every stage needs. Engines are measured in children of this process, and what it holds counts as theirs:
+# onnxslim and the transformer optimizer (with sympy, 50 MB) are imported where they are used, torch even more so.
+_PRELOAD = ("numpy", "onnx", "onnx.checker", "onnx.shape_inference", "onnxruntime")
 
 
 def serve(extra_modules: Sequence[str] = ()) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import structlog
-from app.logging import bind_correlation_id, new_correlation_id
 from celery import Celery
 
+from app.logging import bind_correlation_id, new_correlation_id
 from app.queue.messages import OPTIMIZE
 from workers.service import WorkerService
 
