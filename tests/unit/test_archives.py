@@ -110,11 +110,16 @@ def test_long_and_unicode_names_folders_and_dot_prefixes(tmp_path: Path, tar_for
     assert [m.name for m in list_members(path, LimitSettings())] == ["model.onnx", *names[1:]]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\\b", "..\\x", "C:x", "c:/x", "x" * 300, "a/.."])
-@pytest.mark.parametrize("kind", MAKERS)
+UNSAFE = ["../x", "a/../../x", "/etc/x", "a\\b", "..\\x", "C:x", "c:/x", "x" * 300, "a/.."]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name) for kind in MAKERS for name in UNSAFE if not (kind == "ustar" and len(name) > 100)
+    ],  # ustar ends there
+)
 def test_unsafe_paths(tmp_path: Path, kind: str, name: str) -> None:
-    if kind == "ustar" and len(name) > 100:
-        pytest.skip("ustar has no such names")
     path = MAKERS[kind](tmp_path / "a", {"ok": b"1", name: b"2"})
     with refused("archive_unsafe_path"):
         list_members(path, LimitSettings())
