@@ -18,10 +18,11 @@ from anyio import CapacityLimiter
 
 from app.errors import AppError
 from app.http.middleware import too_large
-from app.storage.common import translated_os_errors
+from app.storage.common import start_writeback, translated_os_errors
 
 PREFIX = "incoming-"
 _BLOCK = 4 << 20
+_WRITEBACK = 32 << 20
 _STALE_S = 3600.0
 
 
@@ -38,6 +39,8 @@ class FileSink:
         self._limit = limit
         self._limiter = limiter
         self._hash = hashlib.sha256()
+        self._written = 0
+        self._started = 0  # up to where the disk has been told to write
         self._chunks: list[bytes] = []
         self._held = 0
         self._writing: asyncio.Task[None] | None = None
@@ -83,10 +86,15 @@ class FileSink:
     def _write(self, chunks: list[bytes]) -> None:
         block = memoryview(b"".join(chunks))
         chunks.clear()
+        size = len(block)
         self._hash.update(block)
         with translated_os_errors("receiving a file"):
             while block:
                 block = block[os.write(self._descriptor, block) :]
+        self._written += size
+        if self._written - self._started >= _WRITEBACK:
+            start_writeback(self._descriptor, self._started, self._written - self._started)
+            self._started = self._written
 
 
 @asynccontextmanager
