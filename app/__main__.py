@@ -1,4 +1,4 @@
-"""The command line: `python -m app serve | api | migrate | create-key | openapi`."""
+"""The command line: `python -m app serve | api | migrate | create-key | revoke-key | openapi`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = commands.add_parser("create-key", help="make an API key and print it, once")
     key.add_argument("--tenant", required=True, help="the tenant's name; made where it does not exist")
     key.add_argument("--name", default="default", help="what the key is for")
+    revoked = commands.add_parser("revoke-key", help="revoke an API key")
+    revoked.add_argument("key", help="the key, or its id, which create-key prints too")
     commands.add_parser("openapi", help="print the OpenAPI document")
     arguments = parser.parse_args(argv)
-    return {"serve": _serve, "api": _api, "migrate": _migrate, "create-key": _create_key, "openapi": _openapi}[
-        arguments.command
-    ](arguments)
+    run = {
+        "serve": _serve,
+        "api": _api,
+        "migrate": _migrate,
+        "create-key": _create_key,
+        "revoke-key": _revoke_key,
+        "openapi": _openapi,
+    }[arguments.command]
+    return run(arguments)
 
 
 def _serve(_: argparse.Namespace) -> int:
@@ -48,14 +56,30 @@ def _migrate(_: argparse.Namespace) -> int:
 def _create_key(arguments: argparse.Namespace) -> int:
     from app.db.base import make_engine
     from app.db.uow import Database
-    from app.tenants import create_key
+    from app.tenants import create_key, key_id
 
     db = Database(make_engine(load_settings().database))
     try:
-        sys.stdout.write(create_key(db, arguments.tenant, arguments.name) + "\n")
+        key = create_key(db, arguments.tenant, arguments.name)
+        sys.stdout.write(key + "\n")
+        sys.stderr.write(f"Its id, for revoke-key: {key_id(db, key)}\n")
     finally:
         db.close()
     return 0
+
+
+def _revoke_key(arguments: argparse.Namespace) -> int:
+    from app.db.base import make_engine
+    from app.db.uow import Database
+    from app.tenants import revoke_key
+
+    db = Database(make_engine(load_settings().database))
+    try:
+        revoked = revoke_key(db, arguments.key)
+    finally:
+        db.close()
+    sys.stderr.write("Revoked.\n" if revoked else "There is no such live key.\n")
+    return 0 if revoked else 1
 
 
 def _openapi(_: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from anyio import CapacityLimiter
@@ -15,7 +15,6 @@ from app.capabilities.service import CapabilityService
 from app.datasets import endpoints as datasets
 from app.datasets.service import DatasetService
 from app.db.base import make_engine
-from app.db.orm import Job
 from app.db.uow import Database
 from app.http import health
 from app.http.auth import Authenticator
@@ -29,7 +28,7 @@ from app.jobs import endpoints as jobs
 from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
-from app.queue.producer import make_dispatch
+from app.queue.producer import Dispatch, make_dispatch
 from app.settings import Settings, load_settings
 from app.source_models import endpoints as source_models
 from app.source_models.service import SourceModelService
@@ -39,8 +38,6 @@ from app.uploads import endpoints as uploads
 from app.uploads.service import UploadService
 
 VERSION = "0.1.0"
-
-Dispatch = Callable[[Job], None]
 
 
 def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = None) -> FastAPI:
@@ -54,6 +51,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         metrics.watch(health.CachedSnapshot(lambda: health.snapshot(services)))
         remove_stale(settings.temp_dir)
         app.state.services = services
+        app.state.readiness = health.CachedReadiness(lambda: health.readiness(services))
         services.watcher.start()
         try:
             yield

@@ -6,6 +6,7 @@ The embedded default needs nothing set: SQLite, a blob folder and a file-system 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from pydantic import Field, SecretStr
@@ -48,7 +49,7 @@ class WebhookSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="WEBHOOK_", extra="ignore")
 
     secret: SecretStr | None = None
-    allow_private: bool | None = Field(default=None, description="None = wherever no API keys are required")
+    allow_private: bool | None = Field(default=None, description="None = only the embedded default, without keys")
     timeout_s: float = Field(default=5, gt=0, le=60)
     max_attempts: int = Field(default=8, ge=1, le=50)
 
@@ -64,9 +65,21 @@ class WorkerSettings(BaseSettings):
     sweep_s: float = Field(default=3.0, gt=0)
     redispatch_s: float = Field(default=15.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)
+    lock_dir: Path = Path(tempfile.gettempdir())
     stage_timeout_s: float = Field(default=1800, gt=0)
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)
+
+
+class CollectorSettings(BaseSettings):
+    """What the collector removes, and when. The grace must be longer than a file waits in storage for its row."""
+
+    model_config = SettingsConfigDict(env_prefix="COLLECT_", extra="ignore")
+
+    every_s: float = Field(default=600, gt=0)
+    grace_s: float = Field(default=24 * 3600, ge=0)
+    results_days: int = Field(default=30, ge=1)
+    idempotency_days: int = Field(default=7, ge=1)
 
 
 class Settings(BaseSettings):
@@ -84,6 +97,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    collector: CollectorSettings = Field(default_factory=CollectorSettings)
 
     @property
     def home_dir(self) -> Path:

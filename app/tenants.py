@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
@@ -28,8 +28,13 @@ class TenantRepository:
         query = select(ApiKey.tenant_id).where(ApiKey.key_sha256 == key_sha256, ApiKey.revoked_at.is_(None))
         return self.session.scalar(query)
 
-    def revoke(self, key_sha256: str) -> bool:
-        statement = update(ApiKey).where(ApiKey.key_sha256 == key_sha256, ApiKey.revoked_at.is_(None))
+    def id_of_key(self, key_sha256: str) -> str | None:
+        return self.session.scalar(select(ApiKey.id).where(ApiKey.key_sha256 == key_sha256))
+
+    def revoke(self, key_sha256: str, key_id: str) -> bool:
+        """The live key with this digest or this id."""
+        which = or_(ApiKey.key_sha256 == key_sha256, ApiKey.id == key_id)
+        statement = update(ApiKey).where(which, ApiKey.revoked_at.is_(None))
         return self.session.scalar(statement.values(revoked_at=utcnow()).returning(ApiKey.id)) is not None
 
 
@@ -50,10 +55,19 @@ def create_key(db: Database, tenant_name: str, key_name: str) -> str:
     return key
 
 
+def key_id(db: Database, key: str) -> str | None:
+    """The id of a key, by which it can be revoked without being shown again."""
+    with db.read() as session:
+        return TenantRepository(session).id_of_key(hash_key(key))
+
+
 def revoke_key(db: Database, key: str) -> bool:
-    """Revoke a key; False where there is no such live key. Running API processes forget it within two seconds."""
+    """Revoke a key, given itself or its id; False where there is no such live key. Running API processes forget it
+    within two seconds."""
+    if not key.isascii() or "\0" in key:
+        return False
     with db.write() as uow:
-        return TenantRepository(uow.session).revoke(hash_key(key))
+        return TenantRepository(uow.session).revoke(hash_key(key), key)
 
 
 def tenant_of(db: Database, key: str) -> str | None:
@@ -64,4 +78,4 @@ def tenant_of(db: Database, key: str) -> str | None:
         return TenantRepository(session).tenant_of_key(hash_key(key))
 
 
-__all__ = ["KEY_PREFIX", "LOCAL_TENANT", "create_key", "revoke_key", "tenant_of"]
+__all__ = ["KEY_PREFIX", "LOCAL_TENANT", "create_key", "key_id", "revoke_key", "tenant_of"]

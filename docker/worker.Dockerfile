@@ -29,7 +29,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --editable 
 FROM python:3.11-slim-trixie
 RUN groupadd --gid 10001 anneal \
     && useradd --uid 10001 --gid anneal --no-create-home --home-dir /var/lib/anneal --shell /usr/sbin/nologin anneal \
-    && install --directory --owner=anneal --group=anneal --mode=0750 /var/lib/anneal
+    && install --directory --owner=anneal --group=anneal --mode=0750 /var/lib/anneal /var/lib/anneal-locks
 COPY --from=build /venv /venv
 COPY --from=build /srv/anneal /srv/anneal
 ENV PATH=/venv/bin:$PATH \

@@ -25,10 +25,11 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def describe() -> dict[str, Any]:
-    """This machine: id, kind, cpu_model, isa, cores (that this process may use), memory_bytes, os, governor, affinity.
+    """This machine: id, kind, cpu_model, isa, cores (that this process may use), cpu_quota, memory_bytes, os, governor,
+    affinity.
 
-    `memory_bytes` is the smaller of the machine's memory and the container's limit. Never raises: what cannot be read
-    is None.
+    `memory_bytes` is the smaller of the machine's memory and the container's limit; `cpu_quota` is the container's
+    limit of CPU time in CPUs (2.5), None without one. Never raises: what cannot be read is None.
     """
     cpu = _cpuinfo()
     affinity = _affinity()
@@ -43,6 +44,7 @@ def describe() -> dict[str, Any]:
         "machine": platform.machine(),
         "isa": cpu["isa"],
         "cores": len(affinity),
+        "cpu_quota": _cgroup_cpu_quota(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_machine": psutil.cpu_count(logical=True),
         "affinity": affinity,
@@ -55,15 +57,18 @@ def describe() -> dict[str, Any]:
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of what decides an engine's speed here: CPU model and family, ISA flags, usable cores.
+    """Hex SHA-256 of what decides an engine's speed here: CPU model and family, ISA flags, usable cores and the
+    container's CPU quota.
 
     Two machines of the same kind share it; memory, kernel version and governor are not part of it."""
-    parts = {k: description.get(k) for k in ("kind", "cpu_model", "cpu_family", "machine", "isa", "cores")}
+    names = ("kind", "cpu_model", "cpu_family", "machine", "isa", "cores", "cpu_quota")
+    parts = {k: description.get(k) for k in names}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def conditions() -> dict[str, Any]:
-    """What could explain a difference, as it stands now: load, affinity, governor, clock in MHz, memory, quotas."""
+    """What could explain a difference, as it stands now: load, affinity, governor, clock in MHz, memory in MB (10⁶
+    bytes), quotas."""
     memory = psutil.virtual_memory()
     try:
         frequency = psutil.cpu_freq()
@@ -74,13 +79,10 @@ def conditions() -> dict[str, Any]:
         "affinity": _affinity(),
         "governor": _read(_GOVERNOR),
         "mhz": round(frequency.current) if frequency and frequency.current else None,
-        "memory_available_mb": round(memory.available / 2**20),
+        "memory_available_mb": round(memory.available / 1e6),
         "cgroup_cpu_quota": _cgroup_cpu_quota(),
-        "cgroup_memory_limit_mb": None if (limit := _cgroup_memory_limit()) is None else round(limit / 2**20),
+        "cgroup_memory_limit_mb": None if (limit := _cgroup_memory_limit()) is None else round(limit / 1e6),
         "processes_running": _processes_running(),
-        "thread_environment": {
-            k: os.environ[k] for k in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS") if k in os.environ
-        },
     }
 
 

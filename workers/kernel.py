@@ -76,6 +76,8 @@ class StageResult:
 
     outputs: Sequence[str] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    # False: true of this one run (a noisy measurement). The job that made it may go on from it, no other may.
+    reusable: bool = True
 
 
 class Stage(ABC, Generic[OptionsT]):
@@ -142,7 +144,7 @@ class Backend(ABC):
     """An inference library. The only home of that library's import, made inside the methods."""
 
     name: ClassVar[str]
-    libraries: ClassVar[tuple[str, ...]] = ()
+    libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.capabilities.service import CapabilityService
+from app.collector import Collector
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
 from app.db.orm import Engine
 from app.db.uow import Database
-from app.domain.artifact_key import digest_of
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
 from app.jobs.webhooks import WebhookSender
 from app.logging import bind_correlation_id
-from app.queue.messages import queue_for
+from app.queue.messages import SPECIAL_FORMATS, queue_for
 from app.queue.producer import make_dispatch
 from app.settings import Settings
 from app.storage.content import ContentStore
@@ -30,6 +32,7 @@ from app.storage.factory import make_store
 from app.uploads.service import UploadService
 from workers import kernel
 from workers.hardware import describe, fingerprint
+from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
 from workers.pipeline.optimize import Optimization, Optimizer
@@ -37,7 +40,7 @@ from workers.pipeline.protocol import Limits
 from workers.pipeline.report import make_manifest, make_report
 from workers.pipeline.results import Published, no_feasible_candidate, publish
 from workers.pipeline.runner import StageRunner
-from workers.pipeline.workspace import open_workspace, remove_stale
+from workers.pipeline.workspace import Workspace, open_workspace, remove_stale
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +50,7 @@ _INTERNAL = StageFailure(
     FailureKind.INFRASTRUCTURE,
     remedy="Report this with the job's id: the worker's log holds the trace.",
 )
-_RETRIED_LATER = frozenset({"storage_unavailable", "io_error"})
+_RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing"})
 
 
 class WorkerService:
@@ -62,20 +65,24 @@ class WorkerService:
         self.capabilities = CapabilityService(self.db, settings)
         self.webhooks = WebhookSender(self.db, settings)
         self.uploads = UploadService(self.db, self.content, settings)
+        self.collector = Collector(self.db, self.content, settings)
         self.isolated = IsolatedRunner()
         self.shutdown = threading.Event()
         self.hardware: Mapping[str, Any] = describe()
         self.fingerprint = fingerprint(self.hardware)
         infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]
-        # Apart from housekeeping: a slow receiver must not hold up the heartbeat.
-        self._messenger = threading.Thread(target=self._send_webhooks, name="webhooks", daemon=True)
+        self._errands = threading.Thread(target=self._run_errands, name="errands", daemon=True)
         self._housekeeper = threading.Thread(target=self._housekeep, name="housekeeping", daemon=True)
 
     @property
     def queues(self) -> list[str]:
         devices = sorted({d for b in self.backends for d in b.devices} | {"cpu"})
-        return [*(queue_for(d) for d in devices), queue_for("", str(self.hardware["id"]))]
+        return [
+            queue_for(device, hardware, model_format)
+            for model_format in ("onnx", *(f for f in SPECIAL_FORMATS if f in _formats()))
+            for device, hardware in (*((d, None) for d in devices), ("", str(self.hardware["id"])))
+        ]
 
     def start(self) -> None:
         stale = remove_stale(self.settings.home_dir)
@@ -84,12 +91,12 @@ class WorkerService:
         self.isolated.start()
         self._report_self()
         self._housekeeper.start()
-        self._messenger.start()
+        self._errands.start()
 
     def close(self) -> None:
         self.shutdown.set()
         self.isolated.close()
-        for thread in (self._housekeeper, self._messenger):
+        for thread in (self._housekeeper, self._errands):
             if thread.is_alive():
                 thread.join(timeout=5)
         try:
@@ -121,26 +128,27 @@ class WorkerService:
     def _housekeep(self) -> None:
         """Every worker sweeps, also while it runs a job: as long as one lives, nothing stays lost. A thread of its own,
         not a Celery task: it must not wait behind a long job, nor depend on the broker whose losses it mends."""
-        last_sweep = 0.0
-        tick = 0.0
-        while not self.shutdown.wait(self.settings.worker.heartbeat_s if tick else 0):
-            tick += self.settings.worker.heartbeat_s
+        sweep = Regularly(self.settings.worker.sweep_s)
+        while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 if not self.capabilities.heartbeat(self.id):
                     self._report_self()
-                if tick - last_sweep >= self.settings.worker.sweep_s:
-                    last_sweep = tick
+                if sweep.due():
                     self.ledger.sweep()
                     self.uploads.expire_uploads()
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("housekeeping_failed", error=str(error)[:300])
 
-    def _send_webhooks(self) -> None:
+    def _run_errands(self) -> None:
+        """What may take long and must not hold up the heartbeat: webhooks, and collecting what nobody needs."""
+        collect = Regularly(self.settings.collector.every_s)
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 self.webhooks.deliver_due()
-            except SQLAlchemyError as error:
-                log.warning("webhooks_failed", error=str(error)[:300])
+                if collect.due():
+                    self.collector.collect()
+            except (SQLAlchemyError, AppError, OSError) as error:
+                log.warning("errand_failed", error=str(error)[:300])
 
     # Jobs
 
@@ -162,32 +170,38 @@ class WorkerService:
         job, model, datasets = self.ledger.load(claim)
         bind_correlation_id(job.correlation_id)
         log.info("job_started", job_id=job.id, attempt=claim.attempt)
-        name = f"{claim.job_id}-{claim.token}"
-        with open_workspace(self.settings.home_dir, name, claim.tenant_id, self.content) as workspace:
-            runner = StageRunner(
-                claim=claim,
-                ledger=self.ledger,
-                isolated=self.isolated,
-                workspace=workspace,
-                hardware=self.hardware,
-                fingerprint=self.fingerprint,
-                limits=self._limits(),
-                should_stop=keeper.should_stop,
-            )
-            try:
+        stages: list[dict[str, Any]] = []
+        try:
+            with infrastructure_faults(), self._workspace(claim) as workspace:
+                runner = StageRunner(
+                    claim=claim,
+                    ledger=self.ledger,
+                    isolated=self.isolated,
+                    workspace=workspace,
+                    hardware=self.hardware,
+                    fingerprint=self.fingerprint,
+                    limits=self._limits(),
+                    lock_dir=self.settings.worker.lock_dir,
+                    should_stop=keeper.should_stop,
+                )
+                stages = runner.view.stages
                 backends = [b.name for b in self.backends]
                 found = Optimizer(runner, job, model, datasets, backends, self.settings.limits).run()
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)
-            except StageFailure as failure:
-                self._failed(claim, failure, runner)
-            except (LeaseLost, Interrupted, SQLAlchemyError):
-                raise
-            except Exception:  # a fault of ours: the job gets a typed error, the trace stays in the log
-                log.exception("job_internal_error", job_id=claim.job_id)
-                self.ledger.fail(claim, _INTERNAL.public(), {"stages": runner.view.stages})
+        except StageFailure as failure:
+            self._failed(claim, failure, stages)
+        except (LeaseLost, Interrupted, SQLAlchemyError):
+            raise
+        except Exception:  # a fault of ours: the job gets a typed error, the trace stays in the log
+            log.exception("job_internal_error", job_id=claim.job_id)
+            self.ledger.fail(claim, _INTERNAL.public(), {"stages": stages})
         log.info("job_ended", job_id=job.id)
+
+    def _workspace(self, claim: Claim) -> AbstractContextManager[Workspace]:
+        name = f"{claim.job_id}-{claim.token}"
+        return open_workspace(self.settings.home_dir, name, claim.tenant_id, self.content)
 
     def _limits(self) -> Limits:
         worker = self.settings.worker
@@ -239,18 +253,18 @@ class WorkerService:
             bundle_filename=bundle_file.name,
             bundle_sha256=bundle_file.sha256,
             bundle_size_bytes=bundle_file.size_bytes,
-            hardware={"id": self.hardware["id"], "fingerprint": digest_of(self.fingerprint), **self.hardware},
+            hardware={**self.hardware, "fingerprint": self.fingerprint},
             runtime=options["runtime"],
             metrics=final.model_dump(mode="json") if final else {},
             created_at=utcnow(),
         )
 
-    def _failed(self, claim: Claim, failure: StageFailure, runner: StageRunner) -> None:
+    def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> None:
         log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
         if failure.code in _RETRIED_LATER and claim.attempt < self.settings.worker.max_attempts:
             self.ledger.retry_later(claim, failure.detail)
             return
-        self.ledger.fail(claim, failure.public(), {"stages": runner.view.stages})
+        self.ledger.fail(claim, failure.public(), {"stages": stages})
 
     def _interrupted(self, claim: Claim, keeper: LeaseKeeper) -> None:
         log.info("job_interrupted", job_id=claim.job_id, reason=keeper.reason)
@@ -261,6 +275,21 @@ class WorkerService:
                 self.ledger.release(claim, "the worker shuts down")
         except LeaseLost:
             log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
+
+
+class Regularly:
+    """Says `due` at once, and then every so many seconds."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._every_s
+        return True
 
 
 def _formats() -> list[str]:

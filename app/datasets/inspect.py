@@ -17,6 +17,7 @@ from app.archive_streams import SeekableFile, Window
 from app.archives import Archive, Limits, Member, archive_kind, open_archive
 from app.datasets.npy_header import read_npy_header
 from app.errors import AppError, invalid_dataset, storage_full
+from app.names import forbidden_character, printable
 from app.settings import LimitSettings
 
 _CHUNK = 1 << 20
@@ -180,6 +181,12 @@ def _inspect_array(npz: Archive, member: Member, where: str) -> tuple[ArrayInfo,
     if not member.name.endswith(".npy") or member.name == ".npy" or len(member.name) > _MAX_NAME:
         raise invalid_dataset(f"There is {member.name[:200]!r} in {where}, which is no .npy array.", remedy=_MAKE_NPZ)
     name = member.name.removesuffix(".npy")
+    if character := forbidden_character(name):
+        raise invalid_dataset(
+            f"The name of the array {name[:200]!r} in {where} holds the control character {character}.",
+            tensor=printable(name[:200]),
+            remedy="Name the arrays as the model's inputs and outputs are named.",
+        )
     header = read_npy_header(npz.open(member.name), name, where)
     if header.total_bytes != member.size:
         state = "truncated" if member.size < header.total_bytes else "too long"

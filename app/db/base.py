@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.types import TypeDecorator
+
+from app.names import storable
 
 # Names are explicit so that migrations can find a constraint on every database.
 NAMING = {
@@ -22,6 +25,26 @@ NAMING = {
 }
 
 JsonColumn = JSON().with_variant(JSONB(), "postgresql")
+
+
+def dump_json(value: Any) -> str:
+    """JSON that every database stores: NUL and lone surrogates, which PostgreSQL refuses, become U+FFFD. Names are
+    checked where they come in; this is for what quotes them all the same, such as a library's error message."""
+    text = json.dumps(value)
+    # In ASCII both can only stand there escaped; pairs of surrogates (emoji) look alike and come out as they were.
+    if "\\u0000" in text or "\\ud" in text:
+        text = json.dumps(_storable(value))
+    return text
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(item) for item in value]
+    return value
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -59,6 +82,7 @@ def make_engine(url: str) -> Engine:
         return _sqlite(url, parsed.database)
     return create_engine(
         url,
+        json_serializer=dump_json,
         pool_pre_ping=True,
         pool_size=10,
         max_overflow=20,
@@ -69,7 +93,13 @@ def make_engine(url: str) -> Engine:
 def _sqlite(url: str, database: str | None) -> Engine:
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 20, "check_same_thread": False}, pool_size=20, max_overflow=40)
+    engine = create_engine(
+        url,
+        json_serializer=dump_json,
+        connect_args={"timeout": 20, "check_same_thread": False},
+        pool_size=20,
+        max_overflow=40,
+    )
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:

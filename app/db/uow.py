@@ -40,7 +40,7 @@ class Database:
 class UnitOfWork:
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.callbacks: list[Callable[[], None]] = []
+        self.callbacks: list[Callable[[], object]] = []
 
-    def after_commit(self, callback: Callable[[], None]) -> None:
+    def after_commit(self, callback: Callable[[], object]) -> None:
         self.callbacks.append(callback)

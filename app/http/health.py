@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
 
 import structlog
-from fastapi import APIRouter, Response
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from app.capabilities.repository import StatisticsRepository
@@ -49,16 +51,22 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not ready"}})
-def readyz(services: ServicesDep) -> Response:
-    """Database, queue and storage can be used, and a live worker is there."""
+async def readyz(request: Request) -> Response:
+    """Database, queue and storage can be used, and a live worker is there; as of the last second."""
+    cached: CachedReadiness = request.app.state.readiness
+    result = await cached()
+    return Response(result.model_dump_json(), 200 if result.ready else 503, media_type="application/json")
+
+
+def readiness(services: Services) -> Readiness:
+    """Try every part: connects to the broker and the storage, so it may take seconds."""
     checks = {
         "database": _check(lambda: ping(services.db)),
         "queue": _check(lambda: check_broker(services.settings)),
         "storage": _check(services.content.store.check),
         "worker": _check(lambda: _live_workers(services)),
     }
-    result = Readiness(ready=all(check.ok for check in checks.values()), checks=checks)
-    return Response(result.model_dump_json(), 200 if result.ready else 503, media_type="application/json")
+    return Readiness(ready=all(check.ok for check in checks.values()), checks=checks)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems(503)})
@@ -79,6 +87,23 @@ def snapshot(services: Services) -> Snapshot:
         statistics = StatisticsRepository(session)
         jobs, queued = statistics.jobs_by_status(), statistics.queue_depth()
     return Snapshot(jobs=jobs, queued=queued, live_workers=len(services.capabilities.live()))
+
+
+class CachedReadiness:
+    """Anyone may ask, without a key, so probes of the same second share one run; those that wait for it hold no
+    thread."""
+
+    def __init__(self, take: Callable[[], Readiness]) -> None:
+        self._take = take
+        self._lock = asyncio.Lock()
+        self._taken: tuple[float, Readiness] | None = None
+
+    async def __call__(self) -> Readiness:
+        async with self._lock:
+            if self._taken is None or time.monotonic() - self._taken[0] > _CHECK_CACHE_S:
+                result = await to_thread.run_sync(self._take)
+                self._taken = (time.monotonic(), result)
+            return self._taken[1]
 
 
 class CachedSnapshot:

@@ -124,7 +124,7 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
     target = spec.target
     special = target.hardware or target.backends or spec.precisions or target.device == "cuda"
     if not workers and not special:
-        return queue_for("cpu")
+        return queue_for("cpu", None, model_format)
     fitting = [w for w in workers if not _lacks(spec, model_format, w)]
     if not fitting:
         lacks = sorted({reason for w in workers for reason in _lacks(spec, model_format, w)}) or ["no worker is known"]
@@ -137,11 +137,11 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
             extra={"offered": on_offer},
         )
     if target.hardware:
-        return queue_for("", target.hardware)
+        return queue_for("", target.hardware, model_format)
     devices = {d for w in fitting for b in w.backends for d in b["devices"]}
     if target.device != "auto":
-        return queue_for(target.device)
-    return queue_for("cuda" if "cuda" in devices else "cpu")
+        return queue_for(target.device, None, model_format)
+    return queue_for("cuda" if "cuda" in devices else "cpu", None, model_format)
 
 
 def _lacks(spec: OptimizationSpec, model_format: str, worker: Worker) -> list[str]:

@@ -90,32 +90,27 @@ class JobLedger:
 
     def release(self, claim: Claim, reason: str) -> None:
         """Give the job back at shutdown; it counts as no attempt."""
-        with self.db.write() as uow:
-            jobs = JobRepository(uow.session)
-            values = {"attempts": max(0, claim.attempt - 1), "dispatched_at": None}
-            released = jobs.apply(
-                claim.job_id,
-                Trigger.RELEASE,
-                source=JobStatus.RUNNING,
-                where=claim.holds(),
-                values=values,
-                event={"reason": reason},
-            )
-            if released is not None:
-                self._dispatch_later(uow.session, claim.job_id, uow.after_commit)
+        values = {"attempts": max(0, claim.attempt - 1), "dispatched_at": None}
+        self._give_back(claim, reason, values, dispatch=True)
 
     def retry_later(self, claim: Claim, reason: str) -> None:
         """Queue the job again after a failure of infrastructure; the sweeper sends it, later with every attempt."""
+        self._give_back(claim, reason, {"dispatched_at": utcnow(), "dispatches": claim.attempt}, dispatch=False)
+
+    def _give_back(self, claim: Claim, reason: str, values: dict[str, Any], *, dispatch: bool) -> None:
+        """To the queue; or to its end, where the user has asked for that in the meantime."""
         with self.db.write() as uow:
-            released = JobRepository(uow.session).apply(
-                claim.job_id,
-                Trigger.RELEASE,
-                source=JobStatus.RUNNING,
-                where=claim.holds(),
-                values={"dispatched_at": utcnow(), "dispatches": claim.attempt},
-                event={"reason": reason},
+            jobs = JobRepository(uow.session)
+            running = JobStatus.RUNNING
+            wanted = [*claim.holds(), Job.cancel_requested_at.is_(None)]
+            event = {"reason": reason}
+            released = jobs.apply(
+                claim.job_id, Trigger.RELEASE, source=running, where=wanted, values=values, event=event
             )
-            if released is None:
+            if released is not None:
+                if dispatch:
+                    self._dispatch_later(uow.session, claim.job_id, uow.after_commit)
+            elif jobs.apply(claim.job_id, Trigger.CANCEL, source=running, where=claim.holds()) is None:
                 raise LeaseLost(claim.job_id)
 
     # Progress
@@ -142,7 +137,7 @@ class JobLedger:
     def recall(self, tenant_id: str, key: str) -> StageResult | None:
         """The stored result under this key whose files are all still there."""
         with self.db.write() as uow:
-            row = uow.session.get(StageResult, (tenant_id, key))
+            row = uow.session.get(StageResult, (tenant_id, key), with_for_update=True)
             if row is None:
                 return None
             for sha256 in _digests(row):
@@ -275,16 +270,14 @@ class JobLedger:
             wait = min(self.settings.redispatch_s * 2 ** min(max(job.dispatches - 1, 0), 8), 3600)
             if job.dispatched_at is not None and job.dispatched_at > now - timedelta(seconds=wait):
                 continue
-            guard: list[ColumnElement[bool]] = [
-                Job.status == JobStatus.QUEUED.value,
-                Job.dispatches == job.dispatches,
-                Job.fencing_token == job.fencing_token,
-            ]
+            # Sent first and noted then: twice is harmless. Where the broker is away nothing counts and the rest waits.
+            if not self.dispatch(job):
+                break
+            guard = [Job.status == JobStatus.QUEUED.value, Job.dispatches == job.dispatches]
             with self.db.write() as uow:
                 changes = {"dispatched_at": now, "dispatches": job.dispatches + 1}
-                if JobRepository(uow.session).touch(job.id, guard, changes):
-                    uow.after_commit(lambda job=job: self.dispatch(job))  # type: ignore[misc]  # bound early on purpose
-                    sent += 1
+                JobRepository(uow.session).touch(job.id, guard, changes)
+            sent += 1
         return sent
 
     def _dispatch_later(self, session: Any, job_id: str, after_commit: Any) -> None:

@@ -13,7 +13,9 @@ PAGE_POLICY = (
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--bar:#3b7dd8;--base:#8a8f98;--bad:#c0392b;--good:#2e8b57}
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin-bottom:0}h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid var(--line)}
+h1{font-size:1.5rem;margin-bottom:0}
+h3{font-size:.9rem;opacity:.7;margin:1rem 0 .2rem}
+h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid var(--line)}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .sub{opacity:.7}.ok{color:var(--good)}.no{color:var(--bad)}
@@ -32,7 +34,8 @@ def report_page(report: _Json, job_id: str) -> str:
         f"<h1>{_text(analysis.get('model', job_id))}</h1>",
         f"<p class=sub>{_text(analysis.get('hardware'))} · job {_text(job_id)}</p>",
         _tiles(final),
-        _section("Latency of the candidates (p50, lower is better)", _bars(report)),
+        _section("Latency (p50, lower is better)", _latencies(report)),
+        _section("Speed-up over the original, with its 95 % interval", _speedups(report)),
         _section("Candidates", _candidates(report)),
         _section("Checks", _checks(report)),
         _section("What was done", _pairs(report.get("optimizations_applied"), "name", "impact")),
@@ -81,79 +84,109 @@ def _section(title: str, body: str) -> str:
 
 
 def _tiles(final: _Json) -> str:
+    wanted = {
+        "speedup": "speed-up",
+        "latency_ms": "ms p50",
+        "throughput_qps": "per second",
+        "accuracy_loss_percent": "points of accuracy lost",
+        "size_mb": "MB on disk",
+        "memory_mb": "MB of memory",
+    }
     tiles = "".join(
-        f"<div class=tile><b>{_text(value)}</b>{_text(name.replace('_', ' '))}</div>"
-        for name, value in final.items()
-        if not isinstance(value, Mapping | list)
+        f"<div class=tile><b>{_text(final[name])}</b>{label}</div>" for name, label in wanted.items() if name in final
     )
     return f"<div class=tiles>{tiles}</div>" if tiles else ""
 
 
-def _latency(candidate: _Json) -> float | None:
-    """The first p50 that the candidate has, in ms; its measurements stand per batch size."""
-    found = _find_number(candidate, ("p50_ms", "latency_ms", "p50"), depth=4)
-    return found if found is not None and found >= 0 else None
+def _configurations(report: _Json) -> list[_Json]:
+    """The baseline, then the candidates."""
+    baseline = _object(report, "baseline")
+    return [*([{"name": "the original", **baseline}] if baseline else []), *_objects(report.get("candidates"))]
 
 
-def _find_number(value: Any, names: Sequence[str], depth: int) -> float | None:
-    if depth == 0:
-        return None
-    if isinstance(value, Mapping):
-        for name in names:
-            number = value.get(name)
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                return float(number)
-        children = list(value.values())
-    elif isinstance(value, list):
-        children = value
-    else:
-        return None
-    for child in children[:_MAX_ROWS]:
-        number = _find_number(child, names, depth - 1)
-        if number is not None:
-            return number
-    return None
+def _batch_sizes(configurations: Sequence[_Json]) -> list[str]:
+    sizes = {str(size) for c in configurations for size in _object(c, "batches")}
+    return sorted(sizes, key=lambda size: (len(size), size))[:16]
 
 
-def _label(candidate: _Json) -> str:
-    words = [str(candidate[k]) for k in ("backend", "precision", "recipe") if candidate.get(k)]
-    return " · ".join(words) or str(candidate.get("id") or candidate.get("name") or "candidate")
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _bars(report: _Json) -> str:
-    rows: list[tuple[str, float, str]] = []
-    baseline = _latency(_object(report, "baseline"))
-    if baseline is not None:
-        rows.append(("baseline", baseline, "var(--base)"))
-    for candidate in _objects(report.get("candidates")):
-        latency = _latency(candidate)
-        if latency is not None:
-            rows.append((_label(candidate), latency, "var(--bar)"))
+def _at(configuration: _Json, size: str) -> _Json:
+    return _object(_object(configuration, "batches"), size)
+
+
+def _colour(configuration: _Json) -> str:
+    if configuration.get("status") == "picked":
+        return "var(--good)"
+    return "var(--base)" if configuration.get("id") == "baseline" else "var(--bar)"
+
+
+def _latencies(report: _Json) -> str:
+    """One bar chart per batch size."""
+    configurations = _configurations(report)
+    charts = ""
+    for size in _batch_sizes(configurations):
+        rows = [(c, _number(_at(c, size).get("p50_ms"))) for c in configurations]
+        known = [(c, value) for c, value in rows if value is not None]
+        if known:
+            longest = max(value for _, value in known) or 1.0
+            marks = "".join(
+                f"<text x=0 y={26 * i + 17}>{_text(str(c.get('name'))[:40])}</text>"
+                f"<rect x=270 y={26 * i + 4} width={330 * value / longest:.1f} height=18 rx=3 fill='{_colour(c)}'/>"
+                f"<text x={276 + 330 * value / longest:.1f} y={26 * i + 17}>{value:.4g} ms</text>"
+                for i, (c, value) in enumerate(known)
+            )
+            charts += f"<h3>batch size {_text(size)}</h3>{_svg(26 * len(known), f'p50 at batch size {size}', marks)}"
+    return charts
+
+
+def _speedups(report: _Json) -> str:
+    """Speed-up over the original with its 95 % interval: a dot and a whisker per candidate and batch size."""
+    rows = []
+    candidates = _objects(report.get("candidates"))
+    for candidate in candidates:
+        for size in _batch_sizes(candidates):
+            speedup = _object(_at(candidate, size), "speedup")
+            low, ratio, high = (_number(speedup.get(k)) for k in ("low", "ratio", "high"))
+            if low is not None and ratio is not None and high is not None:
+                rows.append((f"{str(candidate.get('name'))[:32]}, b={size}", low, ratio, high, _colour(candidate)))
     if not rows:
         return ""
-    longest = max(value for _, value, _ in rows) or 1.0
+    most = min(max(1.2, *(high for _, _, _, high, _ in rows)), 20.0)
+
+    def x(value: float) -> float:
+        return 270 + 330 * min(value, most) / most
+
     height = 26 * len(rows)
-    marks = []
-    for i, (label, value, colour) in enumerate(rows):
-        y = 26 * i
-        width = 360 * value / longest
-        marks.append(f"<text x=0 y={y + 17}>{_text(label[:40])}</text>")
-        marks.append(f"<rect x=270 y={y + 4} width={width:.1f} height=18 rx=3 fill='{colour}'/>")
-        marks.append(f"<text x={276 + width:.1f} y={y + 17}>{value:.4g} ms</text>")
-    return f"<svg viewBox='0 0 720 {height}' width='100%' role=img aria-label='Latency bars'>{''.join(marks)}</svg>"
+    marks = f"<line x1={x(1):.1f} x2={x(1):.1f} y1=0 y2={height} stroke='currentColor' stroke-dasharray='3 3'/>"
+    for i, (label, low, ratio, high, colour) in enumerate(rows):
+        y = 26 * i + 13
+        marks += (
+            f"<text x=0 y={y + 4}>{_text(label)}</text>"
+            f"<line x1={x(low):.1f} x2={x(high):.1f} y1={y} y2={y} stroke='{colour}' stroke-width=3 />"
+            f"<circle cx={x(ratio):.1f} cy={y} r=5 fill='{colour}'/>"
+            f"<text x=612 y={y + 4}>{ratio:.2f}x [{low:.2f}, {high:.2f}]</text>"
+        )
+    return _svg(height, "speed-up over the original with its 95 % interval", marks)
+
+
+def _svg(height: int, label: str, marks: str) -> str:
+    return f"<svg viewBox='0 0 760 {height}' width='100%' role=img aria-label='{_text(label)}'>{marks}</svg>"
 
 
 def _candidates(report: _Json) -> str:
-    candidates = _objects(report.get("candidates"))
-    if not candidates:
-        return ""
-    hidden = {"latency", "benchmark", "samples", "batches", "notes", "runtime", "stages"}
-    names = [
-        name
-        for name in dict.fromkeys(key for candidate in candidates for key in candidate)
-        if name not in hidden and not any(isinstance(c.get(name), Mapping | list) for c in candidates)
-    ]
-    return _table(names[:10], [[candidate.get(name) for name in names[:10]] for candidate in candidates])
+    rows = []
+    for c in _configurations(report):
+        accuracy = _object(c, "accuracy")
+        loss, samples = accuracy.get("loss_percent"), accuracy.get("samples")
+        shown = None if loss is None else f"{_text(loss)} ({_text(accuracy.get('metric'))}, {_text(samples)} samples)"
+        verdict = "the baseline" if c.get("id") == "baseline" else f"{_text(c.get('status'))}: {c.get('reason')}"
+        rows.append([c.get("name"), c.get("precision"), c.get("size_mb"), c.get("memory_mb"), shown, verdict])
+    return _table(
+        ["configuration", "precision", "MB on disk", "MB of memory", "accuracy loss, points", "verdict"], rows
+    )
 
 
 def _checks(report: _Json) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
-from app.db.orm import Job, JobEvent
+from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 
 ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
@@ -23,6 +23,20 @@ _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_i
 class JobRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
+
+    def usable_model(self, tenant_id: str, model_id: str) -> SourceModel | None:
+        """The tenant's model. A deletion waits for the end of this transaction, and then sees the job."""
+        query = select(SourceModel).where(
+            SourceModel.id == model_id, SourceModel.tenant_id == tenant_id, SourceModel.deleted_at.is_(None)
+        )
+        return self.session.scalar(query.with_for_update(read=True))
+
+    def usable_dataset(self, tenant_id: str, dataset_id: str) -> Dataset | None:
+        """The tenant's data set, kept like `usable_model`."""
+        query = select(Dataset).where(
+            Dataset.id == dataset_id, Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None)
+        )
+        return self.session.scalar(query.with_for_update(read=True))
 
     def add(self, job: Job) -> None:
         self.session.add(job)

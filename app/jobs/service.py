@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.capabilities.service import CapabilityService
 from app.db.base import utcnow
 from app.db.ids import new_id
-from app.db.orm import Dataset, Job, JobEvent, SourceModel
+from app.db.orm import Job, JobEvent, SourceModel
 from app.db.uow import Database
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OptimizationSpec
@@ -102,13 +101,7 @@ class JobService:
             return job, True
 
     def _model(self, session: Session, tenant_id: str, spec: OptimizationSpec) -> SourceModel:
-        model = session.scalar(
-            select(SourceModel)
-            .where(
-                SourceModel.id == spec.model_id, SourceModel.tenant_id == tenant_id, SourceModel.deleted_at.is_(None)
-            )
-            .with_for_update(read=True)  # a deletion waits, and then sees the job
-        )
+        model = JobRepository(session).usable_model(tenant_id, spec.model_id)
         if model is None:
             detail = f"There is no model {spec.model_id!r}."
             raise invalid_request(detail, [FieldError("/model_id", "unknown model")], "Upload it with POST /v1/models.")
@@ -122,11 +115,7 @@ class JobService:
         for section, dataset_id in sections:
             if dataset_id is None:
                 continue
-            row = session.scalar(
-                select(Dataset)
-                .where(Dataset.id == dataset_id, Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None))
-                .with_for_update(read=True)
-            )
+            row = JobRepository(session).usable_dataset(tenant_id, dataset_id)
             pointer = f"/{section}/dataset_id"
             if row is None:
                 detail = f"There is no data set {dataset_id!r}."
@@ -163,11 +152,14 @@ class JobService:
             job = jobs.get(tenant_id, job_id)
             if job is None:
                 raise not_found("job", job_id)
-            if job.status not in TERMINAL and job.cancel_requested_at is None:
-                asked: dict[str, Any] = {"cancel_requested_at": utcnow()}
-                if jobs.apply(job_id, Trigger.CANCEL, source=JobStatus.QUEUED, values=asked) is None:
-                    running = [Job.status == JobStatus.RUNNING.value]
-                    jobs.update(job_id, running, asked, "note", {"message": "cancel requested"})
+            asked: dict[str, Any] = {"cancel_requested_at": utcnow()}
+            running = [Job.status == JobStatus.RUNNING.value, Job.cancel_requested_at.is_(None)]
+            # Twice: a worker may take the job, or give it back, between the two statements.
+            for _ in range(2 if job.status not in TERMINAL else 0):
+                if jobs.apply(job_id, Trigger.CANCEL, source=JobStatus.QUEUED, values=asked) is not None:
+                    break
+                if jobs.update(job_id, running, asked, "note", {"message": "cancel requested"}) is not None:
+                    break
             return uow.session.get_one(Job, job_id, populate_existing=True)
 
     def events_after(self, tenant_id: str, job_id: str, seq: int, limit: int = 500) -> Sequence[JobEvent]:

@@ -15,6 +15,7 @@ import json
 import socket
 import ssl
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -44,8 +45,9 @@ class WebhookSender:
         self.settings = settings.webhooks
         self.allow_private = settings.webhooks.allow_private
         if self.allow_private is None:
-            # Where no keys are needed everybody is on this machine, and so may their receivers be.
-            self.allow_private = not settings.keys_required
+            # The embedded default: everybody is on this machine, and so may their receivers be. A worker listens
+            # nowhere, so that "no keys" alone says nothing of the API that shares its database.
+            self.allow_private = not settings.keys_required and settings.database_url == ""
 
     def deliver_due(self, limit: int = 20) -> int:
         """One attempt for every webhook that is due; how many were delivered. Any number of workers may call it."""
@@ -93,21 +95,20 @@ class WebhookSender:
             key = self.settings.secret.get_secret_value().encode()
             headers["X-Anneal-Signature"] = "sha256=" + hmac.new(key, body, hashlib.sha256).hexdigest()
         parts = urlsplit(job.webhook_url)
-        connection = self._connect(parts.scheme, parts.hostname or "", parts.port)
-        # A socket's time-out is per operation; a receiver that trickles its answer must not hold up everybody else's.
-        deadline = threading.Timer(2 * self.settings.timeout_s, _hang_up, [connection])
-        deadline.start()
-        try:
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        with (
+            _Deadline(2 * self.settings.timeout_s) as deadline,
+            self._connect(parts.scheme, parts.hostname or "", parts.port, deadline) as connection,
+        ):
             connection.request("POST", target, body, headers)
             status = connection.getresponse().status
-        finally:
-            deadline.cancel()
-            connection.close()
         if not 200 <= status < 300:
             raise UndeliverableWebhook(f"it answered {status}")
 
-    def _connect(self, scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+    @contextlib.contextmanager
+    def _connect(
+        self, scheme: str, host: str, port: int | None, deadline: _Deadline
+    ) -> Iterator[http.client.HTTPConnection]:
         port = port or (443 if scheme == "https" else 80)
         address = self._address(host, port)
         # The name goes into the Host header and the certificate check, the checked address into the connection.
@@ -116,22 +117,78 @@ class WebhookSender:
             connection = http.client.HTTPSConnection(host, port, timeout=self.settings.timeout_s)
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self.settings.timeout_s)
-        connection.sock = socket.create_connection((address, port), timeout=self.settings.timeout_s)
-        if scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
-        return connection
+        with contextlib.closing(connection):
+            connection.sock = socket.create_connection((address, port), timeout=self.settings.timeout_s)
+            deadline.watch(connection.sock)
+            if scheme == "https":
+                # The handshake comes after the wrapping: what is wrapped is another socket, to be watched in its turn.
+                context = ssl.create_default_context()
+                secured = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
+                connection.sock = secured
+                deadline.watch(secured)
+                secured.do_handshake()
+            yield connection
 
     def _address(self, host: str, port: int) -> str:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for *_, (address, *_rest) in found:
-            if self.allow_private or is_public(str(address)):
-                return str(address)
+        for address in _resolve(host, port, self.settings.timeout_s):
+            if self.allow_private or is_public(address):
+                return address
         raise UndeliverableWebhook(f"{host} has no public address")
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    with contextlib.suppress(OSError):
-        connection.sock.shutdown(socket.SHUT_RDWR)
+class _Deadline:
+    """Hangs up after so many seconds, whatever the connection is doing: a socket's time-out is per operation, and a
+    receiver that trickles its answer must not hold up everybody else's."""
+
+    def __init__(self, seconds: float) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._over = False
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def watch(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._socket = connected
+            if self._over:
+                raise UndeliverableWebhook("it took too long to connect")
+
+    def _expire(self) -> None:
+        with self._lock:
+            self._over = True
+            if self._socket is not None:
+                with contextlib.suppress(OSError):
+                    # Not SSLSocket's own, which takes the TLS object away from under the thread that uses it.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
+def _resolve(host: str, port: int, seconds: float) -> list[str]:
+    """The host's addresses. The system's resolver knows no time-out, so it is left alone in a thread after that."""
+    found: list[str] = []
+    failed: list[Exception] = []
+
+    def look_up() -> None:
+        try:
+            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.extend(str(address) for *_, (address, *_rest) in answers)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=look_up, name="webhook-dns", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise UndeliverableWebhook(f"{host} could not be looked up in {seconds:g} s")
+    if failed:
+        raise failed[0]
+    return found
 
 
 def is_public(address: str) -> bool:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery
+from kombu.transport import TRANSPORT_ALIASES
 
 from app.settings import Settings
 
+_SEND_TIMEOUT_S = 1.0
 
-def make_celery(settings: Settings) -> Celery:
-    """A Celery app for the broker of the settings. Nothing connects here.
+
+def make_celery(settings: Settings, *, sends_only: bool = False) -> Celery:
+    """A Celery app for the broker of the settings. Nothing connects here. One that `sends_only` gives up on a broker
+    that is away after about a second; a worker's waits for it to come back.
 
     Messages are at least once: acknowledged late, sent again when a worker is lost. What makes a job safe is the lease
     in the database and the sweeper, so a transport that loses messages (the file-system one) is good enough.
     """
+    TRANSPORT_ALIASES["filesystem"] = "app.queue.filesystem:Transport"
     app = Celery("anneal", broker=settings.broker, set_as_current=False)
     app.conf.update(
         task_acks_late=True,
@@ -30,6 +35,16 @@ def make_celery(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options=_transport_options(settings),
     )
+    if sends_only:
+        app.conf.broker_connection_timeout = _SEND_TIMEOUT_S
+        if not settings.broker.startswith("filesystem"):
+            # kombu takes these for the connection it makes by itself below `publish`, which `retry=False` does not
+            # reach: without them it tries again, after 2 s and 4 s, until the connection time-out is over.
+            app.conf.broker_transport_options |= {
+                "max_retries": 0,
+                "socket_connect_timeout": _SEND_TIMEOUT_S,
+                "socket_timeout": _SEND_TIMEOUT_S,
+            }
     return app
 
 

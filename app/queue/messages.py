@@ -6,6 +6,10 @@ OPTIMIZE = "anneal.optimize"
 QUEUE_PREFIX = "anneal"
 
 
-def queue_for(device: str, hardware: str | None = None) -> str:
+SPECIAL_FORMATS = ("pt2",)  # model formats that only some workers read: each has queues of its own
+
+
+def queue_for(device: str, hardware: str | None = None, model_format: str = "onnx") -> str:
     """The queue that jobs for this device, or for this very hardware, wait in."""
-    return f"{QUEUE_PREFIX}.hw.{hardware}" if hardware else f"{QUEUE_PREFIX}.{device}"
+    base = f"{QUEUE_PREFIX}.hw.{hardware}" if hardware else f"{QUEUE_PREFIX}.{device}"
+    return f"{base}.{model_format}" if model_format in SPECIAL_FORMATS else base

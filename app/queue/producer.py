@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import structlog
 from celery import Celery
-from kombu.exceptions import KombuError, OperationalError
 
 from app.db.orm import Job
 from app.queue.broker import make_celery
@@ -15,23 +14,28 @@ from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-Dispatch = Callable[[Job], None]
+# True = handed to the broker. False = it is away; the caller goes on, the sweeper sends the job later.
+Dispatch = Callable[[Job], bool]
 
 
 def make_dispatch(settings: Settings, celery: Celery | None = None) -> Dispatch:
-    """A function that sends the message of one queued job; call it only after the commit."""
-    app = celery or make_celery(settings)
+    """A function that sends the message of one queued job; call it only after the commit. A broker that is away costs
+    about a second."""
+    app = celery or make_celery(settings, sends_only=True)
 
-    def dispatch(job: Job) -> None:
+    def dispatch(job: Job) -> bool:
         try:
             app.send_task(OPTIMIZE, args=[job.id], queue=job.queue, retry=False)
-        except (KombuError, OperationalError, OSError) as error:
+        except Exception as error:
+            # Whatever the transport's client raises (it is full, away, refuses the password): the row is committed.
             log.warning("dispatch_failed", job_id=job.id, queue=job.queue, error=str(error))
+            return False
+        return True
 
     return dispatch
 
 
 def check_broker(settings: Settings) -> None:
     """Raise an exception where the broker cannot be reached (readiness)."""
-    with make_celery(settings).connection_for_write(connect_timeout=2) as connection:
-        connection.ensure_connection(max_retries=1, timeout=2)
+    with make_celery(settings, sends_only=True).connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0, timeout=2)

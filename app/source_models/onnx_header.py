@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from app.errors import invalid_model
-from app.source_models.onnx_wire import ByteStream, Wire, damaged
+from app.names import printable
+from app.source_models.onnx_wire import ByteStream, Wire, check_name, damaged
 
 # A subgraph is three messages deep, and protobuf reads no file of more than 100; shape inference writes a few deeper.
 _MAX_GRAPH_DEPTH = 28
@@ -89,7 +90,7 @@ _MODEL_IR, _MODEL_PRODUCER, _MODEL_PRODUCER_VERSION = _int(1), _bytes(2), _bytes
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTION = _bytes(7), _bytes(8), _bytes(20), _bytes(25)
 _GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_INPUT = _bytes(1), _bytes(2), _bytes(5), _bytes(11)
 _GRAPH_OUTPUT, _GRAPH_SPARSE = _bytes(12), _bytes(15)
-_NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = _bytes(4), _bytes(5), _bytes(7)
+_NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = _bytes(3), _bytes(4), _bytes(5), _bytes(7)
 _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = _bytes(7), _bytes(11)
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = (_bytes(5), _bytes(10)), (_bytes(6), _bytes(11))
 _ATTRIBUTE_SPARSE = (_bytes(22), _bytes(23))
@@ -122,9 +123,9 @@ class _Scan:
             if tag == _MODEL_IR:
                 header.ir_version = value
             elif tag == _MODEL_PRODUCER:
-                header.producer_name = self._text(value)
+                header.producer_name = printable(self._text(value))
             elif tag == _MODEL_PRODUCER_VERSION:
-                header.producer_version = self._text(value)
+                header.producer_version = printable(self._text(value))
             elif tag == _MODEL_OPSET:
                 self._opset(end)
             elif tag == _MODEL_GRAPH:
@@ -163,11 +164,16 @@ class _Scan:
         except UnicodeDecodeError:
             raise damaged(f"the name at byte {at} is not UTF-8") from None
 
+    def _name(self, size: int, what: str) -> str:
+        """A name that others refer to: refused where it holds control characters."""
+        at = self._wire.pos
+        return check_name(self._text(size), what, at)
+
     def _opset(self, end: int) -> None:
         domain, version = "", 0
         for tag, value in self._wire.fields(end):
             if tag == _bytes(1):
-                domain = self._text(value)
+                domain = self._name(value, "an operator-set domain")
             elif tag == _int(2):
                 version = _signed(value)
         self._header.opset_imports[domain or "ai.onnx"] = version
@@ -186,7 +192,7 @@ class _Scan:
             elif not top:
                 continue
             elif tag == _GRAPH_NAME:
-                self._header.graph_name = self._text(value)
+                self._header.graph_name = printable(self._text(value))
             elif tag == _GRAPH_INPUT:
                 self._header.inputs.append(self._value_info(wire.pos + value))
             elif tag == _GRAPH_OUTPUT:
@@ -207,9 +213,12 @@ class _Scan:
             if tag == _NODE_ATTRIBUTE:
                 self._attribute(wire.pos + value, depth, counted=counted)
             elif tag == _NODE_OP:
-                op = self._transient(value)
+                op = self._transient(value, "an op type")
             elif tag == _NODE_DOMAIN:
-                domain = self._transient(value)
+                domain = self._transient(value, "the domain of an op")
+            elif tag == _NODE_NAME and value <= _MAX_NAME_BYTES:
+                # Not kept; but what fails later is told by it.
+                self._transient(value, "a node")
         if not counted:
             return
         ops = self._header.ops
@@ -219,10 +228,10 @@ class _Scan:
         ops[key] = ops.get(key, 0) + 1
         self._header.nodes += 1
 
-    def _transient(self, size: int) -> str:
-        """A name that is usually known already, so that it costs nothing to keep."""
+    def _transient(self, size: int, what: str | None = None) -> str:
+        """A text that is usually known already, so that it costs nothing to keep; a checked name where it is `what`."""
         kept = self._kept
-        text = self._text(size)
+        text = self._text(size) if what is None else self._name(size, what)
         self._kept = kept
         return text
 
@@ -259,7 +268,7 @@ class _Scan:
             elif tag == _TENSOR_DTYPE:
                 dtype = value
             elif tag == _TENSOR_NAME:
-                name = self._transient(value)
+                name = self._transient(value, "a tensor")
             elif tag == _TENSOR_EXTERNAL:
                 key, text = self._entry(wire.pos + value)
                 if key in ("location", "offset", "length"):
@@ -314,7 +323,7 @@ class _Scan:
         info = TensorInfo(name="", dtype="undefined", shape=None)
         for tag, value in wire.fields(end):
             if tag == _bytes(1):
-                info["name"] = self._text(value)
+                info["name"] = self._name(value, "an input or output")
             elif tag == _bytes(2):
                 for kind, length in wire.fields(wire.pos + value):
                     if kind == _bytes(1):
@@ -343,7 +352,7 @@ class _Scan:
             if tag == _int(1):
                 dimension = _signed(value) if _signed(value) >= 0 else ""
             elif tag == _bytes(2):
-                dimension = self._text(value)
+                dimension = self._name(value, "a dimension")
         self._keep(8)
         if isinstance(dimension, str):
             self._symbols.add(dimension)

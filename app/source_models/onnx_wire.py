@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from app.errors import AppError, invalid_model
+from app.names import forbidden_character, printable
 
 _BLOCK = 64 << 10
 # A field takes about a microsecond; a graph of 100,000 nodes has about two million.
@@ -27,6 +28,17 @@ def damaged(reason: str) -> AppError:
         f"The file is not a valid ONNX model: {reason}.",
         remedy="Check that the whole file was uploaded; else export it again and run `onnx.checker.check_model`.",
     )
+
+
+def check_name(name: str, what: str, at: int) -> str:
+    """`name`, or `invalid_model` where it holds control characters; `at` is the byte where it starts."""
+    if character := forbidden_character(name):
+        raise invalid_model(
+            f"The name of {what}, at byte {at}, holds the control character {character}: {name[:200]!r}.",
+            tensor=printable(name[:200]),
+            remedy="Rename it to printable characters, and export the model again.",
+        )
+    return name
 
 
 class Wire:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from app.errors import AppError, invalid_model
+from app.names import forbidden_character, printable
 from app.source_models.onnx_header import TensorInfo
 
 # GPT-2 small has 4 MiB of graph.
@@ -118,7 +119,7 @@ def _read(text: bytes) -> Pt2Header:
         if op in header.ops or len(header.ops) < _MAX_OPS:
             header.ops[op] = header.ops.get(op, 0) + 1
     if "torch_version" in top and isinstance(version := _decode(text, top["torch_version"]), str):
-        header.torch_version = version[:100]
+        header.torch_version = printable(version[:100])
     return header
 
 
@@ -201,7 +202,7 @@ def _tensor_names(signature: Any, specs: str, kind: str) -> list[str]:
                 name = arg["as_tensor"]["name"]
                 if not isinstance(name, str) or len(names) >= _MAX_TENSORS:
                     raise _UnknownSchema
-                names.append(name)
+                names.append(_checked(name, "an input or output"))
     except (KeyError, TypeError) as e:
         raise _UnknownSchema from e
     return names
@@ -223,4 +224,14 @@ def _dimension(size: Any) -> int | str:
         raise _UnknownSchema
     # "Add(Symbol('s0', positive=True, integer=True), Integer(1))" is "Add(s0, 1)"
     expression = re.sub(r"Symbol\('([^']+)'[^()]*\)", r"\1", expression)
-    return re.sub(r"Integer\((-?\d+)\)", r"\1", expression)
+    return _checked(re.sub(r"Integer\((-?\d+)\)", r"\1", expression), "a dimension")
+
+
+def _checked(name: str, what: str) -> str:
+    if character := forbidden_character(name):
+        raise invalid_model(
+            f"The name of {what} holds the control character {character}: {name[:200]!r}.",
+            tensor=printable(name[:200]),
+            remedy="Rename it to printable characters, and export the program again.",
+        )
+    return name

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import delete, select
@@ -21,21 +24,32 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def blob_prefix(tenant_id: str) -> str:
+    """What the storage keys of all of a tenant's blobs begin with."""
+    return f"tenants/{tenant_id}/blobs/"
+
+
 def blob_key(tenant_id: str, sha256: str) -> str:
     """Storage key of a tenant's blob. The tenant is part of it: a digest alone never reaches another's bytes."""
-    return f"tenants/{tenant_id}/blobs/{sha256[:2]}/{sha256}"
+    return f"{blob_prefix(tenant_id)}{sha256[:2]}/{sha256}"
 
 
 class ContentStore:
-    """Puts files in storage first and rows second: a crash in between leaves a blob that the collector finds,
-    never a row without its bytes."""
+    """Puts files in storage first and rows second: a crash in between leaves a blob, which `app.collector`
+    finds, never a row without its bytes."""
 
     def __init__(self, store: BlobStore) -> None:
         self.store = store
 
     def put(self, tenant_id: str, path: Path, sha256: str, *, move: bool = False) -> None:
         """Store the bytes of `path`, whose digest the caller has computed."""
-        self.store.put_file(blob_key(tenant_id, sha256), path, move=move)
+        key = blob_key(tenant_id, sha256)
+        there = self.store.local_path(key)
+        if there is not None:
+            # What lies there already, left behind long ago perhaps, counts as new: the collector leaves it alone.
+            with suppress(OSError):
+                os.utime(there)
+        self.store.put_file(key, path, move=move)
 
     def record(self, session: Session, tenant_id: str, sha256: str, size_bytes: int) -> None:
         """Note in the database that the tenant holds this blob (idempotent). Raises `BlobNotFound` where a deletion
@@ -57,8 +71,19 @@ class ContentStore:
     def exists(self, tenant_id: str, sha256: str) -> bool:
         return self.store.size(blob_key(tenant_id, sha256)) is not None
 
+    def modified_at(self, tenant_id: str, sha256: str) -> datetime | None:
+        """When the bytes were stored, on a local disk also when they were last stored again; None without bytes."""
+        key = blob_key(tenant_id, sha256)
+        path = self.store.local_path(key)
+        if path is None:
+            return next((found.modified_at for found in self.store.list(key) if found.key == key), None)
+        try:
+            return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def forget(self, session: Session, tenant_id: str, sha256: str) -> None:
-        """Drop the row; the caller deletes the bytes after the commit with `remove`."""
+        """Drop the row. Under the lock; `remove` then deletes the bytes, before that transaction ends."""
         session.execute(delete(Blob).where(Blob.tenant_id == tenant_id, Blob.sha256 == sha256))
 
     def remove(self, tenant_id: str, sha256: str) -> None:

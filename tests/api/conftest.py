@@ -65,8 +65,9 @@ def dispatched() -> list[str]:
 
 @pytest.fixture
 def app(settings: Settings, dispatched: list[str]) -> FastAPI:
-    def dispatch(job: Job) -> None:
+    def dispatch(job: Job) -> bool:
         dispatched.append(job.id)
+        return True
 
     return create_app(settings, dispatch=dispatch)
 

@@ -155,7 +155,7 @@ def test_pure_parts() -> None:
 
 @pytest.fixture
 def s3_app(settings: Settings, fresh_bucket: S3Bucket) -> Iterator[tuple[Any, str]]:
-    app = create_app(settings.model_copy(update={"storage": fresh_bucket.settings()}), dispatch=lambda job: None)
+    app = create_app(settings.model_copy(update={"storage": fresh_bucket.settings()}), dispatch=lambda job: True)
     with serving(app) as url:
         yield app, url
 

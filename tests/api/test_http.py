@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +13,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from app.db.base import make_engine
+from app.db.uow import Database
 from app.http.middleware import is_loopback
 from app.http.services import Services
 from app.main import create_app
 from app.settings import Settings
-from app.tenants import create_key, revoke_key
+from app.tenants import create_key, revoke_key, tenant_of
 from tests.api.conftest import assert_problem, serving
 
 
@@ -109,7 +114,7 @@ def test_wrong_key_is_refused_without_keys_too(client: httpx.Client) -> None:
 
 @pytest.fixture
 def keyed(settings: Settings) -> Iterator[tuple[str, Services]]:
-    app = create_app(settings.model_copy(update={"require_keys": True}), dispatch=lambda job: None)
+    app = create_app(settings.model_copy(update={"require_keys": True}), dispatch=lambda job: True)
     with serving(app) as url:
         yield url, app.state.services
 
@@ -159,6 +164,30 @@ def test_revoked_key(keyed: tuple[str, Services]) -> None:
     assert not revoke_key(services.db, key)
     response = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     assert_problem(response, 401, "unauthorized")
+
+
+def test_create_and_revoke_keys_from_the_command_line(settings: Settings) -> None:
+    environment = {**os.environ, "ANNEAL_HOME": str(settings.home)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "app", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    made = [run("create-key", "--tenant", "alice") for _ in range(2)]
+    first, second = (m.stdout.strip() for m in made)
+    identifier = made[1].stderr.split()[-1]
+    assert identifier.startswith("key_")
+    db = Database(make_engine(settings.database))
+    try:
+        assert tenant_of(db, first) is not None
+        assert [run("revoke-key", first).returncode for _ in range(2)] == [0, 1]
+        assert tenant_of(db, first) is None
+        assert tenant_of(db, second) is not None, "another key of the same tenant"
+        assert run("revoke-key", identifier).returncode == 0
+        assert tenant_of(db, second) is None
+        assert not revoke_key(db, "key_\0\udcff")
+    finally:
+        db.close()
 
 
 def test_only_the_hash_of_a_key_is_stored(services: Services, settings: Settings) -> None:

@@ -219,10 +219,16 @@ REPORT = {
     "final_metrics": {"latency_ms": 6.8, "speedup": "2.2x", "memory_mb": None},
     "deployment_config": {"batch_size": 16, "dynamic_batching": True},
     "recommendations": ["use <b>"],
-    "baseline": {"batches": [{"batch": 1, "p50_ms": 15.2}]},
+    "baseline": {"id": "baseline", "name": "the original", "batches": {"1": {"p50_ms": 15.2}}},
     "candidates": [
-        {"id": "c1", "backend": "onnxruntime", "precision": "int8", "benchmark": {"1": {"p50_ms": 6.8}}, "kept": True},
-        {"id": "c2", "backend": "'\"><img src=x>", "precision": "fp32", "benchmark": {"1": {"p50_ms": 14}}},
+        {
+            "id": "c1",
+            "name": "int8",
+            "status": "picked",
+            "reason": "the fastest",
+            "batches": {"1": {"p50_ms": 6.8, "speedup": {"ratio": 2.2, "low": 2.1, "high": 2.3}}},
+        },
+        {"id": "c2", "name": "'\"><img src=x>", "status": "kept", "batches": {"1": {"p50_ms": 14}}},
     ],
     "checks": [{"name": "accuracy", "value": 0.1, "limit": 1.0, "passed": True}, {"name": "p99", "passed": None}],
 }
@@ -247,6 +253,7 @@ def test_report_and_manifest(client: httpx.Client, job: dict[str, Any], services
     assert "<img" not in page.text
     assert "&lt;script&gt;" in page.text
     assert page.text.count("<rect") == 3
+    assert page.text.count("<circle") == 1
     assert client.get(links["report"], headers={"Accept": "application/json, text/html"}).json() == REPORT
 
 

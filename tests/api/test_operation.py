@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from datetime import timedelta
 from typing import Any
 
 import httpx
+import pytest
 
 from app.capabilities.service import offered
 from app.db.base import utcnow
 from app.db.orm import Worker
+from app.http.health import CachedReadiness, Readiness
 from app.http.services import Services
 from app.settings import Settings
 from tests.api.conftest import HARDWARE, report_worker
@@ -56,12 +61,53 @@ def test_health_and_readiness(client: httpx.Client, services: Services, settings
     assert response.status_code == 503
     assert response.json()["checks"]["worker"] == {"ok": False, "detail": "No live worker."}
     report_worker(services)
-    response = client.get("/readyz")
+    deadline = time.monotonic() + 5  # probes of the same second share one answer
+    while (response := client.get("/readyz")).status_code != 200 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert response.status_code == 200, response.text
     assert response.json()["ready"] is True
     assert {name: check["ok"] for name, check in response.json()["checks"].items()} == dict.fromkeys(
         ("database", "queue", "storage", "worker"), True
     )
+
+
+def test_probes_at_the_same_time_share_one_run_and_one_thread() -> None:
+    runs: list[int] = []
+
+    def take() -> Readiness:
+        runs.append(threading.get_ident())
+        time.sleep(0.2)
+        return Readiness(ready=True, checks={})
+
+    async def probe() -> list[Readiness]:
+        cached = CachedReadiness(take)
+        first = await asyncio.gather(*(cached() for _ in range(100)))
+        assert len(runs) == 1
+        assert await cached() is first[0]
+        await asyncio.sleep(1.1)
+        return [*first, await cached()]
+
+    results = asyncio.run(probe())
+    assert len(runs) == 2
+    assert results[-1] is not results[0]
+
+
+def test_a_run_that_breaks_is_not_kept() -> None:
+    answers = iter([RuntimeError("boom"), Readiness(ready=True, checks={})])
+
+    def take() -> Readiness:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def probe() -> None:
+        cached = CachedReadiness(take)
+        with pytest.raises(RuntimeError):
+            await cached()
+        assert (await cached()).ready
+
+    asyncio.run(probe())
 
 
 def test_metrics(client: httpx.Client, job: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from app.db.orm import LOCAL_TENANT, StageResult
 from app.http.services import Services
 from app.settings import Settings
 from tests.api.conftest import assert_problem, files_in
+from tests.factories import onnx_models
 
 
 @pytest.fixture
@@ -63,3 +64,24 @@ def test_on_postgres(
     assert len(client.get("/v1/models").json()["items"]) == 1
     assert client.get("/readyz").json()["checks"]["database"]["ok"] is True
     assert "anneal_jobs" in client.get("/metrics").text
+
+
+def test_names_that_postgres_refuses(client: httpx.Client) -> None:
+    for bad in ("x\0", "x\n"):
+        model = onnx_models.mlp()
+        for node in model.graph.node:
+            node.input[:] = [bad if i == model.graph.input[0].name else i for i in node.input]
+        model.graph.input[0].name = bad
+        response = client.post("/v1/models?filename=a.onnx", content=model.SerializeToString())
+        assert_problem(response, 422, "invalid_model")
+    assert client.get("/v1/models").json()["items"] == []
+
+
+def test_text_that_postgres_refuses_is_stored_all_the_same(services: Services) -> None:
+    data = {"a\0": ["x\0y", "\ud800", "\U0001f600 \\u0000", {"\udfff": (1, None, 0.5)}]}
+    with services.db.write() as uow:
+        row = StageResult(tenant_id=LOCAL_TENANT, key="1" * 64, stage="export", outputs={}, data=data, seconds=1.0)
+        uow.session.add(row)
+    with services.db.read() as session:
+        stored = session.get_one(StageResult, (LOCAL_TENANT, "1" * 64)).data
+    assert stored == {"a\ufffd": ["x\ufffdy", "\ufffd", "\U0001f600 \\u0000", {"\ufffd": [1, None, 0.5]}]}

@@ -105,6 +105,11 @@ def desk(database: Database, tmp_path: Path) -> Desk:
     settings = Settings(home=tmp_path, worker=WorkerSettings(lease_s=0.3, redispatch_s=0.2, max_attempts=3))
     content = ContentStore(LocalStore(tmp_path / "blobs"))
     sent: list[str] = []
-    ledger = JobLedger(database, content, lambda job: sent.append(job.id), settings.worker)
-    service = JobService(database, content, lambda job: sent.append(job.id), settings)
+
+    def dispatch(job: Job) -> bool:
+        sent.append(job.id)
+        return True
+
+    ledger = JobLedger(database, content, dispatch, settings.worker)
+    service = JobService(database, content, dispatch, settings)
     return Desk(database, service, ledger, content, tmp_path, sent)

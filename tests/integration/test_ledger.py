@@ -205,6 +205,31 @@ def test_release_gives_the_job_back_without_counting_an_attempt(desk: Desk) -> N
     assert desk.sent == [job.id] * 6
 
 
+@pytest.mark.parametrize("how", ["release", "retry_later"])
+def test_a_job_that_is_given_back_after_a_cancel_is_cancelled(desk: Desk, how: str) -> None:
+    job = desk.submit()
+    claim = _claim(desk, job)
+    desk.service.cancel(LOCAL_TENANT, job.id)
+    getattr(desk.ledger, how)(claim, "because")
+    assert desk.job(job.id).status == JobStatus.CANCELLED
+
+
+def test_messages_that_the_broker_did_not_take_do_not_count(desk: Desk) -> None:
+    jobs = [desk.submit() for _ in range(3)]
+    asked: list[str] = []
+
+    def refused(job: Job) -> bool:
+        asked.append(job.id)
+        return False
+
+    taken, desk.ledger.dispatch = desk.ledger.dispatch, refused
+    time.sleep(0.25)
+    assert desk.ledger.sweep()["redispatched"] == 0
+    assert len(asked) == 1, "one refusal ends the sweep"
+    desk.ledger.dispatch = taken
+    assert desk.ledger.sweep()["redispatched"] == len(jobs)
+
+
 def test_every_change_leaves_an_event_with_the_version(desk: Desk) -> None:
     job = desk.submit()
     claim = _claim(desk, job)

@@ -129,6 +129,82 @@ def test_private_addresses_are_not_connected_to_where_tenants_share_the_service(
     assert receiver.requests == []
 
 
+def test_private_addresses_are_allowed_by_default_in_the_embedded_service_only(desk: Desk, receiver: Receiver) -> None:
+    _ended_job(desk, receiver.url)
+    server = {"DATABASE_URL": "postgresql://db/anneal"}
+    # A worker has no ANNEAL_HOST that would tell that keys are required.
+    assert WebhookSender(desk.db, Settings(**server)).deliver_due() == 0
+    assert receiver.requests == []
+    allowed = {
+        (): True,
+        ("keys",): False,
+        ("server",): False,
+        ("server", "keys"): False,
+    }
+    for options, expected in allowed.items():
+        settings = Settings(**(server if "server" in options else {}), require_keys=True if "keys" in options else None)
+        assert WebhookSender(desk.db, settings).allow_private is expected, options
+        for said in (True, False):
+            settings.webhooks = WebhookSettings(allow_private=said)
+            assert WebhookSender(desk.db, settings).allow_private is said
+
+
+def test_a_receiver_that_trickles_its_handshake_is_hung_up_on(desk: Desk) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ended: list[float] = []
+
+        def trickle() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                # A handshake record of 8 KiB, a byte at a time.
+                for byte in b"\x16\x03\x03\x20\x00\x02\x00\x1f\xfc" + bytes(60):
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.1)
+            ended.append(time.monotonic())
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        _ended_job(desk, f"https://127.0.0.1:{server.getsockname()[1]}/")
+        started = time.monotonic()
+        assert _sender(desk, timeout_s=0.4).deliver_due() == 0
+        assert time.monotonic() - started < 2
+        thread.join()
+        assert ended[0] - started < 3, "the connection was closed"
+
+
+def test_a_receiver_that_speaks_no_tls_is_let_go_of(desk: Desk) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        rest: list[bytes] = []
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(5)
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                while chunk := connection.recv(4096):
+                    rest.append(chunk)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        job = _ended_job(desk, f"https://127.0.0.1:{server.getsockname()[1]}/")
+        assert _sender(desk, max_attempts=1).deliver_due() == 0
+        thread.join(4)
+        assert not thread.is_alive(), "the socket was left open"
+        assert "given up" in desk.service.events_after(LOCAL_TENANT, job.id, 0)[-1].data["message"]
+
+
+def test_a_resolver_that_hangs_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No name server of the tests could be made to hang without touching the system's configuration.
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(10) and [])
+    _ended_job(desk, "http://receiver.example/")
+    started = time.monotonic()
+    assert _sender(desk, timeout_s=0.3).deliver_due() == 0
+    assert time.monotonic() - started < 2
+    released.set()
+
+
 def test_a_receiver_that_trickles_its_answer_is_hung_up_on(desk: Desk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.measure.accuracy import Kind, OutputComparison, check_outputs, output_kind
-from workers.measure.judge import Decision, TruthComparison, agreement_result, decide
+from workers.measure.accuracy import Kind, OutputComparison, check_outputs, output_kind, same_scores
+from workers.measure.judge import Decision, TruthComparison, decide
+from workers.measure.verdict import Verdict
 
 RNG = np.random.default_rng(0)
 
@@ -27,10 +28,13 @@ def unit(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(
     ("name", "values", "kind"),
     [
-        ("out", RNG.standard_normal((4, 10)), Kind.LOGITS),
+        ("out", RNG.standard_normal((4, 10)), Kind.UNCLEAR),
+        ("pred_class", RNG.standard_normal((4, 10)), Kind.LOGITS),
+        ("boxes", RNG.random((4, 4)) * 200, Kind.UNCLEAR),
+        ("out", RNG.standard_normal((4, 24)), Kind.UNCLEAR),
         ("out", softmax(RNG.standard_normal((4, 1000)) * 50), Kind.LOGITS),  # sure of itself: norm near 1
         ("out", unit((4, 384)), Kind.EMBEDDING),
-        ("out", RNG.standard_normal((4, 384)), Kind.LOGITS),
+        ("out", RNG.standard_normal((4, 384)), Kind.UNCLEAR),
         ("sentence_embedding", RNG.standard_normal((4, 384)), Kind.EMBEDDING),
         ("last_hidden_state", RNG.standard_normal((4, 7, 16)), Kind.EMBEDDING),
         ("logits", RNG.standard_normal((4, 7, 500)), Kind.LOGITS),
@@ -107,7 +111,8 @@ def decision_for(metric: Any, outputs: dict[str, Any], references: dict[str, Any
     return decide(metric, {n: output_kind(n, v) for n, v in outputs.items()}, outputs, references)
 
 
-LOGITS = {"y": RNG.standard_normal((4, 10))}
+LOGITS = {"logits": RNG.standard_normal((4, 10))}
+UNNAMED = {"y": RNG.standard_normal((4, 10))}
 HIDDEN = {"hidden": RNG.standard_normal((4, 7, 16))}
 
 
@@ -117,8 +122,11 @@ HIDDEN = {"hidden": RNG.standard_normal((4, 7, 16))}
         ("auto", LOGITS, {"labels": np.zeros(4, int)}, ("top1", "labels")),
         ("auto", LOGITS, {"labels": np.zeros((4, 1), int)}, ("top1", "labels")),
         ("auto", {"t": np.zeros((4, 7, 3))}, {"labels": np.zeros((4, 7), int)}, ("top1", "labels")),
-        ("top1", LOGITS, {"y": LOGITS["y"]}, ("top1", "references")),
-        ("auto", LOGITS, {"y": LOGITS["y"]}, ("top1", "references")),
+        ("auto", UNNAMED, {"labels": np.zeros(4, int)}, ("top1", "labels")),
+        ("top1", UNNAMED, {"y": UNNAMED["y"]}, ("top1", "references")),
+        ("auto", UNNAMED, {"y": UNNAMED["y"]}, ("normalized_error", "references")),
+        ("agreement", UNNAMED, {}, ("agreement", "agreement")),
+        ("auto", LOGITS, LOGITS, ("top1", "references")),
         ("auto", HIDDEN, {"hidden": HIDDEN["hidden"]}, ("normalized_error", "references")),
         ("auto", HIDDEN, {"labels": np.zeros(4, int)}, ("cosine", "agreement")),
         ("auto", LOGITS, {}, ("agreement", "agreement")),
@@ -145,6 +153,7 @@ def test_which_metric_judges(
         ("cosine", {"y": np.zeros(4)}, {}, "metric_mismatch", FailureKind.REQUEST),
         ("normalized_error", {"y": np.zeros(4, int)}, {}, "metric_mismatch", FailureKind.REQUEST),
         ("auto", LOGITS, {"labels": np.zeros((4, 3), int)}, "labels_mismatch", FailureKind.DATA),
+        ("auto", UNNAMED, {"labels": np.zeros((4, 3), int)}, "labels_mismatch", FailureKind.DATA),
     ],
 )
 def test_a_metric_that_does_not_fit(
@@ -191,15 +200,131 @@ def test_an_engine_better_than_the_original_has_a_negative_loss() -> None:
     assert found["loss_percent"] == pytest.approx(-5)
 
 
+def verdict_of(
+    outputs: dict[str, tuple[Any, Any]], references: dict[str, Any] | None = None, metric: Any = "auto", batch: int = 16
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`outputs`: name → (the original's values, the engine's)."""
+    references = references or {}
+    rows = len(next(iter(outputs.values()))[0])
+    verdict = None
+    for first in range(0, rows, batch):
+        part = slice(first, first + batch)
+        a, b = ({n: pair[side][part] for n, pair in outputs.items()} for side in (0, 1))
+        truth = {n: r[part] for n, r in references.items()}
+        if verdict is None:
+            kinds = {n: output_kind(n, v) for n, v in a.items()}
+            verdict = Verdict(decide(metric, kinds, a, truth), kinds)
+        verdict.add(a, b, truth, len(next(iter(a.values()))), first)
+    assert verdict is not None
+    return verdict.result(0)
+
+
+SCORES = RNG.standard_normal((64, 10))
+BOXES = RNG.random((64, 4)) * 200 + np.array([0, 0, 0, 500])  # the last is always the largest
+
+
 def test_the_worst_output_decides() -> None:
-    outputs = {"y": OutputComparison("y", Kind.LOGITS), "boxes": OutputComparison("boxes", Kind.NUMBERS)}
-    a, boxes = RNG.standard_normal((64, 10)), RNG.standard_normal((64, 5, 4))
-    outputs["y"].add(a, a, 64)
-    outputs["boxes"].add(boxes, boxes * 0.5, 64)
-    decision = Decision("agreement", "agreement", "y", "", all_outputs=True)
-    found = agreement_result(outputs, decision, 0)
-    assert (found["metric"], found["output"]) == ("normalized_error", "boxes")
+    boxes = RNG.standard_normal((64, 5, 4))
+    pairs = {"logits": (SCORES, SCORES), "boxes": (boxes, boxes * 0.5)}
+    found, outputs = verdict_of(pairs)
+    assert (found["metric"], found["output"], found["basis"]) == ("normalized_error", "boxes", "agreement")
     assert found["loss_percent"] == pytest.approx(50)
-    alone = agreement_result(outputs, Decision("agreement", "agreement", "y", ""), 0)
-    assert alone["loss_percent"] == 0
+    assert (outputs["logits"]["loss_percent"], outputs["boxes"]["loss_percent"]) == (0, pytest.approx(50))
+    alone, outputs = verdict_of(pairs, metric="agreement")
+    assert (alone["output"], alone["loss_percent"]) == ("logits", 0)
     assert alone["loss_ci"] == [0, pytest.approx(300 / 64, rel=1e-4)]
+    assert "loss_percent" not in outputs["boxes"]
+
+
+def test_numbers_are_not_judged_by_their_largest_column() -> None:
+    """Boxes and forecasts look like scores: their largest column stays the largest while the values are far off."""
+    found, outputs = verdict_of({"y": (BOXES, BOXES * 0.7)})
+    assert outputs["y"]["agreement"] == 1
+    assert (found["metric"], found["loss_percent"]) == ("normalized_error", pytest.approx(30))
+    assert "nothing says which" in found["why"]
+    found, _ = verdict_of({"y": (BOXES, BOXES * 0.7)}, {"y": BOXES})
+    assert (found["metric"], found["basis"]) == ("normalized_error", "references")
+    assert found["loss_percent"] == pytest.approx(30)
+
+
+def test_of_scores_without_a_name_the_worse_of_both_counts() -> None:
+    close = np.stack([np.full(64, 100.0), np.full(64, 100.01)], axis=1)
+    found, _ = verdict_of({"y": (close, close[:, ::-1])})  # all classes flip, the numbers hardly move
+    assert (found["metric"], found["loss_percent"]) == ("agreement", 100)
+    found, _ = verdict_of({"y": (close, close[:, ::-1])}, {"y": close})
+    assert (found["metric"], found["basis"], found["loss_percent"]) == ("top1", "references", 100)
+
+
+def test_numbers_that_add_up_to_one_by_chance_are_found_out() -> None:
+    shares = BOXES.copy()
+    shares[0] = [0.1, 0.2, 0.3, 0.4]
+    for references in ({}, {"y": shares}):
+        found, outputs = verdict_of({"y": (shares, shares * 0.7)}, references, batch=1)
+        assert (found["metric"], found["loss_percent"]) == ("normalized_error", pytest.approx(30))
+        assert outputs["y"]["kind"] == "scores_or_numbers"
+    p = softmax(SCORES)
+    for references in ({}, {"y": p}):
+        found, _ = verdict_of({"y": (p, p * 0.99)}, references, batch=1)
+        assert (found["metric"], found["loss_percent"]) == ("agreement" if not references else "top1", 0)
+
+
+def test_a_second_head_cannot_degrade_behind_the_labels() -> None:
+    labels = {"labels": SCORES.argmax(axis=1)}
+    pairs = {"boxes": (BOXES, BOXES * 0.7), "logits": (SCORES, SCORES)}
+    found, outputs = verdict_of(pairs, labels)
+    assert (found["output"], found["metric"], found["basis"]) == ("boxes", "normalized_error", "agreement")
+    assert found["loss_percent"] == pytest.approx(30)
+    assert "'boxes' loses more and decides" in found["why"]
+    assert found["enough_samples_for"] == pytest.approx(300 / 64, rel=1e-4)  # of the labels: the larger
+    assert (outputs["logits"]["metric"], outputs["logits"]["basis"]) == ("top1", "labels")
+    assert outputs["logits"]["loss_percent"] == 0
+    found, _ = verdict_of(pairs, labels, metric="top1")  # asked for: that output alone
+    assert (found["output"], found["loss_percent"]) == ("logits", 0)
+    found, _ = verdict_of({"boxes": (BOXES, BOXES * (1 + 1e-7)), "logits": (SCORES, SCORES)}, labels)
+    assert (found["output"], found["metric"]) == ("logits", "top1")  # floats summed in another order: no loss
+    found, _ = verdict_of(pairs, {"logits": SCORES})
+    assert (found["output"], found["basis"]) == ("boxes", "agreement")  # references cover one head only, too
+
+
+def test_outputs_that_say_the_same_as_the_scores_are_judged_by_the_labels() -> None:
+    """An engine that gets other samples wrong than the original has no loss, whichever form its answer takes."""
+    labels = np.arange(64) % 10
+    original, engine = np.eye(10)[labels] * 4, np.eye(10)[labels] * 4
+    original[:8], engine[8:16] = np.roll(original[:8], 1, axis=1), np.roll(engine[8:16], 1, axis=1)
+    pairs = {
+        "logits": (original, engine),
+        "probabilities": (softmax(original), softmax(engine)),
+        "label": (original.argmax(axis=1), engine.argmax(axis=1)),
+    }
+    found, outputs = verdict_of(pairs, {"labels": labels})
+    assert (found["output"], found["loss_percent"]) == ("logits", 0)
+    assert {o["basis"] for o in outputs.values()} == {"labels"}
+    assert outputs["label"]["agreement"] == 0.75
+    pairs["label"] = (pairs["label"][0], np.zeros(64, int))  # and still none of them may break
+    found, _ = verdict_of(pairs, {"labels": labels})
+    assert (found["output"], found["basis"]) == ("label", "labels")
+    assert found["loss_percent"] > 70
+    other = (original.argmax(axis=1) + (np.arange(64) == 63), pairs["label"][1])  # the same, but for the last sample
+    _, outputs = verdict_of({**pairs, "label": other}, {"labels": labels})
+    assert outputs["label"]["basis"] == "agreement"
+
+
+def test_labels_find_their_head() -> None:
+    labels = {"labels": SCORES.argmax(axis=1)}
+    wide = RNG.standard_normal((64, 10))
+    for pairs in (
+        {"y0": (wide[:, :4], wide[:, :4]), "y1": (SCORES, SCORES)},
+        {"y": (wide, wide), "logits": (SCORES, SCORES)},
+    ):
+        found, _ = verdict_of(pairs, labels, batch=64)
+        assert found["output"] == list(pairs)[1]
+
+
+def test_same_scores() -> None:
+    masked = SCORES.copy()
+    masked[:, 3] = -np.inf
+    assert same_scores(masked, masked)
+    assert same_scores(SCORES, SCORES.argmax(axis=1)[:, np.newaxis])
+    assert not same_scores(SCORES, SCORES * 2)
+    assert not same_scores(SCORES, SCORES[:, :5])
+    assert not same_scores(np.full((2, 3), np.nan), np.ones((2, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, TensorSpec, backends
 from workers.measure import engine_process, rounds
-from workers.measure.engine_process import EngineProcess
+from workers.measure.engine_process import EngineProcess, WarmUp
+from workers.measure.figures import a_a
 from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
 from workers.stages.benchmark import Benchmark, BenchmarkOptions
 
@@ -131,7 +133,7 @@ def bench(tmp_path: Path) -> Callable[..., Any]:
         json.dumps(result.data, allow_nan=False)
         assert reporter.fractions == sorted(reporter.fractions)
         assert reporter.fractions[-1] == pytest.approx(1.0)
-        return result.data
+        return {**result.data, "reusable": result.reusable}
 
     return run
 
@@ -160,11 +162,36 @@ def test_every_figure_of_a_run(bench: Callable[..., Any], tmp_path: Path) -> Non
     assert data["noisy"] == bool(data["noise"])
     for aa in data["aa"].values():  # what does not hold 1.0, or is too wide to say anything, is noise
         assert data["noisy"] or (aa["low"] <= 1 <= aa["high"] and aa["high"] <= 1.25 * aa["low"])
+        mean = aa["throughput"]
+        assert mean["low"] <= mean["ratio"] <= mean["high"]
+        assert data["noisy"] or mean["low"] <= 1 <= mean["high"]
+    assert data["reusable"] is not data["noisy"]
+    assert data["versions"]["onnxruntime"] == importlib.metadata.version("onnxruntime")
     assert "load_average" in data["conditions"]["before"]
     with np.load(tmp_path / "out/samples/samples.npz", allow_pickle=False) as raw:
         for name in ("baseline", "baseline (again)", "same", "small"):
             assert raw[f"{name}|1|latency_ns"].shape == raw[f"{name}|1|round"].shape
         assert len(raw["small|8|latency_ns"]) == data["engines"]["small"]["batches"]["8"]["samples"]
+
+
+def test_noise_is_known_of_medians_and_of_means() -> None:
+    """Two processes with the same median, of which one stalls now and then: only the throughput tells them apart."""
+    steady = [np.full(100, 1_000_000) for _ in range(10)]
+    stalls = [np.where(np.arange(100) < 10, 9_000_000, 1_000_000) for _ in range(10)]
+    a, b = (rounds.Timing(WarmUp(50, 1.0, True, 1e6), [], list(x)) for x in (steady, stalls))
+    found = a_a(a, b, 0).to_json()
+    assert found["ratio"] == found["low"] == found["high"] == 1
+    assert found["throughput"]["ratio"] == pytest.approx(1 / 1.8, rel=1e-4)
+    assert found["throughput"]["high"] < 1
+
+
+def test_memory_is_in_decimal_megabytes(tmp_path: Path) -> None:
+    process = EngineProcess("x", "onnxruntime", mlp(tmp_path / "m"), {})
+    process.load()
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
+    assert process.peak_memory_mb() == pytest.approx(kib * 1024 / 1e6, rel=0.02)
+    process.close()
 
 
 def test_a_slowed_engine_never_looks_faster(bench: Callable[..., Any]) -> None:
@@ -196,6 +223,10 @@ def test_an_engine_that_dies_leaves_the_others_alone(
     assert data["engines"]["dies"]["batches"] == {}
     assert "failed" not in data["engines"]["lives"]
     assert data["engines"]["lives"]["batches"]["1"]["samples"] > 11
+    if code == "out_of_memory":  # it may live another time: no other job may take this for an answer
+        assert data["reusable"] is False
+    else:
+        assert data["reusable"] is not data["noisy"]
 
 
 def test_an_engine_that_hangs_is_ended(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

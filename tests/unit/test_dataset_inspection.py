@@ -285,3 +285,16 @@ def test_flat_memory_and_no_numpy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 16 << 10
+
+
+@pytest.mark.parametrize("bad", ["\n", "\x1b", "\x7f"])
+def test_control_characters_in_the_names_of_arrays(inspect: Inspect, bad: str) -> None:
+    for data, filename in ((npz(**{f"a{bad}b": X}), "d.npz"), (zipped({"s.npz": npz(**{f"a{bad}b": X})}), "d.zip")):
+        error = refusal(inspect, data, filename)
+        assert f"U+{ord(bad):04X}" in error.detail
+        assert error.tensor == "a\ufffdb"
+
+
+def test_nul_in_the_name_of_an_array(inspect: Inspect) -> None:
+    data = npz(aXb=X).replace(b"aXb.npy", b"a\0b.npy")
+    refusal(inspect, data)

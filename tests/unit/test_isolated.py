@@ -64,6 +64,17 @@ def test_the_child_sees_no_secret_and_runs_in_its_workspace(isolated: IsolatedRu
     assert data["cwd"] == str(tmp_path / "work")
 
 
+def test_a_request_may_be_large(isolated: IsolatedRunner, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    inputs = {f"engine.{i:06d}": str(tmp_path) for i in range(20_000)}
+    limits = Limits(20, 4 << 30, 8 << 20)
+    request = StageRequest(
+        "misbehave", {"how": "well"}, inputs, str(tmp_path / "work"), str(tmp_path / "out"), {}, limits
+    )
+    outcome = isolated.run(request, on_progress=lambda *_: None, should_stop=lambda: False)
+    assert outcome.outputs == ["file"]
+
+
 def test_a_crash_is_a_typed_failure_of_the_model(isolated: IsolatedRunner, tmp_path: Path) -> None:
     failure = _failure(isolated, tmp_path, "crash")
     assert (failure.code, failure.kind) == ("runtime_crashed", FailureKind.MODEL)

@@ -338,6 +338,17 @@ def test_pt2_of_the_older_layout(inspect: Inspect, torch_files: dict[str, bytes]
     assert inspect(old, "m.pt2").inputs == inspect(torch_files["model.pt2"], "m.pt2").inputs
 
 
+@pytest.mark.parametrize("bad", ["\0", "\n", "\x7f", "\ud800"])
+def test_control_characters_in_the_names_of_a_pt2(inspect: Inspect, torch_files: dict[str, bytes], bad: str) -> None:
+    graph = json.dumps(graph_of(torch_files["model.pt2"]))
+    name = inspect(torch_files["model.pt2"], "m.pt2").inputs[0]["name"]
+    changed = graph.replace(json.dumps(name), json.dumps(f"{name}{bad}"))
+    assert changed != graph
+    error = refusal(inspect, zipped({"m/models/model.json": changed.encode()}), "m.pt2")
+    assert f"U+{ord(bad):04X}" in error.detail
+    assert error.tensor == f"{name}\ufffd"
+
+
 def test_pt2_that_cannot_be_read_is_not_guessed(inspect: Inspect, torch_files: dict[str, bytes]) -> None:
     def pack(graph: object) -> bytes:
         return zipped({"m/models/model.json": json.dumps(graph).encode()})

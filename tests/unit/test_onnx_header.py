@@ -385,3 +385,50 @@ def outcome(data: bytes, *, forward: bool) -> None:
     except AppError as e:
         code = e.code
     assert code == "invalid_model"
+
+
+BAD = ["\0", "\n", "\x1b", "\x7f"]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_control_characters_in_names_are_refused(bad: str) -> None:
+    name = f"a{bad}b"
+
+    def model(
+        *, x: str = "x", dim: str = "n", op: str = "Relu", domain: str = "", node: str = "", weight: str = "w"
+    ) -> onnx.ModelProto:
+        inner = helper.make_graph([helper.make_node(op, ["x"], ["z"], domain=domain, name=node)], "g", [], [])
+        graph = helper.make_graph(
+            [helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)],
+            "g",
+            [tensor_input(x, TensorProto.FLOAT, [dim])],
+            [tensor_input("y", TensorProto.FLOAT, [1])],
+            [numpy_helper.from_array(np.ones(1, np.float32), weight)],
+        )
+        return helper.make_model(graph)
+
+    read(model().SerializeToString())
+    fields = {
+        "x": "an input or output", "dim": "a dimension", "op": "an op type", "domain": "the domain of an op",
+        "node": "a node", "weight": "a tensor",
+    }  # fmt: skip
+    for where, what in fields.items():
+        with pytest.raises(AppError) as caught:
+            read(model(**{where: name}).SerializeToString())
+        assert caught.value.code == "invalid_model"
+        assert f"The name of {what}, " in caught.value.detail
+        assert f"U+{ord(bad):04X}: {name!r}" in caught.value.detail
+        assert caught.value.tensor == "a\ufffdb"
+    imports = model()
+    imports.opset_import.add(domain=name, version=1)
+    with pytest.raises(AppError, match="an operator-set domain"):
+        read(imports.SerializeToString())
+
+
+def test_what_nothing_refers_to_may_hold_any_text() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(cnn())
+    model.producer_name, model.producer_version, model.graph.name = "a\0", "1\n", "g\x1b\u00e9"
+    header = read(model.SerializeToString())
+    assert (header.producer_name, header.producer_version) == ("a\ufffd", "1\ufffd")
+    assert header.graph_name == "g\ufffd\u00e9"

@@ -165,8 +165,11 @@ def test_without_data_the_original_is_the_truth(judged: Callable[..., Any], tmp_
 def test_references_judge_where_there_are_no_labels(judged: Callable[..., Any], tmp_path: Path) -> None:
     y = np.load(dataset(tmp_path / "plain") / "d.npz")["x"][:, :CLASSES]
     folder = dataset(tmp_path / "data", labels=None, y=y)
-    data = judged("roll", above=0.895, inputs={"data": folder})
+    data = judged("roll", above=0.895, inputs={"data": folder}, metric="top1")
     assert (data["metric"], data["kind"], data["loss_percent"]) == ("top1", "references", 10)
+    data = judged("roll", above=0.895, model=tmp_path / "model", inputs={"data": folder})
+    assert (data["metric"], data["kind"]) == ("normalized_error", "references")  # `y` may be scores, or numbers
+    assert data["loss_percent"] > 10
     data = judged(model=tmp_path / "model", inputs={"data": folder}, metric="normalized_error")
     assert (data["kind"], data["baseline_value"], data["loss_percent"]) == ("references", 0, 0)
 

@@ -14,7 +14,8 @@ Array = np.ndarray[Any, Any]
 MAX_CLASSES = 200_000
 _UNIT_NORM = 0.02
 _EMBEDDING_WIDTH = 64
-_LOGIT_NAMES = ("logit", "prob", "score", "softmax", "class")
+_SAME_PROBABILITY = 5e-3  # half precision
+_CLASS_NAMES = ("logit", "prob", "score", "softmax", "class")
 _EMBEDDING_NAMES = ("embed", "pool", "hidden", "feature")
 
 
@@ -22,6 +23,7 @@ class Kind(StrEnum):
     """What an output is, and so how two of them are compared."""
 
     LOGITS = "logits"  # scores or probabilities of classes on the last axis: top-1 agreement and KL divergence
+    UNCLEAR = "scores_or_numbers"  # [n, m] floats without evidence for either: the worse of what fits the two
     EMBEDDING = "embedding"  # vectors on the last axis: cosine
     NUMBERS = "numbers"  # any other floats: normalized error
     EXACT = "exact"  # integers, booleans, strings: equal or not
@@ -40,23 +42,48 @@ class Broken:
 
 
 def output_kind(name: str, values: Array) -> Kind:
-    """The kind of an output, from its name, dtype, shape and values (one batch of the original's)."""
+    """The kind of an output, from its name, dtype, shape and values (one batch of the original's).
+
+    LOGITS only on evidence: a name that says so, or rows that are probabilities. Boxes and forecasts have the shape of
+    scores too, and the position of their largest value says nothing of the others.
+    """
     if values.dtype.kind not in "f":
         return Kind.EXACT
     lower = name.lower()
     classes = values.shape[-1] if values.ndim >= 2 else 0
     class_like = 2 <= classes <= MAX_CLASSES
-    if class_like and any(word in lower for word in _LOGIT_NAMES):
+    if class_like and names_classes(name):
         return Kind.LOGITS
     if classes > 1 and any(word in lower for word in _EMBEDDING_NAMES):
         return Kind.EMBEDDING
     if values.ndim != 2 or not class_like or classes > 100_000:
         return Kind.NUMBERS
-    if not are_probabilities(values) and classes >= _EMBEDDING_WIDTH:
+    if are_probabilities(values):
+        return Kind.LOGITS
+    if classes >= _EMBEDDING_WIDTH:
         norms = np.linalg.norm(values.astype(np.float64), axis=-1)
         if np.all(np.abs(norms - 1) < _UNIT_NORM):
             return Kind.EMBEDDING
-    return Kind.LOGITS
+    return Kind.UNCLEAR
+
+
+def names_classes(name: str) -> bool:
+    """Whether an output's name says that it holds scores of classes."""
+    return any(word in name.lower() for word in _CLASS_NAMES)
+
+
+def same_scores(scores: Array, other: Array) -> bool:
+    """Whether `other` says the same as `scores` [n, …, classes]: the number of its largest class, or the same
+    probabilities (the one may be the logits or the logarithm of the other)."""
+    if other.dtype.kind in "iu":
+        return other.size * scores.shape[-1] == scores.size and bool(
+            np.array_equal(scores.argmax(axis=-1).ravel(), other.ravel())
+        )
+    if other.dtype.kind != "f" or other.shape != scores.shape:
+        return False
+    with np.errstate(invalid="ignore"):  # an original's NaN or Infinity is the same as nothing
+        p, q = (x.astype(np.float64) if are_probabilities(x) else np.exp(_log_softmax(x)) for x in (scores, other))
+    return bool(np.allclose(p, q, atol=_SAME_PROBABILITY))
 
 
 def are_probabilities(values: Array) -> bool:
@@ -120,11 +147,11 @@ class OutputComparison:
         flat = (len(a), -1) if a.size else (len(a), 0)
         self._put("squared_error", (difference**2).reshape(flat).sum(axis=1))
         self._put("squared_norm", (a**2).reshape(flat).sum(axis=1))
-        if a.ndim >= 2 and self.kind in (Kind.LOGITS, Kind.EMBEDDING):
+        if a.ndim >= 2 and self.kind is not Kind.NUMBERS:
             self._put("cosine", _row_means(_cosine(a, b)))
         else:
             self._put("cosine", _cosine(a.reshape(flat), b.reshape(flat)))
-        if self.kind is Kind.LOGITS:
+        if self.kind in (Kind.LOGITS, Kind.UNCLEAR):
             self._put("agreement", _row_means(a.argmax(axis=-1) == b.argmax(axis=-1)))
             self._put("kl", _row_means(_kl(a, b)))
 
@@ -187,5 +214,6 @@ def _kl(a: Array, b: Array) -> Array:
 
 
 def _log_softmax(x: Array) -> Array:
+    x = x.astype(np.float64)
     shifted = x - x.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -12,7 +12,7 @@ from workers.measure.figures import rounded
 
 @dataclass
 class Cold:
-    """Milliseconds and MiB. `refused`: larger batch sizes that did not run, and how they failed."""
+    """Milliseconds and MB (10⁶ bytes). `refused`: larger batch sizes that did not run, and how they failed."""
 
     load_ms: float
     first_inference_ms: float

@@ -110,7 +110,7 @@ class EngineProcess:
         return answer
 
     def peak_memory_mb(self) -> float:
-        """Largest resident memory of the process so far, libraries and interpreter included, in MiB."""
+        """Largest resident memory of the process so far, libraries and interpreter included, in MB (10⁶ bytes)."""
         answer: float = self._call("peak_memory_mb", limit_s=INFERENCE_LIMIT_S)
         return answer
 
@@ -233,8 +233,8 @@ class _Engine:
     def peak_memory_mb(self) -> float:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                return int(line.split()[1]) * 1024 / 1e6  # the kernel's "kB" are 1024 bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
     def _call_next(self) -> None:
         self._calls[self._next]()

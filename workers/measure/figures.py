@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from workers.measure.rounds import Timing
@@ -59,5 +60,18 @@ def itself() -> dict[str, dict[str, float]]:
     return {"speedup": one, "throughput_ratio": dict(one)}
 
 
-def a_a(baseline: Timing, again: Timing, seed: int) -> Interval:
-    return ratio_of_medians(baseline.rounds, again.rounds, seed)
+@dataclass(frozen=True)
+class AA:
+    """The baseline against itself, in two processes: what no engine's gain may hide in, for each kind of gain."""
+
+    p50: Interval
+    throughput: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        """{ratio, low, high} of the medians, and the same of the means under `throughput`."""
+        return {**self.p50.to_json(), "throughput": self.throughput.to_json()}
+
+
+def a_a(baseline: Timing, again: Timing, seed: int) -> AA:
+    medians = ratio_of_medians(baseline.rounds, again.rounds, seed)
+    return AA(medians, ratio_of_means(baseline.rounds, again.rounds, seed))

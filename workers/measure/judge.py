@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +18,20 @@ Metric = Literal["auto", "top1", "agreement", "cosine", "normalized_error"]
 Basis = Literal["labels", "references", "agreement"]
 
 IGNORED_LABEL = -100  # the frameworks' custom for positions that do not count
-_METRIC_OF_KIND: dict[Kind, Metric] = {
-    Kind.LOGITS: "agreement",
-    Kind.EMBEDDING: "cosine",
-    Kind.NUMBERS: "normalized_error",
-    Kind.EXACT: "agreement",
+METRICS_OF_KIND: dict[Kind, tuple[Metric, ...]] = {  # of several, the worst counts
+    Kind.LOGITS: ("agreement",),
+    Kind.UNCLEAR: ("agreement", "normalized_error"),
+    Kind.EMBEDDING: ("cosine",),
+    Kind.NUMBERS: ("normalized_error",),
+    Kind.EXACT: ("agreement",),
 }
+_BOTH = "scores of classes or plain numbers, nothing says which: the worse of top-1 and normalized error"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`output` is judged by `metric` on the ground of `basis`; `all_outputs`: the worst output decides."""
+    """`output` is judged by `metric` on the ground of `basis`. `all_outputs`: every other output is held to the
+    original's by its kind, and the worst decides; without it, somebody asked for this one metric."""
 
     metric: Metric
     basis: Basis
@@ -47,7 +50,8 @@ def decide(
     """
     by_name = {n: r for n, r in references.items() if n in outputs and outputs[n].shape == r.shape}
     if metric in ("auto", "top1"):
-        found = _by_labels(outputs, references, kinds) or _by_references(kinds, by_name, only_logits=metric == "top1")
+        auto = metric == "auto"
+        found = _by_labels(outputs, references, kinds, auto=auto) or _by_references(kinds, by_name, auto=auto)
         if found is not None:
             return found
         if metric == "top1":
@@ -62,27 +66,31 @@ def decide(
     elif metric == "cosine":
         fitting = sorted((n for n in floats if outputs[n].ndim >= 2), key=lambda n: kinds[n] is not Kind.EMBEDDING)
     else:
-        fitting = [n for n, k in kinds.items() if k is Kind.LOGITS] or [n for n, k in kinds.items() if k is Kind.EXACT]
+        order = (Kind.LOGITS, Kind.UNCLEAR, Kind.EXACT)
+        fitting = [n for kind in order for n, k in kinds.items() if k is kind]
     if not fitting:
         raise _mismatch(metric, f"fits none of the outputs {sorted(outputs)}")
     return Decision(metric, "agreement", fitting[0], f"asked for; against the original's output {fitting[0]!r}")
 
 
 def _by_labels(
-    outputs: Mapping[str, Array], references: Mapping[str, Array], kinds: Mapping[str, Kind]
+    outputs: Mapping[str, Array], references: Mapping[str, Array], kinds: Mapping[str, Kind], *, auto: bool
 ) -> Decision | None:
     if LABELS not in references or LABELS in outputs:
         return None
     labels = squeezed(references[LABELS])
-    for name, values in outputs.items():
-        if (
-            values.dtype.kind == "f"
-            and values.ndim >= 2
-            and values.shape[-1] >= 2
-            and values.shape[:-1] == labels.shape
-        ):
-            return Decision("top1", "labels", name, f"the data has labels and {name!r} a score per class")
-    classifiers = [n for n, k in kinds.items() if k is Kind.LOGITS]
+    fitting = [
+        n
+        for n, x in outputs.items()
+        if x.dtype.kind == "f" and x.ndim >= 2 and x.shape[-1] >= 2 and x.shape[:-1] == labels.shape
+    ]
+    if fitting:
+        most_likely = (Kind.LOGITS, Kind.UNCLEAR, Kind.NUMBERS, Kind.EMBEDDING)
+        classes = int(labels.max(initial=0)) + 1
+        name = min(fitting, key=lambda n: (most_likely.index(kinds[n]), outputs[n].shape[-1] < classes))
+        why = f"the data has labels and {name!r} a score per class"
+        return Decision("top1", "labels", name, why, all_outputs=auto)
+    classifiers = [n for n, k in kinds.items() if k in (Kind.LOGITS, Kind.UNCLEAR)]
     if classifiers:
         shape = list(outputs[classifiers[0]].shape)
         raise data_failure(
@@ -94,24 +102,29 @@ def _by_labels(
     return None
 
 
-def _by_references(kinds: Mapping[str, Kind], by_name: Mapping[str, Array], *, only_logits: bool) -> Decision | None:
-    for name in sorted(by_name, key=lambda n: kinds[n] is not Kind.LOGITS):
-        if kinds[name] is Kind.LOGITS:
-            return Decision("top1", "references", name, f"the data has references for the scores {name!r}")
-        if only_logits:
-            return None
-        chosen: Metric = "agreement" if kinds[name] is Kind.EXACT else "normalized_error"
-        return Decision(chosen, "references", name, f"the data has references for {name!r}")
-    return None
+def _by_references(kinds: Mapping[str, Kind], by_name: Mapping[str, Array], *, auto: bool) -> Decision | None:
+    order = [Kind.LOGITS, Kind.UNCLEAR, *(k for k in Kind if k not in (Kind.LOGITS, Kind.UNCLEAR))]
+    name = min(by_name, key=lambda n: order.index(kinds[n]), default=None)
+    if name is None:
+        return None
+    kind = kinds[name]
+    if kind is Kind.LOGITS or (kind is Kind.UNCLEAR and not auto):
+        return Decision("top1", "references", name, f"the data has references for the scores {name!r}", auto)
+    if not auto:
+        return None
+    chosen: Metric = "agreement" if kind is Kind.EXACT else "normalized_error"
+    why = f"the data has references for {name!r}" + (f" ({_BOTH})" if kind is Kind.UNCLEAR else "")
+    return Decision(chosen, "references", name, why, all_outputs=True)
 
 
 def _by_agreement(kinds: Mapping[str, Kind], *, labels_unused: bool) -> Decision:
-    for kind in (Kind.LOGITS, Kind.EMBEDDING, Kind.NUMBERS, Kind.EXACT):
+    for kind in (Kind.LOGITS, Kind.UNCLEAR, Kind.EMBEDDING, Kind.NUMBERS, Kind.EXACT):
         for name, found in kinds.items():
             if found is kind:
                 why = "the labels fit no output" if labels_unused else "no labels or references"
-                why += f": agreement with the original, each output by its kind ({name!r}: {kind}); the worst decides"
-                return Decision(_METRIC_OF_KIND[kind], "agreement", name, why, all_outputs=True)
+                what = _BOTH if kind is Kind.UNCLEAR else str(kind)
+                why += f": agreement with the original, each output by its kind ({name!r}: {what}); the worst decides"
+                return Decision(METRICS_OF_KIND[kind][0], "agreement", name, why, all_outputs=True)
     raise StageFailure("no_outputs", "The model has no outputs that are tensors.")
 
 
@@ -130,7 +143,10 @@ def squeezed(labels: Array) -> Array:
 
 
 class TruthComparison:
-    """Accumulates both engines against labels or references: per sample, how right each is."""
+    """Accumulates both engines against labels or references: per sample, how right each is.
+
+    With labels, an output of integers is taken for the numbers of classes, one of floats for scores.
+    """
 
     def __init__(self, decision: Decision) -> None:
         self._decision = decision
@@ -139,9 +155,11 @@ class TruthComparison:
     def add(self, original: Array, engine: Array, truth: Array, first: int) -> None:
         if self._decision.basis == "labels":
             labels = squeezed(truth)
-            self._check_range(labels, original.shape[-1], first)
+            if original.dtype.kind == "f":
+                self._check_range(labels, original.shape[-1], first)
+                original, engine = original.argmax(axis=-1), engine.argmax(axis=-1)
             counted = labels != IGNORED_LABEL
-            pair = [_share((x.argmax(axis=-1) == labels) & counted, counted) for x in (original, engine)]
+            pair = [_share((x.reshape(labels.shape) == labels) & counted, counted) for x in (original, engine)]
         elif self._decision.metric == "top1":
             wanted = truth.argmax(axis=-1)
             every = np.ones(wanted.shape, bool)
@@ -186,16 +204,10 @@ class TruthComparison:
             )
 
 
-def agreement_result(outputs: Mapping[str, OutputComparison], decision: Decision, seed: int) -> dict[str, Any]:
-    """The loss against the original's outputs: of `decision.output`, or of the worst output, each by its own kind."""
-    names = list(outputs) if decision.all_outputs else [decision.output]
-    worst: dict[str, Any] = {}
-    for name in sorted(names, key=lambda n: n != decision.output):
-        metric = decision.metric if name == decision.output else _METRIC_OF_KIND[outputs[name].kind]
-        figures = {**_one_agreement(outputs[name], metric, seed), "metric": metric, "output": name}
-        if not worst or figures["loss_percent"] > worst["loss_percent"]:
-            worst = figures
-    return worst
+def agreement_figures(output: OutputComparison, metrics: Sequence[Metric], seed: int) -> dict[str, Any]:
+    """The loss of one output against the original's, with the `metric` of these that finds the largest."""
+    found = [{**_one_agreement(output, metric, seed), "metric": metric} for metric in metrics]
+    return max(found, key=lambda figures: float(figures["loss_percent"]))
 
 
 def _one_agreement(output: OutputComparison, metric: Metric, seed: int) -> dict[str, Any]:

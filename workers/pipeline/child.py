@@ -82,7 +82,11 @@ def run_request(request: StageRequest, progress_fd: int | None) -> dict[str, Any
     try:
         result = _run(request, reporter)
         json.dumps(result.data, allow_nan=False)
-        body: dict[str, Any] = {"outputs": list(result.outputs), "data": dict(result.data)}
+        body: dict[str, Any] = {
+            "outputs": list(result.outputs),
+            "data": dict(result.data),
+            "reusable": result.reusable,
+        }
     except StageFailure as failure:
         failure.stage = failure.stage or request.stage
         body = {"failure": failure.to_json()}

@@ -23,7 +23,7 @@ import structlog
 from app.domain.failures import FailureKind, StageFailure, infrastructure_failure
 from app.settings import child_environment
 from workers.pipeline.child import out_of_memory
-from workers.pipeline.protocol import LOG_FILE, MAX_DATAGRAM, RESULT_FILE, ChildEnd, Limits, StageRequest
+from workers.pipeline.protocol import LOG_FILE, MAX_DATAGRAM, REQUEST_FILE, RESULT_FILE, ChildEnd, Limits, StageRequest
 from workers.pipeline.zygote import SOCKET_FD
 
 log = structlog.get_logger(__name__)
@@ -45,6 +45,7 @@ class StageOutcome:
     data: dict[str, Any]
     notes: list[dict[str, Any]]
     seconds: float
+    reusable: bool = True
 
 
 @dataclass
@@ -107,7 +108,10 @@ class IsolatedRunner:
         watch = _Watch(request)
         try:
             try:
-                socket.send_fds(channel, [request.encode()], [write_fd])
+                # The request goes by file: a datagram holds some 200 kB, a model may have thousands of inputs.
+                path = Path(request.workspace) / REQUEST_FILE
+                path.write_bytes(request.encode())
+                socket.send_fds(channel, [str(path).encode()], [write_fd])
             finally:
                 os.close(write_fd)
             watch.pid = int(json.loads(self._receive(channel))["pid"])
@@ -134,13 +138,14 @@ class IsolatedRunner:
                 fds.remove(read_fd)
             if channel in ready:
                 end = ChildEnd(**json.loads(self._receive(channel)))
+                watch.pid = 0  # reaped: the number may be somebody else's by now
                 if interrupted:
                     raise Interrupted
                 return end
             if not interrupted and should_stop():
                 interrupted = True
                 watch.kill()
-            if watch.stopped is None:
+            if watch.stopped is None and watch.pid:
                 watch.stopped = _over_limit(watch)
                 if watch.stopped is not None:
                     watch.kill()
@@ -250,7 +255,7 @@ def _outcome(watch: _Watch, end: ChildEnd) -> StageOutcome:
             if failure.code == "internal":
                 log.error("stage_internal_error", stage=request.stage, log=_tail(request))
             raise failure
-        return StageOutcome(result["outputs"], result["data"], result["notes"], result["seconds"])
+        return StageOutcome(result["outputs"], result["data"], result["notes"], result["seconds"], result["reusable"])
     log.warning("stage_died", stage=request.stage, status=end.wait_status, log=_tail(request))
     raise _death(watch, end)
 

@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 
 _SEED = 20_240_229
 _LEAST_STAGE_S = 60.0
+_LOADED_FACTOR = 1.6  # memory of a loaded engine over the size of its file: weights, packed copies of some, activations
 _WEIGHTS = {"export": 2.0, "simplify": 1.0, "quantize": 2.0, "build": 1.0, "validate": 1.0, "package": 1.0}
 
 
@@ -97,7 +98,7 @@ class Optimizer:
         runs = [CandidateRun(c, Tried(c.id, c.precision, c.lossless)) for c in plan.candidates]
         exhausted = False
         for run in runs:
-            if self._out_of_budget(len(runs)):
+            if self._out_of_budget(1 + sum(r.build is not None for r in runs)):
                 exhausted = True
                 run.tried.failed = f"the budget of {self.spec.budget_seconds} s left no time for it"
                 continue
@@ -235,6 +236,7 @@ class Optimizer:
         """Baseline and all built candidates side by side; those that lost too much accuracy too, since their figures
         tell the user what a looser limit would buy. What is broken is not timed."""
         ready = [r for r in runs if r.build is not None and not (r.tried.accuracy or {"broken": True}).get("broken")]
+        ready = self._that_fit(ready, export.outputs["model"].size_bytes)
         inputs = {"baseline": export.outputs["model"]}
         engines = []
         for run in ready:
@@ -254,6 +256,19 @@ class Optimizer:
         # Nothing ships without it: it may take what it needs, and is ended only where it clearly hangs.
         seconds = max(self._stage_seconds(), 5 * self._benchmark_seconds(len(engines)))
         return self.runner.run("benchmark", inputs, options, weight=self._benchmark_weight(len(runs)), seconds=seconds)
+
+    def _that_fit(self, ready: list[CandidateRun], baseline_bytes: int) -> list[CandidateRun]:
+        """All engines are kept loaded side by side, the baseline twice. Where memory does not hold them, the largest
+        are left out (seldom the fastest) and the report says so."""
+        room = self.runner.limits.memory_bytes - 2 * baseline_bytes * _LOADED_FACTOR
+        kept: list[CandidateRun] = []
+        for run in sorted(ready, key=_engine_bytes):
+            room -= _engine_bytes(run) * _LOADED_FACTOR
+            if room >= 0:
+                kept.append(run)
+            else:
+                run.tried.failed = "not measured: the worker's memory does not hold it beside the others"
+        return [run for run in ready if run in kept]
 
     def _package(self, found: Optimization) -> Outcome:
         picked = found.picked
@@ -280,8 +295,7 @@ class Optimizer:
             "inputs": found.export.data["inputs"],
             "outputs": found.export.data["outputs"],
             "hardware": dict(self.runner.hardware),
-            "versions": (picked.build.data.get("versions") if picked and picked.build else None)
-            or found.benchmark.data.get("versions", {}),
+            "versions": picked.build.libraries if picked and picked.build else found.benchmark.libraries,
         }
         options = {
             "name": f"{slug(self.model.name)}-{precision}",
@@ -293,6 +307,11 @@ class Optimizer:
             "seed": _SEED,
         }
         return self.runner.run("package", inputs, options, weight=_WEIGHTS["package"], seconds=self._stage_seconds())
+
+
+def _engine_bytes(run: CandidateRun) -> int:
+    assert run.build is not None
+    return run.build.outputs["engine"].size_bytes
 
 
 def baseline_precision(found: Optimization) -> str:

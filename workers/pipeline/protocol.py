@@ -1,7 +1,7 @@
 """What the worker and its child processes say to each other: one JSON object a line, or a datagram.
 
-A stage request goes worker → zygote (with the write end of a progress pipe), the zygote forks, the child reports its
-progress through the pipe and leaves `result.json` in its workspace; the zygote tells the worker how the child ended.
+The path of a stage request goes worker → zygote (with the write end of a progress pipe), the zygote forks, the child
+reports its progress through the pipe and leaves `result.json` in its workspace; the zygote tells how the child ended.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+REQUEST_FILE = "request.json"
 RESULT_FILE = "result.json"
 LOG_FILE = "stage.log"
-MAX_DATAGRAM = 1 << 20
+MAX_DATAGRAM = 1 << 16
 
 
 @dataclass(frozen=True)

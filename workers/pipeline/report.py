@@ -35,7 +35,7 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
             opset=found.export.data.get("opset"),
             kind=structure["kind"],
             ops=structure["ops"],
-            notes=[*found.export.data.get("notes", []), *found.export.notes],
+            notes=list(found.export.data.get("notes", [])),
         ),
         optimizations_applied=_applied(found, batch),
         final_metrics=_final(found, batch) if shipped else None,
@@ -51,7 +51,7 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
         environment={
             "hardware": dict(found.hardware),
             "conditions": found.benchmark.data.get("conditions", {}),
-            "versions": found.benchmark.data.get("versions", {}),
+            "versions": _versions(calls),
         },
         method={
             "benchmark": found.benchmark.data.get("method", {}),
@@ -77,7 +77,7 @@ def make_manifest(found: Optimization, calls: list[Outcome], fingerprint: str, r
         "model": {"id": found.model.id, "sha256": found.model.sha256, "format": found.model.format},
         "hardware": dict(found.hardware),
         "hardware_fingerprint": fingerprint,
-        "versions": found.benchmark.data.get("versions", {}),
+        "versions": _versions(calls),
         "picked": found.verdict.picked,
         "stages": [
             {
@@ -85,6 +85,7 @@ def make_manifest(found: Optimization, calls: list[Outcome], fingerprint: str, r
                 "key": call.key,
                 "inputs": {name: ref.to_json() for name, ref in call.inputs.items()},
                 "options": call.options,
+                "libraries": call.libraries,
                 "outputs": {name: ref.to_json() for name, ref in call.outputs.items()},
                 "cached": call.cached,
                 "seconds": call.seconds,
@@ -106,31 +107,45 @@ def _winner(found: Optimization) -> Tried:
     return found.picked.tried if found.picked else found.baseline
 
 
+def _versions(calls: list[Outcome]) -> dict[str, str]:
+    """Of every library that had a part in the result."""
+    return dict(sorted({name: version for call in calls for name, version in call.libraries.items()}.items()))
+
+
 def _applied(found: Optimization, batch: str) -> list[AppliedOptimization]:
-    """The steps of the shipped engine, each with what it gained: measured between the configuration without it and the
-    one with it, where both were."""
+    """The steps of the shipped engine, each with what it gained: measured between the configuration that ends before it
+    and the one that ends with it. Where one of these was not among the candidates, several steps share one figure,
+    which stands with the last of them."""
     picked = found.picked
     if picked is None:
         return []
-    before = found.baseline
+    before, unmeasured = found.baseline, 0
     applied = []
     for i, step in enumerate(picked.plan.steps):
-        outcome = picked.steps[i]
+        name, details = _describe(step.stage, step.options, picked.steps[i])
+        if i == 0:
+            name += ", built offline for this hardware"  # every configuration is built; the baseline is not
         steps = picked.plan.steps[: i + 1]
-        upto = next((r for r in found.runs if r.build is not None and r.plan.steps == steps), None)
-        name, details = _describe(step.stage, step.options, outcome)
-        ratio = _between(before, upto.tried if upto else None, batch)
+        upto = next((r.tried for r in found.runs if r.build is not None and r.plan.steps == steps), None)
+        ratio = _between(before, upto, batch)
         if ratio is None or upto is None:
-            reason = "not measured apart: the configuration that ends with this step was not among the candidates"
+            unmeasured += 1
+            reason = "not measured apart: the configuration that ends with this step was not measured"
             applied.append(AppliedOptimization(name=name, impact=None, reason=reason, details=details))
             continue
-        interval = _interval(found, before, upto.tried, batch)
+        interval = _interval(found, before, upto, batch)
+        shared = f"together with the {unmeasured} step(s) before it" if unmeasured else None
         applied.append(
             AppliedOptimization(
-                name=name, impact=_impact(ratio), latency_ratio=ratio, latency_ratio_ci=interval, details=details
+                name=name,
+                impact=_impact(ratio, interval),
+                reason=shared,
+                latency_ratio=ratio,
+                latency_ratio_ci=interval,
+                details=details,
             )
         )
-        before = upto.tried
+        before, unmeasured = upto, 0
     return applied
 
 
@@ -149,11 +164,11 @@ def _interval(found: Optimization, before: Tried, after: Tried, batch: str) -> l
     return [1 / speedup["high"], 1 / speedup["low"]] if speedup else None
 
 
-def _impact(ratio: float) -> str:
+def _impact(ratio: float, interval: list[float] | None) -> str:
     percent = round(100 * (1 - ratio))
-    if percent >= 1:
-        return f"{percent}% latency reduction"
-    return f"{-percent}% latency increase" if percent <= -1 else "no measurable change"
+    if percent == 0 or (interval is not None and interval[0] <= 1.0 <= interval[1]):
+        return "no measurable change"
+    return f"{percent}% latency reduction" if percent > 0 else f"{-percent}% latency increase"
 
 
 def _describe(stage: str, options: Mapping[str, Any], outcome: Outcome) -> tuple[str, dict[str, Any]]:
@@ -187,7 +202,7 @@ def _final(found: Optimization, batch: str) -> FinalMetrics:
         throughput_qps=_rounded(at.get("throughput_qps"), 2),
         accuracy_loss_percent=_rounded(loss),
         memory_mb=_rounded(winner.figures.get("peak_memory_mb"), 1),
-        speedup=f"{ratio['ratio']:.1f}x" if ratio else "1.0x",
+        speedup=_speedup(ratio) if ratio else "1.0x",
         speedup_ci=[round(ratio["low"], 4), round(ratio["high"], 4)] if ratio else None,
         size_mb=_mb(winner.figures["size_bytes"]),
         batch_size=int(batch),
@@ -196,6 +211,12 @@ def _final(found: Optimization, batch: str) -> FinalMetrics:
         accuracy_samples=accuracy.get("samples"),
         reasons=reasons,
     )
+
+
+def _speedup(ratio: Mapping[str, Any]) -> str:
+    """One digit where that says it, two where a small gain would look like none."""
+    value = float(ratio["ratio"])
+    return f"{value:.1f}x" if round(value, 1) > 1.1 else f"{value:.2f}x"
 
 
 def _deployment(found: Optimization, batch: str) -> DeploymentConfig:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,12 +17,11 @@ from pydantic import BaseModel
 
 from app.db.base import utcnow
 from app.db.orm import StageResult as StageRow
-from app.domain.artifact_key import ArtifactRef, canonical_json, stage_key
-from app.domain.failures import FailureKind, StageFailure, infrastructure_failure
-from app.errors import AppError
+from app.domain.artifact_key import ArtifactRef, canonical_json, digest_of, stage_key
+from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, JobLedger
-from app.storage.base import BlobNotFound
 from workers import kernel
+from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.workspace import Workspace, device_lock
@@ -42,12 +42,34 @@ class Outcome:
     options: dict[str, Any]
     outputs: dict[str, ArtifactRef]
     data: dict[str, Any]
+    libraries: dict[str, str]
     cached: bool
     seconds: float  # the stage's own work, 0 where cached
 
     @property
     def notes(self) -> list[str]:
         return [n["message"] for n in self.data.get("notes_of_stage", [])]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One stage call: what it is keyed by, what clients see of it (`entry`), and its share and limit."""
+
+    stage_type: type[kernel.Stage[Any]]
+    key: str
+    inputs: dict[str, ArtifactRef]
+    options: dict[str, Any]
+    libraries: dict[str, str]
+    entry: dict[str, Any]
+    weight: float
+    seconds: float
+
+    def outcome(
+        self, outputs: dict[str, ArtifactRef], data: dict[str, Any], *, cached: bool, seconds: float
+    ) -> Outcome:
+        return Outcome(
+            self.stage_type.name, self.key, self.inputs, self.options, outputs, data, self.libraries, cached, seconds
+        )
 
 
 @dataclass
@@ -75,6 +97,7 @@ class StageRunner:
         hardware: Mapping[str, Any],
         fingerprint: str,
         limits: Limits,
+        lock_dir: Path,
         should_stop: Callable[[], bool],
     ) -> None:
         self.claim = claim
@@ -84,6 +107,7 @@ class StageRunner:
         self.hardware = hardware
         self.fingerprint = fingerprint
         self.limits = limits
+        self.lock_dir = lock_dir
         self.should_stop = should_stop
         self.view = JobView()
         self.calls: list[Outcome] = []
@@ -99,15 +123,45 @@ class StageRunner:
         seconds: float | None = None,
     ) -> Outcome:
         """One stage call; `weight` is its share of the job's progress. Raises StageFailure, Interrupted, LeaseLost."""
+        call = self._call(stage, inputs, options, candidate, weight, seconds)
+        self.view.stages.append(call.entry)
+        try:
+            with infrastructure_faults(stage):
+                outcome = self._recall(call)
+            if outcome is None:
+                self._publish(call)
+                outcome = self._execute(call)
+        except StageFailure as failure:
+            call.entry.update(status="failed", finished_at=_now(), detail=failure.detail)
+            self.view.done += weight
+            self._publish(call)
+            raise
+        seconds = round(outcome.seconds, 3)
+        call.entry.update(status="succeeded", cached=outcome.cached, finished_at=_now(), seconds=seconds)
+        self.view.done += weight
+        self._publish(call)
+        self.calls.append(outcome)
+        return outcome
+
+    def _call(
+        self,
+        stage: str,
+        inputs: Mapping[str, ArtifactRef],
+        options: Mapping[str, Any],
+        candidate: str | None,
+        weight: float,
+        seconds: float | None,
+    ) -> _Call:
         stage_type = kernel.stages()[stage]
         full: BaseModel = stage_type.Options.model_validate(dict(options))
-        options = full.model_dump(mode="json")
+        complete = full.model_dump(mode="json")
+        libraries = library_versions((*stage_type.libraries, *_backend_libraries(complete)))
         key = stage_key(
             stage=stage,
             version=stage_type.version,
             inputs=inputs,
-            options=options,
-            libraries=library_versions(stage_type.libraries),
+            options=complete,
+            libraries=libraries,
             hardware=self.fingerprint if stage_type.hardware_bound else None,
         )
         entry: dict[str, Any] = {
@@ -121,110 +175,67 @@ class StageRunner:
             "seconds": None,
             "detail": None,
         }
-        self.view.stages.append(entry)
-        try:
-            outcome = self._recall(stage, key, inputs, options)
-            if outcome is None:
-                self._publish(entry, weight)
-                outcome = self._execute(stage_type, key, inputs, options, entry, weight, seconds)
-        except StageFailure as failure:
-            entry.update(status="failed", finished_at=_now(), detail=failure.detail)
-            self.view.done += weight
-            self._publish(entry, 0)
-            raise
-        entry.update(status="succeeded", cached=outcome.cached, finished_at=_now(), seconds=round(outcome.seconds, 3))
-        self.view.done += weight
-        self._publish(entry, 0)
-        self.calls.append(outcome)
-        return outcome
+        limit = min(self.limits.seconds, seconds or self.limits.seconds)
+        return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit)
 
-    def _recall(
-        self, stage: str, key: str, inputs: Mapping[str, ArtifactRef], options: dict[str, Any]
-    ) -> Outcome | None:
-        row = self.ledger.recall(self.claim.tenant_id, key)
+    def _recall(self, call: _Call) -> Outcome | None:
+        tenant_id = self.claim.tenant_id
+        row = self.ledger.recall(tenant_id, call.key) or self.ledger.recall(tenant_id, self._own_key(call.key))
         if row is None:
             return None
         if row.failure is not None:
             raise StageFailure.from_json(row.failure)
         outputs = {name: ArtifactRef.from_json(files) for name, files in row.outputs.items()}
-        return Outcome(stage, key, dict(inputs), options, outputs, row.data, cached=True, seconds=0.0)
+        return call.outcome(outputs, row.data, cached=True, seconds=0.0)
 
-    def _execute(
-        self,
-        stage_type: type[kernel.Stage[Any]],
-        key: str,
-        inputs: Mapping[str, ArtifactRef],
-        options: dict[str, Any],
-        entry: dict[str, Any],
-        weight: float,
-        seconds: float | None,
-    ) -> Outcome:
+    def _own_key(self, key: str) -> str:
+        """The key of a result that only this job may take up again."""
+        return digest_of([key, self.claim.job_id])
+
+    def _execute(self, call: _Call) -> Outcome:
         for attempt in range(1, _TRIES + 1):
             try:
-                outcome, outputs = self._attempt(stage_type, inputs, options, entry, weight, seconds)
+                with infrastructure_faults(call.stage_type.name):
+                    result, outputs = self._attempt(call)
                 break
             except StageFailure as failure:
                 if failure.kind is FailureKind.INFRASTRUCTURE and attempt < _TRIES and failure.code != "storage_full":
-                    log.warning("stage_tried_again", stage=stage_type.name, attempt=attempt, reason=str(failure))
+                    log.warning("stage_tried_again", stage=call.stage_type.name, attempt=attempt, reason=str(failure))
                     time.sleep(0.2 * attempt)
                     continue
-                failure.reproduce = _reproduce(stage_type.name, inputs, options)
+                failure.reproduce = _reproduce(call)
                 if failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE:
-                    self._remember(stage_type.name, key, {}, {}, failure, 0.0)
+                    self._remember(call, call.key, {}, {}, failure, 0.0)
                 raise
-        data = {**outcome.data, "notes_of_stage": outcome.notes}
-        self._remember(stage_type.name, key, outputs, data, None, outcome.seconds)
-        return Outcome(
-            stage_type.name, key, dict(inputs), options, outputs, data, cached=False, seconds=outcome.seconds
-        )
+        data = {**result.data, "notes_of_stage": result.notes}
+        stored = call.key if result.reusable else self._own_key(call.key)
+        with infrastructure_faults(call.stage_type.name):
+            self._remember(call, stored, outputs, data, None, result.seconds)
+        return call.outcome(outputs, data, cached=False, seconds=result.seconds)
 
-    def _attempt(
-        self,
-        stage_type: type[kernel.Stage[Any]],
-        inputs: Mapping[str, ArtifactRef],
-        options: dict[str, Any],
-        entry: dict[str, Any],
-        weight: float,
-        seconds: float | None,
-    ) -> tuple[StageOutcome, dict[str, ArtifactRef]]:
-        try:
-            folder = self.workspace.new_call(stage_type.name)
-            request = StageRequest(
-                stage=stage_type.name,
-                options=options,
-                inputs={name: str(self.workspace.fetch(ref)) for name, ref in inputs.items()},
-                workspace=str(folder / "work"),
-                outputs=str(folder / "out"),
-                hardware=dict(self.hardware),
-                limits=Limits(
-                    min(self.limits.seconds, seconds or self.limits.seconds),
-                    self.limits.memory_bytes,
-                    self.limits.file_bytes,
-                ),
-            )
-            lock = device_lock("cpu", self.should_stop) if stage_type.exclusive_device else nullcontext()
-            with lock:
-                outcome = self.isolated.run(
-                    request, on_progress=self._progress(entry, weight), should_stop=self.should_stop
-                )
-            outputs = {name: self.workspace.store(folder / "out" / name) for name in outcome.outputs}
-            shutil.rmtree(folder, ignore_errors=True)
-            return outcome, outputs
-        except AppError as error:
-            raise infrastructure_failure(
-                error.code, error.detail, stage=stage_type.name, remedy=error.remedy
-            ) from error
-        except BlobNotFound as error:
-            raise infrastructure_failure(
-                "blob_missing", f"A stored file is gone ({error}).", stage=stage_type.name, remedy="Upload it again."
-            ) from error
-        except OSError as error:
-            code = "storage_full" if error.errno in (27, 28, 122) else "io_error"
-            raise infrastructure_failure(code, str(error.strerror), stage=stage_type.name) from error
+    def _attempt(self, call: _Call) -> tuple[StageOutcome, dict[str, ArtifactRef]]:
+        stage = call.stage_type.name
+        folder = self.workspace.new_call(stage)
+        request = StageRequest(
+            stage=stage,
+            options=call.options,
+            inputs={name: str(self.workspace.fetch(ref)) for name, ref in call.inputs.items()},
+            workspace=str(folder / "work"),
+            outputs=str(folder / "out"),
+            hardware=dict(self.hardware),
+            limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes),
+        )
+        exclusive = call.stage_type.exclusive_device
+        lock = device_lock(self.lock_dir, "cpu", self.should_stop) if exclusive else nullcontext()
+        with lock:
+            result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
+        outputs = {name: self.workspace.store(folder / "out" / name) for name in result.outputs}
+        shutil.rmtree(folder, ignore_errors=True)
+        return result, outputs
 
     def _remember(
         self,
-        stage: str,
+        call: _Call,
         key: str,
         outputs: Mapping[str, ArtifactRef],
         data: dict[str, Any],
@@ -234,7 +245,7 @@ class StageRunner:
         row = StageRow(
             tenant_id=self.claim.tenant_id,
             key=key,
-            stage=stage,
+            stage=call.stage_type.name,
             outputs={name: ref.to_json() for name, ref in outputs.items()},
             data=data,
             failure=failure.to_json() if failure else None,
@@ -244,19 +255,20 @@ class StageRunner:
         )
         self.ledger.remember(self.claim, row)
 
-    def _progress(self, entry: dict[str, Any], weight: float) -> Callable[[float, str], None]:
+    def _progress(self, call: _Call) -> Callable[[float, str], None]:
         last = time.monotonic()
 
         def on_progress(fraction: float, message: str) -> None:
             nonlocal last
             if time.monotonic() - last >= _PROGRESS_EVERY_S:
                 last = time.monotonic()
-                self._publish(entry, weight, fraction, message)
+                self._publish(call, fraction, message)
 
         return on_progress
 
-    def _publish(self, entry: dict[str, Any], weight: float, fraction: float = 0.0, message: str = "") -> None:
-        progress = self.view.progress(fraction, weight)
+    def _publish(self, call: _Call, fraction: float = 0.0, message: str = "") -> None:
+        entry = call.entry
+        progress = self.view.progress(fraction, call.weight if fraction else 0.0)
         changes = {"stage": entry["name"], "progress": progress, "stages": [dict(s) for s in self.view.stages]}
         event = {
             "stage": entry["name"],
@@ -268,6 +280,14 @@ class StageRunner:
             "message": message or entry["detail"] or "",
         }
         self.ledger.progress(self.claim, changes, "progress" if message or fraction else "stage", event)
+
+
+def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The libraries of every backend that a stage call's options name."""
+    engines = options.get("engines") or ()
+    names = {options.get("backend"), options.get("baseline_backend"), *(e.get("backend") for e in engines)}
+    known = kernel.backends()
+    return tuple(library for name in sorted(n for n in names if n in known) for library in known[name].libraries)
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:
@@ -283,11 +303,11 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
-def _reproduce(stage: str, inputs: Mapping[str, ArtifactRef], options: Mapping[str, Any]) -> str:
+def _reproduce(call: _Call) -> str:
     """What is needed to run the failed call by hand; stays with the stored failure, clients do not see it."""
-    digests = {name: [f"{f.name}={f.sha256}" for f in ref.files] for name, ref in inputs.items()}
-    request = canonical_json({"stage": stage, "inputs": digests, "options": dict(options)}).decode()
-    return f"python -m workers.pipeline.child REQUEST.json   # {request}"
+    digests = {name: [f"{f.name}={f.sha256}" for f in ref.files] for name, ref in call.inputs.items()}
+    request = {"stage": call.stage_type.name, "inputs": digests, "options": call.options}
+    return f"python -m workers.pipeline.child REQUEST.json   # {canonical_json(request).decode()}"
 
 
 def _now() -> str:

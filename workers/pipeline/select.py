@@ -104,15 +104,14 @@ def judge(
         return Verdict(best.id, batch)
     if all(c.passed for c in baseline.checks):
         return Verdict(BASELINE, batch)
-    # A candidate that meets what the baseline misses may ship even where it is no faster: constraints come first.
-    meeting = [t for t in candidates if t.failed is None and all(c.passed for c in t.checks)]
-    if meeting:
-        best = max(meeting, key=lambda t: _ratio_at(spec, t, batch))
-        if not _slower(spec, best, batch):
-            return Verdict(best.id, batch)
     everyone = [t for t in (baseline, *candidates) if t.failed is None]
-    nearest = min(everyone, key=lambda t: max((c.miss for c in t.checks), default=0.0))
-    return Verdict(None, batch, (nearest.id, [c for c in nearest.checks if not c.passed]))
+    nearest = min(everyone, key=lambda t: max((c.miss for c in _all_checks(t)), default=0.0))
+    return Verdict(None, batch, (nearest.id, [c for c in _all_checks(nearest) if not c.passed]))
+
+
+def _all_checks(tried: Tried) -> list[Check]:
+    """With the one that no constraint names: what is not faster never ships, whatever limit it would meet."""
+    return [*tried.checks, *(Check("faster_than_original", None, None, False, why) for why in tried.speed)]
 
 
 def _ratio_at(spec: OptimizationSpec, tried: Tried, batch: str) -> float:
@@ -191,7 +190,7 @@ def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping
             reasons.append(f"no speed-up known at batch size {size}")
         elif size == batch:
             # What the baseline shows against itself is noise; a gain must lie beyond it.
-            floor = _noise_floor(noise.get(size))
+            floor = _noise_floor(_noise(spec, noise.get(size)))
             if not ratio["low"] > floor:
                 beyond = "" if floor == 1.0 else f" (the machine's noise reaches {floor:.2f}x)"
                 interval = f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
@@ -201,17 +200,16 @@ def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping
     return reasons
 
 
+def _noise(spec: OptimizationSpec, aa: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The A/A ratio of the statistic that the objective is judged by: medians for latency, else throughput."""
+    return aa if not aa or spec.objective == "latency" else aa.get("throughput", aa)
+
+
 def _noise_floor(aa: Mapping[str, Any] | None) -> float:
     """1, or what the A/A interval reaches where it does not hold 1 (the run is then marked noisy)."""
     if not aa or aa["low"] <= 1.0 <= aa["high"]:
         return 1.0
     return float(max(aa["high"], 1 / aa["low"]))
-
-
-def _slower(spec: OptimizationSpec, tried: Tried, batch: str) -> bool:
-    assert tried.figures is not None
-    ratio = ratio_of(spec, tried.figures["batches"][batch])
-    return ratio is None or float(ratio["high"]) < 1.0
 
 
 def pareto(candidates: Sequence[Tried], batch: str) -> list[str]:

@@ -104,11 +104,11 @@ def remove_stale(home: Path) -> int:
 
 
 @contextmanager
-def device_lock(device: str, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """One measurement at a time on a device of this host, over all workers of this user. Waits for it, as long as
+def device_lock(folder: Path, device: str, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """One measurement at a time on a device, over all workers that share `folder`. Waits for it, as long as
     `should_stop` does not say otherwise: then the caller's stage sees that itself."""
-    path = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / f"anneal-{os.getuid()}-{device}.lock"  # noqa: S108  (a lock: holds no data)
-    with path.open("w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"anneal-{os.getuid()}-{device}.lock").open("w") as lock:
         while not should_stop():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

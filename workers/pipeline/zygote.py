@@ -47,7 +47,7 @@ def serve(extra_modules: Sequence[str] = ()) -> None:
             raw, fds, _flags, _address = socket.recv_fds(channel, MAX_DATAGRAM, 1)
             if not raw:
                 return
-            _serve_one(channel, StageRequest.decode(raw), fds[0])
+            _serve_one(channel, StageRequest.decode(Path(raw.decode()).read_bytes()), fds[0])
 
 
 def _serve_one(channel: socket.socket, request: StageRequest, progress_fd: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,12 +80,15 @@ class _Figures:
 class Benchmark(Stage[BenchmarkOptions]):
     """inputs: baseline (the exported model), engine.<id> …, [data]. output: samples (raw latencies, `samples.npz`).
 
-    data: method, conditions, noisy, aa {batch: {ratio, low, high}}, batch_sizes, skipped_batches {batch: why}, engines
-    {id: {batches {batch: figures}, cold_start_ms, load_ms, first_inference_ms, peak_memory_mb, size_bytes, [failed]}}.
-    An engine that fails has `failed` (a StageFailure as JSON); only the baseline's failure fails the stage.
+    data: method, conditions, versions {distribution: version} of the backends' libraries, noisy, noise, aa {batch:
+    {ratio, low, high of p50, throughput {ratio, low, high}}}, batch_sizes, skipped_batches {batch: why}, engines {id:
+    {batches {batch: figures}, cold_start_ms, load_ms, first_inference_ms, peak_memory_mb (10⁶ bytes), size_bytes,
+    [failed]}}. An engine that fails has `failed` (a StageFailure as JSON); only the baseline's failure fails the stage.
+    Not reusable by another job: a noisy run, and one in which an engine failed as it might not fail again.
     """
 
     name = "benchmark"
+    version = 2
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -104,7 +109,7 @@ class _Run:
         self.folders = {i: ctx.inputs[i if i == BASELINE else f"engine.{i}"] for i in self.specs}
         self.figures = {i: _Figures.start(folder) for i, folder in self.folders.items()}
         self.skipped: dict[str, str] = {}
-        self.aa: dict[str, dict[str, float]] = {}
+        self.aa: dict[str, dict[str, Any]] = {}
         self.noise: list[str] = []
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -115,11 +120,13 @@ class _Run:
         self._timed(feeds)
         folder = self.ctx.output("samples")
         np.savez_compressed(folder / "samples.npz", **self.raw)  # type: ignore[arg-type]  # numpy types **kwds as bool
+        passing = any(f.failed is not None and not f.failed.cacheable for f in self.figures.values())
         return StageResult(
             ("samples",),
             {
                 "method": self._method(words),
                 "conditions": {"before": before, "after": hardware.conditions()},
+                "versions": _versions(engine.backend for engine in self.specs.values()),
                 "noisy": bool(self.noise),
                 "noise": self.noise,
                 "aa": self.aa,
@@ -127,6 +134,7 @@ class _Run:
                 "skipped_batches": self.skipped,
                 "engines": {i: f.to_json() for i, f in self.figures.items()},
             },
+            reusable=not self.noise and not passing,
         )
 
     def _import_libraries(self) -> None:
@@ -236,8 +244,9 @@ class _Run:
     def _write_down(self, timings: dict[str, Timing], batch: int) -> None:
         seed = self.options.seed
         baseline, again = timings[BASELINE], timings[AGAIN]
-        interval = figures.a_a(baseline, again, seed)
-        self.aa[str(batch)] = interval.to_json()
+        aa = figures.a_a(baseline, again, seed)
+        interval = aa.p50
+        self.aa[str(batch)] = aa.to_json()
         if not holds_one(interval):
             self.noise.append(
                 f"batch {batch}: the baseline against itself is {interval.ratio:.3f} "
@@ -247,6 +256,11 @@ class _Run:
             self.noise.append(
                 f"batch {batch}: the baseline against itself is anywhere in [{interval.low:.3f}, {interval.high:.3f}]: "
                 "small gains cannot be told from noise"
+            )
+        if not holds_one(aa.throughput):
+            self.noise.append(
+                f"batch {batch}: the throughput of the baseline against itself is {aa.throughput.ratio:.3f} "
+                f"[{aa.throughput.low:.3f}, {aa.throughput.high:.3f}], which does not hold 1.0"
             )
         for name, timing in timings.items():
             self.raw[f"{name}|{batch}|latency_ns"] = timing.all()
@@ -273,9 +287,24 @@ class _Run:
             "speedup": "p50 of the baseline / p50 of the engine; 95 % interval by block bootstrap over rounds, against "
             "both baseline processes",
             "throughput": "batch size / mean latency, in samples per second, one caller",
-            "a_a": "the baseline in two processes against each other; noisy where the interval does not hold 1.0",
+            "a_a": "the baseline in two processes against each other, by p50 and by throughput; noisy where an "
+            "interval does not hold 1.0",
             "cold_start": "load and first inference in a fresh process, the library already imported, files in "
             "the disk cache",
-            "memory": "peak resident memory of that process, interpreter and library included, after one inference at "
-            "each batch size",
+            "memory": "peak resident memory of that process in MB (10⁶ bytes), interpreter and library included, after "
+            "one inference at each batch size",
         }
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    """Installed versions of the distributions behind these backends, under the name they are installed by."""
+    known = backends()
+    versions: dict[str, str] = {}
+    for library in sorted({lib for name in names if name in known for lib in known[name].libraries}):
+        for distribution in (library, f"{library}-gpu"):
+            try:
+                versions[distribution] = importlib.metadata.version(distribution)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return versions

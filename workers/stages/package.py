@@ -44,9 +44,10 @@ class Package(Stage[PackageOptions]):
     """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip)."""
 
     name = "package"
-    version = 1
+    version = 2
     Options = PackageOptions
     libraries = ("numpy",)
+    hardware_bound = True  # the expected output is this machine's
 
     def run(self, ctx: StageContext, options: PackageOptions) -> StageResult:
         engine = ctx.inputs["engine"]

@@ -15,9 +15,10 @@ from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import FailureKind, StageFailure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult, backends
-from workers.measure.accuracy import Broken, OutputComparison, check_outputs, output_kind
+from workers.measure.accuracy import Broken, check_outputs, output_kind
 from workers.measure.inputs import fixed_batch
-from workers.measure.judge import Decision, Metric, TruthComparison, agreement_result, decide
+from workers.measure.judge import Metric, decide
+from workers.measure.verdict import Verdict
 
 Array = np.ndarray[Any, Any]
 
@@ -53,15 +54,17 @@ class _Piece:
 class Validate(Stage[ValidateOptions]):
     """inputs: model (the exported original), engine, [data], [calibration: its samples are left out of `data`].
 
-    data: metric, kind ("labels" | "references" | "agreement" | "synthetic"), why, output, baseline_value, value,
-    loss_percent (percentage points; agreement and cosine: 100·(1 − mean); normalized error: 100·‖a−b‖/‖a‖), loss_ci
-    (95 %), samples, units (what was averaged: samples, or batches where an output has no sample axis),
-    enough_samples_for (smallest loss in percent that so many can carry), outputs {name: figures}, source, batch_size,
+    data: metric, kind ("labels" | "references" | "agreement" | "synthetic"), why, output (the one with the largest
+    loss: it decides), baseline_value, value, loss_percent (percentage points; agreement and cosine: 100·(1 − mean);
+    normalized error: 100·‖a−b‖/‖a‖), loss_ci (95 %), samples, units (what was averaged: samples, or batches where an
+    output has no sample axis), enough_samples_for (smallest loss in percent that so many can carry), outputs {name:
+    distances, and metric, basis, baseline_value, value, loss_percent, loss_ci where it is judged}, source, batch_size,
     engine_digest, samples_digest, broken. `broken` = {code, output, detail} where the engine must not ship whatever its
     metric: NaN, Infinity, a missing output, a wrong shape or dtype, a failed load or run; its figures are then null.
     """
 
     name = "validate"
+    version = 2
     Options = ValidateOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -102,9 +105,7 @@ class _Comparison:
         self.fixed = fixed_batch(original.inputs)
         self.total = SYNTHETIC_SAMPLES if samples is None else len(samples)
         self.done = 0
-        self.outputs: dict[str, OutputComparison] = {}
-        self.decision: Decision | None = None
-        self.truth: TruthComparison | None = None
+        self.verdict: Verdict | None = None
 
     def result(self) -> dict[str, Any]:
         batch = self._usable_batch()
@@ -115,21 +116,16 @@ class _Comparison:
                 break
             self.done += piece.count
             self.ctx.reporter.progress(min(self.done / self.total, 1.0), f"{self.done} of {self.total} samples")
-        figures = _nothing(broken) if broken is not None else self._figures()
-        outputs = {} if broken is not None else {n: o.to_json() for n, o in self.outputs.items()}
-        return {**figures, "outputs": outputs, "samples": self.done, "batch_size": batch}
+        figures = {**_nothing(broken), "outputs": {}} if broken is not None else self._figures()
+        return {**figures, "samples": self.done, "batch_size": batch}
 
     def _figures(self) -> dict[str, Any]:
-        assert self.decision is not None, "there is at least one batch"
-        decision = self.decision
-        figures: dict[str, Any] = {"metric": decision.metric, "output": decision.output}
-        if self.truth is not None:
-            figures |= self.truth.result(self.options.seed)
-        else:
-            figures |= agreement_result(self.outputs, decision, self.options.seed)
-        kind = "synthetic" if self.samples is None else decision.basis
-        why = decision.why if self.samples is not None else f"no data set was given: random inputs; {decision.why}"
-        return {**figures, "kind": kind, "why": why, "broken": None}
+        assert self.verdict is not None, "there is at least one batch"
+        figures, outputs = self.verdict.result(self.options.seed)
+        basis, why = figures.pop("basis"), figures.pop("why")
+        if self.samples is None:
+            basis, why = "synthetic", f"no data set was given: random inputs; {why}"
+        return {**figures, "kind": basis, "why": why, "broken": None, "outputs": outputs}
 
     def _compare(self, piece: _Piece) -> Broken | None:
         a = _cut(self.original.run(piece.feeds), piece)
@@ -142,24 +138,11 @@ class _Comparison:
         broken = check_outputs(a, b, self.done)
         if broken is not None:
             return broken
-        if self.decision is None:
-            self._start(a, piece)
-        for name, comparison in self.outputs.items():
-            if name in a:
-                comparison.add(a[name], b[name], piece.count)
-        if self.truth is not None:
-            assert self.decision is not None
-            name = self.decision.output
-            key = "labels" if self.decision.basis == "labels" else name
-            self.truth.add(a[name], b[name], piece.references[key], self.done)
+        if self.verdict is None:
+            kinds = {name: output_kind(name, values) for name, values in a.items()}
+            self.verdict = Verdict(decide(self.options.metric, kinds, a, piece.references), kinds)
+        self.verdict.add(a, b, piece.references, piece.count, self.done)
         return None
-
-    def _start(self, outputs: dict[str, Array], piece: _Piece) -> None:
-        kinds = {name: output_kind(name, values) for name, values in outputs.items()}
-        self.decision = decide(self.options.metric, kinds, outputs, piece.references)
-        self.outputs = {name: OutputComparison(name, kind) for name, kind in kinds.items()}
-        if self.decision.basis != "agreement":
-            self.truth = TruthComparison(self.decision)
 
     def _usable_batch(self) -> int:
         """The model's own batch size, else as many samples as 64 MiB hold, at most 16; 1 where the original's free

@@ -1,0 +1,209 @@
+"""Removes what nothing needs any more: old stage results, the files that they and deleted resources leave behind, files
+of workers killed between storing a file and noting it, and rows that have had their time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Any, TypeAlias
+
+import structlog
+from sqlalchemy import ColumnElement, delete, select, tuple_
+from sqlalchemy.orm import InstrumentedAttribute
+
+from app.db.base import utcnow
+from app.db.orm import Blob, IdempotencyKey, StageResult, Tenant, Worker
+from app.db.uow import Database
+from app.references import lock_blob, referenced
+from app.settings import Settings
+from app.storage.base import StoredObject
+from app.storage.content import ContentStore, blob_key, blob_prefix
+from app.storage.local import LocalStore
+
+log = structlog.get_logger(__name__)
+
+_ROWS = 500  # that one pass removes from each table
+_FILES = 200  # that one pass removes of each kind
+_PAGE = 1000  # digests looked at together
+_PAGES = 20  # looked at in one pass
+_BATCH = 10  # files removed in one transaction
+_WORKER_DAYS = 7
+# A result made before a scan is in the database this long after it was made, or never; and clocks differ a little.
+_MARGIN = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Blobs of a tenant to which nothing referred at `seen_at`."""
+
+    tenant_id: str
+    digests: list[str]
+    seen_at: datetime
+
+
+# One step of a walk over all blobs: some to remove, or None for a page that has been looked at.
+_Walk: TypeAlias = Iterator[_Batch | None]
+
+
+class Collector:
+    """Any number of them may work at once, beside running jobs and uploads; each is used by one thread.
+
+    A file goes only while its lock (`lock_blob`) is held, after another look at what refers to it: whoever stores the
+    same content either has noted it by then, or takes the lock later and finds that the bytes are gone.
+    """
+
+    def __init__(self, db: Database, content: ContentStore, settings: Settings) -> None:
+        self._db = db
+        self._content = content
+        self._settings = settings.collector
+        # Where a walk stands is kept from pass to pass. A new collector begins at any tenant, so that one which never
+        # lives long does not look at the same tenants always.
+        self._recorded = self._walk_recorded()
+        self._stored = self._walk_stored()
+
+    def collect(self) -> dict[str, int]:
+        """One pass, of bounded work: how much of each kind was removed. Raises what database and storage raise; what
+        is left then is for the next pass."""
+        settings = self._settings
+        results = [StageResult.used_at < _before(settings.results_days)]
+        keys = [IdempotencyKey.created_at < _before(settings.idempotency_days)]
+        workers = [Worker.last_seen_at < _before(_WORKER_DAYS)]
+        # The database's own first: they do not depend on the storage.
+        counts = {
+            "results": self._delete_rows([StageResult.tenant_id, StageResult.key], results),
+            "idempotency_keys": self._delete_rows([IdempotencyKey.tenant_id, IdempotencyKey.key], keys),
+            "workers": self._delete_rows([Worker.id], workers),
+            "temporary_files": self._remove_temporary(),
+        }
+        counts["blobs"], ended = self._advance(self._recorded)
+        if ended:
+            self._recorded = self._walk_recorded()
+        counts["orphans"], ended = self._advance(self._stored)
+        if ended:
+            self._stored = self._walk_stored()
+        if any(counts.values()):
+            log.info("collected", **counts)
+        return counts
+
+    @property
+    def _cutoff(self) -> datetime:
+        return utcnow() - timedelta(seconds=self._settings.grace_s)
+
+    # Rows
+
+    def _delete_rows(self, key: list[InstrumentedAttribute[Any]], old: list[ColumnElement[bool]]) -> int:
+        """Delete some rows of a table by its primary key. Those that another transaction holds wait for a later pass;
+        one that is used at this moment no longer meets the condition once it is locked."""
+        table = key[0].class_
+        with self._db.write() as uow:
+            query = select(*key).where(*old).limit(_ROWS).with_for_update(skip_locked=True)
+            found = [tuple(row) for row in uow.session.execute(query)]
+            if found:
+                uow.session.execute(
+                    delete(table).where(tuple_(*key).in_(found)), execution_options={"synchronize_session": False}
+                )
+        return len(found)
+
+    # Files
+
+    def _remove_temporary(self) -> int:
+        store = self._content.store
+        return store.remove_stale(self._settings.grace_s) if isinstance(store, LocalStore) else 0
+
+    def _advance(self, walk: _Walk) -> tuple[int, bool]:
+        """Go on with a walk: how many files were removed, and whether it has come to its end."""
+        removed = pages = 0
+        while removed < _FILES and pages < _PAGES:
+            try:
+                batch = next(walk)
+            except StopIteration:
+                return removed, True
+            if batch is None:
+                pages += 1
+            else:
+                removed += self._remove(batch)
+        return removed, False
+
+    def _walk_recorded(self) -> _Walk:
+        """Blobs whose row is older than the grace."""
+        for tenant_id in self._tenants():
+            after = ""
+            while True:
+                query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256 > after)
+                query = query.where(Blob.created_at < self._cutoff).order_by(Blob.sha256).limit(_PAGE)
+                with self._db.read() as session:
+                    page = list(session.scalars(query))
+                yield from self._unreferenced(tenant_id, page)
+                if len(page) < _PAGE:
+                    break
+                after = page[-1]
+
+    def _walk_stored(self) -> _Walk:
+        """Files in storage older than the grace that have no row."""
+        for tenant_id in self._tenants():
+            yield None  # a listing costs something even where there is nothing
+            for page in _pages(self._content.store.list(blob_prefix(tenant_id))):
+                cutoff = self._cutoff
+                old = {found.key.rpartition("/")[2]: found.key for found in page if found.modified_at < cutoff}
+                # A key that is none of a blob is not ours.
+                digests = [sha256 for sha256, key in old.items() if blob_key(tenant_id, sha256) == key]
+                query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(digests))
+                with self._db.read() as session:
+                    recorded = set(session.scalars(query))
+                yield from self._unreferenced(tenant_id, [sha256 for sha256 in digests if sha256 not in recorded])
+
+    def _tenants(self) -> list[str]:
+        with self._db.read() as session:
+            tenants = list(session.scalars(select(Tenant.id)))
+        random.shuffle(tenants)
+        return tenants
+
+    def _unreferenced(self, tenant_id: str, digests: list[str]) -> _Walk:
+        """Those of a page that nothing refers to. No transaction is open while the walk rests."""
+        yield None
+        seen_at = utcnow()
+        if digests:
+            with self._db.read() as session:
+                needed = referenced(session, tenant_id, digests)
+            # In one order everywhere: locks taken in turn cannot wait for each other.
+            unneeded = sorted(set(digests) - needed)
+            for start in range(0, len(unneeded), _BATCH):
+                yield _Batch(tenant_id, unneeded[start : start + _BATCH], seen_at)
+
+    def _remove(self, batch: _Batch) -> int:
+        """Remove what is still not needed, row and bytes, under the locks."""
+        tenant_id, content, removed = batch.tenant_id, self._content, 0
+        with self._db.write() as uow:
+            for sha256 in batch.digests:
+                lock_blob(uow.session, tenant_id, sha256)
+            cutoff = self._cutoff
+            needed = referenced(uow.session, tenant_id, batch.digests, results_since=batch.seen_at - _MARGIN)
+            query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(batch.digests))
+            needed.update(uow.session.scalars(query.where(Blob.created_at >= cutoff)))
+            for sha256 in batch.digests:
+                if sha256 in needed:
+                    continue
+                modified_at = content.modified_at(tenant_id, sha256)
+                # Stored again just now, perhaps, by someone who has yet to note it.
+                if modified_at is not None and modified_at >= cutoff:
+                    continue
+                known = content.known(uow.session, tenant_id, sha256)
+                content.forget(uow.session, tenant_id, sha256)
+                # Inside the transaction, as in `app.library.release_blob`: a crash before the commit leaves a row
+                # without bytes, which the next pass, or whoever stores this content next, mends.
+                content.remove(tenant_id, sha256)
+                removed += known or modified_at is not None
+        return removed
+
+
+def _before(days: int) -> datetime:
+    return utcnow() - timedelta(days=days)
+
+
+def _pages(objects: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
+    rest = iter(objects)
+    while page := list(islice(rest, _PAGE)):
+        yield page

@@ -1,0 +1,83 @@
+"""A worker whose storage fails around a job: the job is tried again, and ends typed, never lost."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from app.db.migrate import upgrade
+from app.db.orm import LOCAL_TENANT, Job
+from app.domain.failures import FailureKind, StageFailure
+from app.errors import AppError, storage_full, storage_unavailable
+from app.settings import Settings, WorkerSettings
+from app.storage.base import BlobNotFound
+from app.storage.local import LocalStore
+from tests.integration.conftest import Desk
+from workers.pipeline.faults import infrastructure_faults
+from workers.service import WorkerService
+
+
+class Failing(LocalStore):
+    """A real folder that answers as a storage that is away, or full."""
+
+    error: AppError
+
+    def size(self, key: str) -> int | None:
+        raise self.error
+
+    def fetch(self, key: str, path: Path) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def worker(desk: Desk, tmp_path: Path, database_url: str) -> WorkerService:
+    settings = Settings(home=tmp_path, DATABASE_URL=database_url, worker=WorkerSettings(max_attempts=2))
+    upgrade(database_url)
+    found = WorkerService(settings)
+    failing = Failing(tmp_path / "blobs")
+    found.content.store = failing
+    found.isolated.start()
+    return found
+
+
+def _run(worker: WorkerService, desk: Desk, error: AppError) -> Job:
+    assert isinstance(worker.content.store, Failing)
+    worker.content.store.error = error
+    desk.put_blob("0" * 64)
+    job = desk.submit()
+    try:
+        worker.run_job(job.id)
+        return desk.service.get(LOCAL_TENANT, job.id)
+    finally:
+        worker.close()
+
+
+def test_a_storage_that_is_away_costs_an_attempt_not_the_job(worker: WorkerService, desk: Desk) -> None:
+    job = _run(worker, desk, storage_unavailable("the storage does not answer"))
+    assert (job.status, job.error) == ("queued", None)
+
+
+def test_a_full_storage_is_said_so(worker: WorkerService, desk: Desk) -> None:
+    job = _run(worker, desk, storage_full())
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "storage_full"
+    assert job.error["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (storage_unavailable("away"), "storage_unavailable"),
+        (BlobNotFound("x"), "blob_missing"),
+        (OSError(errno.ENOSPC, "No space left on device"), "storage_full"),
+        (OSError(errno.EIO, "Input/output error"), "io_error"),
+    ],
+)
+def test_every_fault_has_a_code(error: Exception, code: str) -> None:
+    with pytest.raises(StageFailure) as caught, infrastructure_faults("build"):
+        raise error
+    assert (caught.value.code, caught.value.kind, caught.value.stage) == (code, FailureKind.INFRASTRUCTURE, "build")
+    assert not caught.value.cacheable
