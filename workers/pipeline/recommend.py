@@ -42,7 +42,10 @@ def recommend(found: Optimization) -> list[str]:
             f"hold a limit of {found.spec.validation.max_accuracy_loss_percent} %."
         )
     if found.benchmark.data.get("noisy"):
-        advice.append("The machine was noisy (the baseline differed from itself): run again on a quiet one.")
+        advice.append(
+            "The machine was noisy (the baseline differed from itself): measure again on a quiet one, with another "
+            "`benchmark.min_seconds` (the same job again would answer from the cache)."
+        )
     if found.budget_exhausted:
         advice.append(
             f"The budget of {found.spec.budget_seconds} s ran out before all candidates were tried: raise it."
