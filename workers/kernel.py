@@ -7,7 +7,9 @@ A stage is typed options plus one function from files to files. It runs in a chi
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+from workers.candidates import Candidate, Case, Proposal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +60,12 @@ class StageContext:
     outputs: Path
     reporter: Reporter
     hardware: Mapping[str, Any]
+    soft_deadline: float | None = None  # `time.monotonic()` by which a stage that can stop earlier should
+
+    def seconds_left(self) -> float:
+        """Until the soft deadline; infinite without one. A stage that cuts its work short because of it answers with
+        `reusable=False`: the deadline is no part of its key."""
+        return math.inf if self.soft_deadline is None else self.soft_deadline - time.monotonic()
 
     def output(self, name: str) -> Path:
         path = self.outputs / name
@@ -154,6 +164,15 @@ class Backend(ABC):
     @abstractmethod
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """What it offers on this machine, or None where its library or device is missing. Never raises."""
+
+    @abstractmethod
+    def propose(self, case: Case) -> Proposal:
+        """What is worth trying for this case, in this backend's recipes. Pure: imports no library. Ids are unique over
+        all backends (they start with a short name of the backend)."""
+
+    @abstractmethod
+    def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:
+        """The same engine under other runtime options (threads, spinning, streams) that may beat its defaults here."""
 
     @abstractmethod
     def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:

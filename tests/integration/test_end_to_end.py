@@ -79,9 +79,9 @@ def _check_report(report: dict[str, Any]) -> None:
     for block in ("analysis", "optimizations_applied", "final_metrics", "deployment_config", "recommendations"):
         assert block in report
     candidates = {c["id"]: c for c in report["candidates"]}
-    assert {"fp32-simplified", "int8-static"} <= set(candidates)
-    assert candidates["int8-static"]["details"]["quantize"]["qdq_by_op"]["Conv"] > 0
-    assert candidates["fp32-simplified"]["details"]["simplify"]["fusions"]["conv+bn"] > 0
+    assert {"ort-fp32", "ort-int8-static"} <= set(candidates)
+    assert candidates["ort-int8-static"]["details"]["quantize"]["qdq_by_op"]["Conv"] > 0
+    assert candidates["ort-fp32"]["details"]["simplify"]["fusions"]["conv+bn"] > 0
     assert all(c["reason"] for c in report["candidates"])
     for figures in [report["baseline"], *report["candidates"]]:
         for batch in figures["batches"].values():
@@ -157,7 +157,7 @@ def test_without_data_only_engines_that_keep_the_arithmetic_may_ship(deployed: D
         benchmark = {"batch_sizes": [1], "min_seconds": 0.1}
         job = client.wait(client.submit(model_id=model["id"], benchmark=benchmark)["id"])
         report = client.report(job["id"])
-    assert report["picked"] in ("baseline", "fp32-simplified")
+    assert report["picked"] in ("baseline", "ort-fp32")
     assert any("calibration data" in s["reason"] for s in report["skipped"])
     assert any("calibration data" in advice for advice in report["recommendations"])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline.planner import Facts, Plan, plan
+from workers.backends.onnxruntime import OnnxRuntimeBackend
+from workers.candidates import Case
+from workers.pipeline.planner import Plan, plan
 
 CNN = {"Conv": 20, "Relu": 18, "Add": 8, "Gemm": 1, "GlobalAveragePool": 1}
 TRANSFORMER = {"MatMul": 48, "Softmax": 6, "LayerNormalization": 12, "Add": 60, "Gather": 3}
@@ -15,20 +17,13 @@ def _plan(ops: dict[str, int], kind: str, *, calibration: bool = True, **changes
     body: dict[str, Any] = {"model_id": "mdl_x", **changes.pop("spec", {})}
     if calibration:
         body.setdefault("calibration", {"dataset_id": "dst_x"})
-    facts: dict[str, Any] = {
-        "ops": ops,
-        "kind": kind,
-        "quantized": False,
-        "isa": ["avx512_vnni"],
-        "backends": ["onnxruntime"],
-        "has_calibration": calibration,
-        "same_data": False,
-    }
-    return plan(OptimizationSpec.model_validate(body), Facts(**{**facts, **changes}))
+    facts: dict[str, Any] = {"isa": ["avx512_vnni"], "cores": 2, "has_calibration": calibration, **changes}
+    case = Case(OptimizationSpec.model_validate(body), ops, kind, **facts)
+    return plan(case, {"onnxruntime": OnnxRuntimeBackend()})
 
 
 def _ids(found: Plan) -> list[str]:
-    return [c.id for c in found.candidates]
+    return sorted(c.id for c in found.candidates)
 
 
 def _quantize(found: Plan, cid: str) -> dict[str, Any]:
@@ -38,41 +33,41 @@ def _quantize(found: Plan, cid: str) -> dict[str, Any]:
 
 def test_convolutions_are_quantized_statically_never_dynamically() -> None:
     found = _plan(CNN, "cnn")
-    assert _ids(found) == ["fp32-simplified", "int8-static"]
-    assert "Conv" in _quantize(found, "int8-static")["op_types"]
-    assert _quantize(found, "int8-static")["activations"] == "uint8"
+    assert _ids(found) == ["ort-fp32", "ort-int8-static"]
+    assert "Conv" in _quantize(found, "ort-int8-static")["op_types"]
+    assert _quantize(found, "ort-int8-static")["activations"] == "uint8"
 
 
 def test_transformers_quantize_their_products_only() -> None:
     found = _plan(TRANSFORMER, "transformer")
-    assert _ids(found) == ["fp32-simplified", "fp32-fused", "int8-dynamic", "int8-static"]
-    assert _quantize(found, "int8-static")["op_types"] == ["MatMul"]
-    assert _quantize(found, "int8-dynamic")["op_types"] == ["MatMul"]
+    assert _ids(found) == ["ort-fp32", "ort-fp32-fused", "ort-int8-dynamic", "ort-int8-static"]
+    assert _quantize(found, "ort-int8-static")["op_types"] == ["MatMul"]
+    assert _quantize(found, "ort-int8-dynamic")["op_types"] == ["MatMul"]
 
 
 def test_without_calibration_data_there_is_no_static_int8_and_the_reason_is_said() -> None:
     found = _plan(CNN, "cnn", calibration=False)
-    assert _ids(found) == ["fp32-simplified"]
-    assert "calibration data" in next(s.reason for s in found.skipped if s.name == "int8-static")
+    assert _ids(found) == ["ort-fp32"]
+    assert "calibration data" in next(s.reason for s in found.skipped if s.name == "ort-int8-static")
 
 
 def test_without_dot_product_instructions_the_range_is_reduced() -> None:
-    assert not _quantize(_plan(CNN, "cnn"), "int8-static")["reduce_range"]
-    assert _quantize(_plan(CNN, "cnn", isa=["avx2"]), "int8-static")["reduce_range"]
+    assert not _quantize(_plan(CNN, "cnn"), "ort-int8-static")["reduce_range"]
+    assert _quantize(_plan(CNN, "cnn", isa=["avx2"]), "ort-int8-static")["reduce_range"]
 
 
 def test_a_quantized_model_is_not_quantized_again() -> None:
-    assert _ids(_plan(CNN, "cnn", quantized=True)) == ["fp32-simplified"]
+    assert _ids(_plan(CNN, "cnn", quantized=True)) == ["ort-fp32"]
 
 
 def test_one_data_set_for_both_is_split() -> None:
-    assert _quantize(_plan(CNN, "cnn"), "int8-static")["part"] == "all"
-    assert _quantize(_plan(CNN, "cnn", same_data=True), "int8-static")["part"] == "calibration"
+    assert _quantize(_plan(CNN, "cnn"), "ort-int8-static")["part"] == "all"
+    assert _quantize(_plan(CNN, "cnn", same_data=True), "ort-int8-static")["part"] == "calibration"
 
 
 def test_only_the_wanted_precisions_are_tried() -> None:
-    assert _ids(_plan(CNN, "cnn", spec={"precisions": ["fp32"]})) == ["fp32-simplified"]
-    assert _ids(_plan(CNN, "cnn", spec={"precisions": ["int8"]})) == ["int8-static"]
+    assert _ids(_plan(CNN, "cnn", spec={"precisions": ["fp32"]})) == ["ort-fp32"]
+    assert _ids(_plan(CNN, "cnn", spec={"precisions": ["int8"]})) == ["ort-int8-static"]
 
 
 def test_candidates_are_unique() -> None:

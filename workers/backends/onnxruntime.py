@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _onnxruntime_messages as messages
+from workers.backends import _onnxruntime_recipes as ort_recipes
 from workers.backends._onnxruntime_script import infer_script
+from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session, TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
 
@@ -186,6 +188,12 @@ class OnnxRuntimeBackend(Backend):
         isa = set(hardware.get("isa") or ())
         int8 = any(flag == "avx2" or flag.startswith(("avx512", "amx")) for flag in isa)
         return BackendInfo(self.name, {"onnxruntime": version}, ("cpu",), ("fp32", "int8") if int8 else ("fp32",))
+
+    def propose(self, case: Case) -> Proposal:
+        return ort_recipes.propose(case)
+
+    def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:
+        return ort_recipes.variants(case, candidate)
 
     def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
         """Write the optimized model; its memory layout is made for this machine's instruction set.

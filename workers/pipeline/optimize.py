@@ -16,6 +16,8 @@ from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from app.settings import LimitSettings
+from workers import kernel
+from workers.candidates import Candidate, Case
 from workers.pipeline import planner
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.select import BASELINE, Tried, Verdict, judge
@@ -32,7 +34,7 @@ _WEIGHTS = {"export": 2.0, "simplify": 1.0, "quantize": 2.0, "build": 1.0, "vali
 class CandidateRun:
     """A planned candidate and how far it came."""
 
-    plan: planner.Candidate
+    plan: Candidate
     tried: Tried
     graph: Outcome | None = None
     build: Outcome | None = None
@@ -93,7 +95,8 @@ class Optimizer:
     def run(self) -> Optimization:
         """All stages up to the package. Raises `StageFailure` where the job fails as a whole."""
         export = self._export()
-        plan = planner.plan(self.spec, self._facts(export))
+        known = kernel.backends()
+        plan = planner.plan(self._case(export), {name: known[name]() for name in self.backends})
         self._plan_progress(plan)
         runs = [CandidateRun(c, Tried(c.id, c.precision, c.lossless)) for c in plan.candidates]
         exhausted = False
@@ -143,14 +146,17 @@ class Optimizer:
             seconds=self._stage_seconds(),
         )
 
-    def _facts(self, export: Outcome) -> planner.Facts:
+    def _case(self, export: Outcome) -> Case:
         structure = export.data["structure"]
-        return planner.Facts(
+        return Case(
+            spec=self.spec,
             ops=structure["ops"],
             kind=structure["kind"],
             quantized=bool(structure.get("quantized")),
+            size_bytes=export.outputs["model"].size_bytes,
             isa=self.runner.hardware.get("isa", ()),
-            backends=self.backends,
+            cores=int(self.runner.hardware.get("cores") or 1),
+            hardware=self.runner.hardware,
             has_calibration=self.calibration is not None,
             same_data=self.same_data,
         )

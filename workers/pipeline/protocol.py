@@ -23,6 +23,7 @@ class Limits:
     seconds: float
     memory_bytes: int
     file_bytes: int
+    soft_seconds: float | None = None  # by which a stage that can stop earlier should
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class _Call:
     entry: dict[str, Any]
     weight: float
     seconds: float
+    soft_seconds: float | None
 
     def outcome(
         self, outputs: dict[str, ArtifactRef], data: dict[str, Any], *, cached: bool, seconds: float
@@ -121,9 +122,11 @@ class StageRunner:
         candidate: str | None = None,
         weight: float = 1.0,
         seconds: float | None = None,
+        soft_seconds: float | None = None,
     ) -> Outcome:
-        """One stage call; `weight` is its share of the job's progress. Raises StageFailure, Interrupted, LeaseLost."""
-        call = self._call(stage, inputs, options, candidate, weight, seconds)
+        """One stage call; `weight` is its share of the job's progress. It is ended after `seconds`, and asked to end
+        by itself after `soft_seconds`. Raises StageFailure, Interrupted, LeaseLost."""
+        call = self._call(stage, inputs, options, candidate, weight, seconds, soft_seconds)
         self.view.stages.append(call.entry)
         try:
             with infrastructure_faults(stage):
@@ -151,6 +154,7 @@ class StageRunner:
         candidate: str | None,
         weight: float,
         seconds: float | None,
+        soft_seconds: float | None,
     ) -> _Call:
         stage_type = kernel.stages()[stage]
         full: BaseModel = stage_type.Options.model_validate(dict(options))
@@ -176,7 +180,7 @@ class StageRunner:
             "detail": None,
         }
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
-        return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit)
+        return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds)
 
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id
@@ -223,7 +227,7 @@ class StageRunner:
             workspace=str(folder / "work"),
             outputs=str(folder / "out"),
             hardware=dict(self.hardware),
-            limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes),
+            limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes, call.soft_seconds),
         )
         exclusive = call.stage_type.exclusive_device
         lock = device_lock(self.lock_dir, "cpu", self.should_stop) if exclusive else nullcontext()

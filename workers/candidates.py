@@ -1,0 +1,113 @@
+"""Candidates as data: what the planner and the backends speak of. Nothing here runs anything.
+
+A candidate is graph steps (keyed stage calls), how a backend builds the result, and how the engine is loaded. So it can
+be cached, resumed, compared and moved to another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from app.domain.spec import OptimizationSpec
+
+# Instructions with which int8 gains: dot products of bytes (x86 VNNI and AMX, Arm dot product).
+INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage call of a candidate; `extra` names further inputs beside the graph that flows from step to step."""
+
+    stage: str
+    options: Mapping[str, Any]
+    extra: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """For the report: the stage and the options that tell recipes apart."""
+        told = [str(self.options[k]) for k in ("recipe", "method") if self.options.get(k)]
+        if self.options.get("fusions"):
+            told.append("fusions")
+        return f"{self.stage}({', '.join(told)})" if told else self.stage
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration to try.
+
+    `runtime` is laid over the runtime options that the build returns: several candidates can share one engine file.
+    `prior` is the expected latency over the baseline's, from measurements elsewhere (1.0 = nothing known); it decides
+    the order of trying, never the verdict. `lossless`: the same arithmetic, differs from the original by rounding only.
+    """
+
+    id: str
+    name: str
+    backend: str
+    precision: str
+    steps: tuple[Step, ...]
+    build_options: Mapping[str, Any] = field(default_factory=dict)
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    lossless: bool = False
+    prior: float = 1.0
+
+    @property
+    def recipe(self) -> str:
+        options = ", ".join(f"{k}={v}" for k, v in sorted(self.runtime.items()))
+        return " → ".join([s.describe() for s in self.steps] + ["build"]) + (f" [{options}]" if options else "")
+
+    def variant(self, suffix: str, name: str, **runtime: Any) -> Candidate:
+        """The same engine, loaded with other runtime options."""
+        merged = {**self.runtime, **runtime}
+        return replace(self, id=f"{self.id}.{suffix}", name=f"{self.name}, {name}", runtime=merged)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something the user asked for, or would expect, that is not tried; and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a backend would try for a case, and what it would not."""
+
+    candidates: tuple[Candidate, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known of the job before anything is tried. `ops`: op type → count in the exported graph. `kind`: as in
+    `workers.onnx_graph` (cnn, transformer, rnn, …). `size_bytes`: of the exported model. `same_data`: one data set for
+    calibration and validation, which is split."""
+
+    spec: OptimizationSpec
+    ops: Mapping[str, int]
+    kind: str
+    quantized: bool = False
+    size_bytes: int = 0
+    isa: Sequence[str] = ()
+    cores: int = 1
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    has_calibration: bool = False
+    same_data: bool = False
+
+    @property
+    def int8_pays(self) -> bool:
+        return bool(INT8_FLAGS & set(self.isa))
+
+    @property
+    def bf16_pays(self) -> bool:
+        return bool(BF16_FLAGS & set(self.isa))
+
+    def wants(self, precision: str) -> bool:
+        """Whether the job lets the search use this precision."""
+        return self.spec.precisions is None or precision in self.spec.precisions
+
+    def has(self, *ops: str) -> list[str]:
+        """Those of `ops` that the graph holds, in the order given."""
+        return [op for op in ops if self.ops.get(op)]

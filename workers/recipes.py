@@ -1,0 +1,75 @@
+"""Graph steps that several backends share, as data; which ops pay follows what was measured (docs/search.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from workers.candidates import Case, Step
+
+# Where int8 gains on x86, by measurement. Convolutions never dynamically: ConvInteger is 4 to 22 times slower.
+DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM")
+TRANSFORMER_STATIC_OPS = ("MatMul", "Gemm")  # LayerNorm, masks and Add break when quantized
+CNN_STATIC_OPS = (
+    "Conv",
+    "MatMul",
+    "Gemm",
+    "Add",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Relu",
+    "Clip",
+    "Concat",
+    "Mul",
+)
+
+
+def simplify(*, fusions: bool = False) -> Step:
+    return Step("simplify", {"fusions": fusions})
+
+
+def calibration_options(case: Case) -> dict[str, Any]:
+    """How a calibrating step takes its samples; what calibrates never judges."""
+    assert case.spec.calibration is not None
+    return {
+        "max_samples": case.spec.calibration.max_samples,
+        "part": "calibration" if case.same_data else "all",
+    }
+
+
+def calibration_method(case: Case) -> str:
+    """The method asked for; `minmax` where the service is to choose (the others are tried when accuracy is lost)."""
+    assert case.spec.calibration is not None
+    method = case.spec.calibration.method
+    return "minmax" if method == "auto" else method
+
+
+def dynamic_int8(case: Case, op_types: Sequence[str]) -> Step:
+    options = {
+        "recipe": "dynamic_int8",
+        "op_types": [*op_types],
+        "per_channel": True,
+        "reduce_range": not case.int8_pays,
+    }
+    return Step("quantize", options)
+
+
+def static_int8(case: Case, op_types: Sequence[str], *, method: str | None = None) -> Step:
+    """Q/DQ nodes in ONNX: uint8 activations and int8 weights per channel, as x86 wants them. Without dot-product
+    instructions the 8-bit product may saturate in 16 bits: one bit less for the weights."""
+    options = {
+        "recipe": "static_int8",
+        "method": method or calibration_method(case),
+        "op_types": [*op_types],
+        "activations": "uint8",
+        "per_channel": True,
+        "reduce_range": not case.int8_pays,
+        **calibration_options(case),
+    }
+    return Step("quantize", options, ("calibration",))
+
+
+def static_ops(case: Case) -> list[str]:
+    """Op types to quantize statically: everything around convolutions, products only elsewhere."""
+    return case.has(*(CNN_STATIC_OPS if case.kind == "cnn" else TRANSFORMER_STATIC_OPS))
