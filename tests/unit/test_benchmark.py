@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from app.domain.failures import FailureKind, StageFailure
+from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, TensorSpec, backends
 from workers.measure import engine_process, rounds
@@ -60,6 +61,12 @@ class Spoiled(Session):
 class SpoiledBackend(Backend):
     name: ClassVar[str] = "test-spoiled"
     engine_format: ClassVar[str] = "onnx"
+
+    def propose(self, case: Case) -> Proposal:
+        return Proposal()
+
+    def variants(self, case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
+        return ()
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         return None  # no worker offers it

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from app.domain.failures import FailureKind, StageFailure
+from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, backends
 from workers.stages.validate import SYNTHETIC_SAMPLES, Validate, ValidateOptions, folder_digest
@@ -49,6 +50,12 @@ class AlteredSession(Session):
 class AlteredBackend(Backend):
     name: ClassVar[str] = "test-altered"
     engine_format: ClassVar[str] = "onnx"
+
+    def propose(self, case: Case) -> Proposal:
+        return Proposal()
+
+    def variants(self, case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
+        return ()
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         return None  # no worker offers it
