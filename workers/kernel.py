@@ -175,6 +175,11 @@ class Backend(ABC):
         """The same engine under other runtime options (threads, spinning, streams) that may beat its defaults here."""
 
     @abstractmethod
+    def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:
+        """`runtime` with `threads` compute threads, for one of several instances that share the machine. A backend
+        whose work does not run on CPU threads answers it as it is."""
+
+    @abstractmethod
     def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
         """Make the engine for this hardware from folder `model` (holding `model.onnx`) into folder `out`.
         Returns JSON: at least `{"runtime": {...}}`, the options that `load` needs (session options, threads)."""

@@ -57,6 +57,9 @@ class AlteredBackend(Backend):
     def variants(self, case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
         return ()
 
+    def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:
+        return dict(runtime)
+
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         return None  # no worker offers it
 

@@ -195,6 +195,9 @@ class OnnxRuntimeBackend(Backend):
     def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:
         return ort_recipes.variants(case, candidate)
 
+    def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:
+        return {**runtime, "intra_op_num_threads": threads}
+
     def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
         """Write the optimized model; its memory layout is made for this machine's instruction set.
 
