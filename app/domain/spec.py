@@ -10,7 +10,14 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Objective = Literal["latency", "throughput", "cost"]
 Device = Literal["auto", "cpu", "cuda"]
 CalibrationMethod = Literal["auto", "minmax", "entropy", "percentile"]
-Metric = Literal["auto", "top1", "agreement", "cosine", "normalized_error"]
+# fmt: off
+Metric = Literal[
+    "auto",
+    "top1", "top5", "macro_f1", "mean_iou",  # against labels
+    "mae", "rmse", "r2",  # against targets: float labels, or references named by the output
+    "agreement", "kl", "cosine", "spearman", "neighbours", "normalized_error", "psnr",  # against the original
+]
+# fmt: on
 Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
@@ -51,7 +58,8 @@ class Calibration(_Strict):
 
 
 class Validation(_Strict):
-    """`max_accuracy_loss_percent` is the largest loss of the metric, in percentage points, that the user agrees to."""
+    """`max_accuracy_loss_percent` is the largest loss of the metric that the user agrees to: percentage points of a
+    score, percent of an error; for each metric as docs/measurement.md defines it."""
 
     dataset_id: str | None = None
     metric: Metric = "auto"

@@ -16,7 +16,8 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, backends
-from workers.stages.validate import SYNTHETIC_SAMPLES, Validate, ValidateOptions, folder_digest
+from workers.measure.pieces import SYNTHETIC_SAMPLES, folder_digest
+from workers.stages.validate import Validate, ValidateOptions
 
 CLASSES = 4
 
