@@ -105,7 +105,7 @@ def _min_max(
     low = np.zeros(len(tensors))
     high = np.zeros(len(tensors))
     samples = 0
-    for feeds, count in _padded(batches(size or BATCH_SIZE), size):
+    for feeds, count in padded(batches(size or BATCH_SIZE), size):
         values = np.asarray([float(v) for v in session.run(names, dict(feeds))]).reshape(-1, 2)
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])  # both keep a NaN
         samples += count
@@ -126,7 +126,7 @@ def _histograms(
     session, size = _session(augmented, names, model)
     counts = {t: np.zeros(2 * HISTOGRAM_BINS, np.int64) for t in ranges}
     samples = 0
-    for feeds, count in _padded(batches(size or 1), size):
+    for feeds, count in padded(batches(size or 1), size):
         outputs = dict(zip(names, session.run(names, dict(feeds)), strict=True))
         for name, (low, high) in ranges.items():
             values = outputs.pop(name) if name in outputs else feeds[name]
@@ -137,26 +137,30 @@ def _histograms(
 
 
 def _session(augmented: ModelProto, outputs: Sequence[str], model: Path) -> tuple[Any, int | None]:
-    """A session on `augmented` with further `outputs`, and the batch size where the model fixes it.
-
-    Basic optimizations only: they keep the named tensors and do not depend on the hardware.
-    """
-    import onnxruntime as ort
-
+    """A session on `augmented` with further `outputs`, and the batch size where the model fixes it."""
     have = {o.name for o in augmented.graph.output}
     augmented.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in have)
     path = model.with_name(f"augmented-{model.name}")  # external data is found beside it
     onnx.save(augmented, path)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 4
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, optimize=True)
     path.unlink()
     batch_sizes = [i.shape[0] for i in session.get_inputs() if i.shape and isinstance(i.shape[0], int)]
     return session, max(batch_sizes, default=None)
 
 
-def _padded(batches: Iterable[Feeds], size: int | None) -> Iterator[tuple[Feeds, int]]:
+def open_session(path: Path, *, optimize: bool = False) -> Any:
+    """A CPU session. `optimize`: basic optimizations only: they keep the named tensors and do not depend on the
+    hardware; without, the nodes run one by one as they stand."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimize else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def padded(batches: Iterable[Feeds], size: int | None) -> Iterator[tuple[Feeds, int]]:
     """Feeds with their number of samples. A model with a fixed batch gets full ones: the last repeats its samples."""
     for feeds in batches:
         count = next(iter(feeds.values())).shape[0]
