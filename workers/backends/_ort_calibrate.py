@@ -1,6 +1,6 @@
 """Calibration of activation ranges for static quantization, in memory that does not grow with the number of samples.
 
-Minima and maxima are reduced inside the graph, so a batch leaves two numbers per tensor. Entropy and percentile make a
+Minima and maxima are reduced inside the graph, so a batch leaves two numbers per tensor. The other methods make a
 second pass that bins one batch at a time into a histogram of fixed size per tensor.
 """
 
@@ -18,11 +18,12 @@ from onnx import ModelProto, TensorProto, helper
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
 Batches = Callable[[int], Iterable[Feeds]]
-Method = Literal["minmax", "entropy", "percentile"]
+Method = Literal["minmax", "entropy", "percentile", "mse"]
 
 HISTOGRAM_BINS = 2048  # of each sign
 USABLE_MAGNITUDE = 1e30  # beyond it stand masks of -inf or the lowest float, which eight bits cannot carry
 BATCH_SIZE = 8  # of the min/max pass; histograms take sample by sample
+_TRIED_ENDS = 64  # of each sign, by the least squared error
 _STRIDE = 8  # bins between two tried thresholds: 0.4 % of the range
 
 
@@ -82,6 +83,8 @@ def calibrate(
         counts, limit = histograms[name], max(-low, high)
         if method == "percentile":
             bottom, top = percentile_range(counts, limit, percentile)
+        elif method == "mse":
+            bottom, top = mse_range(counts, limit, (low, high), symmetric=symmetric)
         else:
             # Of 256 levels, those on the larger side; all of them after a ReLU.
             share = 0.5 if symmetric or high <= low else limit / (high - low)
@@ -111,6 +114,36 @@ def _min_max(
         samples += count
         seen(samples)
     return {t: (float(low[i]), float(high[i])) for i, t in enumerate(tensors)}, samples
+
+
+def channel_maxima(
+    model: Path, channels: Mapping[str, int], batches: Batches, seen: Callable[[int], None]
+) -> dict[str, Array]:
+    """The largest magnitude in each channel of `channels` (tensor → size of its last axis), over all data: float64
+    [channels]. Reduced inside the graph."""
+    augmented = onnx.load(model, load_external_data=False)
+    graph = augmented.graph
+    opset = next((o.version for o in augmented.opset_import if o.domain in ("", "ai.onnx")), 0)
+    graph.initializer.append(helper.make_tensor("calibration_axis", TensorProto.INT64, [1], [0]))
+    axes: dict[str, Any] = {"keepdims": 0} if opset >= 18 else {"keepdims": 0, "axes": [0]}  # an input since opset 18
+    names = []
+    for index, (tensor, size) in enumerate(channels.items()):
+        label = f"calibration_{index}"
+        graph.initializer.append(helper.make_tensor(f"{label}_shape", TensorProto.INT64, [2], [-1, size]))
+        graph.node.append(helper.make_node("Abs", [tensor], [f"{label}_abs"]))
+        graph.node.append(helper.make_node("Reshape", [f"{label}_abs", f"{label}_shape"], [f"{label}_rows"]))
+        inputs = [f"{label}_rows", "calibration_axis"] if opset >= 18 else [f"{label}_rows"]
+        graph.node.append(helper.make_node("ReduceMax", inputs, [label], **axes))
+        names.append(label)
+    session, size_fixed = _session(augmented, names, model)
+    found = {tensor: np.zeros(size) for tensor, size in channels.items()}
+    samples = 0
+    for feeds, count in padded(batches(size_fixed or BATCH_SIZE), size_fixed):
+        for tensor, value in zip(channels, session.run(names, dict(feeds)), strict=True):
+            found[tensor] = np.maximum(found[tensor], value)
+        samples += count
+        seen(samples)
+    return found
 
 
 def _histograms(
@@ -190,6 +223,37 @@ def percentile_range(counts: Array, limit: float, percentile: float) -> tuple[fl
     low = int(np.searchsorted(share, cut, side="right"))
     high = int(np.searchsorted(share, 1.0 - cut, side="left")) + 1
     return min(0.0, low * width - limit), max(0.0, high * width - limit)
+
+
+def mse_range(counts: Array, limit: float, extremes: tuple[float, float], *, symmetric: bool) -> tuple[float, float]:
+    """The range whose 255 steps give the least mean squared error over the histogram: what is clipped loses its
+    distance to the range, what is kept loses step²/12. Both ends are tried together, `_TRIED_ENDS` each, from the
+    extremes down to a sixteenth of them. Zeros are exact whatever the range: the bins beside it take their neighbours'
+    counts."""
+    low, high = extremes
+    weights = counts.astype(np.float64)
+    weights[HISTOGRAM_BINS], weights[HISTOGRAM_BINS - 1] = counts[HISTOGRAM_BINS + 1], counts[HISTOGRAM_BINS - 2]
+    width = limit / HISTOGRAM_BINS
+    centres = (np.arange(2 * HISTOGRAM_BINS) - HISTOGRAM_BINS + 0.5) * width
+    ends = np.linspace(1.0, 1 / 16, _TRIED_ENDS)
+
+    def clipped(limits: Array) -> Array:
+        """Squared distance of what lies beyond each limit of one sign, summed."""
+        beyond = np.maximum(np.sign(limits[0]) * (centres[None, :] - limits[:, None]), 0.0)
+        found: Array = (beyond**2 * weights).sum(axis=1)
+        return found
+
+    if symmetric:
+        tops = ends * max(-low, high)
+        best = int(np.argmin(clipped(tops) + clipped(-tops) + weights.sum() * (2 * tops / 254) ** 2 / 12))
+        return -float(tops[best]), float(tops[best])
+    tops, bottoms = ends * high, ends * low
+    lost_above = clipped(tops) if high > 0 else np.zeros(_TRIED_ENDS)
+    lost_below = clipped(bottoms) if low < 0 else np.zeros(_TRIED_ENDS)
+    steps = (tops[:, None] - bottoms[None, :]) / 255
+    lost = lost_above[:, None] + lost_below[None, :] + weights.sum() * steps**2 / 12
+    i, j = np.unravel_index(int(np.argmin(lost)), lost.shape)
+    return float(bottoms[j]), float(tops[i])
 
 
 def entropy_threshold(counts: Array, limit: float, levels: int) -> float:

@@ -122,10 +122,7 @@ def prepare(source: Path, workspace: Path) -> Path:
     """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    model = onnx.load(source)
-    _name_nodes(model)
-    _hide_initializers(model)
-    _constants_to_initializers(model)
+    model = named(source)
     large = _is_large(model)
     folder = workspace / "prepared"
     folder.mkdir(exist_ok=True)
@@ -150,6 +147,15 @@ def prepare(source: Path, workspace: Path) -> Path:
         return out
     _complete_types(folder / MODEL_FILE)
     return folder / MODEL_FILE
+
+
+def named(source: Path) -> ModelProto:
+    """The model with a name on every node, and constants and weights as initializers only."""
+    model = onnx.load(source)
+    _name_nodes(model)
+    _hide_initializers(model)
+    _constants_to_initializers(model)
+    return model
 
 
 def _complete_types(path: Path) -> None:

@@ -39,7 +39,7 @@ class QuantizeOptions(StageOptions):
     without VNNI. `exclude_nodes` stay as they are. `shapes`: min/opt/max by input, for the trial run."""
 
     recipe: Literal["dynamic_int8", "static_int8", "fp16", "bf16"]
-    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    method: calibration.Method = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
     op_types: list[str] | None = Field(default=None, min_length=1)
     activations: Literal["uint8", "int8"] = "uint8"
@@ -55,7 +55,7 @@ class Quantize(Stage[QuantizeOptions]):
     """See the module. `data`: recipe, qdq_by_op, quantized_nodes, op_types, excluded_nodes, calibration, …"""
 
     name = "quantize"
-    version = 1
+    version = 2
     Options = QuantizeOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
 
