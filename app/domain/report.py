@@ -55,12 +55,26 @@ class FinalMetrics(_Part):
 
 
 class DeploymentConfig(_Part):
+    """How to run the shipped engine on this machine: the best configuration of the sweep by the job's objective.
+    `runtime`: what each instance loads the engine with. `throughput_qps`: samples per second of all instances together,
+    `memory_mb`: of all their processes. `cost_per_million`: of a million samples, in `currency` (None: relative).
+    `sweep`: every configuration that was tried, `pareto` where none has both less latency and more throughput."""
+
     batch_size: int
     precision: str
     dynamic_batching: bool
     instances_per_gpu: int | None
     backend: str | None = None
     runtime: dict[str, Any] = {}
+    instances: int | None = None
+    threads_per_instance: int | None = None
+    p50_latency_ms: float | None = None
+    p99_latency_ms: float | None = None
+    throughput_qps: float | None = None
+    cost_per_million: float | None = None
+    currency: str | None = None
+    memory_mb: float | None = None
+    sweep: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
 
 

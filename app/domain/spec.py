@@ -87,6 +87,14 @@ class Benchmark(_Strict):
         return self
 
 
+class Cost(_Strict):
+    """What the machine costs. Without it, the objective `cost` counts with 1.0 per hour, and its figures are relative:
+    good to compare configurations by, not to pay by."""
+
+    price_per_hour: float = Field(gt=0, le=1e6)
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+
+
 class Webhook(_Strict):
     url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)]
 
@@ -101,5 +109,6 @@ class OptimizationSpec(_Strict):
     validation: Validation = Validation()
     constraints: Constraints = Constraints()
     benchmark: Benchmark = Benchmark()
+    cost: Cost | None = None
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     webhook: Webhook | None = None

@@ -261,17 +261,16 @@ class _Engine:
         return self._timed(int(seconds * 1e9), iterations)
 
     def drive(self, start_ns: int, stop_ns: int) -> tuple[Array, Array]:
-        """Call after call from now until `stop_ns` (`time.perf_counter_ns`, one clock for all processes): when each
-        call ended and how long it took, of those that ended between `start_ns` and `stop_ns`."""
+        """Call after call until `stop_ns` (`time.perf_counter_ns`, one clock for all processes): end and latency of
+        each call that ended between `start_ns` and `stop_ns`."""
         calls, count, i = self._calls, len(self._calls), self._next
         clock = time.perf_counter_ns
         ends: list[int] = []
         latencies: list[int] = []
         end = clock()
         while end < stop_ns:
-            call = calls[i]
             start = clock()
-            call()
+            calls[i]()
             end = clock()
             if start_ns <= end <= stop_ns and len(ends) < MAX_WINDOW_SAMPLES:
                 ends.append(end)

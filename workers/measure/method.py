@@ -6,7 +6,10 @@ import importlib.metadata
 from collections.abc import Iterable
 
 from workers.kernel import backends
+from workers.measure.instances import SETTLE_S
 from workers.measure.plan import MIN_ROUNDS
+
+_PERCENTILES = "nearest rank; shown from p50 11, p90 64, p95 130, p99 662, p99.9 6,636 samples on"
 
 
 def benchmark_method(
@@ -23,7 +26,7 @@ def benchmark_method(
         "warm_up": warm_up + "iterations at the start of every window, but where one call takes 0.2 s",
         "inputs": inputs,
         "latency": "wall time of one call with bound inputs, one caller (closed loop), no copies in Python",
-        "percentiles": "nearest rank; shown from p50 11, p90 64, p95 130, p99 662, p99.9 6,636 samples on",
+        "percentiles": _PERCENTILES,
         "speedup": "p50 of the baseline / p50 of the engine; 95 % interval by block bootstrap over rounds, against "
         "both baseline processes",
         "throughput": "batch size / mean latency, in samples per second, one caller",
@@ -42,6 +45,25 @@ def benchmark_method(
     if not cold:
         words["cold_start"] = words["memory"] = "not measured: it was not asked for"
     return words
+
+
+def sweep_method(*, inputs: str, pinned: bool, min_seconds: float, passes: int) -> dict[str, str]:
+    """How the sweep stage measures."""
+    where = "each instance pinned to cores of its own" if pinned else "instances not pinned to cores"
+    return {
+        "load": "closed loop: every instance starts its next call when the one before has ended; all instances run "
+        f"at the same time, one process each, {where}",
+        "window": f"common to all instances, opened {SETTLE_S * 1e3:.0f} ms after all have started; only calls that "
+        f"end inside it count; {min_seconds:g} s per configuration in {passes} passes",
+        "order": "the first pass by growing batch, the others in an order drawn anew",
+        "throughput": "samples per second: batch size × the instances' rates between their first and last call in "
+        "the window, added up; mean of the passes",
+        "latency": "wall time of one call with bound inputs, all instances together",
+        "percentiles": _PERCENTILES,
+        "memory": "peak of all processes together in MB (10⁶ bytes), pages that they share counted once "
+        "(proportional set size), up to and with this batch size",
+        "inputs": inputs,
+    }
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
