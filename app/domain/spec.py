@@ -95,6 +95,21 @@ class Cost(_Strict):
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
 
 
+class Search(_Strict):
+    """How configurations are tried. `halving`: a short timing and a small accuracy check for all, the full method for
+    those that can still win. `exhaustive`: the full method for every configuration; takes several times as long."""
+
+    strategy: Literal["halving", "exhaustive"] = "halving"
+
+
+class Quantization(_Strict):
+    """`keep_nodes`: nodes that stay in higher precision, by their names in the simplified graph (an earlier report's
+    `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
+
+    keep_nodes: list[Name] = Field(default=[], max_length=10_000)
+    win_back: bool = True
+
+
 class Webhook(_Strict):
     url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)]
 
@@ -110,5 +125,7 @@ class OptimizationSpec(_Strict):
     constraints: Constraints = Constraints()
     benchmark: Benchmark = Benchmark()
     cost: Cost | None = None
+    search: Search = Search()
+    quantization: Quantization = Quantization()
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     webhook: Webhook | None = None

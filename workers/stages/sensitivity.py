@@ -27,7 +27,8 @@ from workers.backends import _quantize_inputs as shared
 from workers.backends._onnxruntime_messages import runtime_failure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind, rounded
+from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind
+from workers.measure.losses import rounded
 from workers.onnx_files import MODEL_FILE, read_skeleton
 
 BATCH = 8
