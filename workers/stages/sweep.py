@@ -19,11 +19,12 @@ from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
 from workers.measure.instances import Driven, Instances, Layout, default_layouts, usable_cores
 from workers.measure.method import sweep_method, versions
 from workers.measure.plan import P99_CAP_S
-from workers.measure.stats import P99_SAMPLES
+from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
 
 _WARM_UP_CAP_S = 0.5
 _WARM_UP_ITERATIONS = 20
 _LEAST_WINDOW_S = 0.1
+_P50_CAP_S = 10.0  # of a window that is made longer for the samples of a median
 _EACH_S = 0.6  # around the window: starting, binding, warming up
 _SLOW_NS = 0.5e9  # a call above which a larger batch has to promise something
 _GAIN = 1.03
@@ -309,19 +310,22 @@ class _Run:
         configuration.runs.append(driven)
 
     def _seconds(self, configuration: _Configuration) -> float:
-        """Of the window; long enough for the samples of a p99 where a limit is asked for and they are affordable."""
+        """Of the window; long enough for the samples of a median, and of a p99 where a limit is asked for, where they
+        are affordable."""
+        each_s = configuration.p50_ns / 1e9 / configuration.layout.instances
+        left = self.ctx.seconds_left() / 2
+        window_s = max(self.window_s, min(_P50_CAP_S, left, (P50_SAMPLES / self.options.passes + 1) * each_s))
         limit = self.options.p99_limit_ms
         if limit is None:
-            return self.window_s
+            return window_s
         if configuration.p50_ns / 1e6 > limit:
             configuration.p99_refused = f"the median misses the limit of {limit:g} ms already"
-            return self.window_s
-        cost = P99_SAMPLES * configuration.p50_ns / 1e9 / configuration.layout.instances
-        affordable = min(P99_CAP_S, self.ctx.seconds_left() / 2)
+            return window_s
+        cost, affordable = P99_SAMPLES * each_s, min(P99_CAP_S, left)
         if cost > affordable:
             configuration.p99_refused = f"{P99_SAMPLES} samples would take {cost:.0f} s, more than {affordable:.0f} s"
-            return self.window_s
-        return max(self.window_s, 1.15 * cost / self.options.passes)
+            return window_s
+        return max(window_s, 1.15 * cost / self.options.passes)
 
     def _prune(self, done: _Configuration, before: list[_Configuration], larger: list[_Configuration]) -> None:
         """Leave out the larger batches of this layout where this one misses the p99 limit already, or where calls are
@@ -329,9 +333,9 @@ class _Run:
         reason = None
         limit = self.options.p99_limit_ms
         seen = distribution(done.latencies())
-        carried = [seen[k] for k in ("p50_ms", "p90_ms", "p95_ms", "p99_ms") if seen[k] is not None]
+        carried = [seen[k] for k in ("p90_ms", "p95_ms", "p99_ms") if seen[k] is not None] + [done.p50_ns / 1e6]
         best = max((c.qps for c in before if c.runs), default=0.0)
-        if limit is not None and carried and max(carried) > limit:
+        if limit is not None and max(carried) > limit:
             reason = f"batch {done.batch} misses the p99 limit of {limit:g} ms already ({max(carried):.3g} ms)"
         elif best and done.p50_ns > _SLOW_NS and done.qps < _GAIN * best:
             reason = f"batch {done.batch} brings no more than smaller ones, and a call takes {done.p50_ns / 1e9:.1f} s"
