@@ -236,7 +236,8 @@ def dynamic_int8(
     per_channel: bool,
     reduce_range: bool,
 ) -> None:
-    """Weights to int8 now, activations to uint8 while running. `source` in a folder that takes scratch files."""
+    """Weights to int8 now, activations to uint8 while running. `source` in a folder that takes scratch files; `out` is
+    `model.onnx` in a folder of its own."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source, load_external_data=False)
@@ -257,6 +258,13 @@ def dynamic_int8(
         use_external_data_format=_is_large_file(source),
         extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True},
     )
+    if any(n.op_type == surgery.DQ for n in onnx.load(out, load_external_data=False).graph.node):
+        made = onnx.load(out)
+        surgery.undo_dequantized_weights(made, source)
+        surgery.drop_unread(made)
+        for old in out.parent.glob(f"{out.name}*"):
+            old.unlink()  # external data would be appended to the old file
+        save_model(made, out.parent)
 
 
 def static_int8(
@@ -310,11 +318,13 @@ def static_int8(
 
 def count_quantized(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
     """Nodes that compute on quantized values, by op type: integer kernels, and nodes of `op_types` whose first input is
-    dequantized. (A float node behind a quantized one reads a DequantizeLinear too, and does not count.)"""
+    dequantized, and of products and convolutions the second one too. (A float node behind a quantized one reads a
+    DequantizeLinear as well, and does not count.)"""
     dequantized = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     counts: Counter[str] = Counter()
     for node in model.graph.node:
-        reads = node.op_type in op_types and len(node.input) > 0 and node.input[0] in dequantized
+        needed = 2 if node.op_type in COMPUTE_OPS else 1
+        reads = node.op_type in op_types and bool(node.input) and dequantized.issuperset(node.input[:needed])
         if reads or node.op_type in _INTEGER_OPS:
             counts[node.op_type] += 1
     return dict(sorted(counts.items()))

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, load, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
+_TRANSPOSED = "_Transposed"  # what it appends to the weight of a Gemm that it rewrites to MatMul
 _DEQUANTIZED = "_DequantizeLinear_Output"  # what the quantizer appends to a weight's name
 
 
@@ -64,6 +66,29 @@ def keep_float(
     drop_unread(model)
 
 
+def undo_dequantized_weights(model: ModelProto, source: Path) -> None:
+    """Put float weights where a DequantizeLinear makes them from rounded ones, in place: the dynamic quantizer serves
+    the float readers of a weight so, which it may have transposed before."""
+    graph = model.graph
+    weights = {i.name: i for i in load(source, load_external_data=False).graph.initializer}
+    present = {i.name for i in graph.initializer}
+    kept, restored = [], []
+    for node in graph.node:
+        name = node.output[0] if node.op_type == DQ and node.input[0] in present else ""
+        original = weights.get(name) or weights.get(name.removesuffix(_TRANSPOSED))
+        if not name or original is None:
+            kept.append(node)
+            continue
+        tensor = load_weight(original, source.parent)
+        if name not in weights:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(tensor).T), name)
+        restored.append(tensor)
+    if restored:
+        del graph.node[:]
+        graph.node.extend(kept)
+        graph.initializer.extend(restored)
+
+
 def drop_unread(model: ModelProto) -> None:
     """Remove Q and DQ nodes whose values nobody reads, then initializers that nobody reads; in place."""
     graph = model.graph
@@ -101,8 +126,6 @@ def _activation_pairs(graph: GraphProto) -> dict[str, str]:
 
 def _restore_weights(model: ModelProto, source: Path, op_types: Collection[str], excluded: Collection[str]) -> None:
     """Readers in float get the float weight back, where the quantizer gave them the rounded one or took it away."""
-    from onnx import load
-
     graph = model.graph
     weights = {i.name: i for i in load(source, load_external_data=False).graph.initializer}
     present = {i.name for i in graph.initializer}
