@@ -6,7 +6,8 @@ Each model goes twice to a deployment of its own, in a fresh folder: `"search": 
 `{"strategy": "exhaustive"}`. The two bundles are then timed again, side by side, in processes of their own
 (`peers/contest.py`), because two jobs saw two moments of the machine.
 
-Goals: the pick reaches at least 95 % of the exhaustive optimum's speed on every batch size, in at most 40 % of its time.
+Goals: the pick reaches at least 95 % of the exhaustive optimum's speed on every batch size, in at most 40 % of
+its time.
 """
 
 from __future__ import annotations
@@ -122,9 +123,7 @@ def measure(arguments: argparse.Namespace) -> Json:
     speeds = [f["speed"][str(b)]["ratio"] for f in measured for b in BATCHES]
     share = sum(f["halving"]["seconds"] for f in measured) / sum(f["exhaustive"]["seconds"] for f in measured)
     mean = math.exp(sum(math.log(s) for s in speeds) / len(speeds))
-    print(
-        f"All: {100 * mean:.0f} % of the exhaustive optimum's speed (geometric mean) in {100 * share:.0f} % of its time."
-    )
+    print(f"All: {mean:.0%} of the exhaustive optimum's speed (geometric mean) in {share:.0%} of its time.")
     return {"models": figures, "speed": mean, "time": share}
 
 
