@@ -76,6 +76,7 @@ def nncf_int8(case: Case, *, method: str | None = None) -> Step:
             "model_type": "transformer" if transformer else None,
             "method": method or _METHODS[case.spec.calibration.method],
             **options,
+            **recipes.kept_nodes(case),
         },
         ("calibration",),
     )

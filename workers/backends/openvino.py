@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,8 +18,11 @@ from workers.backends._openvino_library import compile_model, library
 from workers.backends._openvino_script import infer_script
 from workers.backends._openvino_session import OpenVinoSession
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, Reporter, Session, backends
+from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, backends
 from workers.onnx_files import link_or_copy
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
 
 
 class RuntimeOptions(BaseModel):
@@ -88,6 +91,7 @@ class OpenVinoBackend(Backend):
     name: ClassVar[str] = "openvino"
     libraries: ClassVar[tuple[str, ...]] = ("openvino", "numpy")
     engine_format: ClassVar[str] = "openvino-ir"
+    plain_runtime: ClassVar[Mapping[str, Any]] = {"inference_precision": "f32"}
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """None where OpenVINO is not installed. Makes no `Core`: a process that forks must not hold its threads."""
@@ -148,6 +152,15 @@ class OpenVinoBackend(Backend):
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `out_of_memory`, `invalid_backend_options`."""
         return self._load(engine, _parsed(RuntimeOptions, runtime), None)
+
+    def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
+        model, interface = ir.read_ir(engine)
+        properties = {**_parsed(RuntimeOptions, runtime).properties(), "PERF_COUNT": True}
+        session = OpenVinoSession(compile_model(model, properties, graph=None), interface)
+        try:
+            return session.layer_times(feeds, runs)
+        finally:
+            session.close()
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         parsed = _parsed(RuntimeOptions, runtime)

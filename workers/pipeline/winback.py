@@ -71,8 +71,7 @@ class WinBack:
             yield _equalized(run.plan, index, self.case)
         free = self.spec.calibration is not None and self.spec.calibration.method == "auto"
         if "method" in step.options and free and loss <= _HOPELESS * max(limit, 0.1):
-            known = methods_of(step)
-            for method in (m for m in METHODS if m in known and m != step.options["method"]):
+            for method in (m for m in methods_of(step) if m != step.options["method"]):
                 other = replace(step, options={**step.options, "method": method})
                 yield _changed(run.plan, index, other, method, f"{method} calibration")
 
@@ -137,7 +136,7 @@ def quantization(plan: Candidate) -> tuple[int, Step]:
 
 def methods_of(step: Step) -> tuple[str, ...]:
     """Calibration methods that this step's stage takes."""
-    return ("percentile",) if step.stage == "quantize_nncf" else METHODS
+    return ("histogram", "percentile") if step.stage == "quantize_nncf" else METHODS
 
 
 def kept(plan: Candidate, nodes: list[str]) -> Candidate:
