@@ -218,9 +218,12 @@ def _noise(spec: OptimizationSpec, aa: Mapping[str, Any] | None) -> Mapping[str,
 
 
 def _noise_floor(aa: Mapping[str, Any] | None) -> float:
-    """1, or what the A/A interval reaches where it does not hold 1 (the run is then marked noisy)."""
-    if not aa or aa["low"] <= 1.0 <= aa["high"]:
+    """How far the baseline was from itself; or what that interval reaches where it does not hold 1 (the run is then
+    marked noisy). A gain no larger than that can be the difference between two processes of one engine."""
+    if not aa:
         return 1.0
+    if aa["low"] <= 1.0 <= aa["high"]:
+        return float(max(aa["ratio"], 1 / aa["ratio"]))
     return float(max(aa["high"], 1 / aa["low"]))
 
 
