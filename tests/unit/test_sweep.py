@@ -214,7 +214,7 @@ def test_a_soft_deadline_stops_the_sweep(swept: Callable[..., Any]) -> None:
     slow = {"backend": "test-faulty", "runtime": {"sleep_s": 0.05}, "batch_sizes": [1, 2, 4, 8], "layouts": [ONE, TWO]}
     start = time.monotonic()
     data = swept(**slow, min_seconds=20, seconds_left=3)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 15  # of more than 80 s that it would take
     assert (data["complete"], data["reusable"]) == (False, False)
     statuses = [c["status"] for c in data["configurations"]]
     assert statuses[0] == "measured"
