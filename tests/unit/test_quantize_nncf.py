@@ -152,12 +152,8 @@ def test_excluded_nodes_stay_in_floating_point(tmp_path: Path) -> None:
 
 
 def test_onnx_nodes_are_found_in_the_converted_graph(tmp_path: Path) -> None:
-    for name, make in {
-        "bert": architectures.bert,
-        "cnn": architectures.residual_cnn,
-        "gpt2": architectures.gpt2,
-    }.items():
-        converted, _, graph = ir.read_onnx(models.folder(make(), tmp_path / name))
+    for make in (architectures.bert, architectures.residual_cnn, architectures.gpt2):
+        converted, _, graph = ir.read_onnx(models.folder(make(), tmp_path / make.__name__))
         found = ir.nodes_by_onnx_name(converted, graph)
         types = {n.get_friendly_name(): n.get_type_name() for n in converted.get_ops()}
         for node in graph.graph.node:
@@ -311,8 +307,8 @@ def test_a_worker_without_nncf_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     assert (caught.value.code, caught.value.cacheable) == ("nncf_missing", False)
 
 
-def test_branches_are_left_alone_or_quantized_but_run(tmp_path: Path) -> None:
-    """Models with If: NNCF has a way of its own for them; whatever it does, the result runs or the failure is typed."""
+def test_a_model_with_branches(tmp_path: Path) -> None:
+    """NNCF has a way of its own for them."""
     nodes = [helper.make_node("MatMul", ["input", "w"], ["h"], name="mm")]
     inner = models.with_if(4).graph
     for node in inner.node:
@@ -326,9 +322,6 @@ def test_branches_are_left_alone_or_quantized_but_run(tmp_path: Path) -> None:
     weights = [models.tensor("w", np.random.default_rng(0).normal(size=(4, 4))), models.tensor("zero", 0.0)]
     model = models.make_model(nodes, [models.value("input", ["n", 4])], [models.value("output", ["n", 4])], weights)
     bench = Bench(tmp_path, model, simplified=False)
-    try:
-        assert bench.run(method="minmax").data["qdq_by_op"]["MatMul"] == 1
-        one = {name: array[:1] for name, array in bench.data.items()}
-        bench.session().run(one)
-    except StageFailure as failure:
-        assert failure.code in ("quantization_failed", "not_quantized")
+    assert bench.run(method="minmax").data["qdq_by_op"]["MatMul"] == 1
+    one = {name: array[:1] for name, array in bench.data.items()}
+    bench.session().run(one)
