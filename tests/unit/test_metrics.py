@@ -168,6 +168,23 @@ def test_r2_of_equal_targets_is_undefined() -> None:
     assert any("do not differ" in note for note in notes)
 
 
+def test_labels_that_do_not_count_are_left_out() -> None:
+    some = LABELS.copy()
+    some[::3] = -100
+    kept = some >= 0
+    found, _, _ = judged(SCORES, WORSE, some)
+    expected, _, _ = judged(SCORES[kept], WORSE[kept], LABELS[kept])
+    assert found["units"] == kept.sum()
+    for name in ("top1", "top5", "macro_f1"):
+        assert found["metrics"][name]["value"] == expected["metrics"][name]["value"]
+    with pytest.raises(StageFailure) as caught:
+        judged(SCORES, WORSE, np.where(kept, LABELS, -1))
+    assert caught.value.code == "labels_out_of_range"
+    with pytest.raises(StageFailure) as caught:
+        judged(SCORES, WORSE, np.full(N, -100))
+    assert caught.value.code == "metric_undefined"
+
+
 def test_a_single_class_works_and_is_told() -> None:
     found, _, notes = judged(SCORES[:20], SCORES[:20], np.full(20, 4))
     assert found["metric"] == "top1"
