@@ -212,7 +212,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert (data["samples"], data["loss_percent"]) == (n, 0)
-    assert peaks[1] < 1.1 * peaks[0] + 3e7  # vectors of at most 512 samples
+    assert peaks[1] < 1.1 * peaks[0] + 2e7, peaks  # the draws of 1,024 samples
 
 
 def test_figures_by_the_users_measure(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def _by_labels(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, refer
             return Decision(told, "labels", name, why, auto, "classes", axis)
     if metric in ("auto", "macro_f1", "normalized_error", *TARGET_METRICS):
         same = [n for n, x in outputs.items() if x.dtype.kind == "f" and squeezed(x).shape == labels.shape]
-        if same:
+        if same and labels.size:
             told = "r2" if auto else metric
             why = f"the labels have the shape of {same[0]!r}"
             return Decision(told, "labels", same[0], why, auto, "targets")
