@@ -208,8 +208,20 @@ def test_classes_that_an_output_names_are_judged_by_the_labels() -> None:
     f1 = judged(answers, worse, LABELS, "macro_f1", name="label", batch=3)[0]
     assert f1["value"] == pytest.approx(f1_score(LABELS, worse, average="macro"), abs=1e-6)
     wild = worse.copy()
-    wild[0], wild[1] = -5, 10**6  # what an engine may answer
-    assert "macro_f1" not in judged(answers, wild, LABELS, name="label")[0]["metrics"]
+    wild[0], wild[1] = -5, 10**6  # whatever an engine answers
+    assert judged(answers, wild, LABELS, "macro_f1", name="label")[0]["loss_percent"] >= f1["loss_percent"]
+    many = np.arange(N) * 1000
+    assert "macro_f1" not in judged(many, many, many, name="label")[0]["metrics"]
+    with pytest.raises(StageFailure) as caught:
+        judged(many, many, many, "macro_f1", name="label")
+    assert caught.value.code == "metric_mismatch"
+    maps = RNG.integers(0, 4, (20, 6, 6))
+    engine = (maps + (maps == 3)) % 4
+    found, _, _ = judged(maps, engine, maps, name="segments")
+    iou = jaccard_score(maps.ravel(), engine.ravel(), average="macro")
+    assert (found["metric"], found["value"]) == ("mean_iou", pytest.approx(iou, abs=1e-6))
+    found, _, _ = judged(maps * 5000, maps * 5000, maps * 5000, name="segments")
+    assert found["metric"] == "top1"
 
 
 def test_scores_without_labels_show_kl_and_agreement() -> None:

@@ -20,6 +20,7 @@ from workers.measure.stored import OutputWriter, StoredOutputs, spec_json
 from workers.stages.reference_outputs import ReferenceOutputs, ReferenceOutputsOptions
 from workers.stages.validate import Validate, ValidateOptions
 
+from .test_data import archive, shard_bytes
 from .test_validate import Quiet, dataset, linear
 
 
@@ -251,3 +252,40 @@ def test_a_metric_that_fits_neither_outputs_nor_data(
     assert caught.value.code == code
     assert caught.value.kind in (FailureKind.REQUEST, FailureKind.DATA)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_what_calibrated_never_judges_also_out_of_shards(tmp_path: Path, suffix: str) -> None:
+    """The same samples, spread over shards, in another order, byte order and memory order."""
+    model = linear(tmp_path / "model")
+    with np.load(dataset(tmp_path / "whole") / "d.npz") as arrays:
+        x, labels = arrays["x"], arrays["labels"]
+    order = np.random.default_rng(0).permutation(100)
+    pieces = [order[:40], order[40:70], order[70:]]
+    forms = (x.astype(">f4"), np.asfortranarray(x), x)
+    members = {
+        f"{i}.npz": shard_bytes(x=f[p], labels=labels[p]) for i, (p, f) in enumerate(zip(pieces, forms, strict=True))
+    }
+    for name in ("data", "cal"):
+        (tmp_path / name).mkdir()
+    archive(tmp_path / "data" / f"d{suffix}", members)
+    np.savez(tmp_path / "cal" / "c.npz", x=x[:30])
+    inputs = {"model": model, "data": tmp_path / "data", "calibration": tmp_path / "cal"}
+    facts, expected, _ = kept(tmp_path, inputs)
+    assert (facts["samples"], facts["left_out"]) == (70, 30)
+    for given in (inputs, inputs | {"expected": expected}):
+        found = judged(tmp_path, given | {"engine": model})
+        assert (found["samples"], found["left_out"], found["metric"]) == (70, 30, "top1")
+    sides = [
+        kept(tmp_path, {"model": model, "data": tmp_path / "data"}, out=part, part=part)[0]
+        for part in ("calibration", "validation")
+    ]
+    assert sum(s["samples"] for s in sides) == 100
+    assert sides[0]["samples_digest"] != sides[1]["samples_digest"]
+    (tmp_path / "cal" / "c.npz").unlink()
+    archive(tmp_path / "cal" / f"all{suffix}", {f"z{n}": content for n, content in members.items()})
+    for stage in (lambda: kept(tmp_path, inputs, out="none"), lambda: judged(tmp_path, inputs | {"engine": model})):
+        with pytest.raises(StageFailure) as caught:
+            stage()
+        assert (caught.value.code, caught.value.kind) == ("dataset_empty", FailureKind.DATA)
+        assert "All 100 samples" in caught.value.detail

@@ -84,7 +84,7 @@ def _by_labels(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, refer
         found = _scores_of(labels, metric, kinds, outputs)
         if found is not None:
             name, axis = found
-            told: Metric = metric if not auto else "mean_iou" if labels.ndim >= 3 and axis is not None else "top1"
+            told: Metric = metric if not auto else "mean_iou" if labels.ndim >= 3 else "top1"
             where = "" if axis in (None, -1) else f" (along axis {axis})"
             what = f"a score per class{where}" if axis is not None else "class numbers"
             why = f"the data has labels and {name!r} {what}"

@@ -135,13 +135,13 @@ class ClassTruth(Truth):
         if self._sums is None:
             return
         if self._axis is None:
-            self._make_room(int(max(labels.max(initial=0), *(a.max(initial=0) for a in answers))) + 1)
+            self._make_room(int(max(labels.max(initial=0), answers[0].max(initial=0))) + 1)
             if self._sums is None:
                 return
         self._sums.add(class_counts(labels, answers, counted, self._classes))
 
     def _make_room(self, classes: int) -> None:
-        """An output of class numbers does not say how many there are."""
+        """An output of class numbers does not say how many there are; what only the engine answers is none of them."""
         assert self._sums is not None
         if classes > MAX_COUNTED_CLASSES:
             self._sums = None

@@ -158,6 +158,8 @@ class Verdict:
         assert self._truths
         if decision.all_outputs and decision.form == "scores":
             return ("top1", "normalized_error") if comparison.kind is Kind.UNCLEAR else ("top1",)
+        if decision.all_outputs and decision.form == "classes":
+            return (decision.metric,) if decision.metric in self._truths[0].offers else ("top1",)
         if not decision.all_outputs or decision.form != "targets" or decision.basis != "labels":
             return (decision.metric,)
         (targets,) = self._truths
