@@ -166,6 +166,8 @@ def test_r2_of_equal_targets_is_undefined() -> None:
     assert found["loss_percent"] > 5
     assert any("All targets are 3" in note for note in notes)
     assert any("do not differ" in note for note in notes)
+    _, _, notes = judged(y * 50, y * 50, y, name="y")
+    assert any("R² below 0" in note for note in notes)
 
 
 def test_labels_that_do_not_count_are_left_out() -> None:
@@ -189,7 +191,8 @@ def test_a_single_class_works_and_is_told() -> None:
     found, _, notes = judged(SCORES[:20], SCORES[:20], np.full(20, 4))
     assert found["metric"] == "top1"
     assert notes == ["All labels are class 4: the figures say nothing of the other classes."]
-    _, _, notes = judged(SCORES[:20, 0], SCORES[:20, 0], np.zeros(20, int), name="y")
+    found, _, notes = judged(SCORES[:20, 0], SCORES[:20, 0], np.zeros(20, int), name="y")
+    assert found["metric"] == "macro_f1"
     assert any("All targets are 0" in note for note in notes)
 
 

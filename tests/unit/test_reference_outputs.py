@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.hardware import describe
@@ -229,6 +229,49 @@ def test_figures_by_the_users_measure(tmp_path: Path) -> None:
         assert asked["metric"] == metric
         assert asked["loss_percent"] > 1
         assert asked["loss_ci"][0] < asked["loss_percent"] < asked["loss_ci"][1]
+
+
+def test_targets_of_the_outputs_shape(tmp_path: Path) -> None:
+    model, engine = linear(tmp_path / "model"), linear(tmp_path / "engine", scale=0.9)
+    noise = np.random.default_rng(3).standard_normal((100, 6))
+    x = np.load(dataset(tmp_path / "x") / "d.npz")["x"]
+    truth = x[:, :4] + 0.1 * noise[:, :4]
+    for labels, metric in ((truth, "r2"), (truth > 0, "macro_f1"), ((truth > 0).astype(np.float32), "macro_f1")):
+        inputs = {"model": model, "engine": engine, "data": dataset(tmp_path / f"{labels.dtype}", labels=labels)}
+        data = judged(tmp_path, inputs)
+        assert (data["metric"], data["kind"]) == (metric, "labels")
+        assert (data["loss_percent"] > 0.5) is (metric == "r2")
+        assert {"mae", "rmse", "normalized_error"} <= set(data["metrics"])
+
+
+@pytest.mark.parametrize("size", [6, 9])
+def test_a_segmentation_model(tmp_path: Path, size: int) -> None:
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32)[:, :, None, None], "w")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["scores"])],
+        "segments",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4, 6, 6])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 4, 6, 6])],
+        [weight],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    proto.ir_version = 10
+    (tmp_path / "m").mkdir()
+    onnx.save(proto, tmp_path / "m" / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((30, 4, 6, 6)).astype(np.float32)
+    maps = np.resize(x.argmax(axis=1), (30, size, size)).astype(np.uint8)
+    (tmp_path / "d").mkdir()
+    np.savez(tmp_path / "d" / "d.npz", x=x, labels=maps)
+    inputs = {"model": tmp_path / "m", "engine": tmp_path / "m", "data": tmp_path / "d"}
+    if size != 6:
+        for metric in ("auto", "mean_iou"):
+            with pytest.raises(StageFailure) as caught:
+                judged(tmp_path, inputs, metric=metric)
+            assert (caught.value.code, caught.value.tensor) == ("labels_mismatch", "labels")
+        return
+    data = judged(tmp_path, inputs)
+    assert (data["metric"], data["value"], data["samples"]) == ("mean_iou", 1.0, 30)
+    assert "along axis 1" in data["why"]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,10 @@ class Verdict:
         for figures in judged.values():
             if figures["loss_percent"] > max(worst["loss_percent"], floor):
                 worst = figures
+        if worst["metric"] == "r2" and worst["baseline_value"] < 0:
+            notes.append(
+                "The original is worse than the mean of the targets (R² below 0): see whether they are its own."
+            )
         why = decision.why
         if self._truths:
             if decision.form == "targets" and decision.basis == "labels" and decision.all_outputs:
