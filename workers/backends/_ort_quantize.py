@@ -7,6 +7,7 @@ slower).
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Literal
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx.external_data_helper import uses_external_data
 
 from workers.backends import _qdq_surgery as surgery
 from workers.kernel import TensorSpec
-from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE
+from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, load_model, read_external
 
 TRANSFORMER_OPS = ("MatMul", "Gemm")
 # Convolutions with what stands between them, so that int8 values pass from one to the next.
@@ -29,6 +31,7 @@ CNN_OPS = (
 )
 DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM")
 DYNAMIC_FORBIDDEN = ("Conv", "ConvTranspose")
+_SMALL_CONSTANT = 256  # elements
 COMPUTE_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 _FOLLOWING_OPS = (
@@ -120,24 +123,35 @@ def prepare(source: Path, workspace: Path) -> Path:
 
     The quantizer finds weights only as initializers, and quantizes only tensors whose type is known.
     """
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    model = named(source)
-    large = _is_large(model)
     folder = workspace / "prepared"
     folder.mkdir(exist_ok=True)
-    save_model(model, folder)
-    out = workspace / "inferred.onnx"
+    model = onnx.load(source, load_external_data=False)
+    _complete(model)
+    for tensor in model.graph.initializer:
+        if int(np.prod(tensor.dims)) <= _SMALL_CONSTANT:
+            read_external(tensor, source.parent)  # shape inference reads axes and shapes, and no other file
+    if _has_external(model):
+        for file in files_of(source.parent):
+            if file.name != source.name:
+                shutil.copyfile(file, folder / file.name)  # onnx refuses data with a second hard link
+        onnx.save(model, folder / MODEL_FILE)
+    else:
+        save_model(model, folder)
+    external = (folder / DATA_FILE).exists() or _has_external(model)
     del model
+    return _inferred_in_place(folder) if external else _inferred(folder / MODEL_FILE, workspace / "inferred.onnx")
+
+
+def _inferred(model: Path, out: Path) -> Path:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     for skip_symbolic in (False, True):
         try:
             quant_pre_process(
-                str(folder / MODEL_FILE),
+                str(model),
                 str(out),
                 skip_optimization=True,  # `simplify` did what is safe; node names stay as the caller knows them
                 skip_symbolic_shape=skip_symbolic,
-                save_as_external_data=large,
-                external_data_location="inferred.onnx.data" if large else None,
             )
         except MemoryError:
             raise
@@ -145,17 +159,55 @@ def prepare(source: Path, workspace: Path) -> Path:
             continue
         _complete_types(out)
         return out
-    _complete_types(folder / MODEL_FILE)
-    return folder / MODEL_FILE
+    _complete_types(model)
+    return model
+
+
+def _inferred_in_place(folder: Path) -> Path:
+    """As `_inferred`, for a model with external weights: they are neither read nor written again."""
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    path, scratch = folder / MODEL_FILE, folder / "inferred.onnx"
+
+    def symbolic() -> None:
+        skeleton = onnx.load(path, load_external_data=False)
+        onnx.save(SymbolicShapeInference.infer_shapes(skeleton), scratch)
+
+    def plain() -> None:
+        onnx.shape_inference.infer_shapes_path(str(path), str(scratch))
+
+    for infer in (symbolic, plain):
+        try:
+            infer()
+        except MemoryError:
+            raise
+        except Exception:
+            scratch.unlink(missing_ok=True)  # as above
+        else:
+            scratch.replace(path)
+    model = onnx.load(path, load_external_data=False)
+    add_pre_process_metadata(model)
+    onnx.save(model, path)
+    _complete_types(path)
+    return path
 
 
 def named(source: Path) -> ModelProto:
     """The model with a name on every node, and constants and weights as initializers only."""
-    model = onnx.load(source)
+    model = load_model(source)
+    _complete(model)
+    return model
+
+
+def _complete(model: ModelProto) -> None:
     _name_nodes(model)
     _hide_initializers(model)
     _constants_to_initializers(model)
-    return model
+
+
+def _has_external(model: ModelProto) -> bool:
+    return any(uses_external_data(i) for i in model.graph.initializer)
 
 
 def _complete_types(path: Path) -> None:
@@ -316,16 +368,16 @@ def static_int8(
     quantizer.model.save_model_to_file(str(out), _is_large_file(source))
 
 
-def count_quantized(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
+def count_quantized(model: ModelProto, op_types: Collection[str], excluded: Collection[str] = ()) -> dict[str, int]:
     """Nodes that compute on quantized values, by op type: integer kernels, and nodes of `op_types` whose first input is
     dequantized, and of products and convolutions the second one too. (A float node behind a quantized one reads a
-    DequantizeLinear as well, and does not count.)"""
+    DequantizeLinear as well, and does not count; nor do those named by `excluded`.)"""
     dequantized = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     counts: Counter[str] = Counter()
     for node in model.graph.node:
         needed = 2 if node.op_type in COMPUTE_OPS else 1
         reads = node.op_type in op_types and bool(node.input) and dequantized.issuperset(node.input[:needed])
-        if reads or node.op_type in _INTEGER_OPS:
+        if (reads and node.name not in excluded) or node.op_type in _INTEGER_OPS:
             counts[node.op_type] += 1
     return dict(sorted(counts.items()))
 
@@ -343,4 +395,4 @@ def _is_large(model: ModelProto) -> bool:
 
 
 def _is_large_file(model: Path) -> bool:
-    return sum(f.stat().st_size for f in model.parent.glob(f"{model.name}*")) > INLINE_LIMIT_BYTES
+    return _has_external(onnx.load(model, load_external_data=False))
