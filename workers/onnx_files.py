@@ -59,5 +59,5 @@ def read_external(tensor: TensorProto, folder: Path) -> None:
     with file.open("rb") as data:
         data.seek(int(place.get("offset", 0)))
         tensor.raw_data = data.read(int(place["length"]) if "length" in place else -1)
-    tensor.data_location = TensorProto.DEFAULT
+    tensor.ClearField("data_location")
     del tensor.external_data[:]

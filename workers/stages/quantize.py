@@ -22,6 +22,7 @@ from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
 from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_int8 as int8
 from workers.backends import _ort_precision as precision
 from workers.backends import _ort_quantize as quantization
 from workers.backends import _quantize_inputs as shared
@@ -96,7 +97,7 @@ def _dynamic(ctx: StageContext, options: QuantizeOptions, prepared: Path) -> tup
     ctx.reporter.progress(0.2, "weights to int8")
     model = _made(
         ctx.workspace,
-        lambda out: quantization.dynamic_int8(
+        lambda out: int8.dynamic_int8(
             prepared,
             out,
             op_types=op_types,
@@ -139,7 +140,7 @@ def _static(
     ctx.reporter.progress(0.75, "Q/DQ nodes")
     model = _made(
         ctx.workspace,
-        lambda out: quantization.static_int8(
+        lambda out: int8.static_int8(
             prepared,
             out,
             ranges={name: (low, high) for name, (low, high) in ranges["tensors"].items()},
