@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 
 from tests.factories import architectures
 from tests.unit.test_equalize import folder as equalized_folder
@@ -47,9 +48,12 @@ def test_the_same_graph_as_from_one_file(recipe: str, bench: Bench) -> None:
     onnx.save(bench.model, bench.source / MODEL_FILE)
     again = bench.run(recipe)
     assert again.data["qdq_by_op"] == result.data["qdq_by_op"]
-    loaded, inline = onnx.load_from_string(made), onnx.load(bench.out / "model" / MODEL_FILE)
-    weights = {i.name: i for i in loaded.graph.initializer}
-    assert {i.name: i for i in inline.graph.initializer} == weights
+    first, second = onnx.load_from_string(made), onnx.load(bench.out / "model" / MODEL_FILE)
+    assert [n.op_type for n in first.graph.node] == [n.op_type for n in second.graph.node]
+    weights = {i.name: numpy_helper.to_array(i) for i in second.graph.initializer}
+    assert {i.name for i in first.graph.initializer} == set(weights)
+    for tensor in first.graph.initializer:
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), weights[tensor.name])
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
