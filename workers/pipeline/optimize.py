@@ -165,7 +165,7 @@ class Optimizer:
         try:
             return self.runner.run("export", {"source": source}, options, weight=WEIGHTS["export"], seconds=hard)
         except StageFailure as failure:
-            if failure.code == "timed_out":
+            if failure.code == "timed_out" and self.budget.over(self.budget.end):
                 raise self._too_small("the export") from failure
             raise
 
@@ -203,7 +203,7 @@ class Optimizer:
         try:
             return evaluator.time(ready, until, min_seconds=seconds, screening=False)
         except StageFailure as failure:
-            if failure.code != "timed_out":
+            if failure.code != "timed_out" or not self.budget.over(until):
                 raise
             raise self._too_small("the measurement of the original") from failure
 
