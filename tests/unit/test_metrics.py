@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from sklearn.metrics import (
 )
 
 from app.domain.failures import FailureKind, StageFailure
+from app.domain.spec import Metric
+from app.errors import AppError
+from app.jobs.metric_admission import check_metric
 from workers.measure.accuracy import output_kind
 from workers.measure.judge import decide
 from workers.measure.stats import BlockSums
@@ -390,3 +394,48 @@ def test_intervals_cover() -> None:
         low, high = judged(original[chosen], engine[chosen], labels[chosen], "macro_f1", batch=200)[0]["loss_ci"]
         hits += low <= whole <= high
     assert hits >= 52
+
+
+SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (10,), (4, 4), (1, 4, 4), (3, 4, 4), (4, 4, 3), (7, 5)]
+
+
+def _anything(rng: np.random.Generator, n: int) -> np.ndarray[Any, Any]:
+    shape = (n, *SHAPES[rng.integers(len(SHAPES))])
+    x = rng.standard_normal(shape) * 10.0 ** rng.integers(-8, 8) * rng.integers(0, 2)
+    match rng.integers(5):
+        case 0:
+            x = np.asarray(rng.integers(-1, 12, shape))
+        case 1:
+            x = np.full(shape, 3.0)
+        case 2:
+            x.reshape(-1)[0] = [np.nan, np.inf][rng.integers(2)]
+    return x if x.dtype.kind == "i" else x.astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_whatever_comes_there_are_figures_or_a_typed_failure(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = [1, 2, 5, 20][rng.integers(4)]
+    original = _anything(rng, n)
+    engine = original + (0.1 * rng.standard_normal(original.shape)).astype(original.dtype)
+    labels = None if rng.random() < 0.3 else np.nan_to_num(_anything(rng, n), posinf=1)
+    if labels is not None and rng.random() < 0.3:
+        labels = np.nan_to_num(original, posinf=1)
+    metric = get_args(Metric)[rng.integers(len(get_args(Metric)))] if rng.random() < 0.6 else "auto"
+    name = ["logits", "y", "embedding"][rng.integers(3)]
+    refused: StageFailure | None = None
+    try:
+        found, outputs, notes = judged(original, engine, labels, metric, batch=4, name=name)
+        json.dumps([found, outputs, notes], allow_nan=False)
+        assert found["metric"] in found["metrics"]
+    except StageFailure as failure:
+        refused = failure
+    if refused is not None:
+        assert refused.kind in (FailureKind.REQUEST, FailureKind.DATA)
+        assert refused.remedy
+    arrays = [] if labels is None else [{"name": "labels", "dtype": str(labels.dtype), "shape": [*labels.shape[1:]]}]
+    tensor = {"name": name, "dtype": str(original.dtype), "shape": ["batch", *original.shape[1:]]}
+    try:
+        check_metric(metric, "/validation/dataset_id", arrays, [tensor])
+    except AppError:
+        assert refused is not None or metric == "auto"  # what is refused with the job would fail in the job

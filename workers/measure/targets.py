@@ -40,7 +40,7 @@ class TargetTruth(Truth):
         self._shift = targets[0].astype(np.float64).ravel()
         classes = 2 if width == 1 else width
         self._answers: list[BlockSums] | None = None
-        if classes <= MAX_COUNTED_CLASSES:
+        if 0 < classes <= MAX_COUNTED_CLASSES:
             self._answers = [BlockSums(5 * classes) for _ in ("logits", "probabilities")]
         self._low = self._high = self._least = 0.0
         self._values: set[float] = set()
