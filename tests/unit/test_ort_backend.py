@@ -13,10 +13,12 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from app.domain.failures import FailureKind, StageFailure
+from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models as models
 from workers.backends import onnxruntime as backend_module
 from workers.backends._onnxruntime_messages import runtime_failure, where_of
 from workers.backends.onnxruntime import OnnxRuntimeBackend
+from workers.candidates import Candidate, Case
 from workers.data import synthetic_feeds
 from workers.kernel import Reporter, TensorSpec
 from workers.onnx_files import read_skeleton
@@ -102,6 +104,34 @@ def test_options_reach_the_runtime(backend: OnnxRuntimeBackend, tmp_path: Path) 
     assert (engine / "model.onnx").read_bytes() == (tmp_path / "model" / "model.onnx").read_bytes()
     session = backend.load(engine, built["runtime"])
     session.run(synthetic_feeds(session.inputs, 2, None, 0))
+
+
+def test_memory_and_denormal_options(backend: OnnxRuntimeBackend, tmp_path: Path) -> None:
+    options = {"enable_cpu_mem_arena": False, "enable_mem_pattern": False, "denormal_as_zero": True}
+    built, engine, _ = build(backend, models.mlp(), tmp_path, **options)
+    assert built["runtime"] == {"graph_optimization_level": "disable", **options}
+    made = backend_module._session_options(backend_module.RuntimeOptions(**options))
+    assert (made.enable_cpu_mem_arena, made.enable_mem_pattern) == (False, False)
+    assert made.get_session_config_entry("session.set_denormal_as_zero") == "1"
+    session = backend.load(engine, built["runtime"])
+    session.run(synthetic_feeds(session.inputs, 2, None, 0))
+    script = backend.infer_script(built["runtime"])
+    assert all(name in script for name in options)
+    compile(script, "infer.py", "exec")
+
+
+def test_variants_fit_the_case(backend: OnnxRuntimeBackend) -> None:
+    def ids(kind: str, cores: int, **spec: Any) -> list[str]:
+        case = Case(OptimizationSpec.model_validate({"model_id": "mdl_x", **spec}), {}, kind, cores=cores)
+        candidate = Candidate("ort-fp32", "fp32", "onnxruntime", "fp32", ())
+        found = backend.variants(case, candidate)
+        for variant in found:
+            backend_module.RuntimeOptions.model_validate(variant.runtime)
+        return [v.id.split(".")[1] for v in found]
+
+    assert ids("cnn", 1) == []
+    assert ids("cnn", 2) == ["t1", "nospin"]
+    assert ids("rnn", 2, constraints={"max_memory_mb": 100}) == ["t1", "nospin", "daz", "noarena"]
 
 
 def test_large_models_keep_their_weights_outside(
