@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures
 from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_int8 as int8
 from workers.backends import _ort_quantize as quantization
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.quantize import Quantize, QuantizeOptions
@@ -526,13 +527,13 @@ def test_a_model_without_quantized_nodes_fails(tmp_path: Path, monkeypatch: pyte
     def nothing(source: Path, out: Path, **options: object) -> None:
         out.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr(quantization, "static_int8", nothing)
+    monkeypatch.setattr(int8, "static_int8", nothing)
     with fails("not_quantized"):
         Bench(tmp_path, architectures.residual_cnn()).run("static_int8")
 
 
 def test_a_result_that_does_not_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = quantization.dynamic_int8
+    genuine = int8.dynamic_int8
 
     def broken(source: Path, out: Path, **options: Any) -> None:
         genuine(source, out, **options)
@@ -542,7 +543,7 @@ def test_a_result_that_does_not_run_fails(tmp_path: Path, monkeypatch: pytest.Mo
         weight.CopyFrom(numpy_helper.from_array(np.zeros((3, 5), np.int8), weight.name))
         onnx.save(model, out)
 
-    monkeypatch.setattr(quantization, "dynamic_int8", broken)
+    monkeypatch.setattr(int8, "dynamic_int8", broken)
     with fails("quantized_model_fails"):
         Bench(tmp_path, architectures.bert()).run("dynamic_int8")
 
@@ -551,7 +552,7 @@ def test_what_the_quantizer_raises_is_typed(tmp_path: Path, monkeypatch: pytest.
     def crash(source: Path, out: Path, **options: object) -> None:
         raise KeyError("tensor")
 
-    monkeypatch.setattr(quantization, "dynamic_int8", crash)
+    monkeypatch.setattr(int8, "dynamic_int8", crash)
     with fails("quantizer_failed"):
         Bench(tmp_path, architectures.lstm()).run("dynamic_int8")
 
