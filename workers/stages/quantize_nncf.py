@@ -7,7 +7,7 @@ without any quantized product or convolution, or one that does not run, is a fai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,8 @@ from workers.kernel import Stage, StageContext, StageOptions, StageResult, backe
 from workers.measure.inputs import fixed_batch
 from workers.onnx_files import size_of
 from workers.onnx_graph import describe_structure
+
+_FEWEST_SAMPLES = 16  # that a calibration takes whatever the deadline
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -81,9 +83,10 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
             max_samples=options.max_samples,
         )
         batch = fixed_batch(interface.inputs) or 1
+        passes = _Passes(ctx, samples, batch)
         quantized = nncf_quantize.quantize(
             model,
-            _passes(samples, batch),
+            passes,
             -(-len(samples) // batch),
             preset=options.preset,
             model_type=options.model_type,
@@ -114,15 +117,15 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
             "excluded_nodes": sorted(options.exclude_nodes),
             "calibration": {
                 "method": options.method,
-                "samples": len(samples),
+                "samples": passes.read,
                 "dataset": samples.digest(),
                 "batch_size": batch,
             },
-            "trial_run": _trial_run(out, next(_passes(samples, batch)())),
+            "trial_run": _trial_run(out, next(passes())),
             "size_bytes_before": size_of(ctx.inputs["model"]),
             "size_bytes": size_of(out),
         }
-        return StageResult(outputs=("model",), data=data)
+        return StageResult(outputs=("model",), data=data, reusable=passes.read == len(samples))
 
 
 def _check_available(ctx: StageContext) -> None:
@@ -167,15 +170,24 @@ def _excluded(options: QuantizeNncfOptions, graph: ModelProto, by_name: Mapping[
     return sorted({made for name in options.exclude_nodes for made in by_name.get(name, ())})
 
 
-def _passes(samples: Samples, batch: int) -> Callable[[], Iterator[Arrays]]:
-    """Starts a new pass over the samples, `batch` at a time; a batch that is not full repeats its samples."""
+class _Passes:
+    """Every call starts a new pass over the samples, `batch` at a time; a batch that is not full repeats its samples.
 
-    def start() -> Iterator[Arrays]:
-        for part in samples.batches(batch):
-            rows = np.arange(batch) % len(part)
+    After the soft deadline a pass ends early; `read` is then the number of samples in the shortest pass."""
+
+    def __init__(self, ctx: StageContext, samples: Samples, batch: int) -> None:
+        self._ctx, self._samples, self._batch = ctx, samples, batch
+        self.read = len(samples)
+
+    def __call__(self) -> Iterator[Arrays]:
+        done = 0
+        for part in self._samples.batches(self._batch):
+            if done >= _FEWEST_SAMPLES and self._ctx.seconds_left() <= 0:
+                self.read = min(self.read, done)
+                return
+            rows = np.arange(self._batch) % len(part)
             yield {name: np.ascontiguousarray(array[rows]) for name, array in part.feeds.items()}
-
-    return start
+            done += len(part)
 
 
 def _trial_run(made: Path, feeds: Arrays) -> dict[str, Any]:
