@@ -65,14 +65,7 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
         _check_available(ctx)
         ctx.reporter.progress(0.02, "conversion")
         model, interface, graph = ir.read_onnx(ctx.inputs["model"])
-        structure = describe_structure(graph)
-        if structure["quantized"]:
-            raise model_failure(
-                "already_quantized",
-                "The model already holds quantized operators.",
-                remedy="Upload the float32 model, or ask for no further precision.",
-            )
-        _check_source(structure["ops"])
+        _check_source(graph)
         by_name = ir.nodes_by_onnx_name(model, graph)
         excluded = _excluded(options, graph, by_name)
         samples = Samples(
@@ -84,27 +77,10 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
         )
         batch = fixed_batch(interface.inputs) or 1
         passes = _Passes(ctx, samples, batch)
-        quantized = nncf_quantize.quantize(
-            model,
-            passes,
-            -(-len(samples) // batch),
-            preset=options.preset,
-            model_type=options.model_type,
-            method=options.method,
-            smooth_quant_alpha=options.smooth_quant_alpha,
-            fast_bias_correction=options.fast_bias_correction,
-            excluded=excluded,
-            progress=lambda fraction: ctx.reporter.progress(0.05 + 0.8 * fraction, "calibration"),
-        )
+        quantized = _quantized(ctx, options, model, passes, excluded)
         del model
         nodes = nncf_quantize.quantized_nodes(quantized)
-        counts = nncf_quantize.count_by_type(nodes)
-        if not nncf_quantize.computes_on_integers(counts):
-            raise model_failure(
-                "not_quantized",
-                "NNCF left every convolution and matrix product in floating point.",
-                remedy="Use another precision for this model.",
-            )
+        counts = _checked(nncf_quantize.count_by_type(nodes))
         out = ctx.output("model")
         ir.write_ir(quantized, interface, out)
         del quantized
@@ -146,8 +122,15 @@ def _check_available(ctx: StageContext) -> None:
         )
 
 
-def _check_source(ops: Mapping[str, int]) -> None:
-    if not any(ops.get(op) for op in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")):
+def _check_source(graph: ModelProto) -> None:
+    structure = describe_structure(graph)
+    if structure["quantized"]:
+        raise model_failure(
+            "already_quantized",
+            "The model already holds quantized operators.",
+            remedy="Upload the float32 model, or ask for no further precision.",
+        )
+    if not any(structure["ops"].get(op) for op in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")):
         raise model_failure(
             "nothing_to_quantize",
             "There is nothing to quantize: the model has no convolution and no matrix product.",
@@ -178,6 +161,7 @@ class _Passes:
     def __init__(self, ctx: StageContext, samples: Samples, batch: int) -> None:
         self._ctx, self._samples, self._batch = ctx, samples, batch
         self.read = len(samples)
+        self.batches = -(-len(samples) // batch)
 
     def __call__(self) -> Iterator[Arrays]:
         done = 0
@@ -188,6 +172,33 @@ class _Passes:
             rows = np.arange(self._batch) % len(part)
             yield {name: np.ascontiguousarray(array[rows]) for name, array in part.feeds.items()}
             done += len(part)
+
+
+def _quantized(
+    ctx: StageContext, options: QuantizeNncfOptions, model: Any, passes: _Passes, excluded: list[str]
+) -> Any:
+    return nncf_quantize.quantize(
+        model,
+        passes,
+        passes.batches,
+        preset=options.preset,
+        model_type=options.model_type,
+        method=options.method,
+        smooth_quant_alpha=options.smooth_quant_alpha,
+        fast_bias_correction=options.fast_bias_correction,
+        excluded=excluded,
+        progress=lambda fraction: ctx.reporter.progress(0.05 + 0.8 * fraction, "calibration"),
+    )
+
+
+def _checked(counts: dict[str, int]) -> dict[str, int]:
+    if not nncf_quantize.computes_on_integers(counts):
+        raise model_failure(
+            "not_quantized",
+            "NNCF left every convolution and matrix product in floating point.",
+            remedy="Use another precision for this model.",
+        )
+    return counts
 
 
 def _trial_run(made: Path, feeds: Arrays) -> dict[str, Any]:
