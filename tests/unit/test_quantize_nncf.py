@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,14 @@ class Bench:
         np.savez(root / "data" / "data.npz", **self.data)
         self.runs = 0
         self.reporter = Steps()
+        self.deadline: float | None = None
 
     def run(self, *, data: bool = True, **options: Any) -> StageResult:
         self.runs += 1
         work, self.out = self.root / f"work{self.runs}", self.root / f"out{self.runs}"
         work.mkdir()
         inputs = {"model": self.source, **({"calibration": self.root / "data"} if data else {})}
-        context = StageContext(inputs, work, self.out, self.reporter, {})
+        context = StageContext(inputs, work, self.out, self.reporter, {}, self.deadline)
         return QuantizeNncf().run(context, QuantizeNncfOptions(**options))
 
     def session(self, **runtime: Any) -> Session:
@@ -128,7 +130,7 @@ def test_mean_pooling_behind_equalized_channels(tmp_path: Path) -> None:
         helper.make_node("MatMul", ["pooled", "w"], ["embedding"], name="project"),
     ]
     weights = [models.tensor("w", rng.normal(size=(32, 10)) * rng.uniform(0.1, 3, (32, 1)))]
-    outputs = [models.value("embedding", ["n", 10]), models.value("pooled", ["n", 32])]
+    outputs = [models.value("embedding", ["n", 10])]
     model = models.make_model(nodes, [models.value("tokens", ["n", 16, 32])], outputs, weights)
     bench = Bench(tmp_path, model, simplified=False)
     assert bench.run(model_type="transformer", method="minmax").data["quantized_onnx_nodes"] == ["project"]
@@ -192,6 +194,16 @@ def test_fixed_batch_and_the_number_of_samples(tmp_path: Path) -> None:
     assert bench.run(max_samples=3).data["calibration"]["samples"] == 3
 
 
+def test_after_the_deadline_fewer_samples_do(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models.mlp())
+    assert bench.run().reusable
+    bench.deadline = time.monotonic() - 1
+    late = bench.run()
+    assert (late.data["calibration"]["samples"], late.reusable) == (16, False)
+    bench.deadline = time.monotonic() + 600
+    assert bench.run().reusable
+
+
 class Counted:
     """A data set of one sample that says how often it was read."""
 
@@ -232,6 +244,7 @@ def test_only_the_calibration_part_calibrates(tmp_path: Path) -> None:
 
 _RUN = """
 import sys
+import time
 from pathlib import Path
 from tests.factories import architectures
 from tests.unit.test_quantize_nncf import Bench

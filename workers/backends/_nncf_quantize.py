@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.backends._openvino_ir import keep_reduced_axes
 from workers.backends._openvino_library import clean_message, library
 
 Array = np.ndarray[Any, Any]
@@ -70,7 +71,7 @@ def quantize(
     `excluded`: names of OpenVINO nodes. Raises StageFailure: `quantization_failed`, `nncf_missing`.
     """
     library()
-    _keep_reduced_axes(model)
+    keep_reduced_axes(model)
     recurrent = (n.get_friendly_name() for n in model.get_ops() if n.get_type_name() in _RECURRENT)
     ignored = sorted({*excluded, *recurrent})
     with _quiet(), _without_torch():
@@ -140,31 +141,6 @@ def _without_torch() -> Iterator[None]:
         yield
     finally:
         del modules["torch"]
-
-
-def _keep_reduced_axes(model: Any) -> None:
-    """Give every mean, sum, … that drops its axes the axes back, and drop them in a node of its own.
-
-    OpenVINO 2026.4 computes nonsense on a CPU where a per-channel product or sum and a FakeQuantize follow a reduction
-    that drops an axis before the last (it fuses them and takes another axis for the channels): mean pooling over tokens
-    behind which NNCF equalizes channels.
-    """
-    from openvino import opset13
-
-    for node in model.get_ordered_ops():
-        if not node.get_type_name().startswith("Reduce") or node.get_attributes().get("keep_dims", True):
-            continue
-        output, name = node.output(0), node.get_friendly_name()
-        readers, tensors = output.get_target_inputs(), output.get_names()
-        node.set_attribute("keep_dims", True)
-        node.validate_and_infer_types()
-        squeeze = opset13.squeeze(output, node.input_value(1))
-        squeeze.set_friendly_name(f"{name}/squeeze")
-        output.set_names(set())
-        squeeze.output(0).set_names(tensors)
-        for reader in readers:
-            reader.replace_source_output(squeeze.output(0))
-    model.validate_nodes_and_infer_types()
 
 
 def quantized_nodes(model: Any) -> dict[str, str]:

@@ -96,6 +96,8 @@ def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:
     else:
         model = _read_unambiguously(path, graph)
     check_interface(model, interface)
+    if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):  # Q/DQ nodes become these
+        keep_reduced_axes(model)
     stable_names(model)
     return model, interface, graph
 
@@ -183,6 +185,30 @@ def _bodies(model: Any) -> Iterator[Any]:
                 yield from _bodies(node.get_function(index))
         elif node.get_type_name() in ("Loop", "TensorIterator"):
             yield from _bodies(node.get_function())
+
+
+def keep_reduced_axes(model: Any) -> None:
+    """Give every mean, sum, … that drops its axes the axes back, and drop them in a node of its own.
+
+    OpenVINO 2026.4 computes nonsense on a CPU where a per-channel product or sum and a FakeQuantize follow a reduction
+    that drops an axis before the last (it fuses them and takes another axis for the channels): mean pooling over tokens
+    behind which channels are equalized.
+    """
+    opset = library().opset13
+    for node in model.get_ordered_ops():
+        if not node.get_type_name().startswith("Reduce") or node.get_attributes().get("keep_dims", True):
+            continue
+        output, name = node.output(0), node.get_friendly_name()
+        readers, tensors = output.get_target_inputs(), output.get_names()
+        node.set_attribute("keep_dims", True)
+        node.validate_and_infer_types()
+        squeeze = opset.squeeze(output, node.input_value(1))
+        squeeze.set_friendly_name(f"{name}/squeeze")
+        output.set_names(set())
+        squeeze.output(0).set_names(tensors)
+        for reader in readers:
+            reader.replace_source_output(squeeze.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def nodes_by_onnx_name(model: Any, graph: ModelProto) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ without any quantized product or convolution, or one that does not run, is a fai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,8 @@ from workers.kernel import Stage, StageContext, StageOptions, StageResult, backe
 from workers.measure.inputs import fixed_batch
 from workers.onnx_files import size_of
 from workers.onnx_graph import describe_structure
+
+_FEWEST_SAMPLES = 16  # that a calibration takes whatever the deadline
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -63,14 +65,7 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
         _check_available(ctx)
         ctx.reporter.progress(0.02, "conversion")
         model, interface, graph = ir.read_onnx(ctx.inputs["model"])
-        structure = describe_structure(graph)
-        if structure["quantized"]:
-            raise model_failure(
-                "already_quantized",
-                "The model already holds quantized operators.",
-                remedy="Upload the float32 model, or ask for no further precision.",
-            )
-        _check_source(structure["ops"])
+        _check_source(graph)
         by_name = ir.nodes_by_onnx_name(model, graph)
         excluded = _excluded(options, graph, by_name)
         samples = Samples(
@@ -81,27 +76,11 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
             max_samples=options.max_samples,
         )
         batch = fixed_batch(interface.inputs) or 1
-        quantized = nncf_quantize.quantize(
-            model,
-            _passes(samples, batch),
-            -(-len(samples) // batch),
-            preset=options.preset,
-            model_type=options.model_type,
-            method=options.method,
-            smooth_quant_alpha=options.smooth_quant_alpha,
-            fast_bias_correction=options.fast_bias_correction,
-            excluded=excluded,
-            progress=lambda fraction: ctx.reporter.progress(0.05 + 0.8 * fraction, "calibration"),
-        )
+        passes = _Passes(ctx, samples, batch)
+        quantized = _quantized(ctx, options, model, passes, excluded)
         del model
         nodes = nncf_quantize.quantized_nodes(quantized)
-        counts = nncf_quantize.count_by_type(nodes)
-        if not nncf_quantize.computes_on_integers(counts):
-            raise model_failure(
-                "not_quantized",
-                "NNCF left every convolution and matrix product in floating point.",
-                remedy="Use another precision for this model.",
-            )
+        counts = _checked(nncf_quantize.count_by_type(nodes))
         out = ctx.output("model")
         ir.write_ir(quantized, interface, out)
         del quantized
@@ -114,15 +93,15 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
             "excluded_nodes": sorted(options.exclude_nodes),
             "calibration": {
                 "method": options.method,
-                "samples": len(samples),
+                "samples": passes.read,
                 "dataset": samples.digest(),
                 "batch_size": batch,
             },
-            "trial_run": _trial_run(out, next(_passes(samples, batch)())),
+            "trial_run": _trial_run(out, next(passes())),
             "size_bytes_before": size_of(ctx.inputs["model"]),
             "size_bytes": size_of(out),
         }
-        return StageResult(outputs=("model",), data=data)
+        return StageResult(outputs=("model",), data=data, reusable=passes.read == len(samples))
 
 
 def _check_available(ctx: StageContext) -> None:
@@ -143,8 +122,15 @@ def _check_available(ctx: StageContext) -> None:
         )
 
 
-def _check_source(ops: Mapping[str, int]) -> None:
-    if not any(ops.get(op) for op in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")):
+def _check_source(graph: ModelProto) -> None:
+    structure = describe_structure(graph)
+    if structure["quantized"]:
+        raise model_failure(
+            "already_quantized",
+            "The model already holds quantized operators.",
+            remedy="Upload the float32 model, or ask for no further precision.",
+        )
+    if not any(structure["ops"].get(op) for op in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")):
         raise model_failure(
             "nothing_to_quantize",
             "There is nothing to quantize: the model has no convolution and no matrix product.",
@@ -167,15 +153,52 @@ def _excluded(options: QuantizeNncfOptions, graph: ModelProto, by_name: Mapping[
     return sorted({made for name in options.exclude_nodes for made in by_name.get(name, ())})
 
 
-def _passes(samples: Samples, batch: int) -> Callable[[], Iterator[Arrays]]:
-    """Starts a new pass over the samples, `batch` at a time; a batch that is not full repeats its samples."""
+class _Passes:
+    """Every call starts a new pass over the samples, `batch` at a time; a batch that is not full repeats its samples.
 
-    def start() -> Iterator[Arrays]:
-        for part in samples.batches(batch):
-            rows = np.arange(batch) % len(part)
+    After the soft deadline a pass ends early; `read` is then the number of samples in the shortest pass."""
+
+    def __init__(self, ctx: StageContext, samples: Samples, batch: int) -> None:
+        self._ctx, self._samples, self._batch = ctx, samples, batch
+        self.read = len(samples)
+        self.batches = -(-len(samples) // batch)
+
+    def __call__(self) -> Iterator[Arrays]:
+        done = 0
+        for part in self._samples.batches(self._batch):
+            if done >= _FEWEST_SAMPLES and self._ctx.seconds_left() <= 0:
+                self.read = min(self.read, done)
+                return
+            rows = np.arange(self._batch) % len(part)
             yield {name: np.ascontiguousarray(array[rows]) for name, array in part.feeds.items()}
+            done += len(part)
 
-    return start
+
+def _quantized(
+    ctx: StageContext, options: QuantizeNncfOptions, model: Any, passes: _Passes, excluded: list[str]
+) -> Any:
+    return nncf_quantize.quantize(
+        model,
+        passes,
+        passes.batches,
+        preset=options.preset,
+        model_type=options.model_type,
+        method=options.method,
+        smooth_quant_alpha=options.smooth_quant_alpha,
+        fast_bias_correction=options.fast_bias_correction,
+        excluded=excluded,
+        progress=lambda fraction: ctx.reporter.progress(0.05 + 0.8 * fraction, "calibration"),
+    )
+
+
+def _checked(counts: dict[str, int]) -> dict[str, int]:
+    if not nncf_quantize.computes_on_integers(counts):
+        raise model_failure(
+            "not_quantized",
+            "NNCF left every convolution and matrix product in floating point.",
+            remedy="Use another precision for this model.",
+        )
+    return counts
 
 
 def _trial_run(made: Path, feeds: Arrays) -> dict[str, Any]:
