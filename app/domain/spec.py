@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Objective = Literal["latency", "throughput", "cost"]
 Device = Literal["auto", "cpu", "cuda"]
-CalibrationMethod = Literal["auto", "minmax", "entropy", "percentile"]
+CalibrationMethod = Literal["auto", "minmax", "entropy", "percentile", "mse"]
 # fmt: off
 Metric = Literal[
     "auto",

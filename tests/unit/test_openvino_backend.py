@@ -427,6 +427,7 @@ def test_candidates() -> None:
         "method": "minmax",
         "max_samples": 300,
         "part": "all",
+        "exclude_nodes": [],
     }
     assert proposed(case("transformer"))["ov-int8"].steps[1].options["model_type"] == "transformer"
     assert proposed(case(data={"method": "entropy"}))["ov-int8"].steps[1].options["method"] == "histogram"

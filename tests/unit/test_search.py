@@ -190,7 +190,8 @@ def test_accuracy_is_won_back_node_by_node(search: Any) -> None:
     truths = {
         "fp32": Truth(1.2),
         "int8": Truth(3.0, loss=8.0),
-        "int8.equalized": Truth(3.0, loss=5.0),
+        "int8.equalized-0.8": Truth(3.0, loss=5.0),
+        "int8.equalized-0.5": Truth(3.0, loss=5.0),
         "int8.percentile": Truth(3.0, loss=7.0),
         "int8.entropy": Truth(3.0, loss=9.0),
         "int8.mse": Truth(3.0, loss=6.0),
@@ -209,9 +210,9 @@ def test_accuracy_is_won_back_node_by_node(search: Any) -> None:
 
 
 def test_the_first_way_that_keeps_the_limit_is_enough(search: Any) -> None:
-    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=3.0), "int8.equalized": Truth(3.0, loss=0.5)}
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=3.0), "int8.equalized-0.8": Truth(3.0, loss=0.5)}
     found, script = search(truths, nodes=["n0"])
-    assert _finalists(found)[0].startswith("int8.equalized")
+    assert _finalists(found)[0].startswith("int8.equalized-0")
     assert "sensitivity" not in script.asked("stage")
 
 

@@ -84,7 +84,7 @@ def nncf_int8(case: Case, *, method: str | None = None) -> Step:
 
 # NNCF has no entropy calibration; its histogram method, like it, gives up rare large values to round the others less.
 # Its own default ("auto", the mean of the samples' extremes) lost up to twenty times the accuracy of the true extremes.
-_METHODS = {"minmax": "minmax", "percentile": "percentile", "entropy": "histogram"}
+_METHODS = {"minmax": "minmax", "percentile": "percentile", "entropy": "histogram", "mse": "histogram"}
 
 
 def _no_int8(case: Case) -> str | None:

@@ -13,6 +13,7 @@ from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 
 METHODS = ("percentile", "entropy", "mse")  # tried after the one that missed, in this order
+_ALPHAS = (0.8, 0.5)  # of the equalization; the first helped real embedding models, the second helps with outliers
 _SENSITIVITY_SAMPLES = 16
 _SHARED_OPTIONS = ("recipe", "method", "percentile", "op_types", "activations", "per_channel", "reduce_range", "part")
 _MOST_KEPT = 0.5  # of the quantized nodes: beyond that the gain is gone
@@ -68,7 +69,8 @@ class WinBack:
         loss = (run.tried.accuracy or {}).get("loss_percent") or 0.0
         limit = self.spec.validation.max_accuracy_loss_percent
         if step.stage == "quantize" and self.case.has("MatMul", "Gemm") and self.case.has_calibration:
-            yield _equalized(run.plan, index, self.case)
+            for alpha in _ALPHAS:
+                yield _equalized(run.plan, index, self.case, alpha)
         free = self.spec.calibration is not None and self.spec.calibration.method == "auto"
         if "method" in step.options and free and loss <= _HOPELESS * max(limit, 0.1):
             for method in (m for m in methods_of(step) if m != step.options["method"]):
@@ -147,11 +149,13 @@ def kept(plan: Candidate, nodes: list[str]) -> Candidate:
     return _changed(plan, index, excluded, f"keep{len(nodes)}", f"{len(nodes)} sensitive nodes in higher precision")
 
 
-def _equalized(plan: Candidate, index: int, case: Case) -> Candidate:
-    options = {"part": "calibration" if case.same_data else "all"}
+def _equalized(plan: Candidate, index: int, case: Case, alpha: float) -> Candidate:
+    options = {"alpha": alpha, "part": "calibration" if case.same_data else "all"}
     steps = [*plan.steps]
     steps.insert(index, Step("equalize", options, ("calibration",)))
-    return replace(plan, id=f"{plan.id}.equalized", name=f"{plan.name}, equalized", steps=tuple(steps))
+    return replace(
+        plan, id=f"{plan.id}.equalized-{alpha}", name=f"{plan.name}, equalized ({alpha})", steps=tuple(steps)
+    )
 
 
 def _changed(plan: Candidate, index: int, step: Step, suffix: str, name: str) -> Candidate:
