@@ -168,12 +168,14 @@ def _on_cpu(session: Any) -> dict[str, list[str]]:
 
 
 class OnnxRuntimeCudaSession(Session):
-    """A model on the GPU. `run` takes and gives host arrays; `bind` keeps inputs and outputs on the GPU."""
+    """A model on the GPU. `run` takes and gives host arrays; `bind` keeps inputs and outputs on the GPU. `stream`: the
+    handle of a stream of the caller's to work in."""
 
-    def __init__(self, engine: Path, runtime: RuntimeOptions) -> None:
+    def __init__(self, engine: Path, runtime: RuntimeOptions, stream: int | None = None) -> None:
         self._engine = engine
         self._runtime = runtime
-        self._session, self.on_cpu = open_session(engine / MODEL_FILE, runtime)
+        ours = {} if stream is None else {"user_compute_stream": str(stream)}
+        self._session, self.on_cpu = open_session(engine / MODEL_FILE, runtime, **ours)
         self._raw_inputs = list(self._session.get_inputs())
         self._raw_outputs = [o for o in self._session.get_outputs() if o.type.startswith("tensor(")]
         self._output_names = [o.name for o in self._raw_outputs]
@@ -192,6 +194,10 @@ class OnnxRuntimeCudaSession(Session):
     def bind(self, feeds: Arrays) -> Callable[[], Any]:
         """The call on inputs that lie on the GPU and outputs that stay there; it returns when the GPU is done. With
         `cuda_graph` it is captured here and replayed by every call."""
+        return self.bound(feeds)
+
+    def bound(self, feeds: Arrays, *, wait: bool = True) -> Callable[[], Any]:
+        """As `bind`; without `wait` the call returns once the work is submitted."""
         if not all(messages.is_plain_tensor(v.type) for v in [*self._raw_inputs, *self._raw_outputs]):
             return lambda: self.run(feeds)
         import onnxruntime as ort
@@ -208,19 +214,20 @@ class OnnxRuntimeCudaSession(Session):
                 kept[f"output {name}"] = place
             self._graphs += 1
             options = self._run_options(str(self._graphs))
+            waiting = self._run_options(str(self._graphs))
         else:
+            waiting = options
             for name in self._output_names:
                 binding.bind_output(name, "cuda", 0)
         run = self._session.run_with_iobinding
+        for _ in range(_GRAPH_RUNS if self._runtime.cuda_graph else 0):
+            _checked(run, binding, waiting)
+        if not wait:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def call(_kept: Any = kept) -> None:
-            try:
-                run(binding, options)
-            except Exception as error:  # as in `open_session`
-                raise gpu_failure("inference_failed", error) from error
+            _checked(run, binding, options)
 
-        for _ in range(_GRAPH_RUNS if self._runtime.cuda_graph else 0):
-            call()
         return call
 
     def profile(self, feeds: Arrays) -> Mapping[str, Any] | None:
@@ -245,6 +252,13 @@ class OnnxRuntimeCudaSession(Session):
         if self._runtime.cuda_graph:
             options.add_run_config_entry("gpu_graph_id", graph_id)
         return options
+
+
+def _checked(run: Callable[..., None], binding: Any, options: Any) -> None:
+    try:
+        run(binding, options)
+    except Exception as error:  # as in `open_session`
+        raise gpu_failure("inference_failed", error) from error
 
 
 class _Profile:

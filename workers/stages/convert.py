@@ -12,7 +12,6 @@ provider beside the original, and how alike the outputs are is told (bfloat16 by
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,19 +21,17 @@ import onnx
 from onnx import ModelProto
 from pydantic import Field
 
-from app.domain.failures import FailureKind, StageFailure, data_failure, model_failure
+from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.backends import _ort_precision, _precision_float, _precision_graph, _precision_int4, _precision_qdq
 from workers.backends import _ort_quantize as quantization
 from workers.backends import _precision_measure as measure
 from workers.backends._onnxruntime_messages import runtime_failure
+from workers.backends._precision_ranges import RANGES_FILE, RANGES_FORMAT, read_ranges
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
 
-RANGES_FILE = "ranges.json"
-RANGES_FORMAT = 1
 OLDEST_OPSET = 13
-LARGEST_RANGES_FILE = 64 << 20  # bytes
 _TRIAL_SAMPLES = 8
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -43,8 +40,8 @@ Recipe = Literal["fp16", "bf16", "int8", "fp8", "int4"]
 
 class ConvertOptions(StageOptions):
     """`high_precision`: what int8, fp8 and int4 graphs compute in outside of their Q/DQ; fp16 is the fastest on a GPU.
-    `op_types`: None = all that gain. `exclude_nodes` stay in float32. `method`, `percentile`, `max_samples`, `part`: how
-    to calibrate. `block_size`: of int4, at most. `shapes`: min/opt/max by input, for the trial run."""
+    `op_types`: None = all that gain. `exclude_nodes` stay in float32. `method`, `percentile`, `max_samples`, `part` say
+    how to calibrate. `block_size`: of int4, at most. `shapes`: min/opt/max by input, for the trial run."""
 
     recipe: Recipe
     high_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -59,8 +56,8 @@ class ConvertOptions(StageOptions):
 
 
 class Convert(Stage[ConvertOptions]):
-    """See the module. `data`: recipe, computes_in, qdq_by_op (nodes in the new precision by op type), quantized_nodes,
-    pairs, kept_fp32 (by op type), clamped, excluded_nodes, opset, calibration, trial_run, size_bytes_before, size_bytes.
+    """See the module. `data`: recipe, computes_in, qdq_by_op (nodes in the new precision by type), quantized_nodes,
+    pairs, kept_fp32 (by op type), clamped, excluded_nodes, opset, calibration, trial_run, size_bytes…
 
     Raises StageFailure: `already_quantized`, `not_float32`, `opset_too_old`, `opset_conversion_failed`, `unknown_node`,
     `nothing_to_convert`, `calibration_data_missing`, `calibration_failed`, `ranges_invalid`, `converted_model_fails`.
@@ -175,7 +172,7 @@ class _Work:
         if not wanted.nodes:
             raise _nothing(f"no product or convolution that {eight} suits")
         if "ranges" in self.ctx.inputs:
-            known = _read_ranges(self.ctx.only_file("ranges"), wanted.tensors)
+            known = read_ranges(self.ctx.only_file("ranges"), wanted.tensors)
         else:
             known = self._calibrated(wanted.tensors)
         text = json.dumps(known, indent=1, sort_keys=True, allow_nan=False)
@@ -278,42 +275,6 @@ def _nothing(reason: str) -> StageFailure:
 
 def _calibration_failed(error: Exception) -> StageFailure:
     return runtime_failure("calibration_failed", error, remedy="Check that the model runs on this data.")
-
-
-def _read_ranges(path: Path, tensors: Collection[str]) -> dict[str, Any]:
-    """The ranges of an earlier conversion; raises `ranges_invalid` or `ranges_mismatch`."""
-    known: Any = None
-    if path.stat().st_size <= LARGEST_RANGES_FILE:
-        try:
-            known = json.loads(path.read_bytes())
-        except ValueError:
-            known = None
-    keys = {"format", "method", "percentile", "samples", "dataset", "tensors", "unusable"}
-    if (
-        not isinstance(known, dict)
-        or known.get("format") != RANGES_FORMAT
-        or not keys <= set(known)
-        or not isinstance(known["tensors"], dict)
-        or not isinstance(known["unusable"], list)
-        or not all(map(_is_range, known["tensors"].values()))
-    ):
-        detail = "The calibration ranges are not a file that this service wrote."
-        raise data_failure("ranges_invalid", detail, remedy="Calibrate again with a data set.")
-    missing = sorted(set(tensors) - set(known["tensors"]) - {str(name) for name in known["unusable"]})
-    if missing:
-        raise data_failure(
-            "ranges_mismatch",
-            f"The calibration ranges have none for {len(missing)} of the model's {len(tensors)} tensors.",
-            tensor=missing[0],
-            remedy="Calibrate again with a data set; the ranges belong to another graph.",
-        )
-    return known
-
-
-def _is_range(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not all(type(v) in (int, float) for v in value):
-        return False
-    return all(math.isfinite(v) for v in value) and value[0] <= value[1]
 
 
 def _restore_interface(model: ModelProto, original: ModelProto) -> None:
