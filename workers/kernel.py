@@ -161,6 +161,7 @@ class Backend(ABC):
     name: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
+    device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -29,6 +29,7 @@ class OnnxRuntimeCudaBackend(Backend):
     name: ClassVar[str] = "onnxruntime-cuda"
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     engine_format: ClassVar[str] = "onnx"
+    device: ClassVar[str] = "cuda"
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """None where ONNX Runtime has no CUDA provider or there is no usable GPU. Does not touch CUDA itself: the

@@ -115,7 +115,7 @@ class _Run:
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
 
     def result(self) -> StageResult:
-        before = hardware.conditions()
+        before = hardware.conditions(self.ctx.hardware)
         self._import_libraries()
         feeds, words = self._cold()
         self._timed(feeds)
@@ -126,7 +126,7 @@ class _Run:
             ("samples",),
             {
                 "method": self._method(words),
-                "conditions": {"before": before, "after": hardware.conditions()},
+                "conditions": {"before": before, "after": hardware.conditions(self.ctx.hardware)},
                 "versions": _versions(engine.backend for engine in self.specs.values()),
                 "noisy": bool(self.noise),
                 "noise": self.noise,
