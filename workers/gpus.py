@@ -1,4 +1,4 @@
-"""This machine's NVIDIA GPUs: by NVML where nvidia-ml-py is installed, else by nvidia-smi. No CUDA context is started, so
+"""This machine's NVIDIA GPUs: by NVML where nvidia-ml-py is installed, else by nvidia-smi. No CUDA context is started:
 the caller may fork. Never raises: a machine without GPUs has none."""
 
 from __future__ import annotations

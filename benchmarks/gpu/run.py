@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/run.py --json figures.json --markdown figures.md
 
-Needs the `gpu` extra, torch with CUDA, onnxscript; what is missing is skipped, with its reason. Inputs and outputs stay
-on the GPU. "GPU ms" is the median of the time between two CUDA events around one run in its stream, "ms" that of the wall
+Needs the `gpu` extra, torch with CUDA, onnxscript; what is missing is skipped, with its reason. Inputs and outputs
+stay on the GPU. "GPU ms" is the median of the time between two CUDA events around one run in its stream, "ms" that of the wall
 clock until the GPU is done, one caller. All contenders of a batch size are measured in turns in one process.
 """
 
@@ -117,9 +117,9 @@ def torch_contender(name: str, feeds: Arrays, stream: Stream, how: str) -> tuple
     if half:
         module = module.half()
         placed = [t.half() if t.is_floating_point() else t for t in placed]
-    run: Any = torch.compile(module, mode="max-autotune-no-cudagraphs") if "compiled" in how else module
-    if "graph" in how:
-        run = torch.compile(module, mode="reduce-overhead")
+    run: Any = module
+    if "compiled" in how:  # `reduce-overhead` is torch's name for CUDA graphs
+        run = torch.compile(module, mode="reduce-overhead" if "graph" in how else None)
     external = torch.cuda.ExternalStream(stream.handle)
 
     def submit() -> Any:

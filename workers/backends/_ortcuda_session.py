@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -129,6 +132,7 @@ def open_session(model: Path, runtime: RuntimeOptions, **provider_options: str) 
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for key, value in runtime.session_config.items():
         options.add_session_config_entry(key, value)
+    _preload()
     provider = (PROVIDER, {**runtime.provider_options(), **provider_options})
     try:
         session = ort.InferenceSession(str(model), options, providers=[provider])
@@ -154,6 +158,15 @@ def open_session(model: Path, runtime: RuntimeOptions, **provider_options: str) 
             remedy=f"Use another precision or backend for this model, or replace {op}.",
         )
     return session, fallen
+
+
+@functools.cache
+def _preload() -> None:
+    """Load CUDA's libraries where they came as Python packages; the system's are found otherwise."""
+    import onnxruntime as ort
+
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+        ort.preload_dlls()
 
 
 def _on_cpu(session: Any) -> dict[str, list[str]]:

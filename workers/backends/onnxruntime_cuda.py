@@ -81,10 +81,6 @@ class OnnxRuntimeCudaBackend(Backend):
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `gpu_fallback`, `gpu_provider_missing`,
         `gpu_out_of_memory`, `invalid_backend_options`."""
-        import onnxruntime as ort
-
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA's libraries where they came as Python packages; the system's otherwise
         return OnnxRuntimeCudaSession(engine, parsed(RuntimeOptions, runtime))
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
