@@ -98,7 +98,8 @@ def parsed(cls: type[RuntimeOptions], options: Mapping[str, Any]) -> Any:
 def gpu_failure(code: str, error: BaseException, *, remedy: str | None = None) -> StageFailure:
     """As `messages.runtime_failure`, with the GPU's memory told apart from the host's."""
     failure = messages.runtime_failure(code, error, remedy=remedy)
-    short = any(sign in failure.detail for sign in ("CUDA error 2", "CUDA failure 2", "out of memory", "BFCArena"))
+    signs = ("CUDA error 2", "CUDA failure 2", "out of memory", "BFCArena", "smaller than requested bytes")
+    short = any(sign in str(error) for sign in signs)
     if failure.code == "out_of_memory" or short:
         return StageFailure(
             "gpu_out_of_memory",

@@ -314,8 +314,9 @@ def _trial_run(
         ctx.reporter.note("The trial run tells nothing: the original does not take the generated inputs.")
         return None
     try:
-        # Fusing Q/DQ into integer kernels of the CPU would change the arithmetic; as written is what is compared.
-        outputs = backend.load(made, {"graph_optimization_level": "basic"}).run(feeds)
+        # As written: optimized, Q/DQ would become the CPU's integer kernels, and fp8 weights folded into float16 come out
+        # wrong (ONNX Runtime 1.32).
+        outputs = backend.load(made, {"graph_optimization_level": "disable"}).run(feeds)
     except StageFailure as failure:
         if not failure.cacheable:
             raise
