@@ -314,8 +314,8 @@ def _trial_run(
         ctx.reporter.note("The trial run tells nothing: the original does not take the generated inputs.")
         return None
     try:
-        # As written: optimized, Q/DQ would become the CPU's integer kernels, and fp8 weights folded into float16 come out
-        # wrong (ONNX Runtime 1.32).
+        # As written: optimized, Q/DQ would become the CPU's integer kernels, and fp8 weights that are folded into
+        # float16 come out wrong (ONNX Runtime 1.32).
         outputs = backend.load(made, {"graph_optimization_level": "disable"}).run(feeds)
     except StageFailure as failure:
         if not failure.cacheable:
