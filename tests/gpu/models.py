@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import ModelProto
 
 from tests.factories import architectures
 from workers.backends import _ort_quantize as quantization
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.convert import Convert, ConvertOptions
+from workers.stages.simplify import Simplify, SimplifyOptions
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 SIZES: dict[str, dict[str, int]] = {
     "residual_cnn": {"channels": 32, "blocks": 3},
     "vit": {"hidden": 128, "layers": 2},
     "bert": {"hidden": 128, "layers": 2},
+    "gpt2": {"hidden": 64, "layers": 1},
 }
 DIMS = {"sequence": 16, "time": 6}
 
@@ -39,31 +43,39 @@ class Notes(Reporter):
 
 @dataclass
 class Case:
-    """`model`: folder with `model.onnx`; `data`: folder with `data.npz`; `feeds`: the first eight samples; `expected`:
-    their outputs on ONNX Runtime's CPU provider."""
+    """Folders `model` and `simplified` with a `model.onnx`, `data` with a `data.npz`; `feeds`: the first eight samples;
+    `expected`: their outputs on ONNX Runtime's CPU provider."""
 
     name: str
     root: Path
     model: Path
+    simplified: Path
     data: Path
     feeds: Arrays
     expected: Arrays
 
-    def converted(self, recipe: str, hardware: Mapping[str, Any], **options: Any) -> tuple[Path, StageResult]:
-        """(Folder of the model that stage `convert` makes, its result)."""
-        root = self.root / "-".join([recipe, *map(str, options.values())])
-        if root.exists():
-            root = root.with_name(f"{root.name}-again")
+    def converted(
+        self,
+        recipe: str,
+        hardware: Mapping[str, Any],
+        *,
+        inputs: Mapping[str, Path | None] | None = None,
+        **options: Any,
+    ) -> tuple[Path, StageResult]:
+        """(Folder of the model that stage `convert` makes, its result). `inputs` replace the usual; None = none."""
+        root = Path(tempfile.mkdtemp(prefix=f"{recipe}-", dir=self.root))
         workspace = root / "work"
-        workspace.mkdir(parents=True)
-        inputs = {"model": self.model, "calibration": self.data}
-        ctx = StageContext(inputs, workspace, root / "out", Notes(), hardware)
+        workspace.mkdir()
+        given = {"model": self.simplified, "calibration": self.data, **(inputs or {})}
+        folders = {name: folder for name, folder in given.items() if folder is not None}
+        ctx = StageContext(folders, workspace, root / "out", Notes(), hardware)
         result = Convert().run(ctx, ConvertOptions.model_validate({"recipe": recipe, **options}))
         return root / "out" / "model", result
 
 
-def make_case(name: str, root: Path) -> Case:
-    model = getattr(architectures, name)(**SIZES.get(name, {}))
+def make_case(name: str, root: Path, model: ModelProto | None = None) -> Case:
+    """`model`: that one; else the architecture of this name."""
+    model = model or getattr(architectures, name)(**SIZES.get(name, {}))
     folder, data = root / "model", root / "data"
     folder.mkdir()
     data.mkdir()
@@ -81,7 +93,10 @@ def make_case(name: str, root: Path) -> Case:
     np.savez(data / "data.npz", **arrays)  # type: ignore[arg-type]
     feeds = {n: np.ascontiguousarray(a[:8]) for n, a in arrays.items()}
     session = backends()["onnxruntime"]().load(folder, {})
-    return Case(name, root, folder, data, feeds, session.run(feeds))
+    workspace = root / "simplify"
+    workspace.mkdir()
+    Simplify().run(StageContext({"model": folder}, workspace, root / "simplified", Notes(), {}), SimplifyOptions())
+    return Case(name, root, folder, root / "simplified" / "model", data, feeds, session.run(feeds))
 
 
 def cosine(wanted: Arrays, found: Arrays) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from workers import recipes
@@ -47,10 +48,10 @@ def propose(case: Case) -> Proposal:
     return Proposal(tuple(candidates), tuple(skipped))
 
 
-def variants(candidate: Candidate) -> tuple[Candidate, ...]:
-    """One captured launch for all kernels, or cuDNN's channels-last layout: which gains depends on the model."""
+def variants(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
+    """One captured launch for all kernels, and for convolutions cuDNN's channels-last layout."""
     found = [candidate.variant("graph", "CUDA graph", cuda_graph=True)]
-    if candidate.precision in ("fp16", "bf16"):
+    if case.kind == "cnn" and candidate.precision in ("fp16", "bf16"):
         found.append(candidate.variant("nhwc", "channels last, CUDA graph", cuda_graph=True, prefer_nhwc=True))
     return tuple(found)
 
@@ -70,9 +71,10 @@ def _int8(case: Case, candidates: list[Candidate], skipped: list[Skipped]) -> No
         {"recipe": "int8", "method": recipes.calibration_method(case), **recipes.calibration_options(case)},
         ("calibration",),
     )
-    candidates.append(
-        _candidate("ortcuda-int8", "CUDA, int8 Q/DQ computed in fp32", "int8", [recipes.simplify(), step], prior=1.5)
-    )
+    name = "CUDA, int8 Q/DQ computed in fp32"
+    candidate = _candidate("ortcuda-int8", name, "int8", [recipes.simplify(), step], prior=1.5)
+    # Rewriting Q/DQ for integer kernels, which the provider lacks, would send some of them to the CPU.
+    candidates.append(replace(candidate, build_options={"session_config": {"session.disable_quant_qdq": "1"}}))
 
 
 def _candidate(

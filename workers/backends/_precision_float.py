@@ -156,7 +156,10 @@ def _low_slots(node: NodeProto, opset: int, low: Low) -> dict[int, bool]:
     wanted = "tensor(float16)" if low == "fp16" else "tensor(bfloat16)"
     allowed = {c.type_param_str: wanted in c.allowed_type_strs for c in schema.type_constraints}
     floating = {c.type_param_str for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs}
-    outputs = [o.type_str for o in schema.outputs]
+    made = [
+        o for o in node.output if o
+    ]  # an optional output that is not asked for does not matter (LayerNormalization)
+    outputs = [schema.outputs[min(k, len(schema.outputs) - 1)].type_str for k in range(len(made))]
     if any(t in floating and not allowed[t] for t in outputs) or "tensor(float)" in outputs:
         return {}
     slots = {}

@@ -47,8 +47,8 @@ class OnnxRuntimeCudaBackend(Backend):
     def propose(self, case: Case) -> Proposal:
         return cuda_recipes.propose(case)
 
-    def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:  # noqa: ARG002
-        return cuda_recipes.variants(candidate)
+    def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:
+        return cuda_recipes.variants(case, candidate)
 
     def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:  # noqa: ARG002
         return dict(runtime)
