@@ -161,7 +161,7 @@ def _nvml_state(uuid: str) -> dict[str, Any]:
 
 
 def _by_smi() -> Iterator[dict[str, Any]]:
-    cuda = re.search(r"CUDA Version:\s*([\d.]+)", _run_smi("-q") or "")
+    cuda = re.search(r"CUDA Version\s*:\s*([\d.]+)", _run_smi("-q") or "")
     for index, row in enumerate(_smi(_SMI_FACTS)):
         memory = _number(row["memory_mib"])
         yield {

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def say(text: str) -> None:
 _BEGAN = time.monotonic()
 
 
-def prepare(name: str, root: Path, described: Json) -> tuple[dict[str, Path], Json]:
+def prepare(name: str, root: Path, described: Json, wanted: Sequence[str]) -> tuple[dict[str, Path], Json]:
     """Folders of the graphs in each precision, and what the conversion told of each."""
     exported, data, facts = root / "exported", root / "data", {}
     exported.mkdir(parents=True)
@@ -86,7 +86,8 @@ def prepare(name: str, root: Path, described: Json) -> tuple[dict[str, Path], Js
     say(f"{name}: exported")
     np.savez(data / "data.npz", **models.MODELS[name].samples(CALIBRATION, np.random.default_rng(11)))
     folders: dict[str, Path] = {}
-    for label, options in GRAPHS.items():
+    for label in ("fp32", *(g for g in wanted if g != "fp32")):
+        options = GRAPHS[label]
         workspace, out = root / f"{label}-work", root / f"{label}-out"
         workspace.mkdir()
         try:
@@ -183,7 +184,7 @@ class Line:
 
 
 def measure(name: str, arguments: argparse.Namespace, root: Path, described: Json) -> Json:
-    folders, facts = prepare(name, root, described)
+    folders, facts = prepare(name, root, described, arguments.graphs)
     reference = kernel.backends()["onnxruntime"]().load(folders["fp32"], {})
     skipped = trt_missing(described)
     result: Json = {"conversion": facts, "batches": {}, "skipped": {"TensorRT": skipped} if skipped else {}}
@@ -242,6 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(models.MODELS), action="append", help="may be given several times")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--graphs", nargs="+", choices=list(GRAPHS), default=list(GRAPHS), help="precisions to prepare")
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and batch size")
     parser.add_argument(
         "--torch",

@@ -68,6 +68,7 @@ def test_a_converted_model_is_built_proven_measured_and_packaged(
     figures = measured.data["engines"]["fp16"]
     assert "failed" not in figures
     assert set(figures["batches"]) == {"1", "8"}
+    assert figures["batches"]["8"]["profile"]["compute_ms"] > 0
     assert measured.data["conditions"]["after"]["gpu"]["sm_mhz"] > 0
     packed, _ = chain.run(
         "package",

@@ -93,7 +93,7 @@ def test_options_are_checked_and_translated() -> None:
     ("message", "code"),
     [
         (
-            "BFCArena::AllocateRawInternal Available memory of 1 is smaller than requested bytes of 2",
+            "Available memory of 1 is smaller than requested bytes of 2",
             "gpu_out_of_memory",
         ),
         ("CUDA failure 2: out of memory ; GPU=0", "gpu_out_of_memory"),

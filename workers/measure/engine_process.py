@@ -109,6 +109,11 @@ class EngineProcess:
         answer: Array = self._call("window", seconds, iterations, limit_s=20 * usual + INFERENCE_LIMIT_S / 2)
         return answer
 
+    def profile(self, batch: int) -> dict[str, Any]:
+        """Where the time of a run at this batch size goes (`kernel.Session.profile`); empty where nothing tells."""
+        answer: dict[str, Any] = self._call("profile", batch, limit_s=2 * INFERENCE_LIMIT_S)
+        return answer
+
     def peak_memory_mb(self) -> float:
         """Largest resident memory of the process so far, libraries and interpreter included, in MB (10⁶ bytes)."""
         answer: float = self._call("peak_memory_mb", limit_s=INFERENCE_LIMIT_S)
@@ -229,6 +234,9 @@ class _Engine:
             if time.perf_counter_ns() - start > _SETTLE_NS:
                 break
         return self._timed(int(seconds * 1e9), iterations)
+
+    def profile(self, batch: int) -> dict[str, Any]:
+        return dict(self.session.profile(self._feeds[batch][0]) or {})
 
     def peak_memory_mb(self) -> float:
         for line in Path("/proc/self/status").read_text().splitlines():

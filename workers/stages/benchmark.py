@@ -241,6 +241,17 @@ class _Run:
             processes.pop(name).close()
             self._fail(name, failure)
         self._write_down(timings, batch)
+        self._profile(processes, batch)
+
+    def _profile(self, processes: dict[str, EngineProcess], batch: int) -> None:
+        """Engines on a GPU also tell transfers, compute and submission apart, in a pass of its own after the timing."""
+        for name, process in list(processes.items()):
+            if name == AGAIN or backends()[self.specs[name].backend].device == "cpu":
+                continue
+            try:
+                self.figures[name].batches[str(batch)]["profile"] = process.profile(batch)
+            except StageFailure as failure:  # its latencies stand; what broke the profile may have broken the process
+                self.ctx.reporter.note(f"Engine {name!r} could not be profiled: {failure.detail}", code=failure.code)
 
     def _write_down(self, timings: dict[str, Timing], batch: int) -> None:
         seed = self.options.seed
