@@ -25,7 +25,7 @@ import numpy as np
 
 from app.domain.failures import StageFailure
 from workers.backends import _cuda_apis as apis
-from workers.backends._cuda_apis import cuda_unavailable
+from workers.backends._cuda_graph import Capture, cuda_unavailable
 
 Array = np.ndarray[Any, Any]
 Library = Literal["auto", "pycuda", "cuda-bindings"]
@@ -112,7 +112,7 @@ class Cuda:
         raises, or submits what cannot be captured, the capture is ended, the stream is usable again, and the block's
         exception (or `cuda_error`) is raised: run eagerly then.
         """
-        capturing = apis.Capture()
+        capturing = Capture()
         capturing.begin(stream.handle)
         graph = Graph(capturing)
         try:
@@ -204,7 +204,7 @@ class DeviceBuffer:
 class Graph:
     """Recorded work: one call submits all of it. It holds addresses: buffers must stay where they were."""
 
-    def __init__(self, captured: apis.Capture) -> None:
+    def __init__(self, captured: Capture) -> None:
         self._captured = captured
 
     def launch(self, stream: Stream) -> None:
