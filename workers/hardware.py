@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from workers import gpus
+
 # Instruction sets that decide which kernels an inference library takes (x86 and Arm).
 ISA_FLAGS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -24,21 +26,24 @@ _CGROUP = Path("/sys/fs/cgroup")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
-def describe() -> dict[str, Any]:
+def describe(gpu: str = "") -> dict[str, Any]:
     """This machine: id, kind, cpu_model, isa, cores (that this process may use), cpu_quota, memory_bytes, os, governor,
-    affinity.
+    affinity, gpu.
 
     `memory_bytes` is the smaller of the machine's memory and the container's limit; `cpu_quota` is the container's
-    limit of CPU time in CPUs (2.5), None without one. Never raises: what cannot be read is None.
+    limit of CPU time in CPUs (2.5), None without one. `gpu` is the one GPU of this worker (`workers.gpus`), chosen as
+    `gpus.selected(gpu)`; with one, `kind` is "gpu" and the id is the GPU's. Never raises: what cannot be read is None.
     """
+    card = gpus.selected(gpu)
     cpu = _cpuinfo()
     affinity = _affinity()
     memory = psutil.virtual_memory().total
     limit = _cgroup_memory_limit()
     model = cpu["model"] or platform.processor() or platform.machine() or "unknown"
     return {
-        "id": f"cpu-{_slug(model)}-{len(affinity)}c",
-        "kind": "cpu",
+        "id": f"gpu-{gpus.slug(str(card['name']))}" if card else f"cpu-{_slug(model)}-{len(affinity)}c",
+        "kind": "gpu" if card else "cpu",
+        "gpu": card,
         "cpu_model": model,
         "cpu_family": cpu["family"],
         "machine": platform.machine(),
@@ -58,17 +63,20 @@ def describe() -> dict[str, Any]:
 
 def fingerprint(description: Mapping[str, Any]) -> str:
     """Hex SHA-256 of what decides an engine's speed here: CPU model and family, ISA flags, usable cores and the
-    container's CPU quota.
+    container's CPU quota; with a GPU also its name, compute capability, memory, driver, CUDA and TensorRT versions.
 
     Two machines of the same kind share it; memory, kernel version and governor are not part of it."""
     names = ("kind", "cpu_model", "cpu_family", "machine", "isa", "cores", "cpu_quota")
     parts = {k: description.get(k) for k in names}
+    if description.get("gpu"):
+        parts["gpu"] = gpus.facts_of_speed(description["gpu"])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def conditions() -> dict[str, Any]:
+def conditions(description: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What could explain a difference, as it stands now: load, affinity, governor, clock in MHz, memory in MB (10⁶
-    bytes), quotas."""
+    bytes), quotas; and the GPU's state (`gpus.state`), where `description` has one."""
+    card = (description or {}).get("gpu")
     memory = psutil.virtual_memory()
     try:
         frequency = psutil.cpu_freq()
@@ -83,7 +91,14 @@ def conditions() -> dict[str, Any]:
         "cgroup_cpu_quota": _cgroup_cpu_quota(),
         "cgroup_memory_limit_mb": None if (limit := _cgroup_memory_limit()) is None else round(limit / 1e6),
         "processes_running": _processes_running(),
+        **({"gpu": gpus.state(str(card["uuid"]))} if card else {}),
     }
+
+
+def lock_name(description: Mapping[str, Any]) -> str:
+    """The device that builds and measurements of this worker share with others on the machine, as a file name."""
+    card = description.get("gpu")
+    return re.sub(r"[^A-Za-z0-9-]+", "-", str(card["uuid"])) if card else "cpu"
 
 
 def _cpuinfo() -> dict[str, Any]:

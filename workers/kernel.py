@@ -145,6 +145,11 @@ class Session(ABC):
         """The cheapest honest call that runs once on these feeds; what the benchmark times."""
         return lambda: self.run(feeds)
 
+    def profile(self, feeds: Arrays) -> Mapping[str, Any] | None:  # noqa: ARG002
+        """Where the time of one run goes, in ms, where the device can tell: on a GPU `h2d_ms`, `compute_ms`, `d2h_ms`
+        (by its own events) and `enqueue_ms` (the CPU's part). A pass of its own, never the benchmark."""
+        return None
+
     def close(self) -> None:  # noqa: B027  (optional: most sessions free on collection)
         """Free what the session holds."""
 
@@ -166,6 +171,7 @@ class Backend(ABC):
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
+    device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

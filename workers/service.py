@@ -68,7 +68,10 @@ class WorkerService:
         self.collector = Collector(self.db, self.content, settings)
         self.isolated = IsolatedRunner()
         self.shutdown = threading.Event()
-        self.hardware: Mapping[str, Any] = describe()
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA's numbers are nvidia-smi's
+        self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
+        if self.hardware["gpu"]:  # its stages, children of this process, see no other
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(self.hardware["gpu"]["uuid"])
         self.fingerprint = fingerprint(self.hardware)
         infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]

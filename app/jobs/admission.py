@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from app.capabilities.service import offered
@@ -112,6 +113,35 @@ def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]])
     kept = [b for b in wanted if b not in outside] or [min(max(ranges[0].opt[0], low), high)]
     benchmark = spec.benchmark.model_copy(update={"batch_sizes": kept})
     return spec.model_copy(update={"benchmark": benchmark})
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Where a job waits; `waiting_for` says what for, where no worker that would take it lives now."""
+
+    name: str
+    waiting_for: str | None = None
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What the job's document shows until a worker takes it."""
+        if self.waiting_for is None:
+            return []
+        return [{"name": "queue", "status": "waiting", "cached": False, "detail": self.waiting_for}]
+
+
+def find_queue(spec: OptimizationSpec, model_format: str, live: Iterable[Worker], known: Iterable[Worker]) -> Queue:
+    """As `choose_queue`: live workers decide; where none of them would do, the job waits for one that was `known`."""
+    live, known = list(live), list(known)
+    if any(not _lacks(spec, model_format, w) for w in live) or not any(
+        not _lacks(spec, model_format, w) for w in known
+    ):
+        return Queue(choose_queue(spec, model_format, live or known))
+    fitting = [w for w in known if not _lacks(spec, model_format, w)]
+    wanted = spec.target.hardware or (spec.target.device if spec.target.device != "auto" else "this job")
+    seen = max(w.last_seen_at for w in fitting).isoformat(timespec="seconds").replace("+00:00", "Z")
+    detail = f"No worker for {wanted} is live; one was last seen at {seen}. The job starts when one comes back."
+    return Queue(choose_queue(spec, model_format, fitting), detail)
 
 
 def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Worker]) -> str:

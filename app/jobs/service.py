@@ -17,7 +17,7 @@ from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
-from app.jobs.admission import check_dataset, check_shapes, choose_queue, fit_batch_sizes
+from app.jobs.admission import check_dataset, check_shapes, find_queue, fit_batch_sizes
 from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
@@ -48,8 +48,7 @@ class JobService:
     def _submit(
         self, tenant_id: str, spec: OptimizationSpec, correlation_id: str, idempotency: Idempotency | None
     ) -> tuple[Job, bool]:
-        # Live ones decide; where none lives just now, the job may wait for one that was seen.
-        workers = self.capabilities.live() or self.capabilities.known()
+        live, known = self.capabilities.live(), self.capabilities.known()
         with self.db.write() as uow:
             session, jobs = uow.session, JobRepository(uow.session)
             earlier = recall(session, tenant_id, idempotency) if idempotency else None
@@ -62,7 +61,7 @@ class JobService:
                 check_shapes(spec.shapes, model.inputs)
                 spec = fit_batch_sizes(spec, model.inputs)
             self._datasets(session, tenant_id, spec, model)
-            queue = choose_queue(spec, model.format, workers)
+            queue = find_queue(spec, model.format, live, known)
             if jobs.count_active(tenant_id) >= self.settings.limits.active_jobs_per_tenant:
                 raise AppError(
                     "too_many_jobs",
@@ -81,8 +80,8 @@ class JobService:
                 stage=None,
                 progress=0.0,
                 spec=spec.model_dump(mode="json"),
-                queue=queue,
-                stages=[],
+                queue=queue.name,
+                stages=queue.stages,
                 error=None,
                 engine_ids=[],
                 correlation_id=correlation_id,

@@ -59,7 +59,17 @@ def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_pat
         assert {"state", "stage"} <= set(seen)
         assert job["progress"] == 1.0
         stages = [s["name"] for s in job["stages"]]
-        assert {"export", "simplify", "quantize", "quantize_nncf", "build", "validate", "benchmark", "sweep", "package"} <= set(stages)
+        assert {
+            "export",
+            "simplify",
+            "quantize",
+            "quantize_nncf",
+            "build",
+            "validate",
+            "benchmark",
+            "sweep",
+            "package",
+        } <= set(stages)
         report = client.report(job["id"])
         _check_report(report)
         _check_manifest(client.manifest(job["id"]), report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from app.db.orm import Worker
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError
-from app.jobs.admission import check_dataset, check_shapes, choose_queue
+from app.jobs.admission import check_dataset, check_shapes, choose_queue, find_queue
 from app.jobs.metric_admission import check_metric
 
 INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 8]}]
@@ -49,6 +50,37 @@ def test_a_format_that_no_worker_reads_is_refused() -> None:
 def test_jobs_go_to_the_queue_of_their_hardware() -> None:
     assert choose_queue(_spec(), "onnx", [_worker()]) == "anneal.cpu"
     assert choose_queue(_spec(target={"hardware": "cpu-x"}), "onnx", [_worker()]) == "anneal.hw.cpu-x"
+
+
+def _gpu_worker() -> Worker:
+    backend = {"name": "onnxruntime-cuda", "versions": {}, "devices": ["cuda"], "precisions": ["fp32", "fp16"]}
+    hardware = {"id": "gpu-nvidia-h100"}
+    seen = datetime(2026, 11, 24, tzinfo=UTC)
+    return Worker(id="g", hardware=hardware, backends=[backend], formats=["onnx"], queues=[], last_seen_at=seen)
+
+
+@pytest.mark.parametrize(
+    ("target", "queue"),
+    [({"device": "cuda"}, "anneal.cuda"), ({"hardware": "gpu-nvidia-h100"}, "anneal.hw.gpu-nvidia-h100")],
+)
+def test_a_job_waits_for_hardware_that_is_known_but_not_live(target: dict[str, Any], queue: str) -> None:
+    found = find_queue(_spec(target=target), "onnx", [_worker()], [_worker(), _gpu_worker()])
+    assert found.name == queue
+    (stage,) = found.stages
+    assert stage["status"] == "waiting"
+    assert next(iter(target.values())) in stage["detail"]
+    assert "2026-11-24T00:00:00Z" in stage["detail"]
+
+
+def test_a_job_with_a_live_worker_waits_for_nothing() -> None:
+    found = find_queue(_spec(target={"device": "cuda"}), "onnx", [_worker(), _gpu_worker()], [])
+    assert (found.name, found.stages) == ("anneal.cuda", [])
+
+
+def test_hardware_that_nobody_knows_is_refused_also_where_others_live() -> None:
+    with pytest.raises(AppError, match="gpu-z") as caught:
+        find_queue(_spec(target={"hardware": "gpu-z"}), "onnx", [_worker()], [_worker(), _gpu_worker()])
+    assert caught.value.code == "unavailable_target"
 
 
 def test_before_any_worker_was_seen_plain_jobs_wait_and_special_ones_are_refused() -> None:

@@ -123,6 +123,11 @@ class EngineProcess:
         answer: Array = self._call("window", seconds, iterations, settle, limit_s=20 * usual + INFERENCE_LIMIT_S / 2)
         return answer
 
+    def profile(self, batch: int) -> dict[str, Any]:
+        """Where the time of a run at this batch size goes (`kernel.Session.profile`); empty where nothing tells."""
+        answer: dict[str, Any] = self._call("profile", batch, limit_s=2 * INFERENCE_LIMIT_S)
+        return answer
+
     def peak_memory_mb(self) -> float:
         """Largest resident memory of the process so far, libraries and interpreter included, in MB (10⁶ bytes)."""
         answer: float = self._call("peak_memory_mb", limit_s=INFERENCE_LIMIT_S)
@@ -278,6 +283,9 @@ class _Engine:
             i = (i + 1) % count
         self._next = i
         return np.array(ends, dtype=np.int64), np.array(latencies, dtype=np.int64)
+
+    def profile(self, batch: int) -> dict[str, Any]:
+        return dict(self.session.profile(self._feeds[batch][0]) or {})
 
     def peak_memory_mb(self) -> float:
         for line in Path("/proc/self/status").read_text().splitlines():

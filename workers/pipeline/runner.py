@@ -21,6 +21,7 @@ from app.domain.artifact_key import ArtifactRef, canonical_json, digest_of, stag
 from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, JobLedger
 from workers import kernel
+from workers.hardware import lock_name
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
@@ -229,8 +230,10 @@ class StageRunner:
             hardware=dict(self.hardware),
             limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes, call.soft_seconds),
         )
-        exclusive = call.stage_type.exclusive_device
-        lock = device_lock(self.lock_dir, "cpu", self.should_stop) if exclusive else nullcontext()
+        device = lock_name(self.hardware) if "cuda" in _devices(call.options) else "cpu"
+        # On a GPU builds measure, too: TensorRT times its tactics. Nothing else may run there meanwhile.
+        exclusive = call.stage_type.exclusive_device or (device != "cpu" and call.stage_type.hardware_bound)
+        lock = device_lock(self.lock_dir, device, self.should_stop) if exclusive else nullcontext()
         with lock:
             result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
         outputs = {name: self.workspace.store(folder / "out" / name) for name in result.outputs}
@@ -286,12 +289,21 @@ class StageRunner:
         self.ledger.progress(self.claim, changes, "progress" if message or fraction else "stage", event)
 
 
-def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The libraries of every backend that a stage call's options name."""
+def _backends(options: Mapping[str, Any]) -> list[type[kernel.Backend]]:
+    """Every backend that a stage call's options name."""
     engines = options.get("engines") or ()
     names = {options.get("backend"), options.get("baseline_backend"), *(e.get("backend") for e in engines)}
     known = kernel.backends()
-    return tuple(library for name in sorted(n for n in names if n in known) for library in known[name].libraries)
+    return [known[name] for name in sorted(n for n in names if n in known)]
+
+
+def _devices(options: Mapping[str, Any]) -> set[str]:
+    return {backend.device for backend in _backends(options)}
+
+
+def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The libraries of those backends."""
+    return tuple(library for backend in _backends(options) for library in backend.libraries)
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -139,7 +139,7 @@ class _Run:
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
 
     def result(self) -> StageResult:
-        before = hardware.conditions()
+        before = hardware.conditions(self.ctx.hardware)
         self._import_libraries()
         feeds, words = self._cold()
         self._timed(feeds)
@@ -157,7 +157,7 @@ class _Run:
                     screening=self.options.screening,
                     cold=self.options.cold,
                 ),
-                "conditions": {"before": before, "after": hardware.conditions()},
+                "conditions": {"before": before, "after": hardware.conditions(self.ctx.hardware)},
                 "versions": versions(engine.backend for engine in self.specs.values()),
                 "noisy": bool(self.noise),
                 "noise": self.noise,
@@ -312,11 +312,23 @@ class _Run:
             self._give_up(processes, name, failure)
         whole = {n: t for n, t in found.timings.items() if n in processes}
         self._write_down(whole, batch)
+        if not self.options.screening:
+            self._profile(processes, batch)
 
     def _share(self, batches: list[int]) -> float:
         """Seconds that the first of `batches` may take of those left: large batches take longer."""
         weights = [self.options.min_seconds + LEAST_CALLS * self.call_s * b / batches[0] for b in batches]
         return self.ctx.seconds_left() * weights[0] / sum(weights)
+
+    def _profile(self, processes: dict[str, EngineProcess], batch: int) -> None:
+        """Engines on a GPU also tell transfers, compute and submission apart, in a pass of its own after the timing."""
+        for name, process in list(processes.items()):
+            if name == AGAIN or backends()[self.specs[name].backend].device == "cpu":
+                continue
+            try:
+                self.figures[name].batches[str(batch)]["profile"] = process.profile(batch)
+            except StageFailure as failure:  # its latencies stand; what broke the profile may have broken the process
+                self.ctx.reporter.note(f"Engine {name!r} could not be profiled: {failure.detail}", code=failure.code)
 
     def _write_down(self, timings: dict[str, Timing], batch: int) -> None:
         seed = self.options.seed

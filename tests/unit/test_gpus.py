@@ -1,0 +1,149 @@
+"""GPUs as NVML and nvidia-smi tell of them, and what a machine without any is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.domain.failures import FailureKind, StageFailure
+from workers import gpus, hardware
+from workers.backends import _cuda, _cuda_apis
+
+SMI = """#!/bin/sh
+case "$*" in
+  -q) echo "CUDA Version                              : 13.0" ;;
+  *uuid*) echo "NVIDIA H100 80GB HBM3, GPU-aa11, 9.0, 81559, 580.159.04"
+          echo "NVIDIA L4, GPU-bb22, 8.9, 23034, 580.159.04" ;;
+  *GPU-aa11*) echo "1410, 2619, 1980, 61, 387.7, 700.00, 4482, 82, 0x0000000000000044" ;;
+  *) echo "345, 2619, [N/A], 44, [N/A], 700.00, 500, 0, 0x0000000000000001" ;;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose `nvidia-smi` tells of two GPUs, and no NVML."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI)
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_nvml", _no_nvml)
+    gpus._machine_gpus.cache_clear()
+    yield
+    gpus._machine_gpus.cache_clear()
+
+
+def _no_nvml() -> Any:
+    raise ImportError("no pynvml")
+
+
+def test_the_gpu_makes_the_workers_hardware(smi: None) -> None:
+    machine = hardware.describe()
+    assert (machine["id"], machine["kind"]) == ("gpu-nvidia-h100-80gb-hbm3", "gpu")
+    assert machine["gpu"] == {
+        "index": 0,
+        "name": "NVIDIA H100 80GB HBM3",
+        "uuid": "GPU-aa11",
+        "compute_capability": "9.0",
+        "memory_bytes": 81559 << 20,
+        "driver": "580.159.04",
+        "cuda": "13.0",
+        "tensorrt": machine["gpu"]["tensorrt"],
+    }
+    assert hardware.lock_name(machine) == "GPU-aa11"
+
+
+@pytest.mark.parametrize(
+    ("setting", "visible", "expected"),
+    [
+        ("", None, "GPU-aa11"),
+        ("1", None, "GPU-bb22"),
+        ("GPU-bb", None, "GPU-bb22"),
+        ("", "1,0", "GPU-bb22"),
+        ("", "GPU-bb22", "GPU-bb22"),
+        ("0", "1", "GPU-aa11"),
+        ("", "", None),
+        ("", "-1", None),
+        ("7", None, None),
+    ],
+)
+def test_a_worker_has_one_gpu(
+    smi: None, monkeypatch: pytest.MonkeyPatch, setting: str, visible: str | None, expected: str | None
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = gpus.selected(setting)
+    assert (found and found["uuid"]) == expected
+
+
+def test_the_fingerprint_follows_what_decides_speed(smi: None) -> None:
+    machine = hardware.describe()
+
+    def changed(**facts: Any) -> bool:
+        return hardware.fingerprint({**machine, "gpu": {**machine["gpu"], **facts}}) != hardware.fingerprint(machine)
+
+    assert changed(name="NVIDIA L4")
+    assert changed(compute_capability="8.9")
+    assert changed(driver="590.1")
+    assert changed(cuda="13.1")
+    assert changed(tensorrt="11.4.0")
+    assert not changed(uuid="GPU-cc33", index=3)
+
+
+def test_the_state_names_what_slows_the_gpu_down(smi: None) -> None:
+    now = hardware.conditions(hardware.describe())["gpu"]
+    assert (now["sm_mhz"], now["temperature_c"], now["power_w"]) == (1410, 61, 387.7)
+    assert now["memory_used_mb"] == 4700
+    assert now["throttled"] == ["power cap", "hardware thermal slowdown"]
+    other = gpus.state("GPU-bb22")
+    assert other["throttled"] == []  # idle is no throttling
+    assert other["power_w"] is None
+
+
+def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(gpus, "_nvml", _no_nvml)
+    gpus._machine_gpus.cache_clear()
+    machine = hardware.describe()
+    gpus._machine_gpus.cache_clear()
+    assert machine["gpu"] is None
+    assert machine["kind"] == "cpu"
+    assert hardware.lock_name(machine) == "cpu"
+    assert "gpu" not in hardware.conditions(machine)
+    assert gpus.state("GPU-aa11") == {}
+
+
+def test_cuda_where_there_is_none_is_a_typed_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda_apis, "PyCudaApi", _Absent)
+    monkeypatch.setattr(_cuda_apis, "BindingsApi", _Absent)
+    with pytest.raises(StageFailure) as caught:
+        _cuda.Cuda()
+    assert (caught.value.code, caught.value.kind) == ("cuda_unavailable", FailureKind.INFRASTRUCTURE)
+    assert "`gpu`" in (caught.value.remedy or "")
+
+
+class _Absent:
+    name = "absent"
+
+    def __init__(self) -> None:
+        raise ImportError("libcuda.so.1: cannot open shared object file")
+
+
+def test_probing_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cuda._probed.cache_clear()
+    monkeypatch.setattr(_cuda_apis, "installed", lambda: False)
+    with pytest.raises(StageFailure, match="Neither PyCUDA nor cuda-bindings"):
+        _cuda.probe()
+    assert not _cuda.available()
+    _cuda._probed.cache_clear()
+    monkeypatch.setattr(_cuda_apis, "installed", lambda: True)
+    monkeypatch.setattr(_cuda, "_PROBE", "import os; os.abort()")  # a driver that takes the process down
+    with pytest.raises(StageFailure, match="its process ended with -6"):
+        _cuda.probe()
+    _cuda._probed.cache_clear()

@@ -1,0 +1,147 @@
+"""The `infer.py` that goes into the bundle of an engine for ONNX Runtime's CUDA provider."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_TEMPLATE = '''#!/usr/bin/env python3
+"""Run the optimized model beside this file on an NVIDIA GPU, on the arrays of an .npz.
+
+    python infer.py [INPUT.npz] [OUTPUT.npz]
+
+INPUT.npz holds one array per model input (default: sample_input.npz beside this file). The outputs are written to
+OUTPUT.npz (default: output.npz in the current folder). Without an INPUT, the outputs are also compared with
+expected_output.npz, where that stands beside this file.
+
+Needs: numpy, onnxruntime-gpu (__VERSION__ was measured) with the CUDA libraries of its version.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+HERE = Path(__file__).resolve().parent
+
+# The options this engine was measured with; an empty object means ONNX Runtime's defaults.
+RUNTIME = json.loads(r"""__RUNTIME__""")
+PROVIDER_OPTIONS = json.loads(r"""__PROVIDER__""")
+
+
+def make_session() -> ort.InferenceSession:
+    ort.preload_dlls()  # CUDA's libraries from Python packages, where they are installed that way
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    levels = {
+        "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }
+    if "graph_optimization_level" in RUNTIME:
+        options.graph_optimization_level = levels[RUNTIME["graph_optimization_level"]]
+    for key, value in RUNTIME.get("session_config", {}).items():
+        options.add_session_config_entry(key, value)
+    provider = ("CUDAExecutionProvider", PROVIDER_OPTIONS)
+    session = ort.InferenceSession(str(HERE / "model.onnx"), options, providers=[provider])
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        sys.exit("the CUDA provider of ONNX Runtime could not be loaded; install onnxruntime-gpu and CUDA's libraries")
+    session.disable_fallback()
+    return session
+
+
+def bound_call(session, feeds, outputs):
+    """One run on inputs that lie on the GPU; as a CUDA graph where the engine was measured as one."""
+    binding = session.io_binding()
+    kept = []
+    for name, array in feeds.items():
+        kept.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0))
+        binding.bind_ortvalue_input(name, kept[-1])
+    for name, array in outputs.items():
+        kept.append(ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, "cuda", 0))
+        binding.bind_ortvalue_output(name, kept[-1])
+    options = ort.RunOptions()
+    if RUNTIME.get("cuda_graph"):
+        options.add_run_config_entry("gpu_graph_id", "1")
+    call = lambda kept=kept: session.run_with_iobinding(binding, options)
+    for _ in range(3):
+        call()
+    return call
+
+
+def read(path: Path) -> dict:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if a.size == 0:
+        return 0.0
+    return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64))))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", nargs="?", type=Path, help=".npz with one array per model input")
+    parser.add_argument("output", nargs="?", type=Path, default=Path("output.npz"), help="where the outputs go")
+    parser.add_argument("--repeat", type=int, default=50, help="runs to take the latency from (default: 50)")
+    args = parser.parse_args()
+
+    session = make_session()
+    names = [item.name for item in session.get_inputs()]
+    arrays = read(args.input or HERE / "sample_input.npz")
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        print(f"missing inputs: {', '.join(missing)}; the model needs {', '.join(names)}", file=sys.stderr)
+        return 2
+    feeds = {name: arrays[name] for name in names}
+    eager = ort.RunOptions()
+    if RUNTIME.get("cuda_graph"):
+        eager.add_run_config_entry("gpu_graph_id", "-1")
+    output_names = [item.name for item in session.get_outputs()]
+    outputs = dict(zip(output_names, session.run(None, feeds, eager)))
+
+    for name, array in feeds.items():
+        print(f"input  {name}: {array.dtype} {list(array.shape)}")
+    for name, array in outputs.items():
+        print(f"output {name}: {array.dtype} {list(array.shape)}")
+    np.savez(args.output, **outputs)
+    print(f"wrote {args.output}")
+
+    call = bound_call(session, feeds, outputs)
+    times = []
+    for _ in range(max(1, args.repeat)):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    print(f"latency p50 on the GPU, without copies: {1000 * float(np.median(times)):.3f} ms over {len(times)} runs")
+
+    expected = HERE / "expected_output.npz"
+    if args.input is None and expected.exists():
+        wanted = read(expected)
+        worst = max((difference(outputs[n], wanted[n]) for n in wanted if n in outputs), default=float("inf"))
+        print(f"max abs difference to expected_output.npz: {worst:.3g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+
+def infer_script(runtime: Mapping[str, Any], provider_options: Mapping[str, str], version: str) -> str:
+    """Source of `infer.py` for an engine with these options. `version`: ONNX Runtime's, for the reader."""
+
+    def text(options: Mapping[str, Any]) -> str:
+        return json.dumps(dict(options), indent=2, sort_keys=True, ensure_ascii=True)
+
+    filled = _TEMPLATE.replace("__VERSION__", version).replace("__RUNTIME__", text(runtime))
+    return filled.replace("__PROVIDER__", text(provider_options))
