@@ -113,6 +113,20 @@ class ILogger:
         raise NotImplementedError
 
 
+class Logger(ILogger):
+    WARNING = ILogger.Severity.WARNING
+
+    def __init__(self, min_severity: ILogger.Severity = ILogger.Severity.WARNING) -> None:
+        super().__init__()
+
+    def log(self, severity: ILogger.Severity, msg: str) -> None:
+        print(severity.name, msg)
+
+
+def nptype(trt_type: DataType) -> Any:
+    return next(dtype.type for kind, dtype in _TYPES.values() if kind == trt_type)
+
+
 class IProgressMonitor:
     def __init__(self) -> None:
         self.made = True
@@ -319,9 +333,14 @@ class Builder:
         dynamic = [i.name for i in network._inputs if -1 in _dims(i)]
         for profile in config._profiles or [IOptimizationProfile()]:
             if any(name not in profile._shapes for name in dynamic):
-                return self._refuse("Network has dynamic or shape inputs, but no optimization profile has been defined.")
+                return self._refuse(
+                    "Network has dynamic or shape inputs, but no optimization profile has been defined."
+                )
         keys = {f"{n.op_type}:{n.name}" for n in model.graph.node}
-        if BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in config._flags and keys - (config._cache or ITimingCache(set()))._keys:
+        if (
+            BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in config._flags
+            and keys - (config._cache or ITimingCache(set()))._keys
+        ):
             return self._refuse("Timing cache miss: a layer is not in the timing cache.")
         if not self._steps(config.progress_monitor, len(model.graph.node)):
             return None

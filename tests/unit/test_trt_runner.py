@@ -122,7 +122,9 @@ def test_a_graph_that_cannot_be_captured_runs_eagerly_and_says_so(tmp_path: Path
 
 def nonzero_model() -> onnx.ModelProto:
     node = helper.make_node("NonZero", ["x"], ["where"], name="nonzero")
-    return models.make_model([node], [models.value("x", ["b", 4])], [models.value("where", [2, "n"], TensorProto.INT64)])
+    return models.make_model(
+        [node], [models.value("x", ["b", 4])], [models.value("where", [2, "n"], TensorProto.INT64)]
+    )
 
 
 @pytest.mark.usefixtures("behaviour")
