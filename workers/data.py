@@ -7,6 +7,7 @@ the model's outputs. Every pass reads blocks of a few MiB, so that memory does n
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import numpy as np
 
 from app.domain.failures import StageFailure, data_failure
 from workers.kernel import TensorSpec
+from workers.measure.arrays import LABELS, check_finite, check_input, check_labels, check_reference, keyword
 from workers.measure.npz import Member, Shard, guarded, open_shards
-from workers.measure.synthetic import DTYPE_ALIASES, numpy_dtype, resolved_shape, synthetic_feeds
+from workers.measure.synthetic import numpy_dtype, resolved_shape, synthetic_feeds
 
 __all__ = [
     "LABELS",
@@ -35,7 +37,7 @@ Array = np.ndarray[Any, Any]
 Part = Literal["all", "calibration", "validation"]
 
 BLOCK_BYTES = 8 << 20
-LABELS = "labels"
+KEPT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,40 @@ def sample_digests(feeds: Mapping[str, Array]) -> list[str]:
     return digests
 
 
+class _Few:
+    """The `most` samples with the smallest digests seen so far, as long as they take at most 32 MiB together: a small
+    choice of a large data set is read in one pass."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._heap: list[tuple[int, int]] = []  # the largest digest first, of equal ones the last
+        self.rows: dict[int, dict[str, Array]] | None = {}
+
+    def offer(self, digest: str, index: int, arrays: Mapping[str, Array], row: int) -> None:
+        if self.rows is None:
+            return
+        entry = (-int(digest, 16), -index)
+        if len(self._heap) < self._most:
+            heapq.heappush(self._heap, entry)
+        elif entry > self._heap[0]:
+            gone = self.rows.pop(-heapq.heapreplace(self._heap, entry)[1])
+            self._bytes -= sum(a.nbytes for a in gone.values())
+        else:
+            return
+        self.rows[index] = {n: a[row : row + 1].copy() for n, a in arrays.items()}
+        self._bytes += sum(a.nbytes for a in self.rows[index].values())
+        if self._bytes > KEPT_BYTES:
+            self.rows = None
+
+
 class Samples:
     """Streams one part of a data set file.
 
     The constructor reads the file once: it checks every array and computes the digests (32 bytes a sample are kept).
     Where the part has more than `max_samples`, those with the smallest digests are taken: a choice that is random
-    with regard to the file's order (which is often sorted by class) and the same every time. Identical samples
-    stand on the same side of the calibration/validation split (`part_of`).
+    with regard to the file's order (which is often sorted by class) and the same every time; up to 32 MiB of samples
+    stay in memory, and are not read again. Identical samples stand on the same side of the calibration/validation
+    split (`part_of`).
 
     Raises StageFailure of kind DATA: `dataset_missing_input`, `dataset_extra_array`, `dataset_dtype_mismatch`,
     `dataset_shape_mismatch`, `dataset_not_finite`, `dataset_empty`, `dataset_pickled`, `dataset_unreadable`.
@@ -103,6 +132,7 @@ class Samples:
         self.part = part
         self.total = 0
         self.reference_names: tuple[str, ...] = ()
+        self._few = _Few(max_samples) if max_samples is not None else None
         self._selected, self._digests = self._scan(max_samples)
 
     def __len__(self) -> int:
@@ -156,6 +186,9 @@ class Samples:
             in_part = [i for i, d in enumerate(found) if self.part in ("all", part_of(d))]
             keep = [i for i in in_part if found[i] not in self._exclude]
             self.excluded += len(in_part) - len(keep)
+            if self._few is not None:
+                for i in keep:
+                    self._few.offer(found[i], start + i, arrays, i)
             if keep:
                 indices.append(start + np.array(keep, dtype=np.int64))
                 raw = b"".join(bytes.fromhex(found[i]) for i in keep)
@@ -188,18 +221,27 @@ class Samples:
 
     def _pieces(self) -> Iterator[Batch]:
         """The selected rows of each block."""
+        if self._few is not None and self._few.rows is not None:
+            for index, digest in zip(self._selected, self._digests, strict=True):
+                yield self._batch(self._few.rows[int(index)], [digest.tobytes().hex()])
+            return
         for start, arrays in self._blocks(check=False):
+            if start > self._selected[-1]:
+                return
             size = len(arrays[next(iter(self._inputs))])
             low, high = np.searchsorted(self._selected, [start, start + size])
             if low == high:
                 continue
             rows = self._selected[low:high] - start
             picked = {name: np.ascontiguousarray(array[rows]) for name, array in arrays.items()}
-            yield Batch(
-                feeds={name: picked[name] for name in self._inputs},
-                references={name: array for name, array in picked.items() if name not in self._inputs},
-                digests=[row.tobytes().hex() for row in self._digests[low:high]],
-            )
+            yield self._batch(picked, [row.tobytes().hex() for row in self._digests[low:high]])
+
+    def _batch(self, arrays: Mapping[str, Array], digests: list[str]) -> Batch:
+        return Batch(
+            feeds={name: arrays[name] for name in self._inputs},
+            references={name: array for name, array in arrays.items() if name not in self._inputs},
+            digests=digests,
+        )
 
     def _blocks(self, *, check: bool) -> Iterator[tuple[int, dict[str, Array]]]:
         """Blocks of rows over all shards: (index of the first row, arrays by name)."""
@@ -219,7 +261,7 @@ class Samples:
                         arrays = {name: reader.read_rows(size) for name, reader in readers.items()}
                         if check:
                             for name, array in arrays.items():
-                                _check_finite(name, array, first + start, shard.label)
+                                check_finite(name, array, first + start, shard.label)
                         yield first + start, arrays
                 first += rows
 
@@ -231,15 +273,15 @@ class Samples:
                     "dataset_missing_input",
                     f"{shard.label} has no array for the model's input {name!r}; it has {sorted(members)}.",
                     tensor=name,
-                    remedy=f"Save it as np.savez(..., {_keyword(name)}=array).",
+                    remedy=f"Save it as np.savez(..., {keyword(name)}=array).",
                 )
         for name, member in members.items():
             if name in self._inputs:
-                self._check_input(shard.label, self._inputs[name], member)
+                check_input(shard.label, self._inputs[name], self._dtypes[name], member)
             elif name in self._outputs:
-                _check_reference(shard.label, self._outputs[name], member)
+                check_reference(shard.label, self._outputs[name], member)
             elif name == LABELS:
-                _check_labels(shard.label, member)
+                check_labels(shard.label, member)
             else:
                 known = [*self._inputs, LABELS, *self._outputs]
                 raise data_failure(
@@ -258,89 +300,6 @@ class Samples:
                 remedy="Give every array the same first axis: one row per sample.",
             )
         return next(iter(counts.values()), 0)
-
-    def _check_input(self, label: str, spec: TensorSpec, member: Member) -> None:
-        wanted = self._dtypes[spec.name]
-        if member.dtype.newbyteorder("=") != wanted:
-            raise data_failure(
-                "dataset_dtype_mismatch",
-                f"Array {spec.name!r} of {label} is {member.dtype}, the model's input is {wanted}.",
-                tensor=spec.name,
-                remedy=f"Save it as array.astype(np.{wanted}), if that loses nothing that matters.",
-            )
-        _check_shape(label, spec, member)
-
-
-def _check_shape(label: str, spec: TensorSpec, member: Member) -> None:
-    if not spec.shape:
-        raise data_failure(
-            "dataset_shape_mismatch",
-            f"The model's {spec.name!r} is a scalar without a batch axis: it cannot hold samples.",
-            tensor=spec.name,
-            remedy="Export the model with a batch axis on every input.",
-        )
-    fits = len(member.shape) == len(spec.shape) and all(
-        not isinstance(dim, int) or dim <= 0 or dim == have
-        for dim, have in zip(spec.shape[1:], member.shape[1:], strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(["samples", *map(str, spec.shape[1:])])
-        raise data_failure(
-            "dataset_shape_mismatch",
-            f"Array {spec.name!r} of {label} has shape {list(member.shape)}, the model's is [{wanted}].",
-            tensor=spec.name,
-            remedy="Save it with the first axis for the samples and the model's own shape after it.",
-        )
-
-
-def _check_reference(label: str, spec: TensorSpec, member: Member) -> None:
-    try:
-        kind = np.dtype(DTYPE_ALIASES.get(spec.dtype, spec.dtype)).kind
-    except TypeError:
-        kind = "f"  # e.g. bfloat16, which numpy does not know: references for it are ordinary floats
-    if member.dtype.kind != kind and not {member.dtype.kind, kind} <= set("iu"):
-        raise data_failure(
-            "dataset_dtype_mismatch",
-            f"Reference {spec.name!r} of {label} is {member.dtype}, the model's output is {spec.dtype}.",
-            tensor=spec.name,
-            remedy="Save what the output should be, or class numbers under the name `labels`.",
-        )
-    _check_shape(label, spec, member)
-
-
-def _check_labels(label: str, member: Member) -> None:
-    if member.dtype.kind not in "iu":
-        raise data_failure(
-            "dataset_dtype_mismatch",
-            f"The labels of {label} are {member.dtype}, not integers.",
-            tensor=LABELS,
-            remedy="Save class numbers: labels=labels.astype(np.int64).",
-        )
-    if not member.shape:
-        raise data_failure(
-            "dataset_shape_mismatch",
-            f"The labels of {label} are a single number.",
-            tensor=LABELS,
-            remedy="Save one label per sample.",
-        )
-
-
-def _check_finite(name: str, array: Array, first: int, label: str) -> None:
-    if array.dtype.kind not in "fc" or not array.size:
-        return
-    finite = np.isfinite(array)
-    if not finite.all():
-        index = int(np.argmin(finite.reshape(len(array), -1).all(axis=1)))
-        raise data_failure(
-            "dataset_not_finite",
-            f"Sample {first + index} of array {name!r} ({label}) holds NaN or Infinity.",
-            tensor=name,
-            remedy="Remove or repair the sample.",
-        )
-
-
-def _keyword(name: str) -> str:
-    return name if name.isidentifier() else f"**{{{name!r}: array}}  # instead of {name!r}"
 
 
 def _layout(batch: Batch) -> list[tuple[str, tuple[int, ...]]]:

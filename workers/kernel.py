@@ -122,6 +122,15 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+@dataclass(frozen=True)
+class LayerTime:
+    """Mean time of one layer (a node of the engine's graph as the runtime executes it) in one inference."""
+
+    name: str
+    op_type: str
+    ms: float
+
+
 class Session(ABC):
     """A loaded engine that runs. One thread at a time."""
 
@@ -156,6 +165,7 @@ class Backend(ABC):
     name: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
+    plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -187,6 +197,17 @@ class Backend(ABC):
     @abstractmethod
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Load the engine in folder `engine` with the `runtime` that `build` returned."""
+
+    def layer_times(
+        self,
+        engine: Path,  # noqa: ARG002  (for those that can)
+        runtime: Mapping[str, Any],  # noqa: ARG002
+        feeds: Arrays,  # noqa: ARG002
+        runs: int,  # noqa: ARG002
+    ) -> list[LayerTime] | None:
+        """Where one inference spends its time, the slowest layer first, over `runs` runs with the library's own
+        profiler; None where it has none. Profiling slows the engine: shares are of use, sums are not."""
+        return None
 
     @abstractmethod
     def infer_script(self, runtime: Mapping[str, Any]) -> str:

@@ -45,12 +45,18 @@ def calibration_method(case: Case) -> str:
     return "minmax" if method == "auto" else method
 
 
+def kept_nodes(case: Case) -> dict[str, Any]:
+    """The nodes that the job keeps in higher precision, as an option of every quantizing step."""
+    return {"exclude_nodes": sorted(set(case.spec.quantization.keep_nodes))}
+
+
 def dynamic_int8(case: Case, op_types: Sequence[str]) -> Step:
     options = {
         "recipe": "dynamic_int8",
         "op_types": [*op_types],
         "per_channel": True,
         "reduce_range": not case.int8_pays,
+        **kept_nodes(case),
     }
     return Step("quantize", options)
 
@@ -66,6 +72,7 @@ def static_int8(case: Case, op_types: Sequence[str], *, method: str | None = Non
         "per_channel": True,
         "reduce_range": not case.int8_pays,
         **calibration_options(case),
+        **kept_nodes(case),
     }
     return Step("quantize", options, ("calibration",))
 

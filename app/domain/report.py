@@ -27,13 +27,22 @@ class Analysis(_Part):
 
 
 class AppliedOptimization(_Part):
-    """One step of the shipped engine. `impact` was measured by putting the step in; None where it could not be."""
+    """One part of the shipped engine. `impact` was measured by leaving the part out; None where it could not be.
+
+    `latency_ratio`: p50 of the shipped engine over that of the engine without this part, with its 95 % interval, at the
+    batch size of the final metrics. `accuracy_cost_percent`: the loss with the part less the loss without it, in
+    percentage points of the job's metric; the interval is conservative, from both losses' own. `without_loss_percent`:
+    the loss of the engine that lacks it."""
 
     name: str
     impact: str | None
     reason: str | None = None
     latency_ratio: float | None = None
     latency_ratio_ci: list[float] | None = None
+    accuracy_cost_percent: float | None = None
+    accuracy_cost_ci: list[float] | None = None
+    without_loss_percent: float | None = None
+    compared_with: str | None = None
     details: dict[str, Any] = {}
 
 
@@ -55,17 +64,34 @@ class FinalMetrics(_Part):
 
 
 class DeploymentConfig(_Part):
+    """How to run the shipped engine on this machine: the best configuration of the sweep by the job's objective.
+    `runtime`: what each instance loads the engine with. `throughput_qps`: samples per second of all instances together,
+    `memory_mb`: of all their processes. `cost_per_million`: of a million samples, in `currency` (None: relative).
+    `sweep`: every configuration that was tried, `pareto` where none has both less latency and more throughput."""
+
     batch_size: int
     precision: str
     dynamic_batching: bool
     instances_per_gpu: int | None
     backend: str | None = None
     runtime: dict[str, Any] = {}
+    instances: int | None = None
+    threads_per_instance: int | None = None
+    p50_latency_ms: float | None = None
+    p99_latency_ms: float | None = None
+    throughput_qps: float | None = None
+    cost_per_million: float | None = None
+    currency: str | None = None
+    memory_mb: float | None = None
+    sweep: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
 
 
 class CandidateReport(_Part):
-    """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always."""
+    """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always.
+
+    `measured`: "full", "short timing" (figures of the search, fewer samples) or None. `search`: what the search found
+    and decided of it, in order. `prior`: the latency over the baseline's that was expected before anything ran."""
 
     id: str
     name: str
@@ -82,6 +108,23 @@ class CandidateReport(_Part):
     checks: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
     failure: dict[str, Any] | None = None
+    runtime: dict[str, Any] = {}
+    prior: float | None = None
+    measured: str | None = None
+    nodes_kept: list[str] = []
+    search: list[dict[str, Any]] = []
+
+
+class SearchReport(_Part):
+    """How the candidates were searched. `order`: ids as they were tried. `phases`: {name, seconds, candidates}."""
+
+    strategy: str
+    budget_seconds: int
+    spent_seconds: float
+    order: list[str]
+    finalists: list[str]
+    phases: list[dict[str, Any]]
+    exhausted: bool
 
 
 class StageReport(_Part):
@@ -110,3 +153,7 @@ class Report(_Part):
     stages: list[StageReport]
     noisy: bool
     budget_exhausted: bool
+    search: SearchReport | None = None
+    nodes_kept: list[str] = []
+    sensitivity: list[dict[str, Any]] = []
+    profile: dict[str, Any] | None = None

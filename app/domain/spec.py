@@ -10,7 +10,14 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Objective = Literal["latency", "throughput", "cost"]
 Device = Literal["auto", "cpu", "cuda"]
 CalibrationMethod = Literal["auto", "minmax", "entropy", "percentile"]
-Metric = Literal["auto", "top1", "agreement", "cosine", "normalized_error"]
+# fmt: off
+Metric = Literal[
+    "auto",
+    "top1", "top5", "macro_f1", "mean_iou",  # against labels
+    "mae", "rmse", "r2",  # against targets: float labels, or references named by the output
+    "agreement", "kl", "cosine", "spearman", "neighbours", "normalized_error", "psnr",  # against the original
+]
+# fmt: on
 Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
@@ -51,7 +58,8 @@ class Calibration(_Strict):
 
 
 class Validation(_Strict):
-    """`max_accuracy_loss_percent` is the largest loss of the metric, in percentage points, that the user agrees to."""
+    """`max_accuracy_loss_percent` is the largest loss of the metric that the user agrees to: percentage points of a
+    score, percent of an error; for each metric as docs/measurement.md defines it."""
 
     dataset_id: str | None = None
     metric: Metric = "auto"
@@ -79,6 +87,29 @@ class Benchmark(_Strict):
         return self
 
 
+class Cost(_Strict):
+    """What the machine costs. Without it, the objective `cost` counts with 1.0 per hour, and its figures are relative:
+    good to compare configurations by, not to pay by."""
+
+    price_per_hour: float = Field(gt=0, le=1e6)
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+
+
+class Search(_Strict):
+    """How configurations are tried. `halving`: a short timing and a small accuracy check for all, the full method for
+    those that can still win. `exhaustive`: the full method for every configuration; takes several times as long."""
+
+    strategy: Literal["halving", "exhaustive"] = "halving"
+
+
+class Quantization(_Strict):
+    """`keep_nodes`: nodes that stay in higher precision, by their names in the simplified graph (an earlier report's
+    `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
+
+    keep_nodes: list[Name] = Field(default=[], max_length=10_000)
+    win_back: bool = True
+
+
 class Webhook(_Strict):
     url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)]
 
@@ -93,5 +124,8 @@ class OptimizationSpec(_Strict):
     validation: Validation = Validation()
     constraints: Constraints = Constraints()
     benchmark: Benchmark = Benchmark()
+    cost: Cost | None = None
+    search: Search = Search()
+    quantization: Quantization = Quantization()
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     webhook: Webhook | None = None

@@ -24,6 +24,18 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 svg text{font:12px system-ui,sans-serif;fill:currentColor}
 """
 _MAX_ROWS = 200
+_SENSITIVITY = {"name": "node", "op_type": "operator", "error": "error of the outputs"}
+_LAYERS = {"name": "layer", "op_type": "operator", "ms": "ms", "share": "share of the time"}
+_SWEEP = {
+    "batch": "batch size",
+    "instances": "instances",
+    "threads": "threads each",
+    "p50_ms": "p50, ms",
+    "p99_ms": "p99, ms",
+    "throughput_qps": "samples/s",
+    "memory_mb": "MB of memory",
+    "reason": "",
+}
 _Json = Mapping[str, Any]
 
 
@@ -38,8 +50,11 @@ def report_page(report: _Json, job_id: str) -> str:
         _section("Speed-up over the original, with its 95 % interval", _speedups(report)),
         _section("Candidates", _candidates(report)),
         _section("Checks", _checks(report)),
-        _section("What was done", _pairs(report.get("optimizations_applied"), "name", "impact")),
-        _section("Deployment", _facts(_object(report, "deployment_config"))),
+        _section("What each part gained, measured by leaving it out", _applied(report)),
+        _section("The search, in the order of trying", _search(report)),
+        _section("Deployment", _deployment(report)),
+        _section("Layers that quantization hurts most", _rows(report.get("sensitivity"), _SENSITIVITY, 10)),
+        _section("Where the time goes", _rows(_object(report, "profile").get("layers"), _LAYERS, 12)),
         _section("Recommendations", _list(report.get("recommendations"))),
         _section("Method", _facts(_object(report, "method"))),
         _section("Environment", _facts(_object(report, "environment"))),
@@ -99,9 +114,13 @@ def _tiles(final: _Json) -> str:
 
 
 def _configurations(report: _Json) -> list[_Json]:
-    """The baseline, then the candidates."""
+    """The baseline, then the candidates that were measured in full; the others stand in the search's table."""
     baseline = _object(report, "baseline")
-    return [*([{"name": "the original", **baseline}] if baseline else []), *_objects(report.get("candidates"))]
+    return [*([{"name": "the original", **baseline}] if baseline else []), *_measured(report)]
+
+
+def _measured(report: _Json) -> list[_Json]:
+    return [c for c in _objects(report.get("candidates")) if c.get("measured", "full") == "full"]
 
 
 def _batch_sizes(configurations: Sequence[_Json]) -> list[str]:
@@ -145,7 +164,7 @@ def _latencies(report: _Json) -> str:
 def _speedups(report: _Json) -> str:
     """Speed-up over the original with its 95 % interval: a dot and a whisker per candidate and batch size."""
     rows = []
-    candidates = _objects(report.get("candidates"))
+    candidates = _measured(report)
     for candidate in candidates:
         for size in _batch_sizes(candidates):
             speedup = _object(_at(candidate, size), "speedup")
@@ -201,8 +220,44 @@ def _checks(report: _Json) -> str:
     return f"<table><tr><th>check<th class=n>value<th class=n>limit<th>verdict{rows}</table>" if rows else ""
 
 
-def _pairs(value: Any, left: str, right: str) -> str:
-    return _table([left, right], [[item.get(left), item.get(right)] for item in _objects(value)])
+def _interval(value: Any) -> str:
+    if not isinstance(value, list) or len(value) != 2:
+        return ""
+    return f" [{_text(value[0])}, {_text(value[1])}]"
+
+
+def _applied(report: _Json) -> str:
+    rows = []
+    for item in _objects(report.get("optimizations_applied")):
+        ratio, cost = item.get("latency_ratio"), item.get("accuracy_cost_percent")
+        shown = None if ratio is None else f"{_text(ratio)}{_interval(item.get('latency_ratio_ci'))}"
+        lost = None if cost is None else f"{_text(cost)}{_interval(item.get('accuracy_cost_ci'))}"
+        note = item.get("reason") or item.get("compared_with") or ""
+        rows.append([item.get("name"), item.get("impact"), shown, lost, note])
+    names = ["part", "impact", "latency with it over without [95 %]", "points of accuracy it costs [95 %]", ""]
+    return _table(names, rows)
+
+
+def _search(report: _Json) -> str:
+    """Everything that was considered, with the figure it went on or fell by."""
+    rows = []
+    for c in _objects(report.get("candidates")):
+        timed = [s for s in _objects(c.get("search")) if s.get("decision") == "timed"]
+        ratio = None if not timed else f"{_text(timed[-1].get('ratio'))}x"
+        rows.append(
+            [c.get("name"), ratio, _object(c, "accuracy").get("loss_percent"), c.get("status"), c.get("reason")]
+        )
+    return _table(["configuration", "short timing", "points lost", "", "why"], rows)
+
+
+def _deployment(report: _Json) -> str:
+    config = _object(report, "deployment_config")
+    facts = {name: value for name, value in config.items() if name != "sweep"}
+    return _facts(facts) + _rows(config.get("sweep"), _SWEEP, _MAX_ROWS)
+
+
+def _rows(value: Any, columns: Mapping[str, str], most: int) -> str:
+    return _table([*columns.values()], [[item.get(name) for name in columns] for item in _objects(value)[:most]])
 
 
 def _facts(value: _Json) -> str:

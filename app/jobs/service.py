@@ -18,6 +18,7 @@ from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
 from app.jobs.admission import check_dataset, check_shapes, choose_queue, fit_batch_sizes
+from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
 from app.settings import Settings
@@ -112,6 +113,7 @@ class JobService:
             ("calibration", spec.calibration.dataset_id if spec.calibration else None),
             ("validation", spec.validation.dataset_id),
         ]
+        judging: tuple[str, list[dict[str, Any]] | None] = ("/validation/dataset_id", None)
         for section, dataset_id in sections:
             if dataset_id is None:
                 continue
@@ -123,6 +125,8 @@ class JobService:
                     detail, [FieldError(pointer, "unknown data set")], "Upload it with POST /v1/datasets."
                 )
             check_dataset(pointer, row.arrays, model.inputs, model.outputs, spec.shapes)
+            judging = (pointer, row.arrays)  # the validation data; without it, the rest of the calibration data
+        check_metric(spec.validation.metric, *judging, model.outputs)
 
     def get(self, tenant_id: str, job_id: str) -> Job:
         with self.db.read() as session:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
 
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job
@@ -80,6 +81,38 @@ def test_bad_specs(client: httpx.Client, worker: Services, model: dict[str, Any]
         assert response.status_code in (400, 422), response.text
         assert response.headers["content-type"] == "application/problem+json"
     assert dispatched == []
+
+
+def test_metrics_that_cannot_be_formed(
+    client: httpx.Client, worker: Services, model: dict[str, Any], npz: Callable[..., bytes]
+) -> None:
+    x = np.zeros((6, 8), np.float32)
+    floats, classes, plain = (
+        client.post("/v1/datasets?filename=d.npz", content=npz(input=x, **more)).json()["id"]
+        for more in ({"labels": np.zeros(6)}, {"labels": np.zeros(6, np.int64)}, {})
+    )
+    for spec, word, pointer in (
+        ({"validation": {"metric": "top1"}}, "needs validation data", "/validation/metric"),
+        ({"validation": {"metric": "macro_f1", "dataset_id": plain}}, "`labels`", "/validation/metric"),
+        ({"validation": {"metric": "top1", "dataset_id": floats}}, "class numbers", "/validation/dataset_id"),
+        ({"validation": {"dataset_id": floats}}, "class numbers", "/validation/dataset_id"),
+        (
+            {"validation": {"metric": "mean_iou"}, "calibration": {"dataset_id": classes}},
+            "maps",
+            "/calibration/dataset_id",
+        ),
+        ({"validation": {"metric": "top5", "dataset_id": classes}}, "more than 5", "/validation/metric"),
+    ):
+        response = client.post("/v1/jobs", json={"model_id": model["id"], **spec})
+        problem = assert_problem(response, 422, "invalid_request")
+        assert word in problem["detail"]
+        assert problem["errors"][0]["pointer"] == pointer
+        assert problem["remedy"]
+    for metric in ("auto", "top1", "macro_f1", "agreement", "kl", "spearman", "psnr"):
+        spec = {"model_id": model["id"], "validation": {"metric": metric, "dataset_id": classes}}
+        response = client.post("/v1/jobs", json=spec)
+        assert response.status_code == 202, response.text
+        assert response.json()["spec"]["validation"]["metric"] == metric
 
 
 def test_idempotency(client: httpx.Client, worker: Services, model: dict[str, Any], dispatched: list[str]) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.measure.accuracy import Kind, OutputComparison, check_outputs, output_kind, same_scores
-from workers.measure.judge import Decision, TruthComparison, decide
+from workers.measure.judge import Decision, decide
+from workers.measure.targets import TargetTruth
+from workers.measure.truth import ClassTruth
 from workers.measure.verdict import Verdict
 
 RNG = np.random.default_rng(0)
@@ -169,10 +171,10 @@ def test_loss_against_labels() -> None:
     original = np.eye(10)[labels]
     engine = original.copy()
     engine[:20] = np.roll(engine[:20], 1, axis=1)  # 5 % wrong
-    truth = TruthComparison(Decision("top1", "labels", "y", ""))
+    truth = ClassTruth(-1, original[:100], labels[:100])
     truth.add(original[:100], engine[:100], labels[:100], 0)
     truth.add(original[100:], engine[100:], labels[100:], 100)
-    found = truth.result(0)
+    found = truth.result("top1", 0)
     assert (found["baseline_value"], found["value"], found["loss_percent"]) == (1.0, 0.95, 5.0)
     assert 2 < found["loss_ci"][0] < 5 < found["loss_ci"][1] < 8
     assert found["enough_samples_for"] == 0.75
@@ -183,18 +185,23 @@ def test_loss_against_labels() -> None:
 
 
 def test_positions_that_do_not_count() -> None:
-    truth = TruthComparison(Decision("top1", "labels", "y", ""))
-    scores = np.zeros((1, 4, 3))
+    scores, labels = np.zeros((1, 4, 3)), np.array([[0, 1, -100, -100]])
     scores[..., 0] = 1
-    truth.add(scores, scores, np.array([[0, 1, -100, -100]]), 0)
-    assert truth.result(0)["value"] == 0.5
+    truth = ClassTruth(-1, scores, labels)
+    truth.add(scores, scores, labels, 0)
+    assert truth.result("top1", 0)["value"] == 0.5
+    nothing = ClassTruth(-1, scores, labels)
+    nothing.add(scores, scores, np.full((1, 4), -100), 0)
+    with pytest.raises(StageFailure) as caught:
+        nothing.result("top1", 0)
+    assert (caught.value.code, caught.value.kind) == ("metric_undefined", FailureKind.DATA)
 
 
 def test_an_engine_better_than_the_original_has_a_negative_loss() -> None:
     wanted = RNG.standard_normal((50, 6))
-    truth = TruthComparison(Decision("normalized_error", "references", "y", ""))
+    truth = TargetTruth(wanted)
     truth.add(wanted * 1.1, wanted * 1.05, wanted, 0)
-    found = truth.result(0)
+    found = truth.result("normalized_error", 0)
     assert found["baseline_value"] == pytest.approx(0.1)
     assert found["value"] == pytest.approx(0.05)
     assert found["loss_percent"] == pytest.approx(-5)
@@ -216,7 +223,7 @@ def verdict_of(
             verdict = Verdict(decide(metric, kinds, a, truth), kinds)
         verdict.add(a, b, truth, len(next(iter(a.values()))), first)
     assert verdict is not None
-    return verdict.result(0)
+    return verdict.result(0)[:2]
 
 
 SCORES = RNG.standard_normal((64, 10))

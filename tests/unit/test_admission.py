@@ -10,6 +10,7 @@ from app.db.orm import Worker
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.jobs.admission import check_dataset, check_shapes, choose_queue
+from app.jobs.metric_admission import check_metric
 
 INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 8]}]
 OUTPUTS = [{"name": "y", "dtype": "float32", "shape": ["batch", 10]}]
@@ -89,3 +90,83 @@ def test_shapes_that_contradict_the_model_are_refused(name: str, shape: list[int
     assert spec.shapes is not None
     with pytest.raises(AppError, match=message):
         check_shapes(spec.shapes, INPUTS)
+
+
+def _tensor(name: str, dtype: str, *shape: int | str) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+
+CLASSES = [_tensor("logits", "float32", "batch", 10)]
+FEW = [_tensor("y", "float32", "batch", 4)]
+MAPS = [_tensor("y", "float32", "batch", 5, "h", "w"), _tensor("y2", "float32", "batch", 5, 8, 8)]
+NUMBER = [_tensor("y", "float32", "batch", 1)]
+NAMED = [_tensor("label", "int64", "batch")]
+FREE = [_tensor("y", "float32", "batch", "n")]
+UNKNOWN = [{"name": "y", "dtype": "float32", "shape": None}]
+X = _tensor("x", "float32", 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("metric", "arrays", "outputs"),
+    [
+        ("auto", None, CLASSES),
+        ("auto", [X], CLASSES),
+        ("auto", [X, _tensor("labels", "int64")], CLASSES),
+        ("auto", [X, _tensor("labels", "int64", 3)], CLASSES),  # the job sees whether they fit
+        ("auto", [X, _tensor("labels", "float32", 1)], NUMBER),
+        ("auto", [X, _tensor("labels", "float32", 4)], FEW),
+        ("top1", [X, _tensor("labels", "int64")], CLASSES),
+        ("top1", [X, _tensor("labels", "uint8", 1)], FREE),
+        ("top1", [X, _tensor("logits", "float32", 10)], CLASSES),
+        ("top1", [X, _tensor("labels", "int64")], NAMED),
+        ("top1", [X, _tensor("labels", "int64", 8, 8)], MAPS),
+        ("top5", [X, _tensor("labels", "int64")], FREE),
+        ("macro_f1", [X, _tensor("labels", "bool", 10)], CLASSES),
+        ("macro_f1", [X, _tensor("labels", "int64")], NUMBER),
+        ("mean_iou", [X, _tensor("labels", "uint8", 8, 8)], MAPS),
+        ("mean_iou", [X, _tensor("labels", "uint8", 1, 8, 8)], MAPS),
+        ("mean_iou", [X, _tensor("labels", "uint8", 8, 6)], [_tensor("y", "float32", "batch", 8, 6, 3)]),
+        ("mae", [X, _tensor("labels", "float64")], NUMBER),
+        ("rmse", [X, _tensor("y", "float32", 1)], NUMBER),
+        ("r2", [X, _tensor("labels", "float64", 7)], UNKNOWN),
+        ("cosine", None, CLASSES),
+        ("spearman", None, FREE),
+        ("psnr", [X], MAPS),
+        ("top1", [X, _tensor("labels", "float32")], []),
+    ],
+)
+def test_a_metric_that_may_fit_is_let_in(metric: Any, arrays: Any, outputs: list[dict[str, Any]]) -> None:
+    check_metric(metric, "/validation/dataset_id", arrays, outputs)
+
+
+@pytest.mark.parametrize(
+    ("metric", "arrays", "outputs", "message", "pointer"),
+    [
+        ("top1", None, CLASSES, "needs validation data", "metric"),
+        ("top1", None, [], "needs validation data", "metric"),
+        ("macro_f1", [X], CLASSES, "needs validation data with `labels`", "metric"),
+        ("top5", [X, _tensor("logits", "float32", 10)], CLASSES, "with `labels`", "metric"),
+        ("r2", [X], NUMBER, "needs validation data with targets", "metric"),
+        ("top1", [X, _tensor("labels", "float32")], CLASSES, "no class numbers", "dataset_id"),
+        ("auto", [X, _tensor("labels", "float32")], CLASSES, "no class numbers", "dataset_id"),
+        ("mean_iou", [X, _tensor("labels", "float32", 8, 8)], MAPS, "no class numbers", "dataset_id"),
+        ("top1", [X, _tensor("labels", "int64", 3)], CLASSES, "cannot compare", "dataset_id"),
+        ("top1", [X, _tensor("labels", "int64")], NUMBER, "cannot compare", "dataset_id"),
+        ("top5", [X, _tensor("labels", "int64")], FEW, "more than 5 classes", "metric"),
+        ("mean_iou", [X, _tensor("labels", "int64")], CLASSES, "needs label maps", "dataset_id"),
+        ("mean_iou", [X, _tensor("labels", "int64", 16, 16)], MAPS[1:], "cannot compare", "dataset_id"),
+        ("rmse", [X, _tensor("labels", "float32")], CLASSES, "cannot compare", "dataset_id"),
+        ("macro_f1", [X, _tensor("labels", "int64", 9)], CLASSES, "cannot compare", "dataset_id"),
+        ("spearman", [X], [_tensor("y", "float32", "batch")], "axis behind the samples", "metric"),
+        ("kl", [X], NAMED, "axis behind the samples", "metric"),
+        ("psnr", [X], NAMED, "needs an output of floats", "metric"),
+    ],
+)
+def test_a_metric_that_cannot_fit_is_refused(
+    metric: Any, arrays: Any, outputs: list[dict[str, Any]], message: str, pointer: str
+) -> None:
+    with pytest.raises(AppError, match=message) as caught:
+        check_metric(metric, "/validation/dataset_id", arrays, outputs)
+    assert (caught.value.code, caught.value.status) == ("invalid_request", 422)
+    assert [e.pointer for e in caught.value.errors] == [f"/validation/{pointer}"]
+    assert caught.value.remedy

@@ -20,7 +20,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, TensorSpec, backends
-from workers.measure import engine_process, rounds
+from workers.measure import engine_process, plan, rounds
 from workers.measure.engine_process import EngineProcess, WarmUp
 from workers.measure.figures import a_a
 from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
@@ -129,13 +129,21 @@ def mlp(folder: Path, *, width: int = 256, layers: int = 4, batch: int | str = "
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Callable[..., Any]:
-    def run(engines: dict[str, Any], *, baseline: Path | None = None, data: Path | None = None, **options: Any) -> Any:
+    def run(
+        engines: dict[str, Any],
+        *,
+        baseline: Path | None = None,
+        data: Path | None = None,
+        seconds_left: float | None = None,
+        **options: Any,
+    ) -> Any:
         folder = baseline or mlp(tmp_path / "model")
         inputs = {"baseline": folder, **{f"engine.{i}": e.pop("folder", folder) for i, e in engines.items()}}
         if data is not None:
             inputs["data"] = data
         reporter = Notes()
-        ctx = StageContext(inputs, tmp_path, tmp_path / "out", reporter, describe())
+        soft = None if seconds_left is None else time.monotonic() + seconds_left
+        ctx = StageContext(inputs, tmp_path, tmp_path / "out", reporter, describe(), soft)
         given = [{"id": i, "backend": "test-spoiled", **e} for i, e in engines.items()]
         result = Benchmark().run(
             ctx, BenchmarkOptions(**{"engines": given, "batch_sizes": [1], "min_seconds": 0.1, **options})
@@ -273,7 +281,7 @@ def test_only_batch_sizes_that_the_model_takes(bench: Callable[..., Any], tmp_pa
 
 
 def test_few_samples_give_no_percentile(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "P99_CAP_S", 1.0)
+    monkeypatch.setattr(plan, "P99_CAP_S", 1.0)
     data = bench({"slow": {"runtime": {"sleep_s": 0.03}}}, want_p99=True)
     figures = data["engines"]["slow"]["batches"]["1"]
     assert 11 <= figures["samples"] < 64
@@ -329,10 +337,10 @@ def test_fixed_batch() -> None:
 
 
 def test_how_long_is_measured() -> None:
-    fast = rounds.plan_rounds({"a": 1e5, "b": 2e5}, min_seconds=3, rounds=10, want_p99=True)
+    fast = plan.plan_rounds({"a": 1e5, "b": 2e5}, min_seconds=3, rounds=10, want_p99=True)
     assert (fast.rounds, fast.seconds) == (10, 0.3)
     assert all(n * 10 >= 662 for n in fast.iterations.values())
-    slow = rounds.plan_rounds({"a": 2e9, "b": 1e5}, min_seconds=3, rounds=10, want_p99=True)
+    slow = plan.plan_rounds({"a": 2e9, "b": 1e5}, min_seconds=3, rounds=10, want_p99=True)
     assert 5 <= slow.rounds <= 6
     assert slow.iterations["a"] * slow.rounds >= 11
     assert set(slow.refused) == {"a"}
@@ -378,3 +386,95 @@ def test_no_process_is_left(tmp_path: Path) -> None:
 def test_engine_ids(engines: list[dict[str, str]]) -> None:
     with pytest.raises(ValueError, match="engine"):
         BenchmarkOptions(engines=engines)
+
+
+def test_a_screening_is_short_and_shows_no_tails(bench: Callable[..., Any]) -> None:
+    start = time.monotonic()
+    engines: dict[str, Any] = {f"e{i}": {} for i in range(3)}
+    engines["slow"] = {"runtime": {"sleep_s": 0.2}}
+    data = bench(engines, screening=True, cold=False, rounds=5, batch_sizes=[1, 8], want_p99=True)
+    assert time.monotonic() - start < 30
+    assert data["screening"] is True
+    for engine in data["engines"].values():
+        assert engine["cold_start_ms"] is engine["peak_memory_mb"] is None
+        assert "not asked for" in engine["reasons"]["peak_memory_mb"]
+        for figures in engine["batches"].values():
+            assert figures["samples"] >= 5
+            assert figures["p90_ms"] is figures["p99_ms"] is None
+            assert "screening" in figures["reasons"]["p99_ms"]
+            assert figures["speedup"]["low"] <= figures["speedup"]["ratio"]
+    slow = data["engines"]["slow"]["batches"]["1"]
+    assert slow["samples"] < 11
+    assert slow["p50_ms"] is None  # eleven are needed
+    assert slow["mean_ms"] > 200
+    assert slow["speedup"]["high"] < 1
+    assert "screening" in data["method"]
+    assert data["reusable"] is True
+
+
+def test_without_cold_starts_batches_that_the_model_refuses_are_still_known(
+    bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = bench({"same": {}}, baseline=mlp(tmp_path / "lies", reshape=1), batch_sizes=[1, 8], cold=False)
+    assert data["batch_sizes"] == [1]
+    assert "fails" in data["skipped_batches"]["8"]
+    assert data["engines"]["same"]["batches"]["1"]["p50_ms"] > 0
+
+
+def test_a_soft_deadline_shortens_and_then_leaves_out_the_last(bench: Callable[..., Any]) -> None:
+    slow = {"runtime": {"sleep_s": 0.05}}
+    short = bench({"a": dict(slow)}, min_seconds=30, seconds_left=4)
+    assert short["shortened"] is True
+    assert short["reusable"] is False
+    assert "failed" not in short["engines"]["a"]
+    assert all(e["batches"]["1"]["rounds"] >= 5 for e in short["engines"].values())
+    crowd = bench({i: {"runtime": {"sleep_s": 0.2}} for i in "abcdefgh"}, min_seconds=30, seconds_left=4)
+    left_out = [i for i, e in crowd["engines"].items() if "failed" in e]
+    assert left_out
+    assert left_out == [*"abcdefgh"][-len(left_out) :]
+    failed = crowd["engines"]["h"]["failed"]
+    assert (failed["code"], failed["kind"], failed["cacheable"]) == ("budget_exhausted", "request", False)
+    nothing = bench({"a": {}}, seconds_left=-5)  # the baseline is measured whatever the time
+    assert nothing["engines"]["a"]["failed"]["code"] == "budget_exhausted"
+    assert nothing["engines"]["baseline"]["batches"]["1"]["samples"] >= 5
+    assert nothing["reusable"] is False
+
+
+def test_engines_compared_with_one_of_them(bench: Callable[..., Any], tmp_path: Path) -> None:
+    engines = {"ref": {"runtime": {"sleep_s": 0.004}}, "slower": {"runtime": {"sleep_s": 0.016}}, "same": {}}
+    data = bench(engines, compare_to="ref")
+    at = {i: e["batches"]["1"]["against"] for i, e in data["engines"].items()}
+    assert {a["id"] for a in at.values()} == {"ref"}
+    assert at["ref"]["speedup"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert 0.1 < at["slower"]["speedup"]["low"] <= at["slower"]["speedup"]["high"] < 0.6
+    assert at["same"]["throughput_ratio"]["low"] > 1
+    assert data["aa_compared"]["1"]["low"] <= data["aa_compared"]["1"]["ratio"]
+    data = bench({"ref": {"runtime": {"raise_after": 40}}, "lives": {}}, compare_to="ref")
+    assert "failed" in data["engines"]["ref"]
+    assert "against" not in data["engines"]["lives"]["batches"]["1"]
+    with pytest.raises(ValueError, match="compare_to"):
+        BenchmarkOptions(engines=[{"id": "a", "backend": "x"}], compare_to="b")
+
+
+def test_a_plan_shrinks_to_the_time_left() -> None:
+    p50 = {"a": 1e6, "b": 4e6}
+    wanted = plan.plan_rounds(p50, min_seconds=3, rounds=10, want_p99=True)
+    assert plan.shrink(wanted, p50, 100) is wanted
+    for seconds in (5, 2, 1, 0.5):
+        assert plan.plan_seconds(plan.shrink(wanted, p50, seconds), p50) <= seconds
+    least = plan.shrink(wanted, p50, 0)
+    assert (least.rounds, least.seconds, set(least.iterations.values())) == (5, 0.0, {1})
+    assert set(least.refused) == {"a", "b"}
+
+
+def test_how_long_a_benchmark_is_expected_to_take() -> None:
+    small = {f"e{i}": {1: 0.05, 8: 0.2} for i in range(8)} | {"baseline": {1: 0.1, 8: 0.4}}
+    short = plan.expected_seconds(small, min_seconds=0.2, rounds=5, screening=True, cold=False)
+    assert 5 < short < 15
+    full = plan.expected_seconds(small, min_seconds=3)
+    assert full > 60  # ten processes, two batch sizes, three seconds each
+    unknown = {i: dict.fromkeys(at) for i, at in small.items()}
+    assert plan.expected_seconds(unknown, min_seconds=3) <= full
+    slow = {"baseline": {1: 1000.0}}
+    assert plan.expected_seconds(slow, min_seconds=3) > 2 * 11
+    assert plan.expected_seconds(slow, min_seconds=0.2, screening=True, cold=False) < 2 * 11

@@ -103,6 +103,29 @@ def test_max_samples_takes_an_unbiased_choice_that_repeats(tmp_path: Path) -> No
     assert (np.bincount(chosen[0], minlength=4) > 5).all()
 
 
+def test_a_small_choice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.concatenate([rows(300), rows(20)])  # some twice
+    members = {f"{i}.npz": shard_bytes(x=x[i * 40 : i * 40 + 40], labels=np.arange(40)) for i in range(8)}
+    path = archive(tmp_path / "d.zip", members)
+    passes = []
+    opened = data.open_shards
+    monkeypatch.setattr(data, "open_shards", lambda p: passes.append(p) or opened(p))
+    for most in (1, 7, 64, 400):
+        del passes[:]
+        monkeypatch.setattr(data, "KEPT_BYTES", 1 << 20)
+        few = Samples(path, [X], max_samples=most)
+        kept = list(few.batches(16))
+        assert len(passes) == 1
+        monkeypatch.setattr(data, "KEPT_BYTES", 0)
+        again = list(Samples(path, [X], max_samples=most).batches(16))
+        assert [b.digests for b in kept] == [b.digests for b in again]
+        for a, b in zip(kept, again, strict=True):
+            assert np.array_equal(a.feeds["x"], b.feeds["x"])
+            assert np.array_equal(a.references["labels"], b.references["labels"])
+            assert sample_digests(a.feeds) == a.digests
+        assert sum(map(len, kept)) == len(few) == min(most, 320)
+
+
 def test_samples_that_calibrated_can_be_left_out(tmp_path: Path) -> None:
     path = npz(tmp_path / "d.npz", x=rows(10))
     used = Samples(path, [X]).digests()[:4]
@@ -151,7 +174,8 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"x": np.float32(1)}, "dataset_shape_mismatch", "x"),
         ({"x": rows(3), "labels": np.arange(2)}, "dataset_shape_mismatch", "labels"),
         ({"x": rows(3), "labels": np.float32(1)}, "dataset_shape_mismatch", "labels"),
-        ({"x": rows(3), "labels": np.ones(3)}, "dataset_dtype_mismatch", "labels"),
+        ({"x": rows(3), "labels": np.ones(3, complex)}, "dataset_dtype_mismatch", "labels"),
+        ({"x": rows(3), "labels": np.array([1, np.nan, 1])}, "dataset_not_finite", "labels"),
         ({"x": rows(3), "labels": np.array(["a"] * 3)}, "dataset_dtype_mismatch", "labels"),
         ({"x": rows(3), "logits": np.zeros((3, 5), np.float32)}, "dataset_shape_mismatch", "logits"),
         ({"x": rows(3), "logits": np.zeros((3, 4), np.int64)}, "dataset_dtype_mismatch", "logits"),

@@ -310,7 +310,7 @@ def test_min_max_is_exact_and_independent_of_batches(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.tensors["logits"], (min(0, logits.min()), max(0, logits.max())), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile", "mse"])
 def test_calibration_holds_one_batch_at_a_time(method: Any, tmp_path: Path) -> None:
     model = architectures.residual_cnn()
     onnx.save(model, tmp_path / "model.onnx")
@@ -372,7 +372,31 @@ def test_entropy_clips_outliers_and_keeps_even_distributions() -> None:
     assert calibration.entropy_threshold(constant, 0.0, 128) == 0.0
 
 
-@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_squared_error_clips_outliers_at_both_ends() -> None:
+    """Of all clipped ranges, the one found quantizes these very values best (up to the histogram's resolution)."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0, 1, 100_000), [30.0, -20.0]]).astype(np.float32)
+    found = calibration.mse_range(calibration.histogram(values, 30.0), 30.0, (-20.0, 30.0), symmetric=False)
+
+    def error(low: float, high: float) -> float:
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        rounded = (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
+        return float(((rounded - values) ** 2).mean())
+
+    assert -20 < found[0] < -2
+    assert 2 < found[1] < 30
+    assert error(*found) < error(-20, 30)
+    assert error(*found) < 1.1 * min(error(-a, b) for a in range(2, 21, 2) for b in range(2, 31, 2))
+    low, high = calibration.mse_range(calibration.histogram(values, 30.0), 30.0, (-20.0, 30.0), symmetric=True)
+    assert low == -high
+    even = rng.uniform(0, 1, 100_000).astype(np.float32)
+    assert calibration.mse_range(calibration.histogram(even, 1.0), 1.0, (0.0, 1.0), symmetric=False) == (0.0, 1.0)
+    nothing = calibration.histogram(np.zeros(5, np.float32), 0.0)
+    assert calibration.mse_range(nothing, 0.0, (0.0, 0.0), symmetric=False) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile", "mse"])
 def test_a_trained_network_keeps_its_accuracy(method: str, tmp_path: Path) -> None:
     model, images, labels = _digits()
     bench = Bench(tmp_path, model, simplified=False)

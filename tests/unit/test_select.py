@@ -144,4 +144,4 @@ def test_pareto_keeps_what_nobody_beats_in_both() -> None:
     fast, slow, beaten = _candidate(3.0), _candidate(2.0), _candidate(1.5)
     fast.accuracy, slow.accuracy, beaten.accuracy = ({**MEASURED, "loss_percent": loss} for loss in (2.0, 0.1, 0.5))
     fast.id, slow.id, beaten.id = "fast", "slow", "beaten"
-    assert pareto([_baseline(), fast, slow, beaten], "1") == [BASELINE, "fast", "slow"]
+    assert pareto(_baseline(), [(t, t.figures or {}) for t in (fast, slow, beaten)], "1") == [BASELINE, "fast", "slow"]

@@ -16,7 +16,8 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, backends
-from workers.stages.validate import SYNTHETIC_SAMPLES, Validate, ValidateOptions, folder_digest
+from workers.measure.pieces import SYNTHETIC_SAMPLES, folder_digest
+from workers.stages.validate import Validate, ValidateOptions
 
 CLASSES = 4
 
@@ -40,6 +41,8 @@ class AlteredSession(Session):
                 del out["y"]
             case "shape":
                 out["y"] = y[:, :2]
+            case "fewer":
+                out["y"] = y[: max(1, len(y) - 1)] if rows.any() else y
             case "dtype":
                 out["y"] = y.astype(np.float64)
             case "fails":

@@ -1,6 +1,6 @@
 """Calibration of activation ranges for static quantization, in memory that does not grow with the number of samples.
 
-Minima and maxima are reduced inside the graph, so a batch leaves two numbers per tensor. Entropy and percentile make a
+Minima and maxima are reduced inside the graph, so a batch leaves two numbers per tensor. The other methods make a
 second pass that bins one batch at a time into a histogram of fixed size per tensor.
 """
 
@@ -18,11 +18,12 @@ from onnx import ModelProto, TensorProto, helper
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
 Batches = Callable[[int], Iterable[Feeds]]
-Method = Literal["minmax", "entropy", "percentile"]
+Method = Literal["minmax", "entropy", "percentile", "mse"]
 
 HISTOGRAM_BINS = 2048  # of each sign
 USABLE_MAGNITUDE = 1e30  # beyond it stand masks of -inf or the lowest float, which eight bits cannot carry
 BATCH_SIZE = 8  # of the min/max pass; histograms take sample by sample
+_TRIED_ENDS = 64  # of each sign, by the least squared error
 _STRIDE = 8  # bins between two tried thresholds: 0.4 % of the range
 
 
@@ -82,6 +83,8 @@ def calibrate(
         counts, limit = histograms[name], max(-low, high)
         if method == "percentile":
             bottom, top = percentile_range(counts, limit, percentile)
+        elif method == "mse":
+            bottom, top = mse_range(counts, limit, (low, high), symmetric=symmetric)
         else:
             # Of 256 levels, those on the larger side; all of them after a ReLU.
             share = 0.5 if symmetric or high <= low else limit / (high - low)
@@ -105,12 +108,42 @@ def _min_max(
     low = np.zeros(len(tensors))
     high = np.zeros(len(tensors))
     samples = 0
-    for feeds, count in _padded(batches(size or BATCH_SIZE), size):
+    for feeds, count in padded(batches(size or BATCH_SIZE), size):
         values = np.asarray([float(v) for v in session.run(names, dict(feeds))]).reshape(-1, 2)
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])  # both keep a NaN
         samples += count
         seen(samples)
     return {t: (float(low[i]), float(high[i])) for i, t in enumerate(tensors)}, samples
+
+
+def channel_maxima(
+    model: Path, channels: Mapping[str, int], batches: Batches, seen: Callable[[int], None]
+) -> dict[str, Array]:
+    """The largest magnitude in each channel of `channels` (tensor → size of its last axis), over all data: float64
+    [channels]. Reduced inside the graph."""
+    augmented = onnx.load(model, load_external_data=False)
+    graph = augmented.graph
+    opset = next((o.version for o in augmented.opset_import if o.domain in ("", "ai.onnx")), 0)
+    graph.initializer.append(helper.make_tensor("calibration_axis", TensorProto.INT64, [1], [0]))
+    axes: dict[str, Any] = {"keepdims": 0} if opset >= 18 else {"keepdims": 0, "axes": [0]}  # an input since opset 18
+    names = []
+    for index, (tensor, size) in enumerate(channels.items()):
+        label = f"calibration_{index}"
+        graph.initializer.append(helper.make_tensor(f"{label}_shape", TensorProto.INT64, [2], [-1, size]))
+        graph.node.append(helper.make_node("Abs", [tensor], [f"{label}_abs"]))
+        graph.node.append(helper.make_node("Reshape", [f"{label}_abs", f"{label}_shape"], [f"{label}_rows"]))
+        inputs = [f"{label}_rows", "calibration_axis"] if opset >= 18 else [f"{label}_rows"]
+        graph.node.append(helper.make_node("ReduceMax", inputs, [label], **axes))
+        names.append(label)
+    session, size_fixed = _session(augmented, names, model)
+    found = {tensor: np.zeros(size) for tensor, size in channels.items()}
+    samples = 0
+    for feeds, count in padded(batches(size_fixed or BATCH_SIZE), size_fixed):
+        for tensor, value in zip(channels, session.run(names, dict(feeds)), strict=True):
+            found[tensor] = np.maximum(found[tensor], value)
+        samples += count
+        seen(samples)
+    return found
 
 
 def _histograms(
@@ -126,7 +159,7 @@ def _histograms(
     session, size = _session(augmented, names, model)
     counts = {t: np.zeros(2 * HISTOGRAM_BINS, np.int64) for t in ranges}
     samples = 0
-    for feeds, count in _padded(batches(size or 1), size):
+    for feeds, count in padded(batches(size or 1), size):
         outputs = dict(zip(names, session.run(names, dict(feeds)), strict=True))
         for name, (low, high) in ranges.items():
             values = outputs.pop(name) if name in outputs else feeds[name]
@@ -137,26 +170,30 @@ def _histograms(
 
 
 def _session(augmented: ModelProto, outputs: Sequence[str], model: Path) -> tuple[Any, int | None]:
-    """A session on `augmented` with further `outputs`, and the batch size where the model fixes it.
-
-    Basic optimizations only: they keep the named tensors and do not depend on the hardware.
-    """
-    import onnxruntime as ort
-
+    """A session on `augmented` with further `outputs`, and the batch size where the model fixes it."""
     have = {o.name for o in augmented.graph.output}
     augmented.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in have)
     path = model.with_name(f"augmented-{model.name}")  # external data is found beside it
     onnx.save(augmented, path)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 4
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, optimize=True)
     path.unlink()
     batch_sizes = [i.shape[0] for i in session.get_inputs() if i.shape and isinstance(i.shape[0], int)]
     return session, max(batch_sizes, default=None)
 
 
-def _padded(batches: Iterable[Feeds], size: int | None) -> Iterator[tuple[Feeds, int]]:
+def open_session(path: Path, *, optimize: bool = False) -> Any:
+    """A CPU session. `optimize`: basic optimizations only: they keep the named tensors and do not depend on the
+    hardware; without, the nodes run one by one as they stand."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimize else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def padded(batches: Iterable[Feeds], size: int | None) -> Iterator[tuple[Feeds, int]]:
     """Feeds with their number of samples. A model with a fixed batch gets full ones: the last repeats its samples."""
     for feeds in batches:
         count = next(iter(feeds.values())).shape[0]
@@ -186,6 +223,37 @@ def percentile_range(counts: Array, limit: float, percentile: float) -> tuple[fl
     low = int(np.searchsorted(share, cut, side="right"))
     high = int(np.searchsorted(share, 1.0 - cut, side="left")) + 1
     return min(0.0, low * width - limit), max(0.0, high * width - limit)
+
+
+def mse_range(counts: Array, limit: float, extremes: tuple[float, float], *, symmetric: bool) -> tuple[float, float]:
+    """The range whose 255 steps give the least mean squared error over the histogram: what is clipped loses its
+    distance to the range, what is kept loses step²/12. Both ends are tried together, `_TRIED_ENDS` each, from the
+    extremes down to a sixteenth of them. Zeros are exact whatever the range: the bins beside it take their neighbours'
+    counts."""
+    low, high = extremes
+    weights = counts.astype(np.float64)
+    weights[HISTOGRAM_BINS], weights[HISTOGRAM_BINS - 1] = counts[HISTOGRAM_BINS + 1], counts[HISTOGRAM_BINS - 2]
+    width = limit / HISTOGRAM_BINS
+    centres = (np.arange(2 * HISTOGRAM_BINS) - HISTOGRAM_BINS + 0.5) * width
+    ends = np.linspace(1.0, 1 / 16, _TRIED_ENDS)
+
+    def clipped(limits: Array) -> Array:
+        """Squared distance of what lies beyond each limit of one sign, summed."""
+        beyond = np.maximum(np.sign(limits[0]) * (centres[None, :] - limits[:, None]), 0.0)
+        found: Array = (beyond**2 * weights).sum(axis=1)
+        return found
+
+    if symmetric:
+        tops = ends * max(-low, high)
+        best = int(np.argmin(clipped(tops) + clipped(-tops) + weights.sum() * (2 * tops / 254) ** 2 / 12))
+        return -float(tops[best]), float(tops[best])
+    tops, bottoms = ends * high, ends * low
+    lost_above = clipped(tops) if high > 0 else np.zeros(_TRIED_ENDS)
+    lost_below = clipped(bottoms) if low < 0 else np.zeros(_TRIED_ENDS)
+    steps = (tops[:, None] - bottoms[None, :]) / 255
+    lost = lost_above[:, None] + lost_below[None, :] + weights.sum() * steps**2 / 12
+    i, j = np.unravel_index(int(np.argmin(lost)), lost.shape)
+    return float(bottoms[j]), float(tops[i])
 
 
 def entropy_threshold(counts: Array, limit: float, levels: int) -> float:

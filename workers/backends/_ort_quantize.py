@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from workers.backends import _qdq_surgery as surgery
 from workers.kernel import TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE
 
@@ -30,6 +31,10 @@ DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM")
 DYNAMIC_FORBIDDEN = ("Conv", "ConvTranspose")
 COMPUTE_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
+_FOLLOWING_OPS = (
+    *("Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"),
+    *("Split", "Slice", "Expand", "Resize", "Pad"),
+)
 _INTEGER_OPS = (
     *("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
     *("QAttention", "QGemm", "QLinearMatMul", "QLinearConv", "MatMulNBits"),
@@ -69,7 +74,13 @@ def save_model(model: ModelProto, folder: Path) -> Path:
 
 
 def is_quantized(model: ModelProto) -> bool:
-    return any(node.op_type in _QUANTIZATION_OPS for node in _all_nodes(model.graph))
+    return any(node.op_type in _QUANTIZATION_OPS for node in surgery.all_nodes(model.graph))
+
+
+def node_names(model: ModelProto) -> set[str]:
+    """Names of the nodes at every depth, as `prepare` completes them."""
+    _name_nodes(model)
+    return {node.name for node in surgery.all_nodes(model.graph) if node.name}
 
 
 def default_op_types(model: ModelProto, recipe: Literal["dynamic_int8", "static_int8"]) -> tuple[str, ...]:
@@ -80,6 +91,22 @@ def default_op_types(model: ModelProto, recipe: Literal["dynamic_int8", "static_
     attention = ops["Attention"] + ops["MultiHeadAttention"] + ops["LayerNormalization"] + ops["SkipLayerNormalization"]
     products = ops["MatMul"] > ops["Conv"] and ops["Softmax"] > 0
     return TRANSFORMER_OPS if attention or products or not (ops["Conv"] + ops["ConvTranspose"]) else CNN_OPS
+
+
+def rounds_outputs(op_types: Collection[str]) -> bool:
+    """Whether static quantization rounds what the nodes write, too: integer convolutions need it."""
+    return not {"Conv", "ConvTranspose"}.isdisjoint(op_types)
+
+
+def follows_its_input(op_type: str) -> bool:
+    """Whether the op only moves, picks or clips values: it is rounded exactly where its input is."""
+    return op_type in _FOLLOWING_OPS
+
+
+def computes_on_weights(node: NodeProto, weights: Collection[str]) -> bool:
+    """Whether dynamic quantization takes this node: its weights are constants."""
+    position = {"Gather": 0, "EmbedLayerNormalization": 2}.get(node.op_type, 1)
+    return len(node.input) > position and node.input[position] in weights
 
 
 def quantizable_nodes(model: ModelProto, op_types: Collection[str], excluded: Collection[str]) -> list[str]:
@@ -95,10 +122,7 @@ def prepare(source: Path, workspace: Path) -> Path:
     """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    model = onnx.load(source)
-    _name_nodes(model)
-    _hide_initializers(model)
-    _constants_to_initializers(model)
+    model = named(source)
     large = _is_large(model)
     folder = workspace / "prepared"
     folder.mkdir(exist_ok=True)
@@ -123,6 +147,15 @@ def prepare(source: Path, workspace: Path) -> Path:
         return out
     _complete_types(folder / MODEL_FILE)
     return folder / MODEL_FILE
+
+
+def named(source: Path) -> ModelProto:
+    """The model with a name on every node, and constants and weights as initializers only."""
+    model = onnx.load(source)
+    _name_nodes(model)
+    _hide_initializers(model)
+    _constants_to_initializers(model)
+    return model
 
 
 def _complete_types(path: Path) -> None:
@@ -203,7 +236,8 @@ def dynamic_int8(
     per_channel: bool,
     reduce_range: bool,
 ) -> None:
-    """Weights to int8 now, activations to uint8 while running. `source` in a folder that takes scratch files."""
+    """Weights to int8 now, activations to uint8 while running. `source` in a folder that takes scratch files; `out` is
+    `model.onnx` in a folder of its own."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source, load_external_data=False)
@@ -224,6 +258,13 @@ def dynamic_int8(
         use_external_data_format=_is_large_file(source),
         extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True},
     )
+    if any(n.op_type == surgery.DQ for n in onnx.load(out, load_external_data=False).graph.node):
+        made = onnx.load(out)
+        surgery.undo_dequantized_weights(made, source)
+        surgery.drop_unread(made)
+        for old in out.parent.glob(f"{out.name}*"):
+            old.unlink()  # external data would be appended to the old file
+        save_model(made, out.parent)
 
 
 def static_int8(
@@ -253,7 +294,7 @@ def static_int8(
         for name, (low, high) in sorted(ranges.items())
     }
     signed = activations == "int8"
-    convolutional = not {"Conv", "ConvTranspose"}.isdisjoint(op_types)
+    convolutional = rounds_outputs(op_types)
     quantizer = QDQQuantizer(
         load_model_with_shape_infer(source),
         per_channel,
@@ -271,35 +312,19 @@ def static_int8(
         },
     )
     quantizer.quantize_model()
-    if not convolutional:
-        _read_before_rounding(quantizer.model.model, op_types, excluded)
+    surgery.keep_float(quantizer.model.model, source, op_types, excluded, rounded_outputs=convolutional)
     quantizer.model.save_model_to_file(str(out), _is_large_file(source))
-
-
-def _read_before_rounding(model: ModelProto, op_types: Collection[str], excluded: Collection[str]) -> None:
-    """The quantizer puts every reader of a quantized tensor behind the Q/DQ pair; nodes that are not quantized get the
-    float tensor back."""
-    rounded_from = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    source = {
-        n.output[0]: rounded_from[n.input[0]]
-        for n in model.graph.node
-        if n.op_type == "DequantizeLinear" and n.input[0] in rounded_from
-    }
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        if node.op_type not in op_types or node.name in excluded:
-            for index, name in enumerate(node.input):
-                node.input[index] = source.get(name, name)
 
 
 def count_quantized(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
     """Nodes that compute on quantized values, by op type: integer kernels, and nodes of `op_types` whose first input is
-    dequantized. (A float node behind a quantized one reads a DequantizeLinear too, and does not count.)"""
+    dequantized, and of products and convolutions the second one too. (A float node behind a quantized one reads a
+    DequantizeLinear as well, and does not count.)"""
     dequantized = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     counts: Counter[str] = Counter()
     for node in model.graph.node:
-        reads = node.op_type in op_types and len(node.input) > 0 and node.input[0] in dequantized
+        needed = 2 if node.op_type in COMPUTE_OPS else 1
+        reads = node.op_type in op_types and bool(node.input) and dequantized.issuperset(node.input[:needed])
         if reads or node.op_type in _INTEGER_OPS:
             counts[node.op_type] += 1
     return dict(sorted(counts.items()))
@@ -319,11 +344,3 @@ def _is_large(model: ModelProto) -> bool:
 
 def _is_large_file(model: Path) -> bool:
     return sum(f.stat().st_size for f in model.parent.glob(f"{model.name}*")) > INLINE_LIMIT_BYTES
-
-
-def _all_nodes(graph: GraphProto) -> Iterable[NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for sub in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(sub)

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _onnxruntime_messages as messages
+from workers.backends import _onnxruntime_profile as profiling
 from workers.backends import _onnxruntime_recipes as ort_recipes
 from workers.backends._onnxruntime_script import infer_script
 from workers.candidates import Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, Reporter, Session, TensorSpec
+from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
 
 if TYPE_CHECKING:
@@ -229,6 +230,12 @@ class OnnxRuntimeBackend(Backend):
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `out_of_memory`, `invalid_backend_options`."""
         return OnnxRuntimeSession(_open(engine / MODEL_FILE, _session_options(_parsed(RuntimeOptions, runtime))))
+
+    def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
+        options = _session_options(_parsed(RuntimeOptions, runtime))
+        options.enable_profiling = True
+        options.profile_file_prefix = "profile"  # in the current folder: the stage's workspace
+        return profiling.layer_times(profiling.profiled(_open(engine / MODEL_FILE, options), feeds, runs), runs)
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

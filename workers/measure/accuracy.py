@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from workers.measure.losses import rounded
+from workers.measure.pairs import PairComparison
+
 Array = np.ndarray[Any, Any]
 
 MAX_CLASSES = 200_000
@@ -67,6 +70,17 @@ def output_kind(name: str, values: Array) -> Kind:
     return Kind.UNCLEAR
 
 
+def class_axis(values: Array) -> int:
+    """Where scores of classes stand: behind (`…, classes`), and in maps (four axes and more) on axis 1 as in
+    `samples, classes, height, width`, unless only the last three axes read as `height, width, classes`."""
+    if values.ndim < 4:
+        return -1
+    _, second, third, last = values.shape[:3] + values.shape[-1:]
+    if values.ndim > 4 or third == last:
+        return 1
+    return -1 if second == third or second > last else 1
+
+
 def names_classes(name: str) -> bool:
     """Whether an output's name says that it holds scores of classes."""
     return any(word in name.lower() for word in _CLASS_NAMES)
@@ -92,10 +106,13 @@ def are_probabilities(values: Array) -> bool:
     return bool(v.size and v.min() >= -1e-6 and v.max() <= 1 + 1e-3 and np.allclose(v.sum(axis=-1), 1, atol=1e-2))
 
 
-def check_outputs(original: Mapping[str, Array], engine: Mapping[str, Array], first: int) -> Broken | None:
+def check_outputs(
+    original: Mapping[str, Array], engine: Mapping[str, Array], first: int, count: int | None = None
+) -> Broken | None:
     """What must never ship: a missing output, another dtype or shape, NaN or Infinity where the original has numbers.
 
-    `first`: index of the batch's first sample, for the message.
+    `first`: index of the batch's first sample, for the message; `count`: how many samples of it are real, where the
+    rest only pads the batch.
     """
     for name, a in original.items():
         b = engine.get(name)
@@ -113,6 +130,7 @@ def check_outputs(original: Mapping[str, Array], engine: Mapping[str, Array], fi
             bad = np.asarray(test(b) & finite)
             if bad.any():
                 row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1))) if bad.ndim else 0
+                row = row if count is None else min(row, count - 1)
                 return Broken(code, name, f"Output {name!r} holds {word} for sample {first + row}.")
     return None
 
@@ -124,12 +142,20 @@ def per_row(values: Array, rows: int) -> Array:
 
 @dataclass
 class OutputComparison:
-    """Accumulates one output over all batches. Per row: agreement, KL, cosine, ‖a−b‖², ‖a‖²."""
+    """Accumulates one output over all batches. Per row: agreement, KL, cosine, ‖a−b‖², ‖a‖² and how many numbers.
+
+    `axis`: where the classes stand, for scores; None: see `class_axis`. `pairs`: where the vectors are
+    also compared with each other.
+    """
 
     name: str
     kind: Kind
+    axis: int | None = None
+    pairs: PairComparison | None = None
     max_abs_diff: float = 0.0
     original_not_finite: int = 0
+    lowest: float = np.inf  # of the original's numbers
+    highest: float = -np.inf
     _columns: dict[str, list[Array]] = field(default_factory=dict)
 
     def add(self, original: Array, engine: Array, rows: int) -> None:
@@ -140,13 +166,20 @@ class OutputComparison:
             return
         finite = np.isfinite(original)
         self.original_not_finite += int(original.size - finite.sum())
+        if finite.any():
+            self.lowest = min(self.lowest, float(original.min(where=finite, initial=np.inf)))
+            self.highest = max(self.highest, float(original.max(where=finite, initial=-np.inf)))
         a = per_row(np.where(finite, original, 0).astype(np.float64), rows)
         b = per_row(np.where(finite, engine, 0).astype(np.float64), rows)
+        if self.kind is Kind.LOGITS and a.ndim >= 3:
+            axis = class_axis(a) if self.axis is None else self.axis
+            a, b = np.moveaxis(a, axis, -1), np.moveaxis(b, axis, -1)
         difference = np.abs(a - b)
         self.max_abs_diff = max(self.max_abs_diff, float(difference.max(initial=0.0)))
         flat = (len(a), -1) if a.size else (len(a), 0)
         self._put("squared_error", (difference**2).reshape(flat).sum(axis=1))
         self._put("squared_norm", (a**2).reshape(flat).sum(axis=1))
+        self._put("numbers", np.full(len(a), a[0].size if len(a) else 0))
         if a.ndim >= 2 and self.kind is not Kind.NUMBERS:
             self._put("cosine", _row_means(_cosine(a, b)))
         else:
@@ -154,6 +187,8 @@ class OutputComparison:
         if self.kind in (Kind.LOGITS, Kind.UNCLEAR):
             self._put("agreement", _row_means(a.argmax(axis=-1) == b.argmax(axis=-1)))
             self._put("kl", _row_means(_kl(a, b)))
+        if self.pairs is not None and a.ndim >= 2 and a.size and len(a) == rows:
+            self.pairs.add(a, b)
 
     def column(self, name: str) -> Array:
         """One value per row."""
@@ -184,11 +219,6 @@ class OutputComparison:
 def normalized_error(squared_error: float, squared_norm: float) -> float:
     """‖a − b‖ / ‖a‖; the plain ‖a − b‖ where the original is all zeros."""
     return float(np.sqrt(squared_error / squared_norm)) if squared_norm > 0 else float(np.sqrt(squared_error))
-
-
-def rounded(value: float) -> float:
-    """Six significant digits."""
-    return float(f"{value:.6g}")
 
 
 def _row_means(values: Array) -> Array:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import math
 import os
 import resource
 import signal
@@ -41,6 +42,8 @@ _WARM_WINDOW_NS = 30_000_000
 MAX_WINDOW_SAMPLES = 200_000  # a window of a very small model ends here: its memory stays bounded
 _SETTLE_ITERATIONS = 5
 _SETTLE_NS = 20_000_000
+SETTLE_BELOW_NS = 200_000_000  # a longer call brings its own caches and threads back
+_LEAST_INPUTS = 2  # never one tensor, however short the time
 _PR_SET_PDEATHSIG = 1
 
 
@@ -69,8 +72,17 @@ class EngineProcess:
     Codes: those of the backend, `engine_crashed`, `engine_timeout`, `out_of_memory`, `inference_failed`.
     """
 
-    def __init__(self, name: str, backend: str, folder: Path, runtime: Mapping[str, Any], feeds: Feeds | None = None):
-        """Fork. `feeds` are inherited, not copied; a process that is to load in a clean memory gets none."""
+    def __init__(
+        self,
+        name: str,
+        backend: str,
+        folder: Path,
+        runtime: Mapping[str, Any],
+        feeds: Feeds | None = None,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        """Fork. `feeds` are inherited, not copied; a process that is to load in a clean memory gets none. `cores`: the
+        only ones that it may run on."""
         self.name = name
         parent = os.getpid()
         self._conn, theirs = Pipe()
@@ -80,7 +92,7 @@ class EngineProcess:
             self.pid = os.fork()
         if self.pid == 0:
             self._conn.close()
-            _child(theirs, parent, _Engine(backend, folder, runtime, feeds or {}))
+            _child(theirs, parent, _Engine(backend, folder, runtime, feeds or {}), cores)
         theirs.close()
 
     def load(self) -> Loaded:
@@ -93,20 +105,22 @@ class EngineProcess:
         answer: tuple[float, list[str]] = self._call("infer", feeds, limit_s=INFERENCE_LIMIT_S)
         return answer
 
-    def prepare(self, batch: int) -> list[str]:
-        """Run every distinct input of this batch size once and bind it; names of outputs with NaN or Infinity."""
-        answer: list[str] = self._call("prepare", batch, limit_s=2 * INFERENCE_LIMIT_S)
+    def prepare(self, batch: int, seconds: float = math.inf, limit_s: float = math.inf) -> list[str]:
+        """Run every distinct input of this batch size once and bind it; names of outputs with NaN or Infinity. After
+        `seconds` the rest is left out; two are always taken. `limit_s`: when the engine is given up."""
+        answer: list[str] = self._call("prepare", batch, seconds, limit_s=min(limit_s, 2 * INFERENCE_LIMIT_S))
         return answer
 
-    def warm_up(self, cap_s: float) -> WarmUp:
-        """Until three windows agree within 10 %, after at least 50 iterations or 1 s; at most `cap_s`."""
-        answer: WarmUp = self._call("warm_up", cap_s, limit_s=cap_s + INFERENCE_LIMIT_S)
+    def warm_up(self, cap_s: float, iterations: int = WARM_UP_ITERATIONS) -> WarmUp:
+        """Until three windows agree within 10 %, after at least `iterations` or 1 s; at most `cap_s`."""
+        answer: WarmUp = self._call("warm_up", cap_s, iterations, limit_s=cap_s + INFERENCE_LIMIT_S)
         return answer
 
     def window(self, seconds: float, iterations: int, expected_ns: float) -> Array:
         """Latencies in ns (int64) of at least `iterations` calls and `seconds`, after a few uncounted ones."""
         usual = max(seconds, (iterations + _SETTLE_ITERATIONS) * expected_ns / 1e9)
-        answer: Array = self._call("window", seconds, iterations, limit_s=20 * usual + INFERENCE_LIMIT_S / 2)
+        settle = expected_ns < SETTLE_BELOW_NS
+        answer: Array = self._call("window", seconds, iterations, settle, limit_s=20 * usual + INFERENCE_LIMIT_S / 2)
         return answer
 
     def peak_memory_mb(self) -> float:
@@ -123,10 +137,21 @@ class EngineProcess:
             self._reap()
 
     def _call(self, command: str, *args: Any, limit_s: float) -> Any:
+        self.begin(command, *args)
+        return self.finish(command, limit_s)
+
+    def begin(self, command: str, *args: Any) -> None:
+        """Tell the process what to do and go on; its answer has to be taken by `finish` before the next command."""
         if not self.pid:
             raise self._failure("engine_crashed", f"Engine {self.name!r} has ended before.")
         try:
             self._conn.send((command, args))
+        except ConnectionError:
+            raise self._ended(command) from None
+
+    def finish(self, command: str, limit_s: float) -> Any:
+        """The answer to `command`; raises as every call does."""
+        try:
             if not self._conn.poll(limit_s):
                 self.close()
                 raise self._failure(
@@ -199,10 +224,13 @@ class _Engine:
         elapsed = time.perf_counter_ns() - start
         return elapsed / 1e6, _not_finite(outputs)
 
-    def prepare(self, batch: int) -> list[str]:
+    def prepare(self, batch: int, seconds: float) -> list[str]:
         broken: set[str] = set()
         self._calls, self._next = [], 0
+        start = time.perf_counter()
         for feeds in self._feeds[batch]:
+            if len(self._calls) >= _LEAST_INPUTS and time.perf_counter() - start > seconds:
+                break
             broken.update(_not_finite(self.session.run(feeds)))
             self._calls.append(self.session.bind(feeds))
         gc.collect()
@@ -210,7 +238,7 @@ class _Engine:
         gc.disable()  # a collection inside a window would be Python's cost, not the engine's
         return sorted(broken)
 
-    def warm_up(self, cap_s: float) -> WarmUp:
+    def warm_up(self, cap_s: float, least: int) -> WarmUp:
         medians: list[float] = []
         iterations, start = 0, time.perf_counter_ns()
         while True:
@@ -218,17 +246,38 @@ class _Engine:
             iterations += len(window)
             medians.append(float(np.median(window)))
             seconds = (time.perf_counter_ns() - start) / 1e9
-            enough = iterations >= WARM_UP_ITERATIONS or seconds >= min(WARM_UP_SECONDS, cap_s)
+            enough = iterations >= least or seconds >= min(WARM_UP_SECONDS, cap_s)
             if (enough and settled(medians)) or seconds >= cap_s:
                 return WarmUp(iterations, seconds, settled(medians), medians[-1])
 
-    def window(self, seconds: float, iterations: int) -> Array:
+    def window(self, seconds: float, iterations: int, settle: bool) -> Array:
         start = time.perf_counter_ns()
-        for _ in range(_SETTLE_ITERATIONS):  # caches and threads come back after the other engines' turns
+        for _ in range(
+            _SETTLE_ITERATIONS if settle else 0
+        ):  # caches and threads come back after the other engines' turns
             self._call_next()
             if time.perf_counter_ns() - start > _SETTLE_NS:
                 break
         return self._timed(int(seconds * 1e9), iterations)
+
+    def drive(self, start_ns: int, stop_ns: int) -> tuple[Array, Array]:
+        """Call after call until `stop_ns` (`time.perf_counter_ns`, one clock for all processes): end and latency of
+        each call that ended between `start_ns` and `stop_ns`."""
+        calls, count, i = self._calls, len(self._calls), self._next
+        clock = time.perf_counter_ns
+        ends: list[int] = []
+        latencies: list[int] = []
+        end = clock()
+        while end < stop_ns:
+            start = clock()
+            calls[i]()
+            end = clock()
+            if start_ns <= end <= stop_ns and len(ends) < MAX_WINDOW_SAMPLES:
+                ends.append(end)
+                latencies.append(end - start)
+            i = (i + 1) % count
+        self._next = i
+        return np.array(ends, dtype=np.int64), np.array(latencies, dtype=np.int64)
 
     def peak_memory_mb(self) -> float:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -260,7 +309,7 @@ def _not_finite(outputs: Mapping[str, Array]) -> list[str]:
     return [n for n, a in outputs.items() if a.dtype.kind in "fc" and not np.isfinite(a).all()]
 
 
-def _child(conn: Connection, parent: int, engine: _Engine) -> None:
+def _child(conn: Connection, parent: int, engine: _Engine, cores: Sequence[int] | None) -> None:
     """Answer commands until the parent closes the pipe; never returns."""
     code = 1
     try:
@@ -269,6 +318,8 @@ def _child(conn: Connection, parent: int, engine: _Engine) -> None:
             os._exit(1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.disable()
+        if cores:
+            os.sched_setaffinity(0, cores)  # before the library makes its threads
         gc.freeze()  # what was inherited is not this process's to free: a session's threads did not come with it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         while True:

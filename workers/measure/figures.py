@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from workers.measure.rounds import Timing
-from workers.measure.stats import Interval, percentiles, ratio_of_means, ratio_of_medians
+from workers.measure.stats import Interval, holds_one, percentiles, ratio_of_means, ratio_of_medians
+
+Array = np.ndarray[Any, Any]
 
 NS_PER_MS = 1e6
+_WIDE = 1.25  # high over low of an A/A interval, beyond which it says next to nothing
 
 
 def rounded(value: float | None) -> float | None:
@@ -16,22 +21,35 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def latency_figures(timing: Timing, batch: int) -> dict[str, Any]:
-    """Latencies in ms, throughput in samples per second (batch / mean latency, one caller)."""
-    samples = timing.all()
+def distribution(samples: Array, p99_refused: str | None = None) -> dict[str, Any]:
+    """Of latencies in ns: samples, mean_ms, the percentiles that so many samples carry, min_ms, max_ms, and why a
+    percentile is missing. `p99_refused`: why the p99 was not gone for, though it was wanted."""
     values, reasons = percentiles(samples, NS_PER_MS)
-    if timing.p99_refused and "p99" in reasons:
-        reasons["p99"] += f": {timing.p99_refused}"
-    mean = float(samples.mean())
+    if p99_refused and "p99" in reasons:
+        reasons["p99"] += f": {p99_refused}"
     return {
         "samples": len(samples),
-        "rounds": len(timing.rounds),
-        "mean_ms": rounded(mean / NS_PER_MS),
+        "mean_ms": rounded(float(samples.mean()) / NS_PER_MS),
         **{f"{name}_ms": rounded(value) for name, value in values.items()},
         "min_ms": rounded(float(samples.min()) / NS_PER_MS),
         "max_ms": rounded(float(samples.max()) / NS_PER_MS),
         "reasons": {f"{name}_ms": reason for name, reason in reasons.items()},
-        "throughput_qps": rounded(batch * 1e9 / mean),
+    }
+
+
+def latency_figures(timing: Timing, batch: int, *, screening: bool = False) -> dict[str, Any]:
+    """Latencies in ms, throughput in samples per second (batch / mean latency, one caller). A screening shows no
+    percentile beyond the median: its windows are too short to speak of tails."""
+    samples = timing.all()
+    figures = distribution(samples, timing.p99_refused)
+    if screening:
+        for name in ("p90_ms", "p95_ms", "p99_ms", "p999_ms"):
+            figures[name] = None
+            figures["reasons"][name] = "a screening shows no tails"
+    return {
+        **figures,
+        "rounds": len(timing.rounds),
+        "throughput_qps": rounded(batch * 1e9 / float(samples.mean())),
         "not_finite": timing.not_finite,
         "warm_up": {
             "iterations": timing.warm_up.iterations,
@@ -45,7 +63,8 @@ def comparison(baseline: Timing, again: Timing, engine: Timing, seed: int) -> di
     """`speedup` (baseline p50 / engine p50) and `throughput_ratio` (engine / baseline).
 
     The estimate is against the first baseline process; the interval covers those against both, so that what differs
-    from process to process (memory layout, say) does not pass for a gain.
+    from process to process (memory layout, say) does not pass for a gain. Any engine that was measured in two
+    processes can stand for the baseline.
     """
     found = {}
     for name, ratio in (("speedup", ratio_of_medians), ("throughput_ratio", ratio_of_means)):
@@ -70,6 +89,27 @@ class AA:
     def to_json(self) -> dict[str, Any]:
         """{ratio, low, high} of the medians, and the same of the means under `throughput`."""
         return {**self.p50.to_json(), "throughput": self.throughput.to_json()}
+
+    def noise(self, batch: int) -> list[str]:
+        """Why a run with this A/A is noisy; empty where it is not."""
+        found = []
+        p50, mean = self.p50, self.throughput
+        if not holds_one(p50):
+            found.append(
+                f"batch {batch}: the baseline against itself is {p50.ratio:.3f} "
+                f"[{p50.low:.3f}, {p50.high:.3f}], which does not hold 1.0"
+            )
+        elif p50.high > p50.low * _WIDE:
+            found.append(
+                f"batch {batch}: the baseline against itself is anywhere in [{p50.low:.3f}, {p50.high:.3f}]: "
+                "small gains cannot be told from noise"
+            )
+        if not holds_one(mean):
+            found.append(
+                f"batch {batch}: the throughput of the baseline against itself is {mean.ratio:.3f} "
+                f"[{mean.low:.3f}, {mean.high:.3f}], which does not hold 1.0"
+            )
+        return found
 
 
 def a_a(baseline: Timing, again: Timing, seed: int) -> AA:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from app.domain.failures import StageFailure
-from workers.measure.engine_process import WARM_UP_CAP_S, EngineProcess, WarmUp
-from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
+from app.domain.failures import FailureKind, StageFailure
+from workers.measure.engine_process import WARM_UP_ITERATIONS, EngineProcess, WarmUp
+from workers.measure.plan import (
+    LEAST_CALLS,
+    SCREENING_WARM_UP_ITERATIONS,
+    least_seconds,
+    plan_rounds,
+    shrink,
+    warm_up_cap,
+)
 
 Array = np.ndarray[Any, Any]
 
-MIN_ROUNDS = 5
-SLOW_ROUNDS = 6  # where two inferences do not fit into a window
-P99_CAP_S = 60.0  # measured time per engine and batch size that a p99 may cost
+_PREPARE_SHARE = 0.4  # of the time that a batch size may take: binding the inputs and warming up
+_LEAST_LIMIT_S = 10.0  # before which no engine is given up
 
 
 @dataclass
@@ -34,36 +41,25 @@ class Timing:
         return np.concatenate(self.rounds)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """`seconds` of a window; `iterations`: least number of calls in a window, by engine."""
+@dataclass
+class Measured:
+    """Of one batch size. `failures`: engines that are left out of `timings`, and why. `shortened`: the time left did
+    not hold the rounds and windows that were asked for."""
 
-    rounds: int
-    seconds: float
-    iterations: Mapping[str, int]
-    refused: Mapping[str, str]
-
-
-def plan_rounds(p50_ns: Mapping[str, float], min_seconds: float, rounds: int, want_p99: bool) -> Plan:
-    """How long to measure, from what the warm-up saw. Every engine gets the samples that carry its p50; slow models get
-    fewer rounds (never under five); a p99 is gone for where it costs at most `P99_CAP_S`."""
-    rounds = max(rounds, MIN_ROUNDS)
-    if max(p50_ns.values()) * 2 > min_seconds / rounds * 1e9:
-        rounds = max(MIN_ROUNDS, min(rounds, SLOW_ROUNDS))
-    iterations, refused = {}, {}
-    for name, p50 in p50_ns.items():
-        iterations[name] = math.ceil(P50_SAMPLES / rounds)
-        cost = P99_SAMPLES * p50 / 1e9
-        if want_p99 and cost <= P99_CAP_S:
-            iterations[name] = math.ceil(P99_SAMPLES / rounds)
-        elif want_p99:
-            refused[name] = f"{P99_SAMPLES} samples would take {cost:.0f} s, more than {P99_CAP_S:.0f} s"
-    return Plan(rounds, min_seconds / rounds, iterations, refused)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    failures: dict[str, StageFailure] = field(default_factory=dict)
+    shortened: bool = False
 
 
-def warm_up_cap(min_seconds: float) -> float:
-    """Seconds: 10, less where a short timing was asked for."""
-    return min(WARM_UP_CAP_S, max(1.0, 4 * min_seconds))
+def budget_exhausted(name: str) -> StageFailure:
+    """For an engine that the time left does not hold. Another run may have more time: it is never cached."""
+    return StageFailure(
+        "budget_exhausted",
+        f"Engine {name!r} was not measured: the time left does not hold it beside those listed before it.",
+        FailureKind.REQUEST,
+        remedy="Raise `budget_seconds`, or lower `benchmark.min_seconds`.",
+        cacheable=False,
+    )
 
 
 def measure(
@@ -75,33 +71,81 @@ def measure(
     want_p99: bool,
     seed: int,
     progress: Callable[[float], None],
-) -> tuple[dict[str, Timing], dict[str, StageFailure]]:
+    screening: bool = False,
+    ends: float = math.inf,
+    always: Collection[str] = (),
+) -> Measured:
     """Warm up and time all engines at one batch size. An engine that fails is left out of the timings, and the others
-    go on; its failure is in the second answer."""
-    timings: dict[str, Timing] = {}
-    failures: dict[str, StageFailure] = {}
-    for name, process in processes.items():
+    go on.
+
+    `ends`: `time.monotonic()` by which it should be done. Where the time does not hold the plan, windows and rounds
+    shrink (never under five rounds of one call); where it does not hold that either, the last engines are left out
+    (`budget_exhausted`), never those named in `always`.
+    """
+    found = Measured()
+    for done, (name, process) in enumerate(processes.items()):
+        left = ends - time.monotonic()
+        if name not in always and _too_late(found, left):
+            found.failures[name] = budget_exhausted(name)
+            continue
+        share = left * _PREPARE_SHARE / (len(processes) - done)
         try:
-            broken = process.prepare(batch)
-            timings[name] = Timing(process.warm_up(warm_up_cap(min_seconds)), broken)
+            limit = math.inf if name in always else max(left, _LEAST_LIMIT_S)
+            found.timings[name] = _ready(process, batch, min_seconds, share, limit, screening)
         except StageFailure as failure:
-            failures[name] = failure
-    if not timings:
-        return {}, failures
-    plan = plan_rounds({n: t.warm_up.p50_ns for n, t in timings.items()}, min_seconds, rounds, want_p99)
+            found.failures[name] = failure
+    if not found.timings:
+        return found
+    for name in _over(found, ends - time.monotonic(), always):
+        found.failures[name] = budget_exhausted(name)
+        del found.timings[name]
+    p50_ns = {n: t.warm_up.p50_ns for n, t in found.timings.items()}
+    wanted = plan_rounds(p50_ns, min_seconds, rounds, want_p99, screening=screening)
+    plan = shrink(wanted, p50_ns, ends - time.monotonic())
+    found.shortened = plan != wanted
     for name, reason in plan.refused.items():
-        timings[name].p99_refused = reason
+        found.timings[name].p99_refused = reason
     draw = random.Random(f"{seed}/{batch}")  # noqa: S311  (an order of turns, no secret)
     for done in range(plan.rounds):
-        order = list(timings)
+        order = list(found.timings)
         draw.shuffle(order)
         for name in order:
-            expected = timings[name].warm_up.p50_ns
             try:
-                window = processes[name].window(plan.seconds, plan.iterations[name], expected)
-                timings[name].rounds.append(window)
+                window = processes[name].window(plan.seconds, plan.iterations[name], p50_ns[name])
+                found.timings[name].rounds.append(window)
             except StageFailure as failure:
-                failures[name] = failure
-                del timings[name]
+                found.failures[name] = failure
+                del found.timings[name]
         progress((done + 1) / plan.rounds)
-    return timings, failures
+    return found
+
+
+def _ready(
+    process: EngineProcess, batch: int, min_seconds: float, share: float, limit_s: float, screening: bool
+) -> Timing:
+    """Inputs bound and warm, within about `share` seconds where one inference does not take longer."""
+    cap = warm_up_cap(min_seconds, screening)
+    broken = process.prepare(batch, min(share / 2, cap) if screening else share / 2, limit_s)
+    iterations = SCREENING_WARM_UP_ITERATIONS if screening else WARM_UP_ITERATIONS
+    return Timing(process.warm_up(min(cap, max(share / 2, 0.0)), iterations), broken)
+
+
+def _too_late(found: Measured, left: float) -> bool:
+    """Whether one more engine, as slow as the slowest so far, does not fit beside those that are ready."""
+    if math.isinf(left) or not found.timings:
+        return False
+    p50_ns = [t.warm_up.p50_ns for t in found.timings.values()]
+    return least_seconds(p50_ns) + LEAST_CALLS * p50_ns[0] / 1e9 > left
+
+
+def _over(found: Measured, left: float, always: Collection[str]) -> list[str]:
+    """The last engines, as many as have to go so that five rounds of one call fit."""
+    kept = {n: t.warm_up.p50_ns for n, t in found.timings.items()}
+    gone = []
+    for name in reversed(found.timings):
+        if least_seconds(kept.values()) <= left:
+            break
+        if name not in always:
+            del kept[name]
+            gone.append(name)
+    return gone

@@ -20,6 +20,8 @@ REQUIRED_SAMPLES = {"p50": (0.50, 11), "p90": (0.90, 64), "p95": (0.95, 130), "p
 P50_SAMPLES = REQUIRED_SAMPLES["p50"][1]
 P99_SAMPLES = REQUIRED_SAMPLES["p99"][1]
 RESAMPLES = 4000
+_BLOCK_CELLS = 1 << 21  # of the sums that are kept, and of the draws that are looked at together
+_DRAWS = 2000
 _THIN = 256  # order statistics kept of a round; the error of a median by this is far below its interval
 _BLOCKS = 2048
 
@@ -133,12 +135,40 @@ def bootstrap_statistic(columns: Array, statistic: Any, zero_one: bool, seed: in
         columns = np.add.reduceat(columns, edges, axis=0)
     rng = np.random.default_rng(seed)
     size = len(columns)
+    step = max(1, min(250, _BLOCK_CELLS // columns.shape[1]))  # at most 2,048 × 250 counts at a time
     chunks = []
-    for _ in range(8):  # 8 × 250 draws: at most 2,048 × 250 counts at a time
-        counts = rng.multinomial(size, np.full(size, 1 / size), size=250)
-        chunks.append(statistic(counts @ columns))
+    for start in range(0, _DRAWS, step):
+        counts = rng.multinomial(size, np.full(size, 1 / size), size=min(step, _DRAWS - start))
+        chunks.append(statistic(counts.astype(np.float64) @ columns))
     low, high = np.quantile(np.concatenate(chunks), _tails(size))
     return estimate, min(float(low), estimate), max(float(high), estimate)
+
+
+class BlockSums:
+    """Sums of the samples' contributions [n, width], in blocks: what the bootstrap draws from where a statistic needs
+    more than a few numbers of each sample (a count per class). Memory does not grow with the samples: there are at most
+    512 blocks, fewer where rows are wide, and sample i goes into block i mod blocks. As long as there are not more
+    samples than blocks, each sample has its own."""
+
+    def __init__(self, width: int, most: int = 512) -> None:
+        self.blocks = int(min(most, max(16, _BLOCK_CELLS // max(width, 1))))
+        self.samples = 0
+        self._sums = np.zeros((self.blocks, width))
+
+    def add(self, rows: Array) -> None:
+        np.add.at(self._sums, (self.samples + np.arange(len(rows))) % self.blocks, rows)
+        self.samples += len(rows)
+
+    def columns(self) -> Array:
+        """[blocks in use, width]."""
+        return self._sums[: min(self.samples, self.blocks)]
+
+    def widen(self, groups: int, size: int) -> None:
+        """From [blocks, groups × less] to [blocks, groups × size], with zeros behind each group."""
+        old = self._sums.reshape(self.blocks, groups, -1)
+        new = np.zeros((self.blocks, groups, size))
+        new[:, :, : old.shape[2]] = old
+        self._sums = new.reshape(self.blocks, -1)
 
 
 def carried_loss_percent(samples: int, *, zero_one: bool, upper_margin: float) -> tuple[float, str]:

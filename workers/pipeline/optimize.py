@@ -1,10 +1,10 @@
-"""The way of one job: export → candidates (simplify → quantize → build → validate) → benchmark → verdict → package →
-report. Each step is a keyed stage call, so that running this again after a crash goes on from the last finished one."""
+"""The way of one job: export → search → full validation and benchmark of the finalists → verdict → what each part
+gained, how to deploy → package. Each step is a keyed stage call, so that running this again after a crash goes on from
+the last finished one."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,30 +17,19 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from app.settings import LimitSettings
 from workers import kernel
-from workers.candidates import Candidate, Case
+from workers.candidates import Case
 from workers.pipeline import planner
+from workers.pipeline.budget import Budget
+from workers.pipeline.evaluate import SEED, WEIGHTS, CandidateRun, Data, Evaluator
+from workers.pipeline.explain import Ablated, ablate, profile, sweep
 from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.search import Found, Search
 from workers.pipeline.select import BASELINE, Tried, Verdict, judge
 
 log = structlog.get_logger(__name__)
 
-_SEED = 20_240_229
-_LEAST_STAGE_S = 60.0
-_LOADED_FACTOR = 1.6  # memory of a loaded engine over the size of its file: weights, packed copies of some, activations
-_WEIGHTS = {"export": 2.0, "simplify": 1.0, "quantize": 2.0, "build": 1.0, "validate": 1.0, "package": 1.0}
-
-
-@dataclass
-class CandidateRun:
-    """A planned candidate and how far it came."""
-
-    plan: Candidate
-    tried: Tried
-    graph: Outcome | None = None
-    build: Outcome | None = None
-    validate: Outcome | None = None
-    steps: list[Outcome] = field(default_factory=list)
-    failure: StageFailure | None = None
+_WARM_UP_S = 1.0  # per engine and batch size, about
+_START_S = 2.0  # per engine: two processes, cold start
 
 
 @dataclass
@@ -50,20 +39,48 @@ class Optimization:
     job: Job
     model: SourceModel
     spec: OptimizationSpec
+    case: Case
     hardware: Mapping[str, Any]
     export: Outcome
     plan: planner.Plan
     baseline: Tried
-    runs: list[CandidateRun]
+    baseline_backend: str
+    search: Found
     benchmark: Outcome
     verdict: Verdict
-    budget_exhausted: bool
+    budget: Budget
+    ablation: list[Ablated] = field(default_factory=list)
+    deployment: Outcome | None = None
+    profile: Outcome | None = None
     package: Outcome | None = None
+
+    @property
+    def runs(self) -> list[CandidateRun]:
+        """Everybody who was considered, in the order of trying."""
+        return self.search.runs
 
     @property
     def picked(self) -> CandidateRun | None:
         """The winning candidate; None where the baseline (or nothing) ships."""
         return next((r for r in self.runs if r.plan.id == self.verdict.picked), None)
+
+    @property
+    def engine(self) -> ArtifactRef:
+        """The files that ship."""
+        return self.picked.engine if self.picked else self.export.outputs["model"]
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """What they are loaded with."""
+        return self.picked.runtime if self.picked else {}
+
+    @property
+    def backend(self) -> str:
+        return self.picked.plan.backend if self.picked else self.baseline_backend
+
+    @property
+    def precision(self) -> str:
+        return self.picked.plan.precision if self.picked else baseline_precision(self)
 
 
 class Optimizer:
@@ -82,69 +99,74 @@ class Optimizer:
         self.job = job
         self.model = model
         self.spec = OptimizationSpec.model_validate(job.spec)
-        self.backends = backends
+        known = kernel.backends()
+        self.backends = {name: known[name]() for name in backends}
         self.limits = limits
-        self.started = time.monotonic()
-        self.calibration = _dataset_ref(self.spec.calibration.dataset_id if self.spec.calibration else None, datasets)
+        self.budget = Budget(float(self.spec.budget_seconds))
+        self.baseline_backend = "onnxruntime"
+        calibration = _dataset_ref(self.spec.calibration.dataset_id if self.spec.calibration else None, datasets)
         validation = _dataset_ref(self.spec.validation.dataset_id, datasets)
         # One data set for both is split, sample by sample: what calibrates never judges.
-        self.same_data = self.calibration is not None and validation in (None, self.calibration)
-        self.validation = validation or self.calibration
-        self.shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
+        same = calibration is not None and validation in (None, calibration)
+        shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
+        self.data = Data(calibration, validation or calibration, same, shapes)
 
     def run(self) -> Optimization:
         """All stages up to the package. Raises `StageFailure` where the job fails as a whole."""
         export = self._export()
-        known = kernel.backends()
-        plan = planner.plan(self._case(export), {name: known[name]() for name in self.backends})
-        self._plan_progress(plan)
-        runs = [CandidateRun(c, Tried(c.id, c.precision, c.lossless)) for c in plan.candidates]
-        exhausted = False
-        for run in runs:
-            if self._out_of_budget(1 + sum(r.build is not None for r in runs)):
-                exhausted = True
-                run.tried.failed = f"the budget of {self.spec.budget_seconds} s left no time for it"
-                continue
-            self._try_candidate(run, export)
-        benchmark = self._benchmark(export, runs)
+        case = self._case(export)
+        plan = planner.plan(case, self.backends)
+        self.budget.share(self._final_seconds(4), export.outputs["model"].size_bytes)
+        if self.budget.over(self.budget.end):
+            raise self._too_small("the export")
+        self.runner.view.planned = 2.0 + 6.0 * len(plan.candidates) + 3.0 * self._final_weight(4)
+        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        found = Search(case, plan, self.backends, evaluator, self.budget).run()
+        benchmark = self._final(evaluator, found)
         figures = benchmark.data["engines"]
         baseline = Tried(BASELINE, "fp32", True, figures=figures[BASELINE])
-        for run in runs:
+        for run in found.finalists:
             run.tried.figures = figures.get(run.plan.id)
-        verdict = judge(self.spec, baseline, [r.tried for r in runs], benchmark.data["aa"])
-        found = Optimization(
-            self.job,
-            self.model,
-            self.spec,
-            self.runner.hardware,
-            export,
-            plan,
-            baseline,
-            runs,
-            benchmark,
-            verdict,
-            exhausted,
+        verdict = judge(self.spec, baseline, [r.tried for r in found.runs], benchmark.data["aa"])
+        result = Optimization(
+            job=self.job,
+            model=self.model,
+            spec=self.spec,
+            case=case,
+            hardware=self.runner.hardware,
+            export=export,
+            plan=plan,
+            baseline=baseline,
+            baseline_backend=self.baseline_backend,
+            search=found,
+            benchmark=benchmark,
+            verdict=verdict,
+            budget=self.budget,
         )
         if verdict.picked is not None:
-            found.package = self._package(found)
-        return found
+            result.ablation = ablate(result, evaluator, self.backends)
+            result.deployment = sweep(result, evaluator)
+            result.profile = profile(result, evaluator)
+            result.package = self._package(result)
+        return result
 
     def _export(self) -> Outcome:
         extension = {"onnx": ".onnx", "pt2": ".pt2"}.get(self.model.format, _archive_suffix(self.model.filename))
         source = ArtifactRef((FileRef(f"source{extension}", self.model.sha256, self.model.size_bytes),))
-        return self.runner.run(
-            "export",
-            {"source": source},
-            {
-                "format": self.model.format,
-                "shapes": self.shapes,
-                "max_unpacked_bytes": self.limits.unpacked_bytes,
-                "max_members": self.limits.archive_members,
-                "max_ratio": self.limits.compression_ratio,
-            },
-            weight=_WEIGHTS["export"],
-            seconds=self._stage_seconds(),
-        )
+        options = {
+            "format": self.model.format,
+            "shapes": self.data.shapes,
+            "max_unpacked_bytes": self.limits.unpacked_bytes,
+            "max_members": self.limits.archive_members,
+            "max_ratio": self.limits.compression_ratio,
+        }
+        _, hard = self.budget.limits(self.budget.end)
+        try:
+            return self.runner.run("export", {"source": source}, options, weight=WEIGHTS["export"], seconds=hard)
+        except StageFailure as failure:
+            if failure.code == "timed_out":
+                raise self._too_small("the export") from failure
+            raise
 
     def _case(self, export: Outcome) -> Case:
         structure = export.data["structure"]
@@ -157,145 +179,67 @@ class Optimizer:
             isa=self.runner.hardware.get("isa", ()),
             cores=int(self.runner.hardware.get("cores") or 1),
             hardware=self.runner.hardware,
-            has_calibration=self.calibration is not None,
-            same_data=self.same_data,
+            has_calibration=self.data.calibration is not None,
+            same_data=self.data.same,
         )
 
-    def _plan_progress(self, plan: planner.Plan) -> None:
-        per_candidate = [
-            sum(_WEIGHTS[s.stage] for s in c.steps) + _WEIGHTS["build"] + _WEIGHTS["validate"] for c in plan.candidates
-        ]
-        self.runner.view.planned = (
-            _WEIGHTS["export"] + sum(per_candidate) + self._benchmark_weight(len(plan.candidates)) + _WEIGHTS["package"]
-        )
+    # The full method for those that can still win
 
-    def _benchmark_weight(self, candidates: int) -> float:
-        return 2.0 * (candidates + 2)
-
-    def _benchmark_seconds(self, engines: int) -> float:
-        """What the benchmark is expected to take: measuring, warming up and starting, per engine and batch size."""
-        batches = len(self.spec.benchmark.batch_sizes)
-        return (engines + 2) * (batches * (self.spec.benchmark.min_seconds * 1.2 + 1) + 2)
-
-    def _stage_seconds(self) -> float:
-        """How long one stage call may take: a model that hangs must not outlast the budget by far, and a small budget
-        must not break what is only slow to start."""
-        return max(_LEAST_STAGE_S, float(self.spec.budget_seconds))
-
-    def _out_of_budget(self, engines: int) -> bool:
-        elapsed = time.monotonic() - self.started
-        return elapsed + self._benchmark_seconds(engines) > self.spec.budget_seconds
-
-    def _try_candidate(self, run: CandidateRun, export: Outcome) -> None:
-        """Build and validate one candidate. Its failure is its own; only infrastructure ends the job."""
+    def _final(self, evaluator: Evaluator, found: Found) -> Outcome:
+        """Full validation of the finalists, then baseline and all that passed it side by side. Those that lose too much
+        are timed too where nobody keeps the limit: their figures tell what a looser limit would buy."""
+        until = self.budget.final_until()
+        for run in found.finalists:
+            if run.validate is None or not _complete(run, self.spec.validation.max_samples):
+                evaluator.check(run, self.spec.validation.max_samples, until)
+        sound = [r for r in found.finalists if r.tried.failed is None]
+        sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
+        groups = evaluator.groups_that_fit(sound)
+        for run in [r for group in groups[1:] for r in group]:
+            run.drop("final", "not measured: the worker's memory does not hold it beside the others")
+        ready = groups[0] if groups else []
+        seconds = self.spec.benchmark.min_seconds
         try:
-            graph = export
-            for step in run.plan.steps:
-                inputs = {"model": graph.outputs["model"]}
-                if "calibration" in step.extra and self.calibration is not None:
-                    inputs["calibration"] = self.calibration
-                graph = self._call(run, step.stage, inputs, {**step.options, "shapes": self.shapes})
-            run.graph = graph
-            build_options = {**run.plan.build_options, **({"shapes": self.shapes} if self.shapes else {})}
-            options = {"backend": run.plan.backend, "options": build_options}
-            run.build = self._call(run, "build", {"model": graph.outputs["model"]}, options)
-            inputs = {"model": export.outputs["model"], "engine": run.build.outputs["engine"]}
-            if self.validation is not None:
-                inputs["data"] = self.validation
-                if self.calibration is not None and not self.same_data:
-                    inputs["calibration"] = self.calibration  # its samples are left out of the judgement
-            run.validate = self._call(run, "validate", inputs, self._validate_options(run))
-            run.tried.accuracy = run.validate.data
+            return evaluator.time(ready, until, min_seconds=seconds, screening=False)
         except StageFailure as failure:
-            if failure.kind in (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST):
-                raise  # not this candidate's fault: the machine, or what the user sent, has to be mended first
-            run.failure = failure
-            run.tried.failed = f"{failure.stage}: {failure.detail}"
+            if failure.code != "timed_out":
+                raise
+            raise self._too_small("the measurement of the original") from failure
 
-    def _call(
-        self, run: CandidateRun, stage: str, inputs: Mapping[str, ArtifactRef], options: Mapping[str, Any]
-    ) -> Outcome:
-        outcome = self.runner.run(
-            stage,
-            inputs,
-            options,
-            candidate=run.plan.id,
-            weight=_WEIGHTS[stage],
-            seconds=self._stage_seconds(),
+    def _final_seconds(self, engines: int) -> float:
+        """What the last benchmark takes as the user asked for it: measuring, warming up and starting."""
+        batches = len(self.spec.benchmark.batch_sizes)
+        return (engines + 2) * (batches * (self.spec.benchmark.min_seconds * 1.2 + _WARM_UP_S) + _START_S)
+
+    def _final_weight(self, engines: int) -> float:
+        return 2.0 * (engines + 2)
+
+    def _too_small(self, what: str) -> StageFailure:
+        needs = int(2 * max(self.budget.elapsed(), self.spec.budget_seconds)) + int(self._final_seconds(2))
+        return StageFailure(
+            "budget_too_small",
+            f"The budget of {self.spec.budget_seconds} s ended during {what}: nothing could be compared.",
+            FailureKind.REQUEST,
+            "export" if "export" in what else "benchmark",
+            remedy=f"Give budget_seconds of {needs} or more, or a smaller benchmark.min_seconds.",
+            cacheable=False,
         )
-        run.steps.append(outcome)
-        return outcome
-
-    def _validate_options(self, run: CandidateRun) -> dict[str, Any]:
-        assert run.build is not None
-        return {
-            "backend": run.plan.backend,
-            "runtime": run.build.data["runtime"],
-            "metric": self.spec.validation.metric,
-            "max_samples": self.spec.validation.max_samples,
-            "part": "validation" if self.same_data else "all",
-            "shapes": self.shapes,
-            "seed": _SEED,
-        }
-
-    def _benchmark(self, export: Outcome, runs: list[CandidateRun]) -> Outcome:
-        """Baseline and all built candidates side by side; those that lost too much accuracy too, since their figures
-        tell the user what a looser limit would buy. What is broken is not timed."""
-        ready = [r for r in runs if r.build is not None and not (r.tried.accuracy or {"broken": True}).get("broken")]
-        ready = self._that_fit(ready, export.outputs["model"].size_bytes)
-        inputs = {"baseline": export.outputs["model"]}
-        engines = []
-        for run in ready:
-            assert run.build is not None
-            inputs[f"engine.{run.plan.id}"] = run.build.outputs["engine"]
-            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.build.data["runtime"]})
-        if self.validation is not None:
-            inputs["data"] = self.validation
-        options = {
-            "engines": engines,
-            "batch_sizes": self.spec.benchmark.batch_sizes,
-            "min_seconds": self.spec.benchmark.min_seconds,
-            "shapes": self.shapes,
-            "want_p99": self.spec.constraints.p99_latency_ms is not None,
-            "seed": _SEED,
-        }
-        # Nothing ships without it: it may take what it needs, and is ended only where it clearly hangs.
-        seconds = max(self._stage_seconds(), 5 * self._benchmark_seconds(len(engines)))
-        return self.runner.run("benchmark", inputs, options, weight=self._benchmark_weight(len(runs)), seconds=seconds)
-
-    def _that_fit(self, ready: list[CandidateRun], baseline_bytes: int) -> list[CandidateRun]:
-        """All engines are kept loaded side by side, the baseline twice. Where memory does not hold them, the largest
-        are left out (seldom the fastest) and the report says so."""
-        room = self.runner.limits.memory_bytes - 2 * baseline_bytes * _LOADED_FACTOR
-        kept: list[CandidateRun] = []
-        for run in sorted(ready, key=_engine_bytes):
-            room -= _engine_bytes(run) * _LOADED_FACTOR
-            if room >= 0:
-                kept.append(run)
-            else:
-                run.tried.failed = "not measured: the worker's memory does not hold it beside the others"
-        return [run for run in ready if run in kept]
 
     def _package(self, found: Optimization) -> Outcome:
         picked = found.picked
-        if picked is not None and picked.build is not None:
-            engine, backend = picked.build.outputs["engine"], picked.plan.backend
-            runtime, precision = picked.build.data["runtime"], picked.plan.precision
-            engine_format = picked.build.data["engine_format"]
-        else:
-            engine, backend, runtime, engine_format = found.export.outputs["model"], "onnxruntime", {}, "onnx"
-            precision = baseline_precision(found)
-        inputs = {"engine": engine}
-        if self.validation is not None:
-            inputs["data"] = self.validation
+        engine_format = picked.build.data["engine_format"] if picked and picked.build else "onnx"
+        inputs = {"engine": found.engine}
+        if self.data.validation is not None:
+            inputs["data"] = self.data.validation
         manifest = {
             "engine": {
                 "candidate": found.verdict.picked,
-                "backend": backend,
+                "backend": found.backend,
                 "format": engine_format,
-                "precision": precision,
-                "runtime": runtime,
-                "files": engine.to_json(),
+                "precision": found.precision,
+                "runtime": found.runtime,
+                "files": found.engine.to_json(),
+                "nodes_kept": nodes_kept(picked),
             },
             "model": {"name": self.model.name, "sha256": self.model.sha256},
             "inputs": found.export.data["inputs"],
@@ -304,20 +248,23 @@ class Optimizer:
             "versions": picked.build.libraries if picked and picked.build else found.benchmark.libraries,
         }
         options = {
-            "name": f"{slug(self.model.name)}-{precision}",
-            "backend": backend,
-            "runtime": runtime,
+            "name": f"{slug(self.model.name)}-{found.precision}",
+            "backend": found.backend,
+            "runtime": found.runtime,
             "engine_format": engine_format,
             "manifest": manifest,
-            "shapes": self.shapes,
-            "seed": _SEED,
+            "shapes": self.data.shapes,
+            "seed": SEED,
         }
-        return self.runner.run("package", inputs, options, weight=_WEIGHTS["package"], seconds=self._stage_seconds())
+        # What was found out must not be lost for a few seconds: the package may take what it needs.
+        return self.runner.run("package", inputs, options, weight=WEIGHTS["package"])
 
 
-def _engine_bytes(run: CandidateRun) -> int:
-    assert run.build is not None
-    return run.build.outputs["engine"].size_bytes
+def nodes_kept(run: CandidateRun | None) -> list[str]:
+    """Names of the nodes that the quantization left in higher precision because they were asked or found to be kept."""
+    if run is None:
+        return []
+    return sorted({str(n) for s in run.plan.steps for n in s.options.get("exclude_nodes", ())})
 
 
 def baseline_precision(found: Optimization) -> str:
@@ -327,6 +274,13 @@ def baseline_precision(found: Optimization) -> str:
 def slug(name: str) -> str:
     """A file name's stem that is safe everywhere."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
+
+
+def _complete(run: CandidateRun, samples: int) -> bool:
+    """Whether the small check judged all there is already."""
+    accuracy = run.tried.accuracy or {}
+    asked = run.validate.options.get("max_samples", 0) if run.validate else 0
+    return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
 
 
 def _archive_suffix(filename: str) -> str:

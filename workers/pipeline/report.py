@@ -9,12 +9,15 @@ from app.domain.report import (
     Analysis,
     AppliedOptimization,
     CandidateReport,
-    DeploymentConfig,
     FinalMetrics,
     Report,
+    SearchReport,
     StageReport,
 )
-from workers.pipeline.optimize import CandidateRun, Optimization, baseline_precision
+from workers.pipeline.deployment import deployment_config as make_deployment
+from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.explain import Ablated
+from workers.pipeline.optimize import Optimization, baseline_precision, nodes_kept
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import BASELINE, Tried, pareto, ratio_of
@@ -39,7 +42,16 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
         ),
         optimizations_applied=_applied(found, batch),
         final_metrics=_final(found, batch) if shipped else None,
-        deployment_config=_deployment(found, batch) if shipped else None,
+        deployment_config=make_deployment(
+            found.deployment.data if found.deployment else None,
+            picked_backend=found.backend,
+            precision=found.precision,
+            runtime=found.runtime,
+            dynamic_batch=bool(found.export.data.get("dynamic_batch")),
+            spec=found.spec,
+        )
+        if shipped
+        else None,
         recommendations=recommend(found),
         job_id=found.job.id,
         picked=found.verdict.picked,
@@ -47,7 +59,7 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
         skipped=[{"name": s.name, "reason": s.reason} for s in found.plan.skipped],
         baseline=_baseline(found),
         checks=_checks(found),
-        pareto=pareto([found.baseline, *(r.tried for r in found.runs)], batch),
+        pareto=pareto(found.baseline, [(r.tried, r.figures) for r in found.runs], batch),
         environment={
             "hardware": dict(found.hardware),
             "conditions": found.benchmark.data.get("conditions", {}),
@@ -65,7 +77,11 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
         },
         stages=[_stage(entry, calls) for entry in found.job.stages if entry["status"] == "succeeded"],
         noisy=bool(found.benchmark.data.get("noisy")),
-        budget_exhausted=found.budget_exhausted,
+        budget_exhausted=found.search.exhausted or bool(found.benchmark.data.get("shortened")),
+        search=_search(found),
+        nodes_kept=nodes_kept(found.picked),
+        profile=dict(found.profile.data) if found.profile else None,
+        sensitivity=_sensitivity(found),
     )
 
 
@@ -113,55 +129,46 @@ def _versions(calls: list[Outcome]) -> dict[str, str]:
 
 
 def _applied(found: Optimization, batch: str) -> list[AppliedOptimization]:
-    """The steps of the shipped engine, each with what it gained: measured between the configuration that ends before it
-    and the one that ends with it. Where one of these was not among the candidates, several steps share one figure,
-    which stands with the last of them."""
-    picked = found.picked
-    if picked is None:
-        return []
-    before, unmeasured = found.baseline, 0
-    applied = []
-    for i, step in enumerate(picked.plan.steps):
-        name, details = _describe(step.stage, step.options, picked.steps[i])
-        if i == 0:
-            name += ", built offline for this hardware"  # every configuration is built; the baseline is not
-        steps = picked.plan.steps[: i + 1]
-        upto = next((r.tried for r in found.runs if r.build is not None and r.plan.steps == steps), None)
-        ratio = _between(before, upto, batch)
-        if ratio is None or upto is None:
-            unmeasured += 1
-            reason = "not measured apart: the configuration that ends with this step was not measured"
-            applied.append(AppliedOptimization(name=name, impact=None, reason=reason, details=details))
-            continue
-        interval = _interval(found, before, upto, batch)
-        shared = f"together with the {unmeasured} step(s) before it" if unmeasured else None
-        applied.append(
-            AppliedOptimization(
-                name=name,
-                impact=_impact(ratio, interval),
-                reason=shared,
-                latency_ratio=ratio,
-                latency_ratio_ci=interval,
-                details=details,
-            )
-        )
-        before, unmeasured = upto, 0
-    return applied
+    """The parts of the shipped engine, each with what it gained and cost: measured against the engine without it."""
+    return [_part(found, item, batch) for item in found.ablation]
 
 
-def _between(before: Tried, after: Tried | None, batch: str) -> float | None:
-    if after is None:
-        return None
-    old, new = _latency(before, batch), _latency(after, batch)
-    return new / old if old and new else None
+def _part(found: Optimization, item: Ablated, batch: str) -> AppliedOptimization:
+    steps = found.picked.steps if found.picked else []
+    details = next((_details(s) for s in steps if s.stage == item.part.stage), {})
+    at = (item.figures or {}).get("batches", {}).get(batch, {})
+    against = (at.get("against") or {}).get("speedup")
+    reason, compared = item.reason, None
+    if against is None:
+        failed = (item.figures or {}).get("failed", {}).get("detail")
+        reason = reason or (f"not measured: {failed}" if failed else "not measured at this batch size")
+    elif item.part.without is not None:
+        compared = item.part.reason
+    # The benchmark's ratio is p50 of what ships / p50 of the engine without the part: below 1 where the part helps.
+    ratio = None if against is None else round(float(against["ratio"]), 4)
+    interval = None if against is None else [round(float(against[k]), 4) for k in ("low", "high")]
+    return AppliedOptimization(
+        name=item.part.name,
+        impact=None if ratio is None else _impact(ratio, interval),
+        reason=reason,
+        latency_ratio=ratio,
+        latency_ratio_ci=interval,
+        compared_with=compared,
+        details=details,
+        **_accuracy_cost(found, item),
+    )
 
 
-def _interval(found: Optimization, before: Tried, after: Tried, batch: str) -> list[float] | None:
-    """Known against the baseline only; between two candidates it would need their samples round by round."""
-    if before is not found.baseline or after.figures is None:
-        return None
-    speedup = after.figures["batches"].get(batch, {}).get("speedup")
-    return [1 / speedup["high"], 1 / speedup["low"]] if speedup else None
+def _accuracy_cost(found: Optimization, item: Ablated) -> dict[str, Any]:
+    shipped, without = _winner(found).accuracy or {}, item.accuracy or {}
+    loss, lost = shipped.get("loss_percent"), without.get("loss_percent")
+    if loss is None or lost is None or shipped.get("metric") != without.get("metric"):
+        return {}
+    cost = {"accuracy_cost_percent": _rounded(loss - lost), "without_loss_percent": _rounded(lost)}
+    ours, theirs = shipped.get("loss_ci"), without.get("loss_ci")
+    if not ours or not theirs:
+        return cost
+    return {**cost, "accuracy_cost_ci": [_rounded(ours[0] - theirs[1]), _rounded(ours[1] - theirs[0])]}
 
 
 def _impact(ratio: float, interval: list[float] | None) -> str:
@@ -171,16 +178,17 @@ def _impact(ratio: float, interval: list[float] | None) -> str:
     return f"{percent}% latency reduction" if percent > 0 else f"{-percent}% latency increase"
 
 
-def _describe(stage: str, options: Mapping[str, Any], outcome: Outcome) -> tuple[str, dict[str, Any]]:
-    data = outcome.data
-    if stage == "simplify":
-        details = {k: data.get(k) for k in ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back")}
-        name = "ONNX simplification and transformer fusions" if options.get("fusions") else "ONNX simplification"
-        return name, details
-    if stage == "quantize":
-        details = {k: data.get(k) for k in ("qdq_by_op", "quantized_nodes", "calibration")}
-        return f"quantization ({options['recipe'].replace('_', ' ')})", details
-    return stage, {}
+_DETAILS = {
+    "simplify": ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back"),
+    "equalize": ("alpha", "smoothed", "max_abs_diff"),
+}
+_QUANTIZE_DETAILS = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")
+
+
+def _details(outcome: Outcome) -> dict[str, Any]:
+    """What a graph step found out, for the report."""
+    names = _QUANTIZE_DETAILS if "quantize" in outcome.stage else _DETAILS.get(outcome.stage, ())
+    return {k: outcome.data[k] for k in names if k in outcome.data}
 
 
 def _final(found: Optimization, batch: str) -> FinalMetrics:
@@ -219,32 +227,15 @@ def _speedup(ratio: Mapping[str, Any]) -> str:
     return f"{value:.1f}x" if round(value, 1) > 1.1 else f"{value:.2f}x"
 
 
-def _deployment(found: Optimization, batch: str) -> DeploymentConfig:
-    picked = found.picked
-    runtime = picked.build.data["runtime"] if picked and picked.build else {}
-    best = max(
-        ((int(b), at) for b, at in (_winner(found).figures or {})["batches"].items()),
-        key=lambda item: item[1].get("throughput_qps") or 0,
-    )[0]
-    return DeploymentConfig(
-        batch_size=int(batch) if found.spec.objective == "latency" else best,
-        precision=picked.plan.precision if picked else baseline_precision(found),
-        dynamic_batching=bool(found.export.data.get("dynamic_batch")),
-        instances_per_gpu=None,
-        backend=picked.plan.backend if picked else "onnxruntime",
-        runtime=runtime,
-        reasons={"instances_per_gpu": "measured on a CPU; instances were not varied"},
-    )
-
-
 def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
     tried = run.tried
-    figures = tried.figures or {}
+    figures = run.figures
     is_pick = found.verdict.picked == run.plan.id
     reasons = tried.reasons
     # Kept: sound and within every limit, but not the pick.
     kept = tried.failed is None and all(c.passed for c in tried.checks)
     reason = "the fastest that keeps every limit" if is_pick else "; ".join(reasons) or "another candidate is faster"
+    measured = "full" if tried.figures else "short timing" if run.screened else None
     return CandidateReport(
         id=run.plan.id,
         name=run.plan.name,
@@ -259,11 +250,32 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         memory_mb=_rounded(figures.get("peak_memory_mb"), 1),
         cold_start_ms=_rounded(figures.get("cold_start_ms"), 2),
         checks=[c.to_json() for c in tried.checks],
-        details={
-            s.stage: _describe(s.stage, s.options, s)[1] for s in run.steps if s.stage in ("simplify", "quantize")
-        },
+        details={s.stage: _details(s) for s in run.steps if s.stage != "build"},
         failure=run.failure.public() if run.failure else None,
+        runtime=run.runtime if run.build else dict(run.plan.runtime),
+        prior=run.plan.prior,
+        measured=measured,
+        nodes_kept=nodes_kept(run),
+        search=run.history,
     )
+
+
+def _search(found: Optimization) -> SearchReport:
+    return SearchReport(
+        strategy=found.spec.search.strategy,
+        budget_seconds=found.spec.budget_seconds,
+        spent_seconds=round(found.budget.elapsed(), 2),
+        order=[r.plan.id for r in found.runs],
+        finalists=[r.plan.id for r in found.search.finalists],
+        phases=found.search.phases,
+        exhausted=found.search.exhausted,
+    )
+
+
+def _sensitivity(found: Optimization) -> list[dict[str, Any]]:
+    """Of the quantized model that came nearest to shipping: the nodes whose quantization costs the most."""
+    measured = next((r for r in found.runs if r.sensitivity is not None), None)
+    return [] if measured is None or measured.sensitivity is None else list(measured.sensitivity.data["nodes"][:50])
 
 
 def _baseline(found: Optimization) -> dict[str, Any]:
@@ -271,7 +283,7 @@ def _baseline(found: Optimization) -> dict[str, Any]:
     return {
         "id": BASELINE,
         "name": "the original, ONNX Runtime's defaults",
-        "backend": "onnxruntime",
+        "backend": found.baseline_backend,
         "precision": baseline_precision(found),
         "size_mb": _mb(figures.get("size_bytes")),
         "memory_mb": _rounded(figures.get("peak_memory_mb"), 1),

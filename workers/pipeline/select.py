@@ -212,14 +212,17 @@ def _noise_floor(aa: Mapping[str, Any] | None) -> float:
     return float(max(aa["high"], 1 / aa["low"]))
 
 
-def pareto(candidates: Sequence[Tried], batch: str) -> list[str]:
-    """Ids of the measured, unbroken configurations that no other one beats in both latency and accuracy loss."""
-    points = []
-    for tried in candidates:
-        at = (tried.figures or {}).get("batches", {}).get(batch)
-        loss = 0.0 if tried.id == BASELINE else (tried.accuracy or {}).get("loss_percent")
-        if at and at.get("mean_ms") is not None and loss is not None and not (tried.accuracy or {}).get("broken"):
-            points.append((tried.id, at["mean_ms"], loss))
+def pareto(baseline: Tried, candidates: Sequence[tuple[Tried, Mapping[str, Any]]], batch: str) -> list[str]:
+    """Ids of the measured, unbroken configurations that no other one beats in both latency and accuracy loss.
+
+    Each with its figures, of the full measurement or of a short timing; latencies are compared over the baseline's of
+    the same run."""
+    points = [(BASELINE, 1.0, 0.0)] if baseline.figures else []
+    for tried, figures in candidates:
+        speedup = (figures.get("batches", {}).get(batch) or {}).get("speedup")
+        loss = (tried.accuracy or {}).get("loss_percent")
+        if speedup and loss is not None and not (tried.accuracy or {}).get("broken"):
+            points.append((tried.id, 1.0 / speedup["ratio"], loss))
     return [
         i
         for i, latency, loss in points

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterable
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
 from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure import figures
-from workers.measure.cold import cold_start
+from workers.measure.cold import Cold, cold_start
 from workers.measure.engine_process import EngineProcess, Feeds, Loaded
 from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
-from workers.measure.rounds import MIN_ROUNDS, Timing, measure
-from workers.measure.stats import holds_one
+from workers.measure.method import benchmark_method, versions
+from workers.measure.plan import LEAST_CALLS
+from workers.measure.rounds import Timing, budget_exhausted, measure
 
 BASELINE = "baseline"
-AGAIN = "baseline (again)"
+_AGAIN = " (again)"  # the second process of an engine that others are compared with
+AGAIN = BASELINE + _AGAIN
 _COLD_SHARE = 0.15
-_WIDE = 1.25  # high over low of an A/A interval, beyond which it says next to nothing
 
 
 class EngineOption(StageOptions):
@@ -38,7 +38,12 @@ class EngineOption(StageOptions):
 
 
 class BenchmarkOptions(StageOptions):
-    """`min_seconds` is measured per engine and batch size, over all rounds. `shapes`: as in the job's spec."""
+    """`min_seconds` is measured per engine and batch size, over all rounds. `shapes`: as in the job's spec.
+
+    `engines`: the most promising first; where the time runs out, the last are left out. `cold`: whether cold start and
+    memory are measured, too. `screening`: a short timing of many, see `method`. `compare_to`: the id of an engine that
+    all others are compared with, beside the baseline.
+    """
 
     engines: list[EngineOption] = Field(default_factory=list, max_length=64)
     batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(default=[1, 8], min_length=1, max_length=16)
@@ -46,6 +51,9 @@ class BenchmarkOptions(StageOptions):
     rounds: int = Field(default=10, ge=5, le=100)
     shapes: dict[str, Any] | None = None
     want_p99: bool = False
+    cold: bool = True
+    screening: bool = False
+    compare_to: str | None = None
     seed: int = Field(default=0, ge=0)
     baseline_backend: str = "onnxruntime"
     baseline_runtime: dict[str, Any] = Field(default_factory=dict)
@@ -58,6 +66,12 @@ class BenchmarkOptions(StageOptions):
             raise ValueError("engine ids must be distinct, and none may be 'baseline'")
         return engines
 
+    @model_validator(mode="after")
+    def _known(self) -> BenchmarkOptions:
+        if self.compare_to is not None and self.compare_to not in [e.id for e in self.engines]:
+            raise ValueError("compare_to must be the id of one of the engines")
+        return self
+
 
 @dataclass
 class _Figures:
@@ -68,9 +82,11 @@ class _Figures:
     failed: StageFailure | None = None
 
     @classmethod
-    def start(cls, folder: Path) -> _Figures:
+    def start(cls, folder: Path, cold: bool) -> _Figures:
         unknown = dict.fromkeys(("cold_start_ms", "load_ms", "first_inference_ms", "peak_memory_mb"))
-        return cls({**unknown, "size_bytes": sum(p.stat().st_size for p in folder.iterdir())})
+        size = sum(p.stat().st_size for p in folder.iterdir())
+        why = {} if cold else {"reasons": dict.fromkeys(unknown, "not measured: it was not asked for")}
+        return cls({**unknown, "size_bytes": size, **why})
 
     def to_json(self) -> dict[str, Any]:
         failed = {} if self.failed is None else {"failed": self.failed.to_json()}
@@ -81,15 +97,19 @@ class Benchmark(Stage[BenchmarkOptions]):
     """inputs: baseline (the exported model), engine.<id> …, [data]. output: samples (raw latencies, `samples.npz`).
 
     data: method, conditions, versions {distribution: version} of the backends' libraries, noisy, noise, aa {batch:
-    {ratio, low, high of p50, throughput {ratio, low, high}}}, batch_sizes, skipped_batches {batch: why}, engines {id:
-    {batches {batch: figures}, cold_start_ms, load_ms, first_inference_ms, peak_memory_mb (10⁶ bytes), size_bytes,
-    [failed]}}. An engine that fails has `failed` (a StageFailure as JSON); only the baseline's failure fails the stage.
-    Not reusable by another job: a run in which an engine failed as it might not fail again. A noisy one is (the same
-    job again answers at once); who wants it measured anew asks for another `min_seconds`, as the report advises.
+    {ratio, low, high of p50, throughput {ratio, low, high}}}, [aa_compared, the same of the engine compared with],
+    batch_sizes, skipped_batches {batch: why}, screening, shortened, engines {id: {batches {batch: figures, with
+    `compare_to` also against {id, speedup, throughput_ratio}}, cold_start_ms, load_ms, first_inference_ms,
+    peak_memory_mb (10⁶ bytes), size_bytes, [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as
+    JSON); only the baseline's failure fails the stage. Where the soft deadline does not hold the plan it is shortened,
+    then the last engines are left out (`budget_exhausted`).
+    Not reusable by another job: a shortened run, or one in which an engine failed as it might not fail again. A noisy
+    one is (the same job again answers at once); who wants it measured anew asks for another `min_seconds`, as the
+    report advises.
     """
 
     name = "benchmark"
-    version = 2
+    version = 3
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -108,9 +128,13 @@ class _Run:
         baseline = EngineOption(id=BASELINE, backend=options.baseline_backend, runtime=options.baseline_runtime)
         self.specs = {e.id: e for e in (baseline, *options.engines)}
         self.folders = {i: ctx.inputs[i if i == BASELINE else f"engine.{i}"] for i in self.specs}
-        self.figures = {i: _Figures.start(folder) for i, folder in self.folders.items()}
+        self.figures = {i: _Figures.start(folder, options.cold) for i, folder in self.folders.items()}
         self.skipped: dict[str, str] = {}
         self.aa: dict[str, dict[str, Any]] = {}
+        self.aa_compared: dict[str, dict[str, Any]] = {}
+        self.twice = {BASELINE, options.compare_to} - {None}
+        self.shortened = False
+        self.load_s = self.call_s = 0.0  # of the baseline: what an engine is expected to take
         self.noise: list[str] = []
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -125,17 +149,27 @@ class _Run:
         return StageResult(
             ("samples",),
             {
-                "method": self._method(words),
+                "method": benchmark_method(
+                    baseline_backend=self.options.baseline_backend,
+                    default_options=not self.options.baseline_runtime,
+                    min_seconds=self.options.min_seconds,
+                    inputs=words,
+                    screening=self.options.screening,
+                    cold=self.options.cold,
+                ),
                 "conditions": {"before": before, "after": hardware.conditions()},
-                "versions": _versions(engine.backend for engine in self.specs.values()),
+                "versions": versions(engine.backend for engine in self.specs.values()),
                 "noisy": bool(self.noise),
                 "noise": self.noise,
                 "aa": self.aa,
+                **({"aa_compared": self.aa_compared} if self.options.compare_to else {}),
+                "screening": self.options.screening,
+                "shortened": self.shortened,
                 "batch_sizes": sorted(feeds),
                 "skipped_batches": self.skipped,
                 "engines": {i: f.to_json() for i, f in self.figures.items()},
             },
-            reusable=not passing,
+            reusable=not passing and not self.shortened,
         )
 
     def _import_libraries(self) -> None:
@@ -151,13 +185,14 @@ class _Run:
     def _fail(self, engine: str, failure: StageFailure) -> None:
         """An engine's failure is written down; the baseline's is raised: without it nothing can be compared."""
         failure.stage = Benchmark.name
-        if engine in (BASELINE, AGAIN):
+        engine = engine.removesuffix(_AGAIN)
+        if engine == BASELINE:
             raise replace(failure, detail=f"The original model cannot be measured. {failure.detail}")
         self.figures[engine].failed = failure
         self.ctx.reporter.note(f"Engine {engine!r} failed in the benchmark: {failure.detail}", code=failure.code)
 
     def _process(self, name: str, feeds: Feeds | None) -> EngineProcess:
-        spec = self.specs[BASELINE if name == AGAIN else name]
+        spec = self.specs[name.removesuffix(_AGAIN)]
         return EngineProcess(name, spec.backend, self.folders[spec.id], spec.runtime, feeds)
 
     def _alive(self) -> list[str]:
@@ -166,34 +201,53 @@ class _Run:
     # Cold start and memory: a fresh process per engine, forked before any data is read.
 
     def _cold(self) -> tuple[Feeds, str]:
-        alive = self._alive()
+        """Without `cold` the baseline only: what it takes is known from it."""
         feeds: Feeds = {}
         words = ""
+        wanted = self._alive() if self.options.cold else [BASELINE]
         with ExitStack() as stack:
-            processes = {i: self._process(i, None) for i in alive}
+            processes = {i: self._process(i, None) for i in wanted}
             for process in processes.values():
                 stack.callback(process.close)
             for done, (i, process) in enumerate(processes.items(), start=1):
-                try:
-                    loaded = process.load()
-                    if i == BASELINE:
-                        feeds, words = self._feeds(loaded)
-                    cold = cold_start(process, loaded, feeds)
-                    self.figures[i].data.update(cold.to_json())
-                    if i == BASELINE:
-                        self.skipped |= {
-                            str(b): f"the original model fails: {f.detail}" for b, f in cold.refused.items()
-                        }
-                        feeds = {b: f for b, f in feeds.items() if b not in cold.refused}
-                    elif cold.refused:
-                        raise next(iter(cold.refused.values()))
-                except StageFailure as failure:
-                    if failure.kind is FailureKind.DATA:
-                        raise
-                    self._fail(i, failure)
+                if self.figures[i].failed is None:
+                    try:
+                        loaded = process.load()
+                        if i == BASELINE:
+                            feeds, words = self._feeds(loaded)
+                        cold = cold_start(process, loaded, feeds)
+                        self._write_down_cold(i, cold)
+                        if i == BASELINE:
+                            feeds = {b: f for b, f in feeds.items() if b not in cold.refused}
+                            self._leave_out(feeds, len(processes))
+                    except StageFailure as failure:
+                        if failure.kind is FailureKind.DATA:
+                            raise
+                        self._fail(i, failure)
                 process.close()
-                self.ctx.reporter.progress(_COLD_SHARE * done / len(alive), f"cold start of {i}")
+                self.ctx.reporter.progress(_COLD_SHARE * done / len(wanted), f"cold start of {i}")
         return feeds, words
+
+    def _write_down_cold(self, engine: str, cold: Cold) -> None:
+        if self.options.cold:
+            self.figures[engine].data.update(cold.to_json())
+        if engine == BASELINE:
+            self.load_s, self.call_s = cold.load_ms / 1e3, cold.first_inference_ms / 1e3
+            self.skipped |= {str(b): f"the original model fails: {f.detail}" for b, f in cold.refused.items()}
+        elif cold.refused:
+            raise next(iter(cold.refused.values()))
+
+    def _leave_out(self, feeds: Feeds, cold: int = 0) -> None:
+        """Leave out the last engines where the time left does not hold them, each as slow as the baseline. `cold`: of
+        how many engines the cold start is still to be measured."""
+        calls = self.call_s * sum(feeds) / min(feeds)
+        for engine in reversed(self._alive()):
+            alive = len(self._alive()) + len(self.twice)
+            each = self.load_s + LEAST_CALLS * calls
+            if engine == BASELINE or alive * each + cold * (self.load_s + calls) <= self.ctx.seconds_left():
+                return
+            self._fail(engine, budget_exhausted(engine))
+            cold = max(0, cold - 1)
 
     def _feeds(self, loaded: Loaded) -> tuple[Feeds, str]:
         sizes = sorted(set(self.options.batch_sizes))
@@ -207,28 +261,41 @@ class _Run:
             samples = Samples(file, loaded.inputs, loaded.outputs, max_samples=DISTINCT * max(sizes))
         return rotating_feeds(loaded.inputs, sizes, samples, self.options.shapes, self.options.seed)
 
-    # Timing: all engines warm at once, the baseline twice.
+    # Timing: all engines warm at once, those that others are compared with twice.
 
     def _timed(self, feeds: Feeds) -> None:
+        self._leave_out(feeds)
         with ExitStack() as stack:
             processes: dict[str, EngineProcess] = {}
-            for name in (BASELINE, AGAIN, *(i for i in self._alive() if i != BASELINE)):
+            compared = [i for i in self._alive() if i in self.twice]
+            both = [name for i in compared for name in (i, i + _AGAIN)]
+            for name in (*both, *(i for i in self._alive() if i not in compared)):
+                if self.figures[name.removesuffix(_AGAIN)].failed is not None:
+                    continue
                 process = self._process(name, feeds)
                 stack.callback(process.close)
                 try:
                     process.load()
                     processes[name] = process
                 except StageFailure as failure:
-                    self._fail(name, failure)
+                    self._give_up(processes, name, failure)
             for done, batch in enumerate(sorted(feeds)):
-                self._batch(processes, batch, done, len(feeds))
+                self._batch(processes, batch, done, sorted(feeds)[done:])
 
-    def _batch(self, processes: dict[str, EngineProcess], batch: int, done: int, count: int) -> None:
+    def _give_up(self, processes: dict[str, EngineProcess], name: str, failure: StageFailure) -> None:
+        """An engine that fails in one of its processes is gone from all."""
+        self._fail(name, failure)
+        for other in [n for n in processes if n.removesuffix(_AGAIN) == name.removesuffix(_AGAIN)]:
+            processes.pop(other).close()
+
+    def _batch(self, processes: dict[str, EngineProcess], batch: int, done: int, to_do: list[int]) -> None:
+        count = done + len(to_do)
+
         def progress(fraction: float) -> None:
             part = _COLD_SHARE + (1 - _COLD_SHARE) * (done + fraction) / count
             self.ctx.reporter.progress(part, f"batch {batch}: {len(processes)} processes in turn")
 
-        timings, failures = measure(
+        found = measure(
             processes,
             batch,
             min_seconds=self.options.min_seconds,
@@ -236,76 +303,41 @@ class _Run:
             want_p99=self.options.want_p99,
             seed=self.options.seed,
             progress=progress,
+            screening=self.options.screening,
+            ends=time.monotonic() + self._share(to_do),
+            always=(BASELINE, AGAIN),
         )
-        for name, failure in failures.items():
-            processes.pop(name).close()
-            self._fail(name, failure)
-        self._write_down(timings, batch)
+        self.shortened |= found.shortened
+        for name, failure in found.failures.items():
+            self._give_up(processes, name, failure)
+        whole = {n: t for n, t in found.timings.items() if n in processes}
+        self._write_down(whole, batch)
+
+    def _share(self, batches: list[int]) -> float:
+        """Seconds that the first of `batches` may take of those left: large batches take longer."""
+        weights = [self.options.min_seconds + LEAST_CALLS * self.call_s * b / batches[0] for b in batches]
+        return self.ctx.seconds_left() * weights[0] / sum(weights)
 
     def _write_down(self, timings: dict[str, Timing], batch: int) -> None:
         seed = self.options.seed
         baseline, again = timings[BASELINE], timings[AGAIN]
         aa = figures.a_a(baseline, again, seed)
-        interval = aa.p50
         self.aa[str(batch)] = aa.to_json()
-        if not holds_one(interval):
-            self.noise.append(
-                f"batch {batch}: the baseline against itself is {interval.ratio:.3f} "
-                f"[{interval.low:.3f}, {interval.high:.3f}], which does not hold 1.0"
-            )
-        elif interval.high > interval.low * _WIDE:
-            self.noise.append(
-                f"batch {batch}: the baseline against itself is anywhere in [{interval.low:.3f}, {interval.high:.3f}]: "
-                "small gains cannot be told from noise"
-            )
-        if not holds_one(aa.throughput):
-            self.noise.append(
-                f"batch {batch}: the throughput of the baseline against itself is {aa.throughput.ratio:.3f} "
-                f"[{aa.throughput.low:.3f}, {aa.throughput.high:.3f}], which does not hold 1.0"
-            )
+        self.noise += aa.noise(batch)
+        other = self.options.compare_to
+        pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None
+        if pair is not None:
+            self.aa_compared[str(batch)] = figures.a_a(*pair, seed).to_json()
         for name, timing in timings.items():
             self.raw[f"{name}|{batch}|latency_ns"] = timing.all()
             self.raw[f"{name}|{batch}|round"] = np.repeat(
                 np.arange(len(timing.rounds), dtype=np.int16), [len(r) for r in timing.rounds]
             )
-            if name != AGAIN:
-                against = figures.itself() if name == BASELINE else figures.comparison(baseline, again, timing, seed)
-                self.figures[name].batches[str(batch)] = {**figures.latency_figures(timing, batch), **against}
-
-    def _method(self, inputs: str) -> dict[str, str]:
-        options = self.options
-        session = "the given options" if options.baseline_runtime else "default options"
-        return {
-            "baseline": f"the original model, exported to ONNX, on {options.baseline_backend} with {session}, "
-            "measured in the same run",
-            "rounds": "all engines in turn (A B C A B C …), each in a warm process of its own, the order drawn anew "
-            f"every round; at least {MIN_ROUNDS} rounds, {options.min_seconds:g} s per engine and batch size",
-            "warm_up": "until three windows agree within 10 %, after at least 50 iterations or 1 s; a few uncounted "
-            "iterations at the start of every window",
-            "inputs": inputs,
-            "latency": "wall time of one call with bound inputs, one caller (closed loop), no copies in Python",
-            "percentiles": "nearest rank; shown from p50 11, p90 64, p95 130, p99 662, p99.9 6,636 samples on",
-            "speedup": "p50 of the baseline / p50 of the engine; 95 % interval by block bootstrap over rounds, against "
-            "both baseline processes",
-            "throughput": "batch size / mean latency, in samples per second, one caller",
-            "a_a": "the baseline in two processes against each other, by p50 and by throughput; noisy where an "
-            "interval does not hold 1.0",
-            "cold_start": "load and first inference in a fresh process, the library already imported, files in "
-            "the disk cache",
-            "memory": "peak resident memory of that process in MB (10⁶ bytes), interpreter and library included, after "
-            "one inference at each batch size",
-        }
-
-
-def _versions(names: Iterable[str]) -> dict[str, str]:
-    """Installed versions of the distributions behind these backends, under the name they are installed by."""
-    known = backends()
-    versions: dict[str, str] = {}
-    for library in sorted({lib for name in names if name in known for lib in known[name].libraries}):
-        for distribution in (library, f"{library}-gpu"):
-            try:
-                versions[distribution] = importlib.metadata.version(distribution)
-                break
-            except importlib.metadata.PackageNotFoundError:
+            if name.endswith(_AGAIN):
                 continue
-    return versions
+            found = figures.itself() if name == BASELINE else figures.comparison(baseline, again, timing, seed)
+            at = {**figures.latency_figures(timing, batch, screening=self.options.screening), **found}
+            if pair is not None:
+                found = figures.itself() if name == other else figures.comparison(*pair, timing, seed)
+                at["against"] = {"id": other, **found}
+            self.figures[name].batches[str(batch)] = at

@@ -9,11 +9,9 @@ does not run, is a failure of the candidate.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,19 +20,15 @@ import onnx
 from onnx import ModelProto
 from pydantic import Field
 
-from app.domain.failures import FailureKind, StageFailure, data_failure, model_failure
+from app.domain.failures import StageFailure, model_failure
 from workers.backends import _ort_calibrate as calibration
 from workers.backends import _ort_precision as precision
 from workers.backends import _ort_quantize as quantization
-from workers.backends._onnxruntime_messages import clean_message, runtime_failure
+from workers.backends import _quantize_inputs as shared
+from workers.backends._onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
-
-RANGES_FILE = "ranges.json"
-RANGES_FORMAT = 1
-OLDEST_OPSET = 13  # QuantizeLinear with an axis, and Cast to bfloat16
-LARGEST_RANGES_FILE = 64 << 20  # bytes
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -45,7 +39,7 @@ class QuantizeOptions(StageOptions):
     without VNNI. `exclude_nodes` stay as they are. `shapes`: min/opt/max by input, for the trial run."""
 
     recipe: Literal["dynamic_int8", "static_int8", "fp16", "bf16"]
-    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    method: calibration.Method = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
     op_types: list[str] | None = Field(default=None, min_length=1)
     activations: Literal["uint8", "int8"] = "uint8"
@@ -61,14 +55,17 @@ class Quantize(Stage[QuantizeOptions]):
     """See the module. `data`: recipe, qdq_by_op, quantized_nodes, op_types, excluded_nodes, calibration, …"""
 
     name = "quantize"
-    version = 1
+    version = 2
     Options = QuantizeOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
 
     def run(self, ctx: StageContext, options: QuantizeOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE
-        _check_source(read_skeleton(source), options)
-        samples = _samples(ctx, options) if "calibration" in ctx.inputs else None
+        shared.check_source(read_skeleton(source), options.exclude_nodes)
+        samples = None
+        if "calibration" in ctx.inputs:
+            data_set = ctx.only_file("calibration")
+            samples = shared.calibration_samples(data_set, source, options.part, options.max_samples)
         ctx.reporter.progress(0.02, "shape inference")
         prepared = quantization.prepare(source, ctx.workspace)
         if options.recipe == "static_int8":
@@ -93,40 +90,9 @@ class Quantize(Stage[QuantizeOptions]):
         return StageResult(outputs=outputs, data=data)
 
 
-def _check_source(model: ModelProto, options: QuantizeOptions) -> None:
-    if quantization.is_quantized(model):
-        raise model_failure(
-            "already_quantized",
-            "The model already holds quantized operators.",
-            remedy="Upload the float32 model, or ask for no further precision.",
-        )
-    if precision.has_low_precision_weights(model):
-        raise model_failure(
-            "not_float32",
-            "The model's weights are already in float16 or bfloat16.",
-            remedy="Upload the float32 model.",
-        )
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < OLDEST_OPSET:
-        raise model_failure(
-            "opset_too_old",
-            f"Quantization needs opset {OLDEST_OPSET}; the model has {opset}.",
-            remedy="Export the model with opset 17 or later.",
-        )
-    unknown = sorted(set(options.exclude_nodes) - {n.name for n in model.graph.node})
-    if unknown:
-        raise StageFailure(
-            "unknown_node",
-            f"exclude_nodes names {unknown[0]!r}, which is no node of the model.",
-            FailureKind.REQUEST,
-            node=unknown[0],
-            remedy="Use node names of the simplified model.",
-        )
-
-
 def _dynamic(ctx: StageContext, options: QuantizeOptions, prepared: Path) -> tuple[ModelProto, dict[str, Any]]:
     skeleton = onnx.load(prepared, load_external_data=False)
-    op_types = _op_types(skeleton, options, "dynamic_int8")
+    op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, "dynamic_int8")
     ctx.reporter.progress(0.2, "weights to int8")
     model = _made(
         ctx.workspace,
@@ -147,15 +113,24 @@ def _static(
     ctx: StageContext, options: QuantizeOptions, prepared: Path, samples: Samples | None
 ) -> tuple[ModelProto, dict[str, Any]]:
     skeleton = onnx.load(prepared, load_external_data=False)
-    op_types = _op_types(skeleton, options, "static_int8")
+    op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, "static_int8")
     tensors = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
     if "ranges" in ctx.inputs:
-        ranges = _read_ranges(ctx.only_file("ranges"), tensors)
-        shutil.copyfile(ctx.only_file("ranges"), ctx.output("ranges") / RANGES_FILE)
+        ranges = shared.read_ranges(ctx.only_file("ranges"), tensors)
+        shutil.copyfile(ctx.only_file("ranges"), ctx.output("ranges") / shared.RANGES_FILE)
     else:
-        ranges = _calibrated(ctx, options, prepared, tensors, samples)
+        ranges = shared.calibrated(
+            ctx.inputs["model"],
+            prepared,
+            tensors,
+            samples,
+            method=options.method,
+            percentile=options.percentile,
+            symmetric=options.activations == "int8",
+            progress=lambda fraction, message: ctx.reporter.progress(0.1 + 0.6 * fraction, message),
+        )
         text = json.dumps(ranges, indent=1, sort_keys=True, allow_nan=False)
-        (ctx.output("ranges") / RANGES_FILE).write_text(text + "\n")
+        (ctx.output("ranges") / shared.RANGES_FILE).write_text(text + "\n")
     unusable = set(ranges["unusable"])
     untouchable = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output} and n.op_type in op_types]
     if untouchable:
@@ -189,26 +164,9 @@ def _low_precision(options: QuantizeOptions, prepared: Path) -> tuple[ModelProto
         precision.to_bfloat16(model, options.exclude_nodes)
     counts = precision.count_low_precision(model)
     if not counts:
-        raise _nothing_to_quantize("no float32 weights")
+        raise shared.nothing_to_quantize("no float32 weights")
     data = {"op_types": sorted(counts), "excluded_nodes": sorted(options.exclude_nodes), "calibration": None}
     return model, data | {"qdq_by_op": counts, "computes_in": "float16" if options.recipe == "fp16" else "float32"}
-
-
-def _op_types(model: ModelProto, options: QuantizeOptions, recipe: Literal["dynamic_int8", "static_int8"]) -> list[str]:
-    op_types = options.op_types or list(quantization.default_op_types(model, recipe))
-    if recipe == "dynamic_int8":
-        op_types = [op for op in op_types if op not in quantization.DYNAMIC_FORBIDDEN]
-    if not quantization.quantizable_nodes(model, op_types, options.exclude_nodes):
-        raise _nothing_to_quantize(f"no node of the types {', '.join(sorted(op_types)) or '(none)'}")
-    return sorted(set(op_types))
-
-
-def _nothing_to_quantize(reason: str) -> StageFailure:
-    return model_failure(
-        "nothing_to_quantize",
-        f"There is nothing to quantize: the model has {reason}.",
-        remedy="Use another precision for this model.",
-    )
 
 
 def _made(workspace: Path, make: Callable[[Path], None]) -> ModelProto:
@@ -237,97 +195,6 @@ def _counted(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
             remedy="Use another precision for this model.",
         )
     return counts
-
-
-def _calibrated(
-    ctx: StageContext, options: QuantizeOptions, prepared: Path, tensors: list[str], samples: Samples | None
-) -> dict[str, Any]:
-    if samples is None:
-        raise StageFailure(
-            "calibration_data_missing",
-            "Static int8 needs calibration data.",
-            FailureKind.REQUEST,
-            remedy="Name a data set under calibration.dataset_id.",
-        )
-
-    def batches(size: int) -> Iterator[Arrays]:
-        for batch in samples.batches(size):
-            yield batch.feeds
-
-    try:
-        found = calibration.calibrate(
-            prepared,
-            tensors,
-            batches,
-            method=options.method,
-            percentile=options.percentile,
-            symmetric=options.activations == "int8",
-            progress=lambda fraction, message: ctx.reporter.progress(0.1 + 0.6 * fraction, message),
-            total=len(samples),
-        )
-    except (StageFailure, MemoryError):
-        raise
-    except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
-        raise runtime_failure("calibration_failed", error, remedy="Check that the model runs on this data.") from error
-    return {
-        "format": RANGES_FORMAT,
-        "model": hashlib.sha256((ctx.inputs["model"] / MODEL_FILE).read_bytes()).hexdigest(),
-        "dataset": samples.digest(),
-        "method": options.method,
-        "percentile": options.percentile if options.method == "percentile" else None,
-        "samples": found.samples,
-        "tensors": {name: [low, high] for name, (low, high) in sorted(found.tensors.items())},
-        "unusable": sorted(found.unusable),
-    }
-
-
-def _samples(ctx: StageContext, options: QuantizeOptions) -> Samples:
-    graph = read_skeleton(ctx.inputs["model"] / MODEL_FILE)
-    inputs, outputs = quantization.graph_inputs(graph), quantization.interface(graph.graph.output)
-    path = ctx.only_file("calibration")
-    return Samples(path, inputs, outputs, part=options.part, max_samples=options.max_samples)
-
-
-def _read_ranges(path: Path, tensors: Collection[str]) -> dict[str, Any]:
-    """The ranges of an earlier calibration; raises `ranges_invalid` or `ranges_mismatch`."""
-    ranges: Any = None
-    if path.stat().st_size <= LARGEST_RANGES_FILE:
-        try:
-            ranges = json.loads(path.read_bytes())
-        except ValueError:
-            ranges = None
-    if not _is_ranges(ranges):
-        raise data_failure(
-            "ranges_invalid",
-            "The calibration ranges are not a file that this service wrote.",
-            remedy="Calibrate again with a data set.",
-        )
-    missing = sorted(set(tensors) - set(ranges["tensors"]) - set(ranges["unusable"]))
-    if missing:
-        raise data_failure(
-            "ranges_mismatch",
-            f"The calibration ranges have none for {len(missing)} of the model's {len(tensors)} tensors.",
-            tensor=missing[0],
-            remedy="Calibrate again with a data set; the ranges belong to another graph.",
-        )
-    found: dict[str, Any] = ranges
-    return found
-
-
-def _is_ranges(value: Any) -> bool:
-    keys = {"format", "method", "percentile", "samples", "dataset", "tensors", "unusable"}
-    if not isinstance(value, Mapping) or value.get("format") != RANGES_FORMAT or not keys <= set(value):
-        return False
-    tensors, unusable = value["tensors"], value["unusable"]
-    if not isinstance(tensors, Mapping) or not isinstance(unusable, list):
-        return False
-    return all(isinstance(name, str) for name in unusable) and all(map(_is_range, tensors.values()))
-
-
-def _is_range(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not all(type(v) in (int, float) for v in value):
-        return False
-    return all(math.isfinite(v) and abs(v) <= calibration.USABLE_MAGNITUDE for v in value) and value[0] <= value[1]
 
 
 def _restore_interface(model: ModelProto, original: ModelProto) -> None:

@@ -9,30 +9,27 @@ gets ONNX Runtime's contrib ops, which only that runtime executes (`data["contri
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx
 from onnx import ModelProto
 
-from app.domain.failures import StageFailure
 from workers.backends import _ort_fusion as fusion
-from workers.backends._ort_quantize import graph_inputs, interface, save_model
-from workers.data import synthetic_feeds
-from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult, backends
+from workers.backends._ort_equivalence import (
+    ABSOLUTE_TOLERANCE,
+    RELATIVE_TOLERANCE,
+    EquivalenceCheck,
+    restore_symbolic_shapes,
+)
+from workers.backends._ort_quantize import save_model
+from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.onnx_files import MODEL_FILE, files_of, link_or_copy, size_of
 
-RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
-ABSOLUTE_TOLERANCE = 1e-6
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
 LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one
-
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 class SimplifyOptions(StageOptions):
@@ -57,7 +54,7 @@ class Simplify(Stage[SimplifyOptions]):
             return _unchanged(ctx, source, f"larger than 2 GB ({size} bytes): the simplifiers cannot hold it in memory")
         original = onnx.load(source / MODEL_FILE)
         ctx.reporter.progress(0.05, "reference outputs")
-        check = _EquivalenceCheck(original, options.shapes, ctx.workspace)
+        check = EquivalenceCheck(original, options.shapes, ctx.workspace)
         steps = _Steps(original, check)
         ctx.reporter.progress(0.2, "constant folding and dead code")
         steps.attempt("onnxslim", lambda: [_slimmed(original)])
@@ -150,7 +147,7 @@ class _Steps:
     """The graph so far, and what became of each attempted step."""
 
     model: ModelProto
-    check: _EquivalenceCheck
+    check: EquivalenceCheck
     kept: list[str] = field(default_factory=list)
     fell_back: list[str] = field(default_factory=list)
     max_abs_diff: float = 0.0
@@ -167,7 +164,7 @@ class _Steps:
             return
         reasons = []
         for candidate in candidates:
-            _restore_symbolic_shapes(candidate, self.check.original)
+            restore_symbolic_shapes(candidate, self.check.original)
             difference, reason = self.check.compare(candidate)
             if reason is None:
                 self.model = candidate
@@ -177,124 +174,3 @@ class _Steps:
             reasons.append(reason)
         if reasons:
             self.fell_back.append(f"{step}: {reasons[0]}")
-
-
-class _EquivalenceCheck:
-    """The original's outputs on random inputs, and whether another graph gives the same."""
-
-    def __init__(self, original: ModelProto, shapes: Mapping[str, Any] | None, workspace: Path) -> None:
-        self.original = original
-        self._workspace = workspace
-        self.feeds: list[Arrays] = []
-        self.batch_sizes: list[int] = []
-        self._expected: list[Arrays] = []
-        self._why_none = ""
-        try:
-            session = _load(original, workspace)
-        except (StageFailure, ValueError) as failure:
-            self._why_none = _reason(failure)
-            return
-        for seed, batch in enumerate(_batch_sizes(original)):
-            try:
-                feeds = _with_gaps_in_masks(synthetic_feeds(graph_inputs(original), batch, shapes, seed), seed)
-                expected = session.run(feeds)
-            except StageFailure as failure:
-                self._why_none = _reason(failure)
-                continue
-            self.feeds.append(feeds)
-            self.batch_sizes.append(batch)
-            self._expected.append(expected)
-        session.close()
-
-    def compare(self, model: ModelProto) -> tuple[float, str | None]:
-        """The largest absolute difference over all inputs and outputs, and why `model` may not be used (or None)."""
-        changed = _interface_change(self.original, model)
-        if changed:
-            return 0.0, changed
-        if not self.feeds:
-            return 0.0, f"it could not be compared: the original does not run on random inputs ({self._why_none})"
-        largest = 0.0
-        try:
-            session = _load(model, self._workspace)
-            for feeds, expected in zip(self.feeds, self._expected, strict=True):
-                actual = session.run(feeds)
-                for name, reference in expected.items():
-                    difference, limit = _difference(reference, actual[name])
-                    if not difference <= limit:
-                        return 0.0, f"output {name!r} differs by {difference:.3g}, more than {limit:.3g}"
-                    largest = max(largest, difference)
-            session.close()
-        except (StageFailure, ValueError) as failure:
-            return 0.0, f"the result does not run: {_reason(failure)}"
-        return largest, None
-
-
-def _load(model: ModelProto, workspace: Path) -> Session:
-    folder = workspace / "compared"
-    shutil.rmtree(folder, ignore_errors=True)  # a new file: a session still open may have mapped the old one
-    folder.mkdir()
-    save_model(model, folder)
-    return backends()["onnxruntime"]().load(folder, {})
-
-
-def _reason(failure: StageFailure | ValueError) -> str:
-    """What to say of a failure that is a fact about the model; another one (memory, time) is raised."""
-    if isinstance(failure, StageFailure) and not failure.cacheable:
-        raise failure
-    return str(failure)[:300]
-
-
-def _batch_sizes(model: ModelProto) -> list[int]:
-    """Two inputs: at the model's fixed batch size, or at 1 and 2."""
-    fixed = [spec.shape[0] for spec in graph_inputs(model) if spec.shape and isinstance(spec.shape[0], int)]
-    return [fixed[0], fixed[0]] if fixed and fixed[0] > 0 else [1, 2]
-
-
-def _with_gaps_in_masks(feeds: Arrays, seed: int) -> Arrays:
-    """Masks of ones would hide a fusion that ignores the mask, or that assumes padding at the right."""
-    rng = np.random.default_rng(seed)
-    for name, value in feeds.items():
-        if "mask" in name.lower() and value.ndim >= 2 and value.dtype.kind in "iub" and value.shape[-1] > 2:
-            value[..., 1:] = rng.integers(0, 2, size=(*value.shape[:-1], value.shape[-1] - 1))
-    return feeds
-
-
-def _restore_symbolic_shapes(model: ModelProto, original: ModelProto) -> None:
-    """Inputs and outputs as they came, where only dimensions changed: shape inference renames and narrows them."""
-    weights = {i.name for i in model.graph.initializer}
-    inputs = [i for i in original.graph.input if i.name not in weights]
-    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
-        kinds = [[(v.name, v.type.tensor_type.elem_type) for v in values] for values in (made, wanted)]
-        if kinds[0] == kinds[1]:
-            del made[:]
-            made.extend(wanted)
-
-
-def _interface_change(before: ModelProto, after: ModelProto) -> str | None:
-    if graph_inputs(before) != graph_inputs(after):
-        return "it changes the inputs"
-    if interface(before.graph.output) != interface(after.graph.output):
-        return "it changes the outputs"
-    opsets = [
-        {o.domain: o.version for o in m.opset_import if o.domain != fusion.CONTRIB_DOMAIN} for m in (before, after)
-    ]
-    if any(opsets[1].get(domain, version) != version for domain, version in opsets[0].items()):
-        return "it changes the opset"
-    return None
-
-
-def _difference(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Largest absolute difference and its limit. NaN and infinities must stand in the same places."""
-    if reference.shape != actual.shape or reference.dtype != actual.dtype:
-        return math.inf, 0.0
-    if reference.dtype.kind not in "fc":
-        same = bool(np.array_equal(reference, actual))
-        return (0.0 if same else math.inf), 0.0
-    a, b = reference.astype(np.float64).reshape(-1), actual.astype(np.float64).reshape(-1)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return math.inf, 0.0
-    if not finite.any():
-        return 0.0, 0.0
-    limit = RELATIVE_TOLERANCE * float(np.abs(a[finite]).max()) + ABSOLUTE_TOLERANCE
-    return float(np.abs(a[finite] - b[finite]).max()), limit

@@ -1,0 +1,1 @@
+"""The architectures that the benchmarks measure, what they are fed, and what little training they get."""

@@ -1,0 +1,46 @@
+"""The job's time is shared so that what ships can always be measured and packed."""
+
+from __future__ import annotations
+
+from workers.pipeline.budget import Budget
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_phases_leave_time_for_those_behind_them() -> None:
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    clock.now += 10
+    budget.share(fixed=15.0, engine_bytes=0)
+    assert 10 < budget.make_until < budget.search_until < budget.end < 100
+    assert budget.end - budget.search_until >= 15 / 0.75 - 1e-9
+    clock.now = 100 + budget.search_until
+    assert budget.search_until < budget.final_until() < budget.end
+
+
+def test_a_measurement_longer_than_the_budget_leaves_the_search_its_share() -> None:
+    budget = Budget(50.0, Clock())
+    budget.share(fixed=1000.0, engine_bytes=0)
+    assert budget.search_until == 0.6 * 48.0
+
+
+def test_large_engines_are_given_time_to_be_packed() -> None:
+    budget = Budget(100.0, Clock())
+    budget.share(fixed=1.0, engine_bytes=2_000_000_000)
+    assert budget.end == 100 - 2 - 10
+
+
+def test_a_call_may_be_late_by_a_twentieth_of_the_budget_and_no_more() -> None:
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    soft, hard = budget.limits(30.0)
+    assert (soft, hard) == (30.0, 35.0)
+    clock.now += 99
+    assert budget.limits(30.0) == (1.0, 6.0)
+    assert budget.over(30.0)
+    assert budget.left(30.0) == 0.0

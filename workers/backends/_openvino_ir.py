@@ -1,0 +1,198 @@
+"""Model files for OpenVINO: ONNX in, IR out, the same bytes for the same model.
+
+An IR folder holds `model.xml` and `model.bin`, and `interface.json`: the inputs and outputs under their ONNX names,
+types and symbolic shapes, by position. The IR itself has no symbolic dimensions, and conversion can lose an output's
+name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from app.domain.failures import StageFailure
+from workers.backends._openvino_library import library, read_model
+from workers.kernel import TensorSpec
+from workers.onnx_files import MODEL_FILE, read_skeleton
+from workers.onnx_graph import external_tensors, model_specs, node_label
+
+XML_FILE = "model.xml"
+BIN_FILE = "model.bin"
+INTERFACE_FILE = "interface.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Inputs and outputs in the model's order, as ONNX Runtime shows them."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def write(self, folder: Path) -> None:
+        document = {"format": _FORMAT, "inputs": _to_json(self.inputs), "outputs": _to_json(self.outputs)}
+        (folder / INTERFACE_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Interface:
+        """Raises StageFailure (`load_failed`)."""
+        try:
+            document = json.loads((folder / INTERFACE_FILE).read_bytes())
+            if document["format"] != _FORMAT:
+                raise ValueError(f"format {document['format']}")
+            return cls(_from_json(document["inputs"]), _from_json(document["outputs"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StageFailure(
+                "load_failed",
+                f"The engine's {INTERFACE_FILE} is missing or damaged ({type(error).__name__}).",
+                remedy="Build the engine again.",
+            ) from error
+
+
+def _to_json(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in specs]
+
+
+def _from_json(entries: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(str(e["name"]), str(e["dtype"]), tuple(e["shape"])) for e in entries)
+
+
+def is_ir(folder: Path) -> bool:
+    return (folder / XML_FILE).is_file()
+
+
+def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:
+    """`model.onnx` as an `openvino.Model` with stable node names, its interface, and the ONNX graph without weights.
+
+    Raises StageFailure: `load_failed`, `unsupported_op` (also for strings and other types that are no numbers).
+    """
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise StageFailure("load_failed", f"The model has no file {MODEL_FILE}.")
+    graph = read_skeleton(path)
+    interface = Interface(*map(tuple, model_specs(graph)))
+    for spec in (*interface.inputs, *interface.outputs):
+        if spec.dtype in ("string", "undefined"):
+            readers = (node_label(n) for n in graph.graph.node if spec.name in (*n.input, *n.output))
+            raise StageFailure(
+                "unsupported_op",
+                f"Tensor {spec.name!r} is no tensor of numbers; this backend runs on numbers only.",
+                node=next(readers, None),
+                tensor=spec.name,
+                remedy="Use another backend for this model.",
+            )
+    if graph.functions and not external_tensors(graph):
+        from onnx.inliner import inline_local_functions
+
+        graph = inline_local_functions(graph)  # the reader knows no functions of the model's own
+        model = read_model(graph.SerializeToString(), graph=graph)
+    else:
+        model = read_model(path, graph=graph)
+    check_interface(model, interface)
+    stable_names(model)
+    return model, interface, graph
+
+
+def read_ir(folder: Path) -> tuple[Any, Interface]:
+    """The `openvino.Model` of an IR folder and its interface; raises StageFailure (`load_failed`)."""
+    interface = Interface.read(folder)
+    model = read_model(folder / XML_FILE)
+    check_interface(model, interface)
+    return model, interface
+
+
+def write_ir(model: Any, interface: Interface, out: Path) -> None:
+    """Write the three files of an IR folder; weights keep their type."""
+    stable_names(model)
+    library().save_model(model, str(out / XML_FILE), compress_to_fp16=False)
+    interface.write(out)
+
+
+def check_interface(model: Any, interface: Interface) -> None:
+    """Raises `load_failed` where the model's tensors are not those of the interface, in its order."""
+    for kind, ports, specs in (
+        ("inputs", model.inputs, interface.inputs),
+        ("outputs", model.outputs, interface.outputs),
+    ):
+        names = [port.get_names() for port in ports]
+        fits = len(names) == len(specs) and all(
+            not known or spec.name in known for known, spec in zip(names, specs, strict=True)
+        )
+        if not fits:
+            wanted = [spec.name for spec in specs]
+            raise StageFailure(
+                "load_failed",
+                f"OpenVINO reads other {kind} than the model has: {sorted(map(sorted, names))} instead of {wanted}.",
+                remedy="Check that the graph is valid ONNX; use another backend for this model.",
+            )
+
+
+def stable_names(model: Any) -> None:
+    """Give a name to every node that has none. OpenVINO would number it by all nodes the process ever made: the same
+    model would be written differently every time, and NNCF names what it adds after its neighbours."""
+    for body in _bodies(model):
+        nodes = body.get_ordered_ops()
+        automatic = [n for n in nodes if n.get_friendly_name() == n.get_name()]
+        taken = {n.get_friendly_name() for n in nodes} - {n.get_name() for n in automatic}
+        for node in automatic:
+            node.set_friendly_name(_free(node.get_type_name(), 0, taken))
+        seen: set[str] = set()
+        for node in nodes:  # a name that stands twice: NNCF would tell them apart in an order of its own
+            name = node.get_friendly_name()
+            if name in seen:
+                node.set_friendly_name(_free(name, 1, taken))
+            seen.add(name)
+
+
+def _free(stem: str, start: int, taken: set[str]) -> str:
+    name = next(n for i in count(start) if (n := f"{stem}.{i}") not in taken)
+    taken.add(name)
+    return name
+
+
+def _bodies(model: Any) -> Iterator[Any]:
+    """The model and the bodies of its If, Loop and TensorIterator nodes, at any depth."""
+    yield model
+    for node in model.get_ops():
+        if node.get_type_name() == "If":
+            for index in (0, 1):
+                yield from _bodies(node.get_function(index))
+        elif node.get_type_name() in ("Loop", "TensorIterator"):
+            yield from _bodies(node.get_function())
+
+
+def nodes_by_onnx_name(model: Any, graph: ModelProto) -> dict[str, list[str]]:
+    """ONNX node name → names of the OpenVINO nodes it became; nodes that vanished (folded, merged) are left out.
+
+    One ONNX node may become several (Gemm: a product, scales and a sum), and its name goes to one of them only. Tensor
+    names are what both sides share: to a node belongs what lies between its inputs and its outputs.
+    """
+    by_tensor: dict[str, Any] = {}
+    for node in model.get_ordered_ops():
+        for output in node.outputs():
+            for name in output.get_names():
+                by_tensor[name] = output
+    known = set(by_tensor)
+    found: dict[str, list[str]] = {}
+    for onnx_node in graph.graph.node:
+        own = set(onnx_node.output)
+        start = [by_tensor[name].get_node() for name in onnx_node.output if name in by_tensor]
+        names: dict[str, None] = {}
+        while start:
+            node = start.pop()
+            name = node.get_friendly_name()
+            if name in names or node.get_type_name() in ("Parameter", "Constant"):
+                continue
+            names[name] = None
+            for value in node.input_values():
+                if not ((value.get_names() & known) - own):
+                    start.append(value.get_node())
+        if names:
+            found[onnx_node.name] = list(names)
+    return found

@@ -1,0 +1,80 @@
+"""What a report says of how it was measured: the method in words, and the versions of the libraries."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+
+from workers.kernel import backends
+from workers.measure.instances import SETTLE_S
+from workers.measure.plan import MIN_ROUNDS
+
+_PERCENTILES = "nearest rank; shown from p50 11, p90 64, p95 130, p99 662, p99.9 6,636 samples on"
+
+
+def benchmark_method(
+    *, baseline_backend: str, default_options: bool, min_seconds: float, inputs: str, screening: bool, cold: bool
+) -> dict[str, str]:
+    """How the benchmark stage measures. `inputs`: where the inputs come from, in words."""
+    session = "default options" if default_options else "the given options"
+    warm_up = "until three windows agree within 10 %, after at least 50 iterations or 1 s; a few uncounted "
+    words = {
+        "baseline": f"the original model, exported to ONNX, on {baseline_backend} with {session}, "
+        "measured in the same run",
+        "rounds": "all engines in turn (A B C A B C …), each in a warm process of its own, the order drawn anew "
+        f"every round; at least {MIN_ROUNDS} rounds, {min_seconds:g} s per engine and batch size",
+        "warm_up": warm_up + "iterations at the start of every window, but where one call takes 0.2 s",
+        "inputs": inputs,
+        "latency": "wall time of one call with bound inputs, one caller (closed loop), no copies in Python",
+        "percentiles": _PERCENTILES,
+        "speedup": "p50 of the baseline / p50 of the engine; 95 % interval by block bootstrap over rounds, against "
+        "both baseline processes",
+        "throughput": "batch size / mean latency, in samples per second, one caller",
+        "a_a": "the baseline in two processes against each other, by p50 and by throughput; noisy where an "
+        "interval does not hold 1.0",
+        "cold_start": "load and first inference in a fresh process, the library already imported, files in "
+        "the disk cache",
+        "memory": "peak resident memory of that process in MB (10⁶ bytes), interpreter and library included, after "
+        "one inference at each batch size",
+    }
+    if screening:
+        words["screening"] = (
+            "a short timing that only tells what can still win: at least five calls per engine and batch size, a "
+            "warm-up of 0.3 s at most, at least two distinct inputs, no percentiles beyond the median"
+        )
+    if not cold:
+        words["cold_start"] = words["memory"] = "not measured: it was not asked for"
+    return words
+
+
+def sweep_method(*, inputs: str, pinned: bool, min_seconds: float, passes: int) -> dict[str, str]:
+    """How the sweep stage measures."""
+    where = "each instance pinned to cores of its own" if pinned else "instances not pinned to cores"
+    return {
+        "load": "closed loop: every instance starts its next call when the one before has ended; all instances run "
+        f"at the same time, one process each, {where}",
+        "window": f"common to all instances, opened {SETTLE_S * 1e3:.0f} ms after all have started; only calls that "
+        f"end inside it count; {min_seconds:g} s per configuration in {passes} passes",
+        "order": "the first pass by growing batch, the others in an order drawn anew",
+        "throughput": "samples per second: batch size × the instances' rates between their first and last call in "
+        "the window, added up; mean of the passes",
+        "latency": "wall time of one call with bound inputs, all instances together",
+        "percentiles": _PERCENTILES,
+        "memory": "peak of all processes together in MB (10⁶ bytes), pages that they share counted once "
+        "(proportional set size), up to and with this batch size",
+        "inputs": inputs,
+    }
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Installed versions of the distributions behind these backends, under the name they are installed by."""
+    known = backends()
+    found: dict[str, str] = {}
+    for library in sorted({lib for name in names if name in known for lib in known[name].libraries}):
+        for distribution in (library, f"{library}-gpu"):
+            try:
+                found[distribution] = importlib.metadata.version(distribution)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found

@@ -1,0 +1,102 @@
+"""What each part of the shipped engine gains and costs: the configurations with that part left out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workers.candidates import Candidate, Step
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a candidate, and the candidate without it. `without` is None where that cannot be built; `reason`
+    says why then, and else what stands in its place."""
+
+    name: str
+    without: Candidate | None
+    reason: str | None = None
+    stage: str | None = None  # the graph step that this part is, for its details
+
+
+def parts(picked: Candidate, others: Sequence[Candidate], defaults: dict[str, Any]) -> list[Part]:
+    """The parts of `picked`, in the order they are applied. `others`: the configurations that were built, for a
+    stand-in where the backend is left out. `defaults`: the backend's runtime options for plain float32."""
+    found = [p for i in range(len(picked.steps)) for p in _step_parts(picked, i)]
+    found += _backend_part(picked, others)
+    found += _runtime_parts(picked, defaults)
+    return [replace(p, without=_renamed(p.without, i)) if p.without else p for i, p in enumerate(found)]
+
+
+def _step_parts(picked: Candidate, index: int) -> list[Part]:
+    step = picked.steps[index]
+    kept = [*step.options.get("exclude_nodes", ())]
+    found = []
+    if step.stage == "simplify":
+        if step.options.get("fusions"):
+            plain = replace(step, options={**step.options, "fusions": False})
+            found.append(Part("transformer fusions", _with(picked, index, plain), stage=step.stage))
+        else:
+            found.append(Part("ONNX simplification", _with(picked, index, None), stage=step.stage))
+    elif step.stage == "equalize":
+        found.append(Part("equalization of activations and weights", _with(picked, index, None), stage=step.stage))
+    else:
+        name = f"quantization ({_recipe(step)})" if "quantize" in step.stage else f"{step.stage} ({_recipe(step)})"
+        found.append(Part(name, _unquantized(picked, index), stage=step.stage))
+        if kept:
+            everything = replace(step, options={**step.options, "exclude_nodes": []})
+            name = f"{len(kept)} sensitive nodes kept in higher precision"
+            found.append(Part(name, _with(picked, index, everything)))
+    return found
+
+
+def _recipe(step: Step) -> str:
+    return str(step.options.get("recipe", step.stage)).replace("_", " ").replace("quantize ", "")
+
+
+def _unquantized(picked: Candidate, index: int) -> Candidate:
+    """Without the quantization, and without the steps that only serve it."""
+    steps = [s for i, s in enumerate(picked.steps) if i != index and s.stage != "equalize"]
+    return replace(picked, steps=tuple(steps), lossless=False)
+
+
+def _with(picked: Candidate, index: int, step: Step | None) -> Candidate:
+    steps = [*picked.steps]
+    steps[index : index + 1] = [step] if step is not None else []
+    return replace(picked, steps=tuple(steps))
+
+
+def _backend_part(picked: Candidate, others: Sequence[Candidate]) -> list[Part]:
+    """The backend left out: ONNX Runtime on the same graph, or on its own graph of the same precision where this
+    one is the backend's alone."""
+    if picked.backend.startswith("onnxruntime"):
+        return []
+    name = f"{picked.backend} in place of onnxruntime"
+    theirs = [c for c in others if c.backend == "onnxruntime"]
+    same_steps = next((c for c in theirs if c.steps == picked.steps and not c.runtime), None)
+    stand_in = same_steps or next((c for c in theirs if c.precision == picked.precision and not c.runtime), None)
+    if stand_in is None:
+        return [Part(name, None, f"no {picked.precision} configuration of onnxruntime was built to compare with")]
+    note = None if stand_in is same_steps else f"against {stand_in.name} on onnxruntime, the nearest that it runs"
+    return [Part(name, stand_in, note)]
+
+
+def _runtime_parts(picked: Candidate, defaults: dict[str, Any]) -> list[Part]:
+    precision = {k: v for k, v in picked.runtime.items() if "precision" in k and defaults.get(k, v) != v}
+    tuned = {k: v for k, v in picked.runtime.items() if "precision" not in k and defaults.get(k) != v}
+    found = []
+    if precision:
+        plain = {**picked.runtime, **{k: defaults[k] for k in precision}}
+        what = ", ".join(str(v) for v in precision.values())
+        found.append(Part(f"{what} arithmetic for what is not quantized", replace(picked, runtime=plain)))
+    if tuned:
+        kept = {k: v for k, v in picked.runtime.items() if k not in tuned}
+        kept |= {k: defaults[k] for k in tuned if k in defaults}
+        what = ", ".join(f"{k}={v}" for k, v in sorted(tuned.items()))
+        found.append(Part(f"runtime options ({what})", replace(picked, runtime=kept)))
+    return found
+
+
+def _renamed(candidate: Candidate, index: int) -> Candidate:
+    return replace(candidate, id=f"without-{index + 1}", name=f"{candidate.name} (one part left out)")

@@ -1,0 +1,66 @@
+"""The job's time: what is left, and how it is shared between searching, measuring what is left, and explaining it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_GRACE = 0.05  # of the budget, by which a stage call that does not stop by itself may be late before it is ended
+_LEAST_CALL_S = 1.0
+_PACKAGE_S = 2.0  # with the report; more for large engines
+_BYTES_PER_S = 200e6  # at which a large engine is hashed, packed and stored, about
+_SEARCH_SHARE = 0.6  # of what is left after the export
+_FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
+_MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
+
+
+@dataclass
+class Budget:
+    """`seconds` from the moment it is made. Phases are points in time, in seconds since then."""
+
+    seconds: float
+    clock: Callable[[], float] = time.monotonic
+    reserve: float = _PACKAGE_S
+    _started: float = field(init=False)
+    make_until: float = field(init=False, default=0.0)
+    search_until: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._started = self.clock()
+        self.share(0.0, 0)
+
+    def share(self, fixed: float, engine_bytes: int) -> None:
+        """Share out what is left from now. `fixed`: what the final measurement takes by itself, as asked by the user;
+        the search gets what that leaves, but no less than its share."""
+        self.reserve = _PACKAGE_S + engine_bytes / _BYTES_PER_S
+        now = self.elapsed()
+        left = max(self.seconds - self.reserve - now, 0.0)
+        search = max(_SEARCH_SHARE * left, left - fixed / _FINAL_SHARE)
+        self.search_until = now + search
+        self.make_until = now + _MAKE_SHARE * search
+
+    def elapsed(self) -> float:
+        return self.clock() - self._started
+
+    @property
+    def end(self) -> float:
+        """When all but the package has to be done."""
+        return self.seconds - self.reserve
+
+    def final_until(self) -> float:
+        """The end of the final measurement, seen from now."""
+        now = self.elapsed()
+        return now + _FINAL_SHARE * max(self.end - now, 0.0)
+
+    def left(self, until: float) -> float:
+        """Seconds until that point; never negative."""
+        return max(until - self.elapsed(), 0.0)
+
+    def over(self, until: float) -> bool:
+        return self.elapsed() >= until
+
+    def limits(self, until: float) -> tuple[float, float]:
+        """(soft, hard) seconds of a stage call that should be done by `until`: asked to stop, and ended."""
+        soft = max(self.left(until), _LEAST_CALL_S)
+        return soft, soft + max(_GRACE * self.seconds, _LEAST_CALL_S)

@@ -1,0 +1,295 @@
+"""Makes, checks and times candidates by keyed stage calls. What it learns of each stands in its `CandidateRun`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.domain.artifact_key import ArtifactRef
+from app.domain.failures import FailureKind, StageFailure
+from app.domain.spec import OptimizationSpec
+from workers.candidates import Candidate, Step
+from workers.pipeline.budget import Budget
+from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.select import Tried
+
+SEED = 20_240_229
+WEIGHTS = {
+    "export": 2.0,
+    "simplify": 1.0,
+    "equalize": 2.0,
+    "quantize": 2.0,
+    "quantize_nncf": 3.0,
+    "convert": 1.0,
+    "build": 1.0,
+    "reference_outputs": 1.0,
+    "validate": 1.0,
+    "sensitivity": 3.0,
+    "sweep": 3.0,
+    "profile": 1.0,
+    "package": 1.0,
+}
+_LOADED_FACTOR = 1.6  # memory of a loaded engine over the size of its file: weights, packed copies of some, activations
+_NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
+
+
+@dataclass
+class Data:
+    """The job's data as stages take it. `same`: one data set for calibration and validation, split sample by sample."""
+
+    calibration: ArtifactRef | None
+    validation: ArtifactRef | None
+    same: bool
+    shapes: dict[str, Any] | None
+
+
+@dataclass
+class CandidateRun:
+    """A candidate and how far it came. `screened`: its figures of the last short timing. `history`: what the search
+    found and decided, in order."""
+
+    plan: Candidate
+    tried: Tried
+    graph: Outcome | None = None
+    build: Outcome | None = None
+    validate: Outcome | None = None
+    steps: list[Outcome] = field(default_factory=list)
+    failure: StageFailure | None = None
+    screened: Mapping[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity: Outcome | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> CandidateRun:
+        return cls(candidate, Tried(candidate.id, candidate.precision, candidate.lossless))
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """The full measurement, or the last short one."""
+        return self.tried.figures or self.screened or {}
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """What the engine is loaded with: the build's options under the candidate's own."""
+        assert self.build is not None
+        return {**self.build.data["runtime"], **self.plan.runtime}
+
+    @property
+    def engine(self) -> ArtifactRef:
+        assert self.build is not None
+        return self.build.outputs["engine"]
+
+    def drop(self, phase: str, reason: str) -> None:
+        """Out of the race, for this reason. The first one stands."""
+        if self.tried.failed is None:
+            self.tried.failed = reason
+            self.note(phase, "dropped", reason)
+
+    def note(self, phase: str, decision: str, reason: str | None = None, **facts: Any) -> None:
+        entry = {"phase": phase, "decision": decision, "reason": reason, **facts}
+        self.history.append({k: v for k, v in entry.items() if v is not None})
+
+
+class Evaluator:
+    """Of one job. Stage calls that another candidate has made already are not made again."""
+
+    def __init__(
+        self,
+        runner: StageRunner,
+        spec: OptimizationSpec,
+        export: Outcome,
+        data: Data,
+        budget: Budget,
+        baseline_backend: str,
+    ) -> None:
+        self.runner = runner
+        self.spec = spec
+        self.export = export
+        self.data = data
+        self.budget = budget
+        self.baseline_backend = baseline_backend
+        self._made: dict[str, tuple[list[Outcome], Outcome]] = {}
+        self._references: dict[int, ArtifactRef | None] = {}
+        self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
+
+    # Making
+
+    def make(self, run: CandidateRun, until: float) -> bool:
+        """Graph steps and build. A failure of the candidate is its own (False); only what the machine or the user has
+        to mend first ends the job."""
+        key = _key(run.plan.steps, run.plan.backend, run.plan.build_options)
+        try:
+            if key not in self._made:
+                self._made[key] = self._make(run.plan, until)
+        except StageFailure as failure:
+            self._failed(run, "make", failure)
+            return False
+        run.steps, run.build = [*self._made[key][0]], self._made[key][1]
+        run.graph = run.steps[-1] if run.steps else self.export
+        run.steps.append(run.build)
+        return True
+
+    def _make(self, plan: Candidate, until: float) -> tuple[list[Outcome], Outcome]:
+        graph, steps = self.export, []
+        for step in plan.steps:
+            graph = self.graph_step(step, graph, plan.id, until)
+            steps.append(graph)
+        shapes = {"shapes": self.data.shapes} if self.data.shapes else {}
+        options = {"backend": plan.backend, "options": {**plan.build_options, **shapes}}
+        return steps, self.call("build", {"model": graph.outputs["model"]}, options, plan.id, until)
+
+    def graph_step(self, step: Step, graph: Outcome, candidate: str, until: float) -> Outcome:
+        """One step on the graph that `graph` put out."""
+        inputs = {"model": graph.outputs["model"]}
+        known = self.ranges_of(step, graph)
+        if "calibration" in step.extra and self.data.calibration is not None:
+            inputs["calibration"] = self.data.calibration
+            if step.options.get("exclude_nodes") and known is not None:
+                inputs["ranges"] = known  # the same statistics: only which nodes use them differs
+        found = self.call(step.stage, inputs, {**step.options, "shapes": self.data.shapes}, candidate, until)
+        if "ranges" in found.outputs:
+            self._ranges.setdefault(_calibration_key(step, graph), found.outputs["ranges"])
+        return found
+
+    def ranges_of(self, step: Step, graph: Outcome) -> ArtifactRef | None:
+        """What an earlier calibration of the same kind found on this graph, whichever nodes it was for."""
+        return self._ranges.get(_calibration_key(step, graph))
+
+    def call(
+        self,
+        stage: str,
+        inputs: Mapping[str, ArtifactRef],
+        options: Mapping[str, Any],
+        candidate: str | None,
+        until: float,
+        *,
+        weight: float | None = None,
+    ) -> Outcome:
+        soft, hard = self.budget.limits(until)
+        return self.runner.run(
+            stage,
+            inputs,
+            options,
+            candidate=candidate,
+            weight=WEIGHTS[stage] if weight is None else weight,
+            seconds=hard,
+            soft_seconds=soft,
+        )
+
+    def _failed(self, run: CandidateRun, phase: str, failure: StageFailure) -> None:
+        if failure.kind in _NOT_ITS_FAULT:
+            raise failure
+        run.failure = failure
+        if failure.code == "timed_out":
+            run.drop(phase, f"the budget of {self.spec.budget_seconds} s left too little time for its {failure.stage}")
+        else:
+            run.drop(phase, f"{failure.stage}: {failure.detail}")
+
+    # Checking
+
+    def check(self, run: CandidateRun, samples: int, until: float) -> bool:
+        """Its accuracy on so many samples (the same ones for all candidates); False where it cannot be known."""
+        inputs = {"model": self.export.outputs["model"], "engine": run.engine}
+        selection = self._selection(inputs, samples)
+        expected = self._reference(samples, until)
+        if expected is not None:
+            inputs["expected"] = expected
+        options = {
+            **selection,
+            "backend": run.plan.backend,
+            "runtime": run.runtime,
+            "metric": self.spec.validation.metric,
+        }
+        try:
+            run.validate = self.call("validate", inputs, options, run.plan.id, until)
+        except StageFailure as failure:
+            self._failed(run, "check", failure)
+            return False
+        run.tried.accuracy = run.validate.data
+        return not run.validate.data.get("broken")
+
+    def _selection(self, inputs: dict[str, ArtifactRef], samples: int) -> dict[str, Any]:
+        """Which samples judge; adds the data to `inputs`. Those that calibrated are left out."""
+        if self.data.validation is not None:
+            inputs["data"] = self.data.validation
+            if self.data.calibration is not None and not self.data.same:
+                inputs["calibration"] = self.data.calibration
+        return {
+            "max_samples": samples,
+            "part": "validation" if self.data.same else "all",
+            "shapes": self.data.shapes,
+            "seed": SEED,
+            "baseline_backend": self.baseline_backend,
+        }
+
+    def _reference(self, samples: int, until: float) -> ArtifactRef | None:
+        """The original's outputs on these samples, made once; None where they are too large to keep."""
+        if samples not in self._references:
+            inputs = {"model": self.export.outputs["model"]}
+            options = self._selection(inputs, samples)
+            found = self.call("reference_outputs", inputs, options, None, until)
+            self._references[samples] = found.outputs.get("outputs")
+        return self._references[samples]
+
+    # Timing
+
+    def time(
+        self,
+        runs: Sequence[CandidateRun],
+        until: float,
+        *,
+        min_seconds: float,
+        screening: bool,
+        compare_to: str | None = None,
+    ) -> Outcome:
+        """Baseline and these engines side by side; figures by id in the answer's data."""
+        inputs = {"baseline": self.export.outputs["model"]}
+        engines = []
+        for run in runs:
+            inputs[f"engine.{run.plan.id}"] = run.engine
+            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime})
+        if self.data.validation is not None:
+            inputs["data"] = self.data.validation
+        options = {
+            "engines": engines,
+            "batch_sizes": self.spec.benchmark.batch_sizes,
+            "min_seconds": min_seconds,
+            "shapes": self.data.shapes,
+            "want_p99": self.spec.constraints.p99_latency_ms is not None and not screening,
+            "seed": SEED,
+            "screening": screening,
+            "cold": not screening,
+            "compare_to": compare_to,
+            "baseline_backend": self.baseline_backend,
+        }
+        weight = (0.5 if screening else 2.0) * (len(runs) + 2)
+        return self.call("benchmark", inputs, options, None, until, weight=weight)
+
+    def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
+        """All engines of a timing are kept loaded side by side, the baseline twice: as many at once as memory holds.
+        One that does not fit even alone is dropped."""
+        room = self.runner.limits.memory_bytes - 2 * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
+        groups: list[list[CandidateRun]] = []
+        left = 0.0
+        for run in runs:
+            size = run.engine.size_bytes * _LOADED_FACTOR
+            if size > room:
+                run.drop("timing", "not measured: the worker's memory does not hold it beside the original")
+                continue
+            if not groups or size > left:
+                groups.append([])
+                left = room
+            groups[-1].append(run)
+            left -= size
+        return groups
+
+
+def _calibration_key(step: Step, graph: Outcome) -> str:
+    return json.dumps([graph.key, {**step.options, "exclude_nodes": None}], sort_keys=True)
+
+
+def _key(steps: Sequence[Step], backend: str, build_options: Mapping[str, Any]) -> str:
+    parts = [[s.stage, dict(s.options), s.extra] for s in steps]
+    return json.dumps([parts, backend, dict(build_options)], sort_keys=True)

@@ -1,0 +1,94 @@
+"""The decisions of the search, over short measurements. Pure: figures in, who goes on and why the others do not out.
+
+Successive halving (Jamieson & Talwalkar 2016) with intervals instead of a fixed fraction: who can still win goes on, at
+most so many. What a short timing drops is told from noise by its interval, so that a winner is seldom lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.domain.spec import OptimizationSpec
+from workers.pipeline.select import primary_batch, ratio_of
+
+MOST_FINALISTS = 4
+MOST_TUNED = 3  # engines whose runtime options are varied
+TUNING_GAIN = 1.25  # what other runtime options may still gain over a backend's defaults, at most, as measured
+WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than the best accurate one by this
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A gain over the baseline with its 95 % interval, at the batch size that the objective is judged at."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def speed_of(spec: OptimizationSpec, figures: Mapping[str, Any] | None) -> Speed | None:
+    """From one engine's figures of a benchmark; None where it failed or was not measured there."""
+    if not figures or "failed" in figures or not figures.get("batches"):
+        return None
+    batch = primary_batch(spec, [*figures["batches"]])
+    ratio = ratio_of(spec, figures["batches"][batch])
+    return None if ratio is None else Speed(float(ratio["ratio"]), float(ratio["low"]), float(ratio["high"]))
+
+
+def slower_elsewhere(spec: OptimizationSpec, figures: Mapping[str, Any]) -> str | None:
+    """A batch size other than the objective's at which the engine is slower with confidence: it can never ship."""
+    batch = primary_batch(spec, [*figures["batches"]])
+    for size, at in figures["batches"].items():
+        ratio = ratio_of(spec, at)
+        if size != batch and ratio is not None and ratio["high"] < 1.0:
+            return f"slower at batch size {size}: {ratio['ratio']:.2f}x"
+    return None
+
+
+def can_win(speed: Speed, best_low: float, *, gain: float = 1.0) -> bool:
+    """Whether its interval, stretched by what tuning may gain, still reaches the best one's lower end."""
+    return speed.high * gain >= best_low
+
+
+def dropped_as_slow(speed: Speed, best: str, best_speed: Speed) -> str:
+    return (
+        f"short timing: {speed.ratio:.2f}x [{speed.low:.2f}, {speed.high:.2f}], which cannot reach {best} with "
+        f"{best_speed.ratio:.2f}x [{best_speed.low:.2f}, {best_speed.high:.2f}]"
+    )
+
+
+def loses_too_much(spec: OptimizationSpec, accuracy: Mapping[str, Any]) -> bool:
+    """On a few samples: only where even the kind end of the interval lies over the limit."""
+    loss, interval = accuracy.get("loss_percent"), accuracy.get("loss_ci")
+    if loss is None:
+        return True
+    kind_end = interval[0] if interval else loss
+    return bool(min(kind_end, loss) > spec.validation.max_accuracy_loss_percent)
+
+
+def over_limit(spec: OptimizationSpec, accuracy: Mapping[str, Any]) -> bool:
+    """By the estimate itself: what the gate will ask of the final engine."""
+    loss = accuracy.get("loss_percent")
+    return loss is None or loss > spec.validation.max_accuracy_loss_percent
+
+
+def finalists(
+    ranked: Sequence[tuple[str, Speed, bool]], most: int = MOST_FINALISTS
+) -> tuple[list[str], dict[str, str]]:
+    """Who is measured in full, the fastest first, and why the others are not.
+
+    `ranked`: (id, speed, safe). `safe` says that its accuracy is beyond doubt (the same arithmetic, or well inside of
+    the limit): the fastest safe one always goes on, so that a gate that fails late does not leave the job with nothing.
+    """
+    order = sorted(ranked, key=lambda r: -r[1].ratio)
+    if not order:
+        return [], {}
+    leader, best = order[0][0], order[0][1]
+    chosen = [cid for cid, speed, _ in order if can_win(speed, best.low)][:most]
+    safe = next((cid for cid, _, sure in order if sure), None)
+    if safe is not None and safe not in chosen:
+        chosen = [*chosen[: most - 1], safe]
+    reasons = {cid: dropped_as_slow(speed, leader, best) for cid, speed, _ in order if cid not in chosen}
+    return chosen, reasons

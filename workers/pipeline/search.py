@@ -1,0 +1,235 @@
+"""The search: which candidates are built, timed shortly, checked on a few samples, mended and tuned, until those are
+left that are worth the full method. The decisions are in `halving`; here is their order, and the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from app.domain.failures import StageFailure
+from workers.candidates import Case
+from workers.kernel import Backend
+from workers.pipeline import halving
+from workers.pipeline.budget import Budget
+from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.halving import Speed
+from workers.pipeline.planner import Plan
+from workers.pipeline.winback import WinBack
+
+_SCREEN_SAMPLES = 96  # of the small accuracy check
+_SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
+_TUNE_SECONDS = 0.8
+_OUT_OF_TIME = "the budget of {} s left no time for it"
+
+
+@dataclass
+class Found:
+    """What the search leaves: everybody who was considered, in the order they were tried, and the finalists."""
+
+    runs: list[CandidateRun]
+    finalists: list[CandidateRun]
+    phases: list[dict[str, float | str | int]] = field(default_factory=list)
+    exhausted: bool = False
+
+
+class Search:
+    """Of one job."""
+
+    def __init__(
+        self, case: Case, plan: Plan, backends: dict[str, Backend], evaluator: Evaluator, budget: Budget
+    ) -> None:
+        self.case = case
+        self.spec = case.spec
+        self.plan = plan
+        self.backends = backends
+        self.evaluator = evaluator
+        self.budget = budget
+        self.found = Found([CandidateRun.of(c) for c in plan.candidates], [])
+        self._speeds: dict[str, Speed] = {}
+        self._begun = budget.elapsed()
+
+    def run(self) -> Found:
+        if self.spec.search.strategy == "exhaustive":
+            return self._everything()
+        self._make(self.found.runs)
+        self._screen(self._alive(), _SCREEN_SECONDS, "short timing")
+        accurate = self._check_while_they_can_win()
+        accurate += self._win_back(accurate)
+        accurate += self._tune(accurate)
+        self._choose(accurate)
+        return self.found
+
+    def _everything(self) -> Found:
+        """The full method for every configuration: what the search is measured against."""
+        runs = self.found.runs
+        self._make(runs)
+        for run in [r for r in runs if r.build is not None]:
+            runs += [CandidateRun.of(v) for v in self.backends[run.plan.backend].variants(self.case, run.plan)]
+        self._make([r for r in runs if r.build is None and r.tried.failed is None])
+        for run in self._alive():
+            if self.evaluator.check(run, self.spec.validation.max_samples, self.budget.search_until):
+                self.found.finalists.append(run)
+            elif run.tried.failed is None:
+                run.drop("check", _broken(run))
+        self._phase("everything built and checked", len(runs))
+        return self.found
+
+    # Building and short timings
+
+    def _make(self, runs: Sequence[CandidateRun]) -> None:
+        for run in runs:
+            if self._too_late(run, self.budget.make_until, "make"):
+                continue
+            if self.evaluator.make(run, self.budget.search_until):
+                run.note("make", "built")
+        self._phase("building", len(runs))
+
+    def _screen(self, runs: Sequence[CandidateRun], seconds: float, phase: str) -> None:
+        """A short timing of these side by side; in groups where memory does not hold them all."""
+        seconds = min(seconds, self.spec.benchmark.min_seconds / 6)
+        for group in self.evaluator.groups_that_fit(runs):
+            if self.budget.over(self.budget.search_until):
+                for run in group:
+                    self._too_late(run, self.budget.search_until, phase)
+                continue
+            timed = self.evaluator.time(group, self.budget.search_until, min_seconds=seconds, screening=True)
+            for run in group:
+                self._timed(run, timed.data["engines"].get(run.plan.id), phase)
+        self._phase(phase, len(runs))
+
+    def _timed(self, run: CandidateRun, figures: dict[str, object] | None, phase: str) -> None:
+        run.screened = figures
+        speed = halving.speed_of(self.spec, figures)
+        if figures is None or speed is None:
+            failure = StageFailure.from_json(figures["failed"]) if figures and "failed" in figures else None  # type: ignore[arg-type]
+            run.failure = run.failure or failure
+            run.drop(phase, failure.detail if failure else "it was not measured at the batch size that counts")
+            return
+        self._speeds[run.plan.id] = speed
+        run.note(phase, "timed", ratio=round(speed.ratio, 4), low=round(speed.low, 4), high=round(speed.high, 4))
+        elsewhere = halving.slower_elsewhere(self.spec, figures)
+        if elsewhere:
+            run.drop(phase, elsewhere)
+
+    # Accuracy
+
+    def _check_while_they_can_win(self) -> list[CandidateRun]:
+        """A small accuracy check in the order of speed, until no faster one is left that could win. Answers those that
+        keep the limit as far as so few samples can tell."""
+        accurate: list[CandidateRun] = []
+        for run in self._by_speed(self._alive()):
+            speed, best = self._speeds[run.plan.id], self._best(accurate)
+            if best is not None and not halving.can_win(speed, best[1].low, gain=halving.TUNING_GAIN):
+                run.drop("short timing", halving.dropped_as_slow(speed, best[0].plan.name, best[1]))
+            elif not self._too_late(run, self.budget.search_until, "check") and self._check(run):
+                accurate.append(run)
+        self._phase("accuracy of those that can win", len(accurate))
+        return accurate
+
+    def _check(self, run: CandidateRun) -> bool:
+        samples = min(_SCREEN_SAMPLES, self.spec.validation.max_samples)
+        if not self.evaluator.check(run, samples, self.budget.search_until):
+            run.drop("check", _broken(run))
+            return False
+        accuracy = run.tried.accuracy or {}
+        loss = accuracy.get("loss_percent")
+        run.note("check", "checked", loss_percent=loss, samples=accuracy.get("samples"))
+        if accuracy.get("source") == "synthetic" and not run.plan.lossless:
+            run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
+            return False
+        return not halving.loses_too_much(self.spec, accuracy)
+
+    def _win_back(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
+        """Mend those that are faster than the best accurate one and lose too much."""
+        best = self._best(accurate)
+        lost = [r for r in self._by_speed(self._alive()) if r not in accurate and r.validate is not None]
+        lost += [r for r in accurate if halving.over_limit(self.spec, r.tried.accuracy or {})]
+        mended: list[CandidateRun] = []
+        for run in lost:
+            floor = best[1].low * halving.WIN_BACK_GAIN if best else 1.0
+            if self._speeds[run.plan.id].high < floor or not self.spec.quantization.win_back:
+                continue
+            if self.budget.over(self.budget.search_until) or (run.tried.accuracy or {}).get("source") == "synthetic":
+                continue
+            found = WinBack(self.case, self.evaluator, self.budget, self._check).mend(run)
+            self.found.runs += found.tried
+            if found.mended is not None:
+                mended.append(found.mended)
+        if mended:
+            self._screen(mended, _SCREEN_SECONDS, "timing of the mended ones")
+        self._phase("winning accuracy back", len(mended))
+        return [r for r in mended if r.tried.failed is None]
+
+    # Runtime options and the finalists
+
+    def _tune(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
+        """Other runtime options for the best engines; they are the same bytes, so their accuracy is known."""
+        leaders = self._by_speed([r for r in accurate if r.tried.failed is None])[: halving.MOST_TUNED]
+        tuned: list[CandidateRun] = []
+        for leader in leaders:
+            for variant in self.backends[leader.plan.backend].variants(self.case, leader.plan):
+                run = CandidateRun.of(variant)
+                run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
+                tuned.append(run)
+        tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until, "tuning")]
+        tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
+        self.found.runs += tuned
+        if tuned:
+            self._screen([*leaders, *tuned], _TUNE_SECONDS, "timing of runtime options")
+        return [r for r in tuned if r.tried.failed is None]
+
+    def _choose(self, accurate: list[CandidateRun]) -> None:
+        timed = [r for r in accurate if r.tried.failed is None and r.plan.id in self._speeds]
+        ranked = [(r.plan.id, self._speeds[r.plan.id], self._safe(r)) for r in timed]
+        chosen, reasons = halving.finalists(ranked)
+        self.found.finalists = sorted((r for r in timed if r.plan.id in chosen), key=lambda r: chosen.index(r.plan.id))
+        for run in timed:
+            if run.plan.id in reasons:
+                run.drop("finalists", reasons[run.plan.id])
+        for run in self._alive():
+            if run not in self.found.finalists:
+                run.drop("check", self._why_not_accurate(run))
+
+    def _safe(self, run: CandidateRun) -> bool:
+        loss = (run.tried.accuracy or {}).get("loss_percent")
+        limit = self.spec.validation.max_accuracy_loss_percent
+        return run.plan.lossless or (loss is not None and loss <= limit / 2)
+
+    def _why_not_accurate(self, run: CandidateRun) -> str:
+        accuracy = run.tried.accuracy or {}
+        if accuracy.get("source") == "synthetic":
+            return "no validation data: a change of precision cannot be shown to keep its accuracy"
+        loss = accuracy.get("loss_percent")
+        shown = "an unknown part" if loss is None else f"{loss:.2f} %"
+        limit = self.spec.validation.max_accuracy_loss_percent
+        return f"accuracy loss {shown} on {accuracy.get('samples')} samples, over the limit of {limit} %"
+
+    # Small things
+
+    def _alive(self) -> list[CandidateRun]:
+        return [r for r in self.found.runs if r.tried.failed is None and r.build is not None]
+
+    def _by_speed(self, runs: Sequence[CandidateRun]) -> list[CandidateRun]:
+        timed = [r for r in runs if r.plan.id in self._speeds]
+        return sorted(timed, key=lambda r: -self._speeds[r.plan.id].ratio)
+
+    def _best(self, accurate: Sequence[CandidateRun]) -> tuple[CandidateRun, Speed] | None:
+        ranked = self._by_speed([r for r in accurate if not halving.over_limit(self.spec, r.tried.accuracy or {})])
+        return (ranked[0], self._speeds[ranked[0].plan.id]) if ranked else None
+
+    def _too_late(self, run: CandidateRun, until: float, phase: str) -> bool:
+        if not self.budget.over(until):
+            return False
+        self.found.exhausted = True
+        run.drop(phase, _OUT_OF_TIME.format(self.spec.budget_seconds))
+        return True
+
+    def _phase(self, name: str, candidates: int) -> None:
+        now = self.budget.elapsed()
+        self.found.phases.append({"name": name, "seconds": round(now - self._begun, 2), "candidates": candidates})
+        self._begun = now
+
+
+def _broken(run: CandidateRun) -> str:
+    broken = (run.tried.accuracy or {}).get("broken") or {}
+    return f"output broken: {broken.get('detail', 'it could not be checked')}"

@@ -1,0 +1,130 @@
+"""Stage `profile`: where the shipped engine spends its time, and whether it is bound by memory."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from workers.data import Samples, synthetic_feeds
+from workers.kernel import LayerTime, Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure.inputs import fixed_batch
+from workers.onnx_files import size_of
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
+
+_RUNS = 20
+_RUN_SECONDS = 2.0
+_TOP = 12
+_COPY_BYTES = 128 << 20  # beyond any cache
+_COPY_ROUNDS = 5
+
+
+class ProfileOptions(StageOptions):
+    """`batch`: samples in the profiled inference; `shapes`: as in the job's spec, for synthetic inputs."""
+
+    backend: str
+    runtime: dict[str, Any] = Field(default_factory=dict)
+    batch: int = Field(default=1, ge=1)
+    shapes: dict[str, Any] | None = None
+    seed: int = Field(default=0, ge=0)
+
+
+class Profile(Stage[ProfileOptions]):
+    """inputs: engine, [data]. No outputs.
+
+    data: layers (the slowest: name, op_type, ms, share of the profiled time), by_op {op type: share}, layer_count,
+    engine_bytes, copy_bytes_per_s (what this machine's memory gives to one thread per core, read and written bytes
+    counted), inference_ms (unprofiled, mean), weight_bandwidth_share (bytes of the engine read once per inference, over
+    the bandwidth: near 1 = the inference waits for memory), batch. Layers are None where the library has no profiler.
+    """
+
+    name = "profile"
+    version = 1
+    Options = ProfileOptions
+    libraries: ClassVar[tuple[str, ...]] = ("numpy",)
+    hardware_bound = True
+    exclusive_device = True
+
+    def run(self, ctx: StageContext, options: ProfileOptions) -> StageResult:
+        backend = backends()[options.backend]()
+        session = backend.load(ctx.inputs["engine"], options.runtime)
+        try:
+            feeds, batch = _feeds(ctx, session.inputs, session.outputs, options)
+            runs, inference_ms = _timed(session.bind(feeds))
+        finally:
+            session.close()
+        ctx.reporter.progress(0.4, "layer by layer")
+        layers = backend.layer_times(ctx.inputs["engine"], options.runtime, feeds, runs)
+        ctx.reporter.progress(0.8, "memory bandwidth")
+        bandwidth = copy_bandwidth(int(ctx.hardware.get("cores") or 1))
+        size = size_of(ctx.inputs["engine"])
+        data: dict[str, Any] = {
+            "batch": batch,
+            "inference_ms": inference_ms,
+            "engine_bytes": size,
+            "copy_bytes_per_s": round(bandwidth),
+            "weight_bandwidth_share": round(size / (inference_ms / 1e3) / bandwidth, 4),
+            **_shares(layers),
+        }
+        return StageResult(data=data)
+
+
+def _feeds(ctx: StageContext, inputs: Any, outputs: Any, options: ProfileOptions) -> tuple[Arrays, int]:
+    batch = fixed_batch(inputs) or options.batch
+    if "data" not in ctx.inputs:
+        return synthetic_feeds(inputs, batch, options.shapes, options.seed), batch
+    samples = Samples(ctx.only_file("data"), inputs, outputs, max_samples=batch)
+    feeds = next(samples.batches(batch)).feeds
+    rows = np.arange(batch)
+    return {name: np.ascontiguousarray(a[rows % len(a)]) for name, a in feeds.items()}, batch
+
+
+def _timed(call: Any) -> tuple[int, float]:
+    """How many runs to profile, and the mean time of one in ms."""
+    call()
+    start, done = time.perf_counter(), 0
+    while done < _RUNS and (time.perf_counter() - start < _RUN_SECONDS or done < 2):
+        call()
+        done += 1
+    return done, 1e3 * (time.perf_counter() - start) / done
+
+
+def _shares(layers: list[LayerTime] | None) -> dict[str, Any]:
+    total = sum(layer.ms for layer in layers or ())
+    if not layers or total <= 0:
+        return {"layers": None, "by_op": None, "layer_count": None}
+    by_op: dict[str, float] = defaultdict(float)
+    for layer in layers:
+        by_op[layer.op_type] += layer.ms / total
+    return {
+        "layers": [
+            {"name": t.name[:200], "op_type": t.op_type, "ms": round(t.ms, 5), "share": round(t.ms / total, 4)}
+            for t in layers[:_TOP]
+        ],
+        "by_op": {op: round(share, 4) for op, share in sorted(by_op.items(), key=lambda item: -item[1])[:_TOP]},
+        "layer_count": len(layers),
+    }
+
+
+def copy_bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` threads copy together, bytes read and written both counted; the best of a few
+    rounds (STREAM's way: J. McCalpin, 1995)."""
+    size = _COPY_BYTES // max(threads, 1)
+    pairs = [(np.ones(size, np.uint8), np.empty(size, np.uint8)) for _ in range(threads)]
+
+    def copy(pair: tuple[Any, Any]) -> None:
+        np.copyto(pair[1], pair[0])
+
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_COPY_ROUNDS):
+            start = time.perf_counter()
+            list(pool.map(copy, pairs))
+            best = min(best, time.perf_counter() - start)
+    return 2.0 * size * threads / best

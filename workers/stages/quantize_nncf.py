@@ -1,0 +1,200 @@
+"""quantize_nncf: the model as an OpenVINO IR whose nodes compute in int8, with ranges from the user's data.
+
+Inputs `model` (a folder with `model.onnx`) and `calibration` (a data set). Output `model` (an IR folder: model.xml,
+model.bin, interface.json). The samples are streamed, and the same inputs give the same bytes. A "quantized" model
+without any quantized product or convolution, or one that does not run, is a failure of the candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from onnx import ModelProto
+from pydantic import Field
+
+from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.backends import _nncf_quantize as nncf_quantize
+from workers.backends import _openvino_ir as ir
+from workers.data import Samples
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure.inputs import fixed_batch
+from workers.onnx_files import size_of
+from workers.onnx_graph import describe_structure
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class QuantizeNncfOptions(StageOptions):
+    """`preset`: activations symmetric (`performance`) or asymmetric (`mixed`). `model_type`: `transformer` keeps what
+    is sensitive there in floating point and equalizes channels (SmoothQuant) before products. `method`: how ranges
+    follow from the samples, see `workers.backends._nncf_quantize`. `max_samples` and `part` say what to calibrate on.
+    `smooth_quant_alpha`: of the products, 0…1; -1 switches it off, None is NNCF's own. `exclude_nodes`: ONNX node names
+    that stay in floating point. `shapes`: as in the job's spec; the trial run is on samples, which have theirs."""
+
+    preset: Literal["performance", "mixed"] = "performance"
+    model_type: Literal["transformer"] | None = None
+    method: Literal["auto", "minmax", "percentile", "histogram"] = "auto"
+    max_samples: int = Field(default=300, ge=1)
+    part: Literal["all", "calibration"] = "all"
+    smooth_quant_alpha: float | None = Field(default=None, ge=-1, le=1)
+    fast_bias_correction: bool = True
+    exclude_nodes: list[str] = Field(default_factory=list)
+    target_device: Literal["CPU"] = "CPU"
+    shapes: dict[str, dict[str, list[int]]] | None = None
+
+
+class QuantizeNncf(Stage[QuantizeNncfOptions]):
+    """See the module. `data`: recipe, qdq_by_op (OpenVINO op type → nodes that compute on quantized values),
+    quantized_nodes (their number), quantized_onnx_nodes (ONNX names), excluded_nodes, calibration {method, samples,
+    dataset}, trial_run, size_bytes_before, size_bytes."""
+
+    name = "quantize_nncf"
+    version = 1
+    Options = QuantizeNncfOptions
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "openvino", "nncf")
+
+    def run(self, ctx: StageContext, options: QuantizeNncfOptions) -> StageResult:
+        """Raises StageFailure: `already_quantized`, `calibration_data_missing`, `unknown_node`, `nothing_to_quantize`,
+        `quantization_failed`, `not_quantized`, `quantized_model_fails`, `nncf_missing`, and those of the data set and
+        of the conversion (`load_failed`, `unsupported_op`)."""
+        _check_available(ctx)
+        ctx.reporter.progress(0.02, "conversion")
+        model, interface, graph = ir.read_onnx(ctx.inputs["model"])
+        structure = describe_structure(graph)
+        if structure["quantized"]:
+            raise model_failure(
+                "already_quantized",
+                "The model already holds quantized operators.",
+                remedy="Upload the float32 model, or ask for no further precision.",
+            )
+        _check_source(structure["ops"])
+        by_name = ir.nodes_by_onnx_name(model, graph)
+        excluded = _excluded(options, graph, by_name)
+        samples = Samples(
+            ctx.only_file("calibration"),
+            interface.inputs,
+            interface.outputs,
+            part=options.part,
+            max_samples=options.max_samples,
+        )
+        batch = fixed_batch(interface.inputs) or 1
+        quantized = nncf_quantize.quantize(
+            model,
+            _passes(samples, batch),
+            -(-len(samples) // batch),
+            preset=options.preset,
+            model_type=options.model_type,
+            method=options.method,
+            smooth_quant_alpha=options.smooth_quant_alpha,
+            fast_bias_correction=options.fast_bias_correction,
+            excluded=excluded,
+            progress=lambda fraction: ctx.reporter.progress(0.05 + 0.8 * fraction, "calibration"),
+        )
+        del model
+        nodes = nncf_quantize.quantized_nodes(quantized)
+        counts = nncf_quantize.count_by_type(nodes)
+        if not nncf_quantize.computes_on_integers(counts):
+            raise model_failure(
+                "not_quantized",
+                "NNCF left every convolution and matrix product in floating point.",
+                remedy="Use another precision for this model.",
+            )
+        out = ctx.output("model")
+        ir.write_ir(quantized, interface, out)
+        del quantized
+        ctx.reporter.progress(0.9, "trial run")
+        data = {
+            "recipe": "nncf_int8",
+            "qdq_by_op": counts,
+            "quantized_nodes": len(nodes),
+            "quantized_onnx_nodes": sorted(name for name, made in by_name.items() if nodes.keys() & set(made)),
+            "excluded_nodes": sorted(options.exclude_nodes),
+            "calibration": {
+                "method": options.method,
+                "samples": len(samples),
+                "dataset": samples.digest(),
+                "batch_size": batch,
+            },
+            "trial_run": _trial_run(out, next(_passes(samples, batch)())),
+            "size_bytes_before": size_of(ctx.inputs["model"]),
+            "size_bytes": size_of(out),
+        }
+        return StageResult(outputs=("model",), data=data)
+
+
+def _check_available(ctx: StageContext) -> None:
+    if "calibration" not in ctx.inputs:
+        raise StageFailure(
+            "calibration_data_missing",
+            "Static int8 needs calibration data.",
+            FailureKind.REQUEST,
+            remedy="Name a data set under calibration.dataset_id.",
+        )
+    if backends()["openvino"]().probe(ctx.hardware) is None:
+        raise StageFailure(
+            "backend_unavailable",
+            "OpenVINO is not installed on this worker.",
+            FailureKind.REQUEST,
+            remedy="Choose a backend that GET /v1/capabilities lists.",
+            cacheable=False,
+        )
+
+
+def _check_source(ops: Mapping[str, int]) -> None:
+    if not any(ops.get(op) for op in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")):
+        raise model_failure(
+            "nothing_to_quantize",
+            "There is nothing to quantize: the model has no convolution and no matrix product.",
+            remedy="Use another precision for this model.",
+        )
+
+
+def _excluded(options: QuantizeNncfOptions, graph: ModelProto, by_name: Mapping[str, list[str]]) -> list[str]:
+    """The OpenVINO nodes of `exclude_nodes`. A node that conversion removed needs no exclusion."""
+    known = {node.name for node in graph.graph.node}
+    for name in sorted(options.exclude_nodes):
+        if name not in known:
+            raise StageFailure(
+                "unknown_node",
+                f"exclude_nodes names {name!r}, which is no node of the model.",
+                FailureKind.REQUEST,
+                node=name,
+                remedy="Use node names of the simplified model.",
+            )
+    return sorted({made for name in options.exclude_nodes for made in by_name.get(name, ())})
+
+
+def _passes(samples: Samples, batch: int) -> Callable[[], Iterator[Arrays]]:
+    """Starts a new pass over the samples, `batch` at a time; a batch that is not full repeats its samples."""
+
+    def start() -> Iterator[Arrays]:
+        for part in samples.batches(batch):
+            rows = np.arange(batch) % len(part)
+            yield {name: np.ascontiguousarray(array[rows]) for name, array in part.feeds.items()}
+
+    return start
+
+
+def _trial_run(made: Path, feeds: Arrays) -> dict[str, Any]:
+    """Load the artifact and run it once on real samples."""
+    backend = backends()["openvino"]()
+    try:
+        session = backend.load(made, {})
+        try:
+            outputs = session.run(feeds)
+        finally:
+            session.close()
+    except StageFailure as failure:
+        if not failure.cacheable:
+            raise
+        raise model_failure(
+            "quantized_model_fails",
+            f"The quantized model does not run: {failure.detail}",
+            node=failure.node,
+            remedy="Use another precision for this model, or exclude the node.",
+        ) from failure
+    finite = all(bool(np.isfinite(v).all()) for v in outputs.values() if v.dtype.kind == "f")
+    return {"batch": len(next(iter(feeds.values()))), "finite": finite}

@@ -1,0 +1,304 @@
+"""sensitivity: how much quantizing each node hurts the model's outputs.
+
+Inputs `model` (float32), `calibration` (a data set; for dynamic int8 random inputs do without one) and `ranges` (of an
+earlier static quantization; made anew without). No output but `data`.
+
+A node's error is that of the model's final outputs when this node alone is quantized and everything else computes in
+float32. Groups of neighbouring nodes are measured first; then the worst group is split into its nodes, and the next
+one, until every group that matters is split or the time is out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+from pydantic import Field
+
+from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_quantize as quantization
+from workers.backends import _qdq_switch as switch
+from workers.backends import _quantize_inputs as shared
+from workers.backends._onnxruntime_messages import runtime_failure
+from workers.data import Samples, synthetic_feeds
+from workers.kernel import Stage, StageContext, StageOptions, StageResult
+from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind
+from workers.measure.losses import rounded
+from workers.onnx_files import MODEL_FILE, read_skeleton
+
+BATCH = 8
+BATCH_BYTES = 16 << 20
+NEGLIGIBLE = 0.1  # a group whose joint error is below this share of the worst node's stays whole
+WORST = 1e30  # stands for NaN and Infinity
+METHOD = "final outputs with one group, then one node, quantized at a time (simulated Q/DQ, one session)"
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+
+
+class SensitivityOptions(StageOptions):
+    """What `quantize` takes, and `max_groups`: how many groups of neighbouring nodes are measured before single nodes.
+    `max_samples` are run for every group and node. `shapes`: for random inputs, where there is no data."""
+
+    recipe: Literal["dynamic_int8", "static_int8"] = "static_int8"
+    method: calibration.Method = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    op_types: list[str] | None = Field(default=None, min_length=1)
+    activations: Literal["uint8", "int8"] = "uint8"
+    per_channel: bool = True
+    reduce_range: bool = False
+    exclude_nodes: list[str] = Field(default_factory=list)
+    max_samples: int = Field(default=16, ge=1)
+    max_groups: int = Field(default=16, ge=1)
+    part: Literal["all", "calibration"] = "all"
+    shapes: dict[str, dict[str, list[int]]] | None = None
+
+
+class Sensitivity(Stage[SensitivityOptions]):
+    """See the module.
+
+    data: nodes [{name, op_type, error, group, measured: "node" | "group" | "none"}], worst first (`error` of a node
+    that was measured with its group is the group's; null where there was no time); groups [{id, nodes, error}];
+    all_error (everything quantized); samples; complete (the time did not cut it short); runs; method; metric ("kl" |
+    "cosine_loss" | "normalized_error" | "disagreement": what `error` is; of several outputs the worst).
+    """
+
+    name = "sensitivity"
+    version = 1
+    Options = SensitivityOptions
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
+
+    def run(self, ctx: StageContext, options: SensitivityOptions) -> StageResult:
+        source = ctx.inputs["model"] / MODEL_FILE
+        shared.check_source(read_skeleton(source), options.exclude_nodes)
+        samples = None
+        if "calibration" in ctx.inputs:
+            data_set = ctx.only_file("calibration")
+            samples = shared.calibration_samples(data_set, source, options.part, options.max_samples)
+        ctx.reporter.progress(0.02, "shape inference")
+        prepared = quantization.prepare(source, ctx.workspace)
+        skeleton = onnx.load(prepared, load_external_data=False)
+        op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, options.recipe)
+        ranges = _ranges(ctx, options, prepared, skeleton, op_types, samples)
+        nodes = switch.switchable(
+            skeleton, op_types, [*options.exclude_nodes, *_without_range(skeleton, ranges)], options.recipe
+        )
+        if not nodes:
+            raise shared.nothing_to_quantize("no node whose values have a finite range")
+        simulation = switch.Simulation(
+            options.recipe,
+            {name: (low, high) for name, (low, high) in ranges.get("tensors", {}).items()},
+            options.activations == "int8",
+            options.per_channel,
+            options.reduce_range,
+            quantization.rounds_outputs(op_types),
+        )
+        path = prepared.with_name("switchable.onnx")
+        switch.write(prepared, path, nodes, simulation)
+        engine = _Engine(path, skeleton, samples, options)
+        search = _Search(ctx, engine, nodes, options.max_groups)
+        data = search.run()
+        return StageResult(data=data, reusable=bool(data["complete"]))
+
+
+def _ranges(
+    ctx: StageContext,
+    options: SensitivityOptions,
+    prepared: Path,
+    skeleton: onnx.ModelProto,
+    op_types: Sequence[str],
+    samples: Samples | None,
+) -> dict[str, Any]:
+    if options.recipe == "dynamic_int8":
+        return {}
+    tensors = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
+    if "ranges" in ctx.inputs:
+        return shared.read_ranges(ctx.only_file("ranges"), tensors)
+    return shared.calibrated(
+        ctx.inputs["model"],
+        prepared,
+        tensors,
+        samples,
+        method=options.method,
+        percentile=options.percentile,
+        symmetric=options.activations == "int8",
+        progress=lambda fraction, message: ctx.reporter.progress(0.02 + 0.18 * fraction, message),
+    )
+
+
+def _without_range(model: onnx.ModelProto, ranges: dict[str, Any]) -> list[str]:
+    unusable = set(ranges.get("unusable", ()))
+    return [n.name for n in model.graph.node if unusable & {*n.input, *n.output}]
+
+
+class _Engine:
+    """The switchable model: its outputs with some of the nodes quantized."""
+
+    def __init__(
+        self, path: Path, model: onnx.ModelProto, samples: Samples | None, options: SensitivityOptions
+    ) -> None:
+        try:
+            self._session = calibration.open_session(path)
+        except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
+            raise runtime_failure(
+                "sensitivity_failed", error, remedy="Check that ONNX Runtime runs the model."
+            ) from error
+        self.names = [o.name for o in model.graph.output]
+        self._inputs = quantization.graph_inputs(model)
+        self._samples, self._options = samples, options
+        fixed = [s.shape[0] for s in self._inputs if s.shape and isinstance(s.shape[0], int) and s.shape[0] > 0]
+        self._fixed = max((int(f) for f in fixed), default=None)
+        self.runs = 0
+
+    def outputs(self, feeds: Arrays, rows: int, switches: Array) -> Arrays:
+        try:
+            values = self._session.run(self.names, {**feeds, switch.SWITCHES: switches})
+        except Exception as error:  # as above
+            raise runtime_failure(
+                "sensitivity_failed", error, remedy="Check that the model runs on this data."
+            ) from error
+        self.runs += 1
+        padded = len(next(iter(feeds.values())))
+        return {
+            name: value[:rows] if rows < padded and value.ndim and value.shape[0] == padded else value
+            for name, value in zip(self.names, values, strict=True)
+        }
+
+    def batches(self) -> Iterator[tuple[Arrays, int]]:
+        """Inputs with their number of real samples."""
+        if self._samples is None:
+            count = self._fixed or min(BATCH, self._options.max_samples)
+            for seed in range(-(-self._options.max_samples // count)):
+                yield synthetic_feeds(self._inputs, count, self._options.shapes, seed), count
+            return
+        one = next(self._samples.batches(1)).feeds
+        size = max(1, sum(a.nbytes for a in one.values()))
+        batch = self._fixed or int(min(BATCH, max(1, BATCH_BYTES // size)))
+        for feeds, count in calibration.padded((b.feeds for b in self._samples.batches(batch)), self._fixed):
+            yield dict(feeds), count
+
+
+@dataclass
+class _Group:
+    """Nodes that are quantized together, by index, and what was seen of it."""
+
+    id: int
+    members: list[int]
+    seen: dict[str, OutputComparison] = field(default_factory=dict)
+
+    def add(self, expected: Arrays, actual: Arrays, kinds: dict[str, Kind], rows: int) -> None:
+        for name, kind in kinds.items():
+            self.seen.setdefault(name, OutputComparison(name, kind)).add(expected[name], actual[name], rows)
+
+    def error(self, metric: str) -> float | None:
+        """The worst output's figure; None where nothing was run."""
+        values = [_figure(c, metric) for c in self.seen.values()]
+        found = [v for v in values if v is not None]
+        return max(found) if found else None
+
+
+def _figure(seen: OutputComparison, metric: str) -> float | None:
+    if (seen.kind is Kind.EXACT) != (metric == "disagreement"):
+        return None
+    if metric == "disagreement":
+        value = 1.0 - float(seen.column("agreement").mean())
+    elif metric == "kl":
+        value = float(seen.column("kl").mean())
+    elif metric == "cosine_loss":
+        value = 1.0 - float(seen.column("cosine").mean())
+    else:
+        value = normalized_error(seen.column("squared_error").sum(), seen.column("squared_norm").sum())
+    return rounded(max(0.0, value)) if np.isfinite(value) else WORST
+
+
+class _Search:
+    def __init__(self, ctx: StageContext, engine: _Engine, nodes: Sequence[switch.Switchable], most: int) -> None:
+        self.ctx, self.engine, self.nodes = ctx, engine, nodes
+        count = min(most, len(nodes))
+        edges = [round(i * len(nodes) / count) for i in range(count + 1)]
+        self.groups = [_Group(i, [*range(a, b)]) for i, (a, b) in enumerate(pairwise(edges))]
+        self.everything = _Group(-1, [*range(len(nodes))])
+        self.singles: dict[int, _Group] = {}
+        self.kinds: dict[str, Kind] = {}
+        self.samples = 0
+        self.complete = True
+
+    def run(self) -> dict[str, Any]:
+        self.samples = self._measure([self.everything, *self.groups])
+        metric = self._metric()
+        left = sorted(self.groups, key=lambda g: (-(g.error(metric) or 0.0), g.id))
+        for done, group in enumerate(left):
+            if not self.complete:
+                break
+            worst = max((s.error(metric) or 0.0 for s in self.singles.values()), default=0.0)
+            if len(group.members) == 1:
+                self.singles[group.members[0]] = group
+            elif (group.error(metric) or 0.0) >= NEGLIGIBLE * worst:
+                found = [_Group(group.id, [index]) for index in group.members]
+                self._measure(found)
+                self.singles |= {s.members[0]: s for s in found}
+            self.ctx.reporter.progress(0.4 + 0.6 * (done + 1) / len(left), "single nodes")
+        return self._data(metric)
+
+    def _measure(self, groups: Sequence[_Group]) -> int:
+        """Run each group on every batch; the number of samples. Stops where the time is out."""
+        total = 0
+        for feeds, rows in self.engine.batches():
+            expected = self.engine.outputs(feeds, rows, np.zeros(len(self.nodes), bool))
+            if not self.kinds:
+                self.kinds = {name: output_kind(name, value) for name, value in expected.items()}
+            for group in groups:
+                if self.ctx.seconds_left() <= 0:
+                    self.complete = False
+                    return total
+                switches = np.zeros(len(self.nodes), bool)
+                switches[group.members] = True
+                group.add(expected, self.engine.outputs(feeds, rows, switches), self.kinds, rows)
+            total += rows
+        return total
+
+    def _metric(self) -> str:
+        kinds = {kind for kind in self.kinds.values() if kind is not Kind.EXACT}
+        if not kinds:
+            return "disagreement"
+        by_kind = {Kind.LOGITS: "kl", Kind.EMBEDDING: "cosine_loss"}
+        return by_kind.get(min(kinds), "normalized_error") if len(kinds) == 1 else "normalized_error"
+
+    def _data(self, metric: str) -> dict[str, Any]:
+        entries = []
+        for group in self.groups:
+            joint = group.error(metric)
+            for index in group.members:
+                single = self.singles.get(index)
+                own = single.error(metric) if single is not None else None
+                how = "node" if own is not None else "none" if joint is None else "group"
+                node = self.nodes[index]
+                entries.append(
+                    {
+                        "name": node.name,
+                        "op_type": node.op_type,
+                        "error": joint if own is None else own,
+                        "group": group.id,
+                        "measured": how,
+                    }
+                )
+        entries.sort(key=lambda e: -1.0 if e["error"] is None else float(e["error"]), reverse=True)
+        groups = [
+            {"id": g.id, "nodes": [self.nodes[i].name for i in g.members], "error": g.error(metric)}
+            for g in self.groups
+        ]
+        return {
+            "nodes": entries,
+            "groups": groups,
+            "all_error": self.everything.error(metric),
+            "samples": self.samples,
+            "complete": self.complete,
+            "runs": self.engine.runs,
+            "method": METHOD,
+            "metric": metric,
+        }
