@@ -119,7 +119,7 @@ class Cuda:
 
 
 def install() -> None:
-    """Put the stand-ins in the place of TensorRT, of the CUDA layer and of the driver, in this process and its forks."""
+    """Put the stand-ins in the place of TensorRT, the CUDA layer and the driver, in this process and its forks."""
     from workers.backends import _trt_probe
     from workers.backends import tensorrt as backend
 

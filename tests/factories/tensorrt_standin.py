@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -26,12 +28,15 @@ captures: dict[int, list[Any]] = {}
 
 @dataclass
 class Behaviour:
-    """`unknown_ops`: the parser refuses them. `build_error`: what is logged before a build gives None. `step_seconds`:
-    how long a build step takes. `shape_inputs`: inputs that set shapes. `fail_capture`: an enqueue in a capture fails.
+    """`unknown_ops`: the parser refuses them. `build_error`: what is logged before a build gives None;
+    `build_error_ops`: the same, for graphs with such an op. `step_seconds`: how long a build step takes; `slow_ops`: in
+    graphs with such an op. `shape_inputs`: inputs that set shapes. `fail_capture`: an enqueue in a capture fails.
     `old_inspector`: TensorRT 10's field names."""
 
     unknown_ops: frozenset[str] = frozenset()
     build_error: str | None = None
+    build_error_ops: Mapping[str, str] = field(default_factory=dict)
+    slow_ops: Mapping[str, float] = field(default_factory=dict)
     load_error: str | None = None
     no_driver: bool = False
     step_seconds: float = 0.0
@@ -120,7 +125,7 @@ class Logger(ILogger):
         super().__init__()
 
     def log(self, severity: ILogger.Severity, msg: str) -> None:
-        print(severity.name, msg)
+        sys.stderr.write(f"{severity.name} {msg}\n")
 
 
 def nptype(trt_type: DataType) -> Any:
@@ -128,6 +133,11 @@ def nptype(trt_type: DataType) -> Any:
 
 
 class IProgressMonitor:
+    def __init__(self) -> None:
+        self.made = True
+
+
+class IProfiler:
     def __init__(self) -> None:
         self.made = True
 
@@ -333,19 +343,21 @@ class Builder:
         dynamic = [i.name for i in network._inputs if -1 in _dims(i)]
         for profile in config._profiles or [IOptimizationProfile()]:
             if any(name not in profile._shapes for name in dynamic):
-                return self._refuse(
-                    "Network has dynamic or shape inputs, but no optimization profile has been defined."
-                )
+                return self._refuse("Network has dynamic inputs, but no optimization profile has been defined.")
         keys = {f"{n.op_type}:{n.name}" for n in model.graph.node}
-        if (
-            BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in config._flags
-            and keys - (config._cache or ITimingCache(set()))._keys
-        ):
+        known = config._cache._keys if config._cache is not None else set()
+        if BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in config._flags and keys - known:
             return self._refuse("Timing cache miss: a layer is not in the timing cache.")
-        if not self._steps(config.progress_monitor, len(model.graph.node)):
+        ops = {n.op_type for n in model.graph.node}
+        seconds = max([behaviour.step_seconds, *(s for op, s in behaviour.slow_ops.items() if op in ops)])
+        if not self._steps(config.progress_monitor, len(model.graph.node), seconds):
             return None
-        if behaviour.build_error is not None:
-            return self._refuse(behaviour.build_error)
+        errors = [
+            *filter(None, [behaviour.build_error]),
+            *(e for o, e in behaviour.build_error_ops.items() if o in ops),
+        ]
+        if errors:
+            return self._refuse(errors[0])
         if config._cache is not None:
             config._cache._keys |= keys
         head = json.dumps({"version": __version__, "profiles": [p._shapes for p in config._profiles]}).encode()
@@ -355,7 +367,7 @@ class Builder:
     def _refuse(self, why: str) -> None:
         self._logger.log(ILogger.Severity.ERROR, why)
 
-    def _steps(self, monitor: Any, count: int) -> bool:
+    def _steps(self, monitor: Any, count: int, seconds: float) -> bool:
         """As TensorRT: nested phases, told from another thread, whose exceptions end the build without a word."""
         going = [True]
 
@@ -364,7 +376,7 @@ class Builder:
                 monitor.phase_start("Building Engine", None, 2)
                 monitor.phase_start("Timing", "Building Engine", count)
                 for step in range(count):
-                    time.sleep(behaviour.step_seconds)
+                    time.sleep(seconds)
                     if not monitor.step_complete("Timing", step):
                         going[0] = False
                         break
@@ -490,6 +502,7 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._allocators: dict[str, Any] = {}
+        self.profiler: Any = None
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._profile = profile_index
@@ -545,14 +558,16 @@ class IExecutionContext:
         self, addresses: dict[str, int], shapes: dict[str, Any], allocators: dict[str, Any], stream: int
     ) -> bool:
         behaviour.enqueued += 1
+        for index, node in enumerate(self._engine._model.graph.node if self.profiler else ()):
+            self.profiler.report_layer_time(node.name, 0.1 * (index + 1))
         feeds = {}
         for info in self._engine._inputs:
             dtype = _TYPES[info.type.tensor_type.elem_type][1]
             array = _view(addresses[info.name], shapes[info.name], dtype).copy()
             feeds[info.name] = array.astype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
         outputs = self._engine._session.run(None, feeds)
-        for info, value in zip(self._engine._model.graph.output, outputs, strict=True):
-            value = np.ascontiguousarray(value, dtype=_TYPES[info.type.tensor_type.elem_type][1])
+        for info, found in zip(self._engine._model.graph.output, outputs, strict=True):
+            value = np.ascontiguousarray(found, dtype=_TYPES[info.type.tensor_type.elem_type][1])
             address = addresses.get(info.name, 0)
             if info.name in allocators:
                 address = allocators[info.name].reallocate_output_async(info.name, 0, value.nbytes, 256, stream)

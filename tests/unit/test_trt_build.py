@@ -157,7 +157,11 @@ def test_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("Could not find any implementation for node fc1 + act.", "engine_build_failed", FailureKind.MODEL),
         ("Requested amount of GPU memory (1 bytes) could not be allocated: out of memory", "gpu_out_of_memory", None),
-        ("kOPT dimensions in profile 0 are [1,8] but input has static dimensions", "invalid_profile", None),
+        (
+            "kOPT dimensions in profile 0 are [1,8] but input has static dimensions",
+            "invalid_profile",
+            FailureKind.MODEL,
+        ),
         ("Cuda initialization: CUDA driver version is insufficient", "gpu_unavailable", FailureKind.INFRASTRUCTURE),
     ],
 )
@@ -191,7 +195,7 @@ def test_a_missing_driver_is_found_before_tensorrt_is_touched(
 def test_the_build_is_cancelled_by_its_own_flag(tmp_path: Path, behaviour: Behaviour) -> None:
     behaviour.step_seconds = 0.02
     failure = refused(models.conv_net(), tmp_path, max_seconds=0.03)
-    assert (failure.code, failure.kind) == ("build_cancelled", FailureKind.INFRASTRUCTURE)
+    assert (failure.code, failure.kind) == ("build_cancelled", FailureKind.MODEL)
     assert not failure.cacheable
 
 

@@ -1,4 +1,4 @@
-"""Loading and running a plan: safety before anything, then named tensors, profiles, shapes that depend on data, graphs."""
+"""Loading and running a plan: safety first, then named tensors, profiles, shapes that depend on the data, graphs."""
 
 from __future__ import annotations
 
@@ -214,6 +214,15 @@ def test_times_by_events(tmp_path: Path) -> None:
     assert set(times[0]) == {"h2d_ms", "compute_ms", "d2h_ms", "enqueue_ms", "total_ms"}
     assert all(t["total_ms"] >= t["enqueue_ms"] > 0 for t in times)
     session.close()
+
+
+@pytest.mark.usefixtures("behaviour")
+def test_times_by_layer(tmp_path: Path) -> None:
+    engine, runtime = engine_of(models.mlp(), tmp_path, cuda_graph=True)
+    layers = TensorRtBackend().layer_times(engine, runtime, {"input": np.ones((1, 8), np.float32)}, 4)
+    assert layers is not None
+    assert [(t.name, t.op_type) for t in layers] == [("fc2", "Myelin"), ("act", "Myelin"), ("fc1", "Myelin")]
+    assert layers[0].ms == pytest.approx(0.3)
 
 
 @pytest.mark.usefixtures("behaviour")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.domain.failures import FailureKind, StageFailure, infrastructure_failure
+from app.domain.failures import StageFailure, model_failure
 from workers.backends import _trt_graph as graphs
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
 from workers.backends import _trt_timing as timing
-from workers.backends._trt_inspect import read_inspection
+from workers.backends._trt_inspect import inspection_of, read_inspection
 from workers.backends._trt_options import BuildOptions, RuntimeOptions
 from workers.backends._trt_probe import Gpu, require_gpu, require_tensorrt
 from workers.backends._trt_progress import BUILDING, Progress, make_monitor
@@ -153,10 +153,9 @@ def _add_profiles(state: _Building, wanted: list[profiles.Profile]) -> None:
     shape_inputs = [t.name for t in tensors if t is not None and t.is_shape_tensor]
     for name in shape_inputs:
         if name not in values:
-            raise StageFailure(
+            raise model_failure(
                 "invalid_profile",
                 f"Input {name!r} sets the shape of other tensors; TensorRT needs the range of its values.",
-                FailureKind.REQUEST,
                 tensor=name,
                 remedy="Make it a constant of the model, so that shapes follow from the other inputs.",
             )
@@ -184,10 +183,10 @@ def _add_profile(state: _Building, shapes: profiles.Profile, values: Mapping[str
 
 
 def _refused_profile(name: str | None, why: str) -> StageFailure:
-    return StageFailure(
+    """Of kind MODEL, unlike what contradicts the job's own shapes: other backends may take the model."""
+    return model_failure(
         "invalid_profile",
         f"TensorRT refuses the optimization profile: {why}",
-        FailureKind.REQUEST,
         tensor=name,
         remedy="Give every dynamic input min ≤ opt ≤ max that agree with the model.",
     )
@@ -204,10 +203,11 @@ def _build_plan(state: _Building, progress: Progress) -> tensorrt.IHostMemory:
         state.log.add(True, str(error))
         plan = None
     if progress.cancelled:
-        raise infrastructure_failure(
+        raise model_failure(
             "build_cancelled",
             "The TensorRT build was ended before it was finished.",
             remedy="Give the job a larger budget, or a lower optimization level.",
+            cacheable=False,
         )
     if plan is None:
         raise messages.build_failure(state.log, state.gpu.name)
@@ -222,9 +222,7 @@ def _inspect(state: _Building, plan: Path, ops: Mapping[str, str]) -> dict[str, 
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise messages.load_failure(state.log)
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON) if inspector is not None else ""
-    found = read_inspection(text, ops)
+    found = read_inspection(inspection_of(engine), ops)
     found["memory"] = engine_memory(engine)
     return found
 

@@ -10,7 +10,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt
 
 MOST_LAYERS = 2000
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -25,6 +28,32 @@ _PATTERNS = {
     "matmul": re.compile(r"gemm|matmul|matrix|(?:^|[/_.])fc", re.IGNORECASE),
     "add": re.compile(r"add|residual", re.IGNORECASE),
 }
+
+
+def inspection_of(engine: tensorrt.ICudaEngine) -> str:
+    """The engine inspector's JSON; empty where it gives none."""
+    import tensorrt as trt
+
+    inspector = engine.create_engine_inspector()
+    return inspector.get_engine_information(trt.LayerInformationFormat.JSON) if inspector is not None else ""
+
+
+def profile_layers(context: tensorrt.IExecutionContext) -> dict[str, float]:
+    """Have every enqueue of `context` from now on add its layers' milliseconds to what is returned, by layer name.
+    Such an enqueue waits for the GPU."""
+    import tensorrt as trt
+
+    times: dict[str, float] = {}
+
+    class Times(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times[layer_name] = times.get(layer_name, 0.0) + ms
+
+    context.profiler = Times()
+    return times
 
 
 def read_inspection(text: str, op_of: Mapping[str, str]) -> dict[str, Any]:

@@ -123,10 +123,9 @@ def build_failure(log: Log, gpu: str) -> StageFailure:
     if _DRIVER.search(text):
         return driver_failure(log.last())
     if _PROFILE.search(text):
-        return StageFailure(
+        return model_failure(
             "invalid_profile",
             f"TensorRT refuses the optimization profiles: {log.last()}",
-            FailureKind.REQUEST,
             remedy="Give `shapes` with the smallest, usual and largest shape the model really takes.",
         )
     node = _NOT_A_NODE_LIST.search(text) or _NODE.search(text)

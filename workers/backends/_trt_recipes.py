@@ -83,7 +83,8 @@ def _step(case: Case, precision: str) -> Step:
             "per_channel": True,
             "reduce_range": False,
         }
-    return Step("quantize", {**options, **recipes.calibration_options(case)}, ("calibration",))
+    options |= recipes.calibration_options(case) | recipes.kept_nodes(case)
+    return Step("quantize", options, ("calibration",))
 
 
 def _candidate(case: Case, cid: str, name: str, precision: str, steps: list[Step], *, tf32: bool) -> Candidate:

@@ -18,8 +18,9 @@ from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
 from workers.backends._trt_buffers import Binding, IoTensor, io_tensors
 from workers.backends._trt_cuda import Cuda
+from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection
 from workers.backends._trt_options import RuntimeOptions
-from workers.kernel import Session, TensorSpec
+from workers.kernel import LayerTime, Session, TensorSpec
 
 if TYPE_CHECKING:
     import tensorrt
@@ -131,6 +132,19 @@ class TensorRtSession(Session):
             times = {"h2d_ms": h2d, "compute_ms": compute, "d2h_ms": d2h}
             found.append({**times, "enqueue_ms": (after - before) / 1e6, "total_ms": (end - start) / 1e6})
         return found
+
+    def layer_times(self, feeds: Arrays, runs: int) -> list[LayerTime]:
+        """Mean milliseconds by layer, the slowest first, by TensorRT's own profiler. The session is of no other use
+        afterwards: every call of it is profiled from then on."""
+        assert self._engine is not None, "the session is open"
+        found = read_inspection(inspection_of(self._engine), {})
+        types = {layer["name"]: str(layer["type"] or "") for layer in found["layers"]}
+        self.run(feeds)
+        times = profile_layers(self._context)
+        for _ in range(runs):
+            self.run(feeds)
+        layers = [LayerTime(name, types.get(name[:500], ""), ms / max(1, runs)) for name, ms in times.items()]
+        return sorted(layers, key=lambda layer: -layer.ms)
 
     def memory(self) -> dict[str, Any]:
         """Bytes: weights, activations of the profile in use, inputs and outputs; and the GPU's free and total."""

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_recipes as trt_recipes
@@ -19,7 +19,10 @@ from workers.backends._trt_runner import TensorRtSession
 from workers.backends._trt_script import infer_script
 from workers.backends._trt_sidecar import PLAN_FILE, check_compatible, read_verified
 from workers.candidates import Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, Reporter, Session, TensorSpec
+from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
 
 
 class TensorRtBackend(Backend):
@@ -64,6 +67,9 @@ class TensorRtBackend(Backend):
         """Verify, then load. Raises StageFailure: `engine_untrusted`, `engine_incompatible`, `load_failed`,
         `gpu_unavailable`, `tensorrt_unavailable`, `cuda_unavailable`, `gpu_out_of_memory`,
         `invalid_backend_options`."""
+        return self._load(engine, runtime)
+
+    def _load(self, engine: Path, runtime: Mapping[str, Any]) -> TensorRtSession:
         options = parsed(RuntimeOptions, runtime)
         sidecar = read_verified(engine)  # before anything of the engine is looked at
         gpu = require_gpu()  # before TensorRT's runtime is made: without a driver it takes the process down
@@ -90,6 +96,13 @@ class TensorRtBackend(Backend):
             opened.push(opening.pop_all())
             opened.callback(gc.collect)  # runs first: what is freed after its context was left may crash
             return session
+
+    def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
+        session = self._load(engine, {**runtime, "cuda_graph": False})  # a replayed graph tells nothing of its layers
+        try:
+            return session.layer_times(feeds, runs)
+        finally:
+            session.close()
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})
