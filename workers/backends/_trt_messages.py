@@ -132,7 +132,7 @@ def build_failure(log: Log, gpu: str) -> StageFailure:
     return model_failure(
         "engine_build_failed",
         f"TensorRT built no engine: {log.last()}",
-        node=node.group(1) if node else None,
+        node=node.group(1).rstrip(".") if node else None,
         remedy=f"Raise the workspace limit, or let the backends {INSTEAD} run the model.",
         cacheable=False,
     )
