@@ -15,9 +15,11 @@ from typing import Any
 import onnx
 import pytest
 
+from anneal_client import Client
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from tests.factories.cuda_standin import HARDWARE
+from tests.factories.deployment import deployment
 from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
 
@@ -155,6 +157,68 @@ def test_a_plan_from_elsewhere_is_not_loaded(isolated: IsolatedRunner, tmp_path:
     with pytest.raises(StageFailure) as caught:
         job.call("validate", {"model": model, "engine": out / "engine"}, {"backend": "tensorrt", "runtime": {}})
     assert caught.value.code == "engine_untrusted"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Of a deployment whose worker has the stand-ins."""
+    with deployment(tmp_path_factory.mktemp("gpu") / "home") as found:
+        found.start("tests.factories.tensorrt_worker")
+        found.wait_ready()
+        with found.client() as client:
+            yield client
+
+
+def submit(client: Client, model: onnx.ModelProto, folder: Path, **changes: Any) -> dict[str, Any]:
+    uploaded = client.upload_model(models.save(model, folder / "net.onnx"))
+    spec = {
+        "model_id": uploaded["id"],
+        "target": {"backends": ["tensorrt"]},
+        "precisions": ["fp32"],
+        "search": {"strategy": "exhaustive"},
+        "validation": {"max_accuracy_loss_percent": 100},
+        "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
+        "budget_seconds": 60,
+    }
+    return client.submit({**spec, **changes})
+
+
+def candidates_of(client: Client, job: dict[str, Any]) -> dict[str, Any]:
+    return {c["id"]: c for c in client.report(job["id"])["candidates"]}
+
+
+def test_the_whole_job_through_the_api(client: Client, tmp_path: Path) -> None:
+    (worker,) = client.capabilities()["workers"]
+    (offered,) = [b for b in worker["backends"] if b["name"] == "tensorrt"]
+    assert offered["devices"] == ["cuda"]
+    assert offered["versions"]["tensorrt"].startswith("11.")
+    job = client.wait(submit(client, models.conv_net(size=32), tmp_path)["id"])
+    assert job["status"] == "succeeded", job
+    found = candidates_of(client, job)
+    assert {"trt-fp32", "trt-tf32", "trt-fp32.graph"} <= set(found)
+    for candidate in found.values():
+        assert candidate["batches"]["1"]["samples"] > 0, candidate["reason"]
+        assert candidate["accuracy"] is None or not candidate["accuracy"].get("broken")
+
+
+def test_a_model_that_tensorrt_refuses_through_the_api(client: Client, tmp_path: Path) -> None:
+    for op, words in (("Celu", "TensorRT cannot take Celu"), ("Elu", "TensorRT built no engine")):
+        job = client.wait(submit(client, activation(op), tmp_path)["id"])
+        assert job["status"] == "succeeded", "the baseline ships"
+        for candidate in candidates_of(client, job).values():
+            assert words in candidate["reason"]
+            assert "act" in candidate["reason"] or "node" in candidate["reason"]
+
+
+def test_a_job_is_cancelled_in_mid_build(client: Client, tmp_path: Path) -> None:
+    job = submit(client, activation("Selu"), tmp_path)
+    deadline = time.monotonic() + 30
+    while client.job(job["id"])["stage"] != "build" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    start = time.monotonic()
+    client.cancel(job["id"])
+    assert client.wait(job["id"], check=False)["status"] == "cancelled"
+    assert time.monotonic() - start < 10, "the build, of 15 s and more, was ended"
 
 
 def test_without_a_gpu_no_gpu_library_is_imported(tmp_path: Path) -> None:
