@@ -132,9 +132,9 @@ def test_candidates_by_compute_capability() -> None:
     assert not found["trt-tf32"].lossless
     assert found["trt-fp32"].build_options == {"precision": "fp32", "tf32": False, "batch_sizes": [1, 8]}
     int8 = found["trt-int8"].steps[-1]
-    assert int8.options["recipe"] == "static_int8"
-    assert int8.options["activations"] == "int8"
+    assert (int8.stage, int8.options["recipe"], int8.options["high_precision"]) == ("convert", "int8", "fp16")
     assert int8.extra == ("calibration",)
+    assert found["trt-int8"].name == "TensorRT int8, the rest fp16"
     (graph,) = _trt_recipes.variants(found["trt-fp16"])
     assert (graph.id, graph.runtime) == ("trt-fp16.graph", {"cuda_graph": True})
 
@@ -145,7 +145,7 @@ def test_candidates_by_compute_capability() -> None:
         ({"cc": "8.6"}, {"trt-fp8": "8.9"}),
         ({"cc": "7.5"}, {"trt-bf16": "8.0", "trt-fp8": "8.9", "trt-tf32": "8.0"}),
         ({"has_calibration": False}, {"trt-int8": "calibration data", "trt-fp8": "calibration data"}),
-        ({"ops": {"Relu": 1}}, {"trt-int8": "no operator", "trt-fp8": "no operator"}),
+        ({"ops": {"Relu": 1}}, {"trt-int8": "no operator", "trt-fp16": "no operator"}),
         ({"quantized": True}, {"trt-fp16": "quantized already", "trt-int8": "quantized already"}),
     ],
 )
@@ -159,8 +159,10 @@ def test_what_is_not_tried_says_why(changes: dict[str, Any], missing: dict[str, 
 
 def test_only_what_the_job_lets_it_use() -> None:
     proposal = _trt_recipes.propose(case(spec={"precisions": ["fp16", "int4"]}))
-    assert [c.id for c in proposal.candidates] == ["trt-fp16"]
-    assert [s.name for s in proposal.skipped] == ["trt-int4"]
+    assert [c.id for c in proposal.candidates] == ["trt-fp16", "trt-int4"]
+    unasked = {s.name: s.reason for s in _trt_recipes.propose(case()).skipped}
+    assert set(unasked) == {"trt-int4"}
+    assert not _trt_recipes.propose(case(spec={"target": {"device": "cpu"}})).candidates
 
 
 def test_no_gpu_proposes_nothing() -> None:

@@ -213,6 +213,10 @@ def test_times_by_events(tmp_path: Path) -> None:
     assert len(times) == 5
     assert set(times[0]) == {"h2d_ms", "compute_ms", "d2h_ms", "enqueue_ms", "total_ms"}
     assert all(t["total_ms"] >= t["enqueue_ms"] > 0 for t in times)
+    profile = session.profile({"input": np.ones((1, 8), np.float32)})
+    assert profile["latency_ms"] > 0
+    assert profile["memory"]["weights_bytes"] > 0
+    assert profile["cuda_graph"] is None
     session.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ import numpy as np
 
 from app.domain.failures import StageFailure
 from workers.backends._trt_cuda import Cuda
+from workers.backends._trt_options import RuntimeOptions
+from workers.backends._trt_profiles import Range
+from workers.kernel import TensorSpec
 
 if TYPE_CHECKING:
     import tensorrt
@@ -69,6 +72,35 @@ def io_tensors(engine: tensorrt.ICudaEngine) -> list[IoTensor]:
                 engine.get_tensor_location(name) == trt.TensorLocation.HOST,
             )
         )
+    return found
+
+
+def may_be(declared: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(declared) == len(shape) and all(d in (-1, s) for d, s in zip(declared, shape, strict=True))
+
+
+def spec_of(tensor: IoTensor, specs: Mapping[str, TensorSpec], options: RuntimeOptions) -> TensorSpec:
+    """As the model names its axes, where the sidecar knows; in the model's type."""
+    known = specs.get(tensor.name)
+    if known is not None and len(known.shape) == len(tensor.shape):
+        named = tuple(k if d < 0 else d for k, d in zip(known.shape, tensor.shape, strict=True))
+    else:
+        named = tuple(d if d >= 0 else f"{tensor.name}_dim_{i}" for i, d in enumerate(tensor.shape))
+    return TensorSpec(tensor.name, options.declared.get(tensor.name, tensor.dtype_name), named)
+
+
+def profiles_of(engine: tensorrt.ICudaEngine, inputs: Sequence[IoTensor]) -> list[dict[str, Range]]:
+    """Of the inputs whose shapes are free; shape tensors have ranges of values, which TensorRT checks itself."""
+    free = [t for t in inputs if any(d < 0 for d in t.shape)]
+    if not free:
+        return []
+    found = []
+    for index in range(engine.num_optimization_profiles):
+        ranges = {}
+        for tensor in free:
+            low, opt, high = (tuple(d) for d in engine.get_tensor_profile_shape(tensor.name, index))
+            ranges[tensor.name] = (low, opt, high)
+        found.append(ranges)
     return found
 
 

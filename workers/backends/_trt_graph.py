@@ -20,7 +20,14 @@ IO_TYPES = frozenset({"float32", "float16", "bfloat16", "float8_e4m3fn", "int8",
 NARROWED = {"float64": "float32"}
 
 # The compute capability from which TensorRT has kernels of a precision (NVIDIA's support matrix).
-NEEDS: dict[str, tuple[int, int]] = {"fp16": (7, 5), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9), "fp4": (10, 0)}
+NEEDS: dict[str, tuple[int, int]] = {
+    "fp16": (7, 5),
+    "int8": (7, 5),
+    "bf16": (8, 0),
+    "int4": (8, 0),
+    "fp8": (8, 9),
+    "fp4": (10, 0),
+}
 _PRECISION_OF: dict[int, str] = {
     TensorProto.FLOAT16: "fp16",
     TensorProto.BFLOAT16: "bf16",

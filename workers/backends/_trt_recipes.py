@@ -15,13 +15,15 @@ from workers.backends._trt_probe import capability
 from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 
 _NAME = "tensorrt"
-# TensorRT's rules: Q/DQ on the inputs of products and convolutions, and on the residual branch of an Add.
-INT8_CNN_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "GlobalAveragePool", "AveragePool", "MaxPool")
-INT8_TRANSFORMER_OPS = ("MatMul", "Gemm")
-_PRIORS = {"fp32": 0.85, "tf32": 0.7, "fp16": 0.4, "bf16": 0.45, "int8": 0.3, "fp8": 0.3}
+CONVERTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+# What the rest of a graph computes in, for a candidate's name.
+_REST = {"fp16": "", "bf16": "", "int8": ", the rest fp16", "fp8": ", the rest fp16", "int4": " weights, the rest fp16"}
+_PRIORS = {"fp32": 0.85, "tf32": 0.7, "fp16": 0.4, "bf16": 0.45, "int8": 0.3, "fp8": 0.3, "int4": 0.6}
 
 
 def propose(case: Case) -> Proposal:
+    if case.spec.target.device == "cpu":
+        return Proposal()
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
     gpu = case.hardware.get("gpu") or {}
@@ -35,7 +37,7 @@ def propose(case: Case) -> Proposal:
             candidates.append(_candidate(case, "trt-tf32", "TensorRT fp32 with TF32", "fp32", plain, tf32=True))
         else:
             skipped.append(Skipped("trt-tf32", f"TF32 needs compute capability 8.0, this GPU has {found}"))
-    for precision in ("fp16", "bf16", "int8", "fp8"):
+    for precision in ("fp16", "bf16", "int8", "fp8", "int4"):
         if not case.wants(precision):
             continue
         reason = _why_not(case, precision, found)
@@ -43,10 +45,8 @@ def propose(case: Case) -> Proposal:
             skipped.append(Skipped(f"trt-{precision}", reason))
         else:
             steps = [recipes.simplify(), _step(case, precision)]
-            name = f"TensorRT {precision}"
+            name = f"TensorRT {precision}{_REST[precision]}"
             candidates.append(_candidate(case, f"trt-{precision}", name, precision, steps, tf32=True))
-    if case.spec.precisions and "int4" in case.spec.precisions:
-        skipped.append(Skipped("trt-int4", "int4 weights gain only where one token is generated at a time"))
     return Proposal(tuple(candidates), tuple(skipped))
 
 
@@ -60,31 +60,28 @@ def _why_not(case: Case, precision: str, found: str) -> str | None:
         return f"{precision} needs compute capability {least_capability(precision)}, this GPU has {found}"
     if case.quantized:
         return "the model is quantized already: its own Q/DQ nodes decide"
-    if precision in ("int8", "fp8"):
-        if not case.has_calibration:
-            return f"static {precision} needs calibration data"
-        if not case.has(*_ops(case)):
-            return f"no operator that {precision} speeds up"
+    ops = ("MatMul", "Gemm") if precision == "int4" else CONVERTED_OPS
+    if not case.has(*ops):
+        return f"no operator that {precision} speeds up"
+    if precision in ("int8", "fp8") and not case.has_calibration:
+        return f"static {precision} needs calibration data"
+    if precision == "int4" and case.spec.precisions is None:
+        return "int4 weights gain where few tokens are computed at a time; ask for it to have it tried"
     return None
 
 
-def _ops(case: Case) -> tuple[str, ...]:
-    return INT8_CNN_OPS if case.kind == "cnn" else INT8_TRANSFORMER_OPS
-
-
 def _step(case: Case, precision: str) -> Step:
-    if precision in ("fp16", "bf16"):
-        return Step("quantize", {"recipe": precision})
-    options: dict[str, Any] = {"recipe": f"static_{precision}", "op_types": case.has(*_ops(case))}
-    if precision == "int8":
-        options |= {
-            "method": recipes.calibration_method(case),
-            "activations": "int8",
-            "per_channel": True,
-            "reduce_range": False,
-        }
-    options |= recipes.calibration_options(case) | recipes.kept_nodes(case)
-    return Step("quantize", options, ("calibration",))
+    """The graph in explicit precision. What is not in eight or four bits is fp16, the fastest that all of these GPUs
+    have."""
+    options: dict[str, Any] = {"recipe": precision, **recipes.kept_nodes(case)}
+    if _REST[precision]:
+        options["high_precision"] = "fp16"
+    calibrated = precision in ("int8", "fp8") or case.has_calibration
+    if not calibrated:
+        return Step("convert", options)
+    if precision in ("int8", "fp8"):
+        options["method"] = recipes.calibration_method(case)
+    return Step("convert", {**options, **recipes.calibration_options(case)}, ("calibration",))
 
 
 def _candidate(case: Case, cid: str, name: str, precision: str, steps: list[Step], *, tf32: bool) -> Candidate:

@@ -7,7 +7,7 @@ outputs back. A data-dependent output is allocated by TensorRT's callback while 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
-from workers.backends._trt_buffers import Binding, IoTensor, io_tensors
+from workers.backends._trt_buffers import Binding, IoTensor, io_tensors, may_be, profiles_of, spec_of
 from workers.backends._trt_cuda import Cuda
 from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection
 from workers.backends._trt_options import RuntimeOptions
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import tensorrt
 
     from workers.kernel import Arrays
+
+
+PROFILE_RUNS = 50
 
 
 class TensorRtSession(Session):
@@ -55,9 +58,9 @@ class TensorRtSession(Session):
         self._inputs = [t for t in io if t.is_input]
         self._outputs = [t for t in io if not t.is_input]
         self._host = frozenset(t.name for t in io if t.host)
-        self.inputs = [_spec(t, specs, options) for t in self._inputs]
-        self.outputs = [_spec(t, specs, options) for t in self._outputs]
-        self.profiles = _engine_profiles(engine, self._inputs)
+        self.inputs = [spec_of(t, specs, options) for t in self._inputs]
+        self.outputs = [spec_of(t, specs, options) for t in self._outputs]
+        self.profiles = profiles_of(engine, self._inputs)
         self.graph_status: str | None = None
         self._stream = cuda.stream()
         self._own = Binding(cuda, self._host)
@@ -132,6 +135,13 @@ class TensorRtSession(Session):
             times = {"h2d_ms": h2d, "compute_ms": compute, "d2h_ms": d2h}
             found.append({**times, "enqueue_ms": (after - before) / 1e6, "total_ms": (end - start) / 1e6})
         return found
+
+    def profile(self, feeds: Arrays) -> dict[str, Any]:
+        """Medians of `timings` in ms, `latency_ms`, the GPU's parts together, `memory`, and how the CUDA graph went."""
+        times = self.timings(feeds, PROFILE_RUNS)
+        found: dict[str, Any] = {k: float(np.median([t[k] for t in times])) for k in times[0]}
+        found["latency_ms"] = float(np.median([t["h2d_ms"] + t["compute_ms"] + t["d2h_ms"] for t in times]))
+        return {**found, "memory": self.memory(), "cuda_graph": self.graph_status}
 
     def layer_times(self, feeds: Arrays, runs: int) -> list[LayerTime]:
         """Mean milliseconds by layer, the slowest first, by TensorRT's own profiler. The session is of no other use
@@ -209,7 +219,7 @@ class TensorRtSession(Session):
             binding.arrays[tensor.name] = array
 
     def _profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        wrong = next((t for t in self._inputs if not _may_be(t.shape, shapes[t.name])), None)
+        wrong = next((t for t in self._inputs if not may_be(t.shape, shapes[t.name])), None)
         if wrong is not None:
             raise profiles.outside_profiles(wrong.name, shapes[wrong.name], self.profiles)
         if not self.profiles:
@@ -337,32 +347,3 @@ class TensorRtSession(Session):
         self.graph_status = "captured"
         binding.graph = graph
         return lambda: graph.launch(self._stream)
-
-
-def _may_be(declared: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(declared) == len(shape) and all(d in (-1, s) for d, s in zip(declared, shape, strict=True))
-
-
-def _spec(tensor: IoTensor, specs: Mapping[str, TensorSpec], options: RuntimeOptions) -> TensorSpec:
-    """As the model names its axes, where the sidecar knows; in the model's type."""
-    known = specs.get(tensor.name)
-    if known is not None and len(known.shape) == len(tensor.shape):
-        named = tuple(k if d < 0 else d for k, d in zip(known.shape, tensor.shape, strict=True))
-    else:
-        named = tuple(d if d >= 0 else f"{tensor.name}_dim_{i}" for i, d in enumerate(tensor.shape))
-    return TensorSpec(tensor.name, options.declared.get(tensor.name, tensor.dtype_name), named)
-
-
-def _engine_profiles(engine: tensorrt.ICudaEngine, inputs: Sequence[IoTensor]) -> list[dict[str, profiles.Range]]:
-    """Of the inputs whose shapes are free; shape tensors have ranges of values, which TensorRT checks itself."""
-    free = [t for t in inputs if any(d < 0 for d in t.shape)]
-    if not free:
-        return []
-    found = []
-    for index in range(engine.num_optimization_profiles):
-        ranges = {}
-        for tensor in free:
-            low, opt, high = (tuple(d) for d in engine.get_tensor_profile_shape(tensor.name, index))
-            ranges[tensor.name] = (low, opt, high)
-        found.append(ranges)
-    return found

@@ -32,6 +32,7 @@ class TensorRtBackend(Backend):
     # One of the first three is the distribution; what is not installed is no part of a key.
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "numpy")
     engine_format: ClassVar[str] = "tensorrt-plan"
+    device: ClassVar[str] = "cuda"
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:  # noqa: ARG002  (it asks the driver itself)
         """None without the library, a driver or a GPU. Asks the driver in a child process, so that the worker may go on
