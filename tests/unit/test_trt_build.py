@@ -17,6 +17,7 @@ from tests.factories import onnx_models as models
 from tests.factories.tensorrt_standin import Behaviour, BuilderFlag
 from workers import installation
 from workers.backends import _trt_probe
+from workers.backends import _trt_timing as timing
 from workers.backends._trt_build import build
 from workers.backends._trt_options import BuildOptions, parsed
 from workers.backends._trt_progress import Progress
@@ -226,6 +227,20 @@ def test_the_timing_cache_is_kept_merged_and_used(tmp_path: Path, behaviour: Beh
     again = make(models.mlp(), tmp_path / "again", exact_timing=True)["timing_cache"]
     assert again["used"]
     assert BuilderFlag.ERROR_ON_TIMING_CACHE_MISS in behaviour.builds[-1]._flags
+
+
+@pytest.mark.usefixtures("behaviour")
+def test_what_another_build_stored_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "shared.cache"
+    ours, theirs = tensorrt_standin.IBuilderConfig(), tensorrt_standin.IBuilderConfig()
+    for config, key in ((ours, "ours"), (theirs, "theirs")):
+        cache, filled = timing.attach(config, path)  # type: ignore[arg-type]
+        assert not filled
+        cache._keys.add(key)  # type: ignore[union-attr]
+    timing.merge(ours, path)  # type: ignore[arg-type]
+    told = timing.merge(theirs, path)  # type: ignore[arg-type]
+    assert json.loads(path.read_bytes())["keys"] == ["ours", "theirs"]
+    assert told["bytes"] == path.stat().st_size
 
 
 @pytest.mark.usefixtures("behaviour")

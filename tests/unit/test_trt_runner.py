@@ -81,6 +81,20 @@ def test_two_inputs_of_int64(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("behaviour")
+def test_an_input_whose_shape_stays_when_the_profile_changes(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["a", "b"], ["y"], name="product")
+    inputs = [models.value("a", ["m", 4]), models.value("b", [4, "n"])]
+    model = models.make_model([node], inputs, [models.value("y", ["m", "n"])])
+    same = {"min": [4, 2], "opt": [4, 2], "max": [4, 8]}
+    small, large = ({"min": [1, 4], "opt": [m, 4], "max": [m, 4]} for m in (1, 64))
+    session = load(*engine_of(model, tmp_path, profiles=[{"a": small, "b": same}, {"a": large, "b": same}]))
+    for rows in (1, 64, 1):
+        feeds = {"a": np.ones((rows, 4), np.float32), "b": np.ones((4, 2), np.float32)}
+        np.testing.assert_array_equal(session.run(feeds)["y"], np.full((rows, 2), 4.0))
+    session.close()
+
+
+@pytest.mark.usefixtures("behaviour")
 def test_bound_calls_keep_their_own_memory(tmp_path: Path) -> None:
     model = models.conv_net()
     session = load(*engine_of(model, tmp_path))
