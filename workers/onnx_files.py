@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -37,3 +37,27 @@ def read_skeleton(path: Path) -> ModelProto:
     model = ModelProto()
     model.ParseFromString(path.read_bytes())
     return model
+
+
+def load_model(path: Path) -> ModelProto:
+    """The model with all its weights. Unlike `onnx.load` it takes external files with several hard links, as artifacts
+    in a local store have them; raises `google.protobuf.message.DecodeError`, ValueError."""
+    model = read_skeleton(path)
+    for tensor in model.graph.initializer:
+        read_external(tensor, path.parent)
+    return model
+
+
+def read_external(tensor: TensorProto, folder: Path) -> None:
+    """Put the external data of `tensor` into it, from a file in `folder` itself; nothing to do without."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    file = folder / place["location"]
+    if file.parent != folder or file.is_symlink() or not file.is_file():
+        raise ValueError(f"tensor {tensor.name!r} lies in {place['location']!r}, which is no file of the model")
+    with file.open("rb") as data:
+        data.seek(int(place.get("offset", 0)))
+        tensor.raw_data = data.read(int(place["length"]) if "length" in place else -1)
+    tensor.ClearField("data_location")
+    del tensor.external_data[:]

@@ -185,8 +185,7 @@ class WorkerService:
                     should_stop=keeper.should_stop,
                 )
                 stages = runner.view.stages
-                backends = [b.name for b in self.backends]
-                found = Optimizer(runner, job, model, datasets, backends, self.settings.limits).run()
+                found = Optimizer(runner, job, model, datasets, self.backends, self.settings.limits).run()
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)

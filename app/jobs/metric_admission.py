@@ -56,6 +56,9 @@ def _check_labels(metric: Metric, pointer: str, labels: Tensor, outputs: Sequenc
         raise _refused(f"the metric 'mean_iou' needs label maps, and there are {shown}", pointer)
     if metric == "top5" and scored and all(isinstance(size, int) and size <= _TOP for size in scored):
         raise _refused(f"the metric 'top5' needs more than {_TOP} classes")
+    maps = len(shape) >= 2 and any(_is_float(o) and len(o["shape"]) == len(shape) + 2 for o in outputs)
+    if metric == "auto" and maps and not scored and not same:
+        raise _refused(f"{shown} fit no output as label maps", pointer, "Give them the height and width of the output.")
     fits = bool(same) if metric in _TARGETS else bool(scored) or (metric == "macro_f1" and bool(same))
     if metric != "auto" and not fits:
         wanted = {o["name"]: o["shape"] for o in outputs}

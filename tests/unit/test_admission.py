@@ -155,6 +155,7 @@ def test_a_metric_that_may_fit_is_let_in(metric: Any, arrays: Any, outputs: list
         ("top5", [X, _tensor("labels", "int64")], FEW, "more than 5 classes", "metric"),
         ("mean_iou", [X, _tensor("labels", "int64")], CLASSES, "needs label maps", "dataset_id"),
         ("mean_iou", [X, _tensor("labels", "int64", 16, 16)], MAPS[1:], "cannot compare", "dataset_id"),
+        ("auto", [X, _tensor("labels", "int64", 16, 16)], MAPS[1:], "label maps", "dataset_id"),
         ("rmse", [X, _tensor("labels", "float32")], CLASSES, "cannot compare", "dataset_id"),
         ("macro_f1", [X, _tensor("labels", "int64", 9)], CLASSES, "cannot compare", "dataset_id"),
         ("spearman", [X], [_tensor("y", "float32", "batch")], "axis behind the samples", "metric"),

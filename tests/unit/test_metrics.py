@@ -166,13 +166,33 @@ def test_r2_of_equal_targets_is_undefined() -> None:
     assert found["loss_percent"] > 5
     assert any("All targets are 3" in note for note in notes)
     assert any("do not differ" in note for note in notes)
+    _, _, notes = judged(y * 50, y * 50, y, name="y")
+    assert any("R² below 0" in note for note in notes)
+
+
+def test_labels_that_do_not_count_are_left_out() -> None:
+    some = LABELS.copy()
+    some[::3] = -100
+    kept = some >= 0
+    found, _, _ = judged(SCORES, WORSE, some)
+    expected, _, _ = judged(SCORES[kept], WORSE[kept], LABELS[kept])
+    assert found["units"] == kept.sum()
+    for name in ("top1", "top5", "macro_f1"):
+        assert found["metrics"][name]["value"] == expected["metrics"][name]["value"]
+    with pytest.raises(StageFailure) as caught:
+        judged(SCORES, WORSE, np.where(kept, LABELS, -1))
+    assert caught.value.code == "labels_out_of_range"
+    with pytest.raises(StageFailure) as caught:
+        judged(SCORES, WORSE, np.full(N, -100))
+    assert caught.value.code == "metric_undefined"
 
 
 def test_a_single_class_works_and_is_told() -> None:
     found, _, notes = judged(SCORES[:20], SCORES[:20], np.full(20, 4))
     assert found["metric"] == "top1"
     assert notes == ["All labels are class 4: the figures say nothing of the other classes."]
-    _, _, notes = judged(SCORES[:20, 0], SCORES[:20, 0], np.zeros(20, int), name="y")
+    found, _, notes = judged(SCORES[:20, 0], SCORES[:20, 0], np.zeros(20, int), name="y")
+    assert found["metric"] == "macro_f1"
     assert any("All targets are 0" in note for note in notes)
 
 
@@ -191,8 +211,20 @@ def test_classes_that_an_output_names_are_judged_by_the_labels() -> None:
     f1 = judged(answers, worse, LABELS, "macro_f1", name="label", batch=3)[0]
     assert f1["value"] == pytest.approx(f1_score(LABELS, worse, average="macro"), abs=1e-6)
     wild = worse.copy()
-    wild[0], wild[1] = -5, 10**6  # what an engine may answer
-    assert "macro_f1" not in judged(answers, wild, LABELS, name="label")[0]["metrics"]
+    wild[0], wild[1] = -5, 10**6  # whatever an engine answers
+    assert judged(answers, wild, LABELS, "macro_f1", name="label")[0]["loss_percent"] >= f1["loss_percent"]
+    many = np.arange(N) * 1000
+    assert "macro_f1" not in judged(many, many, many, name="label")[0]["metrics"]
+    with pytest.raises(StageFailure) as caught:
+        judged(many, many, many, "macro_f1", name="label")
+    assert caught.value.code == "metric_mismatch"
+    maps = RNG.integers(0, 4, (20, 6, 6))
+    engine = (maps + (maps == 3)) % 4
+    found, _, _ = judged(maps, engine, maps, name="segments")
+    iou = jaccard_score(maps.ravel(), engine.ravel(), average="macro")
+    assert (found["metric"], found["value"]) == ("mean_iou", pytest.approx(iou, abs=1e-6))
+    found, _, _ = judged(maps * 5000, maps * 5000, maps * 5000, name="segments")
+    assert found["metric"] == "top1"
 
 
 def test_scores_without_labels_show_kl_and_agreement() -> None:

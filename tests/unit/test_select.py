@@ -145,3 +145,10 @@ def test_pareto_keeps_what_nobody_beats_in_both() -> None:
     fast.accuracy, slow.accuracy, beaten.accuracy = ({**MEASURED, "loss_percent": loss} for loss in (2.0, 0.1, 0.5))
     fast.id, slow.id, beaten.id = "fast", "slow", "beaten"
     assert pareto(_baseline(), [(t, t.figures or {}) for t in (fast, slow, beaten)], "1") == [BASELINE, "fast", "slow"]
+
+
+def test_of_those_that_tie_where_it_counts_the_better_over_all_batch_sizes_is_picked() -> None:
+    even, lopsided = _candidate(3.0, width=0.09, at8=3.0), _candidate(3.05, width=0.09, at8=2.0)
+    slower = _candidate(2.6, width=0.09, at8=9.0)
+    even.id, lopsided.id, slower.id = "even", "lopsided", "slower"
+    assert judge(_spec(), _baseline(), [even, lopsided, slower], {}).picked == "even"

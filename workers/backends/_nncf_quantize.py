@@ -26,6 +26,8 @@ _WEIGHTS = ("Constant", "FakeQuantize", "Convert", "Subtract", "Multiply", "Resh
 # NNCF quantizes their weights, which OpenVINO's CPU kernels refuse.
 _RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell", "RNNCell")
 _QUANTIZERS = ("FakeQuantize", "FakeConvert")
+# They only move values, or vanish into their neighbours: counting them would tell nothing.
+_PASSIVE = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Convert", "ShapeOf", "BatchNormInference")
 
 
 class _Stream:
@@ -68,6 +70,7 @@ def quantize(
     `excluded`: names of OpenVINO nodes. Raises StageFailure: `quantization_failed`, `nncf_missing`.
     """
     library()
+    _keep_reduced_axes(model)
     recurrent = (n.get_friendly_name() for n in model.get_ops() if n.get_type_name() in _RECURRENT)
     ignored = sorted({*excluded, *recurrent})
     with _quiet(), _without_torch():
@@ -139,17 +142,38 @@ def _without_torch() -> Iterator[None]:
         del modules["torch"]
 
 
-def is_quantized(model: Any) -> bool:
-    return any(node.get_type_name() in _QUANTIZERS for node in model.get_ops())
+def _keep_reduced_axes(model: Any) -> None:
+    """Give every mean, sum, … that drops its axes the axes back, and drop them in a node of its own.
+
+    OpenVINO 2026.4 computes nonsense on a CPU where a per-channel product or sum and a FakeQuantize follow a reduction
+    that drops an axis before the last (it fuses them and takes another axis for the channels): mean pooling over tokens
+    behind which NNCF equalizes channels.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if not node.get_type_name().startswith("Reduce") or node.get_attributes().get("keep_dims", True):
+            continue
+        output, name = node.output(0), node.get_friendly_name()
+        readers, tensors = output.get_target_inputs(), output.get_names()
+        node.set_attribute("keep_dims", True)
+        node.validate_and_infer_types()
+        squeeze = opset13.squeeze(output, node.input_value(1))
+        squeeze.set_friendly_name(f"{name}/squeeze")
+        output.set_names(set())
+        squeeze.output(0).set_names(tensors)
+        for reader in readers:
+            reader.replace_source_output(squeeze.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def quantized_nodes(model: Any) -> dict[str, str]:
-    """Name → type of the nodes that compute on quantized values: every one whose first input comes from a FakeQuantize,
-    directly or through nodes that only move values; of products and convolutions those whose weights are, too."""
+    """Name → type of the nodes that compute on quantized values: those that read a FakeQuantize; of products and
+    convolutions those whose weights are quantized, too."""
     found: dict[str, str] = {}
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        if kind in (*_QUANTIZERS, "Result", "Parameter", "Constant") or not node.get_input_size():
+        if kind in (*_QUANTIZERS, *_PASSIVE, "Result", "Parameter", "Constant") or not node.get_input_size():
             continue
         if kind in _COMPUTE:
             if all(_is_quantized_value(node.input_value(i)) for i in (0, 1)):

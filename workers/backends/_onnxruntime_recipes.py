@@ -25,11 +25,18 @@ def propose(case: Case) -> Proposal:
 
 
 def variants(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
-    """Threads × spinning; ONNX Runtime's default is one thread per core, spinning."""
+    """By how often they win. ONNX Runtime's default is one thread per core, spinning, with an arena.
+
+    One thread wins on small models, sleeping threads where cores are shared; without its arena the session holds less
+    memory, which is worth a try only where memory is limited. Recurrent nets decay into denormal numbers."""
     found = []
     if case.cores > 1:
         found.append(candidate.variant("t1", "1 thread", intra_op_num_threads=1))
         found.append(candidate.variant("nospin", "no spinning", allow_spinning=False))
+    if case.kind == "rnn":
+        found.append(candidate.variant("daz", "denormals as zero", denormal_as_zero=True))
+    if case.spec.constraints.max_memory_mb is not None:
+        found.append(candidate.variant("noarena", "no memory arena", enable_cpu_mem_arena=False))
     return tuple(found)
 
 

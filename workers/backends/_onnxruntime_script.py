@@ -31,12 +31,13 @@ def load():
         options.inter_op_num_threads = RUNTIME["inter_op_num_threads"]
     if RUNTIME.get("execution_mode") == "parallel":
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-    options.enable_cpu_mem_arena = RUNTIME.get("enable_cpu_mem_arena", True)
-    options.enable_mem_pattern = RUNTIME.get("enable_mem_pattern", True)
+    for name in ("enable_cpu_mem_arena", "enable_mem_pattern"):
+        if name in RUNTIME:
+            setattr(options, name, RUNTIME[name])
     if "allow_spinning" in RUNTIME:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if RUNTIME["allow_spinning"] else "0")
-    if RUNTIME.get("denormal_as_zero"):
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if "denormal_as_zero" in RUNTIME:
+        options.add_session_config_entry("session.set_denormal_as_zero", "1" if RUNTIME["denormal_as_zero"] else "0")
     for key, value in RUNTIME.get("session_config", {}).items():
         options.add_session_config_entry(key, value)
     session = ort.InferenceSession(str(HERE / "model.onnx"), options, providers=["CPUExecutionProvider"])

@@ -20,12 +20,13 @@ from app.domain.failures import StageFailure
 from workers.backends._openvino_library import library, read_model
 from workers.kernel import TensorSpec
 from workers.onnx_files import MODEL_FILE, read_skeleton
-from workers.onnx_graph import external_tensors, model_specs, node_label
+from workers.onnx_graph import all_nodes, external_tensors, model_specs, node_label
 
 XML_FILE = "model.xml"
 BIN_FILE = "model.bin"
 INTERFACE_FILE = "interface.json"
 _FORMAT = 1
+_READINGS = 8
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,25 @@ def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:
         from onnx.inliner import inline_local_functions
 
         graph = inline_local_functions(graph)  # the reader knows no functions of the model's own
-        model = read_model(graph.SerializeToString(), graph=graph)
+        model = _read_unambiguously(graph.SerializeToString(), graph)
     else:
-        model = read_model(path, graph=graph)
+        model = _read_unambiguously(path, graph)
     check_interface(model, interface)
     stable_names(model)
     return model, interface, graph
+
+
+def _read_unambiguously(source: Path | bytes, graph: ModelProto) -> Any:
+    """Read until no automatic name (`MatMul_34`) is also one of the model's own, which it cannot be told from. The
+    numbers grow with every reading, so that a second one nearly always does."""
+    own = {name for node in all_nodes(graph) for name in (node.name, *node.output)}
+    own |= {tensor.name for tensor in (*graph.graph.initializer, *graph.graph.input)}
+    for _ in range(_READINGS):
+        model = read_model(source, graph=graph)
+        automatic = {n.get_name() for body in _bodies(model) for n in body.get_ops() if _is_automatic(n)}
+        if not automatic & own:
+            break
+    return model
 
 
 def read_ir(folder: Path) -> tuple[Any, Interface]:
@@ -138,8 +152,8 @@ def stable_names(model: Any) -> None:
     model would be written differently every time, and NNCF names what it adds after its neighbours."""
     for body in _bodies(model):
         nodes = body.get_ordered_ops()
-        automatic = [n for n in nodes if n.get_friendly_name() == n.get_name()]
-        taken = {n.get_friendly_name() for n in nodes} - {n.get_name() for n in automatic}
+        automatic = [n for n in nodes if _is_automatic(n)]
+        taken = {n.get_friendly_name() for n in nodes if not _is_automatic(n)}
         for node in automatic:
             node.set_friendly_name(_free(node.get_type_name(), 0, taken))
         seen: set[str] = set()
@@ -148,6 +162,10 @@ def stable_names(model: Any) -> None:
             if name in seen:
                 node.set_friendly_name(_free(name, 1, taken))
             seen.add(name)
+
+
+def _is_automatic(node: Any) -> bool:
+    return bool(node.get_friendly_name() == node.get_name())
 
 
 def _free(stem: str, start: int, taken: set[str]) -> str:

@@ -74,7 +74,7 @@ def nncf_int8(case: Case, *, method: str | None = None) -> Step:
         {
             "preset": "mixed" if transformer else "performance",
             "model_type": "transformer" if transformer else None,
-            "method": method or _METHODS[case.spec.calibration.method],
+            "method": method or _METHODS.get(recipes.calibration_method(case), "minmax"),
             **options,
             **recipes.kept_nodes(case),
         },
@@ -83,7 +83,8 @@ def nncf_int8(case: Case, *, method: str | None = None) -> Step:
 
 
 # NNCF has no entropy calibration; its histogram method, like it, gives up rare large values to round the others less.
-_METHODS = {"auto": "auto", "minmax": "minmax", "percentile": "percentile", "entropy": "histogram"}
+# Its own default ("auto", the mean of the samples' extremes) lost up to twenty times the accuracy of the true extremes.
+_METHODS = {"minmax": "minmax", "percentile": "percentile", "entropy": "histogram"}
 
 
 def _no_int8(case: Case) -> str | None:

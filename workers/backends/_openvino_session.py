@@ -82,7 +82,7 @@ class OpenVinoSession(Session):
         return dict(sorted(found.items()))
 
     def layer_times(self, feeds: Arrays, runs: int) -> list[LayerTime]:
-        """Of a model compiled with PERF_COUNT: the mean of `runs` inferences after one to warm up, the slowest first."""
+        """Of a model compiled with PERF_COUNT: means of `runs` inferences after one to warm up, the slowest first."""
         request = self._compiled.create_infer_request()
         kept = self._set_inputs(request, feeds)
         request.infer(share_outputs=True)

@@ -1,4 +1,4 @@
-"""Quantized and reduced-precision graphs, made with ONNX Runtime's quantizer; model files in and out.
+"""What is quantized where, and model files before and after: names, shapes, counts.
 
 Which ops and signs follow what was measured on x86 with VNNI: unsigned activations and signed weights; transformers
 only in MatMul and Gemm (quantized LayerNorm, masks and sums break them); never dynamic int8 on convolutions (4–22 times
@@ -7,6 +7,7 @@ slower).
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Literal
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx.external_data_helper import uses_external_data
 
 from workers.backends import _qdq_surgery as surgery
 from workers.kernel import TensorSpec
-from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE
+from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, load_model, read_external
 
 TRANSFORMER_OPS = ("MatMul", "Gemm")
 # Convolutions with what stands between them, so that int8 values pass from one to the next.
@@ -29,6 +31,7 @@ CNN_OPS = (
 )
 DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM")
 DYNAMIC_FORBIDDEN = ("Conv", "ConvTranspose")
+_SMALL_CONSTANT = 256  # elements
 COMPUTE_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 _FOLLOWING_OPS = (
@@ -120,24 +123,35 @@ def prepare(source: Path, workspace: Path) -> Path:
 
     The quantizer finds weights only as initializers, and quantizes only tensors whose type is known.
     """
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    model = named(source)
-    large = _is_large(model)
     folder = workspace / "prepared"
     folder.mkdir(exist_ok=True)
-    save_model(model, folder)
-    out = workspace / "inferred.onnx"
+    model = onnx.load(source, load_external_data=False)
+    _complete(model)
+    for tensor in model.graph.initializer:
+        if int(np.prod(tensor.dims)) <= _SMALL_CONSTANT:
+            read_external(tensor, source.parent)  # shape inference reads axes and shapes, and no other file
+    if _has_external(model):
+        for file in files_of(source.parent):
+            if file.name != source.name:
+                shutil.copyfile(file, folder / file.name)  # onnx refuses data with a second hard link
+        onnx.save(model, folder / MODEL_FILE)
+    else:
+        save_model(model, folder)
+    external = (folder / DATA_FILE).exists() or _has_external(model)
     del model
+    return _inferred_in_place(folder) if external else _inferred(folder / MODEL_FILE, workspace / "inferred.onnx")
+
+
+def _inferred(model: Path, out: Path) -> Path:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     for skip_symbolic in (False, True):
         try:
             quant_pre_process(
-                str(folder / MODEL_FILE),
+                str(model),
                 str(out),
                 skip_optimization=True,  # `simplify` did what is safe; node names stay as the caller knows them
                 skip_symbolic_shape=skip_symbolic,
-                save_as_external_data=large,
-                external_data_location="inferred.onnx.data" if large else None,
             )
         except MemoryError:
             raise
@@ -145,17 +159,55 @@ def prepare(source: Path, workspace: Path) -> Path:
             continue
         _complete_types(out)
         return out
-    _complete_types(folder / MODEL_FILE)
-    return folder / MODEL_FILE
+    _complete_types(model)
+    return model
+
+
+def _inferred_in_place(folder: Path) -> Path:
+    """As `_inferred`, for a model with external weights: they are neither read nor written again."""
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    path, scratch = folder / MODEL_FILE, folder / "inferred.onnx"
+
+    def symbolic() -> None:
+        skeleton = onnx.load(path, load_external_data=False)
+        onnx.save(SymbolicShapeInference.infer_shapes(skeleton), scratch)
+
+    def plain() -> None:
+        onnx.shape_inference.infer_shapes_path(str(path), str(scratch))
+
+    for infer in (symbolic, plain):
+        try:
+            infer()
+        except MemoryError:
+            raise
+        except Exception:
+            scratch.unlink(missing_ok=True)  # as above
+        else:
+            scratch.replace(path)
+    model = onnx.load(path, load_external_data=False)
+    add_pre_process_metadata(model)
+    onnx.save(model, path)
+    _complete_types(path)
+    return path
 
 
 def named(source: Path) -> ModelProto:
     """The model with a name on every node, and constants and weights as initializers only."""
-    model = onnx.load(source)
+    model = load_model(source)
+    _complete(model)
+    return model
+
+
+def _complete(model: ModelProto) -> None:
     _name_nodes(model)
     _hide_initializers(model)
     _constants_to_initializers(model)
-    return model
+
+
+def _has_external(model: ModelProto) -> bool:
+    return any(uses_external_data(i) for i in model.graph.initializer)
 
 
 def _complete_types(path: Path) -> None:
@@ -227,105 +279,16 @@ def _constants_to_initializers(model: ModelProto) -> None:
         graph.node.extend(kept)
 
 
-def dynamic_int8(
-    source: Path,
-    out: Path,
-    *,
-    op_types: Collection[str],
-    excluded: Collection[str],
-    per_channel: bool,
-    reduce_range: bool,
-) -> None:
-    """Weights to int8 now, activations to uint8 while running. `source` in a folder that takes scratch files; `out` is
-    `model.onnx` in a folder of its own."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    model = onnx.load(source, load_external_data=False)
-    # The quantizer rewrites every Gemm to MatMul + Add, whatever the op types say.
-    skip = {*excluded} | {f"{name}_MatMul" for name in excluded}
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.op_type not in op_types:
-            skip |= {node.name, f"{node.name}_MatMul"}
-    wanted = {"MatMul" if op == "Gemm" else op for op in op_types} - set(DYNAMIC_FORBIDDEN)
-    quantize_dynamic(
-        str(source),
-        str(out),
-        op_types_to_quantize=sorted(wanted),
-        per_channel=per_channel,
-        reduce_range=reduce_range,
-        weight_type=QuantType.QInt8,
-        nodes_to_exclude=sorted(skip),
-        use_external_data_format=_is_large_file(source),
-        extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True},
-    )
-    if any(n.op_type == surgery.DQ for n in onnx.load(out, load_external_data=False).graph.node):
-        made = onnx.load(out)
-        surgery.undo_dequantized_weights(made, source)
-        surgery.drop_unread(made)
-        for old in out.parent.glob(f"{out.name}*"):
-            old.unlink()  # external data would be appended to the old file
-        save_model(made, out.parent)
-
-
-def static_int8(
-    source: Path,
-    out: Path,
-    *,
-    ranges: Mapping[str, tuple[float, float]],
-    op_types: Collection[str],
-    excluded: Collection[str],
-    activations: Literal["uint8", "int8"],
-    per_channel: bool,
-    reduce_range: bool,
-) -> None:
-    """Q/DQ pairs around the nodes of `op_types`, with weights and biases stored as integers.
-
-    uint8 activations are asymmetric (x86), int8 ones symmetric (what TensorRT takes). Without convolutions the outputs
-    stay in floating point (sums, norms and Softmax follow: rounding there cost accuracy and 6 % of the time), and so
-    does what other nodes read, such as the residual sums.
-    """
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
-
-    data = {
-        name: TensorData(lowest=np.float32(low), highest=np.float32(high))
-        for name, (low, high) in sorted(ranges.items())
-    }
-    signed = activations == "int8"
-    convolutional = rounds_outputs(op_types)
-    quantizer = QDQQuantizer(
-        load_model_with_shape_infer(source),
-        per_channel,
-        reduce_range,
-        QuantType.QInt8,
-        QuantType.QInt8 if signed else QuantType.QUInt8,
-        TensorsData(CalibrationMethod.MinMax, data),
-        [],
-        sorted(excluded),
-        sorted(op_types),
-        {
-            "ActivationSymmetric": signed,
-            "WeightSymmetric": True,
-            "OpTypesToExcludeOutputQuantization": [] if convolutional else sorted(op_types),
-        },
-    )
-    quantizer.quantize_model()
-    surgery.keep_float(quantizer.model.model, source, op_types, excluded, rounded_outputs=convolutional)
-    quantizer.model.save_model_to_file(str(out), _is_large_file(source))
-
-
-def count_quantized(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
+def count_quantized(model: ModelProto, op_types: Collection[str], excluded: Collection[str] = ()) -> dict[str, int]:
     """Nodes that compute on quantized values, by op type: integer kernels, and nodes of `op_types` whose first input is
     dequantized, and of products and convolutions the second one too. (A float node behind a quantized one reads a
-    DequantizeLinear as well, and does not count.)"""
+    DequantizeLinear as well, and does not count; nor do those named by `excluded`.)"""
     dequantized = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     counts: Counter[str] = Counter()
     for node in model.graph.node:
         needed = 2 if node.op_type in COMPUTE_OPS else 1
         reads = node.op_type in op_types and bool(node.input) and dequantized.issuperset(node.input[:needed])
-        if reads or node.op_type in _INTEGER_OPS:
+        if (reads and node.name not in excluded) or node.op_type in _INTEGER_OPS:
             counts[node.op_type] += 1
     return dict(sorted(counts.items()))
 
@@ -342,5 +305,6 @@ def _is_large(model: ModelProto) -> bool:
     return sum(sizes) > INLINE_LIMIT_BYTES
 
 
-def _is_large_file(model: Path) -> bool:
-    return sum(f.stat().st_size for f in model.parent.glob(f"{model.name}*")) > INLINE_LIMIT_BYTES
+def has_external_weights(model: Path) -> bool:
+    """Of a model file: what is made of it may not fit into one file either."""
+    return _has_external(onnx.load(model, load_external_data=False))

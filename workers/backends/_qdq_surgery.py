@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, load, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from workers.onnx_files import read_external
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 _TRANSPOSED = "_Transposed"  # what it appends to the weight of a Gemm that it rewrites to MatMul
@@ -107,10 +108,7 @@ def load_weight(tensor: TensorProto, folder: Path) -> TensorProto:
     """A copy of an initializer with its data, read from `folder` where they are external."""
     copy = TensorProto()
     copy.CopyFrom(tensor)
-    if uses_external_data(copy):
-        load_external_data_for_tensor(copy, str(folder))
-        copy.data_location = TensorProto.DEFAULT
-        del copy.external_data[:]
+    read_external(copy, folder)
     return copy
 
 

@@ -29,7 +29,9 @@ class RuntimeOptions(BaseModel):
     """Session options as JSON. What is not set stays ONNX Runtime's default; `{}` is the pure default session.
 
     `intra_op_num_threads`: threads inside one op, 0 = one per physical core. `allow_spinning`: idle threads wait by
-    spinning (less latency, more CPU). `session_config`: further session config entries by their own names.
+    spinning (less latency, more CPU). `enable_cpu_mem_arena`: False gives memory back between runs (less memory, slower
+    allocations). `enable_mem_pattern`: False suits inputs whose shapes change at every run. `denormal_as_zero`: numbers
+    below 1e-38, which are slow, count as 0. `session_config`: further session config entries by their own names.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +41,9 @@ class RuntimeOptions(BaseModel):
     inter_op_num_threads: int | None = Field(default=None, ge=0, le=1024)
     execution_mode: Literal["sequential", "parallel"] | None = None
     allow_spinning: bool | None = None
+    enable_cpu_mem_arena: bool | None = None
+    enable_mem_pattern: bool | None = None
+    denormal_as_zero: bool | None = None
     session_config: dict[str, str] = Field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +95,12 @@ def _session_options(runtime: RuntimeOptions) -> Any:
     if runtime.allow_spinning is not None:
         spin = "1" if runtime.allow_spinning else "0"
         options.add_session_config_entry("session.intra_op.allow_spinning", spin)
+    if runtime.enable_cpu_mem_arena is not None:
+        options.enable_cpu_mem_arena = runtime.enable_cpu_mem_arena
+    if runtime.enable_mem_pattern is not None:
+        options.enable_mem_pattern = runtime.enable_mem_pattern
+    if runtime.denormal_as_zero is not None:
+        options.add_session_config_entry("session.set_denormal_as_zero", "1" if runtime.denormal_as_zero else "0")
     for key, value in runtime.session_config.items():
         options.add_session_config_entry(key, value)
     return options

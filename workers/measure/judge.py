@@ -84,14 +84,14 @@ def _by_labels(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, refer
         found = _scores_of(labels, metric, kinds, outputs)
         if found is not None:
             name, axis = found
-            told: Metric = metric if not auto else "mean_iou" if labels.ndim >= 3 and axis is not None else "top1"
+            told: Metric = metric if not auto else "mean_iou" if labels.ndim >= 3 else "top1"
             where = "" if axis in (None, -1) else f" (along axis {axis})"
             what = f"a score per class{where}" if axis is not None else "class numbers"
             why = f"the data has labels and {name!r} {what}"
             return Decision(told, "labels", name, why, auto, "classes", axis)
     if metric in ("auto", "macro_f1", "normalized_error", *TARGET_METRICS):
         same = [n for n, x in outputs.items() if x.dtype.kind == "f" and squeezed(x).shape == labels.shape]
-        if same:
+        if same and labels.size:
             told = "r2" if auto else metric
             why = f"the labels have the shape of {same[0]!r}"
             return Decision(told, "labels", same[0], why, auto, "targets")

@@ -1,7 +1,7 @@
 """Whether an engine's embeddings stand to each other as the original's do: Spearman's rank correlation of the cosine
 similarities of all pairs, and how often a sample's nearest neighbour is the same one.
 
-At most 512 samples take part, evenly spread over all, and vectors of at most 8 MiB a side are kept: memory and time do
+At most 512 samples take part, evenly spread over all, and vectors of at most 4 MiB a side are kept: memory and time do
 not grow with the data set.
 """
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 MOST = 512
 LEAST = 3
-_KEPT_BYTES = 8 << 20
+_KEPT_BYTES = 4 << 20
 _SAME = 1e-6  # similarities this close are a tie: equal samples are each other's neighbours
 _DRAWS = 1000
 _NONE = 1e-12  # a variance of ranks, which lie in 0…1

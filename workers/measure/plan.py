@@ -119,3 +119,16 @@ def expected_seconds(
             total += prepare + max(call, min(cap, max(_WARM_UP_S, 3 * call)))
         total += plan_seconds(plan, p50_ns)
     return total
+
+
+def expected_sweep_seconds(
+    p50_ms: Mapping[int, float | None], *, layouts: int, min_seconds: float = 1.0, passes: int = 2
+) -> float:
+    """What a sweep of one engine over so many layouts is expected to take, without a p99 limit: batch size → p50 in ms
+    with all cores, None where it is not known (then taken as small)."""
+    total = _START_S
+    for p50 in p50_ms.values():
+        call = (p50 or 0.0) / 1e3 * 2  # what fewer threads and busy neighbours make of it
+        window = max(min_seconds / passes, (P50_SAMPLES / passes + 1) * call)
+        total += layouts * passes * (_START_S / len(p50_ms) + DISTINCT * call + max(_WARM_UP_S, call) + window)
+    return total

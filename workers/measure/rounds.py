@@ -44,7 +44,7 @@ class Timing:
 @dataclass
 class Measured:
     """Of one batch size. `failures`: engines that are left out of `timings`, and why. `shortened`: the time left did
-    not hold the rounds and windows that were asked for."""
+    not hold all distinct inputs, or the rounds and windows that were asked for."""
 
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, StageFailure] = field(default_factory=dict)
@@ -78,9 +78,9 @@ def measure(
     """Warm up and time all engines at one batch size. An engine that fails is left out of the timings, and the others
     go on.
 
-    `ends`: `time.monotonic()` by which it should be done. Where the time does not hold the plan, windows and rounds
-    shrink (never under five rounds of one call); where it does not hold that either, the last engines are left out
-    (`budget_exhausted`), never those named in `always`.
+    `ends`: `time.monotonic()` by which it should be done. Where the time does not hold the plan, distinct inputs (never
+    under two), windows and rounds shrink (never under five rounds of one call); where it does not hold that either, the
+    last engines are left out (`budget_exhausted`), never those named in `always`.
     """
     found = Measured()
     for done, (name, process) in enumerate(processes.items()):
@@ -91,7 +91,8 @@ def measure(
         share = left * _PREPARE_SHARE / (len(processes) - done)
         try:
             limit = math.inf if name in always else max(left, _LEAST_LIMIT_S)
-            found.timings[name] = _ready(process, batch, min_seconds, share, limit, screening)
+            found.timings[name], cut = _ready(process, batch, min_seconds, share, limit, screening)
+            found.shortened |= cut
         except StageFailure as failure:
             found.failures[name] = failure
     if not found.timings:
@@ -102,7 +103,7 @@ def measure(
     p50_ns = {n: t.warm_up.p50_ns for n, t in found.timings.items()}
     wanted = plan_rounds(p50_ns, min_seconds, rounds, want_p99, screening=screening)
     plan = shrink(wanted, p50_ns, ends - time.monotonic())
-    found.shortened = plan != wanted
+    found.shortened |= plan != wanted
     for name, reason in plan.refused.items():
         found.timings[name].p99_refused = reason
     draw = random.Random(f"{seed}/{batch}")  # noqa: S311  (an order of turns, no secret)
@@ -122,12 +123,15 @@ def measure(
 
 def _ready(
     process: EngineProcess, batch: int, min_seconds: float, share: float, limit_s: float, screening: bool
-) -> Timing:
-    """Inputs bound and warm, within about `share` seconds where one inference does not take longer."""
+) -> tuple[Timing, bool]:
+    """Inputs bound and warm, within about `share` seconds where one inference does not take longer; and whether inputs
+    were left out for it."""
     cap = warm_up_cap(min_seconds, screening)
+    start = time.monotonic()
     broken = process.prepare(batch, min(share / 2, cap) if screening else share / 2, limit_s)
+    cut = time.monotonic() - start > share / 2
     iterations = SCREENING_WARM_UP_ITERATIONS if screening else WARM_UP_ITERATIONS
-    return Timing(process.warm_up(min(cap, max(share / 2, 0.0)), iterations), broken)
+    return Timing(process.warm_up(min(cap, max(share / 2, 0.0)), iterations), broken), cut
 
 
 def _too_late(found: Measured, left: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ P99_SAMPLES = REQUIRED_SAMPLES["p99"][1]
 RESAMPLES = 4000
 _BLOCK_CELLS = 1 << 21  # of the sums that are kept, and of the draws that are looked at together
 _DRAWS = 2000
+_STEP = 50  # draws at a time
 _THIN = 256  # order statistics kept of a round; the error of a median by this is far below its interval
 _BLOCKS = 2048
 
@@ -133,15 +135,22 @@ def bootstrap_statistic(columns: Array, statistic: Any, zero_one: bool, seed: in
     if n > _BLOCKS:
         edges = np.linspace(0, n, _BLOCKS + 1).astype(np.int64)[:-1]
         columns = np.add.reduceat(columns, edges, axis=0)
-    rng = np.random.default_rng(seed)
     size = len(columns)
-    step = max(1, min(250, _BLOCK_CELLS // columns.shape[1]))  # at most 2,048 × 250 counts at a time
-    chunks = []
-    for start in range(0, _DRAWS, step):
-        counts = rng.multinomial(size, np.full(size, 1 / size), size=min(step, _DRAWS - start))
-        chunks.append(statistic(counts.astype(np.float64) @ columns))
-    low, high = np.quantile(np.concatenate(chunks), _tails(size))
+    counts = _sample_counts(size, seed)
+    step = max(1, min(_STEP, _BLOCK_CELLS // columns.shape[1]))
+    draws = [statistic(counts[i : i + step].astype(np.float64) @ columns) for i in range(0, _DRAWS, step)]
+    low, high = np.quantile(np.concatenate(draws), _tails(size))
     return estimate, min(float(low), estimate), max(float(high), estimate)
+
+
+@lru_cache(maxsize=2)
+def _sample_counts(size: int, seed: int) -> Array:
+    """[2,000, size]: how often each of at most 2,048 blocks is drawn; the same for all metrics of the same samples."""
+    rng = np.random.default_rng(seed)
+    counts = np.empty((_DRAWS, size), np.uint8)  # one on average: none comes near 256
+    for start in range(0, _DRAWS, _STEP):
+        counts[start : start + _STEP] = rng.multinomial(size, np.full(size, 1 / size), size=_STEP)
+    return counts
 
 
 class BlockSums:

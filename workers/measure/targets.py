@@ -49,7 +49,7 @@ class TargetTruth(Truth):
     @property
     def binary(self) -> bool:
         """Whether the targets are the two classes of each number, as far as seen."""
-        return self._answers is not None and self._values == {0.0, 1.0}
+        return self._answers is not None and self._values <= {0.0, 1.0}
 
     def add(self, original: Array, engine: Array, truth: Array, first: int) -> None:
         n = len(truth)
@@ -97,7 +97,7 @@ class TargetTruth(Truth):
 
     def result(self, metric: Metric, seed: int) -> dict[str, Any]:
         if metric == "macro_f1":
-            if self._answers is None or not self._values <= {0.0, 1.0}:
+            if not self.binary or self._answers is None:
                 raise undefined(metric, "the labels are not zeros and ones", "Use the metric 'r2', 'rmse' or 'mae'.")
             return macro_figures(self._answers[int(self._low >= 0 and self._high <= 1)], seed=seed)
         columns = self._sums.columns()

@@ -52,8 +52,8 @@ def labels_mismatch(detail: str, remedy: str = "Give one class number per sample
 
 
 class ClassTruth(Truth):
-    """Against class numbers: one a sample, or one a position (a token, a pixel), of which those that do not count
-    (−100; 255 in label maps of bytes) are left out.
+    """Against class numbers: one a sample, or one a position (a token, a pixel). Those that do not count (−100; 255 in
+    label maps of bytes) are left out, and so are samples of which none counts.
 
     `axis`: where the scores of the classes stand in the output; None for an output that holds class numbers itself.
     top1, top5: the mean over samples of the share of right positions; loss 100·(original − engine).
@@ -96,13 +96,14 @@ class ClassTruth(Truth):
         n = len(labels)
         counted = self._positions_that_count(labels, first).reshape(n, -1)
         labels = np.where(counted, labels.reshape(n, -1), 0).astype(np.int64)
+        judged = counted.any(axis=1)
         answers = []
         for x in (original, engine):
             flat = x.reshape(n, labels.shape[1], -1) if self._axis is not None else x.reshape(n, -1)
             answers.append(flat.argmax(axis=-1) if self._axis is not None else flat.astype(np.int64))
             if "top5" in self._hits:
-                self._hits["top5"].append(_share((_rank(flat, labels) < TOP) & counted, counted))
-        self._hits["top1"] += [_share((a == labels) & counted, counted) for a in answers]
+                self._hits["top5"].append(_share((_rank(flat, labels) < TOP) & counted, counted)[judged])
+        self._hits["top1"] += [_share((a == labels) & counted, counted)[judged] for a in answers]
         self._differ |= bool(((answers[0] != answers[1]) & counted).any())
         self._dense |= labels.shape[1] > 1
         self._counted += int(counted.sum())
@@ -134,13 +135,13 @@ class ClassTruth(Truth):
         if self._sums is None:
             return
         if self._axis is None:
-            self._make_room(int(max(labels.max(initial=0), *(a.max(initial=0) for a in answers))) + 1)
+            self._make_room(int(max(labels.max(initial=0), answers[0].max(initial=0))) + 1)
             if self._sums is None:
                 return
         self._sums.add(class_counts(labels, answers, counted, self._classes))
 
     def _make_room(self, classes: int) -> None:
-        """An output of class numbers does not say how many there are."""
+        """An output of class numbers does not say how many there are; what only the engine answers is none of them."""
         assert self._sums is not None
         if classes > MAX_COUNTED_CLASSES:
             self._sums = None
@@ -153,11 +154,9 @@ class ClassTruth(Truth):
             self._sums.widen(5, classes)
 
     def _positions_that_count(self, labels: Array, first: int) -> Array:
-        counted = np.ones(labels.shape, bool)
-        if labels.ndim > 1:
-            counted &= labels != IGNORED_LABEL
-            if labels.dtype == np.uint8 and self._maps and self._classes <= IGNORED_BYTE:
-                counted &= labels != IGNORED_BYTE
+        counted = np.asarray(labels != IGNORED_LABEL)
+        if labels.dtype == np.uint8 and self._maps and self._classes <= IGNORED_BYTE:
+            counted &= labels != IGNORED_BYTE
         allowed = ~counted | (labels >= 0)
         if self._axis is not None:
             allowed &= ~counted | (labels < self._classes)

@@ -116,6 +116,10 @@ class Verdict:
         for figures in judged.values():
             if figures["loss_percent"] > max(worst["loss_percent"], floor):
                 worst = figures
+        if worst["metric"] == "r2" and worst["baseline_value"] < 0:
+            notes.append(
+                "The original is worse than the mean of the targets (R² below 0): see whether they are its own."
+            )
         why = decision.why
         if self._truths:
             if decision.form == "targets" and decision.basis == "labels" and decision.all_outputs:
@@ -158,6 +162,8 @@ class Verdict:
         assert self._truths
         if decision.all_outputs and decision.form == "scores":
             return ("top1", "normalized_error") if comparison.kind is Kind.UNCLEAR else ("top1",)
+        if decision.all_outputs and decision.form == "classes":
+            return (decision.metric,) if decision.metric in self._truths[0].offers else ("top1",)
         if not decision.all_outputs or decision.form != "targets" or decision.basis != "labels":
             return (decision.metric,)
         (targets,) = self._truths

@@ -182,7 +182,7 @@ class Evaluator:
         if failure.kind in _NOT_ITS_FAULT:
             raise failure
         run.failure = failure
-        if failure.code == "timed_out":
+        if failure.code == "timed_out" and self.budget.over(self.budget.make_until):
             run.drop(phase, f"the budget of {self.spec.budget_seconds} s left too little time for its {failure.stage}")
         else:
             run.drop(phase, f"{failure.stage}: {failure.detail}")

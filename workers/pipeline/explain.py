@@ -108,7 +108,8 @@ def sweep(found: Optimization, evaluator: Evaluator) -> Outcome | None:
     inputs = {"engine": found.engine}
     if evaluator.data.validation is not None:
         inputs["data"] = evaluator.data.validation
-    more = _BATCHES if found.export.data.get("dynamic_batch") else ()
+    # Who wants the lowest latency has named the batch sizes; throughput and cost may lie beyond them.
+    more = _BATCHES if found.export.data.get("dynamic_batch") and spec.objective != "latency" else ()
     options = {
         "backend": found.backend,
         "runtime": found.runtime,

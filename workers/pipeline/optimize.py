@@ -5,7 +5,7 @@ the last finished one."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,18 +92,19 @@ class Optimizer:
         job: Job,
         model: SourceModel,
         datasets: Mapping[str, Dataset],
-        backends: list[str],
+        backends: Sequence[kernel.BackendInfo],
         limits: LimitSettings,
     ) -> None:
         self.runner = runner
         self.job = job
         self.model = model
         self.spec = OptimizationSpec.model_validate(job.spec)
+        self.device = device_of(self.spec, backends)
         known = kernel.backends()
-        self.backends = {name: known[name]() for name in backends}
+        self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
         self.limits = limits
         self.budget = Budget(float(self.spec.budget_seconds))
-        self.baseline_backend = "onnxruntime"
+        self.baseline_backend = baseline_backend(self.device)
         calibration = _dataset_ref(self.spec.calibration.dataset_id if self.spec.calibration else None, datasets)
         validation = _dataset_ref(self.spec.validation.dataset_id, datasets)
         # One data set for both is split, sample by sample: what calibrates never judges.
@@ -164,7 +165,7 @@ class Optimizer:
         try:
             return self.runner.run("export", {"source": source}, options, weight=WEIGHTS["export"], seconds=hard)
         except StageFailure as failure:
-            if failure.code == "timed_out":
+            if failure.code == "timed_out" and self.budget.over(self.budget.end):
                 raise self._too_small("the export") from failure
             raise
 
@@ -202,7 +203,7 @@ class Optimizer:
         try:
             return evaluator.time(ready, until, min_seconds=seconds, screening=False)
         except StageFailure as failure:
-            if failure.code != "timed_out":
+            if failure.code != "timed_out" or not self.budget.over(until):
                 raise
             raise self._too_small("the measurement of the original") from failure
 
@@ -258,6 +259,18 @@ class Optimizer:
         }
         # What was found out must not be lost for a few seconds: the package may take what it needs.
         return self.runner.run("package", inputs, options, weight=WEIGHTS["package"])
+
+
+def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:
+    """Where the job's engines run: what it asks for, else a GPU where this worker has one."""
+    if spec.target.device != "auto":
+        return spec.target.device
+    return "cuda" if any("cuda" in b.devices for b in backends) else "cpu"
+
+
+def baseline_backend(device: str) -> str:
+    """The original as its owner would run it on this device."""
+    return "onnxruntime-cuda" if device == "cuda" else "onnxruntime"
 
 
 def nodes_kept(run: CandidateRun | None) -> list[str]:

@@ -7,6 +7,7 @@ measured batch size, and within every constraint. Otherwise the untouched baseli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from app.domain.spec import Constraints, OptimizationSpec
 
 BASELINE = "baseline"
+_TIE = 0.95
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ def judge(
             tried.speed = _not_faster(spec, tried, batch, noise)
     shippable = [t for t in candidates if not t.reasons]
     if shippable:
-        best = max(shippable, key=lambda t: _ratio_at(spec, t, batch))
-        return Verdict(best.id, batch)
+        return Verdict(_best(spec, shippable, batch).id, batch)
     if all(c.passed for c in baseline.checks):
         return Verdict(BASELINE, batch)
     everyone = [t for t in (baseline, *candidates) if t.failed is None]
@@ -114,10 +115,21 @@ def _all_checks(tried: Tried) -> list[Check]:
     return [*tried.checks, *(Check("faster_than_original", None, None, False, why) for why in tried.speed)]
 
 
-def _ratio_at(spec: OptimizationSpec, tried: Tried, batch: str) -> float:
+def _best(spec: OptimizationSpec, shippable: Sequence[Tried], batch: str) -> Tried:
+    """The fastest at the batch size that counts. Of those that cannot be told from it there (their intervals overlap,
+    and they lie within 5 %), the one with the largest gain over all batch sizes measured."""
+    at = {t.id: _ratios(spec, t) for t in shippable}
+    leader = max(shippable, key=lambda t: at[t.id][batch][0])
+    ratio, low = at[leader.id][batch][0], at[leader.id][batch][1]
+    ties = [t for t in shippable if at[t.id][batch][2] >= low and at[t.id][batch][0] >= _TIE * ratio]
+    return max(ties, key=lambda t: math.prod(r for r, _, _ in at[t.id].values()))
+
+
+def _ratios(spec: OptimizationSpec, tried: Tried) -> dict[str, tuple[float, float, float]]:
+    """By batch size: (gain, low, high)."""
     assert tried.figures is not None
-    ratio = ratio_of(spec, tried.figures["batches"][batch])
-    return float(ratio["ratio"]) if ratio else 0.0
+    found = {size: ratio_of(spec, at) for size, at in tried.figures["batches"].items()}
+    return {size: (float(r["ratio"]), float(r["low"]), float(r["high"])) for size, r in found.items() if r}
 
 
 def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
@@ -206,9 +218,12 @@ def _noise(spec: OptimizationSpec, aa: Mapping[str, Any] | None) -> Mapping[str,
 
 
 def _noise_floor(aa: Mapping[str, Any] | None) -> float:
-    """1, or what the A/A interval reaches where it does not hold 1 (the run is then marked noisy)."""
-    if not aa or aa["low"] <= 1.0 <= aa["high"]:
+    """How far the baseline was from itself; or what that interval reaches where it does not hold 1 (the run is then
+    marked noisy). A gain no larger than that can be the difference between two processes of one engine."""
+    if not aa:
         return 1.0
+    if aa["low"] <= 1.0 <= aa["high"]:
+        return float(max(aa["ratio"], 1 / aa["ratio"]))
     return float(max(aa["high"], 1 / aa["low"]))
 
 

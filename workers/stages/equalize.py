@@ -7,6 +7,7 @@ Source of the method: see `workers.backends._ort_equalize`.
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, ClassVar, Literal
 
 import onnx
@@ -20,7 +21,7 @@ from workers.backends import _quantize_inputs as shared
 from workers.backends._onnxruntime_messages import runtime_failure
 from workers.backends._ort_equivalence import EquivalenceCheck
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.onnx_files import MODEL_FILE, files_of, link_or_copy, read_skeleton, size_of
+from workers.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, size_of
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; original and result are held and compared
 
@@ -77,7 +78,7 @@ class Equalize(Stage[EqualizeOptions]):
         except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
             remedy = "Check that the model runs on this data."
             raise runtime_failure("calibration_failed", error, remedy=remedy) from error
-        original = onnx.load(source)
+        original = load_model(source)
         model = quantization.named(source)
         smoothed = smoothing.equalize(
             model, maxima, options.alpha, options.exclude_nodes, insert_mul=options.insert_mul
@@ -104,6 +105,6 @@ class Equalize(Stage[EqualizeOptions]):
 def _unchanged(ctx: StageContext, options: EqualizeOptions, reason: str) -> StageResult:
     out = ctx.output("model")
     for file in files_of(ctx.inputs["model"]):
-        link_or_copy(file, out / file.name)
+        shutil.copyfile(file, out / file.name)  # onnx refuses external data with a second hard link
     data = {"nodes": [], "smoothed": [], "alpha": options.alpha, "samples": 0, "max_abs_diff": 0.0, "fell_back": reason}
     return StageResult(outputs=["model"], data=data)

@@ -22,13 +22,14 @@ from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
 from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_int8 as int8
 from workers.backends import _ort_precision as precision
 from workers.backends import _ort_quantize as quantization
 from workers.backends import _quantize_inputs as shared
 from workers.backends._onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
-from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
+from workers.onnx_files import MODEL_FILE, load_model, read_skeleton, size_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -96,7 +97,7 @@ def _dynamic(ctx: StageContext, options: QuantizeOptions, prepared: Path) -> tup
     ctx.reporter.progress(0.2, "weights to int8")
     model = _made(
         ctx.workspace,
-        lambda out: quantization.dynamic_int8(
+        lambda out: int8.dynamic_int8(
             prepared,
             out,
             op_types=op_types,
@@ -106,7 +107,7 @@ def _dynamic(ctx: StageContext, options: QuantizeOptions, prepared: Path) -> tup
         ),
     )
     data = {"op_types": sorted(op_types), "excluded_nodes": sorted(options.exclude_nodes), "calibration": None}
-    return model, data | {"qdq_by_op": _counted(model, op_types)}
+    return model, data | {"qdq_by_op": _counted(model, op_types, options.exclude_nodes)}
 
 
 def _static(
@@ -139,7 +140,7 @@ def _static(
     ctx.reporter.progress(0.75, "Q/DQ nodes")
     model = _made(
         ctx.workspace,
-        lambda out: quantization.static_int8(
+        lambda out: int8.static_int8(
             prepared,
             out,
             ranges={name: (low, high) for name, (low, high) in ranges["tensors"].items()},
@@ -153,11 +154,11 @@ def _static(
     facts = {key: ranges[key] for key in ("method", "percentile", "samples", "dataset")}
     facts |= {"tensors": len(ranges["tensors"]), "reused": "ranges" in ctx.inputs}
     data = {"op_types": sorted(op_types), "excluded_nodes": excluded, "calibration": facts}
-    return model, data | {"qdq_by_op": _counted(model, op_types)}
+    return model, data | {"qdq_by_op": _counted(model, op_types, excluded)}
 
 
 def _low_precision(options: QuantizeOptions, prepared: Path) -> tuple[ModelProto, dict[str, Any]]:
-    model = onnx.load(prepared)
+    model = load_model(prepared)
     if options.recipe == "fp16":
         model = precision.to_float16(model, options.exclude_nodes)
     else:
@@ -183,11 +184,11 @@ def _made(workspace: Path, make: Callable[[Path], None]) -> ModelProto:
             f"The quantizer does not take this model: {type(error).__name__}: {clean_message(error)}",
             remedy="Use another precision for this model.",
         ) from error
-    return onnx.load(folder / MODEL_FILE)
+    return load_model(folder / MODEL_FILE)
 
 
-def _counted(model: ModelProto, op_types: Collection[str]) -> dict[str, int]:
-    counts = quantization.count_quantized(model, op_types)
+def _counted(model: ModelProto, op_types: Collection[str], excluded: Collection[str]) -> dict[str, int]:
+    counts = quantization.count_quantized(model, op_types, excluded)
     if not quantization.computes_on_integers(counts):
         raise model_failure(
             "not_quantized",

@@ -41,14 +41,14 @@ class ReferenceOutputs(Stage[ReferenceOutputsOptions]):
         names: list[str] = []
         complete, done = True, 0
         for piece, outputs in original.outputs():
-            if done and ctx.seconds_left() <= 0:
-                complete = False
-                break
             names = sorted(outputs)
             if not writer.add(outputs, piece.count, pieces.total):
                 break
             done += piece.count
             ctx.reporter.progress(min(done / pieces.total, 1.0), f"{done} of {pieces.total} samples")
+            if done < pieces.total and ctx.seconds_left() <= 0:
+                complete = False
+                break
         session.close()
         facts = {
             "model_digest": folder_digest(ctx.inputs["model"]),

@@ -9,6 +9,7 @@ gets ONNX Runtime's contrib ops, which only that runtime executes (`data["contri
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from workers.backends._ort_equivalence import (
 )
 from workers.backends._ort_quantize import save_model
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.onnx_files import MODEL_FILE, files_of, link_or_copy, size_of
+from workers.onnx_files import MODEL_FILE, files_of, load_model, size_of
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
 LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one
@@ -52,7 +53,7 @@ class Simplify(Stage[SimplifyOptions]):
         size = size_of(source)
         if size > LARGEST_IN_MEMORY:
             return _unchanged(ctx, source, f"larger than 2 GB ({size} bytes): the simplifiers cannot hold it in memory")
-        original = onnx.load(source / MODEL_FILE)
+        original = load_model(source / MODEL_FILE)
         ctx.reporter.progress(0.05, "reference outputs")
         check = EquivalenceCheck(original, options.shapes, ctx.workspace)
         steps = _Steps(original, check)
@@ -97,7 +98,7 @@ def _data(before: ModelProto, after: ModelProto, at_load: Mapping[str, int] | No
 def _unchanged(ctx: StageContext, source: Path, reason: str) -> StageResult:
     out = ctx.output("model")
     for file in files_of(source):
-        link_or_copy(file, out / file.name)
+        shutil.copyfile(file, out / file.name)  # onnx refuses external data with a second hard link
     ctx.reporter.note("The model is not simplified.", reason=reason)
     model = onnx.load(source / MODEL_FILE, load_external_data=False)
     data = _data(model, model, None)

@@ -28,6 +28,7 @@ _P50_CAP_S = 10.0  # of a window that is made longer for the samples of a median
 _EACH_S = 0.6  # around the window: starting, binding, warming up
 _SLOW_NS = 0.5e9  # a call above which a larger batch has to promise something
 _GAIN = 1.03
+_NO_TIME = "the time ran out before it"
 
 
 class SweepOptions(StageOptions):
@@ -99,7 +100,7 @@ class _Configuration:
         if self.failed is not None:
             return {**facts, "status": "failed", "reason": self.failed.detail, "failed": self.failed.to_json()}
         if not self.runs:
-            return {**facts, "status": "not_measured", "reason": self.dropped}
+            return {**facts, "status": "not_measured", "reason": self.dropped or _NO_TIME}
         return {
             **facts,
             "status": "measured",
@@ -255,7 +256,7 @@ class _Run:
             return True
         self.complete = False
         if number == 0:
-            configuration.dropped = "the time ran out before it"
+            configuration.dropped = _NO_TIME
         return False
 
     def _guess_ns(self, configuration: _Configuration) -> float:

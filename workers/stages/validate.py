@@ -143,14 +143,14 @@ class _Comparison:
     def result(self) -> dict[str, Any]:
         broken, complete = None, True
         for piece, outputs in self.truth.outputs():
-            if self.done and self.ctx.seconds_left() <= 0:
-                complete = False
-                break
             broken = self._compare(piece, outputs)
             if broken is not None:
                 break
             self.done += piece.count
             self.ctx.reporter.progress(min(self.done / self.total, 1.0), f"{self.done} of {self.total} samples")
+            if self.done < self.total and self.ctx.seconds_left() <= 0:
+                complete = False
+                break
         figures = _nothing(broken) if broken is not None else self._figures()
         if not complete:
             figures["notes"].append(f"The time ran out: {self.done} of {self.total} samples were judged.")

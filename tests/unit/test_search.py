@@ -1,0 +1,254 @@
+"""The order of the search and its reasons, over scripted measurements: what each candidate would show is a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from app.domain.failures import FailureKind, StageFailure
+from app.domain.spec import OptimizationSpec
+from workers import recipes
+from workers.backends.onnxruntime import OnnxRuntimeBackend
+from workers.candidates import Candidate, Case
+from workers.pipeline.budget import Budget
+from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.planner import Plan
+from workers.pipeline.search import Found, Search
+
+BATCHES = ("1", "8")
+
+
+@dataclass
+class Truth:
+    """What a candidate would show: gain at batch 1 and 8, loss in percent, and what it fails with."""
+
+    ratio: float = 1.0
+    at_8: float | None = None
+    loss: float = 0.0
+    make_fails: StageFailure | None = None
+    broken: str | None = None
+    cost_s: float = 0.0
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Script:
+    """Stands in for the stages: answers from a table, and remembers what was asked."""
+
+    truths: Mapping[str, Truth]
+    clock: Clock
+    source: str = "dataset"
+    nodes: Sequence[str] = ()
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    full: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        calibration = SimpleNamespace(digest="c")
+        self.data = SimpleNamespace(calibration=calibration, same=False, shapes=None)
+        self.export = SimpleNamespace(key="export", outputs={"model": SimpleNamespace(size_bytes=1000)})
+
+    def truth(self, cid: str) -> Truth:
+        """Of the candidate, or of what it is a variant of; keeping nodes mends it a bit each."""
+        if cid in self.truths:
+            return self.truths[cid]
+        return self.truth(cid.rsplit(".", 1)[0])
+
+    def make(self, run: CandidateRun, until: float) -> bool:
+        self.calls.append(("make", run.plan.id))
+        truth = self.truth(run.plan.id)
+        self.clock.now += truth.cost_s
+        if truth.make_fails is not None:
+            run.failure = truth.make_fails
+            run.drop("make", truth.make_fails.detail)
+            return False
+        graph: Any = SimpleNamespace(key="graph", outputs={"model": SimpleNamespace(size_bytes=1000)})
+        run.steps = [graph, graph, graph]
+        run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": SimpleNamespace(size_bytes=1000)})  # type: ignore[assignment]
+        return True
+
+    def check(self, run: CandidateRun, samples: int, until: float) -> bool:
+        self.calls.append(("check", run.plan.id))
+        if samples > 96:
+            self.full.append(run.plan.id)
+        truth = self.truth(run.plan.id)
+        broken = {"code": "output_nan", "output": "y", "detail": truth.broken} if truth.broken else None
+        run.validate = SimpleNamespace(options={"max_samples": samples}, data={})  # type: ignore[assignment]
+        loss = None if broken else truth.loss
+        interval = None if broken else [truth.loss - 0.1, truth.loss + 0.1]
+        run.tried.accuracy = {
+            "loss_percent": loss,
+            "loss_ci": interval,
+            "samples": samples,
+            "source": self.source,
+            "broken": broken,
+        }
+        return not broken
+
+    def time(self, runs: Sequence[CandidateRun], until: float, **options: Any) -> Any:
+        self.calls += [("time", r.plan.id) for r in runs]
+        return SimpleNamespace(data={"engines": {r.plan.id: self._figures(r.plan.id) for r in runs}})
+
+    def _figures(self, cid: str) -> dict[str, Any]:
+        truth = self.truth(cid)
+        at = {"1": truth.ratio, "8": truth.at_8 if truth.at_8 is not None else truth.ratio}
+        return {
+            "batches": {b: {"speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]}} for b in BATCHES}
+        }
+
+    def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
+        return [list(runs)] if runs else []
+
+    def ranges_of(self, step: Any, graph: Any) -> None:
+        return None
+
+    def call(self, stage: str, *_: Any, **__: Any) -> Any:
+        self.calls.append(("stage", stage))
+        nodes = [{"name": n, "op_type": "MatMul", "error": 1.0 / (i + 1)} for i, n in enumerate(self.nodes)]
+        return SimpleNamespace(data={"nodes": nodes})
+
+    def asked(self, what: str) -> list[str]:
+        return [cid for kind, cid in self.calls if kind == what]
+
+
+def _case(**spec: Any) -> Case:
+    body = {"model_id": "mdl_x", "calibration": {"dataset_id": "dst_x"}, "benchmark": {"batch_sizes": [1, 8]}, **spec}
+    return Case(OptimizationSpec.model_validate(body), {"MatMul": 8}, "transformer", isa=["avx512_vnni"], cores=2,
+                has_calibration=True)  # fmt: skip
+
+
+def _candidate(cid: str, *, lossless: bool = False, int8: bool = False) -> Candidate:
+    case = _case()
+    steps = (recipes.simplify(), recipes.static_int8(case, ["MatMul"])) if int8 else (recipes.simplify(),)
+    return Candidate(cid, cid, "onnxruntime", "int8" if int8 else "fp32", steps, lossless=lossless)
+
+
+@pytest.fixture
+def search() -> Callable[..., tuple[Found, Script]]:
+    def run(truths: dict[str, Truth], *, case: Case | None = None, **script: Any) -> tuple[Found, Script]:
+        case = case or _case()
+        clock = Clock()
+        budget = Budget(float(case.spec.budget_seconds), clock)
+        budget.share(30.0, 0)
+        evaluator = Script(truths, clock, **script)
+        tops = [cid for cid in truths if "." not in cid]
+        plan = Plan(tuple(_candidate(c, lossless="fp32" in c, int8="int8" in c) for c in tops), ())
+        backends: Any = {"onnxruntime": OnnxRuntimeBackend()}
+        return Search(case, plan, backends, evaluator, budget).run(), evaluator  # type: ignore[arg-type]
+
+    return run
+
+
+def _reason(found: Found, cid: str) -> str:
+    return next(r.tried.failed or "" for r in found.runs if r.plan.id == cid)
+
+
+def _finalists(found: Found) -> list[str]:
+    return [r.plan.id for r in found.finalists]
+
+
+def test_the_fast_and_accurate_goes_on_and_the_slow_is_never_checked(search: Any) -> None:
+    found, script = search({"fp32": Truth(1.1), "int8-good": Truth(3.0, loss=0.2), "slow-bf16": Truth(1.2)})
+    assert _finalists(found)[0].startswith("int8-good")
+    assert script.asked("check") == ["int8-good"]
+    assert "cannot reach int8-good" in _reason(found, "slow-bf16")
+    assert "cannot reach int8-good" in _reason(found, "fp32")
+
+
+def test_runtime_options_are_tried_for_the_leaders_on_the_same_accuracy(search: Any) -> None:
+    found, script = search({"fp32": Truth(2.0), "fp32.t1": Truth(2.6), "fp32.nospin": Truth(1.9)})
+    assert _finalists(found) == ["fp32.t1"]
+    assert script.asked("check") == ["fp32"]
+    assert "cannot reach" in _reason(found, "fp32.nospin")
+    variant = next(r for r in found.runs if r.plan.id == "fp32.t1")
+    assert variant.tried.accuracy is not None
+
+
+def test_what_is_slower_at_another_batch_size_is_out(search: Any) -> None:
+    found, _ = search({"fp32": Truth(1.1), "odd-bf16": Truth(4.0, at_8=0.5)})
+    assert "slower at batch size 8" in _reason(found, "odd-bf16")
+    assert _finalists(found)[0].startswith("fp32")
+
+
+def test_a_broken_one_never_goes_on(search: Any) -> None:
+    found, _ = search({"fp32": Truth(1.2), "int8-nan": Truth(5.0, broken="NaN for sample 3")})
+    assert "NaN for sample 3" in _reason(found, "int8-nan")
+    assert all(i.startswith("fp32") for i in _finalists(found))
+
+
+def test_accuracy_is_won_back_node_by_node(search: Any) -> None:
+    truths = {
+        "fp32": Truth(1.2),
+        "int8": Truth(3.0, loss=8.0),
+        "int8.equalized": Truth(3.0, loss=5.0),
+        "int8.percentile": Truth(3.0, loss=7.0),
+        "int8.entropy": Truth(3.0, loss=9.0),
+        "int8.mse": Truth(3.0, loss=6.0),
+        "int8.keep1": Truth(2.9, loss=4.0),
+        "int8.keep2": Truth(2.8, loss=2.0),
+        "int8.keep4": Truth(2.6, loss=0.8),
+        "int8.keep3": Truth(2.7, loss=1.5),
+    }
+    found, script = search(truths, nodes=[f"n{i}" for i in range(12)])
+    assert "sensitivity" in script.asked("stage")
+    assert _finalists(found)[0].startswith("int8.keep4")
+    mended = next(r for r in found.runs if r.plan.id == "int8.keep4")
+    assert mended.plan.steps[1].options["exclude_nodes"] == ["n0", "n1", "n2", "n3"]
+    assert "int8.keep3" in script.asked("make")  # fewer nodes kept would be faster: it was tried
+    assert "over the limit" in _reason(found, "int8")
+
+
+def test_the_first_way_that_keeps_the_limit_is_enough(search: Any) -> None:
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=3.0), "int8.equalized": Truth(3.0, loss=0.5)}
+    found, script = search(truths, nodes=["n0"])
+    assert _finalists(found)[0].startswith("int8.equalized")
+    assert "sensitivity" not in script.asked("stage")
+
+
+def test_nothing_is_won_back_where_it_would_not_be_the_fastest_or_is_not_wanted(search: Any) -> None:
+    truths = {"fp32": Truth(3.2), "int8": Truth(3.0, loss=3.0)}
+    _, script = search(truths, nodes=["n0"])
+    assert not [c for c in script.asked("make") if c.startswith("int8.")]
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=3.0)}
+    _, script = search(truths, nodes=["n0"], case=_case(quantization={"win_back": False}))
+    assert not [c for c in script.asked("make") if c.startswith("int8.")]
+
+
+def test_without_data_a_change_of_precision_cannot_ship(search: Any) -> None:
+    found, _ = search({"fp32": Truth(1.2), "int8": Truth(3.0, loss=0.1)}, source="synthetic")
+    assert all(i.startswith("fp32") for i in _finalists(found))
+    assert "no validation data" in _reason(found, "int8")
+
+
+def test_a_candidate_that_cannot_be_built_is_its_own_failure(search: Any) -> None:
+    failure = StageFailure("load_failed", "unsupported op Foo", FailureKind.MODEL, "build")
+    found, _ = search({"fp32": Truth(1.2), "int8": Truth(make_fails=failure)})
+    assert "unsupported op Foo" in _reason(found, "int8")
+    assert _finalists(found)
+
+
+def test_when_the_time_is_over_the_best_so_far_is_what_there_is(search: Any) -> None:
+    truths = {"fp32": Truth(1.2, cost_s=50), "int8-a": Truth(2.0, cost_s=50), "int8-b": Truth(3.0, cost_s=50)}
+    found, script = search(truths, case=_case(budget_seconds=130))
+    assert found.exhausted
+    assert "budget of 130 s left no time" in _reason(found, "int8-b")
+    assert "int8-b" not in script.asked("make")
+    assert found.runs[0].build is not None
+
+
+def test_the_exhaustive_search_gives_everybody_the_full_method(search: Any) -> None:
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=5.0)}
+    found, script = search(truths, case=_case(search={"strategy": "exhaustive"}))
+    assert set(_finalists(found)) == {"fp32", "fp32.t1", "fp32.nospin", "int8", "int8.t1", "int8.nospin"}
+    assert len(script.full) == 6
+    assert not script.asked("time")
