@@ -66,6 +66,7 @@ class WorkerSettings(BaseSettings):
     redispatch_s: float = Field(default=15.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)
     lock_dir: Path = Path(tempfile.gettempdir())
+    engine_key_file: Path | None = Field(default=None, description="None = keys/engine.key below the home")
     stage_timeout_s: float = Field(default=1800, gt=0)
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)

@@ -26,6 +26,11 @@ class Installation:
     engine_key: bytes | None = None
     cache_dir: Path | None = None
 
+    @property
+    def key_id(self) -> str:
+        """Tells keys apart and nothing else: what another key signed is of no use here, and is built again."""
+        return hashlib.sha256(b"id\0" + (self.engine_key or b"")).hexdigest()[:16]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "engine_key": self.engine_key.hex() if self.engine_key else None,

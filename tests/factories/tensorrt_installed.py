@@ -1,5 +1,5 @@
-"""Importing this module installs the stand-ins, with a signing key: what `IsolatedRunner` is given, so that the
-children of stage calls have them. Graphs with certain ops fail in certain ways.
+"""Importing this module installs the stand-ins: what `IsolatedRunner` is given, so that the children of stage
+calls have them. Graphs with certain ops fail in certain ways.
 
 The baseline of a GPU job is ONNX Runtime on CUDA; here its CPU provider stands for it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from tests.factories import cuda_standin, tensorrt_standin
-from workers import installation, kernel
+from workers import kernel
 from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case, Proposal
 
@@ -38,5 +38,4 @@ tensorrt_standin.behaviour = tensorrt_standin.Behaviour(
     build_error_ops={"Elu": "Could not find any implementation for node act."},
     slow_ops={"Selu": 5.0},
 )
-installation.use(installation.Installation(b"k" * installation.KEY_BYTES))
 cuda_standin.install()

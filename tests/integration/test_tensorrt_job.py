@@ -20,9 +20,11 @@ from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from tests.factories.cuda_standin import HARDWARE
 from tests.factories.deployment import deployment
+from workers.installation import KEY_BYTES, Installation
 from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
 
+HANDED = Installation(b"k" * KEY_BYTES).to_json()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -54,7 +56,7 @@ class Job:
         out.mkdir()
         paths = {name: str(path) for name, path in inputs.items()}
         limits = Limits(120, 8 << 30, 1 << 30)
-        request = StageRequest(stage, options, paths, str(work), str(out), dict(HARDWARE), limits)
+        request = StageRequest(stage, options, paths, str(work), str(out), dict(HARDWARE), limits, HANDED)
         tell = lambda fraction, message: self.progress.append((fraction, message))  # noqa: E731
         return self.isolated.run(request, on_progress=tell, should_stop=should_stop), out
 

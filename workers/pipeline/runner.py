@@ -21,6 +21,7 @@ from app.domain.artifact_key import ArtifactRef, canonical_json, digest_of, stag
 from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, JobLedger
 from workers import kernel
+from workers.installation import Installation
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
@@ -100,6 +101,7 @@ class StageRunner:
         limits: Limits,
         lock_dir: Path,
         should_stop: Callable[[], bool],
+        installation: Installation | None = None,
     ) -> None:
         self.claim = claim
         self.ledger = ledger
@@ -110,6 +112,7 @@ class StageRunner:
         self.limits = limits
         self.lock_dir = lock_dir
         self.should_stop = should_stop
+        self.installation = installation or Installation()
         self.view = JobView()
         self.calls: list[Outcome] = []
 
@@ -166,7 +169,7 @@ class StageRunner:
             inputs=inputs,
             options=complete,
             libraries=libraries,
-            hardware=self.fingerprint if stage_type.hardware_bound else None,
+            hardware=self._hardware(complete) if stage_type.hardware_bound else None,
         )
         entry: dict[str, Any] = {
             "name": stage,
@@ -181,6 +184,12 @@ class StageRunner:
         }
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
         return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds)
+
+    def _hardware(self, options: Mapping[str, Any]) -> str:
+        """The machine as a key says it; with the key's id where engines are signed: those of another are built anew."""
+        known = kernel.backends()
+        signed = any(known[name].signed for name in _backends_of(options))
+        return f"{self.fingerprint}/{self.installation.key_id}" if signed else self.fingerprint
 
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id
@@ -228,6 +237,7 @@ class StageRunner:
             outputs=str(folder / "out"),
             hardware=dict(self.hardware),
             limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes, call.soft_seconds),
+            installation=self.installation.to_json(),
         )
         exclusive = call.stage_type.exclusive_device
         lock = device_lock(self.lock_dir, "cpu", self.should_stop) if exclusive else nullcontext()
@@ -288,10 +298,14 @@ class StageRunner:
 
 def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:
     """The libraries of every backend that a stage call's options name."""
+    known = kernel.backends()
+    return tuple(library for name in _backends_of(options) for library in known[name].libraries)
+
+
+def _backends_of(options: Mapping[str, Any]) -> list[str]:
     engines = options.get("engines") or ()
     names = {options.get("backend"), options.get("baseline_backend"), *(e.get("backend") for e in engines)}
-    known = kernel.backends()
-    return tuple(library for name in sorted(n for n in names if n in known) for library in known[name].libraries)
+    return sorted(n for n in names if n in kernel.backends())
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:
