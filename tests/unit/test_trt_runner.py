@@ -372,7 +372,8 @@ def test_the_installations_key(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behaviour")
 def test_the_sidecar_says_what_it_was_built_with(tmp_path: Path) -> None:
     engine, _ = engine_of(models.mlp(), tmp_path, precision="fp16")
-    facts = read_verified(engine)
+    facts, plan = read_verified(engine)
+    assert plan == (engine / "engine.plan").read_bytes()
     assert facts["precision"] == "fp16"
     assert facts["gpu"]["driver"] == "590.44.01"
     assert facts["inputs"] == [["input", "float32", ["batch", 8]]]

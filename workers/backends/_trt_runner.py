@@ -18,7 +18,7 @@ from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
 from workers.backends._trt_buffers import Binding, IoTensor, io_tensors, may_be, profiles_of, spec_of
 from workers.backends._trt_cuda import Cuda
-from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection
+from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection, weights_bytes
 from workers.backends._trt_options import RuntimeOptions
 from workers.kernel import LayerTime, Session, TensorSpec
 
@@ -158,13 +158,11 @@ class TensorRtSession(Session):
 
     def memory(self) -> dict[str, Any]:
         """Bytes: weights, activations of the profile in use, inputs and outputs; and the GPU's free and total."""
-        import tensorrt as trt
-
         engine = self._engine
         assert engine is not None, "the session is open"
         free, total = self._cuda.mem_info()
         return {
-            "weights_bytes": int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)),
+            "weights_bytes": weights_bytes(engine),
             "activation_bytes": int(engine.get_device_memory_size_for_profile_v2(self._profile)),
             "io_bytes": sum(b.buffers.total_bytes() for b in self._bindings),
             "gpu_free_bytes": free,
