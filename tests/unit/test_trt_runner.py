@@ -108,6 +108,35 @@ def test_bound_calls_keep_their_own_memory(tmp_path: Path) -> None:
     session.close()
 
 
+@pytest.mark.parametrize("transfers", [True, False])
+@pytest.mark.usefixtures("behaviour")
+def test_a_call_that_is_dropped_gives_its_memory_back(transfers: bool, tmp_path: Path) -> None:
+    engine, _ = engine_of(models.conv_net(), tmp_path)
+    session = load(engine, {"cuda_graph": True, "transfers": transfers})
+    session.run(images(1))
+    before = cuda_standin.Buffer.live
+    calls = [session.bind(images(batch)) for batch in (1, 8)]
+    assert cuda_standin.Buffer.live == before + 4
+    for call in calls:
+        call()
+    calls.clear()
+    del call
+    assert cuda_standin.Buffer.live == before
+    session.close()
+
+
+@pytest.mark.usefixtures("behaviour")
+def test_outputs_follow_the_feeds_after_another_call_had_their_shape(tmp_path: Path) -> None:
+    model = models.conv_net()
+    session = load(*engine_of(model, tmp_path))
+    session.run(images(1))
+    call = session.bind(images(8))
+    call()
+    found = session.run(images(8))["logits"]  # the context has this shape already, the session's own buffers have not
+    np.testing.assert_allclose(found, reference(model, images(8))["logits"], rtol=1e-5)
+    session.close()
+
+
 def test_a_graph_is_captured_once_and_replayed(tmp_path: Path, behaviour: Behaviour) -> None:
     model = models.conv_net()
     engine, runtime = engine_of(model, tmp_path, cuda_graph=True)
@@ -372,7 +401,8 @@ def test_the_installations_key(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behaviour")
 def test_the_sidecar_says_what_it_was_built_with(tmp_path: Path) -> None:
     engine, _ = engine_of(models.mlp(), tmp_path, precision="fp16")
-    facts = read_verified(engine)
+    facts, plan = read_verified(engine)
+    assert plan == (engine / "engine.plan").read_bytes()
     assert facts["precision"] == "fp16"
     assert facts["gpu"]["driver"] == "590.44.01"
     assert facts["inputs"] == [["input", "float32", ["batch", 8]]]

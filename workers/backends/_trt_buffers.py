@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,8 @@ def make_allocator(buffers: Buffers, host: Collection[str]) -> Any:
 
 
 class Binding:
-    """Feeds with memory of their own: what one call needs, so that calls on several feeds can alternate."""
+    """Feeds with memory of their own: what one call needs, so that calls on several feeds can alternate. It lives as
+    long as its call: a benchmark binds many, one batch size after the other."""
 
     def __init__(self, cuda: Cuda, host: Collection[str]) -> None:
         self.buffers = Buffers(cuda)
@@ -197,3 +199,7 @@ class Binding:
             graph.close()
         self.arrays.clear()
         self.buffers.free()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # nobody is there to tell
+            self.free()

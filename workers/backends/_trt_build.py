@@ -15,7 +15,7 @@ from workers.backends import _trt_graph as graphs
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
 from workers.backends import _trt_timing as timing
-from workers.backends._trt_inspect import inspection_of, read_inspection
+from workers.backends._trt_inspect import inspection_of, read_inspection, weights_bytes
 from workers.backends._trt_options import BuildOptions, RuntimeOptions
 from workers.backends._trt_probe import Gpu, require_gpu, require_tensorrt
 from workers.backends._trt_progress import BUILDING, Progress, make_monitor
@@ -122,12 +122,11 @@ def _configure(state: _Building) -> None:
     if options.max_aux_streams is not None:
         config.max_aux_streams = options.max_aux_streams
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    levels = trt.HardwareCompatibilityLevel
-    config.hardware_compatibility_level = {
-        "none": levels.NONE,
-        "ampere_plus": levels.AMPERE_PLUS,
-        "same_compute_capability": levels.SAME_COMPUTE_CAPABILITY,
-    }[options.hardware_compatibility]
+    # Named only where asked for: early versions of 10 lack the last.
+    if options.hardware_compatibility == "ampere_plus":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif options.hardware_compatibility == "same_compute_capability":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     flag = trt.BuilderFlag
     switches = [
         (flag.TF32, options.tf32),
@@ -229,11 +228,9 @@ def _inspect(state: _Building, plan: Path, ops: Mapping[str, str]) -> dict[str, 
 
 def engine_memory(engine: tensorrt.ICudaEngine) -> dict[str, Any]:
     """Bytes of weights and, per profile, of activations."""
-    import tensorrt as trt
-
     count = int(engine.num_optimization_profiles)
     return {
-        "weights_bytes": int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)),
+        "weights_bytes": weights_bytes(engine),
         "activation_bytes": int(engine.device_memory_size_v2),
         "activation_bytes_by_profile": [int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(count)],
     }

@@ -38,6 +38,15 @@ def inspection_of(engine: tensorrt.ICudaEngine) -> str:
     return inspector.get_engine_information(trt.LayerInformationFormat.JSON) if inspector is not None else ""
 
 
+def weights_bytes(engine: tensorrt.ICudaEngine) -> int | None:
+    """What the engine's weights take; None where this TensorRT (early versions of 10) does not tell."""
+    import tensorrt as trt
+
+    if not hasattr(trt, "EngineStat"):
+        return None
+    return int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+
+
 def profile_layers(context: tensorrt.IExecutionContext) -> dict[str, float]:
     """Have every enqueue of `context` from now on add its layers' milliseconds to what is returned, by layer name.
     Such an enqueue waits for the GPU."""

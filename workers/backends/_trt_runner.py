@@ -7,6 +7,7 @@ outputs back. A data-dependent output is allocated by TensorRT's callback while 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
 from workers.backends._trt_buffers import Binding, IoTensor, io_tensors, may_be, profiles_of, spec_of
 from workers.backends._trt_cuda import Cuda
-from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection
+from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection, weights_bytes
 from workers.backends._trt_options import RuntimeOptions
 from workers.kernel import LayerTime, Session, TensorSpec
 
@@ -64,12 +65,17 @@ class TensorRtSession(Session):
         self.graph_status: str | None = None
         self._stream = cuda.stream()
         self._own = Binding(cuda, self._host)
-        self._bindings = [self._own]
+        self._made = [weakref.ref(self._own)]
         # What the context was told last; telling it again costs time in every call.
         self._profile = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._allocating: Any = None
+
+    @property
+    def _bindings(self) -> list[Binding]:
+        """This session's own, and those whose calls are still held."""
+        return [b for b in (made() for made in self._made) if b is not None]
 
     @property
     def _context(self) -> tensorrt.IExecutionContext:
@@ -158,13 +164,11 @@ class TensorRtSession(Session):
 
     def memory(self) -> dict[str, Any]:
         """Bytes: weights, activations of the profile in use, inputs and outputs; and the GPU's free and total."""
-        import tensorrt as trt
-
         engine = self._engine
         assert engine is not None, "the session is open"
         free, total = self._cuda.mem_info()
         return {
-            "weights_bytes": int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)),
+            "weights_bytes": weights_bytes(engine),
             "activation_bytes": int(engine.get_device_memory_size_for_profile_v2(self._profile)),
             "io_bytes": sum(b.buffers.total_bytes() for b in self._bindings),
             "gpu_free_bytes": free,
@@ -183,14 +187,14 @@ class TensorRtSession(Session):
         self._allocating = None
         for binding in self._bindings:
             binding.free()
-        self._bindings.clear()
+        self._made.clear()
         self._stream.close()
         self._opened.close()
 
     def _bound(self, feeds: Arrays) -> Binding:
         """A binding of its own that ran once: TensorRT does its lazy work, and says why where it does not run."""
         binding = Binding(self._cuda, self._host)
-        self._bindings.append(binding)
+        self._made = [weakref.ref(b) for b in [*self._bindings, binding]]
         self._fill(binding, feeds)
         self._copy_in(binding)
         self._apply(binding)
@@ -204,6 +208,7 @@ class TensorRtSession(Session):
         missing = [t.name for t in self._inputs if t.name not in feeds]
         if missing:
             raise StageFailure("inference_failed", f"There is no value for input {missing[0]!r}.", tensor=missing[0])
+        binding.outputs.clear()  # of the feeds before
         binding.profile = self._profile_for({t.name: tuple(feeds[t.name].shape) for t in self._inputs})
         for tensor, spec in zip(self._inputs, self.inputs, strict=True):
             given = feeds[tensor.name]
@@ -346,4 +351,4 @@ class TensorRtSession(Session):
             return eager
         self.graph_status = "captured"
         binding.graph = graph
-        return lambda: graph.launch(self._stream)
+        return lambda: binding.graph.launch(self._stream)  # holds the binding, whose addresses are in the graph

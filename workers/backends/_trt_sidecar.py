@@ -53,9 +53,9 @@ def write_sidecar(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return body
 
 
-def read_verified(folder: Path) -> dict[str, Any]:
-    """The sidecar of a plan that this installation built, unchanged since. Raises StageFailure: `load_failed`,
-    `engine_untrusted`, `engine_key_missing`."""
+def read_verified(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Sidecar and plan, which this installation built, unchanged since: the very bytes that were verified. Raises
+    StageFailure: `load_failed`, `engine_untrusted`, `engine_key_missing`."""
     plan, sidecar = folder / PLAN_FILE, folder / SIDECAR_FILE
     if not plan.is_file() or not sidecar.is_file():
         raise StageFailure("load_failed", f"The engine needs the files {PLAN_FILE} and {SIDECAR_FILE}.")
@@ -70,9 +70,10 @@ def read_verified(folder: Path) -> dict[str, Any]:
     signature = str(body.pop("hmac_sha256", ""))
     if not hmac.compare_digest(signature.encode(), _signature(require_key(), body).encode()):
         raise _untrusted("its signature does not fit: another installation built it, or the sidecar was changed")
-    if not hmac.compare_digest(str(body["plan_sha256"]), sha256_of(plan)):
+    content = plan.read_bytes()
+    if not hmac.compare_digest(str(body["plan_sha256"]), hashlib.sha256(content).hexdigest()):
         raise _untrusted("the plan was changed after it was signed")
-    return body
+    return body, content
 
 
 def check_compatible(body: Mapping[str, Any], tensorrt: str, gpu: Gpu) -> None:

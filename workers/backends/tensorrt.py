@@ -17,7 +17,7 @@ from workers.backends._trt_options import BuildOptions, RuntimeOptions, parsed
 from workers.backends._trt_probe import installed, probe_gpu, require_gpu, require_tensorrt
 from workers.backends._trt_runner import TensorRtSession
 from workers.backends._trt_script import infer_script
-from workers.backends._trt_sidecar import PLAN_FILE, check_compatible, read_verified
+from workers.backends._trt_sidecar import check_compatible, read_verified
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 
@@ -73,7 +73,7 @@ class TensorRtBackend(Backend):
 
     def _load(self, engine: Path, runtime: Mapping[str, Any]) -> TensorRtSession:
         options = parsed(RuntimeOptions, runtime)
-        sidecar = read_verified(engine)  # before anything of the engine is looked at
+        sidecar, content = read_verified(engine)  # before anything of the engine is looked at
         gpu = require_gpu()  # before TensorRT's runtime is made: without a driver it takes the process down
         check_compatible(sidecar, require_tensorrt(), gpu)
         import tensorrt as trt
@@ -88,7 +88,7 @@ class TensorRtBackend(Backend):
             made = messages.guarded("start its runtime", log, lambda: trt.Runtime(logger))
             # Plans of this service hold no host code (no plugins, no lean runtime): TensorRT shall refuse it.
             made.engine_host_code_allowed = False
-            plan = made.deserialize_cuda_engine((engine / PLAN_FILE).read_bytes())
+            plan = made.deserialize_cuda_engine(content)
             if plan is None:
                 raise messages.load_failure(log)
             opened = ExitStack()
