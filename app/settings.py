@@ -67,6 +67,7 @@ class WorkerSettings(BaseSettings):
     max_attempts: int = Field(default=5, ge=1)
     lock_dir: Path = Path(tempfile.gettempdir())
     gpu: str = Field(default="", description="Index or UUID of this worker's GPU; empty = the first visible one")
+    engine_key_file: Path | None = Field(default=None, description="None = keys/engine.key below the home")
     stage_timeout_s: float = Field(default=1800, gt=0)
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)

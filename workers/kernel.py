@@ -170,6 +170,7 @@ class Backend(ABC):
     name: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
+    signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 

@@ -32,6 +32,7 @@ from app.storage.factory import make_store
 from app.uploads.service import UploadService
 from workers import kernel
 from workers.hardware import describe, fingerprint
+from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
@@ -68,6 +69,9 @@ class WorkerService:
         self.collector = Collector(self.db, self.content, settings)
         self.isolated = IsolatedRunner()
         self.shutdown = threading.Event()
+        self._engine_key = load_or_make_key(
+            settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"
+        )
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA's numbers are nvidia-smi's
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
         if self.hardware["gpu"]:  # its stages, children of this process, see no other
@@ -186,6 +190,7 @@ class WorkerService:
                     limits=self._limits(),
                     lock_dir=self.settings.worker.lock_dir,
                     should_stop=keeper.should_stop,
+                    installation=self._installation(claim.tenant_id),
                 )
                 stages = runner.view.stages
                 found = Optimizer(runner, job, model, datasets, self.backends, self.settings.limits).run()
@@ -204,6 +209,10 @@ class WorkerService:
     def _workspace(self, claim: Claim) -> AbstractContextManager[Workspace]:
         name = f"{claim.job_id}-{claim.token}"
         return open_workspace(self.settings.home_dir, name, claim.tenant_id, self.content)
+
+    def _installation(self, tenant_id: str) -> Installation:
+        """What the stages of this tenant's jobs get of the installation."""
+        return Installation(key_for_tenant(self._engine_key, tenant_id), self.settings.home_dir / "cache")
 
     def _limits(self) -> Limits:
         worker = self.settings.worker

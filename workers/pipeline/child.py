@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
-from workers import kernel
+from workers import installation, kernel
 from workers.pipeline.protocol import RESULT_FILE, Limits, StageRequest
 
 _PR_SET_PDEATHSIG = 1
@@ -78,6 +78,8 @@ class PipeReporter(kernel.Reporter):
 def run_request(request: StageRequest, progress_fd: int | None) -> dict[str, Any]:
     """Run the stage; the JSON that becomes `result.json`: outputs, data, notes and seconds, or a failure."""
     reporter = PipeReporter(progress_fd)
+    if request.installation:
+        installation.use(installation.Installation.from_json(request.installation))
     started = time.perf_counter()
     try:
         result = _run(request, reporter)

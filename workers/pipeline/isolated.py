@@ -110,6 +110,7 @@ class IsolatedRunner:
             try:
                 # The request goes by file: a datagram holds some 200 kB, a model may have thousands of inputs.
                 path = Path(request.workspace) / REQUEST_FILE
+                path.touch(mode=0o600)  # it holds the key that engines are signed with
                 path.write_bytes(request.encode())
                 socket.send_fds(channel, [str(path).encode()], [write_fd])
             finally:

@@ -7,7 +7,7 @@ reports its progress through the pipe and leaves `result.json` in its workspace;
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 REQUEST_FILE = "request.json"
@@ -37,6 +37,7 @@ class StageRequest:
     outputs: str
     hardware: dict[str, Any]
     limits: Limits
+    installation: dict[str, Any] = field(default_factory=dict)  # `workers.installation.Installation` as JSON
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -22,6 +22,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, JobLedger
 from workers import kernel
 from workers.hardware import lock_name
+from workers.installation import Installation
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
@@ -101,6 +102,7 @@ class StageRunner:
         limits: Limits,
         lock_dir: Path,
         should_stop: Callable[[], bool],
+        installation: Installation | None = None,
     ) -> None:
         self.claim = claim
         self.ledger = ledger
@@ -111,6 +113,7 @@ class StageRunner:
         self.limits = limits
         self.lock_dir = lock_dir
         self.should_stop = should_stop
+        self.installation = installation or Installation()
         self.view = JobView()
         self.calls: list[Outcome] = []
 
@@ -167,7 +170,7 @@ class StageRunner:
             inputs=inputs,
             options=complete,
             libraries=libraries,
-            hardware=self.fingerprint if stage_type.hardware_bound else None,
+            hardware=self._hardware(complete) if stage_type.hardware_bound else None,
         )
         entry: dict[str, Any] = {
             "name": stage,
@@ -182,6 +185,11 @@ class StageRunner:
         }
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
         return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds)
+
+    def _hardware(self, options: Mapping[str, Any]) -> str:
+        """The machine as a key says it; with the key's id where engines are signed: those of another are built anew."""
+        signed = any(backend.signed for backend in _backends(options))
+        return f"{self.fingerprint}/{self.installation.key_id}" if signed else self.fingerprint
 
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id
@@ -229,6 +237,7 @@ class StageRunner:
             outputs=str(folder / "out"),
             hardware=dict(self.hardware),
             limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes, call.soft_seconds),
+            installation=self.installation.to_json(),
         )
         device = lock_name(self.hardware) if "cuda" in _devices(call.options) else "cpu"
         # On a GPU builds measure, too: TensorRT times its tactics. Nothing else may run there meanwhile.

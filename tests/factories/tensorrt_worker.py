@@ -1,0 +1,24 @@
+"""`python -m tests.factories.tensorrt_worker`: a real worker that believes it has a GPU and TensorRT."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import tests.factories.tensorrt_installed  # noqa: F401  (its import puts the stand-ins in place)
+from tests.factories.cuda_standin import GPU
+from workers import service
+from workers.__main__ import main
+from workers.hardware import describe
+from workers.pipeline.isolated import IsolatedRunner
+
+
+def _describe() -> dict[str, Any]:
+    return {**describe(), "gpu": GPU}
+
+
+service.describe = _describe  # type: ignore[attr-defined]
+service.IsolatedRunner = lambda: IsolatedRunner(["tests.factories.tensorrt_installed"])  # type: ignore[attr-defined]
+
+if __name__ == "__main__":
+    sys.exit(main())

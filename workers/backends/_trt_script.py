@@ -1,0 +1,223 @@
+"""The `infer.py` that goes into the bundle of a TensorRT engine: PyCUDA and TensorRT only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_TEMPLATE = '''#!/usr/bin/env python3
+"""Run the TensorRT engine beside this file on the arrays of an .npz.
+
+    python infer.py [INPUT.npz] [OUTPUT.npz]
+
+INPUT.npz holds one array per model input (default: sample_input.npz beside this file). The outputs are written to
+OUTPUT.npz (default: output.npz in the current folder). Without an INPUT, the outputs are also compared with
+expected_output.npz, where that stands beside this file.
+
+An engine is native code for the GPU and the TensorRT version in engine.json. Load only what you got from your own
+Anneal service.
+
+Needs: an NVIDIA GPU with its driver, numpy, tensorrt (__VERSION__ was measured), pycuda; ml_dtypes for bfloat16.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pycuda.autoprimaryctx  # TensorRT uses the primary context too
+import pycuda.driver as cuda
+import tensorrt as trt
+
+HERE = Path(__file__).resolve().parent
+
+# How this engine was measured. `declared`: where the model's type differs from the engine's.
+RUNTIME = json.loads(r"""__RUNTIME__""")
+DECLARED = RUNTIME.get("declared", {})
+
+
+class OutputAllocator(trt.IOutputAllocator):
+    """Memory for outputs whose shape depends on the data."""
+
+    def __init__(self):
+        trt.IOutputAllocator.__init__(self)
+        self.memory, self.sizes, self.shapes = {}, {}, {}
+
+    def reallocate_output(self, tensor_name, memory, size, alignment):
+        if size > self.sizes.get(tensor_name, 0):
+            self.memory[tensor_name] = cuda.mem_alloc(max(size, 1))
+            self.sizes[tensor_name] = size
+        return int(self.memory[tensor_name])
+
+    def reallocate_output_async(self, tensor_name, memory, size, alignment, stream):
+        return self.reallocate_output(tensor_name, memory, size, alignment)
+
+    def notify_shape(self, tensor_name, shape):
+        self.shapes[tensor_name] = tuple(shape)
+
+
+def check(ok, what):
+    if not ok:
+        raise SystemExit(f"TensorRT refused to {what}")
+
+
+def read_engine(logger):
+    """The plan, after its digest and what it was built for were compared with what is here."""
+    facts = json.loads((HERE / "engine.json").read_text())
+    plan = (HERE / "engine.plan").read_bytes()
+    if hashlib.sha256(plan).hexdigest() != facts["plan_sha256"]:
+        raise SystemExit("engine.plan is not the file that engine.json describes: download the bundle again.")
+    if trt.__version__ != facts["tensorrt"] and not facts["version_compatible"]:
+        raise SystemExit(f"The engine needs TensorRT {facts['tensorrt']}, here is {trt.__version__}.")
+    device = pycuda.autoprimaryctx.device
+    found = ".".join(map(str, device.compute_capability()))
+    if facts["hardware_compatibility"] != "ampere_plus" and found != facts["gpu"]["compute_capability"]:
+        raise SystemExit(f"The engine is for {facts['gpu']['name']}, here is {device.name()}.")
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise SystemExit("TensorRT does not load the engine: see its messages above.")
+    return runtime, engine
+
+
+def numpy_dtype(kind):
+    if kind in (trt.DataType.BF16, trt.DataType.FP8):
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16 if kind == trt.DataType.BF16 else ml_dtypes.float8_e4m3fn)
+    return np.dtype(trt.nptype(kind))
+
+
+class Engine:
+    def __init__(self):
+        self.logger = trt.Logger(trt.Logger.WARNING)
+        self.runtime, self.engine = read_engine(self.logger)
+        self.context = self.engine.create_execution_context()
+        check(self.context is not None, "make a context: is there enough memory?")
+        self.stream = cuda.Stream()
+        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        mode = self.engine.get_tensor_mode
+        self.inputs = [n for n in self.names if mode(n) == trt.TensorIOMode.INPUT]
+        self.outputs = [n for n in self.names if mode(n) == trt.TensorIOMode.OUTPUT]
+        self.profile = 0
+
+    def choose_profile(self, feeds):
+        """The profile that holds these shapes and whose optimum is nearest."""
+        free = [n for n in self.inputs if -1 in tuple(self.engine.get_tensor_shape(n))]
+        best = None
+        for index in range(self.engine.num_optimization_profiles if free else 0):
+            away = 0.0
+            for name in free:
+                low, opt, high = (tuple(s) for s in self.engine.get_tensor_profile_shape(name, index))
+                shape = feeds[name].shape
+                if len(shape) != len(low) or not all(a <= s <= b for a, s, b in zip(low, shape, high)):
+                    break
+                away += sum(max(a, b) / max(1, min(a, b)) - 1 for a, b in zip(opt, shape))
+            else:
+                if best is None or away < best[0]:
+                    best = (away, index)
+        if free and best is None:
+            raise SystemExit(f"The engine was not built for shapes {[feeds[n].shape for n in free]}: see engine.json.")
+        if best is not None and best[1] != self.profile:
+            check(self.context.set_optimization_profile_async(best[1], self.stream.handle), "switch its profile")
+            self.stream.synchronize()
+            self.profile = best[1]
+
+    def run(self, feeds):
+        """Outputs by name, from inputs by name."""
+        self.choose_profile(feeds)
+        kept = []
+        for name in self.inputs:
+            array = np.ascontiguousarray(feeds[name], dtype=numpy_dtype(self.engine.get_tensor_dtype(name)))
+            check(self.context.set_input_shape(name, array.shape), f"take {array.shape} for {name}")
+            if self.engine.get_tensor_location(name) == trt.TensorLocation.HOST:
+                address = array.ctypes.data
+            else:
+                memory = cuda.mem_alloc(max(array.nbytes, 1))
+                cuda.memcpy_htod_async(memory, array, self.stream)
+                kept.append(memory)
+                address = int(memory)
+            kept.append(array)
+            check(self.context.set_tensor_address(name, address), f"take the memory of {name}")
+        lacking = self.context.infer_shapes()
+        check(not lacking, f"infer shapes: it lacks {lacking}")
+        allocator = OutputAllocator()
+        placed = {}
+        for name in self.outputs:
+            dtype, shape = numpy_dtype(self.engine.get_tensor_dtype(name)), tuple(self.context.get_tensor_shape(name))
+            if -1 in shape:
+                check(self.context.set_output_allocator(name, allocator), f"take an allocator for {name}")
+            elif self.engine.get_tensor_location(name) == trt.TensorLocation.HOST:
+                placed[name] = np.empty(shape, dtype)
+                check(self.context.set_tensor_address(name, placed[name].ctypes.data), f"take the memory of {name}")
+            else:
+                placed[name] = cuda.mem_alloc(max(int(np.prod(shape)) * dtype.itemsize, 1))
+                check(self.context.set_tensor_address(name, int(placed[name])), f"take the memory of {name}")
+        check(self.context.execute_async_v3(self.stream.handle), "run")
+        self.stream.synchronize()
+        results = {}
+        for name in self.outputs:
+            found = placed.get(name)
+            if not isinstance(found, np.ndarray):
+                shape = allocator.shapes.get(name) or tuple(self.context.get_tensor_shape(name))
+                array = np.empty(shape, numpy_dtype(self.engine.get_tensor_dtype(name)))
+                if array.nbytes:
+                    cuda.memcpy_dtoh(array, found if found is not None else allocator.memory[name])
+                found = array
+            results[name] = found.astype(DECLARED[name]) if name in DECLARED else found
+        return results
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def compare(outputs, expected):
+    """Largest difference and cosine similarity of each output."""
+    for name, wanted in expected.items():
+        if name not in outputs:
+            continue
+        found = np.asarray(outputs[name], dtype=np.float64).ravel()
+        wanted = np.asarray(wanted, dtype=np.float64).ravel()
+        if found.shape != wanted.shape:
+            print(f"{name}: shape {found.shape}, expected {wanted.shape}")
+            continue
+        norm = float(np.linalg.norm(found) * np.linalg.norm(wanted))
+        cosine = float(found @ wanted) / norm if norm else float(np.array_equal(found, wanted))
+        worst = float(np.abs(found - wanted).max(initial=0))
+        print(f"{name}: largest difference {worst:.3g}, cosine {cosine:.6f}")
+
+
+def main():
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "sample_input.npz"
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("output.npz")
+    engine = Engine()
+    given = load(source)
+    missing = [n for n in engine.inputs if n not in given]
+    if missing:
+        raise SystemExit(f"{source} has no array {missing[0]!r}; the inputs are {', '.join(engine.inputs)}.")
+    feeds = {name: given[name] for name in engine.inputs}
+    engine.run(feeds)  # the first call sets things up
+    start = time.perf_counter()
+    outputs = engine.run(feeds)
+    print(f"{1000 * (time.perf_counter() - start):.3f} ms with transfers, one call")
+    np.savez(target, **outputs)
+    print(f"wrote {target}")
+    expected = HERE / "expected_output.npz"
+    if len(sys.argv) < 2 and expected.exists():
+        compare(outputs, load(expected))
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def infer_script(runtime: Mapping[str, Any], version: str) -> str:
+    """Source of a standalone script for this engine; `version` is the TensorRT that was measured."""
+    told = json.dumps(dict(runtime), indent=4, sort_keys=True).replace('"""', r"\"\"\"")
+    return _TEMPLATE.replace("__RUNTIME__", told).replace("__VERSION__", version)
