@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_models import SEED, VOCABULARY, Recipe, SentenceEncoder, export, images, make_resnet50
+from make_models import SEED, Recipe, export
+from zoo import data, language, training, vision
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 TOKENS = 128
@@ -71,9 +72,20 @@ def sentences(count: int, rng: np.random.Generator) -> Arrays:
     ids = np.zeros((count, TOKENS), np.int64)
     mask = np.zeros((count, TOKENS), np.int64)
     for i, length in enumerate(rng.integers(32, TOKENS + 1, count)):
-        ids[i, :length] = 999 + np.minimum(rng.zipf(1.2, length), VOCABULARY - 1000)
+        ids[i, :length] = 999 + np.minimum(rng.zipf(1.2, length), data.VOCABULARY - 1000)
         mask[i, :length] = 1
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def images(count: int, rng: np.random.Generator) -> Arrays:
+    return {"image": data.textures(count, rng)["image"]}
+
+
+def resnet50() -> nn.Module:
+    """Seeded; BatchNorm has seen images, so that activations keep their size from layer to layer."""
+    model = vision.ResNet50()
+    training.settle_batchnorm(model, training.pieces(images(32, np.random.default_rng(SEED)), 16))
+    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -85,11 +97,9 @@ class Model:
 
 
 MODELS = {
-    "resnet50": Model("ResNet-50", make_resnet50, images, "logits"),
+    "resnet50": Model("ResNet-50", resnet50, images, "logits"),
     "vit": Model("ViT-B/16", lambda: ViT().eval(), images, "logits"),
-    "bert": Model(
-        "BERT-base, 128 tokens", lambda: SentenceEncoder(12, 768, 12).eval(), sentences, "sentence_embedding"
-    ),
+    "bert": Model("BERT-base, 128 tokens", lambda: language.Classifier().eval(), sentences, "logits"),
 }
 
 
@@ -102,5 +112,5 @@ def make(name: str) -> nn.Module:
 def write(name: str, folder: Path) -> None:
     """`model.onnx` (batch is dynamic) into `folder`."""
     model = MODELS[name]
-    recipe = Recipe(model.label, model.module, model.samples, model.output, 0, 0)
+    recipe = Recipe(model.label, "seeded", model.module, model.samples, {model.output: "cosine"}, "cosine", 0, 0)
     export(make(name), model.samples(2, np.random.default_rng(SEED + 1)), recipe, folder / "model.onnx")

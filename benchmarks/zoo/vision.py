@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -251,6 +250,8 @@ def make_detector() -> nn.Module:
 
 def digits(count: int, rng: np.random.Generator, *, held_out: bool) -> data.Arrays:
     """scikit-learn's handwritten digits, [N, 1, 8, 8] with grey values 0…16, of one side of the split."""
+    from sklearn.datasets import load_digits
+
     found = load_digits()
     pixels, labels = found.images.astype(np.float32)[:, None], found.target.astype(np.int64)
     part = slice(-HELD_OUT, None) if held_out else slice(None, -HELD_OUT)
