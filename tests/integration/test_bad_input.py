@@ -191,7 +191,7 @@ def test_labels_that_do_not_fit_the_metric(
 def test_data_that_the_job_finds_bad(service: Besieged, model_id: str, data: bytes, code: str, tensor: str) -> None:
     dataset_id = service.acme.stored(data, "d.npz", "datasets")
     job = service.acme.ended(service.acme.submit(model_id, validation=_on(dataset_id)))
-    error = service.assert_failed(job, code, stage="reference_outputs")
+    error = service.assert_failed(job, code, stage="benchmark")
     assert error["tensor"] == tensor
 
 
