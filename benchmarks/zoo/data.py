@@ -97,13 +97,13 @@ def cell_targets(truth: list[Array], stride: int) -> tuple[Array, Array, Array]:
 
 
 def topics(count: int, rng: np.random.Generator, tokens: int = 128) -> Arrays:
-    """Documents of 24 to `tokens` word pieces between [CLS] and [SEP], padded; a fifth of the words are the topic's."""
+    """Documents of 24 to `tokens` word pieces between [CLS] and [SEP], padded; three in ten words are the topic's."""
     labels = rng.integers(0, TOPICS, count)
     ids = np.zeros((count, tokens), np.int64)
     mask = np.zeros((count, tokens), np.int64)
     for i, length in enumerate(rng.integers(24, tokens + 1, count)):
         words = 999 + np.minimum(rng.zipf(1.2, length - 2), VOCABULARY - 1000)
-        own = rng.random(length - 2) < 0.2
+        own = rng.random(length - 2) < 0.3
         words[own] = 2000 + 40 * labels[i] + rng.integers(0, 40, int(own.sum()))
         ids[i, :length] = [101, *words, 102]
         mask[i, :length] = 1

@@ -106,6 +106,9 @@ class Encoder(nn.Module):
 class Classifier(Encoder):
     def __init__(self) -> None:
         super().__init__(layers=12, hidden=768, heads=12)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)  # twelve sharper layers would scramble what the words say
         self.head = nn.Linear(768, data.TOPICS)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
