@@ -65,6 +65,8 @@ class Pieces:
     ) -> None:
         self._inputs, self._samples, self._shapes, self._seed = inputs, samples, shapes, seed
         self.fixed = fixed_batch(inputs)
+        # An engine may be built for the job's shapes only (a TensorRT profile).
+        self.largest = min((int(r["max"][0]) for r in (shapes or {}).values() if r["max"]), default=BATCH)
         self.total = SYNTHETIC_SAMPLES if samples is None else len(samples)
 
     def batches(self, batch: int) -> Iterator[Piece]:
@@ -101,7 +103,7 @@ class Original:
         feeds = next(self._pieces.batches(1)).feeds
         self._first = self._session.run(feeds)
         size = max(1, sum(a.nbytes for a in (*feeds.values(), *self._first.values())))
-        batch = int(min(BATCH, max(1, BATCH_BYTES // size)))
+        batch = int(min(BATCH, self._pieces.largest, max(1, BATCH_BYTES // size)))
         if batch > 1:
             try:
                 self._first = self._session.run(next(self._pieces.batches(batch)).feeds)

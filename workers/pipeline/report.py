@@ -179,6 +179,7 @@ def _impact(ratio: float, interval: list[float] | None) -> str:
 
 
 _DETAILS = {
+    "build": ("precision", "fused", "layer_count", "layers", "profiles", "timing_cache", "cpu_nodes"),
     "simplify": ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back"),
     "equalize": ("alpha", "smoothed", "max_abs_diff"),
 }
@@ -250,7 +251,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         memory_mb=_rounded(figures.get("peak_memory_mb"), 1),
         cold_start_ms=_rounded(figures.get("cold_start_ms"), 2),
         checks=[c.to_json() for c in tried.checks],
-        details={s.stage: _details(s) for s in run.steps if s.stage != "build"},
+        details={s.stage: told for s in run.steps if (told := _details(s)) or s.stage != "build"},
         failure=run.failure.public() if run.failure else None,
         runtime=run.runtime if run.build else dict(run.plan.runtime),
         prior=run.plan.prior,
