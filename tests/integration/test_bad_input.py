@@ -254,6 +254,18 @@ def test_default_batch_sizes_follow_the_shapes(service: Besieged, model_id: str)
     assert service.acme.http.post(f"/v1/jobs/{job['id']}/cancel").status_code == 202
 
 
+def test_nodes_to_keep_that_the_model_has_not(service: Besieged) -> None:
+    model = service.acme.stored(onnx_models.transformer_block())
+    ids = np.random.default_rng(0).integers(0, 10, (40, 6))
+    data = service.acme.stored(npz(input_ids=ids, attention_mask=np.ones_like(ids)), "d.npz", "datasets")
+    keep = {"keep_nodes": ["no_such_node"]}
+    response = service.acme.submit(model, quantization=keep, calibration={"dataset_id": data}, precisions=["int8"])
+    job = service.acme.ended(response)
+    error = service.assert_failed(job, "unknown_node", stage=job["error"]["stage"])
+    assert error["stage"].startswith("quantize")
+    assert error["node"] == "no_such_node"
+
+
 def test_what_nobody_offers(service: Besieged, model_id: str) -> None:
     for fields in ({"target": {"device": "cuda"}}, {"precisions": ["fp8"]}, {"target": {"backends": ["../x"]}}):
         problem = service.assert_problem(service.acme.submit(model_id, **fields), 422, "unavailable_target")

@@ -257,6 +257,17 @@ def test_one_that_hangs_the_runtime(service: Besieged) -> None:
     assert _stage_processes(service) == []
 
 
+def test_a_budget_in_which_nothing_can_be_compared(service: Besieged) -> None:
+    started = time.monotonic()
+    model_id = service.acme.stored(onnx_models.hangs())
+    job = service.acme.ended(service.acme.submit(model_id, budget_seconds=10))
+    error = service.assert_failed(job, "budget_too_small", stage="export")
+    assert "budget of 10 s" in error["detail"]
+    assert "budget_seconds" in error["remedy"]
+    assert time.monotonic() - started < 20
+    assert _stage_processes(service) == []
+
+
 def test_one_that_crashes_the_runtime(service: Besieged) -> None:
     """No model is known that crashes ONNX Runtime 1.32 (some ninety were tried that crashed earlier ones, or might
     have), so the signal comes from here; from its arrival on all is as if the runtime had crashed by itself."""
