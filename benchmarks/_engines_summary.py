@@ -71,6 +71,7 @@ def summary(models: Mapping[str, Json]) -> str:
         for batch in BATCHES:
             best = best_peer(engines, batch)
             if best is None or not accurate(own):
+                compared += ANNEAL in engines  # an engine that fails or loses too much has missed the goal
                 cells += ["–", "–", "**missed**" if ANNEAL in engines else "–"]
                 continue
             relative = own["batches"][batch]["p50_ms"] / best[1]

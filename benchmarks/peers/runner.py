@@ -94,7 +94,8 @@ class OpenVinoEngine:
 
     def run(self, feeds: Arrays) -> Arrays:
         found = self._request.infer(feeds)
-        return {port.get_any_name(): np.array(value) for port, value in found.items()}
+        # A tensor may have several names; the original's is one of them.
+        return {name: np.array(value) for port, value in found.items() for name in port.get_names()}
 
     def bind(self, feeds: Arrays) -> Callable[[], Any]:
         import openvino as ov

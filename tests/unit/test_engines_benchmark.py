@@ -94,3 +94,10 @@ def test_a_runner_answers_outputs_and_times_and_a_broken_engine_is_an_error(tmp_
     assert shown["ratio"]["ratio"] == 1
     assert shown["p50_ms"] > 0
     assert "missing.onnx" in found["none"]["error"]
+
+
+def test_an_engine_of_ours_that_loses_too_much_has_missed_the_goal() -> None:
+    from _engines_summary import summary
+
+    engines = {"ort": entry(10, 1.0), "anneal": entry(1, 0.1, loss=2.0)}
+    assert "0 of 2" in summary({"m": {"label": "M", "engines": engines}})
