@@ -21,6 +21,7 @@ from workers import installation
 
 GPU = {
     "name": "NVIDIA H100 80GB HBM3",
+    "uuid": "GPU-00000000-0000-0000-0000-000000000000",
     "compute_capability": "9.0",
     "memory_bytes": 80 << 30,
     "cuda": "13.1",

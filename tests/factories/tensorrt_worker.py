@@ -13,8 +13,8 @@ from workers.hardware import describe
 from workers.pipeline.isolated import IsolatedRunner
 
 
-def _describe() -> dict[str, Any]:
-    return {**describe(), "gpu": GPU}
+def _describe(gpu: str = "") -> dict[str, Any]:
+    return {**describe(gpu), "gpu": GPU}
 
 
 service.describe = _describe  # type: ignore[attr-defined]

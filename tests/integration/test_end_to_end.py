@@ -48,6 +48,7 @@ def _spec(client: Any, *, min_seconds: float = 0.3) -> dict[str, Any]:
         "calibration": {"dataset_id": calibration["id"]},
         "validation": {"dataset_id": validation["id"], "max_accuracy_loss_percent": 1.0},
         "benchmark": {"batch_sizes": [1, 8], "min_seconds": min_seconds},
+        "target": {"backends": ["onnxruntime"]},
         "budget_seconds": 60,
     }
 
@@ -60,17 +61,7 @@ def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_pat
         assert {"state", "stage"} <= set(seen)
         assert job["progress"] == 1.0
         stages = [s["name"] for s in job["stages"]]
-        assert {
-            "export",
-            "simplify",
-            "quantize",
-            "quantize_nncf",
-            "build",
-            "validate",
-            "benchmark",
-            "sweep",
-            "package",
-        } <= set(stages)
+        assert {"export", "simplify", "quantize", "build", "validate", "benchmark", "sweep", "package"} <= set(stages)
         report = client.report(job["id"])
         _check_report(report)
         _check_manifest(client.manifest(job["id"]), report)
@@ -189,3 +180,21 @@ def test_what_nobody_can_meet_fails_with_the_nearest_miss_and_a_report(deployed:
         report = client.report(job["id"])
     assert report["picked"] is None
     assert not all(check["passed"] for check in report["checks"])
+
+
+def test_openvino_from_upload_to_a_bundle_that_runs(deployed: Deployment, tmp_path: Path) -> None:
+    with deployed.client() as client:
+        spec = _spec(client, min_seconds=0.1) | {"target": {"backends": ["openvino"]}}
+        job = client.wait(client.submit(spec)["id"])
+        report = client.report(job["id"])
+        tried = {c["id"] for c in report["candidates"]}
+        assert {"ov-fp32", "ov-int8"} <= tried
+        assert "quantize_nncf" in [s["name"] for s in job["stages"]]
+        assert report["search"]["order"]
+        bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
+    folder = tmp_path / "bundle"
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(folder)
+    done = subprocess.run([sys.executable, "infer.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "difference" in done.stdout

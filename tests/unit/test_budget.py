@@ -38,9 +38,9 @@ def test_large_engines_are_given_time_to_be_packed() -> None:
 def test_a_call_may_be_late_by_a_twentieth_of_the_budget_and_no_more() -> None:
     clock = Clock()
     budget = Budget(100.0, clock)
-    soft, hard = budget.limits(30.0)
-    assert (soft, hard) == (30.0, 35.0)
+    assert budget.limits(98.0) == (98.0, 103.0)
+    assert budget.limits(30.0) == (30.0, 35.0 + 0.25 * 68.0)  # early: what comes behind it gives
     clock.now += 99
-    assert budget.limits(30.0) == (1.0, 6.0)
+    assert budget.limits(98.0) == (1.0, 6.0)
     assert budget.over(30.0)
     assert budget.left(30.0) == 0.0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _GRACE = 0.05  # of the budget, by which a stage call that does not stop by itself may be late before it is ended
+_BORROWED = 0.25
 _LEAST_CALL_S = 1.0
 _PACKAGE_S = 2.0  # with the report; more for large engines
 _BYTES_PER_S = 200e6  # at which a large engine is hashed, packed and stored, about
@@ -61,6 +62,8 @@ class Budget:
         return self.elapsed() >= until
 
     def limits(self, until: float) -> tuple[float, float]:
-        """(soft, hard) seconds of a stage call that should be done by `until`: asked to stop, and ended."""
+        """(soft, hard) seconds of a stage call that should be done by `until`: asked to stop, and ended. Who comes
+        early in the job may be later, by a part of what lies behind it; who comes last, by a twentieth of the budget."""
         soft = max(self.left(until), _LEAST_CALL_S)
-        return soft, soft + max(_GRACE * self.seconds, _LEAST_CALL_S)
+        late = max(_GRACE * self.seconds, _LEAST_CALL_S) + _BORROWED * max(self.end - until, 0.0)
+        return soft, soft + late

@@ -92,7 +92,15 @@ class Search:
                 for run in group:
                     self._too_late(run, self.budget.search_until, phase)
                 continue
-            timed = self.evaluator.time(group, self.budget.search_until, min_seconds=seconds, screening=True)
+            try:
+                timed = self.evaluator.time(group, self.budget.search_until, min_seconds=seconds, screening=True)
+            except StageFailure as failure:
+                if failure.code not in ("timed_out", "out_of_memory"):
+                    raise  # the original itself fails, or the machine
+                self.found.exhausted |= failure.code == "timed_out"
+                for run in group:
+                    run.drop(phase, f"not measured: {failure.detail}")
+                continue
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
         self._phase(phase, len(runs))

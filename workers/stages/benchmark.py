@@ -323,7 +323,8 @@ class _Run:
     def _profile(self, processes: dict[str, EngineProcess], batch: int) -> None:
         """Engines on a GPU also tell transfers, compute and submission apart, in a pass of its own after the timing."""
         for name, process in list(processes.items()):
-            if name == AGAIN or backends()[self.specs[name].backend].device == "cpu":
+            spec = self.specs.get(name)  # none: a second process of an engine that is there already
+            if spec is None or backends()[spec.backend].device == "cpu":
                 continue
             try:
                 self.figures[name].batches[str(batch)]["profile"] = process.profile(batch)
