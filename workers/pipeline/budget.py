@@ -63,7 +63,7 @@ class Budget:
 
     def limits(self, until: float) -> tuple[float, float]:
         """(soft, hard) seconds of a stage call that should be done by `until`: asked to stop, and ended. Who comes
-        early in the job may be later, by a part of what lies behind it; who comes last, by a twentieth of the budget."""
+        early in the job may be later, by a part of what lies behind it; who comes last, by a twentieth of it all."""
         soft = max(self.left(until), _LEAST_CALL_S)
         late = max(_GRACE * self.seconds, _LEAST_CALL_S) + _BORROWED * max(self.end - until, 0.0)
         return soft, soft + late
