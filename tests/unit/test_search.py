@@ -253,3 +253,11 @@ def test_the_exhaustive_search_gives_everybody_the_full_method(search: Any) -> N
     assert set(_finalists(found)) == {"fp32", "fp32.t1", "fp32.nospin", "int8", "int8.t1", "int8.nospin"}
     assert len(script.full) == 6
     assert not script.asked("time")
+
+
+def test_a_loss_that_few_samples_cannot_tell_is_judged_on_all(search: Any) -> None:
+    found, script = search({"fp32": Truth(1.2), "int8": Truth(3.0, loss=1.05)}, nodes=["n0"])
+    assert script.full == ["int8"]
+    found, script = search({"fp32": Truth(1.2), "int8": Truth(3.0, loss=0.5)}, nodes=["n0"])
+    assert script.full == []
+    assert _finalists(found)[0].startswith("int8")

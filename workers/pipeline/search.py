@@ -135,17 +135,29 @@ class Search:
         return accurate
 
     def _check(self, run: CandidateRun) -> bool:
-        samples = min(_SCREEN_SAMPLES, self.spec.validation.max_samples)
-        if not self.evaluator.check(run, samples, self.budget.search_until):
-            run.drop("check", _broken(run))
+        most = self.spec.validation.max_samples
+        if not self._checked(run, min(_SCREEN_SAMPLES, most)):
             return False
         accuracy = run.tried.accuracy or {}
-        loss = accuracy.get("loss_percent")
-        run.note("check", "checked", loss_percent=loss, samples=accuracy.get("samples"))
+        unsure = halving.over_limit(self.spec, accuracy) and not halving.loses_too_much(self.spec, accuracy)
+        if unsure and most > _SCREEN_SAMPLES and accuracy.get("source") != "synthetic":
+            # One flip among few samples is no loss that mending could find: all of them tell.
+            if not self._checked(run, most):
+                return False
+            accuracy = run.tried.accuracy or {}
         if accuracy.get("source") == "synthetic" and not run.plan.lossless:
             run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
             return False
         return not halving.loses_too_much(self.spec, accuracy)
+
+    def _checked(self, run: CandidateRun, samples: int) -> bool:
+        if not self.evaluator.check(run, samples, self.budget.search_until):
+            run.drop("check", _broken(run))
+            return False
+        accuracy = run.tried.accuracy or {}
+        facts = {"loss_percent": accuracy.get("loss_percent"), "samples": accuracy.get("samples")}
+        run.note("check", "checked", **facts)
+        return True
 
     def _win_back(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
         """Mend those that are faster than the best accurate one and lose too much."""
