@@ -50,11 +50,11 @@ def kept_nodes(case: Case) -> dict[str, Any]:
     return {"exclude_nodes": sorted(set(case.spec.quantization.keep_nodes))}
 
 
-def dynamic_int8(case: Case, op_types: Sequence[str]) -> Step:
+def dynamic_int8(case: Case, op_types: Sequence[str], *, per_channel: bool = True) -> Step:
     options = {
         "recipe": "dynamic_int8",
         "op_types": [*op_types],
-        "per_channel": True,
+        "per_channel": per_channel,
         "reduce_range": not case.int8_pays,
         **kept_nodes(case),
     }
