@@ -26,7 +26,7 @@ def test_the_phases_leave_time_for_those_behind_them() -> None:
 def test_a_measurement_longer_than_the_budget_leaves_the_search_its_share() -> None:
     budget = Budget(50.0, Clock())
     budget.share(fixed=1000.0, engine_bytes=0)
-    assert budget.search_until == 0.6 * 48.0
+    assert budget.search_until == 0.5 * 48.0
 
 
 def test_large_engines_are_given_time_to_be_packed() -> None:

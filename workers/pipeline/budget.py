@@ -11,7 +11,7 @@ _BORROWED = 0.25
 _LEAST_CALL_S = 1.0
 _PACKAGE_S = 2.0  # with the report; more for large engines
 _BYTES_PER_S = 200e6  # at which a large engine is hashed, packed and stored, about
-_SEARCH_SHARE = 0.6  # of what is left after the export
+_SEARCH_SHARE = 0.5  # of what is left after the export
 _FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
 _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
 
