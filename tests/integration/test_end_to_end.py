@@ -49,7 +49,7 @@ def _spec(client: Any, *, min_seconds: float = 0.3) -> dict[str, Any]:
         "validation": {"dataset_id": validation["id"], "max_accuracy_loss_percent": 1.0},
         "benchmark": {"batch_sizes": [1, 8], "min_seconds": min_seconds},
         "target": {"backends": ["onnxruntime"]},
-        "budget_seconds": 60,
+        "budget_seconds": 240,
     }
 
 
