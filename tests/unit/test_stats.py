@@ -59,13 +59,27 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(count: int, monkey
     assert hits >= 0.91 * 200
 
 
-def test_medians_of_resampled_rounds_are_exact_for_few_samples() -> None:
-    pool = [np.array([1.0, 5.0]), np.array([2.0, 9.0, 4.0]), np.array([7.0])]
-    counts = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0], [0, 0, 3]], dtype=float)
-    expected = [
-        np.median(np.concatenate([r for r, c in zip(pool, row, strict=True) for _ in range(int(c))])) for row in counts
-    ]
-    assert stats._resampled_medians(pool, counts) == pytest.approx(expected)
+def test_pseudo_medians_of_draws_are_exact() -> None:
+    values = np.array([0.3, -1.0, 2.0, 0.5])
+    counts = np.array([[1, 1, 1, 1], [2, 0, 1, 1], [0, 4, 0, 0], [0, 3, 0, 1]], dtype=float)
+    expected = []
+    for row in counts:
+        drawn = np.repeat(values, row.astype(int))
+        expected.append(np.median([(drawn[i] + drawn[j]) / 2 for i in range(len(drawn)) for j in range(i, len(drawn))]))
+    assert stats._pseudo_medians(values, counts) == pytest.approx(expected)
+
+
+def test_a_machine_that_is_slow_in_turns_does_not_move_the_ratio() -> None:
+    """Half of the rounds are slow, and a round's own side is now and then slow alone."""
+    rng = np.random.default_rng(4)
+    found = []
+    for trial in range(50):
+        drift = rng.choice([1.0, 1.8], size=10)
+        alone = np.where(rng.random(10) < 0.1, 1.8, 1.0)
+        a, b = rounds(rng, 10, 3.0, drift * alone), rounds(rng, 10, 2.0, drift)
+        found.append(ratio_of_medians(a, b, seed=trial))
+    assert np.quantile([f.ratio for f in found], 0.9) < 1.65
+    assert np.mean([f.low <= 1.52 for f in found]) > 0.9
 
 
 def test_rounds_must_match() -> None:

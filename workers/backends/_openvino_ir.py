@@ -8,7 +8,7 @@ name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from onnx import ModelProto
 
 from app.domain.failures import StageFailure
-from workers.backends._openvino_library import library, read_model
+from workers.backends._openvino_library import fuse_common, library, read_model
 from workers.kernel import TensorSpec
 from workers.onnx_files import MODEL_FILE, read_skeleton
 from workers.onnx_graph import all_nodes, external_tensors, model_specs, node_label
@@ -27,6 +27,7 @@ BIN_FILE = "model.bin"
 INTERFACE_FILE = "interface.json"
 _FORMAT = 1
 _READINGS = 8
+_MERGED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "Mul", "Add")
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,13 @@ def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:
         model = _read_unambiguously(graph.SerializeToString(), graph)
     else:
         model = _read_unambiguously(path, graph)
+    stable_names(model)
+    named = {node.get_friendly_name() for body in _bodies(model) for node in body.get_ops()}
+    fuse_common(model, graph=graph)
     check_interface(model, interface)
     if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):  # Q/DQ nodes become these
         keep_reduced_axes(model)
-    stable_names(model)
+    stable_names(model, named)
     return model, interface, graph
 
 
@@ -149,13 +153,14 @@ def check_interface(model: Any, interface: Interface) -> None:
             )
 
 
-def stable_names(model: Any) -> None:
+def stable_names(model: Any, named: Collection[str] | None = None) -> None:
     """Give a name to every node that has none. OpenVINO would number it by all nodes the process ever made: the same
-    model would be written differently every time, and NNCF names what it adds after its neighbours."""
+    model would be written differently every time, and NNCF names what it adds after its neighbours. `named`: the only
+    names that count, where later steps have named nodes after others that had such a number."""
     for body in _bodies(model):
         nodes = body.get_ordered_ops()
-        automatic = [n for n in nodes if _is_automatic(n)]
-        taken = {n.get_friendly_name() for n in nodes if not _is_automatic(n)}
+        automatic = [n for n in nodes if _is_automatic(n) or (named and n.get_friendly_name() not in named)]
+        taken = {n.get_friendly_name() for n in nodes} - {n.get_friendly_name() for n in automatic}
         for node in automatic:
             node.set_friendly_name(_free(node.get_type_name(), 0, taken))
         seen: set[str] = set()
@@ -239,4 +244,20 @@ def nodes_by_onnx_name(model: Any, graph: ModelProto) -> dict[str, list[str]]:
                     start.append(value.get_node())
         if names:
             found[onnx_node.name] = list(names)
+    _add_merged(found, graph)
     return found
+
+
+def _add_merged(found: dict[str, list[str]], graph: ModelProto) -> None:
+    """A product or convolution whose output is no tensor any more was merged with what reads it (a scale, a batch
+    normalization): it is one of those nodes."""
+    readers: dict[str, list[Any]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for node in reversed(graph.graph.node):  # a reader that vanished, too, comes first
+        if node.op_type not in _MERGED or node.name in found:
+            continue
+        into = {made: None for name in node.output for r in readers.get(name, ()) for made in found.get(r.name, ())}
+        if into:
+            found[node.name] = list(into)

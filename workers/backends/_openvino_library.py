@@ -123,6 +123,18 @@ def read_model(source: Path | bytes, *, graph: ModelProto | None = None) -> Any:
         raise runtime_failure("load_failed", error, graph=graph) from error
 
 
+def fuse_common(model: Any, *, graph: ModelProto | None = None) -> None:
+    """What OpenVINO's own conversion tool does to a model that it read ("MOC", in place): constants folded, activations
+    recognized, biases and scales merged. The CPU plugin fuses only what it knows in that form: a depthwise convolution
+    whose weights NNCF quantized before it stays in floating point. Raises like `read_model`."""
+    from openvino._offline_transformations import apply_moc_transformations
+
+    try:
+        apply_moc_transformations(model, cf=False, smart_reshape=True)
+    except Exception as error:  # as in `read_model`
+        raise runtime_failure("load_failed", error, graph=graph) from error
+
+
 def compile_model(model: Any, config: Mapping[str, Any], *, graph: ModelProto | None = None) -> Any:
     """The model compiled for the CPU; raises like `read_model`."""
     ov = library()

@@ -27,8 +27,8 @@ def benchmark_method(
         "inputs": inputs,
         "latency": "wall time of one call with bound inputs, one caller (closed loop), no copies in Python",
         "percentiles": _PERCENTILES,
-        "speedup": "p50 of the baseline / p50 of the engine; 95 % interval by block bootstrap over rounds, against "
-        "both baseline processes",
+        "speedup": "p50 of the baseline / p50 of the engine in each round, the pseudo-median (Hodges–Lehmann) of the "
+        "rounds; 95 % interval by bootstrap over rounds, against both baseline processes",
         "throughput": "batch size / mean latency, in samples per second, one caller",
         "a_a": "the baseline in two processes against each other, by p50 and by throughput; noisy where an "
         "interval does not hold 1.0",

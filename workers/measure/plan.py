@@ -11,6 +11,7 @@ from workers.measure.inputs import DISTINCT
 from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
 
 MIN_ROUNDS = 5
+SCREENING_ROUNDS = 7
 SLOW_ROUNDS = 6  # where two inferences do not fit into a window
 P99_CAP_S = 60.0  # measured time per engine and batch size that a p99 may cost
 SCREENING_WARM_UP_S = 0.3
@@ -19,7 +20,8 @@ SCREENING_WARM_UP_ITERATIONS = 20
 LEAST_CALLS = 8
 _START_S = 0.4  # fork, import of what is imported, load of a small model
 _WARM_UP_S = 0.15  # three windows of 30 ms that agree, and a little
-_SETTLE_S = 0.02
+SETTLE_S = 0.02
+_REST_S = 0.045  # after a window, until the engine's threads sleep
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def plan_rounds(
     """How long to measure, from what the warm-up saw. Every engine gets the samples that carry its p50; slow models get
     fewer rounds (never under five); a p99 is gone for where it costs at most `P99_CAP_S`. A screening is content with
     one call a round: it tells what is clearly slower, and no percentile."""
-    rounds = max(rounds, MIN_ROUNDS)
+    rounds = max(min(rounds, SCREENING_ROUNDS) if screening else rounds, MIN_ROUNDS)
     if max(p50_ns.values()) * 2 > min_seconds / rounds * 1e9:
         rounds = max(MIN_ROUNDS, min(rounds, MIN_ROUNDS if screening else SLOW_ROUNDS))
     iterations, refused = {}, {}
@@ -56,14 +58,14 @@ def plan_rounds(
 def plan_seconds(plan: Plan, p50_ns: Mapping[str, float]) -> float:
     """What the windows of all engines take."""
     return plan.rounds * sum(
-        max(plan.seconds, plan.iterations[name] * p50 / 1e9) + (_SETTLE_S if p50 < SETTLE_BELOW_NS else 0.0)
+        max(plan.seconds, plan.iterations[name] * p50 / 1e9) + (SETTLE_S if p50 < SETTLE_BELOW_NS else 0.0) + _REST_S
         for name, p50 in p50_ns.items()
     )
 
 
 def least_seconds(p50_ns: Iterable[float]) -> float:
     """What five rounds of one call take."""
-    return MIN_ROUNDS * sum(p50 / 1e9 + min(5 * p50 / 1e9, _SETTLE_S) for p50 in p50_ns)
+    return MIN_ROUNDS * sum(p50 / 1e9 + min(5 * p50 / 1e9, SETTLE_S) + _REST_S for p50 in p50_ns)
 
 
 def shrink(plan: Plan, p50_ns: Mapping[str, float], seconds: float) -> Plan:

@@ -6,18 +6,21 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.measure.engine_process import WARM_UP_ITERATIONS, EngineProcess, WarmUp
+from workers.measure.engine_process import LONGEST_SETTLE_S, WARM_UP_ITERATIONS, EngineProcess, WarmUp
 from workers.measure.plan import (
     LEAST_CALLS,
     SCREENING_WARM_UP_ITERATIONS,
+    SETTLE_S,
+    Plan,
     least_seconds,
     plan_rounds,
+    plan_seconds,
     shrink,
     warm_up_cap,
 )
@@ -112,13 +115,24 @@ def measure(
         draw.shuffle(order)
         for name in order:
             try:
-                window = processes[name].window(plan.seconds, plan.iterations[name], p50_ns[name])
+                settle = _settle_seconds(plan, found, p50_ns, done, ends - time.monotonic())
+                window = processes[name].window(plan.seconds, plan.iterations[name], p50_ns[name], settle)
                 found.timings[name].rounds.append(window)
+                p50_ns[name] = min(p50_ns[name], float(np.median(window)))
             except StageFailure as failure:
                 found.failures[name] = failure
                 del found.timings[name]
         progress((done + 1) / plan.rounds)
     return found
+
+
+def _settle_seconds(plan: Plan, found: Measured, p50_ns: Mapping[str, float], done: int, left: float) -> float:
+    """How long the next engine may take to come back to its speed: what the time left has beyond the plan, shared by
+    the windows to come; never less than the plan has for it."""
+    names = [*found.timings]
+    to_do = replace(plan, rounds=plan.rounds - done)
+    spare = left - plan_seconds(to_do, {n: p50_ns[n] for n in names})
+    return min(LONGEST_SETTLE_S, max(SETTLE_S, spare / (to_do.rounds * len(names))))
 
 
 def _ready(
