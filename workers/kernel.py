@@ -172,6 +172,7 @@ class Backend(ABC):
     engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
     signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
+    shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
     device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

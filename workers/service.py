@@ -41,6 +41,7 @@ from workers.pipeline.protocol import Limits
 from workers.pipeline.report import make_manifest, make_report
 from workers.pipeline.results import Published, no_feasible_candidate, publish
 from workers.pipeline.runner import StageRunner
+from workers.pipeline.shared_caches import SharedCaches
 from workers.pipeline.workspace import Workspace, open_workspace, remove_stale
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,7 @@ class WorkerService:
         self._engine_key = load_or_make_key(
             settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"
         )
+        self.shared_caches = SharedCaches(self.content.store, settings.home_dir / "cache")
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA's numbers are nvidia-smi's
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
         if self.hardware["gpu"]:  # its stages, children of this process, see no other
@@ -191,6 +193,7 @@ class WorkerService:
                     lock_dir=self.settings.worker.lock_dir,
                     should_stop=keeper.should_stop,
                     installation=self._installation(claim.tenant_id),
+                    shared_caches=self.shared_caches,
                 )
                 stages = runner.view.stages
                 found = Optimizer(runner, job, model, datasets, self.backends, self.settings.limits).run()

@@ -1,8 +1,9 @@
 """The timing cache: what TensorRT measured of its tactics, kept between builds.
 
 One file per TensorRT version, GPU and CUDA version, the three that it is valid for, in the installation's cache folder.
-Builds that end at the same time merge: the file is read again under a lock before it is replaced. A cache only saves
-time and makes rebuilds alike; one that is missing, damaged or of another kind is left out.
+Builds that end at the same time merge: the file is read again under a lock before it is replaced. What other machines
+found lies in a folder beside it (`workers.pipeline.shared_caches`), and is merged in, too. A cache only saves time and
+makes rebuilds alike; one that is missing, damaged or of another kind is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import tensorrt
 
 LARGEST = 512 << 20
+OTHERS = ".others"
 
 
 def cache_path(tensorrt: str, gpu: Gpu) -> Path | None:
@@ -34,9 +36,17 @@ def cache_path(tensorrt: str, gpu: Gpu) -> Path | None:
 
 
 def attach(config: tensorrt.IBuilderConfig, path: Path | None) -> tuple[tensorrt.ITimingCache | None, bool]:
-    """Give the build a timing cache, filled from `path` where that fits; returns it, which must outlive the build, and
-    whether it was filled."""
-    cache = _parsed(config, _read(path))
+    """Give the build a timing cache, filled from `path` and what lies beside it where that fits; returns it, which must
+    outlive the build, and whether it was filled."""
+    cache: tensorrt.ITimingCache | None = None
+    for file in _all(path):
+        other = _parsed(config, _read(file))
+        if other is None:
+            continue
+        if cache is None:
+            cache = other
+        else:
+            cache.combine(other, ignore_mismatch=False)
     if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
         return cache, True
     cache = config.create_timing_cache(b"")
@@ -46,22 +56,36 @@ def attach(config: tensorrt.IBuilderConfig, path: Path | None) -> tuple[tensorrt
 
 
 def merge(config: tensorrt.IBuilderConfig, path: Path | None) -> dict[str, Any]:
-    """Lay what this build measured into `path`; returns the size and digest of what is stored there."""
+    """Lay what this build measured into `path`, with what lies beside it, which is then removed; returns the size and
+    digest of what is stored there."""
     cache = config.get_timing_cache()
     if path is None or cache is None:
         return {"stored": False}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
-        other = _parsed(config, _read(path))
-        if other is not None:
-            cache.combine(other, ignore_mismatch=False)
+        merged = _all(path)
+        for file in merged:
+            other = _parsed(config, _read(file))
+            if other is not None:
+                cache.combine(other, ignore_mismatch=False)
         content = bytes(memoryview(cache.serialize()))
         if len(content) > LARGEST:
             return {"stored": False}
         temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temp.write_bytes(content)
         temp.replace(path)
+        for file in merged:
+            if file != path:
+                file.unlink(missing_ok=True)
     return {"stored": True, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _all(path: Path | None) -> list[Path]:
+    """The cache of this machine, and those of others that wait to be merged."""
+    if path is None:
+        return []
+    others = sorted(p for p in path.with_suffix(OTHERS).glob("*") if not p.name.startswith("."))
+    return [p for p in (path, *others) if p.is_file()]
 
 
 def _parsed(config: tensorrt.IBuilderConfig, stored: bytes) -> tensorrt.ITimingCache | None:

@@ -34,6 +34,7 @@ class TensorRtBackend(Backend):
     engine_format: ClassVar[str] = "tensorrt-plan"
     device: ClassVar[str] = "cuda"
     signed: ClassVar[bool] = True
+    shares_cache: ClassVar[bool] = True
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:  # noqa: ARG002  (it asks the driver itself)
         """None without the library, a driver or a GPU. Asks the driver in a child process, so that the worker may go on

@@ -26,6 +26,7 @@ from workers.installation import Installation
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
+from workers.pipeline.shared_caches import SharedCaches
 from workers.pipeline.workspace import Workspace, device_lock
 
 log = structlog.get_logger(__name__)
@@ -103,6 +104,7 @@ class StageRunner:
         lock_dir: Path,
         should_stop: Callable[[], bool],
         installation: Installation | None = None,
+        shared_caches: SharedCaches | None = None,
     ) -> None:
         self.claim = claim
         self.ledger = ledger
@@ -114,6 +116,7 @@ class StageRunner:
         self.lock_dir = lock_dir
         self.should_stop = should_stop
         self.installation = installation or Installation()
+        self.shared_caches = shared_caches
         self.view = JobView()
         self.calls: list[Outcome] = []
 
@@ -243,8 +246,14 @@ class StageRunner:
         # On a GPU builds measure, too: TensorRT times its tactics. Nothing else may run there meanwhile.
         exclusive = call.stage_type.exclusive_device or (device != "cpu" and call.stage_type.hardware_bound)
         lock = device_lock(self.lock_dir, device, self.should_stop) if exclusive else nullcontext()
+        sharing = stage == "build" and any(b.shares_cache for b in _backends(call.options))
+        builds = self.shared_caches if sharing else None
         with lock:
+            if builds is not None:
+                builds.pull()
             result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
+        if builds is not None:
+            builds.push()
         outputs = {name: self.workspace.store(folder / "out" / name) for name in result.outputs}
         shutil.rmtree(folder, ignore_errors=True)
         return result, outputs
