@@ -12,10 +12,13 @@ from workers.measure.figures import rounded
 
 @dataclass
 class Cold:
-    """Milliseconds and MB (10⁶ bytes). `refused`: larger batch sizes that did not run, and how they failed."""
+    """Milliseconds and MB (10⁶ bytes). `call_ms`: what an inference takes after the first one, which on a GPU also
+    loads libraries and chooses kernels, a thousand times as long. `refused`: larger batch sizes that did not run, and
+    how they failed."""
 
     load_ms: float
     first_inference_ms: float
+    call_ms: float
     peak_memory_mb: float
     refused: dict[int, StageFailure] = field(default_factory=dict)
 
@@ -28,14 +31,17 @@ class Cold:
         }
 
 
-def cold_start(process: EngineProcess, loaded: Loaded, feeds: Feeds) -> Cold:
-    """The first inference at the smallest batch size, then one at each larger for the peak of the memory.
+def cold_start(process: EngineProcess, loaded: Loaded, feeds: Feeds, *, again: bool = False) -> Cold:
+    """The first inference at the smallest batch size (`again`: and a second one, for `call_ms`), then one at each
+    larger for the peak of the memory.
 
     Raises StageFailure where the smallest batch size fails.
     """
     smallest, *larger = sorted(feeds)
     first_ms, _ = process.infer(feeds[smallest][0])
-    cold = Cold(loaded.load_ms, first_ms, process.peak_memory_mb())
+    cold = Cold(loaded.load_ms, first_ms, first_ms, process.peak_memory_mb())
+    if again:
+        cold.call_ms, _ = process.infer(feeds[smallest][0])
     for batch in larger:
         try:
             process.infer(feeds[batch][0])

@@ -1,0 +1,90 @@
+"""Whole jobs on a GPU: an API and workers as real processes, from the upload to the engine's own `infer.py`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.factories import architectures
+from tests.factories.deployment import Deployment, deployment
+from tests.gpu.models import make_case
+from workers import gpus, kernel
+
+NAME = "vit"
+SIZES = {"hidden": 384, "layers": 6}
+# The first load of cuDNN and cuBLAS in a fresh process can take its time.
+SETTINGS = {"WORKER_STAGE_TIMEOUT_S": "300", "WORKER_LEASE_S": "20", "WORKER_HEARTBEAT_S": "2"}
+
+
+@pytest.fixture
+def served(tmp_path: Path, ort_cuda: kernel.Backend) -> Iterator[Deployment]:
+    with deployment(tmp_path / "home", SETTINGS) as found:
+        yield found
+
+
+def submit(client: Any, folder: Path, seed: int, **fields: Any) -> str:
+    """A seeded model and its data, as a job for a GPU."""
+    folder.mkdir()
+    case = make_case(NAME, folder, architectures.vit(**SIZES, seed=seed))
+    model = client.upload_model(case.model / "model.onnx")
+    data = client.upload_dataset(next(case.data.iterdir()))
+    job: dict[str, Any] = client.submit(
+        {
+            "model_id": model["id"],
+            "target": {"device": "cuda"},
+            "validation": {"dataset_id": data["id"], "max_accuracy_loss_percent": 1.0},
+            "benchmark": {"batch_sizes": [1, 8], "min_seconds": 1},
+            "budget_seconds": 240,
+            **fields,
+        }
+    )
+    return str(job["id"])
+
+
+def test_a_job_from_the_upload_to_an_engine_that_runs(served: Deployment, tmp_path: Path) -> None:
+    served.start_worker()
+    served.wait_ready()
+    with served.client() as client:
+        job = client.wait(submit(client, tmp_path / "case", 0), check=False)
+        assert job["status"] == "succeeded", (job["error"], served.worker_log()[-3000:])
+        report = client.report(job["id"])
+        archive = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
+    assert report["environment"]["hardware"]["kind"] == "gpu"
+    assert report["baseline"]["batches"]["1"]["p50_ms"] > 0
+    assert report["picked"].startswith("ortcuda-"), [(c["id"], c["reason"]) for c in report["candidates"]]
+    assert report["final_metrics"]["accuracy_loss_percent"] <= 1.0
+    folder = tmp_path / "bundle"
+    with zipfile.ZipFile(archive) as bundle:
+        bundle.extractall(folder)
+    done = subprocess.run([sys.executable, "infer.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "expected_output.npz") as expected, np.load(folder / "output.npz") as got:
+        for name in expected.files:
+            assert np.allclose(expected[name], got[name], rtol=0.02, atol=0.02)
+    assert onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+
+
+def test_each_worker_has_a_gpu_of_its_own(served: Deployment, tmp_path: Path) -> None:
+    cards = gpus.machine_gpus()
+    if len(cards) < 2:
+        pytest.skip("one GPU")
+    for index in (0, 1):
+        served.environment |= {"WORKER_GPU": str(index), "WORKER_NAME": f"gpu-{index}"}
+        served.start_worker()
+    with served.client() as client:
+        served.wait_for(lambda: len(client.capabilities()["workers"]) == 2, timeout_s=90)
+        ids = [submit(client, tmp_path / f"case{seed}", seed) for seed in (1, 2)]
+        jobs = [client.wait(job_id, check=False) for job_id in ids]
+        assert [j["status"] for j in jobs] == ["succeeded"] * 2, served.worker_log()[-3000:]
+        used = [client.report(j["id"])["environment"]["hardware"]["gpu"]["uuid"] for j in jobs]
+    assert len(set(used)) == 2, "both jobs ran on one card"
+    begun, ended = ([j[k] for j in jobs] for k in ("started_at", "finished_at"))
+    assert max(begun) < min(ended), "one waited for the other"
