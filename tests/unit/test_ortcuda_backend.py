@@ -15,7 +15,8 @@ from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models
 from workers import kernel
-from workers.backends._ortcuda_session import PROVIDER, RuntimeOptions, gpu_failure, parsed
+from workers.backends._options import parsed
+from workers.backends._ortcuda_session import PROVIDER, RuntimeOptions, gpu_failure
 from workers.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from workers.candidates import Case
 
@@ -55,7 +56,7 @@ def test_what_it_proposes_by_precision_and_device() -> None:
     for candidate in (*proposal.candidates, *only.candidates):
         stage = kernel.stages()[candidate.steps[-1].stage]
         stage.Options.model_validate(dict(candidate.steps[-1].options))
-        parsed(RuntimeOptions, candidate.build_options)
+        parsed(RuntimeOptions, candidate.build_options, "CUDA")
 
 
 def test_an_old_gpu_has_no_bfloat16() -> None:
@@ -75,7 +76,9 @@ def test_variants_share_the_engine(kind: str, expected: list[str]) -> None:
 
 
 def test_options_are_checked_and_translated() -> None:
-    options = parsed(RuntimeOptions, {"cuda_graph": True, "gpu_mem_limit_mb": 2, "tf32": False, "prefer_nhwc": True})
+    options = parsed(
+        RuntimeOptions, {"cuda_graph": True, "gpu_mem_limit_mb": 2, "tf32": False, "prefer_nhwc": True}, "CUDA"
+    )
     assert options.provider_options() == {
         "device_id": "0",
         "enable_cuda_graph": "1",
@@ -83,9 +86,9 @@ def test_options_are_checked_and_translated() -> None:
         "use_tf32": "0",
         "prefer_nhwc": "1",
     }
-    assert parsed(RuntimeOptions, {}).provider_options() == {"device_id": "0"}
+    assert parsed(RuntimeOptions, {}, "CUDA").provider_options() == {"device_id": "0"}
     with pytest.raises(StageFailure) as caught:
-        parsed(RuntimeOptions, {"cuda_grap": True})
+        parsed(RuntimeOptions, {"cuda_grap": True}, "CUDA")
     assert caught.value.code == "invalid_backend_options"
 
 

@@ -18,8 +18,9 @@ from tests.factories.tensorrt_standin import Behaviour, BuilderFlag
 from workers import installation
 from workers.backends import _trt_probe
 from workers.backends import _trt_timing as timing
+from workers.backends._options import parsed
 from workers.backends._trt_build import build
-from workers.backends._trt_options import BuildOptions, parsed
+from workers.backends._trt_options import BuildOptions
 from workers.backends._trt_progress import Progress
 from workers.backends.tensorrt import TensorRtBackend
 from workers.kernel import Reporter
@@ -309,7 +310,7 @@ def test_no_key_no_build(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("behaviour")
 def test_the_same_facts_for_the_same_build(tmp_path: Path) -> None:
     source = models.folder(models.mlp(), tmp_path / "m")
-    options = parsed(BuildOptions, {"timing_cache": False})
+    options = parsed(BuildOptions, {"timing_cache": False}, "TensorRT")
     found = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

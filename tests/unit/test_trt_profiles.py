@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.backends._trt_options import BuildOptions, parsed
+from workers.backends._options import parsed
+from workers.backends._trt_options import BuildOptions
 from workers.backends._trt_profiles import best_profile, fits, profiles_for, to_json
 from workers.kernel import TensorSpec
 from workers.measure.synthetic import synthetic_feeds
@@ -22,7 +23,7 @@ def shapes(low: list[int], opt: list[int], high: list[int]) -> dict[str, list[in
 
 
 def made(inputs: list[TensorSpec], **options: Any) -> list[Any]:
-    return profiles_for(inputs, parsed(BuildOptions, options))
+    return profiles_for(inputs, parsed(BuildOptions, options, "TensorRT"))
 
 
 def refused(inputs: list[TensorSpec], **options: Any) -> StageFailure:
@@ -112,7 +113,7 @@ def test_profiles_that_contradict_each_other() -> None:
 
 def test_an_option_that_is_none() -> None:
     with pytest.raises(StageFailure) as caught:
-        parsed(BuildOptions, {"optimization_level": 9})
+        parsed(BuildOptions, {"optimization_level": 9}, "TensorRT")
     assert caught.value.code == "invalid_backend_options"
     with pytest.raises(StageFailure):
-        parsed(BuildOptions, {"fp16": True})
+        parsed(BuildOptions, {"fp16": True}, "TensorRT")

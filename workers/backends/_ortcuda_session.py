@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _onnxruntime_messages as messages
@@ -79,20 +79,6 @@ class BuildOptions(RuntimeOptions):
     """`shapes`: as in the job's spec, for the trial run."""
 
     shapes: dict[str, Any] | None = None
-
-
-def parsed(cls: type[RuntimeOptions], options: Mapping[str, Any]) -> Any:
-    try:
-        return cls.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise StageFailure(
-            "invalid_backend_options",
-            f"Option {name!r} of ONNX Runtime's CUDA provider is not valid: {first['msg']}.",
-            FailureKind.REQUEST,
-            remedy=f"Use {', '.join(cls.model_fields)}.",
-        ) from None
 
 
 def gpu_failure(code: str, error: BaseException, *, remedy: str | None = None) -> StageFailure:

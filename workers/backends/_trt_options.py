@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from app.domain.failures import FailureKind, StageFailure
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Options(BaseModel):
@@ -59,18 +56,3 @@ class RuntimeOptions(_Options):
 
 
 OptionsT = TypeVar("OptionsT", bound=_Options)
-
-
-def parsed(cls: type[OptionsT], options: Mapping[str, Any]) -> OptionsT:
-    """Raises StageFailure(`invalid_backend_options`)."""
-    try:
-        return cls.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise StageFailure(
-            "invalid_backend_options",
-            f"TensorRT's option {name!r} is not valid: {first['msg']}.",
-            FailureKind.REQUEST,
-            remedy=f"Use {', '.join(cls.model_fields)}.",
-        ) from None

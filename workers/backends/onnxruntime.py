@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.failures import FailureKind, StageFailure
+from app.domain.failures import StageFailure
 from workers.backends import _onnxruntime_messages as messages
 from workers.backends import _onnxruntime_profile as profiling
 from workers.backends import _onnxruntime_recipes as ort_recipes
 from workers.backends._onnxruntime_script import infer_script
+from workers.backends._options import parsed
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
@@ -57,20 +58,6 @@ class BuildOptions(RuntimeOptions):
     graph_optimization_level: Level | None = "all"
     offline: bool = True
     shapes: dict[str, Any] | None = None
-
-
-def _parsed(cls: type[RuntimeOptions], options: Mapping[str, Any]) -> RuntimeOptions:
-    try:
-        return cls.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise StageFailure(
-            "invalid_backend_options",
-            f"ONNX Runtime's option {name!r} is not valid: {first['msg']}.",
-            FailureKind.REQUEST,
-            remedy=f"Use {', '.join(cls.model_fields)}.",
-        ) from None
 
 
 def _session_options(runtime: RuntimeOptions) -> Any:
@@ -216,7 +203,7 @@ class OnnxRuntimeBackend(Backend):
         `options`: `BuildOptions`. Where the optimized file does not load or run, the engine is the plain model with
         the same session options, and a note says so.
         """
-        wanted = _parsed(BuildOptions, options)
+        wanted = parsed(BuildOptions, options, "ONNX Runtime")
         assert isinstance(wanted, BuildOptions)
         runtime = RuntimeOptions(**wanted.model_dump(exclude={"offline", "shapes"}))
         if wanted.offline and runtime.graph_optimization_level != "disable":
@@ -240,10 +227,12 @@ class OnnxRuntimeBackend(Backend):
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `out_of_memory`, `invalid_backend_options`."""
-        return OnnxRuntimeSession(_open(engine / MODEL_FILE, _session_options(_parsed(RuntimeOptions, runtime))))
+        return OnnxRuntimeSession(
+            _open(engine / MODEL_FILE, _session_options(parsed(RuntimeOptions, runtime, "ONNX Runtime")))
+        )
 
     def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
-        options = _session_options(_parsed(RuntimeOptions, runtime))
+        options = _session_options(parsed(RuntimeOptions, runtime, "ONNX Runtime"))
         options.enable_profiling = True
         options.profile_file_prefix = "profile"  # in the current folder: the stage's workspace
         return profiling.layer_times(profiling.profiled(_open(engine / MODEL_FILE, options), feeds, runs), runs)

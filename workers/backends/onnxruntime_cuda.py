@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from app.domain.failures import StageFailure
 from workers.backends import _cuda
 from workers.backends import _ortcuda_recipes as cuda_recipes
+from workers.backends._options import parsed
 from workers.backends._ortcuda_script import infer_script
 from workers.backends._ortcuda_session import (
     PROVIDER,
     BuildOptions,
     OnnxRuntimeCudaSession,
     RuntimeOptions,
-    parsed,
 )
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session
@@ -58,7 +58,7 @@ class OnnxRuntimeCudaBackend(Backend):
         `cpu_fallback` is `report`). Where it cannot be captured as a CUDA graph, a note says so and it runs without."""
         from workers.data import synthetic_feeds
 
-        wanted = parsed(BuildOptions, options)
+        wanted = parsed(BuildOptions, options, "ONNX Runtime's CUDA provider")
         runtime = RuntimeOptions(**wanted.model_dump(exclude={"shapes"}))
         for path in files_of(model):
             link_or_copy(path, out / path.name)
@@ -81,11 +81,11 @@ class OnnxRuntimeCudaBackend(Backend):
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `gpu_fallback`, `gpu_provider_missing`,
         `gpu_out_of_memory`, `invalid_backend_options`."""
-        return OnnxRuntimeCudaSession(engine, parsed(RuntimeOptions, runtime))
+        return OnnxRuntimeCudaSession(engine, parsed(RuntimeOptions, runtime, "ONNX Runtime's CUDA provider"))
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})
-        options: RuntimeOptions = parsed(RuntimeOptions, runtime)
+        options: RuntimeOptions = parsed(RuntimeOptions, runtime, "ONNX Runtime's CUDA provider")
         return infer_script(
             runtime, options.provider_options(), info.versions["onnxruntime"] if info else "any version"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from onnx import ModelProto, TensorProto
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _openvino_ir as ir
@@ -17,6 +17,7 @@ from workers.backends import _openvino_recipes as recipes
 from workers.backends._openvino_library import compile_model, library
 from workers.backends._openvino_script import infer_script
 from workers.backends._openvino_session import OpenVinoSession
+from workers.backends._options import parsed
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, backends
 from workers.onnx_files import link_or_copy
@@ -68,20 +69,6 @@ class BuildOptions(RuntimeOptions):
     shapes: dict[str, Any] | None = None
 
 
-def _parsed(cls: type[RuntimeOptions], options: Mapping[str, Any]) -> RuntimeOptions:
-    try:
-        return cls.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise StageFailure(
-            "invalid_backend_options",
-            f"OpenVINO's option {name!r} is not valid: {first['msg']}.",
-            FailureKind.REQUEST,
-            remedy=f"Use {', '.join(cls.model_fields)}.",
-        ) from None
-
-
 class OpenVinoBackend(Backend):
     """Engine = the intermediate representation (IR), and the properties to compile it with at load.
 
@@ -127,7 +114,7 @@ class OpenVinoBackend(Backend):
         Returns `runtime`; `compiled`: the properties that OpenVINO chose; `layers`: executed layers by precision;
         `trial_run`: {"batch"}, or None where nothing is known because the generated inputs do not suit the model.
         """
-        wanted = _parsed(BuildOptions, options)
+        wanted = parsed(BuildOptions, options, "OpenVINO")
         assert isinstance(wanted, BuildOptions)
         runtime = RuntimeOptions(**wanted.model_dump(exclude={"shapes"}))
         graph = None
@@ -151,11 +138,11 @@ class OpenVinoBackend(Backend):
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `out_of_memory`, `invalid_backend_options`."""
-        return self._load(engine, _parsed(RuntimeOptions, runtime), None)
+        return self._load(engine, parsed(RuntimeOptions, runtime, "OpenVINO"), None)
 
     def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
         model, interface = ir.read_ir(engine)
-        properties = {**_parsed(RuntimeOptions, runtime).properties(), "PERF_COUNT": True}
+        properties = {**parsed(RuntimeOptions, runtime, "OpenVINO").properties(), "PERF_COUNT": True}
         session = OpenVinoSession(compile_model(model, properties, graph=None), interface)
         try:
             return session.layer_times(feeds, runs)
@@ -163,9 +150,9 @@ class OpenVinoBackend(Backend):
             session.close()
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
-        parsed = _parsed(RuntimeOptions, runtime)
+        wanted = parsed(RuntimeOptions, runtime, "OpenVINO")
         info = self.probe({})
-        return infer_script(parsed.properties(), info.versions["openvino"] if info else "any version")
+        return infer_script(wanted.properties(), info.versions["openvino"] if info else "any version")
 
     def _load(self, engine: Path, runtime: RuntimeOptions, graph: ModelProto | None) -> OpenVinoSession:
         model, interface = ir.read_ir(engine)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_recipes as trt_recipes
+from workers.backends._options import parsed
 from workers.backends._trt_build import build
 from workers.backends._trt_cuda import open_cuda
 from workers.backends._trt_graph import NEEDS
-from workers.backends._trt_options import BuildOptions, RuntimeOptions, parsed
+from workers.backends._trt_options import BuildOptions, RuntimeOptions
 from workers.backends._trt_probe import installed, probe_gpu, require_gpu, require_tensorrt
 from workers.backends._trt_runner import TensorRtSession
 from workers.backends._trt_script import infer_script
@@ -64,7 +65,7 @@ class TensorRtBackend(Backend):
 
     def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
         """`options`: `BuildOptions`; the failures and what is returned are `_trt_build.build`'s."""
-        return build(model, out, parsed(BuildOptions, options), reporter)
+        return build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Verify, then load. Raises StageFailure: `engine_untrusted`, `engine_incompatible`, `load_failed`,
@@ -73,7 +74,7 @@ class TensorRtBackend(Backend):
         return self._load(engine, runtime)
 
     def _load(self, engine: Path, runtime: Mapping[str, Any]) -> TensorRtSession:
-        options = parsed(RuntimeOptions, runtime)
+        options = parsed(RuntimeOptions, runtime, "TensorRT")
         sidecar, content = read_verified(engine)  # before anything of the engine is looked at
         gpu = require_gpu()  # before TensorRT's runtime is made: without a driver it takes the process down
         check_compatible(sidecar, require_tensorrt(), gpu)
