@@ -25,6 +25,22 @@ CNN_STATIC_OPS = (
 )
 
 
+_SMALL_BYTES = 2_000_000
+_FEW_CORES = 4
+
+
+def is_small(case: Case) -> bool:
+    """Whether a call takes well under a millisecond, by the size of the weights."""
+    return 0 < case.size_bytes < _SMALL_BYTES
+
+
+def why_not_one_thread(case: Case) -> str | None:
+    """Why one thread will hardly be faster than one per core; None where it may be."""
+    if is_small(case) or case.cores > _FEW_CORES:
+        return None
+    return f"a model of this size gains by all of {case.cores} cores"
+
+
 def simplify(*, fusions: bool = False) -> Step:
     return Step("simplify", {"fusions": fusions})
 

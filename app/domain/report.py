@@ -116,11 +116,14 @@ class CandidateReport(_Part):
 
 
 class SearchReport(_Part):
-    """How the candidates were searched. `order`: ids as they were tried. `phases`: {name, seconds, candidates}."""
+    """How the candidates were searched. `order`: ids as they were tried. `phases`: {name, seconds, candidates}.
+    `verdict_seconds`: until it was proven what ships; the rest of `spent_seconds` explains it and finds out how to
+    deploy it."""
 
     strategy: str
     budget_seconds: int
     spent_seconds: float
+    verdict_seconds: float | None = None
     order: list[str]
     finalists: list[str]
     phases: list[dict[str, Any]]

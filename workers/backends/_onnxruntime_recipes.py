@@ -27,12 +27,15 @@ def propose(case: Case) -> Proposal:
 def variants(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
     """By how often they win. ONNX Runtime's default is one thread per core, spinning, with an arena.
 
-    One thread wins on small models, sleeping threads where cores are shared; without its arena the session holds less
-    memory, which is worth a try only where memory is limited. Recurrent nets decay into denormal numbers."""
+    One thread wins on small models, sleeping threads where the worker has less CPU time than cores; without its arena
+    the session holds less memory, which is worth a try only where memory is limited. Recurrent nets decay into denormal
+    numbers."""
     found = []
     if case.cores > 1:
-        found.append(candidate.variant("t1", "1 thread", intra_op_num_threads=1))
-        found.append(candidate.variant("nospin", "no spinning", allow_spinning=False))
+        found.append(candidate.variant("t1", "1 thread", recipes.why_not_one_thread(case), intra_op_num_threads=1))
+        shared = (case.hardware.get("cpu_quota") or case.cores) < case.cores
+        why_not = None if shared else "threads that sleep wake up late, and the worker has its cores for itself"
+        found.append(candidate.variant("nospin", "no spinning", why_not, allow_spinning=False))
     if case.kind == "rnn":
         found.append(candidate.variant("daz", "denormals as zero", denormal_as_zero=True))
     if case.spec.constraints.max_memory_mb is not None:

@@ -17,8 +17,7 @@ _PRIORS = {
     "rnn": (1.15, 0.63, 1.1, 0.65),
     "other": (1.05, 0.7, 0.6, 0.6),
 }
-# Below it a call takes well under a millisecond, most of which is OpenVINO's fixed cost.
-_SMALL_BYTES = 2_000_000
+# A call of a small model takes well under a millisecond, most of which is OpenVINO's fixed cost.
 _SMALL_FACTOR = {"fp32": 1.4, "bf16": 1.9, "int8": 2.5}
 # NNCF's own default; statistics of further samples cost an inference each and move little.
 _MAX_CALIBRATION_SAMPLES = 300
@@ -55,8 +54,8 @@ def variants(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
     if case.cores < 2:
         return ()
     free = candidate.variant("nopin", "threads not pinned", enable_cpu_pinning=False)
-    single = candidate.variant("t1", "1 thread", inference_num_threads=1)
-    found = [single, free] if _is_small(case) else [free, single]
+    single = candidate.variant("t1", "1 thread", recipes.why_not_one_thread(case), inference_num_threads=1)
+    found = [single, free] if recipes.is_small(case) else [free, single]
     if _has_siblings(case.hardware):
         found.append(candidate.variant("ht", "all logical processors", enable_hyper_threading=True))
     return tuple(found)
@@ -99,10 +98,6 @@ def _no_int8(case: Case) -> str | None:
     return None
 
 
-def _is_small(case: Case) -> bool:
-    return 0 < case.size_bytes < _SMALL_BYTES
-
-
 def _has_siblings(hardware: Mapping[str, Any]) -> bool:
     physical, logical = hardware.get("cores_physical"), hardware.get("cores_machine")
     return bool(physical and logical and logical > physical)
@@ -115,7 +110,7 @@ def _candidate(
     prior = {"ov-fp32": fp32, "ov-bf16": bf16, "ov-int8": int8, "ov-int8-bf16": int8_bf16}[cid]
     if precision == "int8" and not case.int8_pays:
         prior = max(prior, 0.9)
-    if _is_small(case):
+    if recipes.is_small(case):
         prior = round(prior * _SMALL_FACTOR[precision], 2)
     compute = "bf16" if cid.endswith("bf16") else "f32"
     return Candidate(

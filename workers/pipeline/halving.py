@@ -13,8 +13,8 @@ from typing import Any
 from app.domain.spec import OptimizationSpec
 from workers.pipeline.select import primary_batch, ratio_of
 
-MOST_FINALISTS = 4
-MOST_TUNED = 3  # engines whose runtime options are varied
+MOST_FINALISTS = 3
+MOST_TUNED = 2  # engines whose runtime options are varied
 TUNING_GAIN = 1.25  # what other runtime options may still gain over a backend's defaults, at most, as measured
 WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than the best accurate one by this
 

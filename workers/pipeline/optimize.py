@@ -49,6 +49,7 @@ class Optimization:
     benchmark: Outcome
     verdict: Verdict
     budget: Budget
+    verdict_seconds: float
     ablation: list[Ablated] = field(default_factory=list)
     deployment: Outcome | None = None
     profile: Outcome | None = None
@@ -143,6 +144,7 @@ class Optimizer:
             benchmark=benchmark,
             verdict=verdict,
             budget=self.budget,
+            verdict_seconds=self.budget.elapsed(),
         )
         if verdict.picked is not None:
             result.ablation = ablate(result, evaluator, self.backends)

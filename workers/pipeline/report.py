@@ -266,6 +266,7 @@ def _search(found: Optimization) -> SearchReport:
         strategy=found.spec.search.strategy,
         budget_seconds=found.spec.budget_seconds,
         spent_seconds=round(found.budget.elapsed(), 2),
+        verdict_seconds=round(found.verdict_seconds, 2),
         order=[r.plan.id for r in found.runs],
         finalists=[r.plan.id for r in found.search.finalists],
         phases=found.search.phases,

@@ -17,6 +17,7 @@ from workers.pipeline.planner import Plan
 from workers.pipeline.winback import WinBack
 
 _SCREEN_SAMPLES = 96  # of the small accuracy check
+_AT_ONCE = 4 * _SCREEN_SAMPLES
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
 _TUNE_SECONDS = 0.8
 _OUT_OF_TIME = "the budget of {} s left no time for it"
@@ -46,6 +47,7 @@ class Search:
         self.budget = budget
         self.found = Found([CandidateRun.of(c) for c in plan.candidates], [])
         self._speeds: dict[str, Speed] = {}
+        self._few_samples = _SCREEN_SAMPLES
         self._begun = budget.elapsed()
 
     def run(self) -> Found:
@@ -136,15 +138,18 @@ class Search:
 
     def _check(self, run: CandidateRun) -> bool:
         most = self.spec.validation.max_samples
-        if not self._checked(run, min(_SCREEN_SAMPLES, most)):
+        few = self._few_samples
+        if not self._checked(run, min(few, most)):
             return False
         accuracy = run.tried.accuracy or {}
         unsure = halving.over_limit(self.spec, accuracy) and not halving.loses_too_much(self.spec, accuracy)
-        if unsure and most > _SCREEN_SAMPLES and accuracy.get("source") != "synthetic":
+        if unsure and most > few and accuracy.get("source") != "synthetic":
             # One flip among few samples is no loss that mending could find: all of them tell.
             if not self._checked(run, most):
                 return False
             accuracy = run.tried.accuracy or {}
+            if accuracy.get("samples", most) <= _AT_ONCE:
+                self._few_samples = most  # too few for one are too few for the next, and all are not many
         if accuracy.get("source") == "synthetic" and not run.plan.lossless:
             run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
             return False
@@ -190,7 +195,11 @@ class Search:
             for variant in self.backends[leader.plan.backend].variants(self.case, leader.plan):
                 run = CandidateRun.of(variant)
                 run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
-                tuned.append(run)
+                if variant.unlikely:
+                    run.drop("tuning", f"not tried: {variant.unlikely}")
+                    self.found.runs.append(run)
+                else:
+                    tuned.append(run)
         tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
         self.found.runs += tuned
