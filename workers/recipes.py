@@ -36,7 +36,7 @@ def is_small(case: Case) -> bool:
 
 def why_not_one_thread(case: Case) -> str | None:
     """Why one thread will hardly be faster than one per core; None where it may be."""
-    if is_small(case) or case.cores > _FEW_CORES:
+    if not case.size_bytes or is_small(case) or case.cores > _FEW_CORES:
         return None
     return f"a model of this size gains by all of {case.cores} cores"
 

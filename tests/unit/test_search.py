@@ -169,7 +169,7 @@ def test_runtime_options_are_tried_for_the_leaders_on_the_same_accuracy(search: 
     found, script = search({"fp32": Truth(2.0), "fp32.t1": Truth(2.6), "fp32.nospin": Truth(1.9)})
     assert _finalists(found) == ["fp32.t1"]
     assert script.asked("check") == ["fp32"]
-    assert "cannot reach" in _reason(found, "fp32.nospin")
+    assert "not tried" in _reason(found, "fp32.nospin"), "it seldom wins on cores of one's own"
     variant = next(r for r in found.runs if r.plan.id == "fp32.t1")
     assert variant.tried.accuracy is not None
 

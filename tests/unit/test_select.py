@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline.select import BASELINE, Tried, judge, pareto
+from workers.pipeline.select import BASELINE, Tried, judge, pareto, undecided
 
 QUIET = {"1": {"ratio": 1.0, "low": 0.98, "high": 1.02}, "8": {"ratio": 1.0, "low": 0.98, "high": 1.02}}
 MEASURED = {"source": "dataset", "loss_percent": 0.1, "metric": "top1", "samples": 600}
@@ -53,6 +53,21 @@ def _baseline() -> Tried:
 
 def _pick(candidate: Tried, noise: dict[str, Any] = QUIET, **spec: Any) -> str | None:
     return judge(_spec(**spec), _baseline(), [candidate], noise).picked
+
+
+@pytest.mark.parametrize(
+    ("candidate", "worth_more"),
+    [
+        (_candidate(1.04), True),
+        (_candidate(0.98), False),  # slower by its estimate
+        (_candidate(2.0), False),  # it ships
+        (_candidate(1.04, at8=0.8), False),  # slower elsewhere, with confidence
+        (_candidate(1.04, {**MEASURED, "loss_percent": 3.0}), False),
+    ],
+)
+def test_who_is_measured_again(candidate: Tried, worth_more: bool) -> None:
+    _pick(candidate)
+    assert undecided(_spec(), candidate, "1") is worth_more
 
 
 def test_a_faster_and_accurate_engine_ships() -> None:

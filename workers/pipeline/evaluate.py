@@ -248,6 +248,7 @@ class Evaluator:
         min_seconds: float,
         screening: bool,
         compare_to: str | None = None,
+        rounds: int = 10,
     ) -> Outcome:
         """Baseline and these engines side by side; figures by id in the answer's data."""
         inputs = {"baseline": self.export.outputs["model"]}
@@ -261,6 +262,7 @@ class Evaluator:
             "engines": engines,
             "batch_sizes": self.spec.benchmark.batch_sizes,
             "min_seconds": min_seconds,
+            "rounds": rounds,
             "shapes": self.data.shapes,
             "want_p99": self.spec.constraints.p99_latency_ms is not None and not screening,
             "seed": SEED,

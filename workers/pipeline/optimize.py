@@ -24,11 +24,13 @@ from workers.pipeline.evaluate import SEED, WEIGHTS, CandidateRun, Data, Evaluat
 from workers.pipeline.explain import Ablated, ablate, profile, sweep
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
-from workers.pipeline.select import BASELINE, Tried, Verdict, judge
+from workers.pipeline.select import BASELINE, Tried, Verdict, judge, undecided
 
 log = structlog.get_logger(__name__)
 
 _WARM_UP_S = 1.0  # per engine and batch size, about
+_LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
+_LONGEST_MIN_S = 600.0
 _START_S = 2.0  # per engine: two processes, cold start
 
 
@@ -125,11 +127,13 @@ class Optimizer:
         evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
         found = Search(case, plan, self.backends, evaluator, self.budget).run()
         benchmark = self._final(evaluator, found)
-        figures = benchmark.data["engines"]
-        baseline = Tried(BASELINE, "fp32", True, figures=figures[BASELINE])
-        for run in found.finalists:
-            run.tried.figures = figures.get(run.plan.id)
-        verdict = judge(self.spec, baseline, [r.tried for r in found.runs], benchmark.data["aa"])
+        baseline, verdict = self._judge(benchmark, found, found.finalists)
+        wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]
+        if verdict.picked in (None, BASELINE) and wider and self._time_for_more(benchmark, len(wider)):
+            longer = self._final_again(evaluator, wider)
+            if longer is not None:
+                benchmark = longer
+                baseline, verdict = self._judge(benchmark, found, wider)
         result = Optimization(
             job=self.job,
             model=self.model,
@@ -208,6 +212,31 @@ class Optimizer:
             if failure.code != "timed_out" or not self.budget.over(until):
                 raise
             raise self._too_small("the measurement of the original") from failure
+
+    def _judge(self, benchmark: Outcome, found: Found, measured: Sequence[CandidateRun]) -> tuple[Tried, Verdict]:
+        figures = benchmark.data["engines"]
+        baseline = Tried(BASELINE, "fp32", True, figures=figures[BASELINE])
+        for run in measured:
+            run.tried.figures = figures.get(run.plan.id)
+        return baseline, judge(self.spec, baseline, [r.tried for r in found.runs], benchmark.data["aa"])
+
+    def _time_for_more(self, benchmark: Outcome, engines: int) -> bool:
+        expected = _LONGER * max(benchmark.seconds, self._final_seconds(engines))
+        return expected < self.budget.left(self.budget.final_until())
+
+    def _final_again(self, evaluator: Evaluator, runs: Sequence[CandidateRun]) -> Outcome | None:
+        """Once more, and longer, for those whose gain could not be told from noise. What was seen before does not
+        count: to look again until something shines would find a gain where there is none."""
+        for run in runs:
+            run.note("final", "measured again", "its gain could not be told from noise")
+        seconds = min(_LONGER * self.spec.benchmark.min_seconds, _LONGEST_MIN_S)
+        until = self.budget.final_until()
+        try:
+            return evaluator.time(runs, until, min_seconds=seconds, screening=False, rounds=_MORE_ROUNDS)
+        except StageFailure as failure:
+            if failure.code != "timed_out":
+                raise
+            return None
 
     def _final_seconds(self, engines: int) -> float:
         """What the last benchmark takes as the user asked for it: measuring, warming up and starting."""

@@ -110,6 +110,17 @@ def judge(
     return Verdict(None, batch, (nearest.id, [c for c in _all_checks(nearest) if not c.passed]))
 
 
+def undecided(spec: OptimizationSpec, tried: Tried, batch: str) -> bool:
+    """Whether it fails by nothing but an interval that is too wide: it keeps every limit, is faster by its estimate,
+    and slower nowhere. More rounds would tell."""
+    if tried.failed is not None or not tried.speed or not all(c.passed for c in tried.checks):
+        return False
+    ratios = {size: ratio_of(spec, at) for size, at in ((tried.figures or {}).get("batches") or {}).items()}
+    primary = ratios.pop(batch, None)
+    slower = any(ratio is None or ratio["high"] < 1.0 for ratio in ratios.values())
+    return primary is not None and primary["ratio"] > 1.0 and not slower
+
+
 def _all_checks(tried: Tried) -> list[Check]:
     """With the one that no constraint names: what is not faster never ships, whatever limit it would meet."""
     return [*tried.checks, *(Check("faster_than_original", None, None, False, why) for why in tried.speed)]
