@@ -15,7 +15,7 @@ from workers.measure.stats import ratio_of_medians
 
 Array = np.ndarray[Any, Any]
 
-ROUNDS = 6
+ROUNDS = 20  # short turns: on a machine that is slow at times, all engines of a round see the same moment
 LEAST_CALLS = 3  # in a round
 WARM_UP_S = 4.0
 

@@ -72,7 +72,7 @@ class Script:
             run.failure = truth.make_fails
             run.drop("make", truth.make_fails.detail)
             return False
-        graph: Any = SimpleNamespace(key="graph", outputs={"model": SimpleNamespace(size_bytes=1000)})
+        graph: Any = SimpleNamespace(key=f"graph of {run.plan.id}", outputs={"model": SimpleNamespace(size_bytes=1000)})
         run.steps = [graph, graph, graph]
         run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": SimpleNamespace(size_bytes=1000)})  # type: ignore[assignment]
         return True

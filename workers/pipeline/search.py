@@ -170,16 +170,23 @@ class Search:
         lost = [r for r in self._by_speed(self._alive()) if r not in accurate and r.validate is not None]
         lost += [r for r in accurate if halving.over_limit(self.spec, r.tried.accuracy or {})]
         mended: list[CandidateRun] = []
+        in_vain: dict[str, str] = {}  # graphs that could not be mended, and whose they were
         for run in lost:
             floor = best[1].low * halving.WIN_BACK_GAIN if best else 1.0
             if self._speeds[run.plan.id].high < floor or not self.spec.quantization.win_back:
                 continue
             if self.budget.over(self.budget.search_until) or (run.tried.accuracy or {}).get("source") == "synthetic":
                 continue
+            graph = run.graph.key if run.graph else run.plan.id
+            if graph in in_vain:
+                run.note("win back", "not tried", f"it is the graph of {in_vain[graph]}, which could not be mended")
+                continue
             found = WinBack(self.case, self.evaluator, self.budget, self._check).mend(run)
             self.found.runs += found.tried
             if found.mended is not None:
                 mended.append(found.mended)
+            else:
+                in_vain[graph] = run.plan.id
         if mended:
             self._screen(mended, _SCREEN_SECONDS, "timing of the mended ones")
         self._phase("winning accuracy back", len(mended))
