@@ -16,7 +16,9 @@ from workers.measure.stats import ratio_of_medians
 Array = np.ndarray[Any, Any]
 
 ROUNDS = 20  # short turns: on a machine that is slow at times, all engines of a round see the same moment
-LEAST_CALLS = 3  # in a round
+SLOW_ROUNDS = 6
+SLOW_S = 0.3  # of one call: rounds of such engines take long
+LEAST_CALLS = 3  # in a round; one where calls are slow
 WARM_UP_S = 4.0
 
 
@@ -49,6 +51,7 @@ def one_batch(
 ) -> dict[str, list[Array]]:
     """An engine that fails is taken out of `runners`, its error goes into `found`."""
     rounds: dict[str, list[Array]] = {}
+    p50_s: dict[str, float] = {}
 
     def out(name: str, failure: EngineFailed) -> None:
         found[name]["error"] = f"batch {batch}: {failure}"
@@ -58,17 +61,18 @@ def one_batch(
     for name, runner in list(runners.items()):
         try:
             runner.prepare(batch)
-            runner.warm_up(WARM_UP_S)
+            p50_s[name] = runner.warm_up(WARM_UP_S)
             rounds[name] = []
         except EngineFailed as failure:
             out(name, failure)
     draw = random.Random(batch)
-    for _ in range(ROUNDS):
+    count = SLOW_ROUNDS if max(p50_s.values(), default=0) > SLOW_S else ROUNDS
+    for _ in range(count):
         order = list(rounds)
         draw.shuffle(order)
         for name in order:
             try:
-                rounds[name].append(runners[name].window(seconds / ROUNDS, LEAST_CALLS))
+                rounds[name].append(runners[name].window(seconds / count, 1 if p50_s[name] > SLOW_S else LEAST_CALLS))
             except EngineFailed as failure:
                 out(name, failure)
     return rounds
