@@ -13,6 +13,7 @@ _PACKAGE_S = 2.0  # with the report; more for large engines
 _BYTES_PER_S = 200e6  # at which a large engine is hashed, packed and stored, about
 _SEARCH_SHARE = 0.5  # of what is left after the export
 _FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
+_LEAST_SEARCH = 0.3  # of what is left when the first timings are known
 _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
 
 
@@ -40,6 +41,13 @@ class Budget:
         search = max(_SEARCH_SHARE * left, left - fixed / _FINAL_SHARE)
         self.search_until = now + search
         self.make_until = now + _MAKE_SHARE * search
+
+    def keep_for_final(self, seconds: float) -> None:
+        """Let the search end so early that a final measurement of `seconds` fits; once it is known how long that takes.
+        A part of what is left stays the search's, for without a checked candidate there is nothing to measure."""
+        now = self.elapsed()
+        least = now + _LEAST_SEARCH * max(self.end - now, 0.0)
+        self.search_until = min(self.search_until, max(self.end - seconds / _FINAL_SHARE, least))
 
     def elapsed(self) -> float:
         return self.clock() - self._started

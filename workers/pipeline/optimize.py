@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
 _LONGEST_MIN_S = 600.0
+_JUDGE_SHARE = 0.4  # of the final measurement's time, at most, for the accuracy on all samples
 _START_S = 2.0  # per engine: two processes, cold start
 
 
@@ -196,9 +197,13 @@ class Optimizer:
         """Full validation of the finalists, then baseline and all that passed it side by side. Those that lose too much
         are timed too where nobody keeps the limit: their figures tell what a looser limit would buy."""
         until = self.budget.final_until()
+        judged_until = self.budget.elapsed() + _JUDGE_SHARE * self.budget.left(until)
         for run in found.finalists:
             if run.validate is None or not _complete(run, self.spec.validation.max_samples):
-                evaluator.check(run, self.spec.validation.max_samples, until)
+                before = run.validate, run.tried.accuracy
+                evaluator.check(run, self.spec.validation.max_samples, judged_until)
+                if run.tried.failed is None and _fewer(run.tried.accuracy, before[1]):  # the time was too short
+                    run.validate, run.tried.accuracy = before
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups = evaluator.groups_that_fit(sound)
@@ -325,6 +330,13 @@ def _complete(run: CandidateRun, samples: int) -> bool:
     accuracy = run.tried.accuracy or {}
     asked = run.validate.options.get("max_samples", 0) if run.validate else 0
     return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
+
+
+def _fewer(accuracy: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> bool:
+    """Whether it rests on fewer samples than what was known before, and found nothing broken."""
+    if not accuracy or not before or accuracy.get("broken"):
+        return False
+    return bool(accuracy.get("samples", 0) < before.get("samples", 0))
 
 
 def _archive_suffix(filename: str) -> str:

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from app.domain.failures import StageFailure
 from workers.candidates import Case
 from workers.kernel import Backend
+from workers.measure.plan import expected_seconds
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
+from workers.pipeline.select import BASELINE
 from workers.pipeline.winback import WinBack
 
 _SCREEN_SAMPLES = 96  # of the small accuracy check
 _AT_ONCE = 4 * _SCREEN_SAMPLES
+_FEWEST_SAMPLES = 32  # below which a check that ran out of time says nothing
+_SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
 _TUNE_SECONDS = 0.8
 _OUT_OF_TIME = "the budget of {} s left no time for it"
@@ -48,6 +53,7 @@ class Search:
         self.found = Found([CandidateRun.of(c) for c in plan.candidates], [])
         self._speeds: dict[str, Speed] = {}
         self._few_samples = _SCREEN_SAMPLES
+        self._original: dict[str, Any] | None = None  # the baseline's figures of the last short timing
         self._begun = budget.elapsed()
 
     def run(self) -> Found:
@@ -55,6 +61,7 @@ class Search:
             return self._everything()
         self._make(self.found.runs)
         self._screen(self._alive(), _SCREEN_SECONDS, "short timing")
+        self._keep_time_for_the_final()
         accurate = self._check_while_they_can_win()
         accurate += self._win_back(accurate)
         accurate += self._tune(accurate)
@@ -104,9 +111,21 @@ class Search:
                 for run in group:
                     run.drop(phase, f"not measured: {failure.detail}")
                 continue
+            self._original = timed.data["engines"].get(BASELINE)
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
         self._phase(phase, len(runs))
+
+    def _keep_time_for_the_final(self) -> None:
+        """Now that it is known what a call takes."""
+        fastest = [r.screened for r in self._by_speed(self._alive())[: halving.MOST_FINALISTS - 1]]
+        figures = {BASELINE: self._original, **{str(i): f for i, f in enumerate(fastest)}}
+        p50_ms = {
+            name: {int(batch): at.get("p50_ms") for batch, at in (found or {}).get("batches", {}).items()}
+            for name, found in figures.items()
+        }
+        seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds) if p50_ms[BASELINE] else 0.0
+        self.budget.keep_for_final(seconds)
 
     def _timed(self, run: CandidateRun, figures: dict[str, object] | None, phase: str) -> None:
         run.screened = figures
@@ -128,7 +147,7 @@ class Search:
         """A small accuracy check in the order of speed, until no faster one is left that could win. Answers those that
         keep the limit as far as so few samples can tell."""
         accurate: list[CandidateRun] = []
-        for run in self._by_speed(self._alive()):
+        for run in self._in_order_of_checking():
             speed, best = self._speeds[run.plan.id], self._best(accurate)
             if best is not None and not halving.can_win(speed, best[1].low, gain=halving.TUNING_GAIN):
                 run.drop("short timing", halving.dropped_as_slow(speed, best[0].plan.name, best[1]))
@@ -136,6 +155,16 @@ class Search:
                 accurate.append(run)
         self._phase("accuracy of those that can win", len(accurate))
         return accurate
+
+    def _in_order_of_checking(self) -> list[CandidateRun]:
+        """The fastest first. Where time is short, the fastest that is not quantized comes before: it seldom loses
+        accuracy, and then there is something to ship."""
+        runs = self._by_speed(self._alive())
+        checks = self.budget.left(self.budget.search_until)
+        if checks > _SHORT * self.budget.seconds:
+            return runs
+        safe = next((r for r in runs if r.plan.precision != "int8"), None)
+        return runs if safe is None else [safe, *(r for r in runs if r is not safe)]
 
     def _check(self, run: CandidateRun) -> bool:
         most = self.spec.validation.max_samples
@@ -154,6 +183,10 @@ class Search:
         if accuracy.get("source") == "synthetic" and not run.plan.lossless:
             run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
             return False
+        samples = accuracy.get("samples", 0)
+        if samples < _FEWEST_SAMPLES and not accuracy.get("complete", True) and not run.plan.lossless:
+            run.note("check", "cannot tell", f"the time left allowed {samples} samples")
+            return False
         return not halving.loses_too_much(self.spec, accuracy)
 
     def _checked(self, run: CandidateRun, samples: int) -> bool:
@@ -169,6 +202,7 @@ class Search:
         """Mend those that are faster than the best accurate one and lose too much."""
         best = self._best(accurate)
         lost = [r for r in self._by_speed(self._alive()) if r not in accurate and r.validate is not None]
+        lost = [r for r in lost if halving.over_limit(self.spec, r.tried.accuracy or {})]
         lost += [r for r in accurate if halving.over_limit(self.spec, r.tried.accuracy or {})]
         mended: list[CandidateRun] = []
         in_vain: dict[str, str] = {}  # graphs that could not be mended, and whose they were
