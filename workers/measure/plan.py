@@ -11,7 +11,7 @@ from workers.measure.inputs import DISTINCT
 from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
 
 MIN_ROUNDS = 5
-SCREENING_ROUNDS = 7
+SCREENING_ROUNDS = 6
 SLOW_ROUNDS = 6  # where two inferences do not fit into a window
 P99_CAP_S = 60.0  # measured time per engine and batch size that a p99 may cost
 SCREENING_WARM_UP_S = 0.3

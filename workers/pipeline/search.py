@@ -24,7 +24,7 @@ _AT_ONCE = 4 * _SCREEN_SAMPLES
 _FEWEST_SAMPLES = 32  # below which a check that ran out of time says nothing
 _SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
-_TUNE_SECONDS = 0.8
+_TUNE_SECONDS = 0.6
 _OUT_OF_TIME = "the budget of {} s left no time for it"
 
 
