@@ -62,10 +62,10 @@ def test_a_peer_that_fails_or_loses_too_much_is_no_best_and_counts_as_one() -> N
         "ort-static": entry(2, 0.2, loss=5.0),
         "openvino": entry(5, 0.5),
         "nncf": {"error": "no", "seconds": 1},
-        "anneal": entry(5.05, 0.505),
+        "anneal": entry(5.05, 0.505, versus_best={b: {"ratio": 1.01, "low": 1.0, "high": 1.02} for b in ("1", "8")}),
     }
     models = {"m": {"label": "M", "engines": engines}}
-    assert best_peer(engines, "1") == ("openvino", 5)
+    assert best_peer(engines, "1") == ("openvino", 0.5)
     text = means(models)
     (row,) = (line for line in text.splitlines() if "QDQ" in line)
     assert row.split()[-6:] == ["1.000", "|", "1", "of", "1", "|"]
