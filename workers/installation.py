@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 KEY_BYTES = 32
+CACHE, OTHERS = ".cache", ".others"  # a cache's file, and the folder beside it with what other machines found
+LARGEST_CACHE = 512 << 20
 
 
 @dataclass(frozen=True)

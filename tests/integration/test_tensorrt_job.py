@@ -19,7 +19,7 @@ from anneal_client import Client
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from tests.factories.cuda_standin import HARDWARE
-from tests.factories.deployment import deployment
+from tests.factories.deployment import Deployment, deployment
 from workers.installation import KEY_BYTES, Installation
 from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
@@ -162,13 +162,18 @@ def test_a_plan_from_elsewhere_is_not_loaded(isolated: IsolatedRunner, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Of a deployment whose worker has the stand-ins."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A deployment whose worker has the stand-ins."""
     with deployment(tmp_path_factory.mktemp("gpu") / "home") as found:
         found.start("tests.factories.tensorrt_worker")
         found.wait_ready()
-        with found.client() as client:
-            yield client
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served: Deployment) -> Iterator[Client]:
+    with served.client() as client:
+        yield client
 
 
 def submit(client: Client, model: onnx.ModelProto, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def candidates_of(client: Client, job: dict[str, Any]) -> dict[str, Any]:
     return {c["id"]: c for c in client.report(job["id"])["candidates"]}
 
 
-def test_the_whole_job_through_the_api(client: Client, tmp_path: Path) -> None:
+def test_the_whole_job_through_the_api(served: Deployment, client: Client, tmp_path: Path) -> None:
     (worker,) = client.capabilities()["workers"]
     (offered,) = [b for b in worker["backends"] if b["name"] == "tensorrt"]
     assert offered["devices"] == ["cuda"]
@@ -201,6 +206,7 @@ def test_the_whole_job_through_the_api(client: Client, tmp_path: Path) -> None:
     for candidate in found.values():
         assert candidate["batches"]["1"]["samples"] > 0, candidate["reason"]
         assert candidate["accuracy"] is None or not candidate["accuracy"].get("broken")
+    assert [*served.home.glob("blobs/objects/shared/caches/tensorrt-timing-*/*")], "all workers have its timings"
 
 
 def test_a_model_that_tensorrt_refuses_through_the_api(client: Client, tmp_path: Path) -> None:

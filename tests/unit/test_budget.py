@@ -29,6 +29,22 @@ def test_a_measurement_longer_than_the_budget_leaves_the_search_its_share() -> N
     assert budget.search_until == 0.5 * 48.0
 
 
+def test_the_search_ends_earlier_where_the_final_measurement_takes_longer() -> None:
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    budget.share(fixed=1.0, engine_bytes=0)
+    before = budget.search_until
+    budget.keep_for_final(3.0)
+    assert budget.search_until <= before
+    assert budget.end - budget.search_until >= 3.0 / 0.75 - 1e-9
+    clock.now += 20
+    budget.keep_for_final(60.0)
+    assert 20 < budget.search_until <= budget.end - 54  # it takes more than there is: the search keeps its part
+    clock.now += 70
+    budget.keep_for_final(0.0)
+    assert budget.search_until < 90, "it is never made longer"
+
+
 def test_large_engines_are_given_time_to_be_packed() -> None:
     budget = Budget(100.0, Clock())
     budget.share(fixed=1.0, engine_bytes=2_000_000_000)

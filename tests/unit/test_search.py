@@ -50,6 +50,7 @@ class Script:
     clock: Clock
     source: str = "dataset"
     nodes: Sequence[str] = ()
+    graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
 
@@ -72,7 +73,9 @@ class Script:
             run.failure = truth.make_fails
             run.drop("make", truth.make_fails.detail)
             return False
-        graph: Any = SimpleNamespace(key=f"graph of {run.plan.id}", outputs={"model": SimpleNamespace(size_bytes=1000)})
+        key = self.graphs.get(run.plan.id, f"graph of {run.plan.id}")
+        graph: Any = SimpleNamespace(key=key, outputs={"model": SimpleNamespace(size_bytes=1000)})
+        run.graph = graph
         run.steps = [graph, graph, graph]
         run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": SimpleNamespace(size_bytes=1000)})  # type: ignore[assignment]
         return True
@@ -172,6 +175,35 @@ def test_runtime_options_are_tried_for_the_leaders_on_the_same_accuracy(search: 
     assert "not tried" in _reason(found, "fp32.nospin"), "it seldom wins on cores of one's own"
     variant = next(r for r in found.runs if r.plan.id == "fp32.t1")
     assert variant.tried.accuracy is not None
+
+
+def test_what_calibrates_is_built_last(search: Any) -> None:
+    _, script = search({"int8-good": Truth(3.0, loss=0.2), "fp32": Truth(1.1)})
+    assert script.asked("make")[:2] == ["fp32", "int8-good"]
+
+
+def test_calibration_is_not_begun_where_it_would_leave_no_time_to_measure(search: Any) -> None:
+    truths = {"int8-good": Truth(3.0, cost_s=10.0), "fp32": Truth(1.5, cost_s=5.0), "odd-bf16": Truth(1.4, cost_s=5.0)}
+    found, script = search(truths, case=_case(budget_seconds=60))
+    assert script.asked("make")[:2] == ["fp32", "odd-bf16"]
+    assert "left no time" in _reason(found, "int8-good")
+    assert _finalists(found)[0].startswith("fp32")
+
+
+@pytest.mark.parametrize(("cost_s", "first"), [(0.0, "int8-good"), (20.0, "fp32")])
+def test_where_time_is_short_something_safe_is_checked_first(search: Any, cost_s: float, first: str) -> None:
+    truths = {"int8-good": Truth(3.0, loss=0.2, cost_s=cost_s), "fp32": Truth(1.1, cost_s=cost_s)}
+    _, script = search(truths, case=_case(budget_seconds=60))
+    assert script.asked("check")[0] == first
+
+
+def test_a_graph_that_could_not_be_mended_is_not_mended_again(search: Any) -> None:
+    lossy = {"int8-a": Truth(3.0, loss=9.0), "int8-b": Truth(2.9, loss=9.0)}
+    found, _ = search({**lossy, "fp32": Truth(1.1)}, graphs={"int8-a": "one", "int8-b": "one"})
+    mended = {r.plan.id.split(".")[0] for r in found.runs if "." in r.plan.id and not r.plan.unlikely}
+    assert "int8-b" not in mended
+    notes = next(r.history for r in found.runs if r.plan.id == "int8-b")
+    assert any("graph of int8-a" in str(note.get("reason")) for note in notes)
 
 
 def test_what_is_slower_at_another_batch_size_is_out(search: Any) -> None:

@@ -249,8 +249,8 @@ def nodes_by_onnx_name(model: Any, graph: ModelProto) -> dict[str, list[str]]:
 
 
 def _add_merged(found: dict[str, list[str]], graph: ModelProto) -> None:
-    """A product or convolution whose output is no tensor any more was merged with what reads it (a scale, a batch
-    normalization): it is one of those nodes."""
+    """A product, a convolution or a scale of one whose output is no tensor any more was merged with what reads it: it
+    is one of those nodes."""
     readers: dict[str, list[Any]] = {}
     for node in graph.graph.node:
         for name in node.input:

@@ -22,9 +22,6 @@ from workers.backends._trt_probe import Gpu
 if TYPE_CHECKING:
     import tensorrt
 
-LARGEST = 512 << 20
-OTHERS = ".others"
-
 
 def cache_path(tensorrt: str, gpu: Gpu) -> Path | None:
     """Where the cache for this TensorRT, GPU and CUDA lies; None where the installation has no folder for it."""
@@ -32,7 +29,7 @@ def cache_path(tensorrt: str, gpu: Gpu) -> Path | None:
     if folder is None:
         return None
     key = hashlib.sha256(f"{tensorrt}\0{gpu.name}\0{gpu.compute_capability}\0{gpu.cuda}".encode()).hexdigest()
-    return folder / f"tensorrt-timing-{key[:32]}.cache"
+    return folder / f"tensorrt-timing-{key[:32]}{installation.CACHE}"
 
 
 def attach(config: tensorrt.IBuilderConfig, path: Path | None) -> tuple[tensorrt.ITimingCache | None, bool]:
@@ -69,7 +66,7 @@ def merge(config: tensorrt.IBuilderConfig, path: Path | None) -> dict[str, Any]:
             if other is not None:
                 cache.combine(other, ignore_mismatch=False)
         content = bytes(memoryview(cache.serialize()))
-        if len(content) > LARGEST:
+        if len(content) > installation.LARGEST_CACHE:
             return {"stored": False}
         temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temp.write_bytes(content)
@@ -84,7 +81,7 @@ def _all(path: Path | None) -> list[Path]:
     """The cache of this machine, and those of others that wait to be merged."""
     if path is None:
         return []
-    others = sorted(p for p in path.with_suffix(OTHERS).glob("*") if not p.name.startswith("."))
+    others = sorted(p for p in path.with_suffix(installation.OTHERS).glob("*") if not p.name.startswith("."))
     return [p for p in (path, *others) if p.is_file()]
 
 
@@ -99,7 +96,7 @@ def _parsed(config: tensorrt.IBuilderConfig, stored: bytes) -> tensorrt.ITimingC
 
 def _read(path: Path | None) -> bytes:
     try:
-        return path.read_bytes() if path is not None and path.stat().st_size <= LARGEST else b""
+        return path.read_bytes() if path is not None and path.stat().st_size <= installation.LARGEST_CACHE else b""
     except OSError:
         return b""
 

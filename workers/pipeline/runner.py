@@ -248,9 +248,9 @@ class StageRunner:
         lock = device_lock(self.lock_dir, device, self.should_stop) if exclusive else nullcontext()
         sharing = stage == "build" and any(b.shares_cache for b in _backends(call.options))
         builds = self.shared_caches if sharing else None
+        if builds is not None:
+            builds.pull()
         with lock:
-            if builds is not None:
-                builds.pull()
             result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
         if builds is not None:
             builds.push()

@@ -86,12 +86,17 @@ class Search:
     # Building and short timings
 
     def _make(self, runs: Sequence[CandidateRun]) -> None:
-        # What calibrates takes long on a large model; without it the rest is made in seconds, and something can ship.
+        # What calibrates comes last: on a large model it takes most of the time, at least as long as all the rest. It
+        # is not begun where that would leave none to measure what there is.
+        begun, rest = self.budget.elapsed(), 0.0
         for run in sorted(runs, key=_calibrates):
-            if self._too_late(run, self.budget.make_until, "make"):
+            short = _calibrates(run) and self.budget.left(self.budget.make_until) < rest
+            if self._too_late(run, 0.0 if short else self.budget.make_until, "make"):
                 continue
             if self.evaluator.make(run, self.budget.search_until):
                 run.note("make", "built")
+            if not _calibrates(run):
+                rest = self.budget.elapsed() - begun
         self._phase("building", len(runs))
 
     def _screen(self, runs: Sequence[CandidateRun], seconds: float, phase: str) -> None:
@@ -124,8 +129,10 @@ class Search:
             name: {int(batch): at.get("p50_ms") for batch, at in (found or {}).get("batches", {}).items()}
             for name, found in figures.items()
         }
-        seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds) if p50_ms[BASELINE] else 0.0
-        self.budget.keep_for_final(seconds)
+        if p50_ms[BASELINE]:
+            wants_p99 = self.spec.constraints.p99_latency_ms is not None
+            seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
+            self.budget.keep_for_final(seconds)
 
     def _timed(self, run: CandidateRun, figures: dict[str, object] | None, phase: str) -> None:
         run.screened = figures
@@ -212,7 +219,8 @@ class Search:
                 continue
             if self.budget.over(self.budget.search_until) or (run.tried.accuracy or {}).get("source") == "synthetic":
                 continue
-            graph = run.graph.key if run.graph else run.plan.id
+            assert run.graph is not None  # it was built
+            graph = run.graph.key
             if graph in in_vain:
                 run.note("win back", "not tried", f"it is the graph of {in_vain[graph]}, which could not be mended")
                 continue

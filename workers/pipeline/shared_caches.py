@@ -19,12 +19,11 @@ import structlog
 from app.errors import AppError
 from app.storage.base import BlobNotFound, BlobStore, StoredObject
 from app.storage.content import sha256_file
+from workers.installation import CACHE, LARGEST_CACHE, OTHERS
 
 log = structlog.get_logger(__name__)
 
 PREFIX = "shared/caches/"
-SUFFIX, OTHERS = ".cache", ".others"
-LARGEST = 512 << 20
 _KEY = re.compile(re.escape(PREFIX) + r"([A-Za-z0-9-]{1,80})/([0-9a-f]{64})")
 _MOST = 32  # states of one cache that are looked at; more are there only after many crashes
 _TROUBLE = (AppError, BlobNotFound, OSError)
@@ -36,14 +35,17 @@ class SharedCaches:
     def __init__(self, storage: BlobStore, folder: Path) -> None:
         self._storage = storage
         self._folder = folder
-        self._known: dict[str, set[str]] = {}  # name → digests that this machine has merged, or is about to
+        self._known: dict[str, set[str]] = {}  # name → states in storage that this machine has merged, or is about to
 
     def pull(self) -> None:
         """Lay beside the local caches what is in storage and not known here yet."""
         try:
             for name, digest, found in self._stored():
-                known = self._known.setdefault(name, self._local(name))
-                if digest in known or found.size_bytes > LARGEST:
+                known = self._known.setdefault(name, set())
+                if digest in known or found.size_bytes > LARGEST_CACHE:
+                    continue
+                if digest == self._local(name):  # stored by a worker of this machine, before this process began
+                    known.add(digest)
                     continue
                 target = self._folder / f"{name}{OTHERS}" / digest
                 self._storage.fetch(found.key, target)
@@ -55,12 +57,12 @@ class SharedCaches:
 
     def push(self) -> None:
         """Store the local caches that have changed, and remove the states that are part of them."""
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+        for path in sorted(self._folder.glob(f"*{CACHE}")):
             name = path.stem
             try:
                 digest = sha256_file(path)
                 known = self._known.setdefault(name, set())
-                if digest in known or path.stat().st_size > LARGEST:
+                if digest in known or path.stat().st_size > LARGEST_CACHE:
                     continue
                 self._storage.put_file(f"{PREFIX}{name}/{digest}", path)
                 waiting = {p.name for p in (self._folder / f"{name}{OTHERS}").glob("*")}
@@ -70,10 +72,9 @@ class SharedCaches:
             except _TROUBLE as error:
                 log.warning("shared_cache_not_stored", cache=name, reason=str(error))
 
-    def _local(self, name: str) -> set[str]:
-        """What a worker of this machine stored before this process began."""
-        path = self._folder / f"{name}{SUFFIX}"
-        return {sha256_file(path)} if path.is_file() else set()
+    def _local(self, name: str) -> str | None:
+        path = self._folder / f"{name}{CACHE}"
+        return sha256_file(path) if path.is_file() else None
 
     def _stored(self) -> list[tuple[str, str, StoredObject]]:
         """(name, digest, object), the newest states first."""

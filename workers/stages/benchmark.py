@@ -109,7 +109,7 @@ class Benchmark(Stage[BenchmarkOptions]):
     """
 
     name = "benchmark"
-    version = 3
+    version = 4
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True

@@ -54,7 +54,7 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
     dataset}, trial_run, size_bytes_before, size_bytes."""
 
     name = "quantize_nncf"
-    version = 1
+    version = 2
     Options = QuantizeNncfOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "openvino", "nncf")
 
