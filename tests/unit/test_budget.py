@@ -45,6 +45,19 @@ def test_the_search_ends_earlier_where_the_final_measurement_takes_longer() -> N
     assert budget.search_until < 90, "it is never made longer"
 
 
+def test_a_long_final_measurement_takes_the_time_of_what_explains() -> None:
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    clock.now += 38
+    assert budget.final_until() == 38 + 0.75 * 60
+    assert budget.judged_until() == budget.final_until(), "where nothing is known the accuracy may take it all"
+    budget.keep_for_final(20.0)
+    assert budget.judged_until() == budget.final_until() - 20
+    budget.keep_for_final(90.0)
+    assert budget.final_until() == budget.end == 98
+    assert budget.judged_until() == 38 + 0.25 * 60
+
+
 def test_large_engines_are_given_time_to_be_packed() -> None:
     budget = Budget(100.0, Clock())
     budget.share(fixed=1.0, engine_bytes=2_000_000_000)

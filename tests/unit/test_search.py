@@ -50,6 +50,7 @@ class Script:
     clock: Clock
     source: str = "dataset"
     nodes: Sequence[str] = ()
+    timing_s: float = 0.0  # of a short timing, per engine
     graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
@@ -74,7 +75,8 @@ class Script:
             run.drop("make", truth.make_fails.detail)
             return False
         key = self.graphs.get(run.plan.id, f"graph of {run.plan.id}")
-        graph: Any = SimpleNamespace(key=key, outputs={"model": SimpleNamespace(size_bytes=1000)})
+        outputs = {"model": SimpleNamespace(size_bytes=1000)}
+        graph: Any = SimpleNamespace(key=key, outputs=outputs, seconds=truth.cost_s / 3)
         run.graph = graph
         run.steps = [graph, graph, graph]
         run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": SimpleNamespace(size_bytes=1000)})  # type: ignore[assignment]
@@ -100,6 +102,7 @@ class Script:
 
     def time(self, runs: Sequence[CandidateRun], until: float, **options: Any) -> Any:
         self.calls += [("time", r.plan.id) for r in runs]
+        self.clock.now += self.timing_s * (len(runs) + 2)
         return SimpleNamespace(data={"engines": {r.plan.id: self._figures(r.plan.id) for r in runs}})
 
     def _figures(self, cid: str) -> dict[str, Any]:
@@ -204,6 +207,21 @@ def test_a_graph_that_could_not_be_mended_is_not_mended_again(search: Any) -> No
     assert "int8-b" not in mended
     notes = next(r.history for r in found.runs if r.plan.id == "int8-b")
     assert any("graph of int8-a" in str(note.get("reason")) for note in notes)
+
+
+def test_runtime_options_are_not_timed_where_the_time_does_not_hold_it(search: Any) -> None:
+    found, script = search({"fp32": Truth(2.0)}, case=_case(budget_seconds=60), timing_s=6.0)
+    assert "left no time" in _reason(found, "fp32.t1")
+    assert script.asked("time") == ["fp32"]
+    assert _finalists(found) == ["fp32"]
+
+
+def test_mending_is_not_begun_where_the_time_does_not_hold_it(search: Any) -> None:
+    truths = {"int8-a": Truth(3.0, loss=9.0, cost_s=15.0), "fp32": Truth(1.1)}
+    found, _ = search(truths, case=_case(budget_seconds=60))
+    assert not [r for r in found.runs if r.plan.id.startswith("int8-a.")]
+    assert found.exhausted
+    assert _finalists(found)[0].startswith("fp32")
 
 
 def test_what_is_slower_at_another_batch_size_is_out(search: Any) -> None:

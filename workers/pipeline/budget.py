@@ -13,6 +13,7 @@ _PACKAGE_S = 2.0  # with the report; more for large engines
 _BYTES_PER_S = 200e6  # at which a large engine is hashed, packed and stored, about
 _SEARCH_SHARE = 0.5  # of what is left after the export
 _FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
+_JUDGE_SHARE = 0.25  # of the final measurement, at least, for the accuracy on all samples
 _LEAST_SEARCH = 0.3  # of what is left when the first timings are known
 _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
 
@@ -27,6 +28,7 @@ class Budget:
     _started: float = field(init=False)
     make_until: float = field(init=False, default=0.0)
     search_until: float = field(init=False, default=0.0)
+    final_seconds: float = field(init=False, default=0.0)  # that the final benchmark takes, as far as it is known
 
     def __post_init__(self) -> None:
         self._started = self.clock()
@@ -45,6 +47,7 @@ class Budget:
     def keep_for_final(self, seconds: float) -> None:
         """Let the search end so early that a final measurement of `seconds` fits; once it is known how long that takes.
         A part of what is left stays the search's, for without a checked candidate there is nothing to measure."""
+        self.final_seconds = seconds
         now = self.elapsed()
         least = now + _LEAST_SEARCH * max(self.end - now, 0.0)
         self.search_until = min(self.search_until, max(self.end - seconds / _FINAL_SHARE, least))
@@ -58,9 +61,16 @@ class Budget:
         return self.seconds - self.reserve
 
     def final_until(self) -> float:
-        """The end of the final measurement, seen from now."""
+        """The end of the final measurement, seen from now: what proves comes before what explains."""
         now = self.elapsed()
-        return now + _FINAL_SHARE * max(self.end - now, 0.0)
+        left = max(self.end - now, 0.0)
+        return now + min(left, max(_FINAL_SHARE * left, self.final_seconds / (1 - _JUDGE_SHARE)))
+
+    def judged_until(self) -> float:
+        """The end of the accuracy on all samples, which comes before the final benchmark: it may take what that does
+        not need, and a part in any case."""
+        now, left = self.elapsed(), self.left(self.final_until())
+        return now + max(_JUDGE_SHARE * left, left - self.final_seconds)
 
     def left(self, until: float) -> float:
         """Seconds until that point; never negative."""

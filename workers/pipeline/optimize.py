@@ -31,7 +31,6 @@ log = structlog.get_logger(__name__)
 _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
 _LONGEST_MIN_S = 600.0
-_JUDGE_SHARE = 0.4  # of the final measurement's time, at most, for the accuracy on all samples
 _START_S = 2.0  # per engine: two processes, cold start
 
 
@@ -197,7 +196,7 @@ class Optimizer:
         """Full validation of the finalists, then baseline and all that passed it side by side. Those that lose too much
         are timed too where nobody keeps the limit: their figures tell what a looser limit would buy."""
         until = self.budget.final_until()
-        judged_until = self.budget.elapsed() + _JUDGE_SHARE * self.budget.left(until)
+        judged_until = self.budget.judged_until()
         for run in found.finalists:
             if run.validate is None or not _complete(run, self.spec.validation.max_samples):
                 before = run.validate, run.tried.accuracy

@@ -53,6 +53,7 @@ class Search:
         self.found = Found([CandidateRun.of(c) for c in plan.candidates], [])
         self._speeds: dict[str, Speed] = {}
         self._few_samples = _SCREEN_SAMPLES
+        self._seconds_each = 0.0  # that the last short timing took per engine
         self._original: dict[str, Any] | None = None  # the baseline's figures of the last short timing
         self._begun = budget.elapsed()
 
@@ -107,6 +108,7 @@ class Search:
                 for run in group:
                     self._too_late(run, self.budget.search_until, phase)
                 continue
+            begun = self.budget.elapsed()
             try:
                 timed = self.evaluator.time(group, self.budget.search_until, min_seconds=seconds, screening=True)
             except StageFailure as failure:
@@ -114,8 +116,9 @@ class Search:
                     raise  # the original itself fails, or the machine
                 self.found.exhausted |= failure.code == "timed_out"
                 for run in group:
-                    run.drop(phase, f"not measured: {failure.detail}")
+                    self._not_timed(run, phase, f"not measured: {failure.detail}")
                 continue
+            self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 2)  # the original runs twice
             self._original = timed.data["engines"].get(BASELINE)
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
@@ -135,18 +138,28 @@ class Search:
             self.budget.keep_for_final(seconds)
 
     def _timed(self, run: CandidateRun, figures: dict[str, object] | None, phase: str) -> None:
-        run.screened = figures
         speed = halving.speed_of(self.spec, figures)
         if figures is None or speed is None:
             failure = StageFailure.from_json(figures["failed"]) if figures and "failed" in figures else None  # type: ignore[arg-type]
+            if failure is not None and failure.code == "budget_exhausted":
+                self._not_timed(run, phase, failure.detail)
+                return
             run.failure = run.failure or failure
             run.drop(phase, failure.detail if failure else "it was not measured at the batch size that counts")
             return
+        run.screened = figures
         self._speeds[run.plan.id] = speed
         run.note(phase, "timed", ratio=round(speed.ratio, 4), low=round(speed.low, 4), high=round(speed.high, 4))
         elsewhere = halving.slower_elsewhere(self.spec, figures)
         if elsewhere:
             run.drop(phase, elsewhere)
+
+    def _not_timed(self, run: CandidateRun, phase: str, why: str) -> None:
+        """For want of time or memory. What was timed before, beside fewer others, keeps that."""
+        if run.plan.id in self._speeds:
+            run.note(phase, "not timed again", why)
+        else:
+            run.drop(phase, why)
 
     # Accuracy
 
@@ -224,6 +237,10 @@ class Search:
             if graph in in_vain:
                 run.note("win back", "not tried", f"it is the graph of {in_vain[graph]}, which could not be mended")
                 continue
+            if self.budget.left(self.budget.search_until) < sum(step.seconds for step in run.steps):
+                self.found.exhausted = True
+                run.note("win back", "not tried", "the time left does not hold making its graph once more")
+                continue
             found = WinBack(self.case, self.evaluator, self.budget, self._check).mend(run)
             self.found.runs += found.tried
             if found.mended is not None:
@@ -245,14 +262,14 @@ class Search:
             for variant in self.backends[leader.plan.backend].variants(self.case, leader.plan):
                 run = CandidateRun.of(variant)
                 run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
+                self.found.runs.append(run)
                 if variant.unlikely:
                     run.drop("tuning", f"not tried: {variant.unlikely}")
-                    self.found.runs.append(run)
                 else:
                     tuned.append(run)
-        tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until, "tuning")]
+        seconds = self._seconds_each * (len(leaders) + len(tuned) + 2)
+        tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until - seconds, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
-        self.found.runs += tuned
         if tuned:
             self._screen([*leaders, *tuned], _TUNE_SECONDS, "timing of runtime options")
         return [r for r in tuned if r.tried.failed is None]
