@@ -51,6 +51,7 @@ class Script:
     source: str = "dataset"
     nodes: Sequence[str] = ()
     timing_s: float = 0.0  # of a short timing, per engine
+    check_s: float = 0.0
     graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Script:
 
     def check(self, run: CandidateRun, samples: int, until: float) -> bool:
         self.calls.append(("check", run.plan.id))
+        self.clock.now += self.check_s
         if samples > 96:
             self.full.append(run.plan.id)
         truth = self.truth(run.plan.id)
@@ -214,6 +216,25 @@ def test_runtime_options_are_not_timed_where_the_time_does_not_hold_it(search: A
     assert "left no time" in _reason(found, "fp32.t1")
     assert script.asked("time") == ["fp32"]
     assert _finalists(found) == ["fp32"]
+
+
+def test_where_checks_are_dear_only_what_is_faster_is_checked(search: Any) -> None:
+    truths = {"odd-bf16": Truth(2.0), "fp32": Truth(1.99), "other-bf16": Truth(2.01)}
+    found, script = search(truths, case=_case(budget_seconds=60), check_s=4.0)
+    assert script.asked("check") == ["other-bf16"]
+    assert "hardly holds its check" in _reason(found, "odd-bf16")
+    assert found.exhausted
+    found, script = search(truths, check_s=4.0)
+    assert len(script.asked("check")) == 3
+
+
+def test_a_second_engine_with_the_same_arithmetic_is_left_out_where_building_takes_long(search: Any) -> None:
+    truths = {"fp32-a": Truth(1.1, cost_s=9.0), "fp32-b": Truth(1.2, cost_s=9.0), "bf16": Truth(2.0, cost_s=1.0)}
+    found, script = search(truths, case=_case(budget_seconds=60))
+    assert script.asked("make")[:2] == ["fp32-a", "bf16"]
+    assert "left no time" in _reason(found, "fp32-b")
+    found, script = search(truths)
+    assert "fp32-b" in script.asked("make")
 
 
 def test_mending_is_not_begun_where_the_time_does_not_hold_it(search: Any) -> None:

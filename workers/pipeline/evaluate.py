@@ -13,7 +13,7 @@ from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
 from workers.pipeline.budget import Budget
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.select import Tried
+from workers.pipeline.select import Tried, primary_batch
 
 SEED = 20_240_229
 WEIGHTS = {
@@ -258,6 +258,7 @@ class Evaluator:
             engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime})
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
+        sizes = [str(b) for b in self.spec.benchmark.batch_sizes]
         options = {
             "engines": engines,
             "batch_sizes": self.spec.benchmark.batch_sizes,
@@ -267,6 +268,7 @@ class Evaluator:
             "want_p99": self.spec.constraints.p99_latency_ms is not None and not screening,
             "seed": SEED,
             "screening": screening,
+            "essential": int(primary_batch(self.spec, sizes)) if screening else None,
             "cold": not screening,
             "compare_to": compare_to,
             "baseline_backend": self.baseline_backend,

@@ -197,12 +197,17 @@ class Optimizer:
         are timed too where nobody keeps the limit: their figures tell what a looser limit would buy."""
         until = self.budget.final_until()
         judged_until = self.budget.judged_until()
+        hurried = self.budget.left(until) < self.budget.final_seconds
         for run in found.finalists:
-            if run.validate is None or not _complete(run, self.spec.validation.max_samples):
-                before = run.validate, run.tried.accuracy
-                evaluator.check(run, self.spec.validation.max_samples, judged_until)
-                if run.tried.failed is None and _fewer(run.tried.accuracy, before[1]):  # the time was too short
-                    run.validate, run.tried.accuracy = before
+            before = run.validate, run.tried.accuracy
+            if before[0] is not None and _complete(run, self.spec.validation.max_samples):
+                continue
+            if before[0] is not None and hurried:
+                run.note("final", "not judged on all samples", "the time left hardly holds the final measurement")
+                continue
+            evaluator.check(run, self.spec.validation.max_samples, judged_until)
+            if run.tried.failed is None and _fewer(run.tried.accuracy, before[1]):  # the time was too short
+                run.validate, run.tried.accuracy = before
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups = evaluator.groups_that_fit(sound)

@@ -23,6 +23,7 @@ _SCREEN_SAMPLES = 96  # of the small accuracy check
 _AT_ONCE = 4 * _SCREEN_SAMPLES
 _FEWEST_SAMPLES = 32  # below which a check that ran out of time says nothing
 _SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
+_CHECK_SHARE = 0.15  # of the time left to the search, beyond which a check is only made of what is faster
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
 _TUNE_SECONDS = 0.6
 _OUT_OF_TIME = "the budget of {} s left no time for it"
@@ -89,13 +90,17 @@ class Search:
     def _make(self, runs: Sequence[CandidateRun]) -> None:
         # What calibrates comes last: on a large model it takes most of the time, at least as long as all the rest. It
         # is not begun where that would leave none to measure what there is.
+        # Nor, where half of the time is gone, a second engine that computes as the original does: it seldom gains much.
         begun, rest = self.budget.elapsed(), 0.0
+        half, safe = self.budget.left(self.budget.make_until) / 2, False
         for run in sorted(runs, key=_calibrates):
-            short = _calibrates(run) and self.budget.left(self.budget.make_until) < rest
+            left = self.budget.left(self.budget.make_until)
+            short = left < rest if _calibrates(run) else left < half and safe and run.plan.lossless
             if self._too_late(run, 0.0 if short else self.budget.make_until, "make"):
                 continue
             if self.evaluator.make(run, self.budget.search_until):
                 run.note("make", "built")
+                safe |= run.plan.lossless
             if not _calibrates(run):
                 rest = self.budget.elapsed() - begun
         self._phase("building", len(runs))
@@ -132,6 +137,9 @@ class Search:
             name: {int(batch): at.get("p50_ms") for batch, at in (found or {}).get("batches", {}).items()}
             for name, found in figures.items()
         }
+        for at in p50_ms.values():  # a batch size that the short timing left out takes as long per sample
+            least = min(at, default=1)
+            at |= {b: (at[least] or 0.0) * b / least for b in self.spec.benchmark.batch_sizes if at and b not in at}
         if p50_ms[BASELINE]:
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
@@ -167,12 +175,19 @@ class Search:
         """A small accuracy check in the order of speed, until no faster one is left that could win. Answers those that
         keep the limit as far as so few samples can tell."""
         accurate: list[CandidateRun] = []
+        took = 0.0
         for run in self._in_order_of_checking():
             speed, best = self._speeds[run.plan.id], self._best(accurate)
-            if best is not None and not halving.can_win(speed, best[1].low, gain=halving.TUNING_GAIN):
+            dear = took > _CHECK_SHARE * self.budget.left(self.budget.search_until)
+            if best is not None and dear and speed.ratio <= best[1].ratio:
+                self.found.exhausted = True
+                run.drop("check", f"not faster than {best[0].plan.name}, and the time left hardly holds its check")
+            elif best is not None and not halving.can_win(speed, best[1].low, gain=halving.TUNING_GAIN):
                 run.drop("short timing", halving.dropped_as_slow(speed, best[0].plan.name, best[1]))
-            elif not self._too_late(run, self.budget.search_until, "check") and self._check(run):
-                accurate.append(run)
+            elif not self._too_late(run, self.budget.search_until, "check"):
+                begun = self.budget.elapsed()
+                accurate += [run] if self._check(run) else []
+                took = self.budget.elapsed() - begun
         self._phase("accuracy of those that can win", len(accurate))
         return accurate
 
@@ -180,8 +195,7 @@ class Search:
         """The fastest first. Where time is short, the fastest that is not quantized comes before: it seldom loses
         accuracy, and then there is something to ship."""
         runs = self._by_speed(self._alive())
-        checks = self.budget.left(self.budget.search_until)
-        if checks > _SHORT * self.budget.seconds:
+        if self.budget.left(self.budget.search_until) > _SHORT * self.budget.seconds:
             return runs
         safe = next((r for r in runs if r.plan.precision != "int8"), None)
         return runs if safe is None else [safe, *(r for r in runs if r is not safe)]

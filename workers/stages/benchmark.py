@@ -27,6 +27,7 @@ BASELINE = "baseline"
 _AGAIN = " (again)"  # the second process of an engine that others are compared with
 AGAIN = BASELINE + _AGAIN
 _COLD_SHARE = 0.15
+_SCREENING_SHARE = 0.5  # of the time left, at most, for a short timing of every batch size
 
 
 class EngineOption(StageOptions):
@@ -41,8 +42,9 @@ class BenchmarkOptions(StageOptions):
     """`min_seconds` is measured per engine and batch size, over all rounds. `shapes`: as in the job's spec.
 
     `engines`: the most promising first; where the time runs out, the last are left out. `cold`: whether cold start and
-    memory are measured, too. `screening`: a short timing of many, see `method`. `compare_to`: the id of an engine that
-    all others are compared with, beside the baseline.
+    memory are measured, too. `screening`: a short timing of many, see `method`; where the time left hardly holds all
+    batch sizes, it is content with `essential`. `compare_to`: the id of an engine that all others are compared with,
+    beside the baseline.
     """
 
     engines: list[EngineOption] = Field(default_factory=list, max_length=64)
@@ -53,6 +55,7 @@ class BenchmarkOptions(StageOptions):
     want_p99: bool = False
     cold: bool = True
     screening: bool = False
+    essential: int | None = None
     compare_to: str | None = None
     seed: int = Field(default=0, ge=0)
     baseline_backend: str = "onnxruntime"
@@ -109,7 +112,7 @@ class Benchmark(Stage[BenchmarkOptions]):
     """
 
     name = "benchmark"
-    version = 4
+    version = 5
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -218,7 +221,7 @@ class _Run:
                         cold = cold_start(process, loaded, feeds, again=i == BASELINE)
                         self._write_down_cold(i, cold)
                         if i == BASELINE:
-                            feeds = {b: f for b, f in feeds.items() if b not in cold.refused}
+                            feeds = self._essential({b: f for b, f in feeds.items() if b not in cold.refused})
                             self._leave_out(feeds, len(processes))
                     except StageFailure as failure:
                         if failure.kind is FailureKind.DATA:
@@ -236,6 +239,19 @@ class _Run:
             self.skipped |= {str(b): f"the original model fails: {f.detail}" for b, f in cold.refused.items()}
         elif cold.refused:
             raise next(iter(cold.refused.values()))
+
+    def _essential(self, feeds: Feeds) -> Feeds:
+        """All, or the one that counts where a screening of all would take most of the time left."""
+        only = self.options.essential
+        if not self.options.screening or only is None or only not in feeds or len(feeds) == 1:
+            return feeds
+        calls = self.call_s * sum(feeds) / min(feeds)
+        expected = (len(self._alive()) + len(self.twice)) * (self.load_s + LEAST_CALLS * calls)
+        if expected <= _SCREENING_SHARE * self.ctx.seconds_left():
+            return feeds
+        self.shortened = True
+        self.skipped |= {str(b): "the time left does not hold a short timing of it" for b in feeds if b != only}
+        return {only: feeds[only]}
 
     def _leave_out(self, feeds: Feeds, cold: int = 0) -> None:
         """Leave out the last engines where the time left does not hold them, each as slow as the baseline. `cold`: of
