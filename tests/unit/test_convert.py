@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures, onnx_models
 from tests.gpu.models import Case, make_case
-from workers.backends import _precision_float, _precision_int4
+from workers.backends import _precision_awq, _precision_float, _precision_int4
 from workers.backends import _precision_graph as graphs
 
 
@@ -234,6 +234,64 @@ def test_the_scale_search_protects_the_channels_that_matter() -> None:
         return float((error**2 * importance[:, None]).sum())
 
     assert loss(importance) < 0.8 * loss(np.ones(32, np.float32))
+
+
+def _spread(folded: bool) -> ModelProto:
+    """A LayerNorm with two channels far larger than the others, and two products that read it; not `folded`: the sum
+    with the input reads it too, so that its constants cannot take the division."""
+    rng = np.random.default_rng(5)
+    gamma = np.full(64, 0.1, np.float32)
+    gamma[[3, 40]] = 8.0
+    weights = {"gamma": gamma, "beta": np.zeros(64, np.float32)}
+    weights |= {w: rng.normal(size=(64, 32)).astype(np.float32) for w in ("a", "b")}
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gamma", "beta"], ["h"], name="norm"),
+        helper.make_node("MatMul", ["h", "a"], ["ya"], name="a"),
+        helper.make_node("MatMul", ["h", "b"], ["yb"], name="b"),
+        helper.make_node("Add", ["x" if folded else "h", "x"], ["r"], name="residual"),
+    ]
+    sizes = {"ya": 32, "yb": 32, "r": 64}
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in sizes.items()]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])]
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "spread", inputs, outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def _answers(model: ModelProto, x: Any) -> list[Any]:
+    import onnxruntime
+
+    return [*onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})]
+
+
+def test_channels_with_large_activations_are_scaled_where_it_costs_no_node() -> None:
+    x = np.random.default_rng(6).normal(size=(500, 64)).astype(np.float32)
+    gamma = numpy_helper.to_array(_spread(True).graph.initializer[0])
+    squares = {"h": gamma**2}  # of a normalized input
+    plain, scaled = _spread(True), _spread(True)
+    wanted = _precision_int4.targets(plain, 32, ())
+    assert sorted(wanted) == [1, 2]
+    known = _precision_awq.scale_channels(scaled, wanted, squares)
+    assert known["h"].max() < squares["h"].max()
+    assert [n.op_type for n in scaled.graph.node] == [n.op_type for n in plain.graph.node]
+    exact = _answers(plain, x)
+    for got, expected in zip(_answers(scaled, x), exact, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+    def loss(model: ModelProto, importance: Any) -> float:
+        placed = _precision_int4.place(model, wanted, importance)
+        return float(((_answers(placed.model, x)[0] - exact[0]) ** 2).mean())
+
+    assert loss(scaled, known) < 0.5 * loss(plain, squares)
+
+
+def test_where_the_division_would_cost_a_node_the_channels_stay() -> None:
+    model = _spread(False)
+    before = model.SerializeToString()
+    squares = {"h": np.linspace(0.01, 9.0, 64, dtype=np.float32)}
+    known = _precision_awq.scale_channels(model, _precision_int4.targets(model, 32, ()), squares)
+    assert known["h"] is squares["h"]
+    assert model.SerializeToString() == before
 
 
 def test_an_opset_that_cannot_be_raised_is_a_typed_failure() -> None:

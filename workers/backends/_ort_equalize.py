@@ -81,17 +81,20 @@ def equalize(
         typical = float(np.median(channel))
         ratio = float(channel.max(initial=0.0)) / typical if typical > 0 else float("inf")
         ratio = min(ratio, 1e9)
-        edits = graph.folded(site.tensor, 1 / scale, set(site.nodes))
-        if edits is None and not (insert_mul and ratio >= OUTLIER_RATIO):
-            continue
-        graph.scale_rows(site, scale)
-        if edits is not None:
-            for edit in edits:
-                graph.replace(edit.node, edit.position, edit.value)
+        if graph.divide(site, scale):
             done.append(Smoothed(site, "folded", ratio))
-        else:
+        elif insert_mul and ratio >= OUTLIER_RATIO:
+            graph.scale_rows(site, scale)
             graph.insert_mul(site, 1 / scale)
             done.append(Smoothed(site, "mul", ratio))
+    drop_unread(model)
+    return done
+
+
+def divide(model: ModelProto, site: Site, scale: Array) -> bool:
+    """Divide the site's tensor by `scale` [channels] and multiply the rows of its products' weights, in place, where
+    the division disappears in constants above; False, and nothing done, where it does not."""
+    done = _Graph(model).divide(site, scale)
     drop_unread(model)
     return done
 
@@ -131,6 +134,16 @@ class _Graph:
         if alive.any():
             logs[alive] -= logs[alive].mean()
         return np.clip(np.exp(logs), 1 / _LARGEST_SCALE, _LARGEST_SCALE)
+
+    def divide(self, site: Site, scale: Array) -> bool:
+        """See the function."""
+        edits = self.folded(site.tensor, 1 / scale, set(site.nodes))
+        if edits is None:
+            return False
+        self.scale_rows(site, scale)
+        for edit in edits:
+            self.replace(edit.node, edit.position, edit.value)
+        return True
 
     def scale_rows(self, site: Site, scale: Array) -> None:
         for name in site.nodes:

@@ -1,8 +1,8 @@
 """int4 weight-only quantization, block by block: products read a quarter of the bytes, and compute as before.
 
 The scale of every block is searched: the one that loses least of the product's output, where a channel counts as much
-as its activations are large. After J. Lin et al., "AWQ: Activation-aware Weight Quantization", 2023 (section on
-clipping); without activations all channels count alike.
+as its activations are large. After J. Lin et al., "AWQ: Activation-aware Weight Quantization", 2023 (its clipping; its
+scaling of channels is in `_precision_awq`); without activations all channels count alike.
 """
 
 from __future__ import annotations
@@ -97,6 +97,13 @@ def quantize(weight: Any, axis: int, block: int, importance: Any, scale_type: An
     values = _rounded(blocks, scale).astype(np.int8).reshape(size, columns)
     scales = scale.reshape(size // block, columns)
     return np.ascontiguousarray(np.moveaxis(values, 0, axis)), np.ascontiguousarray(np.moveaxis(scales, 0, axis))
+
+
+def rounded(weight: Any, block: int) -> Any:
+    """A float32 weight [reduced axis, columns] as int4 gives it back, without a search: each block by its largest."""
+    blocks = weight.reshape(weight.shape[0] // block, block, weight.shape[1])
+    scale = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(_LEVELS), np.float32(2.0**-14))
+    return (_rounded(blocks, scale) * scale).reshape(weight.shape)
 
 
 def _rounded(blocks: Any, scale: Any) -> Any:

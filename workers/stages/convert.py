@@ -22,7 +22,14 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
-from workers.backends import _ort_precision, _precision_float, _precision_graph, _precision_int4, _precision_qdq
+from workers.backends import (
+    _ort_precision,
+    _precision_awq,
+    _precision_float,
+    _precision_graph,
+    _precision_int4,
+    _precision_qdq,
+)
 from workers.backends import _ort_quantize as quantization
 from workers.backends import _precision_measure as measure
 from workers.backends._onnxruntime_messages import runtime_failure
@@ -64,7 +71,7 @@ class Convert(Stage[ConvertOptions]):
     """
 
     name = "convert"
-    version = 1
+    version = 2
     Options = ConvertOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
 
@@ -150,7 +157,7 @@ class _Work:
                 raise _nothing(f"no product or convolution has a form in {recipe}")
             return made.model, data | _told(made) | {"qdq_by_op": dict(made.by_op), "computes_in": recipe}
         if recipe == "int4":
-            placed = self._int4(model)
+            placed = self._int4(model, data)
         else:
             placed = self._eight_bits(model, "int8" if recipe == "int8" else "fp8", data)
         if not placed.by_op:
@@ -186,7 +193,7 @@ class _Work:
         ranges = {name: (low, high) for name, (low, high) in known["tensors"].items()}
         return _precision_qdq.place(model, eight, wanted, ranges, options.high_precision)
 
-    def _int4(self, model: ModelProto) -> _precision_qdq.Placed:
+    def _int4(self, model: ModelProto, data: dict[str, Any]) -> _precision_qdq.Placed:
         wanted = _precision_int4.targets(model, self.options.block_size, self.options.exclude_nodes)
         importance: Mapping[str, Any] = {}
         if self.samples is not None and wanted:
@@ -198,8 +205,11 @@ class _Work:
                 raise
             except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
                 raise _calibration_failed(error) from error
-        self.ctx.reporter.progress(0.3, "scales of blocks")
-        return _precision_int4.place(model, wanted, importance, self.options.high_precision)
+        self.ctx.reporter.progress(0.3, "scales of channels")
+        scaled = _precision_awq.scale_channels(model, wanted, importance)
+        data["channels_scaled"] = sum(scaled[name] is not importance[name] for name in importance)
+        self.ctx.reporter.progress(0.5, "scales of blocks")
+        return _precision_int4.place(model, wanted, scaled, self.options.high_precision)
 
     def _keep_out_of_range(self, model: ModelProto, low: str, data: dict[str, Any]) -> None:
         """Where there are data: nodes whose values go beyond float16 stay in float32."""
