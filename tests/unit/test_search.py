@@ -218,6 +218,14 @@ def test_runtime_options_are_not_timed_where_the_time_does_not_hold_it(search: A
     assert _finalists(found) == ["fp32"]
 
 
+def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:
+    wide = Truth(3.0, loss=1.05)  # within its interval of the limit, which further samples could tell; there are none
+    found, script = search({"odd-bf16": wide, "fp32": Truth(1.1)})
+    assert "odd-bf16" in script.full
+    assert "over the limit" in _reason(found, "odd-bf16")
+    assert _finalists(found)[0].startswith("fp32")
+
+
 def test_where_checks_are_dear_only_what_is_faster_is_checked(search: Any) -> None:
     truths = {"odd-bf16": Truth(2.0), "fp32": Truth(1.99), "other-bf16": Truth(2.01)}
     found, script = search(truths, case=_case(budget_seconds=60), check_s=4.0)

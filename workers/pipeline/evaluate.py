@@ -12,6 +12,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
 from workers.pipeline.budget import Budget
+from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.select import Tried, primary_batch
 
@@ -255,7 +256,9 @@ class Evaluator:
         engines = []
         for run in runs:
             inputs[f"engine.{run.plan.id}"] = run.engine
-            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime})
+            known = speed_of(self.spec, run.screened)
+            expected = {} if known is None else {"expected": round(1 / max(known.ratio, 1e-3), 3)}
+            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected})
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
         sizes = [str(b) for b in self.spec.benchmark.batch_sizes]
@@ -293,6 +296,13 @@ class Evaluator:
             groups[-1].append(run)
             left -= size
         return groups
+
+
+def complete(run: CandidateRun, samples: int) -> bool:
+    """Whether the last check of `run` judged all samples there are, of so many that may judge."""
+    accuracy = run.tried.accuracy or {}
+    asked = run.validate.options.get("max_samples", 0) if run.validate else 0
+    return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
 
 
 def _calibration_key(step: Step, graph: Outcome) -> str:

@@ -20,7 +20,7 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import SEED, WEIGHTS, CandidateRun, Data, Evaluator
+from workers.pipeline.evaluate import SEED, WEIGHTS, CandidateRun, Data, Evaluator, complete
 from workers.pipeline.explain import Ablated, ablate, profile, sweep
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
@@ -200,7 +200,7 @@ class Optimizer:
         hurried = self.budget.left(until) < self.budget.final_seconds
         for run in found.finalists:
             before = run.validate, run.tried.accuracy
-            if before[0] is not None and _complete(run, self.spec.validation.max_samples):
+            if before[0] is not None and complete(run, self.spec.validation.max_samples):
                 continue
             if before[0] is not None and hurried:
                 run.note("final", "not judged on all samples", "the time left hardly holds the final measurement")
@@ -327,13 +327,6 @@ def baseline_precision(found: Optimization) -> str:
 def slug(name: str) -> str:
     """A file name's stem that is safe everywhere."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
-
-
-def _complete(run: CandidateRun, samples: int) -> bool:
-    """Whether the small check judged all there is already."""
-    accuracy = run.tried.accuracy or {}
-    asked = run.validate.options.get("max_samples", 0) if run.validate else 0
-    return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
 
 
 def _fewer(accuracy: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> bool:

@@ -3,7 +3,7 @@ left that are worth the full method. The decisions are in `halving`; here is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,11 @@ from workers.kernel import Backend
 from workers.measure.plan import expected_seconds
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
 from workers.pipeline.select import BASELINE
-from workers.pipeline.winback import WinBack
+from workers.pipeline.winback import WinBack, is_quantized
 
 _SCREEN_SAMPLES = 96  # of the small accuracy check
 _AT_ONCE = 4 * _SCREEN_SAMPLES
@@ -26,6 +26,7 @@ _SHORT = 0.25  # of the budget: where less is left to the search after the first
 _CHECK_SHARE = 0.15  # of the time left to the search, beyond which a check is only made of what is faster
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
 _TUNE_SECONDS = 0.6
+_MENDING = 2.0  # of what making an engine took: equalizing its graph and quantizing that
 _OUT_OF_TIME = "the budget of {} s left no time for it"
 
 
@@ -134,12 +135,12 @@ class Search:
         fastest = [r.screened for r in self._by_speed(self._alive())[: halving.MOST_FINALISTS - 1]]
         figures = {BASELINE: self._original, **{str(i): f for i, f in enumerate(fastest)}}
         p50_ms = {
-            name: {int(batch): at.get("p50_ms") for batch, at in (found or {}).get("batches", {}).items()}
+            name: {int(batch): _call_ms(at) for batch, at in (found or {}).get("batches", {}).items()}
             for name, found in figures.items()
         }
         for at in p50_ms.values():  # a batch size that the short timing left out takes as long per sample
             least = min(at, default=1)
-            at |= {b: (at[least] or 0.0) * b / least for b in self.spec.benchmark.batch_sizes if at and b not in at}
+            at |= {b: at[least] * b / least for b in self.spec.benchmark.batch_sizes if at and b not in at}
         if p50_ms[BASELINE]:
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
@@ -221,6 +222,8 @@ class Search:
         if samples < _FEWEST_SAMPLES and not accuracy.get("complete", True) and not run.plan.lossless:
             run.note("check", "cannot tell", f"the time left allowed {samples} samples")
             return False
+        if run.validate is not None and complete(run, most):
+            return not halving.over_limit(self.spec, accuracy)  # there are no further samples that could tell otherwise
         return not halving.loses_too_much(self.spec, accuracy)
 
     def _checked(self, run: CandidateRun, samples: int) -> bool:
@@ -235,9 +238,8 @@ class Search:
     def _win_back(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
         """Mend those that are faster than the best accurate one and lose too much."""
         best = self._best(accurate)
-        lost = [r for r in self._by_speed(self._alive()) if r not in accurate and r.validate is not None]
+        lost = [r for r in self._by_speed(self._alive()) if r.validate is not None and is_quantized(r.plan)]
         lost = [r for r in lost if halving.over_limit(self.spec, r.tried.accuracy or {})]
-        lost += [r for r in accurate if halving.over_limit(self.spec, r.tried.accuracy or {})]
         mended: list[CandidateRun] = []
         in_vain: dict[str, str] = {}  # graphs that could not be mended, and whose they were
         for run in lost:
@@ -251,7 +253,7 @@ class Search:
             if graph in in_vain:
                 run.note("win back", "not tried", f"it is the graph of {in_vain[graph]}, which could not be mended")
                 continue
-            if self.budget.left(self.budget.search_until) < sum(step.seconds for step in run.steps):
+            if self.budget.left(self.budget.search_until) < _MENDING * sum(step.seconds for step in run.steps):
                 self.found.exhausted = True
                 run.note("win back", "not tried", "the time left does not hold making its graph once more")
                 continue
@@ -338,6 +340,11 @@ class Search:
         now = self.budget.elapsed()
         self.found.phases.append({"name": name, "seconds": round(now - self._begun, 2), "candidates": candidates})
         self._begun = now
+
+
+def _call_ms(at: Mapping[str, Any]) -> float:
+    """Of slow engines a short timing has too few calls for a median."""
+    return float(at.get("p50_ms") or at.get("mean_ms") or 0.0)
 
 
 def _calibrates(run: CandidateRun) -> bool:

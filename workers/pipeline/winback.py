@@ -131,6 +131,11 @@ class WinBack:
         return [str(n["name"]) for n in nodes if n["error"]]
 
 
+def is_quantized(plan: Candidate) -> bool:
+    """Whether there is a step to mend: what only computes in another precision has none."""
+    return any("quantize" in step.stage for step in plan.steps)
+
+
 def quantization(plan: Candidate) -> tuple[int, Step]:
     """The step that quantizes, and where it stands."""
     return next((i, s) for i, s in enumerate(plan.steps) if "quantize" in s.stage)

@@ -31,11 +31,13 @@ _SCREENING_SHARE = 0.5  # of the time left, at most, for a short timing of every
 
 
 class EngineOption(StageOptions):
-    """One engine: the input artifact `engine.<id>`, and how its backend loads it."""
+    """One engine: the input artifact `engine.<id>`, and how its backend loads it. `expected`: its latency over the
+    baseline's, as far as it is known; it only decides who is left out where the time runs out."""
 
     id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     backend: str
     runtime: dict[str, Any] = Field(default_factory=dict)
+    expected: float = Field(default=1.0, gt=0, le=10_000)
 
 
 class BenchmarkOptions(StageOptions):
@@ -135,7 +137,7 @@ class _Run:
         self.skipped: dict[str, str] = {}
         self.aa: dict[str, dict[str, Any]] = {}
         self.aa_compared: dict[str, dict[str, Any]] = {}
-        self.twice = {BASELINE, options.compare_to} - {None}
+        self.twice = {BASELINE, *([options.compare_to] if options.compare_to else [])}
         self.shortened = False
         self.load_s = self.call_s = 0.0  # of the baseline: what an engine is expected to take
         self.noise: list[str] = []
@@ -246,24 +248,28 @@ class _Run:
         if not self.options.screening or only is None or only not in feeds or len(feeds) == 1:
             return feeds
         calls = self.call_s * sum(feeds) / min(feeds)
-        expected = (len(self._alive()) + len(self.twice)) * (self.load_s + LEAST_CALLS * calls)
-        if expected <= _SCREENING_SHARE * self.ctx.seconds_left():
+        if self._least_seconds(calls) <= _SCREENING_SHARE * self.ctx.seconds_left():
             return feeds
         self.shortened = True
         self.skipped |= {str(b): "the time left does not hold a short timing of it" for b in feeds if b != only}
         return {only: feeds[only]}
 
     def _leave_out(self, feeds: Feeds, cold: int = 0) -> None:
-        """Leave out the last engines where the time left does not hold them, each as slow as the baseline. `cold`: of
-        how many engines the cold start is still to be measured."""
+        """Leave out the last engines where the time left does not hold them, each as slow as it is expected to be.
+        `cold`: of how many engines the cold start is still to be measured."""
         calls = self.call_s * sum(feeds) / min(feeds)
         for engine in reversed(self._alive()):
-            alive = len(self._alive()) + len(self.twice)
-            each = self.load_s + LEAST_CALLS * calls
-            if engine == BASELINE or alive * each + cold * (self.load_s + calls) <= self.ctx.seconds_left():
+            expected = self._least_seconds(calls) + cold * (self.load_s + calls)
+            if engine == BASELINE or expected <= self.ctx.seconds_left():
                 return
             self._fail(engine, budget_exhausted(engine))
             cold = max(0, cold - 1)
+
+    def _least_seconds(self, calls: float) -> float:
+        """What the timing of those alive takes at the least; `calls`: seconds of a call of the baseline, of each batch
+        size together."""
+        processes = [*self._alive(), *self.twice]
+        return sum(self.load_s + LEAST_CALLS * calls * self.specs[i].expected for i in processes)
 
     def _feeds(self, loaded: Loaded) -> tuple[Feeds, str]:
         sizes = sorted(set(self.options.batch_sizes))
