@@ -105,13 +105,14 @@ class Script:
     def time(self, runs: Sequence[CandidateRun], until: float, **options: Any) -> Any:
         self.calls += [("time", r.plan.id) for r in runs]
         self.clock.now += self.timing_s * (len(runs) + 2)
-        return SimpleNamespace(data={"engines": {r.plan.id: self._figures(r.plan.id) for r in runs}})
+        batches = [str(b) for b in options.get("batch_sizes") or BATCHES]
+        return SimpleNamespace(data={"engines": {r.plan.id: self._figures(r.plan.id, batches) for r in runs}})
 
-    def _figures(self, cid: str) -> dict[str, Any]:
+    def _figures(self, cid: str, batches: Sequence[str]) -> dict[str, Any]:
         truth = self.truth(cid)
         at = {"1": truth.ratio, "8": truth.at_8 if truth.at_8 is not None else truth.ratio}
         return {
-            "batches": {b: {"speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]}} for b in BATCHES}
+            "batches": {b: {"speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]}} for b in batches}
         }
 
     def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
@@ -216,6 +217,13 @@ def test_runtime_options_are_not_timed_where_the_time_does_not_hold_it(search: A
     assert "left no time" in _reason(found, "fp32.t1")
     assert script.asked("time") == ["fp32"]
     assert _finalists(found) == ["fp32"]
+
+
+def test_an_engine_is_a_finalist_with_the_fastest_of_its_options(search: Any) -> None:
+    found, _ = search({"fp32": Truth(1.5), "fp32.t1": Truth(1.52), "odd-bf16": Truth(1.51), "odd-bf16.t1": Truth(1.4)})
+    assert _finalists(found) == ["fp32.t1", "odd-bf16"]
+    assert "the engine of" in _reason(found, "fp32")
+    assert "the engine of" in _reason(found, "odd-bf16.t1")
 
 
 def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:

@@ -250,8 +250,10 @@ class Evaluator:
         screening: bool,
         compare_to: str | None = None,
         rounds: int = 10,
+        batch_sizes: Sequence[int] | None = None,
     ) -> Outcome:
-        """Baseline and these engines side by side; figures by id in the answer's data."""
+        """Baseline and these engines side by side; figures by id in the answer's data. `batch_sizes`: other than the
+        job's."""
         inputs = {"baseline": self.export.outputs["model"]}
         engines = []
         for run in runs:
@@ -264,7 +266,7 @@ class Evaluator:
         sizes = [str(b) for b in self.spec.benchmark.batch_sizes]
         options = {
             "engines": engines,
-            "batch_sizes": self.spec.benchmark.batch_sizes,
+            "batch_sizes": [*(batch_sizes or self.spec.benchmark.batch_sizes)],
             "min_seconds": min_seconds,
             "rounds": rounds,
             "shapes": self.data.shapes,

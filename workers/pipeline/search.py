@@ -16,7 +16,7 @@ from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
-from workers.pipeline.select import BASELINE
+from workers.pipeline.select import BASELINE, primary_batch
 from workers.pipeline.winback import WinBack, is_quantized
 
 _SCREEN_SAMPLES = 96  # of the small accuracy check
@@ -53,7 +53,10 @@ class Search:
         self.evaluator = evaluator
         self.budget = budget
         self.found = Found([CandidateRun.of(c) for c in plan.candidates], [])
+        self.primary = int(primary_batch(self.spec, [str(b) for b in self.spec.benchmark.batch_sizes]))
         self._speeds: dict[str, Speed] = {}
+        self._tuned_of: dict[str, str] = {}  # with other runtime options: id → that of the engine as built
+        self._passed_over: dict[str, tuple[str, str]] = {}  # not checked: phase and reason, which holds while others do
         self._few_samples = _SCREEN_SAMPLES
         self._seconds_each = 0.0  # that the last short timing took per engine
         self._original: dict[str, Any] | None = None  # the baseline's figures of the last short timing
@@ -63,11 +66,16 @@ class Search:
         if self.spec.search.strategy == "exhaustive":
             return self._everything()
         self._make(self.found.runs)
-        self._screen(self._alive(), _SCREEN_SECONDS, "short timing")
+        # At the batch size that counts: the others are timed with the runtime options, for those that can still win.
+        self._screen(self._alive(), _SCREEN_SECONDS, "short timing", batch_sizes=[self.primary])
         self._keep_time_for_the_final()
         accurate = self._check_while_they_can_win()
         accurate += self._win_back(accurate)
         accurate += self._tune(accurate)
+        while self._passed_over and not any(r.tried.failed is None for r in accurate):
+            # Those that were the fastest at the batch size that counts turned out to be slower at another one.
+            accurate = self._check_while_they_can_win()
+            accurate += self._tune(accurate)
         self._choose(accurate)
         return self.found
 
@@ -106,7 +114,9 @@ class Search:
                 rest = self.budget.elapsed() - begun
         self._phase("building", len(runs))
 
-    def _screen(self, runs: Sequence[CandidateRun], seconds: float, phase: str) -> None:
+    def _screen(
+        self, runs: Sequence[CandidateRun], seconds: float, phase: str, *, batch_sizes: Sequence[int] | None = None
+    ) -> None:
         """A short timing of these side by side; in groups where memory does not hold them all."""
         seconds = min(seconds, self.spec.benchmark.min_seconds / 6)
         for group in self.evaluator.groups_that_fit(runs):
@@ -116,7 +126,9 @@ class Search:
                 continue
             begun = self.budget.elapsed()
             try:
-                timed = self.evaluator.time(group, self.budget.search_until, min_seconds=seconds, screening=True)
+                timed = self.evaluator.time(
+                    group, self.budget.search_until, min_seconds=seconds, screening=True, batch_sizes=batch_sizes
+                )
             except StageFailure as failure:
                 if failure.code not in ("timed_out", "out_of_memory"):
                     raise  # the original itself fails, or the machine
@@ -176,15 +188,17 @@ class Search:
         """A small accuracy check in the order of speed, until no faster one is left that could win. Answers those that
         keep the limit as far as so few samples can tell."""
         accurate: list[CandidateRun] = []
-        took = 0.0
-        for run in self._in_order_of_checking():
+        took, self._passed_over = 0.0, {}
+        for run in [r for r in self._in_order_of_checking() if r.validate is None]:
             speed, best = self._speeds[run.plan.id], self._best(accurate)
             dear = took > _CHECK_SHARE * self.budget.left(self.budget.search_until)
             if best is not None and dear and speed.ratio <= best[1].ratio:
                 self.found.exhausted = True
-                run.drop("check", f"not faster than {best[0].plan.name}, and the time left hardly holds its check")
+                reason = f"not faster than {best[0].plan.name}, and the time left hardly holds its check"
+                self._passed_over[run.plan.id] = ("check", reason)
             elif best is not None and not halving.can_win(speed, best[1].low, gain=halving.TUNING_GAIN):
-                run.drop("short timing", halving.dropped_as_slow(speed, best[0].plan.name, best[1]))
+                reason = halving.dropped_as_slow(speed, best[0].plan.name, best[1])
+                self._passed_over[run.plan.id] = ("short timing", reason)
             elif not self._too_late(run, self.budget.search_until, "check"):
                 begun = self.budget.elapsed()
                 accurate += [run] if self._check(run) else []
@@ -278,6 +292,7 @@ class Search:
             for variant in self.backends[leader.plan.backend].variants(self.case, leader.plan):
                 run = CandidateRun.of(variant)
                 run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
+                self._tuned_of[run.plan.id] = leader.plan.id
                 self.found.runs.append(run)
                 if variant.unlikely:
                     run.drop("tuning", f"not tried: {variant.unlikely}")
@@ -291,7 +306,7 @@ class Search:
         return [r for r in tuned if r.tried.failed is None]
 
     def _choose(self, accurate: list[CandidateRun]) -> None:
-        timed = [r for r in accurate if r.tried.failed is None and r.plan.id in self._speeds]
+        timed = self._one_for_each_engine(accurate)
         ranked = [(r.plan.id, self._speeds[r.plan.id], self._safe(r)) for r in timed]
         chosen, reasons = halving.finalists(ranked)
         self.found.finalists = sorted((r for r in timed if r.plan.id in chosen), key=lambda r: chosen.index(r.plan.id))
@@ -300,7 +315,19 @@ class Search:
                 run.drop("finalists", reasons[run.plan.id])
         for run in self._alive():
             if run not in self.found.finalists:
-                run.drop("check", self._why_not_accurate(run))
+                run.drop(*self._passed_over.get(run.plan.id, ("check", self._why_not_accurate(run))))
+
+    def _one_for_each_engine(self, accurate: Sequence[CandidateRun]) -> list[CandidateRun]:
+        """The fastest first; each engine with the fastest of its runtime options, which were timed side by side."""
+        best: dict[str, CandidateRun] = {}
+        for run in self._by_speed([r for r in accurate if r.tried.failed is None]):
+            engine = self._tuned_of.get(run.plan.id, run.plan.id)
+            if engine in best:
+                name, ratios = best[engine].plan.name, [self._speeds[r.plan.id].ratio for r in (run, best[engine])]
+                run.drop("finalists", f"the engine of {name}, and not faster: {ratios[0]:.2f}x, {ratios[1]:.2f}x")
+            else:
+                best[engine] = run
+        return [*best.values()]
 
     def _safe(self, run: CandidateRun) -> bool:
         loss = (run.tried.accuracy or {}).get("loss_percent")
