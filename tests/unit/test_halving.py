@@ -77,5 +77,8 @@ def test_finalists_are_those_that_can_win_and_the_fastest_safe_one() -> None:
 def test_the_safe_one_has_a_seat_where_many_tie() -> None:
     ranked = [(f"t{i}", Speed(3.0, 2.0, 4.0), False) for i in range(6)] + [("safe", Speed(1.2, 1.1, 1.3), True)]
     chosen, _ = halving.finalists(ranked)
-    assert len(chosen) == halving.MOST_FINALISTS
+    assert len(chosen) == halving.MOST_FINALISTS + 1
     assert chosen[-1] == "safe"
+    chosen, reasons = halving.finalists(ranked[:6])
+    assert chosen == ["t0", "t1"]
+    assert all("about as fast" in reason for reason in reasons.values())

@@ -13,7 +13,7 @@ from typing import Any
 from app.domain.spec import OptimizationSpec
 from workers.pipeline.select import primary_batch, ratio_of
 
-MOST_FINALISTS = 3
+MOST_FINALISTS = 2  # that can win; the fastest safe one beside them
 MOST_TUNED = 2  # engines whose runtime options are varied
 TUNING_GAIN = 1.25  # what other runtime options may still gain over a backend's defaults, at most, as measured
 WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than the best accurate one by this
@@ -81,6 +81,7 @@ def finalists(
 
     `ranked`: (id, speed, safe). `safe` says that its accuracy is beyond doubt (the same arithmetic, or well inside of
     the limit): the fastest safe one always goes on, so that a gate that fails late does not leave the job with nothing.
+    The others were timed beside them already: a third that is as fast is nothing lost.
     """
     order = sorted(ranked, key=lambda r: -r[1].ratio)
     if not order:
@@ -89,6 +90,15 @@ def finalists(
     chosen = [cid for cid, speed, _ in order if can_win(speed, best.low)][:most]
     safe = next((cid for cid, _, sure in order if sure), None)
     if safe is not None and safe not in chosen:
-        chosen = [*chosen[: most - 1], safe]
-    reasons = {cid: dropped_as_slow(speed, leader, best) for cid, speed, _ in order if cid not in chosen}
+        chosen.append(safe)
+    reasons = {cid: _not_chosen(speed, leader, best) for cid, speed, _ in order if cid not in chosen}
     return chosen, reasons
+
+
+def _not_chosen(speed: Speed, best: str, best_speed: Speed) -> str:
+    if not can_win(speed, best_speed.low):
+        return dropped_as_slow(speed, best, best_speed)
+    return (
+        f"short timing: {speed.ratio:.2f}x [{speed.low:.2f}, {speed.high:.2f}], about as fast as {best} with "
+        f"{best_speed.ratio:.2f}x: the {MOST_FINALISTS} fastest are measured in full"
+    )

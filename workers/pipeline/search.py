@@ -144,7 +144,7 @@ class Search:
 
     def _keep_time_for_the_final(self) -> None:
         """Now that it is known what a call takes."""
-        fastest = [r.screened for r in self._by_speed(self._alive())[: halving.MOST_FINALISTS - 1]]
+        fastest = [r.screened for r in self._by_speed(self._alive())[: halving.MOST_FINALISTS]]
         figures = {BASELINE: self._original, **{str(i): f for i, f in enumerate(fastest)}}
         p50_ms = {
             name: {int(batch): _call_ms(at) for batch, at in (found or {}).get("batches", {}).items()}
