@@ -40,6 +40,7 @@ class Candidate:
     `runtime` is laid over the runtime options that the build returns: several candidates can share one engine file.
     `prior` is the expected latency over the baseline's, from measurements elsewhere (1.0 = nothing known); it decides
     the order of trying, never the verdict. `lossless`: the same arithmetic, differs from the original by rounding only.
+    `other_values`: its runtime options change the arithmetic, so that its accuracy is not that of the engine as built.
     `unlikely`: why it seldom wins on such a machine; only an exhaustive search tries it.
     """
 
@@ -53,17 +54,26 @@ class Candidate:
     lossless: bool = False
     prior: float = 1.0
     unlikely: str | None = None
+    other_values: bool = False
 
     @property
     def recipe(self) -> str:
         options = ", ".join(f"{k}={v}" for k, v in sorted(self.runtime.items()))
         return " → ".join([s.describe() for s in self.steps] + ["build"]) + (f" [{options}]" if options else "")
 
-    def variant(self, suffix: str, name: str, unlikely: str | None = None, **runtime: Any) -> Candidate:
+    def variant(
+        self, suffix: str, name: str, unlikely: str | None = None, *, other_values: bool = False, **runtime: Any
+    ) -> Candidate:
         """The same engine, loaded with other runtime options."""
-        merged = {**self.runtime, **runtime}
-        name = f"{self.name}, {name}"
-        return replace(self, id=f"{self.id}.{suffix}", name=name, runtime=merged, unlikely=unlikely)
+        return replace(
+            self,
+            id=f"{self.id}.{suffix}",
+            name=f"{self.name}, {name}",
+            runtime={**self.runtime, **runtime},
+            unlikely=unlikely,
+            other_values=other_values,
+            lossless=self.lossless and not other_values,
+        )
 
 
 @dataclass(frozen=True)

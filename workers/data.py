@@ -131,6 +131,7 @@ class Samples:
         self._dtypes = {spec.name: numpy_dtype(spec) for spec in inputs}
         self.part = part
         self.total = 0
+        self.usable = 0  # samples of the part that are not excluded, before `max_samples`
         self.reference_names: tuple[str, ...] = ()
         self._few = _Few(max_samples) if max_samples is not None else None
         self._selected, self._digests = self._scan(max_samples)
@@ -197,6 +198,7 @@ class Samples:
             raise self._empty()
         self.reference_names = tuple(sorted(references or ()))
         selected, rows = np.concatenate(indices), np.concatenate(digests)
+        self.usable = len(selected)
         if max_samples is not None and len(selected) > max_samples:
             smallest = np.sort(np.lexsort(rows.T[::-1])[:max_samples])
             selected, rows = selected[smallest], rows[smallest]

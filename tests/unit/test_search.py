@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Truth:
     ratio: float = 1.0
     at_8: float | None = None
     loss: float = 0.0
+    full_loss: float | None = None  # on all samples, where it is another one
     make_fails: StageFailure | None = None
     broken: str | None = None
     cost_s: float = 0.0
@@ -52,13 +53,14 @@ class Script:
     nodes: Sequence[str] = ()
     timing_s: float = 0.0  # of a short timing, per engine
     check_s: float = 0.0
+    timing_fails: Callable[[Sequence[CandidateRun]], StageFailure | None] | None = None
     graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         calibration = SimpleNamespace(digest="c")
-        self.data = SimpleNamespace(calibration=calibration, same=False, shapes=None)
+        self.data = SimpleNamespace(calibration=calibration, validation=calibration, same=False, shapes=None)
         self.export = SimpleNamespace(key="export", outputs={"model": SimpleNamespace(size_bytes=1000)})
 
     def truth(self, cid: str) -> Truth:
@@ -91,8 +93,10 @@ class Script:
         truth = self.truth(run.plan.id)
         broken = {"code": "output_nan", "output": "y", "detail": truth.broken} if truth.broken else None
         run.validate = SimpleNamespace(options={"max_samples": samples}, data={})  # type: ignore[assignment]
-        loss = None if broken else truth.loss
-        interval = None if broken else [truth.loss - 0.1, truth.loss + 0.1]
+        known = truth.loss if samples <= 96 or truth.full_loss is None else truth.full_loss
+        loss = None if broken else known
+        wide = 0.1 if truth.full_loss is None else 3.0
+        interval = None if broken else [known - wide, known + wide]
         run.tried.accuracy = {
             "loss_percent": loss,
             "loss_ci": interval,
@@ -102,9 +106,14 @@ class Script:
         }
         return not broken
 
+    def expected_check_seconds(self, run: CandidateRun, samples: int) -> float:
+        return self.check_s * samples / 96
+
     def time(self, runs: Sequence[CandidateRun], until: float, **options: Any) -> Any:
         self.calls += [("time", r.plan.id) for r in runs]
         self.clock.now += self.timing_s * (len(runs) + 2)
+        if self.timing_fails is not None and (failure := self.timing_fails(runs)):
+            raise failure
         batches = [str(b) for b in options.get("batch_sizes") or BATCHES]
         return SimpleNamespace(data={"engines": {r.plan.id: self._figures(r.plan.id, batches) for r in runs}})
 
@@ -232,6 +241,46 @@ def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:
     assert "odd-bf16" in script.full
     assert "over the limit" in _reason(found, "odd-bf16")
     assert _finalists(found)[0].startswith("fp32")
+
+
+def test_a_loss_that_only_all_samples_show_does_not_cost_the_job_its_engine(search: Any) -> None:
+    found, script = search({"int8": Truth(3.0, loss=0.0, full_loss=1.5), "fp32": Truth(2.0)})
+    assert "int8" in script.full
+    assert _finalists(found)[0].startswith("fp32")
+    dear, script = search({"int8": Truth(3.0, loss=0.0, full_loss=1.5), "fp32": Truth(2.9)}, check_s=30.0)
+    assert "int8" not in script.full, "all samples would take longer than the search has"
+    assert {"int8", "fp32"} <= {f.split(".")[0] for f in _finalists(dear)}
+
+
+def test_engines_that_memory_does_not_hold_at_once_are_timed_in_turn(search: Any) -> None:
+    def fails(runs: Sequence[CandidateRun]) -> StageFailure | None:
+        return StageFailure("out_of_memory", "too much", FailureKind.MODEL) if len(runs) > 2 else None
+
+    found, _ = search({"fp32": Truth(1.5), "a-bf16": Truth(1.6), "b-bf16": Truth(1.7)}, timing_fails=fails)
+    assert _finalists(found)[0].startswith("b-bf16")
+    assert all(r.screened for r in found.runs if "." not in r.plan.id)
+
+
+def test_where_nothing_could_be_timed_the_final_measurement_tells(search: Any) -> None:
+    late = StageFailure("timed_out", "too long", FailureKind.MODEL)
+    found, _ = search({"int8": Truth(3.0), "fp32": Truth(2.0)}, timing_fails=lambda _: late)
+    assert _finalists(found) == ["fp32", "int8"]
+    assert all(r.tried.failed is None for r in found.finalists)
+    assert found.exhausted
+
+
+def test_options_that_change_the_arithmetic_are_judged_by_themselves(search: Any) -> None:
+    case = replace(_case(), kind="rnn")
+    truths = {"fp32": Truth(1.5), "fp32.daz": Truth(2.5, loss=9.0), "fp32.t1": Truth(1.4)}
+    found, script = search(truths, case=case)
+    assert "fp32.daz" in script.asked("check")
+    assert "over the limit" in _reason(found, "fp32.daz")
+    assert _finalists(found) == ["fp32"]
+
+
+def test_what_cannot_be_told_apart_is_told_apart_by_all_batch_sizes(search: Any) -> None:
+    found, _ = search({"fp32": Truth(1.5, at_8=1.9), "fp32.t1": Truth(1.51, at_8=1.0)})
+    assert _finalists(found) == ["fp32"]
 
 
 def test_where_checks_are_dear_only_what_is_faster_is_checked(search: Any) -> None:

@@ -37,7 +37,7 @@ def variants(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
         why_not = None if shared else "threads that sleep wake up late, and the worker has its cores for itself"
         found.append(candidate.variant("nospin", "no spinning", why_not, allow_spinning=False))
     if case.kind == "rnn":
-        found.append(candidate.variant("daz", "denormals as zero", denormal_as_zero=True))
+        found.append(candidate.variant("daz", "denormals as zero", other_values=True, denormal_as_zero=True))
     if case.spec.constraints.max_memory_mb is not None:
         found.append(candidate.variant("noarena", "no memory arena", enable_cpu_mem_arena=False))
     return tuple(found)

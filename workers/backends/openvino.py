@@ -162,7 +162,7 @@ class OpenVinoBackend(Backend):
             raise StageFailure(
                 "invalid_backend_options",
                 f"This processor computes in {computes_in}, not in {runtime.inference_precision}.",
-                FailureKind.REQUEST,
+                FailureKind.MODEL,  # of this engine alone: the job has others
                 remedy="Use inference_precision f32, or a processor with bf16 instructions.",
             )
         return session

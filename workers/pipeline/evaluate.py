@@ -112,7 +112,7 @@ class Evaluator:
         self.budget = budget
         self.baseline_backend = baseline_backend
         self._made: dict[str, tuple[list[Outcome], Outcome]] = {}
-        self._references: dict[int, ArtifactRef | None] = {}
+        self._references: dict[int, Outcome] = {}  # the original's outputs, by number of samples
         self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
 
     # Making
@@ -204,12 +204,26 @@ class Evaluator:
             "metric": self.spec.validation.metric,
         }
         try:
-            run.validate = self.call("validate", inputs, options, run.plan.id, until)
+            found = self.call("validate", inputs, options, run.plan.id, until)
         except StageFailure as failure:
             self._failed(run, "check", failure)
             return False
-        run.tried.accuracy = run.validate.data
-        return not run.validate.data.get("broken")
+        if not _fewer(found.data, run.tried.accuracy):  # where the time was too short, what was known before stands
+            run.validate, run.tried.accuracy = found, found.data
+        return not found.data.get("broken")
+
+    def expected_check_seconds(self, run: CandidateRun, samples: int) -> float:
+        """What a check on so many samples (or as many as there are) will take, going by an earlier one on fewer."""
+        judged = (run.tried.accuracy or {}).get("samples") or 0
+        if run.validate is None or not judged:
+            return 0.0
+        known = [r for r in self._references.values() if r.data["samples"]]
+        usable = next((r.data["usable"] for r in known if r.data["usable"]), None)
+        count = min(samples, usable or samples)
+        each = run.validate.seconds / judged
+        if samples not in self._references and known:
+            each += known[-1].seconds / known[-1].data["samples"]
+        return count * each
 
     def _selection(self, inputs: dict[str, ArtifactRef], samples: int) -> dict[str, Any]:
         """Which samples judge; adds the data to `inputs`. Those that calibrated are left out."""
@@ -236,8 +250,8 @@ class Evaluator:
                 if failure.code not in ("timed_out", "out_of_memory"):
                     raise
                 return None
-            self._references[samples] = found.outputs.get("outputs")
-        return self._references[samples]
+            self._references[samples] = found
+        return self._references[samples].outputs.get("outputs")
 
     # Timing
 
@@ -259,7 +273,7 @@ class Evaluator:
         for run in runs:
             inputs[f"engine.{run.plan.id}"] = run.engine
             known = speed_of(self.spec, run.screened)
-            expected = {} if known is None else {"expected": round(1 / max(known.ratio, 1e-3), 3)}
+            expected = {} if known is None else {"expected": min(max(round(1 / known.ratio, 3), 0.001), 1000.0)}
             engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected})
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
@@ -305,6 +319,13 @@ def complete(run: CandidateRun, samples: int) -> bool:
     accuracy = run.tried.accuracy or {}
     asked = run.validate.options.get("max_samples", 0) if run.validate else 0
     return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
+
+
+def _fewer(accuracy: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    """Whether it rests on fewer samples than what was known before, and found nothing broken."""
+    if not before or accuracy.get("broken") or before.get("broken"):
+        return False
+    return bool(accuracy.get("samples", 0) < before.get("samples", 0))
 
 
 def _calibration_key(step: Step, graph: Outcome) -> str:

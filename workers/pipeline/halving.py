@@ -6,6 +6,7 @@ most so many. What a short timing drops is told from noise by its interval, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,13 @@ def slower_elsewhere(spec: OptimizationSpec, figures: Mapping[str, Any]) -> str 
         if size != batch and ratio is not None and ratio["high"] < 1.0:
             return f"slower at batch size {size}: {ratio['ratio']:.2f}x"
     return None
+
+
+def over_all_sizes(spec: OptimizationSpec, figures: Mapping[str, Any] | None) -> float:
+    """The logarithm of the mean gain over all batch sizes that were timed."""
+    found = [ratio_of(spec, at) for at in (figures or {}).get("batches", {}).values()]
+    logs = [math.log(max(float(ratio["ratio"]), 1e-9)) for ratio in found if ratio is not None]
+    return sum(logs) / len(logs) if logs else 0.0
 
 
 def can_win(speed: Speed, best_low: float, *, gain: float = 1.0) -> bool:

@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
 _LONGEST_MIN_S = 600.0
+_NO_ROOM = "not measured: the worker's memory does not hold it beside the others"
 _START_S = 2.0  # per engine: two processes, cold start
 
 
@@ -199,28 +200,28 @@ class Optimizer:
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
         for run in found.finalists:
-            before = run.validate, run.tried.accuracy
-            if before[0] is not None and complete(run, self.spec.validation.max_samples):
+            if run.validate is not None and complete(run, self.spec.validation.max_samples):
                 continue
-            if before[0] is not None and hurried:
+            if run.validate is not None and hurried:
                 run.note("final", "not judged on all samples", "the time left hardly holds the final measurement")
                 continue
             evaluator.check(run, self.spec.validation.max_samples, judged_until)
-            if run.tried.failed is None and _fewer(run.tried.accuracy, before[1]):  # the time was too short
-                run.validate, run.tried.accuracy = before
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups = evaluator.groups_that_fit(sound)
-        for run in [r for group in groups[1:] for r in group]:
-            run.drop("final", "not measured: the worker's memory does not hold it beside the others")
         ready = groups[0] if groups else []
-        seconds = self.spec.benchmark.min_seconds
-        try:
-            return evaluator.time(ready, until, min_seconds=seconds, screening=False)
-        except StageFailure as failure:
-            if failure.code != "timed_out" or not self.budget.over(until):
-                raise
-            raise self._too_small("the measurement of the original") from failure
+        for run in [r for group in groups[1:] for r in group]:
+            run.drop("final", _NO_ROOM)
+        while True:
+            try:
+                return evaluator.time(ready, until, min_seconds=self.spec.benchmark.min_seconds, screening=False)
+            except StageFailure as failure:
+                if failure.code == "out_of_memory" and ready:
+                    ready.pop().drop("final", _NO_ROOM)  # the last one: activations count, and are not known before
+                elif failure.code == "timed_out" and self.budget.over(until):
+                    raise self._too_small("the measurement of the original") from failure
+                else:
+                    raise
 
     def _judge(self, benchmark: Outcome, found: Found, measured: Sequence[CandidateRun]) -> tuple[Tried, Verdict]:
         figures = benchmark.data["engines"]
@@ -327,13 +328,6 @@ def baseline_precision(found: Optimization) -> str:
 def slug(name: str) -> str:
     """A file name's stem that is safe everywhere."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
-
-
-def _fewer(accuracy: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> bool:
-    """Whether it rests on fewer samples than what was known before, and found nothing broken."""
-    if not accuracy or not before or accuracy.get("broken"):
-        return False
-    return bool(accuracy.get("samples", 0) < before.get("samples", 0))
 
 
 def _archive_suffix(filename: str) -> str:

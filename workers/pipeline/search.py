@@ -3,6 +3,7 @@ left that are worth the full method. The decisions are in `halving`; here is the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,13 @@ from workers.kernel import Backend
 from workers.measure.plan import expected_seconds
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
+from workers.pipeline.checking import Checker
+from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
 from workers.pipeline.select import BASELINE, primary_batch
 from workers.pipeline.winback import WinBack, is_quantized
 
-_SCREEN_SAMPLES = 96  # of the small accuracy check
-_AT_ONCE = 4 * _SCREEN_SAMPLES
-_FEWEST_SAMPLES = 32  # below which a check that ran out of time says nothing
 _SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
 _CHECK_SHARE = 0.15  # of the time left to the search, beyond which a check is only made of what is faster
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
@@ -54,11 +53,15 @@ class Search:
         self.budget = budget
         self.found = Found([CandidateRun.of(c) for c in plan.candidates], [])
         self.primary = int(primary_batch(self.spec, [str(b) for b in self.spec.benchmark.batch_sizes]))
+        self._checker = Checker(self.spec, evaluator, budget)
         self._speeds: dict[str, Speed] = {}
         self._tuned_of: dict[str, str] = {}  # with other runtime options: id → that of the engine as built
         self._passed_over: dict[str, tuple[str, str]] = {}  # not checked: phase and reason, which holds while others do
-        self._few_samples = _SCREEN_SAMPLES
+        self._late: set[str] = set()  # what the time did not hold
+        self._in_vain: dict[tuple[str, str], str] = {}  # graphs that could not be mended, and whose they were
+        self._mended: set[str] = set()  # whom mending was tried for
         self._seconds_each = 0.0  # that the last short timing took per engine
+        self._refused: set[int] = set()  # batch sizes that the original does not take
         self._original: dict[str, Any] | None = None  # the baseline's figures of the last short timing
         self._begun = budget.elapsed()
 
@@ -66,8 +69,10 @@ class Search:
         if self.spec.search.strategy == "exhaustive":
             return self._everything()
         self._make(self.found.runs)
-        # At the batch size that counts: the others are timed with the runtime options, for those that can still win.
-        self._screen(self._alive(), _SCREEN_SECONDS, "short timing", batch_sizes=[self.primary])
+        # At the batch size that counts; the others are timed later, for those that can still win. A large one may be
+        # more than the original itself takes: then it is not timed alone.
+        smallest = self.primary == min(self.spec.benchmark.batch_sizes)
+        self._screen(self._alive(), _SCREEN_SECONDS, "short timing", batch_sizes=[self.primary] if smallest else None)
         self._keep_time_for_the_final()
         accurate = self._check_while_they_can_win()
         accurate += self._win_back(accurate)
@@ -75,6 +80,7 @@ class Search:
         while self._passed_over and not any(r.tried.failed is None for r in accurate):
             # Those that were the fastest at the batch size that counts turned out to be slower at another one.
             accurate = self._check_while_they_can_win()
+            accurate += self._win_back(accurate)
             accurate += self._tune(accurate)
         self._choose(accurate)
         return self.found
@@ -90,7 +96,7 @@ class Search:
             if self.evaluator.check(run, self.spec.validation.max_samples, self.budget.search_until):
                 self.found.finalists.append(run)
             elif run.tried.failed is None:
-                run.drop("check", _broken(run))
+                run.drop("check", "output broken, or it could not be checked")
         self._phase("everything built and checked", len(runs))
         return self.found
 
@@ -107,7 +113,8 @@ class Search:
             short = left < rest if _calibrates(run) else left < half and safe and run.plan.lossless
             if self._too_late(run, 0.0 if short else self.budget.make_until, "make"):
                 continue
-            if self.evaluator.make(run, self.budget.search_until):
+            until = self.budget.make_until if _calibrates(run) else self.budget.search_until
+            if self.evaluator.make(run, until):
                 run.note("make", "built")
                 safe |= run.plan.lossless
             if not _calibrates(run):
@@ -119,7 +126,9 @@ class Search:
     ) -> None:
         """A short timing of these side by side; in groups where memory does not hold them all."""
         seconds = min(seconds, self.spec.benchmark.min_seconds / 6)
-        for group in self.evaluator.groups_that_fit(runs):
+        groups = self.evaluator.groups_that_fit(runs)
+        while groups:
+            group = groups.pop(0)
             if self.budget.over(self.budget.search_until):
                 for run in group:
                     self._too_late(run, self.budget.search_until, phase)
@@ -133,10 +142,15 @@ class Search:
                 if failure.code not in ("timed_out", "out_of_memory"):
                     raise  # the original itself fails, or the machine
                 self.found.exhausted |= failure.code == "timed_out"
+                if failure.code == "out_of_memory" and len(group) > 1:
+                    groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]  # what calls take counts, too
+                    continue
                 for run in group:
                     self._not_timed(run, phase, f"not measured: {failure.detail}")
                 continue
-            self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 2)  # the original runs twice
+            sizes = max(len(timed.data.get("batch_sizes", ())), 1)
+            self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 2) / sizes  # the original runs twice
+            self._refused |= {int(b) for b in timed.data.get("skipped_batches", ())}
             self._original = timed.data["engines"].get(BASELINE)
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
@@ -152,7 +166,7 @@ class Search:
         }
         for at in p50_ms.values():  # a batch size that the short timing left out takes as long per sample
             least = min(at, default=1)
-            at |= {b: at[least] * b / least for b in self.spec.benchmark.batch_sizes if at and b not in at}
+            at |= {b: at[least] * b / least for b in self._batch_sizes() if at and b not in at}
         if p50_ms[BASELINE]:
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
@@ -180,6 +194,7 @@ class Search:
         if run.plan.id in self._speeds:
             run.note(phase, "not timed again", why)
         else:
+            self._late.add(run.plan.id)
             run.drop(phase, why)
 
     # Accuracy
@@ -201,7 +216,7 @@ class Search:
                 self._passed_over[run.plan.id] = ("short timing", reason)
             elif not self._too_late(run, self.budget.search_until, "check"):
                 begun = self.budget.elapsed()
-                accurate += [run] if self._check(run) else []
+                accurate += [run] if self._checker.check(run) else []
                 took = self.budget.elapsed() - begun
         self._phase("accuracy of those that can win", len(accurate))
         return accurate
@@ -215,68 +230,35 @@ class Search:
         safe = next((r for r in runs if r.plan.precision != "int8"), None)
         return runs if safe is None else [safe, *(r for r in runs if r is not safe)]
 
-    def _check(self, run: CandidateRun) -> bool:
-        most = self.spec.validation.max_samples
-        few = self._few_samples
-        if not self._checked(run, min(few, most)):
-            return False
-        accuracy = run.tried.accuracy or {}
-        unsure = halving.over_limit(self.spec, accuracy) and not halving.loses_too_much(self.spec, accuracy)
-        if unsure and most > few and accuracy.get("source") != "synthetic":
-            # One flip among few samples is no loss that mending could find: all of them tell.
-            if not self._checked(run, most):
-                return False
-            accuracy = run.tried.accuracy or {}
-            if accuracy.get("samples", most) <= _AT_ONCE:
-                self._few_samples = most  # too few for one are too few for the next, and all are not many
-        if accuracy.get("source") == "synthetic" and not run.plan.lossless:
-            run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
-            return False
-        samples = accuracy.get("samples", 0)
-        if samples < _FEWEST_SAMPLES and not accuracy.get("complete", True) and not run.plan.lossless:
-            run.note("check", "cannot tell", f"the time left allowed {samples} samples")
-            return False
-        if run.validate is not None and complete(run, most):
-            return not halving.over_limit(self.spec, accuracy)  # there are no further samples that could tell otherwise
-        return not halving.loses_too_much(self.spec, accuracy)
-
-    def _checked(self, run: CandidateRun, samples: int) -> bool:
-        if not self.evaluator.check(run, samples, self.budget.search_until):
-            run.drop("check", _broken(run))
-            return False
-        accuracy = run.tried.accuracy or {}
-        facts = {"loss_percent": accuracy.get("loss_percent"), "samples": accuracy.get("samples")}
-        run.note("check", "checked", **facts)
-        return True
-
     def _win_back(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
         """Mend those that are faster than the best accurate one and lose too much."""
         best = self._best(accurate)
         lost = [r for r in self._by_speed(self._alive()) if r.validate is not None and is_quantized(r.plan)]
         lost = [r for r in lost if halving.over_limit(self.spec, r.tried.accuracy or {})]
         mended: list[CandidateRun] = []
-        in_vain: dict[str, str] = {}  # graphs that could not be mended, and whose they were
-        for run in lost:
+        for run in [r for r in lost if r.plan.id not in self._mended]:
             floor = best[1].low * halving.WIN_BACK_GAIN if best else 1.0
             if self._speeds[run.plan.id].high < floor or not self.spec.quantization.win_back:
                 continue
             if self.budget.over(self.budget.search_until) or (run.tried.accuracy or {}).get("source") == "synthetic":
                 continue
             assert run.graph is not None  # it was built
-            graph = run.graph.key
-            if graph in in_vain:
-                run.note("win back", "not tried", f"it is the graph of {in_vain[graph]}, which could not be mended")
+            graph = (run.graph.key, json.dumps(run.runtime, sort_keys=True))
+            if graph in self._in_vain:
+                why = f"it is the graph of {self._in_vain[graph]}, which could not be mended"
+                run.note("win back", "not tried", why)
                 continue
             if self.budget.left(self.budget.search_until) < _MENDING * sum(step.seconds for step in run.steps):
                 self.found.exhausted = True
                 run.note("win back", "not tried", "the time left does not hold making its graph once more")
                 continue
-            found = WinBack(self.case, self.evaluator, self.budget, self._check).mend(run)
+            self._mended.add(run.plan.id)
+            found = WinBack(self.case, self.evaluator, self.budget, self._checker.check).mend(run)
             self.found.runs += found.tried
             if found.mended is not None:
                 mended.append(found.mended)
             else:
-                in_vain[graph] = run.plan.id
+                self._in_vain[graph] = run.plan.id
         if mended:
             self._screen(mended, _SCREEN_SECONDS, "timing of the mended ones")
         self._phase("winning accuracy back", len(mended))
@@ -285,29 +267,46 @@ class Search:
     # Runtime options and the finalists
 
     def _tune(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
-        """Other runtime options for the best engines; they are the same bytes, so their accuracy is known."""
-        leaders = self._by_speed([r for r in accurate if r.tried.failed is None])[: halving.MOST_TUNED]
-        tuned: list[CandidateRun] = []
+        """Other runtime options for the best engines, and the other batch sizes for all that can still win. Options do
+        not change the engine, so its accuracy is known, unless they change the arithmetic."""
+        alive = self._by_speed([r for r in accurate if r.tried.failed is None])
+        leaders, tuned = alive[: halving.MOST_TUNED], []
         for leader in leaders:
             for variant in self.backends[leader.plan.backend].variants(self.case, leader.plan):
                 run = CandidateRun.of(variant)
-                run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
+                if not variant.other_values:
+                    run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
                 self._tuned_of[run.plan.id] = leader.plan.id
                 self.found.runs.append(run)
                 if variant.unlikely:
                     run.drop("tuning", f"not tried: {variant.unlikely}")
                 else:
                     tuned.append(run)
-        seconds = self._seconds_each * (len(leaders) + len(tuned) + 2)
+        others = [r for r in alive if r in leaders or halving.can_win(self._speeds[r.plan.id], self._leading(leaders))]
+        seconds = self._seconds_each * (len(others) + len(tuned) + 2) * len(self._batch_sizes())
         tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until - seconds, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
-        if tuned:
-            self._screen([*leaders, *tuned], _TUNE_SECONDS, "timing of runtime options")
-        return [r for r in tuned if r.tried.failed is None]
+        untimed = {str(b) for b in self._batch_sizes()} - {b for r in others for b in (r.screened or {})["batches"]}
+        if tuned or (untimed and others and self.budget.left(self.budget.search_until) > seconds):
+            self._screen([*others, *tuned], _TUNE_SECONDS, "timing of runtime options")
+        return [r for r in tuned if r.tried.failed is None and self._keeps_its_accuracy(r)]
+
+    def _leading(self, leaders: Sequence[CandidateRun]) -> float:
+        return max((self._speeds[r.plan.id].low for r in leaders), default=0.0)
+
+    def _keeps_its_accuracy(self, run: CandidateRun) -> bool:
+        """Of one with other runtime options: known from the engine as built, unless they change the arithmetic."""
+        if not run.plan.other_values:
+            return True
+        leader = self._speeds.get(self._tuned_of[run.plan.id])
+        if leader is not None and self._speeds[run.plan.id].ratio <= leader.ratio:
+            run.drop("check", "not faster than the engine as built, and its accuracy would have to be judged anew")
+            return False
+        return not self._too_late(run, self.budget.search_until, "check") and self._checker.check(run)
 
     def _choose(self, accurate: list[CandidateRun]) -> None:
         timed = self._one_for_each_engine(accurate)
-        ranked = [(r.plan.id, self._speeds[r.plan.id], self._safe(r)) for r in timed]
+        ranked = [(r.plan.id, self._speeds[r.plan.id], self._checker.beyond_doubt(r)) for r in timed]
         chosen, reasons = halving.finalists(ranked)
         self.found.finalists = sorted((r for r in timed if r.plan.id in chosen), key=lambda r: chosen.index(r.plan.id))
         for run in timed:
@@ -315,35 +314,46 @@ class Search:
                 run.drop("finalists", reasons[run.plan.id])
         for run in self._alive():
             if run not in self.found.finalists:
-                run.drop(*self._passed_over.get(run.plan.id, ("check", self._why_not_accurate(run))))
+                run.drop(*self._passed_over.get(run.plan.id, ("check", self._checker.why_not(run))))
+        if not self.found.finalists:
+            self.found.finalists = self._without_timing()
 
     def _one_for_each_engine(self, accurate: Sequence[CandidateRun]) -> list[CandidateRun]:
-        """The fastest first; each engine with the fastest of its runtime options, which were timed side by side."""
-        best: dict[str, CandidateRun] = {}
+        """The fastest first; each engine with the best of its runtime options, which were timed side by side: of those
+        that cannot be told apart at the batch size that counts, the one that is fastest over all."""
+        engines: dict[str, list[CandidateRun]] = {}
         for run in self._by_speed([r for r in accurate if r.tried.failed is None]):
-            engine = self._tuned_of.get(run.plan.id, run.plan.id)
-            if engine in best:
-                name, ratios = best[engine].plan.name, [self._speeds[r.plan.id].ratio for r in (run, best[engine])]
-                run.drop("finalists", f"the engine of {name}, and not faster: {ratios[0]:.2f}x, {ratios[1]:.2f}x")
-            else:
-                best[engine] = run
-        return [*best.values()]
+            engines.setdefault(self._tuned_of.get(run.plan.id, run.plan.id), []).append(run)
+        kept = []
+        for runs in engines.values():
+            lead = self._speeds[runs[0].plan.id]
+            tied = [r for r in runs if halving.can_win(self._speeds[r.plan.id], lead.low)]
+            best = max(tied, key=lambda r: halving.over_all_sizes(self.spec, r.screened))
+            kept.append(best)
+            for run in [r for r in runs if r is not best]:
+                ratios = [self._speeds[r.plan.id].ratio for r in (run, best)]
+                why = f"the engine of {best.plan.name}, and not faster: {ratios[0]:.2f}x, {ratios[1]:.2f}x"
+                run.drop("finalists", why)
+        return self._by_speed(kept)
 
-    def _safe(self, run: CandidateRun) -> bool:
-        loss = (run.tried.accuracy or {}).get("loss_percent")
-        limit = self.spec.validation.max_accuracy_loss_percent
-        return run.plan.lossless or (loss is not None and loss <= limit / 2)
-
-    def _why_not_accurate(self, run: CandidateRun) -> str:
-        accuracy = run.tried.accuracy or {}
-        if accuracy.get("source") == "synthetic":
-            return "no validation data: a change of precision cannot be shown to keep its accuracy"
-        loss = accuracy.get("loss_percent")
-        shown = "an unknown part" if loss is None else f"{loss:.2f} %"
-        limit = self.spec.validation.max_accuracy_loss_percent
-        return f"accuracy loss {shown} on {accuracy.get('samples')} samples, over the limit of {limit} %"
+    def _without_timing(self) -> list[CandidateRun]:
+        """Nobody was timed and checked in time: the final measurement takes the most promising that were built, first
+        the one that is the least likely to lose accuracy."""
+        shown = self.evaluator.data.validation is not None
+        late = [r for r in self.found.runs if r.build is not None and r.plan.id in self._late]
+        late = sorted((r for r in late if shown or r.plan.lossless), key=lambda r: r.plan.prior)
+        safe = sorted(late, key=lambda r: is_quantized(r.plan))[:1]
+        chosen = [*safe, *(r for r in late if r not in safe)][: halving.MOST_FINALISTS]
+        for run in chosen:
+            run.tried.failed = None
+            run.note("finalists", "not timed before", "the time did not hold it; the final measurement tells")
+        return chosen
 
     # Small things
+
+    def _batch_sizes(self) -> list[int]:
+        """Those that the original takes, as far as it is known."""
+        return [b for b in self.spec.benchmark.batch_sizes if b not in self._refused]
 
     def _alive(self) -> list[CandidateRun]:
         return [r for r in self.found.runs if r.tried.failed is None and r.build is not None]
@@ -360,6 +370,7 @@ class Search:
         if not self.budget.over(until):
             return False
         self.found.exhausted = True
+        self._late.add(run.plan.id)
         run.drop(phase, _OUT_OF_TIME.format(self.spec.budget_seconds))
         return True
 
@@ -376,8 +387,3 @@ def _call_ms(at: Mapping[str, Any]) -> float:
 
 def _calibrates(run: CandidateRun) -> bool:
     return any("calibration" in step.extra for step in run.plan.steps)
-
-
-def _broken(run: CandidateRun) -> str:
-    broken = (run.tried.accuracy or {}).get("broken") or {}
-    return f"output broken: {broken.get('detail', 'it could not be checked')}"

@@ -58,6 +58,8 @@ class WinBack:
             return False
         if (made.tried.accuracy or {}).get("loss_percent", 100.0) > self.spec.validation.max_accuracy_loss_percent:
             return False
+        if found.mended is not None:
+            found.mended.drop(PHASE, f"{candidate.name} keeps the limit, too, and is quantized further")
         found.mended = made
         made.note(PHASE, "keeps the limit")
         return True

@@ -37,6 +37,7 @@ from workers.backends._precision_ranges import RANGES_FILE, RANGES_FORMAT, read_
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
+from workers.onnx_graph import all_nodes
 
 OLDEST_OPSET = 13
 _TRIAL_SAMPLES = 8
@@ -54,7 +55,7 @@ class ConvertOptions(StageOptions):
     high_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     op_types: list[str] | None = Field(default=None, min_length=1)
     exclude_nodes: list[str] = Field(default_factory=list)
-    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
     block_size: Literal[32, 64, 128] = 128
     max_samples: int = Field(default=512, ge=1)
@@ -109,7 +110,7 @@ def _check_source(model: ModelProto, options: ConvertOptions) -> None:
     if opset < OLDEST_OPSET:
         detail = f"Explicit precision needs opset {OLDEST_OPSET}; the model has {opset}."
         raise model_failure("opset_too_old", detail, remedy="Export the model with opset 17 or later.")
-    unknown = sorted(set(options.exclude_nodes) - {n.name for n in model.graph.node})
+    unknown = sorted(set(options.exclude_nodes) - {n.name for n in all_nodes(model)})
     if unknown:
         raise StageFailure(
             "unknown_node",

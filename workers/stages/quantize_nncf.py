@@ -22,7 +22,7 @@ from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.inputs import fixed_batch
 from workers.onnx_files import size_of
-from workers.onnx_graph import describe_structure
+from workers.onnx_graph import all_nodes, describe_structure
 
 _FEWEST_SAMPLES = 16  # that a calibration takes whatever the deadline
 
@@ -140,7 +140,7 @@ def _check_source(graph: ModelProto) -> None:
 
 def _excluded(options: QuantizeNncfOptions, graph: ModelProto, by_name: Mapping[str, list[str]]) -> list[str]:
     """The OpenVINO nodes of `exclude_nodes`. A node that conversion removed needs no exclusion."""
-    known = {node.name for node in graph.graph.node}
+    known = {node.name for node in all_nodes(graph)}  # those inside If and Loop are never quantized anyway
     for name in sorted(options.exclude_nodes):
         if name not in known:
             raise StageFailure(

@@ -22,12 +22,13 @@ class ReferenceOutputs(Stage[ReferenceOutputsOptions]):
     (what `validate` takes as `expected`; an index alone where nothing is stored).
 
     data: stored, reason (why not), samples (whose outputs are stored), batch_size, bytes, complete (False: the deadline
-    stopped it; `validate` runs the original for the rest), source, part, left_out, samples_digest, model_digest.
+    stopped it; `validate` runs the original for the rest), usable (samples there are to judge by), source, part,
+    left_out, samples_digest, model_digest.
     Nothing is stored where the outputs would take more than `max_bytes`, or hold text.
     """
 
     name = "reference_outputs"
-    version = 1
+    version = 2
     Options = ReferenceOutputsOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -67,6 +68,7 @@ class ReferenceOutputs(Stage[ReferenceOutputsOptions]):
             "batch_size": original.batch,
             "bytes": writer.bytes,
             "complete": complete,
+            "usable": samples.usable if samples is not None else None,
             "source": "synthetic" if samples is None else "dataset",
             "part": options.part,
             "left_out": samples.excluded if samples is not None else 0,

@@ -1,0 +1,103 @@
+"""The accuracy checks of a search: on a few samples first; on all where those cannot tell and the time holds it."""
+
+from __future__ import annotations
+
+from app.domain.failures import StageFailure
+from app.domain.spec import OptimizationSpec
+from workers.pipeline import halving
+from workers.pipeline.budget import Budget
+from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
+
+_FEW = 96  # samples of the small check
+_AT_ONCE = 4 * _FEW
+_FEWEST = 32  # below which a check that ran out of time says nothing
+_FULL_SHARE = 0.5  # of the time left to the search, at most, for a check on all samples
+
+
+class Checker:
+    """Of one job. What it asks of one candidate it learns from those before: how many samples, how long they take."""
+
+    def __init__(self, spec: OptimizationSpec, evaluator: Evaluator, budget: Budget) -> None:
+        self.spec, self.evaluator, self.budget = spec, evaluator, budget
+        self._few = _FEW
+
+    def check(self, run: CandidateRun) -> bool:
+        """Whether it keeps the limit, as far as the samples judged can tell; dropped where its outputs are broken."""
+        most = self.spec.validation.max_samples
+        if not self._judged(run, min(self._few, most)):
+            return False
+        if self._cannot_tell(run) and not complete(run, most) and self._fits(run, most):
+            # One flip among few samples is no loss that mending could find, and none among few is no proof.
+            if not self._judged(run, most):
+                return False
+            if (run.tried.accuracy or {}).get("samples", most) <= _AT_ONCE:
+                self._few = most  # too few for one are too few for the next, and all are not many
+        accuracy = run.tried.accuracy or {}
+        if accuracy.get("source") == "synthetic" and not run.plan.lossless:
+            run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
+            return False
+        samples = accuracy.get("samples", 0)
+        if samples < _FEWEST and not accuracy.get("complete", True) and not run.plan.lossless:
+            run.note("check", "cannot tell", f"the time left allowed {samples} samples")
+            return False
+        if run.validate is not None and complete(run, most):
+            return not halving.over_limit(self.spec, accuracy)  # there are no further samples that could tell otherwise
+        return not halving.loses_too_much(self.spec, accuracy)
+
+    def beyond_doubt(self, run: CandidateRun) -> bool:
+        """Whether no further sample will show that it loses too much."""
+        accuracy, limit = run.tried.accuracy or {}, self.spec.validation.max_accuracy_loss_percent
+        if run.plan.lossless:
+            return True
+        if halving.over_limit(self.spec, accuracy):
+            return False
+        interval = accuracy.get("loss_ci")
+        whole = run.validate is not None and complete(run, self.spec.validation.max_samples)
+        return whole or bool(interval and interval[1] <= limit)
+
+    def why_not(self, run: CandidateRun) -> str:
+        """For the report: why a checked candidate cannot ship."""
+        accuracy = run.tried.accuracy or {}
+        if accuracy.get("source") == "synthetic":
+            return "no validation data: a change of precision cannot be shown to keep its accuracy"
+        loss, samples = accuracy.get("loss_percent"), accuracy.get("samples")
+        if loss is not None and not halving.over_limit(self.spec, accuracy):
+            return f"the time left allowed {samples} samples: too few to show that it keeps the accuracy"
+        shown = "an unknown part" if loss is None else f"{loss:.2f} %"
+        limit = self.spec.validation.max_accuracy_loss_percent
+        return f"accuracy loss {shown} on {samples} samples, over the limit of {limit} %"
+
+    def _judged(self, run: CandidateRun, samples: int) -> bool:
+        most = self.spec.validation.max_samples
+        try:
+            sound = self.evaluator.check(run, samples, self.budget.search_until)
+        except StageFailure as failure:
+            if failure.code != "metric_undefined" or samples >= most:
+                raise
+            self._few = most  # so few of them are all of one kind; all of them may not be
+            return self._judged(run, most)
+        if not sound:
+            run.drop("check", _broken(run))
+            return False
+        accuracy = run.tried.accuracy or {}
+        facts = {"loss_percent": accuracy.get("loss_percent"), "samples": accuracy.get("samples")}
+        run.note("check", "checked", **facts)
+        return True
+
+    def _cannot_tell(self, run: CandidateRun) -> bool:
+        accuracy = run.tried.accuracy or {}
+        if accuracy.get("source") == "synthetic" or halving.loses_too_much(self.spec, accuracy):
+            return False
+        return not self.beyond_doubt(run)
+
+    def _fits(self, run: CandidateRun, samples: int) -> bool:
+        expected = self.evaluator.expected_check_seconds(run, samples)
+        if expected <= _FULL_SHARE * self.budget.left(self.budget.search_until):
+            return True
+        run.note("check", "not judged on all samples", f"that would take {expected:.0f} s, too long for the search")
+        return False
+
+
+def _broken(run: CandidateRun) -> str:
+    broken = (run.tried.accuracy or {}).get("broken") or {}
+    return f"output broken: {broken.get('detail', 'it could not be checked')}"
