@@ -45,10 +45,13 @@ ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     ANNEAL_HOME=/var/lib/anneal \
+    WORKER_LOCK_DIR=/var/lib/anneal-locks \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /srv/anneal
 USER 10001:10001
+# The locks are shared: workers of one machine use a GPU in turns. Mount one volume there in all of them.
 VOLUME /var/lib/anneal
+VOLUME /var/lib/anneal-locks
 # Its heartbeat in the database, which goes on while a job runs in a child.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 \
     CMD ["python", "/srv/anneal/docker/worker_health.py"]

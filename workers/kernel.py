@@ -173,6 +173,8 @@ class Backend(ABC):
     signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
+    stops: ClassVar[bool] = False  # its build takes the option `max_seconds`, and ends by itself
+    script_libraries: ClassVar[tuple[str, ...]] = ()  # what `infer_script` imports, where that differs from `libraries`
     device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -76,8 +77,11 @@ class WorkerService:
         self.shared_caches = SharedCaches(self.content.store, settings.home_dir / "cache")
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA's numbers are nvidia-smi's
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
-        if self.hardware["gpu"]:  # its stages, children of this process, see no other
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(self.hardware["gpu"]["uuid"])
+        card = self.hardware["gpu"]
+        if settings.worker.gpu and not card:
+            sys.exit(f"WORKER_GPU={settings.worker.gpu} names no GPU of this machine; `nvidia-smi -L` lists them.")
+        # Its stages, children of this process, see this one and no other; or none, for which it holds no lock.
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(card["uuid"]) if card else "-1"
         self.fingerprint = fingerprint(self.hardware)
         infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]

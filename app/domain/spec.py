@@ -110,6 +110,32 @@ class Quantization(_Strict):
     win_back: bool = True
 
 
+class ValueRange(_Strict):
+    """Smallest, most usual and largest values of an input that sets the shapes of other tensors."""
+
+    min: list[int] = Field(min_length=1, max_length=64)
+    opt: list[int] = Field(min_length=1, max_length=64)
+    max: list[int] = Field(min_length=1, max_length=64)
+
+
+class TensorRt(_Strict):
+    """How TensorRT builds its engines; docs/gpu.md. `profiles`: several ranges of shapes instead of the job's `shapes`,
+    one optimization profile each."""
+
+    profiles: list[dict[Name, ShapeRange]] | None = Field(default=None, min_length=1, max_length=8)
+    shape_values: dict[Name, ValueRange] | None = None
+    workspace_mb: int | None = Field(default=None, ge=1, le=1 << 20)
+    optimization_level: int = Field(default=3, ge=0, le=5)
+    max_tactics: int | None = Field(default=None, ge=1, le=10_000)
+    avg_timing_iterations: int = Field(default=8, ge=1, le=64)
+    max_aux_streams: int | None = Field(default=None, ge=0, le=16)
+    sparsity: bool = False
+    version_compatible: bool = False
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    timing_cache: bool = True
+    exact_timing: bool = False
+
+
 class Webhook(_Strict):
     url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)]
 
@@ -127,5 +153,12 @@ class OptimizationSpec(_Strict):
     cost: Cost | None = None
     search: Search = Search()
     quantization: Quantization = Quantization()
+    tensorrt: TensorRt = TensorRt()
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     webhook: Webhook | None = None
+
+    @model_validator(mode="after")
+    def _shapes_once(self) -> OptimizationSpec:
+        if self.shapes and self.tensorrt.profiles:
+            raise ValueError("give either shapes or tensorrt.profiles, not both")
+        return self

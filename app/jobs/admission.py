@@ -168,7 +168,8 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
         )
     if target.hardware:
         return queue_for("", target.hardware, model_format)
-    devices = {d for w in fitting for b in w.backends for d in b["devices"]}
+    usable = [b for w in fitting for b in w.backends if target.backends is None or b["name"] in target.backends]
+    devices = {d for b in usable for d in b["devices"]}
     if target.device != "auto":
         return queue_for(target.device, None, model_format)
     return queue_for("cuda" if "cuda" in devices else "cpu", None, model_format)

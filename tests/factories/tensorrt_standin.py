@@ -398,7 +398,8 @@ class Runtime:
         self._logger = logger
         self.engine_host_code_allowed = False
 
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+    def deserialize_cuda_engine(self, serialized_engine: bytes | memoryview) -> ICudaEngine | None:
+        serialized_engine = bytes(serialized_engine)
         if behaviour.load_error is not None or not serialized_engine.startswith(MAGIC):
             self._logger.log(ILogger.Severity.ERROR, behaviour.load_error or "Magic tag does not match")
             return None

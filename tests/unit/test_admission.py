@@ -52,6 +52,14 @@ def test_jobs_go_to_the_queue_of_their_hardware() -> None:
     assert choose_queue(_spec(target={"hardware": "cpu-x"}), "onnx", [_worker()]) == "anneal.hw.cpu-x"
 
 
+def test_a_job_that_may_use_cpu_backends_only_does_not_wait_for_a_gpu() -> None:
+    cpu = _worker()
+    card = {"name": "onnxruntime-cuda", "versions": {}, "devices": ["cuda"], "precisions": ["fp32"]}
+    both = Worker(id="b", hardware={"id": "x"}, backends=[*cpu.backends, card], formats=["onnx"], queues=[])
+    assert choose_queue(_spec(), "onnx", [both]) == "anneal.cuda"
+    assert choose_queue(_spec(target={"backends": ["onnxruntime"]}), "onnx", [both]) == "anneal.cpu"
+
+
 def _gpu_worker() -> Worker:
     backend = {"name": "onnxruntime-cuda", "versions": {}, "devices": ["cuda"], "precisions": ["fp32", "fp16"]}
     hardware = {"id": "gpu-nvidia-h100"}

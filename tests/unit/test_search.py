@@ -13,7 +13,8 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers import recipes
 from workers.backends.onnxruntime import OnnxRuntimeBackend
-from workers.candidates import Candidate, Case
+from workers.candidates import Candidate, Case, Step
+from workers.pipeline import winback
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.planner import Plan
@@ -233,6 +234,14 @@ def test_an_engine_is_a_finalist_with_the_fastest_of_its_options(search: Any) ->
     assert _finalists(found) == ["fp32.t1", "odd-bf16"]
     assert "the engine of" in _reason(found, "fp32")
     assert "the engine of" in _reason(found, "odd-bf16.t1")
+
+
+def test_eight_bits_for_a_gpu_are_mended_too() -> None:
+    plain, step = recipes.simplify(), Step("convert", {"recipe": "fp8"})
+    assert winback.is_quantized(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
+    assert not winback.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
+    kept = winback.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
+    assert kept.steps[1].options["exclude_nodes"] == ["/fc/MatMul"]
 
 
 def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:

@@ -245,6 +245,33 @@ def test_what_another_build_stored_meanwhile_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("behaviour")
+def test_a_timing_cache_that_cannot_be_kept_costs_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(timing, "merge", full)
+    assert make(models.mlp(), tmp_path)["timing_cache"] == {"used": False, "stored": False}
+    assert (tmp_path / "engine" / "engine.plan").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("behaviour")
+def test_a_state_of_another_kind_waits_and_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, others = tmp_path / "shared.cache", tmp_path / "shared.others"
+    others.mkdir()
+    ours, theirs = tensorrt_standin.IBuilderConfig(), tensorrt_standin.IBuilderConfig()
+    for config, where in ((ours, path), (theirs, others / "state")):
+        timing.attach(config, None)  # type: ignore[arg-type]
+        timing.merge(config, where)  # type: ignore[arg-type]
+    timing.attach(ours, None)  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr(tensorrt_standin.ITimingCache, "combine", lambda *_, **__: False)
+        timing.merge(ours, path)  # type: ignore[arg-type]
+    assert (others / "state").exists()
+    timing.merge(ours, path)  # type: ignore[arg-type]
+    assert not (others / "state").exists()
+
+
+@pytest.mark.usefixtures("behaviour")
 def test_an_exact_rebuild_without_the_cache(tmp_path: Path) -> None:
     assert refused(models.mlp(), tmp_path, exact_timing=True).code == "timing_cache_miss"
 
@@ -297,7 +324,7 @@ def test_a_precision_that_the_gpu_lacks(tmp_path: Path, monkeypatch: pytest.Monk
     assert refused(models.mlp(), tmp_path, precision="fp8").code == "precision_unsupported"
     info = TensorRtBackend().probe({})
     assert info is not None
-    assert info.precisions == ("fp32", "fp16", "bf16", "int8")
+    assert info.precisions == ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 @pytest.mark.usefixtures("behaviour")

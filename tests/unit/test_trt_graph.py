@@ -15,6 +15,7 @@ from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models as models
 from workers.backends import _trt_recipes
 from workers.backends._trt_graph import GraphFacts, check_gpu, read_graph
+from workers.backends._trt_options import BuildOptions
 from workers.backends._trt_probe import Gpu, capability, gpu_from
 from workers.candidates import Case
 
@@ -81,6 +82,21 @@ def test_asymmetric_quantization_is_refused(zero: int, dtype: Any, tmp_path: Pat
     assert (failure.code, failure.node) == ("asymmetric_quantization", "quantize")
 
 
+@pytest.mark.parametrize(("attributes", "taken"), [({}, False), ({"output_dtype": TensorProto.INT8}, True)])
+def test_without_a_zero_point_the_type_decides(attributes: dict[str, int], taken: bool, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"], name="quantize", **attributes),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["y"], name="dequantize"),
+    ]
+    ends = [models.value("x", ["b", 4])], [models.value("y", ["b", 4])]
+    model = models.make_model(nodes, *ends, [models.tensor("s", 0.1)])
+    model.opset_import[0].version = 21
+    if taken:
+        read_graph(folder(model, tmp_path))
+    else:
+        assert refused(model, tmp_path).code == "asymmetric_quantization"
+
+
 def test_precisions_of_a_graph(tmp_path: Path) -> None:
     assert read_graph(folder(quantized(0, np.int8), tmp_path)).precisions == ("int8",)
     half = helper.make_node("Cast", ["x"], ["y"], name="n", to=TensorProto.BFLOAT16)
@@ -123,6 +139,23 @@ def case(*, cc: str | None = "9.0", kind: str = "cnn", ops: dict[str, int] | Non
         has_calibration=changes.pop("has_calibration", True),
         **changes,
     )
+
+
+def test_the_jobs_build_options_reach_every_candidate() -> None:
+    profiles = [{"x": {"min": [1, 4], "opt": [b, 4], "max": [b, 4]}} for b in (1, 8)]
+    asked = {"workspace_mb": 512, "optimization_level": 5, "profiles": profiles}
+    for candidate in _trt_recipes.propose(case(spec={"tensorrt": asked})).candidates:
+        options = BuildOptions.model_validate(candidate.build_options)
+        assert (options.workspace_mb, options.optimization_level) == (512, 5)
+        assert options.profiles == profiles
+    with pytest.raises(ValueError, match="not both"):
+        case(spec={"tensorrt": asked, "shapes": profiles[0]})
+
+
+def test_convolutions_like_int8_and_products_fp8() -> None:
+    for kind, first in (("cnn", "trt-int8"), ("transformer", "trt-fp8")):
+        found = _trt_recipes.propose(case(kind=kind)).candidates
+        assert min(found, key=lambda c: c.prior).id == first
 
 
 def test_candidates_by_compute_capability() -> None:

@@ -302,7 +302,8 @@ def test_only_what_this_installation_built_is_loaded(tmp_path: Path, behaviour: 
     plan.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert (refused().code, "after it was signed" in refused().detail) == ("engine_untrusted", True)
     plan.write_bytes(whole)
-    for change in ({"tensorrt": "11.5"}, {"plan_sha256": "0" * 64}, {"hmac_sha256": ""}, {"hmac_sha256": "ü"}):
+    for change in ({"tensorrt": "11.5"}, {"plan_sha256": "0" * 64}, {"hmac_sha256": ""}, {"hmac_sha256": "ü"},
+                   {"hmac_sha256": "\ud800"}, {"precision": float("nan")}):  # fmt: skip
         sidecar.write_text(json.dumps({**facts, **change}))
         assert refused().code == "engine_untrusted"
     for text in ("{", "[]", "{}", '{"format": "anneal-tensorrt-plan/1"}'):

@@ -10,6 +10,7 @@ from workers import recipes
 from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 
 _NAME = "onnxruntime-cuda"
+_RANGE_SAMPLES = 32  # each is an inference on the CPU
 
 
 def compute_capability(hardware: Mapping[str, Any]) -> float:
@@ -41,7 +42,7 @@ def propose(case: Case) -> Proposal:
         if case.quantized or not convertible:
             skipped.append(Skipped(f"ortcuda-{precision}", "the model has no float32 products to convert"))
             continue
-        steps = [recipes.simplify(), Step("convert", {"recipe": precision})]
+        steps = [recipes.simplify(), _converted(case, precision)]
         candidates.append(_candidate(f"ortcuda-{precision}", f"CUDA, {precision}", precision, steps, prior=prior))
     if case.wants("int8"):
         _int8(case, candidates, skipped)
@@ -54,6 +55,16 @@ def variants(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
     if case.kind == "cnn" and candidate.precision in ("fp16", "bf16"):
         found.append(candidate.variant("nhwc", "channels last, CUDA graph", cuda_graph=True, prefer_nhwc=True))
     return tuple(found)
+
+
+def _converted(case: Case, precision: str) -> Step:
+    """Where there are data, a few samples tell which nodes leave float16's range, and stay in float32."""
+    options = {"recipe": precision, **recipes.kept_nodes(case)}
+    if precision != "fp16" or not case.has_calibration:
+        return Step("convert", options)
+    calibration = recipes.calibration_options(case)
+    calibration["max_samples"] = min(calibration["max_samples"], _RANGE_SAMPLES)
+    return Step("convert", {**options, **calibration}, ("calibration",))
 
 
 def _int8(case: Case, candidates: list[Candidate], skipped: list[Skipped]) -> None:

@@ -69,14 +69,14 @@ def build(model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> 
         kept, filled = timing.attach(state.config, path)
         cache_facts = {"used": filled}
     plan = _build_plan(state, Progress(reporter, options.max_seconds))
-    if options.timing_cache:
-        cache_facts |= timing.merge(state.config, path)
-        del kept
     with (out / PLAN_FILE).open("wb") as file:
         file.write(memoryview(plan))
-    del plan
+    if options.timing_cache:
+        cache_facts |= _cache_kept(state, path, reporter)
+        del kept
     reporter.progress(BUILDING[1], "TensorRT: reading the plan")
-    found = _inspect(state, out / PLAN_FILE, _ops(model))
+    found = _inspect(state, plan, _ops(model))
+    del plan
     return _result(state, out, facts, wanted, found, cache_facts)
 
 
@@ -213,12 +213,22 @@ def _build_plan(state: _Building, progress: Progress) -> tensorrt.IHostMemory:
     return plan
 
 
-def _inspect(state: _Building, plan: Path, ops: Mapping[str, str]) -> dict[str, Any]:
-    """Load the plan that was just built, and read what it is made of and what memory it takes."""
+def _cache_kept(state: _Building, path: Path | None, reporter: Reporter) -> dict[str, Any]:
+    """What became of the timing cache. A full disk or a folder without rights costs the next build time, not this
+    one its plan."""
+    try:
+        return timing.merge(state.config, path)
+    except Exception as error:  # the binding's own kinds, too
+        reporter.note("TensorRT's timing cache was not kept.", reason=str(error)[:300])
+        return {"stored": False}
+
+
+def _inspect(state: _Building, plan: tensorrt.IHostMemory, ops: Mapping[str, str]) -> dict[str, Any]:
+    """Load the plan that was just built, from memory, and read what it is made of and what memory it takes."""
     import tensorrt as trt
 
     runtime = trt.Runtime(state.logger)
-    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    engine = runtime.deserialize_cuda_engine(memoryview(plan))
     if engine is None:
         raise messages.load_failure(state.log)
     found = read_inspection(inspection_of(engine), ops)

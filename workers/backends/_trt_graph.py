@@ -141,13 +141,22 @@ def _check_zero_points(model: ModelProto) -> None:
     for node in _constants(model):
         stored[node.output[0]] = next(a.t for a in node.attribute if a.name == "value")
     for node in all_nodes(model):
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3 or not node.input[2]:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        zero = stored.get(node.input[2])
-        if zero is None:  # computed: TensorRT's own parser judges
-            continue
-        asymmetric = zero.data_type == TensorProto.UINT8
-        if not asymmetric and zero.data_type == TensorProto.INT8 and zero.data_location != TensorProto.EXTERNAL:
+        if len(node.input) < 3 or not node.input[2]:  # without a zero point ONNX quantizes to uint8
+            kind = next((a.i for a in node.attribute if a.name == "output_dtype"), 0) or TensorProto.UINT8
+            zero, asymmetric = None, node.op_type == "QuantizeLinear" and kind == TensorProto.UINT8
+        else:
+            zero = stored.get(node.input[2])
+            if zero is None:  # computed: TensorRT's own parser judges
+                continue
+            asymmetric = zero.data_type == TensorProto.UINT8
+        if (
+            zero is not None
+            and not asymmetric
+            and zero.data_type == TensorProto.INT8
+            and zero.data_location != TensorProto.EXTERNAL
+        ):
             asymmetric = bool(numpy_helper.to_array(zero).any())
         if asymmetric:
             raise model_failure(

@@ -43,11 +43,12 @@ class BuildOptions(_Options):
 
 class RuntimeOptions(_Options):
     """How to run. `cuda_graph`: replay one captured enqueue instead of launching every kernel. `transfers`: whether a
-    bound call copies inputs to the GPU and outputs back, as an application with its data in host memory sees it.
+    bound call copies inputs to the GPU and outputs back, too. Not by default: all GPU backends are timed on inputs that
+    lie on the GPU, and their profile tells the transfers apart.
     `declared`: dtype by tensor where the model's differs from the engine's. `profile`: use this one only."""
 
     cuda_graph: bool = False
-    transfers: bool = True
+    transfers: bool = False
     profile: int | None = Field(default=None, ge=0, le=63)
     declared: dict[str, str] = Field(default_factory=dict)
 

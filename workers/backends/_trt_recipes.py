@@ -19,6 +19,8 @@ CONVERTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 # What the rest of a graph computes in, for a candidate's name.
 _REST = {"fp16": "", "bf16": "", "int8": ", the rest fp16", "fp8": ", the rest fp16", "int4": " weights, the rest fp16"}
 _PRIORS = {"fp32": 0.85, "tf32": 0.7, "fp16": 0.4, "bf16": 0.45, "int8": 0.3, "fp8": 0.3, "int4": 0.6}
+# int8 has kernels for every convolution, fp8 for products and attention.
+_PRIORS_BY_KIND = {"cnn": {"int8": 0.25, "fp8": 0.42}, "transformer": {"int8": 0.38, "fp8": 0.28}}
 
 
 def propose(case: Case) -> Proposal:
@@ -85,8 +87,14 @@ def _step(case: Case, precision: str) -> Step:
 
 
 def _candidate(case: Case, cid: str, name: str, precision: str, steps: list[Step], *, tf32: bool) -> Candidate:
-    options = {"precision": precision, "tf32": tf32, "batch_sizes": sorted(case.spec.benchmark.batch_sizes)}
-    prior = _PRIORS["tf32" if precision == "fp32" and tf32 else precision]
+    options = {
+        **case.spec.tensorrt.model_dump(exclude_defaults=True),
+        "precision": precision,
+        "tf32": tf32,
+        "batch_sizes": sorted(case.spec.benchmark.batch_sizes),
+    }
+    priors = _PRIORS | _PRIORS_BY_KIND.get(case.kind, {})
+    prior = priors["tf32" if precision == "fp32" and tf32 else precision]
     # TF32 keeps ten bits of the mantissa: only plain fp32 differs by rounding alone.
     lossless = precision == "fp32" and not tf32
     return Candidate(cid, name, _NAME, precision, tuple(steps), options, lossless=lossless, prior=prior)

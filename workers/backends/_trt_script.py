@@ -42,15 +42,18 @@ DECLARED = RUNTIME.get("declared", {})
 class OutputAllocator(trt.IOutputAllocator):
     """Memory for outputs whose shape depends on the data."""
 
-    def __init__(self):
+    def __init__(self, on_host):
         trt.IOutputAllocator.__init__(self)
-        self.memory, self.sizes, self.shapes = {}, {}, {}
+        self.memory, self.sizes, self.shapes, self.on_host = {}, {}, {}, on_host
 
     def reallocate_output(self, tensor_name, memory, size, alignment):
-        if size > self.sizes.get(tensor_name, 0):
-            self.memory[tensor_name] = cuda.mem_alloc(max(size, 1))
+        if size > self.sizes.get(tensor_name, -1):
+            room = max(size, 1)
+            on_host = tensor_name in self.on_host
+            self.memory[tensor_name] = np.empty(room, np.uint8) if on_host else cuda.mem_alloc(room)
             self.sizes[tensor_name] = size
-        return int(self.memory[tensor_name])
+        found = self.memory[tensor_name]
+        return found.ctypes.data if tensor_name in self.on_host else int(found)
 
     def reallocate_output_async(self, tensor_name, memory, size, alignment, stream):
         return self.reallocate_output(tensor_name, memory, size, alignment)
@@ -131,7 +134,7 @@ class Engine:
         self.choose_profile(feeds)
         kept = []
         for name in self.inputs:
-            array = np.ascontiguousarray(feeds[name], dtype=numpy_dtype(self.engine.get_tensor_dtype(name)))
+            array = np.asarray(feeds[name], dtype=numpy_dtype(self.engine.get_tensor_dtype(name)), order="C")
             check(self.context.set_input_shape(name, array.shape), f"take {array.shape} for {name}")
             if self.engine.get_tensor_location(name) == trt.TensorLocation.HOST:
                 address = array.ctypes.data
@@ -144,13 +147,14 @@ class Engine:
             check(self.context.set_tensor_address(name, address), f"take the memory of {name}")
         lacking = self.context.infer_shapes()
         check(not lacking, f"infer shapes: it lacks {lacking}")
-        allocator = OutputAllocator()
+        host = {n for n in self.outputs if self.engine.get_tensor_location(n) == trt.TensorLocation.HOST}
+        allocator = OutputAllocator(host)
         placed = {}
         for name in self.outputs:
             dtype, shape = numpy_dtype(self.engine.get_tensor_dtype(name)), tuple(self.context.get_tensor_shape(name))
             if -1 in shape:
                 check(self.context.set_output_allocator(name, allocator), f"take an allocator for {name}")
-            elif self.engine.get_tensor_location(name) == trt.TensorLocation.HOST:
+            elif name in host:
                 placed[name] = np.empty(shape, dtype)
                 check(self.context.set_tensor_address(name, placed[name].ctypes.data), f"take the memory of {name}")
             else:
@@ -164,7 +168,9 @@ class Engine:
             if not isinstance(found, np.ndarray):
                 shape = allocator.shapes.get(name) or tuple(self.context.get_tensor_shape(name))
                 array = np.empty(shape, numpy_dtype(self.engine.get_tensor_dtype(name)))
-                if array.nbytes:
+                if array.nbytes and name in host:
+                    array.reshape(-1).view(np.uint8)[...] = allocator.memory[name][: array.nbytes]
+                elif array.nbytes:
                     cuda.memcpy_dtoh(array, found if found is not None else allocator.memory[name])
                 found = array
             results[name] = found.astype(DECLARED[name]) if name in DECLARED else found

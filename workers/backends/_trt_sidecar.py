@@ -63,12 +63,16 @@ def read_verified(folder: Path) -> tuple[dict[str, Any], bytes]:
     if sidecar.stat().st_size <= _LARGEST_SIDECAR:
         try:
             body = json.loads(sidecar.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise _untrusted("its sidecar is not one that this service wrote")
-    signature = str(body.pop("hmac_sha256", ""))
-    if not hmac.compare_digest(signature.encode(), _signature(require_key(), body).encode()):
+    signature, key = str(body.pop("hmac_sha256", "")), require_key()
+    try:
+        signed = hmac.compare_digest(signature.encode(), _signature(key, body).encode())
+    except (ValueError, RecursionError):  # NaN, a lone surrogate, lists in lists: not what was written here
+        signed = False
+    if not signed:
         raise _untrusted("its signature does not fit: another installation built it, or the sidecar was changed")
     content = plan.read_bytes()
     if not hmac.compare_digest(str(body["plan_sha256"]), hashlib.sha256(content).hexdigest()):

@@ -53,25 +53,25 @@ def attach(config: tensorrt.IBuilderConfig, path: Path | None) -> tuple[tensorrt
 
 
 def merge(config: tensorrt.IBuilderConfig, path: Path | None) -> dict[str, Any]:
-    """Lay what this build measured into `path`, with what lies beside it, which is then removed; returns the size and
-    digest of what is stored there."""
+    """Lay what this build measured into `path`, with what lies beside it, which is then removed (of another kind: it
+    stays); returns the size and digest of what is stored there."""
     cache = config.get_timing_cache()
     if path is None or cache is None:
         return {"stored": False}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
-        merged = _all(path)
-        for file in merged:
+        done = []
+        for file in _all(path):
             other = _parsed(config, _read(file))
-            if other is not None:
-                cache.combine(other, ignore_mismatch=False)
+            if other is None or cache.combine(other, ignore_mismatch=False):  # what cannot be read is of no use either
+                done.append(file)
         content = bytes(memoryview(cache.serialize()))
         if len(content) > installation.LARGEST_CACHE:
             return {"stored": False}
         temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temp.write_bytes(content)
         temp.replace(path)
-        for file in merged:
+        for file in done:
             if file != path:
                 file.unlink(missing_ok=True)
     return {"stored": True, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from app.domain.failures import StageFailure
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_recipes as trt_recipes
 from workers.backends._options import parsed
@@ -36,6 +38,8 @@ class TensorRtBackend(Backend):
     device: ClassVar[str] = "cuda"
     signed: ClassVar[bool] = True
     shares_cache: ClassVar[bool] = True
+    stops: ClassVar[bool] = True
+    script_libraries: ClassVar[tuple[str, ...]] = (*libraries, "pycuda", "ml-dtypes")
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:  # noqa: ARG002  (it asks the driver itself)
         """None without the library, a driver or a GPU. Asks the driver in a child process, so that the worker may go on
@@ -49,7 +53,7 @@ class TensorRtBackend(Backend):
             version = require_tensorrt()
         except Exception:  # a broken installation must not take the worker down
             return None
-        precisions = ("fp32", *(p for p in ("fp16", "bf16", "int8", "fp8") if gpu.supports(*NEEDS[p])))
+        precisions = ("fp32", *(p for p in ("fp16", "bf16", "int8", "fp8", "int4") if gpu.supports(*NEEDS[p])))
         versions = {"tensorrt": version, "cuda": gpu.cuda, "driver": gpu.driver}
         return BackendInfo(self.name, {k: v for k, v in versions.items() if v}, ("cuda",), precisions)
 
@@ -94,7 +98,14 @@ class TensorRtBackend(Backend):
             if plan is None:
                 raise messages.load_failure(log)
             opened = ExitStack()
-            session = TensorRtSession(made, plan, cuda, log, options, specs, opened)
+            try:
+                session = TensorRtSession(made, plan, cuda, log, options, specs, opened)
+            except StageFailure as failure:
+                # TensorRT's objects go before their CUDA context, and a traceback would keep them longer.
+                del plan, made
+                traceback.clear_frames(failure.__traceback__)
+                gc.collect()
+                raise
             del plan, made
             opened.callback(id, logger)  # kept until then: TensorRT's objects hold no reference to their logger
             opened.push(opening.pop_all())

@@ -17,6 +17,7 @@ from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.select import Tried, primary_batch
 
 SEED = 20_240_229
+NO_MEMORY = ("out_of_memory", "gpu_out_of_memory")
 WEIGHTS = {
     "export": 2.0,
     "simplify": 1.0,
@@ -33,6 +34,7 @@ WEIGHTS = {
     "package": 1.0,
 }
 _LOADED_FACTOR = 1.6  # memory of a loaded engine over the size of its file: weights, packed copies of some, activations
+_GPU_SHARE = 0.85  # of its memory: each process has a CUDA context of its own
 _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
 
 
@@ -247,7 +249,7 @@ class Evaluator:
             try:
                 found = self.call("reference_outputs", inputs, options, None, until)
             except StageFailure as failure:
-                if failure.code not in ("timed_out", "out_of_memory"):
+                if failure.code not in ("timed_out", *NO_MEMORY):
                     raise
                 return None
             self._references[samples] = found
@@ -295,10 +297,20 @@ class Evaluator:
         weight = (0.5 if screening else 2.0) * (len(runs) + 2)
         return self.call("benchmark", inputs, options, None, until, weight=weight)
 
+    def _memory_bytes(self) -> float:
+        """Of what holds the engines: the GPU's where they run there, else the worker's."""
+        card = self.runner.hardware.get("gpu") or {}
+        on_gpu = self.baseline_backend != "onnxruntime" and card.get("memory_bytes")
+        return (
+            min(self.runner.limits.memory_bytes, _GPU_SHARE * card["memory_bytes"])
+            if on_gpu
+            else (self.runner.limits.memory_bytes)
+        )
+
     def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
         """All engines of a timing are kept loaded side by side, the baseline twice: as many at once as memory holds.
         One that does not fit even alone is dropped."""
-        room = self.runner.limits.memory_bytes - 2 * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
+        room = self._memory_bytes() - 2 * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
         groups: list[list[CandidateRun]] = []
         left = 0.0
         for run in runs:

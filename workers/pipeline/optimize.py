@@ -20,7 +20,7 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import SEED, WEIGHTS, CandidateRun, Data, Evaluator, complete
+from workers.pipeline.evaluate import NO_MEMORY, SEED, WEIGHTS, CandidateRun, Data, Evaluator, complete
 from workers.pipeline.explain import Ablated, ablate, profile, sweep
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
@@ -216,7 +216,7 @@ class Optimizer:
             try:
                 return evaluator.time(ready, until, min_seconds=self.spec.benchmark.min_seconds, screening=False)
             except StageFailure as failure:
-                if failure.code == "out_of_memory" and ready:
+                if failure.code in NO_MEMORY and ready:
                     ready.pop().drop("final", _NO_ROOM)  # the last one: activations count, and are not known before
                 elif failure.code == "timed_out" and self.budget.over(until):
                     raise self._too_small("the measurement of the original") from failure
@@ -303,10 +303,11 @@ class Optimizer:
 
 
 def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:
-    """Where the job's engines run: what it asks for, else a GPU where this worker has one."""
+    """Where the job's engines run: what it asks for, else a GPU where this worker has one that the job may use."""
     if spec.target.device != "auto":
         return spec.target.device
-    return "cuda" if any("cuda" in b.devices for b in backends) else "cpu"
+    usable = [b for b in backends if spec.target.backends is None or b.name in spec.target.backends]
+    return "cuda" if any("cuda" in b.devices for b in usable) else "cpu"
 
 
 def baseline_backend(device: str) -> str:

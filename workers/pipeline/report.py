@@ -179,8 +179,15 @@ def _impact(ratio: float, interval: list[float] | None) -> str:
 
 
 _DETAILS = {
-    "build": ("precision", "fused", "layer_count", "layers", "profiles", "timing_cache", "cpu_nodes"),
+    "build": (
+        *("precision", "fused", "layer_count", "layers", "profiles", "timing_cache"),
+        *("memory", "warnings", "cpu_nodes"),
+    ),
     "simplify": ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back"),
+    "convert": (
+        *("recipe", "computes_in", "qdq_by_op", "kept_fp32", "clamped"),
+        *("calibration", "range_check", "channels_scaled", "trial_run"),
+    ),
     "equalize": ("alpha", "smoothed", "max_abs_diff"),
 }
 _QUANTIZE_DETAILS = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")

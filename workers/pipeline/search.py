@@ -15,7 +15,7 @@ from workers.measure.plan import expected_seconds
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
 from workers.pipeline.checking import Checker
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.evaluate import NO_MEMORY, CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
 from workers.pipeline.select import BASELINE, primary_batch
@@ -139,10 +139,10 @@ class Search:
                     group, self.budget.search_until, min_seconds=seconds, screening=True, batch_sizes=batch_sizes
                 )
             except StageFailure as failure:
-                if failure.code not in ("timed_out", "out_of_memory"):
+                if failure.code not in ("timed_out", *NO_MEMORY):
                     raise  # the original itself fails, or the machine
                 self.found.exhausted |= failure.code == "timed_out"
-                if failure.code == "out_of_memory" and len(group) > 1:
+                if failure.code in NO_MEMORY and len(group) > 1:
                     groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]  # what calls take counts, too
                     continue
                 for run in group:

@@ -70,7 +70,7 @@ class WinBack:
         index, step = quantization(run.plan)
         loss = (run.tried.accuracy or {}).get("loss_percent") or 0.0
         limit = self.spec.validation.max_accuracy_loss_percent
-        if step.stage == "quantize" and self.case.has("MatMul", "Gemm") and self.case.has_calibration:
+        if step.stage in ("quantize", "convert") and self.case.has("MatMul", "Gemm") and self.case.has_calibration:
             for alpha in _ALPHAS:
                 yield _equalized(run.plan, index, self.case, alpha)
         free = self.spec.calibration is not None and self.spec.calibration.method == "auto"
@@ -135,12 +135,16 @@ class WinBack:
 
 def is_quantized(plan: Candidate) -> bool:
     """Whether there is a step to mend: what only computes in another precision has none."""
-    return any("quantize" in step.stage for step in plan.steps)
+    return any(_quantizes(step) for step in plan.steps)
 
 
 def quantization(plan: Candidate) -> tuple[int, Step]:
     """The step that quantizes, and where it stands."""
-    return next((i, s) for i, s in enumerate(plan.steps) if "quantize" in s.stage)
+    return next((i, s) for i, s in enumerate(plan.steps) if _quantizes(s))
+
+
+def _quantizes(step: Step) -> bool:
+    return "quantize" in step.stage or (step.stage == "convert" and step.options.get("recipe") in ("int8", "fp8"))
 
 
 def methods_of(step: Step) -> tuple[str, ...]:

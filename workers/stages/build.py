@@ -52,7 +52,10 @@ class Build(Stage[BuildStageOptions]):
             )
         ctx.reporter.progress(0.0, f"building with {options.backend}")
         out = ctx.output("engine")
-        built = backend.build(ctx.inputs["model"], out, options.options, ctx.reporter)
+        asked = dict(options.options)
+        if backend.stops and ctx.soft_deadline is not None:  # what a deadline stops has failed, and is not kept
+            asked.setdefault("max_seconds", max(ctx.seconds_left(), 1.0))
+        built = backend.build(ctx.inputs["model"], out, asked, ctx.reporter)
         ctx.reporter.progress(1.0, "built")
         data = {
             **built,

@@ -22,6 +22,7 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.backends import _ort_calibrate as calibration
 from workers.backends import (
     _ort_precision,
     _precision_awq,
@@ -157,6 +158,8 @@ class _Work:
             if not set(made.by_op) & {*_precision_graph.WEIGHTED_OPS, "LSTM", "GRU", "RNN", "Attention", "Einsum"}:
                 raise _nothing(f"no product or convolution has a form in {recipe}")
             return made.model, data | _told(made) | {"qdq_by_op": dict(made.by_op), "computes_in": recipe}
+        if high == "fp16":
+            self._keep_out_of_range(model, "fp16", data)
         if recipe == "int4":
             placed = self._int4(model, data)
         else:
@@ -217,7 +220,7 @@ class _Work:
         if low != "fp16" or self.samples is None:
             return
         floats = _precision_graph.float_tensors(model) - set(_precision_graph.float_weights(model))
-        found = self._calibrated(sorted(floats))
+        found = self._calibrated(sorted(floats), method="minmax")
         limit = _precision_float.USABLE_FP16
         wide = {t for t, (lowest, highest) in found["tensors"].items() if max(-lowest, highest) > limit}
         wide |= set(found["unusable"])
@@ -225,9 +228,9 @@ class _Work:
         if names:
             self.ctx.reporter.note("Some nodes stay in float32: their values pass float16's range.", nodes=names[:20])
         self.keep |= set(names)
-        data["calibration"] = {"samples": found["samples"], "out_of_range_nodes": len(names)}
+        data["range_check"] = {"samples": found["samples"], "out_of_range_nodes": len(names)}
 
-    def _calibrated(self, tensors: Collection[str]) -> dict[str, Any]:
+    def _calibrated(self, tensors: Collection[str], method: calibration.Method | None = None) -> dict[str, Any]:
         samples, options = self.samples, self.options
         if samples is None:
             raise StageFailure(
@@ -241,7 +244,7 @@ class _Work:
                 self.prepared,
                 sorted(tensors),
                 self._batches,
-                method=options.method if options.recipe in ("int8", "fp8") else "minmax",
+                method=method or options.method,
                 percentile=options.percentile,
                 total=len(samples),
                 progress=lambda done, message: self.ctx.reporter.progress(0.1 + 0.6 * min(done, 1.0), message),

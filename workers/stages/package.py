@@ -5,6 +5,8 @@ Both archives are deterministic (sorted names, fixed times): the same engine giv
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import io
 import json
 import shutil
@@ -118,7 +120,7 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(arrays):
             member = io.BytesIO()
-            np.lib.format.write_array(member, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+            np.lib.format.write_array(member, np.asarray(arrays[name], order="C"), allow_pickle=False)
             archive.writestr(_zip_info(f"{name}.npy", zipfile.ZIP_DEFLATED), member.getvalue())
     return buffer.getvalue()
 
@@ -143,13 +145,20 @@ def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
 
 
 def _requirements(manifest: Mapping[str, Any]) -> str:
-    versions = manifest.get("versions", {})
+    versions = dict(manifest.get("versions", {}))
+    known = kernel.backends().get(str(manifest.get("engine", {}).get("backend")))
+    if known is not None and known.script_libraries:
+        versions = {}
+        for name in known.script_libraries:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
     return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
 
 
 def _readme(options: PackageOptions) -> str:
     hardware = options.manifest.get("hardware", {})
-    machine = hardware.get("cpu_model") or hardware.get("id", "one machine")
+    card = (hardware.get("gpu") or {}).get("name") if options.backend != "onnxruntime" else None
+    machine = card or hardware.get("cpu_model") or hardware.get("id", "one machine")
     return f"""# {options.name}
 
 An engine for `{options.backend}`, built and measured on {machine}.

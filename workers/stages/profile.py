@@ -62,14 +62,15 @@ class Profile(Stage[ProfileOptions]):
         ctx.reporter.progress(0.4, "layer by layer")
         layers = backend.layer_times(ctx.inputs["engine"], options.runtime, feeds, runs)
         ctx.reporter.progress(0.8, "memory bandwidth")
-        bandwidth = copy_bandwidth(int(ctx.hardware.get("cores") or 1))
+        on_cpu = backend.device == "cpu"  # a GPU reads its weights from its own memory, whose speed is not measured
+        bandwidth = copy_bandwidth(int(ctx.hardware.get("cores") or 1)) if on_cpu else None
         size = size_of(ctx.inputs["engine"])
         data: dict[str, Any] = {
             "batch": batch,
             "inference_ms": inference_ms,
             "engine_bytes": size,
-            "copy_bytes_per_s": round(bandwidth),
-            "weight_bandwidth_share": round(size / (inference_ms / 1e3) / bandwidth, 4),
+            "copy_bytes_per_s": round(bandwidth) if bandwidth else None,
+            "weight_bandwidth_share": round(size / (inference_ms / 1e3) / bandwidth, 4) if bandwidth else None,
             **_shares(layers),
         }
         return StageResult(data=data)

@@ -161,7 +161,7 @@ class _Run:
         self.done = 0
 
     def result(self) -> StageResult:
-        before = hardware.conditions()
+        before = hardware.conditions(self.ctx.hardware)
         feeds, words, fixed = self._look()
         self.configurations = [
             _Configuration(layout, batch, self.backend.with_threads(self.options.runtime, layout.threads))
@@ -194,7 +194,7 @@ class _Run:
                 "method": sweep_method(
                     inputs=words, pinned=self.pinned, min_seconds=self.options.min_seconds, passes=self.options.passes
                 ),
-                "conditions": {"before": before, "after": hardware.conditions()},
+                "conditions": {"before": before, "after": hardware.conditions(self.ctx.hardware)},
                 "versions": versions([self.options.backend]),
             },
             reusable=self.complete and not shortened and not passing,
