@@ -192,11 +192,13 @@ class Binding:
         self.profile = 0
         self.outputs: dict[str, tuple[int, ...] | None] = {}  # None: known once it ran
         self.graph: Any = None
+        self.execution: Any = None  # the context that the graph was captured from
 
     def free(self) -> None:
         graph, self.graph = self.graph, None
         if graph is not None:
             graph.close()
+        self.execution = None
         self.arrays.clear()
         self.buffers.free()
 

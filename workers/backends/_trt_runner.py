@@ -1,4 +1,4 @@
-"""Running a TensorRT plan: one execution context on one stream, buffers by name, every returned flag checked.
+"""Running a TensorRT plan: execution contexts on one stream, buffers by name, every returned flag checked.
 
 The way of a call: choose a profile, set input shapes, copy inputs in, `infer_shapes`, set addresses, enqueue, copy
 outputs back. A data-dependent output is allocated by TensorRT's callback while it runs.
@@ -18,6 +18,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _trt_messages as messages
 from workers.backends import _trt_profiles as profiles
 from workers.backends._trt_buffers import Binding, IoTensor, io_tensors, may_be, profiles_of, spec_of
+from workers.backends._trt_context import Execution
 from workers.backends._trt_cuda import Cuda
 from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection, weights_bytes
 from workers.backends._trt_options import RuntimeOptions
@@ -51,10 +52,6 @@ class TensorRtSession(Session):
         # Freed in this order's reverse: context, engine, runtime.
         self._runtime: tensorrt.Runtime | None = runtime
         self._engine: tensorrt.ICudaEngine | None = engine
-        context = messages.guarded("make a context", log, engine.create_execution_context)
-        if context is None:
-            raise messages.load_failure(log)
-        self._live: tensorrt.IExecutionContext | None = context
         io = io_tensors(engine)
         self._inputs = [t for t in io if t.is_input]
         self._outputs = [t for t in io if not t.is_input]
@@ -64,13 +61,9 @@ class TensorRtSession(Session):
         self.profiles = profiles_of(engine, self._inputs)
         self.graph_status: str | None = None
         self._stream = cuda.stream()
+        self._live: Execution | None = self._execution()
         self._own = Binding(cuda, self._host)
         self._made = [weakref.ref(self._own)]
-        # What the context was told last; telling it again costs time in every call.
-        self._profile = 0
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._allocating: Any = None
 
     @property
     def _bindings(self) -> list[Binding]:
@@ -78,9 +71,17 @@ class TensorRtSession(Session):
         return [b for b in (made() for made in self._made) if b is not None]
 
     @property
-    def _context(self) -> tensorrt.IExecutionContext:
+    def _main(self) -> Execution:
         assert self._live is not None, "the session is open"
         return self._live
+
+    def _execution(self) -> Execution:
+        """A new context of the engine; raises StageFailure: `gpu_out_of_memory`, `load_failed`."""
+        assert self._engine is not None, "the session is open"
+        context = messages.guarded("make a context", self._log, self._engine.create_execution_context)
+        if context is None:
+            raise messages.load_failure(self._log)
+        return Execution(context, self._stream, self._log, self._outputs, self._host)
 
     def run(self, feeds: Arrays) -> Arrays:
         """All outputs by name; raises StageFailure: `inference_failed`, `shape_outside_profiles`,
@@ -88,8 +89,8 @@ class TensorRtSession(Session):
         binding = self._own
         self._fill(binding, feeds)
         self._copy_in(binding)
-        self._apply(binding)
-        self._enqueue(binding)
+        self._main.apply(binding)
+        self._main.enqueue(binding)
         host = self._copy_out(binding)
         self._stream.synchronize()
         return {t.name: self._as_declared(t, host[t.name]) for t in self._outputs}
@@ -156,7 +157,7 @@ class TensorRtSession(Session):
         found = read_inspection(inspection_of(self._engine), {})
         types = {layer["name"]: str(layer["type"] or "") for layer in found["layers"]}
         self.run(feeds)
-        times = profile_layers(self._context)
+        times = profile_layers(self._main.context)
         for _ in range(runs):
             self.run(feeds)
         layers = [LayerTime(name, types.get(name[:500], ""), ms / max(1, runs)) for name, ms in times.items()]
@@ -169,7 +170,7 @@ class TensorRtSession(Session):
         free, total = self._cuda.mem_info()
         return {
             "weights_bytes": weights_bytes(engine),
-            "activation_bytes": int(engine.get_device_memory_size_for_profile_v2(self._profile)),
+            "activation_bytes": int(engine.get_device_memory_size_for_profile_v2(self._main.profile)),
             "io_bytes": sum(b.buffers.total_bytes() for b in self._bindings),
             "gpu_free_bytes": free,
             "gpu_total_bytes": total,
@@ -181,13 +182,12 @@ class TensorRtSession(Session):
             return
         with suppress(StageFailure):  # what went wrong in the stream was told where it happened
             self._stream.synchronize()
+        for binding in self._bindings:  # with their graphs, and the contexts of those
+            binding.free()
+        self._made.clear()
         self._live = None
         self._engine = None
         self._runtime = None
-        self._allocating = None
-        for binding in self._bindings:
-            binding.free()
-        self._made.clear()
         self._stream.close()
         self._opened.close()
 
@@ -197,8 +197,8 @@ class TensorRtSession(Session):
         self._made = [weakref.ref(b) for b in [*self._bindings, binding]]
         self._fill(binding, feeds)
         self._copy_in(binding)
-        self._apply(binding)
-        self._enqueue(binding)
+        self._main.apply(binding)
+        self._main.enqueue(binding)
         self._copy_out(binding)
         self._stream.synchronize()
         return binding
@@ -248,68 +248,6 @@ class TensorRtSession(Session):
             if name not in self._host:
                 binding.buffers.device(name, array.nbytes).copy_from_host(array, self._stream)
 
-    def _apply(self, binding: Binding) -> None:
-        """Tell the context profile, shapes and addresses of this binding, where they differ from what it was told."""
-        log, context = self._log, self._context
-        if binding.profile != self._profile:
-            ok = context.set_optimization_profile_async(binding.profile, self._stream.handle)
-            messages.called(f"switch to optimization profile {binding.profile}", ok, log)
-            self._stream.synchronize()
-            self._profile = binding.profile
-            self._shapes.clear()
-        changed = bool(self._host) or not binding.outputs
-        for name, array in binding.arrays.items():
-            if self._shapes.get(name) != array.shape:
-                ok = context.set_input_shape(name, tuple(array.shape))
-                messages.called(f"take shape {list(array.shape)}", ok, log, tensor=name)
-                self._shapes[name] = array.shape
-                changed = True
-            on_host = name in self._host
-            self._set_address(
-                name, int(array.ctypes.data if on_host else binding.buffers.device(name, array.nbytes).ptr)
-            )
-        if changed:
-            self._infer_outputs(binding)
-        for tensor in self._outputs:
-            self._place_output(binding, tensor)
-
-    def _infer_outputs(self, binding: Binding) -> None:
-        lacking = messages.guarded("infer shapes", self._log, self._context.infer_shapes)
-        if lacking:
-            raise StageFailure(
-                "inference_failed", f"TensorRT needs more to know the shapes: {', '.join(lacking)}.", tensor=lacking[0]
-            )
-        for tensor in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(tensor.name))
-            binding.outputs[tensor.name] = None if any(d < 0 for d in shape) else shape
-
-    def _place_output(self, binding: Binding, tensor: IoTensor) -> None:
-        shape, name = binding.outputs[tensor.name], tensor.name
-        if shape is None:
-            if self._allocating is not binding.allocator or name in self._addresses:
-                ok = self._context.set_output_allocator(name, binding.allocator)
-                messages.called("take an output allocator", ok, self._log, tensor=name)
-                self._addresses.pop(name, None)
-        elif tensor.host:
-            self._set_address(name, int(binding.buffers.host(name, shape, tensor.dtype).ctypes.data))
-        else:
-            nbytes = int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize
-            self._set_address(name, int(binding.buffers.device(name, nbytes).ptr))
-
-    def _set_address(self, name: str, address: int) -> None:
-        if self._addresses.get(name) != address:
-            ok = self._context.set_tensor_address(name, address)
-            messages.called("take a memory address", ok, self._log, tensor=name)
-            self._addresses[name] = address
-
-    def _enqueue(self, binding: Binding) -> None:
-        ok = messages.guarded("run", self._log, lambda: self._context.execute_async_v3(self._stream.handle))
-        self._allocating = binding.allocator
-        failure, binding.allocator.failure = binding.allocator.failure, None
-        if failure is not None:
-            raise failure
-        messages.called("run the engine", ok, self._log)
-
     def _copy_out(self, binding: Binding) -> dict[str, Any]:
         """Outputs in pinned memory, once the stream is synchronized."""
         if any(shape is None for shape in binding.outputs.values()):
@@ -331,11 +269,12 @@ class TensorRtSession(Session):
 
     def _launcher(self, binding: Binding) -> Callable[[], None]:
         """One enqueue, or the replay of a captured one. As trtexec does it: an uncaptured run came first, the capture
-        is on a stream of its own, and where it fails the eager way is taken and the reason kept."""
+        is on a stream of its own, and where it fails the eager way is taken and the reason kept. A graph has a context
+        of its own, which nobody tells anything else afterwards."""
 
         def eager() -> None:
-            self._apply(binding)
-            self._enqueue(binding)
+            self._main.apply(binding)
+            self._main.enqueue(binding)
 
         if not self._options.cuda_graph:
             return eager
@@ -343,12 +282,16 @@ class TensorRtSession(Session):
             self.graph_status = "not captured: an output's shape depends on the data"
             return eager
         try:
+            own = self._execution()
+            own.apply(binding)
+            own.enqueue(binding)
+            self._stream.synchronize()
             with self._cuda.capture(self._stream) as graph:
-                self._enqueue(binding)
+                own.enqueue(binding)
         except StageFailure as failure:
             self.graph_status = f"not captured: {failure.detail}"
             self._stream.synchronize()
             return eager
         self.graph_status = "captured"
-        binding.graph = graph
+        binding.graph, binding.execution = graph, own
         return lambda: binding.graph.launch(self._stream)  # holds the binding, whose addresses are in the graph
