@@ -13,6 +13,8 @@ from workers.pipeline.select import ratio_of
 _MEMORY_BOUND = 0.5  # of the memory's bandwidth, spent on reading the weights once
 _LAYER_SHARE = 0.3  # of the time in one layer, from which on it is worth a word
 _OP_SHARE = 0.6
+_COMPUTE_BOUND = 0.1  # of the memory's bandwidth
+_SLOW_MS = 10.0  # from which on a GPU's launches and copies are small beside the work
 
 
 def recommend(found: Optimization) -> list[str]:
@@ -95,6 +97,12 @@ def _limits(found: Optimization) -> Iterator[str]:
             f"At batch size {data['batch']} the engine is bound by memory: reading its {size:.0f} MB once an inference "
             f"takes {100 * share:.0f} % of the {bandwidth:.1f} GB/s that this machine's memory gave. Fewer bytes (int8 "
             "or int4 weights) or larger batches help; more cores do not."
+        )
+    elif share is not None and share <= _COMPUTE_BOUND and data["inference_ms"] >= _SLOW_MS:
+        yield (
+            f"Computing sets the {data['inference_ms']:.0f} ms of an inference at batch size {data['batch']}: reading the "
+            f"weights would take {100 * share:.1f} % of that. More cores help, and so would a GPU computing in fp16 "
+            "(a worker with one, and `target.device` cuda); this worker has none."
         )
     layers = data.get("layers") or []
     if layers and layers[0]["share"] >= _LAYER_SHARE and (data.get("layer_count") or 0) > 1:
