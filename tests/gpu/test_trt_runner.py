@@ -17,6 +17,7 @@ from onnx import helper
 
 from tests.factories import onnx_models as models
 from tests.factories import tensorrt_standin
+from tests.gpu.models import Case
 from workers import installation
 from workers.backends import _trt_probe
 from workers.backends._trt_cuda import open_cuda
@@ -138,6 +139,24 @@ def test_a_real_plan(make: Any, graph: bool, tmp_path: Path) -> None:
         for name, wanted in zip(names, original.run(names, feeds), strict=True):
             np.testing.assert_allclose(found[name], wanted, rtol=1e-3, atol=1e-4)
     session.close()
+
+
+@pytest.mark.usefixtures("signed")
+@pytest.mark.parametrize(("recipe", "least"), [("fp16", 0.999), ("bf16", 0.99), ("int8", 0.99), ("fp8", 0.98)])
+def test_a_real_plan_in_explicit_precision(recipe: str, least: float, case: Case, tmp_path: Path) -> None:
+    if not _trt_probe.installed():
+        pytest.skip("TensorRT is not installed")
+    high = {"high_precision": "fp16"} if recipe in ("int8", "fp8") else {}
+    folder, _ = case.converted(recipe, {}, **high)
+    out = tmp_path / "engine"
+    out.mkdir()
+    built = TensorRtBackend().build(folder, out, {"precision": recipe, "batch_sizes": [1, 8]}, Silent())
+    session = TensorRtBackend().load(out, built["runtime"])
+    found = session.run(case.feeds)
+    session.close()
+    for name, wanted in case.expected.items():
+        a, b = found[name].astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+        assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) >= least
 
 
 def _feeds(session: TensorRtSession, batch: int) -> dict[str, Any]:

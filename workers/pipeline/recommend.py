@@ -100,9 +100,9 @@ def _limits(found: Optimization) -> Iterator[str]:
         )
     elif share is not None and share <= _COMPUTE_BOUND and data["inference_ms"] >= _SLOW_MS:
         yield (
-            f"Computing sets the {data['inference_ms']:.0f} ms of an inference at batch size {data['batch']}: reading the "
-            f"weights would take {100 * share:.1f} % of that. More cores help, and so would a GPU computing in fp16 "
-            "(a worker with one, and `target.device` cuda); this worker has none."
+            f"Computing sets the {data['inference_ms']:.0f} ms of an inference at batch size {data['batch']}: reading "
+            f"the weights would take {100 * share:.1f} % of that. More cores help, and so would a GPU computing in "
+            "fp16 (a worker with one, and `target.device` cuda); this worker has none."
         )
     layers = data.get("layers") or []
     if layers and layers[0]["share"] >= _LAYER_SHARE and (data.get("layer_count") or 0) > 1:
