@@ -81,7 +81,7 @@ def _copy_on_the_gpu(context: Any, stream: int) -> bool:
 def test_the_runners_own_work(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_standin)
     monkeypatch.setattr(tensorrt_standin.IExecutionContext, "execute_async_v3", _copy_on_the_gpu)
-    session = session_of(identity(), tmp_path, {"cuda_graph": graph}, batch_sizes=[1, 8, 512])
+    session = session_of(identity(), tmp_path, {"cuda_graph": graph, "transfers": True}, batch_sizes=[1, 8, 512])
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((batch, 1024)).astype(np.float32) for batch in (1, 8, 3, 512, 100)]
     for array in arrays:
