@@ -209,6 +209,20 @@ def test_the_whole_job_through_the_api(served: Deployment, client: Client, tmp_p
     assert [*served.home.glob("blobs/objects/shared/caches/tensorrt-timing-*/*")], "all workers have its timings"
 
 
+def test_dynamic_shapes_and_build_options_through_the_api(client: Client, tmp_path: Path) -> None:
+    def shapes(batch: int, length: int) -> dict[str, Any]:
+        return {"input_ids": {"min": [1, 4], "opt": [batch, length], "max": [16, 64]}}
+
+    asked = {"optimization_level": 2, "profiles": [shapes(1, 16), shapes(8, 32)]}
+    job = client.wait(submit(client, models.transformer_block(), tmp_path, tensorrt=asked)["id"])
+    assert job["status"] == "succeeded", job
+    built = candidates_of(client, job)["trt-fp32"]
+    assert built["batches"]["1"]["samples"] > 0, built["reason"]
+    (made, *_) = [s for s in client.manifest(job["id"])["stages"] if s["stage"] == "build"]
+    assert made["options"]["options"]["optimization_level"] == 2
+    assert len(made["options"]["options"]["profiles"]) == 2
+
+
 def test_a_model_that_tensorrt_refuses_through_the_api(client: Client, tmp_path: Path) -> None:
     for op, words in (("Celu", "TensorRT cannot take Celu"), ("Elu", "TensorRT built no engine")):
         job = client.wait(submit(client, activation(op), tmp_path)["id"])
