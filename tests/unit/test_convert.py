@@ -109,7 +109,7 @@ def test_a_constant_beyond_float16_is_clamped() -> None:
 def test_values_beyond_float16_are_seen_in_the_data(tmp_path: Path) -> None:
     case = make_case("mlp_of_large_values", tmp_path, model=_large_values())
     folder, result = case.converted("fp16", {})
-    assert result.data["calibration"]["out_of_range_nodes"] == 2
+    assert result.data["range_check"]["out_of_range_nodes"] == 2
     model = onnx.load(folder / "model.onnx")
     weights = {i.name: i.data_type for i in model.graph.initializer}
     first, second = (n for n in model.graph.node if n.op_type == "MatMul")

@@ -73,7 +73,7 @@ class Convert(Stage[ConvertOptions]):
     """
 
     name = "convert"
-    version = 2
+    version = 3
     Options = ConvertOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
 

@@ -46,7 +46,7 @@ class Package(Stage[PackageOptions]):
     """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip)."""
 
     name = "package"
-    version = 2
+    version = 3
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's

@@ -45,7 +45,7 @@ class Profile(Stage[ProfileOptions]):
     """
 
     name = "profile"
-    version = 1
+    version = 2
     Options = ProfileOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
