@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -151,7 +152,13 @@ class _Comparison:
             if self.done < self.total and self.ctx.seconds_left() <= 0:
                 complete = False
                 break
-        figures = _nothing(broken) if broken is not None else self._figures()
+        try:
+            figures = _nothing(broken) if broken is not None else self._figures()
+        except StageFailure as failure:
+            if complete:
+                raise
+            # Of what was judged in time: more time may tell, so it is neither the data's fault nor kept.
+            raise replace(failure, kind=FailureKind.MODEL, cacheable=False) from failure
         if not complete:
             figures["notes"].append(f"The time ran out: {self.done} of {self.total} samples were judged.")
         return {**figures, "samples": self.done, "batch_size": self.truth.batch, "complete": complete}
