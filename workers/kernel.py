@@ -174,7 +174,7 @@ class Backend(ABC):
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
     stops: ClassVar[bool] = False  # its build takes the option `max_seconds`, and ends by itself
-    script_libraries: ClassVar[tuple[str, ...]] = ()  # what `infer_script` imports, where that differs from `libraries`
+    script_libraries: ClassVar[tuple[str, ...]] = ()  # what `infer_script` imports beside `libraries`
     device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
 from workers import kernel
+from workers.gpus import UnknownGpu
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults
@@ -79,7 +79,9 @@ class WorkerService:
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
         card = self.hardware["gpu"]
         if settings.worker.gpu and not card:
-            sys.exit(f"WORKER_GPU={settings.worker.gpu} names no GPU of this machine; `nvidia-smi -L` lists them.")
+            raise UnknownGpu(
+                f"WORKER_GPU={settings.worker.gpu} names no GPU of this machine: `nvidia-smi -L` lists them."
+            )
         # Its stages, children of this process, see this one and no other; or none, for which it holds no lock.
         os.environ["CUDA_VISIBLE_DEVICES"] = str(card["uuid"]) if card else "-1"
         self.fingerprint = fingerprint(self.hardware)

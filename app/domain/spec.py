@@ -34,6 +34,14 @@ class Target(_Strict):
     backends: list[Name] | None = Field(default=None, min_length=1, max_length=16)
 
 
+def _check_order(low: list[int], opt: list[int], high: list[int], length: str, place: str) -> None:
+    if not len(low) == len(opt) == len(high):
+        raise ValueError(f"min, opt and max must have the same {length}")
+    for i, (a, b, c) in enumerate(zip(low, opt, high, strict=True)):
+        if not a <= b <= c:
+            raise ValueError(f"{place} {i} needs min ≤ opt ≤ max, got {a}, {b}, {c}")
+
+
 class ShapeRange(_Strict):
     """Smallest, most usual and largest shape of one input; the first axis is the batch."""
 
@@ -43,11 +51,7 @@ class ShapeRange(_Strict):
 
     @model_validator(mode="after")
     def _ordered(self) -> ShapeRange:
-        if not len(self.min) == len(self.opt) == len(self.max):
-            raise ValueError("min, opt and max must have the same rank")
-        for i, (low, opt, high) in enumerate(zip(self.min, self.opt, self.max, strict=True)):
-            if not low <= opt <= high:
-                raise ValueError(f"axis {i} needs min ≤ opt ≤ max, got {low}, {opt}, {high}")
+        _check_order(self.min, self.opt, self.max, "rank", "axis")
         return self
 
 
@@ -117,13 +121,17 @@ class ValueRange(_Strict):
     opt: list[int] = Field(min_length=1, max_length=64)
     max: list[int] = Field(min_length=1, max_length=64)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> ValueRange:
+        _check_order(self.min, self.opt, self.max, "length", "value")
+        return self
 
-class TensorRt(_Strict):
-    """How TensorRT builds its engines; docs/gpu.md. `profiles`: several ranges of shapes instead of the job's `shapes`,
-    one optimization profile each."""
 
-    profiles: list[dict[Name, ShapeRange]] | None = Field(default=None, min_length=1, max_length=8)
-    shape_values: dict[Name, ValueRange] | None = None
+class TensorRtBuild(_Strict):
+    """TensorRT's own settings. `workspace_mb`: most scratch memory of a tactic (None: all of the GPU's).
+    `avg_timing_iterations`: TensorRT's default is 1; more make a choice of tactics less random. `exact_timing`: fail
+    where the timing cache does not hold every layer."""
+
     workspace_mb: int | None = Field(default=None, ge=1, le=1 << 20)
     optimization_level: int = Field(default=3, ge=0, le=5)
     max_tactics: int | None = Field(default=None, ge=1, le=10_000)
@@ -134,6 +142,14 @@ class TensorRt(_Strict):
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     timing_cache: bool = True
     exact_timing: bool = False
+
+
+class TensorRt(TensorRtBuild):
+    """How TensorRT builds a job's engines; docs/gpu.md. `profiles`: several ranges of shapes instead of the job's
+    `shapes`, one optimization profile each. `shape_values`: of inputs that set the shapes of other tensors."""
+
+    profiles: list[dict[Name, ShapeRange]] | None = Field(default=None, min_length=1, max_length=8)
+    shape_values: dict[Name, ValueRange] | None = None
 
 
 class Webhook(_Strict):

@@ -112,6 +112,9 @@ def test_build_validate_benchmark_package(isolated: IsolatedRunner, tmp_path: Pa
         names = set(archive.namelist())
         assert {"engine.plan", "engine.json", "infer.py", "sample_input.npz", "expected_output.npz"} <= names
         assert "deserialize_cuda_engine" in archive.read("infer.py").decode()
+        needed = archive.read("requirements.txt").decode().split()
+        assert {"pycuda", "ml-dtypes"} <= {line.split("==")[0] for line in needed}, "what infer.py imports"
+        assert "onnxruntime" not in {line.split("==")[0] for line in needed}
         sidecar = json.loads(archive.read("engine.json"))
     assert sidecar["gpu"]["name"].startswith("NVIDIA")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,13 @@ def test_every_fault_has_a_code(error: Exception, code: str) -> None:
         raise error
     assert (caught.value.code, caught.value.kind, caught.value.stage) == (code, FailureKind.INFRASTRUCTURE, "build")
     assert not caught.value.cacheable
+
+
+def test_a_gpu_that_the_machine_has_not_ends_the_start_with_words(tmp_path: Path, database_url: str) -> None:
+    upgrade(database_url)
+    environment = {**os.environ, "ANNEAL_HOME": str(tmp_path), "DATABASE_URL": database_url, "WORKER_GPU": "77"}
+    command = [sys.executable, "-m", "workers"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "WORKER_GPU=77 names no GPU" in done.stderr
+    assert "Traceback" not in done.stderr

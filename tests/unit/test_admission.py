@@ -12,6 +12,8 @@ from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.jobs.admission import check_dataset, check_shapes, choose_queue, find_queue
 from app.jobs.metric_admission import check_metric
+from workers.kernel import BackendInfo
+from workers.pipeline.optimize import device_of
 
 INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 8]}]
 OUTPUTS = [{"name": "y", "dtype": "float32", "shape": ["batch", 10]}]
@@ -58,6 +60,13 @@ def test_a_job_that_may_use_cpu_backends_only_does_not_wait_for_a_gpu() -> None:
     both = Worker(id="b", hardware={"id": "x"}, backends=[*cpu.backends, card], formats=["onnx"], queues=[])
     assert choose_queue(_spec(), "onnx", [both]) == "anneal.cuda"
     assert choose_queue(_spec(target={"backends": ["onnxruntime"]}), "onnx", [both]) == "anneal.cpu"
+
+
+def test_a_worker_runs_a_job_where_the_backends_that_it_may_use_run() -> None:
+    offered = [BackendInfo("onnxruntime", {}, ("cpu",), ("fp32",)), BackendInfo("tensorrt", {}, ("cuda",), ("fp32",))]
+    assert device_of(_spec(), offered) == "cuda"
+    assert device_of(_spec(target={"backends": ["onnxruntime"]}), offered) == "cpu"
+    assert device_of(_spec(target={"device": "cpu"}), offered) == "cpu"
 
 
 def _gpu_worker() -> Worker:

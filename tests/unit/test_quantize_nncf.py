@@ -336,5 +336,6 @@ def test_a_model_with_branches(tmp_path: Path) -> None:
     model = models.make_model(nodes, [models.value("input", ["n", 4])], [models.value("output", ["n", 4])], weights)
     bench = Bench(tmp_path, model, simplified=False)
     assert bench.run(method="minmax").data["qdq_by_op"]["MatMul"] == 1
+    assert bench.run(exclude_nodes=["double"]).data["qdq_by_op"]["MatMul"] == 1, "a branch's node changes nothing"
     one = {name: array[:1] for name, array in bench.data.items()}
     bench.session().run(one)

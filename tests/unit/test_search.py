@@ -54,6 +54,9 @@ class Script:
     nodes: Sequence[str] = ()
     timing_s: float = 0.0  # of a short timing, per engine
     check_s: float = 0.0
+    call_ms: float = 0.0  # of the original, per sample; of slow ones there is no median in a short timing
+    batch: int | str = "batch"  # of the model
+    searched_until: float = 0.0
     timing_fails: Callable[[Sequence[CandidateRun]], StageFailure | None] | None = None
     graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -62,7 +65,8 @@ class Script:
     def __post_init__(self) -> None:
         calibration = SimpleNamespace(digest="c")
         self.data = SimpleNamespace(calibration=calibration, validation=calibration, same=False, shapes=None)
-        self.export = SimpleNamespace(key="export", outputs={"model": SimpleNamespace(size_bytes=1000)})
+        outputs = {"model": SimpleNamespace(size_bytes=1000)}
+        self.export = SimpleNamespace(key="export", outputs=outputs, data={"inputs": [{"shape": [self.batch, 4]}]})
 
     def truth(self, cid: str) -> Truth:
         """Of the candidate, or of what it is a variant of; keeping nodes mends it a bit each."""
@@ -116,7 +120,9 @@ class Script:
         if self.timing_fails is not None and (failure := self.timing_fails(runs)):
             raise failure
         batches = [str(b) for b in options.get("batch_sizes") or BATCHES]
-        return SimpleNamespace(data={"engines": {r.plan.id: self._figures(r.plan.id, batches) for r in runs}})
+        engines: dict[str, Any] = {r.plan.id: self._figures(r.plan.id, batches) for r in runs}
+        engines["baseline"] = {"batches": {b: {"p50_ms": None, "mean_ms": self.call_ms * int(b)} for b in batches}}
+        return SimpleNamespace(data={"engines": engines, "batch_sizes": [*map(int, batches)]})
 
     def _figures(self, cid: str, batches: Sequence[str]) -> dict[str, Any]:
         truth = self.truth(cid)
@@ -163,7 +169,9 @@ def search() -> Callable[..., tuple[Found, Script]]:
         tops = [cid for cid in truths if "." not in cid]
         plan = Plan(tuple(_candidate(c, lossless="fp32" in c, int8="int8" in c) for c in tops), ())
         backends: Any = {"onnxruntime": OnnxRuntimeBackend()}
-        return Search(case, plan, backends, evaluator, budget).run(), evaluator  # type: ignore[arg-type]
+        found = Search(case, plan, backends, evaluator, budget).run()  # type: ignore[arg-type]
+        evaluator.searched_until = budget.search_until
+        return found, evaluator
 
     return run
 
@@ -285,6 +293,13 @@ def test_options_that_change_the_arithmetic_are_judged_by_themselves(search: Any
     assert "fp32.daz" in script.asked("check")
     assert "over the limit" in _reason(found, "fp32.daz")
     assert _finalists(found) == ["fp32"]
+
+
+def test_the_time_that_slow_calls_take_is_kept_for_the_final_measurement(search: Any) -> None:
+    _, quick = search({"fp32": Truth(1.5)})
+    _, slow = search({"fp32": Truth(1.5)}, call_ms=2000.0)
+    _, fixed = search({"fp32": Truth(1.5)}, call_ms=2000.0, batch=1)
+    assert slow.searched_until < fixed.searched_until < quick.searched_until, "a fixed batch is timed at no other size"
 
 
 def test_what_cannot_be_told_apart_is_told_apart_by_all_batch_sizes(search: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from workers.backends._trt_build import build
 from workers.backends._trt_options import BuildOptions
 from workers.backends._trt_progress import Progress
 from workers.backends.tensorrt import TensorRtBackend
-from workers.kernel import Reporter
+from workers.kernel import Reporter, StageContext
+from workers.stages.build import Build, BuildStageOptions
 
 
 class Recorder(Reporter):
@@ -199,6 +201,15 @@ def test_the_build_is_cancelled_by_its_own_flag(tmp_path: Path, behaviour: Behav
     failure = refused(models.conv_net(), tmp_path, max_seconds=0.03)
     assert (failure.code, failure.kind) == ("build_cancelled", FailureKind.MODEL)
     assert not failure.cacheable
+
+
+def test_a_build_ends_when_the_jobs_time_for_it_is_over(tmp_path: Path, behaviour: Behaviour) -> None:
+    behaviour.step_seconds = 0.3
+    inputs = {"model": models.folder(models.conv_net(), tmp_path / "model")}
+    ctx = StageContext(inputs, tmp_path, tmp_path / "out", Recorder(), cuda_standin.HARDWARE, time.monotonic() + 0.1)
+    with pytest.raises(StageFailure) as caught:
+        Build().run(ctx, BuildStageOptions(backend="tensorrt"))
+    assert caught.value.code == "build_cancelled"
 
 
 def test_progress_of_nested_phases_goes_forward_only() -> None:

@@ -150,6 +150,9 @@ def test_the_jobs_build_options_reach_every_candidate() -> None:
         assert options.profiles == profiles
     with pytest.raises(ValueError, match="not both"):
         case(spec={"tensorrt": asked, "shapes": profiles[0]})
+    for low, high, words in (([4], [2], "value 0 needs"), ([1, 2], [3], "same length")):
+        with pytest.raises(ValueError, match=words):
+            case(spec={"tensorrt": {"shape_values": {"n": {"min": low, "opt": low, "max": high}}}})
 
 
 def test_convolutions_like_int8_and_products_fp8() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,6 +126,7 @@ def judged(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         model: Path | None = None,
         engine: Path | None = None,
         inputs: Mapping[str, Path] | None = None,
+        deadline: float | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         model = model or linear(tmp_path / "model")
@@ -137,6 +139,7 @@ def judged(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             tmp_path / "out",
             Quiet(),
             describe(),
+            deadline,
         )
         data = dict(Validate().run(ctx, ValidateOptions(**{**given, **options})).data)
         json.dumps(data, allow_nan=False)
@@ -248,6 +251,17 @@ def test_a_metric_that_does_not_fit_is_refused(judged: Callable[..., Any]) -> No
     with pytest.raises(StageFailure) as caught:
         judged(metric="top1")
     assert (caught.value.code, caught.value.kind) == ("metric_mismatch", FailureKind.REQUEST)
+
+
+def test_what_a_deadline_leaves_undefined_is_not_the_datas_fault(judged: Callable[..., Any], tmp_path: Path) -> None:
+    one = linear(tmp_path / "own", batch=1)
+    data = {"data": dataset(tmp_path / "data", labels=None)}
+    late = time.monotonic() - 1
+    with pytest.raises(StageFailure) as caught:
+        judged(model=one, inputs=data, metric="spearman", deadline=late)
+    assert (caught.value.code, caught.value.kind, caught.value.cacheable) == (
+        "metric_undefined", FailureKind.MODEL, False)  # fmt: skip
+    assert judged(model=one, inputs=data, metric="spearman")["samples"] == 100
 
 
 def test_samples_that_calibrated_do_not_judge(judged: Callable[..., Any], tmp_path: Path) -> None:

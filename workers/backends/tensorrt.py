@@ -39,7 +39,7 @@ class TensorRtBackend(Backend):
     signed: ClassVar[bool] = True
     shares_cache: ClassVar[bool] = True
     stops: ClassVar[bool] = True
-    script_libraries: ClassVar[tuple[str, ...]] = (*libraries, "pycuda", "ml-dtypes")
+    script_libraries: ClassVar[tuple[str, ...]] = ("pycuda", "ml-dtypes")
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:  # noqa: ARG002  (it asks the driver itself)
         """None without the library, a driver or a GPU. Asks the driver in a child process, so that the worker may go on

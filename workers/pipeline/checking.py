@@ -77,7 +77,7 @@ class Checker:
             self._few = most  # so few of them are all of one kind; all of them may not be
             return self._judged(run, most)
         if not sound:
-            run.drop("check", _broken(run))
+            run.drop("check", broken(run))
             return False
         accuracy = run.tried.accuracy or {}
         facts = {"loss_percent": accuracy.get("loss_percent"), "samples": accuracy.get("samples")}
@@ -98,6 +98,6 @@ class Checker:
         return False
 
 
-def _broken(run: CandidateRun) -> str:
-    broken = (run.tried.accuracy or {}).get("broken") or {}
-    return f"output broken: {broken.get('detail', 'it could not be checked')}"
+def broken(run: CandidateRun) -> str:
+    found = (run.tried.accuracy or {}).get("broken") or {}
+    return f"output broken: {found.get('detail', 'it could not be checked')}"

@@ -11,6 +11,7 @@ from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
+from workers.kernel import backends
 from workers.pipeline.budget import Budget
 from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
@@ -299,13 +300,10 @@ class Evaluator:
 
     def _memory_bytes(self) -> float:
         """Of what holds the engines: the GPU's where they run there, else the worker's."""
-        card = self.runner.hardware.get("gpu") or {}
-        on_gpu = self.baseline_backend != "onnxruntime" and card.get("memory_bytes")
-        return (
-            min(self.runner.limits.memory_bytes, _GPU_SHARE * card["memory_bytes"])
-            if on_gpu
-            else (self.runner.limits.memory_bytes)
-        )
+        limit = self.runner.limits.memory_bytes
+        card = (self.runner.hardware.get("gpu") or {}).get("memory_bytes")
+        on_gpu = backends()[self.baseline_backend].device != "cpu"
+        return min(limit, _GPU_SHARE * card) if on_gpu and card else limit
 
     def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
         """All engines of a timing are kept loaded side by side, the baseline twice: as many at once as memory holds.

@@ -14,7 +14,7 @@ from workers.kernel import Backend
 from workers.measure.plan import expected_seconds
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
-from workers.pipeline.checking import Checker
+from workers.pipeline.checking import Checker, broken
 from workers.pipeline.evaluate import NO_MEMORY, CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
@@ -61,7 +61,6 @@ class Search:
         self._in_vain: dict[tuple[str, str], str] = {}  # graphs that could not be mended, and whose they were
         self._mended: set[str] = set()  # whom mending was tried for
         self._seconds_each = 0.0  # that the last short timing took per engine
-        self._refused: set[int] = set()  # batch sizes that the original does not take
         self._original: dict[str, Any] | None = None  # the baseline's figures of the last short timing
         self._begun = budget.elapsed()
 
@@ -96,7 +95,7 @@ class Search:
             if self.evaluator.check(run, self.spec.validation.max_samples, self.budget.search_until):
                 self.found.finalists.append(run)
             elif run.tried.failed is None:
-                run.drop("check", "output broken, or it could not be checked")
+                run.drop("check", broken(run))
         self._phase("everything built and checked", len(runs))
         return self.found
 
@@ -150,7 +149,6 @@ class Search:
                 continue
             sizes = max(len(timed.data.get("batch_sizes", ())), 1)
             self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 2) / sizes  # the original runs twice
-            self._refused |= {int(b) for b in timed.data.get("skipped_batches", ())}
             self._original = timed.data["engines"].get(BASELINE)
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
@@ -282,7 +280,8 @@ class Search:
                     run.drop("tuning", f"not tried: {variant.unlikely}")
                 else:
                     tuned.append(run)
-        others = [r for r in alive if r in leaders or halving.can_win(self._speeds[r.plan.id], self._leading(leaders))]
+        low = max((self._speeds[r.plan.id].low for r in leaders), default=0.0)
+        others = [r for r in alive if r in leaders or halving.can_win(self._speeds[r.plan.id], low)]
         seconds = self._seconds_each * (len(others) + len(tuned) + 2) * len(self._batch_sizes())
         tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until - seconds, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
@@ -290,9 +289,6 @@ class Search:
         if tuned or (untimed and others and self.budget.left(self.budget.search_until) > seconds):
             self._screen([*others, *tuned], _TUNE_SECONDS, "timing of runtime options")
         return [r for r in tuned if r.tried.failed is None and self._keeps_its_accuracy(r)]
-
-    def _leading(self, leaders: Sequence[CandidateRun]) -> float:
-        return max((self._speeds[r.plan.id].low for r in leaders), default=0.0)
 
     def _keeps_its_accuracy(self, run: CandidateRun) -> bool:
         """Of one with other runtime options: known from the engine as built, unless they change the arithmetic."""
@@ -316,7 +312,7 @@ class Search:
             if run not in self.found.finalists:
                 run.drop(*self._passed_over.get(run.plan.id, ("check", self._checker.why_not(run))))
         if not self.found.finalists:
-            self.found.finalists = self._without_timing()
+            self.found.finalists = self._unproven()
 
     def _one_for_each_engine(self, accurate: Sequence[CandidateRun]) -> list[CandidateRun]:
         """The fastest first; each engine with the best of its runtime options, which were timed side by side: of those
@@ -336,24 +332,31 @@ class Search:
                 run.drop("finalists", why)
         return self._by_speed(kept)
 
-    def _without_timing(self) -> list[CandidateRun]:
+    def _unproven(self) -> list[CandidateRun]:
         """Nobody was timed and checked in time: the final measurement takes the most promising that were built, first
         the one that is the least likely to lose accuracy."""
+
+        def expected(run: CandidateRun) -> float:
+            known = self._speeds.get(run.plan.id)
+            return run.plan.prior if known is None else 1 / known.ratio
+
         shown = self.evaluator.data.validation is not None
         late = [r for r in self.found.runs if r.build is not None and r.plan.id in self._late]
-        late = sorted((r for r in late if shown or r.plan.lossless), key=lambda r: r.plan.prior)
+        late = sorted((r for r in late if shown or r.plan.lossless), key=expected)
         safe = sorted(late, key=lambda r: is_quantized(r.plan))[:1]
         chosen = [*safe, *(r for r in late if r not in safe)][: halving.MOST_FINALISTS]
         for run in chosen:
             run.tried.failed = None
-            run.note("finalists", "not timed before", "the time did not hold it; the final measurement tells")
+            run.note("finalists", "unproven", "the time did not hold its check; the final measurement tells")
         return chosen
 
     # Small things
 
     def _batch_sizes(self) -> list[int]:
-        """Those that the original takes, as far as it is known."""
-        return [b for b in self.spec.benchmark.batch_sizes if b not in self._refused]
+        """Those of the job; the only one that a model with a fixed batch takes."""
+        first = {spec["shape"][0] for spec in self.evaluator.export.data["inputs"] if spec["shape"]}
+        fixed = first.pop() if len(first) == 1 else None
+        return [fixed] if isinstance(fixed, int) else self.spec.benchmark.batch_sizes
 
     def _alive(self) -> list[CandidateRun]:
         return [r for r in self.found.runs if r.tried.failed is None and r.build is not None]

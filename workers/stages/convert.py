@@ -66,7 +66,8 @@ class ConvertOptions(StageOptions):
 
 class Convert(Stage[ConvertOptions]):
     """See the module. `data`: recipe, computes_in, qdq_by_op (nodes in the new precision by type), quantized_nodes,
-    pairs, kept_fp32 (by op type), clamped, excluded_nodes, opset, calibration, trial_run, size_bytes…
+    pairs, kept_fp32 (by op type), clamped, excluded_nodes, opset, calibration, range_check (where data told which nodes
+    leave float16's range), channels_scaled (int4: tensors), trial_run, size_bytes…
 
     Raises StageFailure: `already_quantized`, `not_float32`, `opset_too_old`, `opset_conversion_failed`, `unknown_node`,
     `nothing_to_convert`, `calibration_data_missing`, `calibration_failed`, `ranges_invalid`, `converted_model_fails`.

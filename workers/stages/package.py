@@ -5,7 +5,6 @@ Both archives are deterministic (sorted names, fixed times): the same engine giv
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import io
 import json
@@ -73,7 +72,7 @@ class Package(Stage[PackageOptions]):
             "sample_input.npz": _npz(feeds),
             "expected_output.npz": _npz(expected),
             "README.md": _readme(options).encode(),
-            "requirements.txt": _requirements(options.manifest).encode(),
+            "requirements.txt": _requirements(options).encode(),
         }
         _write_zip(bundle, engine, extra)
         return StageResult(
@@ -144,20 +143,27 @@ def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
             archive.writestr(_zip_info(name, zipfile.ZIP_DEFLATED), extra[name])
 
 
-def _requirements(manifest: Mapping[str, Any]) -> str:
-    versions = dict(manifest.get("versions", {}))
-    known = kernel.backends().get(str(manifest.get("engine", {}).get("backend")))
-    if known is not None and known.script_libraries:
-        versions = {}
-        for name in known.script_libraries:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
-    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
+def _requirements(options: PackageOptions) -> str:
+    """What `infer.py` imports, in the versions that were measured; what is not installed here, without one."""
+    versions: dict[str, str | None] = dict(options.manifest.get("versions", {}))
+    backend = kernel.backends()[options.backend]
+    if backend.script_libraries:
+        versions = {n: v for n in backend.libraries if (v := _installed(n))}
+        versions |= {n: _installed(n) for n in backend.script_libraries}
+    return "".join(f"{n}=={v}\n" if v else f"{n}\n" for n, v in sorted(versions.items()))
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _readme(options: PackageOptions) -> str:
     hardware = options.manifest.get("hardware", {})
-    card = (hardware.get("gpu") or {}).get("name") if options.backend != "onnxruntime" else None
+    on_gpu = kernel.backends()[options.backend].device != "cpu"
+    card = (hardware.get("gpu") or {}).get("name") if on_gpu else None
     machine = card or hardware.get("cpu_model") or hardware.get("id", "one machine")
     return f"""# {options.name}
 
