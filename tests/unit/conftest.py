@@ -1,4 +1,4 @@
-"""Unit tests, and the fixtures of their modules, run in a scratch folder: some libraries leave files in the current one."""
+"""Unit tests and their modules' fixtures run in a scratch folder: some libraries leave files in the current one."""
 
 from __future__ import annotations
 
