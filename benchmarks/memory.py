@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                # ≈ 3 min   every stage, each in a process of its own
     python benchmarks/memory.py --large        # ≈ 10 min  2.2 GB of weights: simplify → quantize → build → validate
+    python benchmarks/memory.py --job          # ≈ 12 min  the same model as a job: upload, search, report, bundle
 
 A stage runs as the worker runs it (`python -m workers.pipeline.child`); shown is the peak resident size of that process
 (`ru_maxrss`, mapped files included), the largest of `--rounds`.
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +26,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from _common import GIB, MIB, ROOT, CannotMeasure, execute, parser, say, scratch, table, verdict
+from _common import GIB, MIB, ROOT, CannotMeasure, deployment, execute, parser, say, scratch, table, verdict
 from onnx import TensorProto, helper, numpy_helper
+from peers import anneal
+
+from anneal_client import Client
 
 FEW, MANY = 32, 1024
 MOST_GROWTH = 0.10
@@ -239,13 +246,85 @@ def large(arguments: argparse.Namespace, folder: Path) -> Json:
     return {"large": figures, "model_bytes": size}
 
 
+def job(arguments: argparse.Namespace, folder: Path) -> Json:
+    """The large model through the API, as its owner would send it, and the least memory that was left meanwhile."""
+    source = folder / "model"
+    source.mkdir()
+    large_model(source, arguments.layers, arguments.width)
+    archive = folder / "model.tar"
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(source.iterdir()):
+            tar.add(path, path.name)
+    size = archive.stat().st_size
+    shutil.rmtree(source)
+    sets = [data_set(folder / n, "input", (64, arguments.width), SEED + i) / "data.npz" for i, n in enumerate("cv", 1)]
+    with deployment(folder / "home") as service, Client(service.url) as client, Watch() as memory:
+        say(f"upload of {size / 1e9:.2f} GB …")
+        model = client.upload_model(archive, "large")
+        calibration, validation = (client.upload_dataset(path) for path in sets)
+        spec = {
+            "model_id": model["id"],
+            "calibration": {"dataset_id": calibration["id"], "max_samples": 32},
+            "validation": {"dataset_id": validation["id"], "metric": "normalized_error"},
+            "benchmark": {"batch_sizes": [1, 8], "min_seconds": 1.5},
+            "budget_seconds": arguments.budget,
+        }
+        ended = client.wait(client.submit(spec)["id"], check=False, on_event=lambda e: _tell(anneal.short(e)))
+        if ended["status"] != "succeeded":
+            raise CannotMeasure(f"the job {ended['status']}: {ended['error']}")
+        report = client.report(ended["id"])
+        bundle = anneal.fetch_bundle(client, ended, folder / "bundle")
+        unpacked = sum(p.stat().st_size for p in (folder / "bundle").rglob("*") if p.is_file())
+    spent, final, limit = report["search"]["spent_seconds"], report["final_metrics"], LARGE_LIMIT_BYTES
+    late = 1.1 * arguments.budget
+    rows = [
+        ["memory taken, at most", f"{_mib(memory.most)} MiB", f"≤ {limit // GIB} GiB", verdict(memory.most <= limit)],
+        ["time", f"{spent:.0f} s", f"≤ {late:.0f} s", verdict(spent <= late)],
+        ["what ships", f"{report['picked']}, {final['speedup']}, loss {final['accuracy_loss_percent']}", "", ""],
+        ["bundle", f"{unpacked / 1e9:.2f} GB", "", ""],
+    ]
+    print(table([f"a model of {size / 1e9:.2f} GB", "", "goal", ""], rows), end="\n\n")
+    return {"job": {"most_bytes": memory.most, "report": report, "bundle": bundle}, "model_bytes": size}
+
+
+def _tell(line: str | None) -> None:
+    if line:
+        say(line)
+
+
+class Watch:
+    """`most`: by how many bytes the machine's available memory fell at the most; the page cache counts as available."""
+
+    def __enter__(self) -> Watch:
+        self.most, self._before, self._done = 0, _available(), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.1):
+            self.most = max(self.most, self._before - _available())
+
+
+def _available() -> int:
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
 def _mib(size: int) -> str:
     return f"{size / MIB:,.0f}"
 
 
 def measure(arguments: argparse.Namespace) -> Json:
-    needed = 6 * arguments.layers * arguments.width**2 * 4 if arguments.large else GIB
+    weights = 4 * arguments.layers * arguments.width**2
+    needed = 12 * weights if arguments.job else 6 * weights if arguments.large else GIB
     with scratch(arguments.folder, needed) as folder:
+        if arguments.job:
+            return job(arguments, folder)
         return large(arguments, folder) if arguments.large else growth(arguments, folder)
 
 
@@ -253,6 +332,8 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=1, help="runs of each call; the largest peak counts")
     options.add_argument("--large", action="store_true", help="the model of over 2 GB instead")
+    options.add_argument("--job", action="store_true", help="that model through the API, as a job")
+    options.add_argument("--budget", type=int, default=600, help="of that job, in seconds")
     options.add_argument("--layers", type=int, default=34, help="of the large model")
     options.add_argument("--width", type=int, default=4096, help="of the large model")
     execute(measure, options.parse_args())

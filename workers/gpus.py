@@ -94,6 +94,12 @@ def state(uuid: str) -> dict[str, Any]:
     return {}
 
 
+def memory_used_mb(uuid: str) -> float | None:
+    """Memory in use on this GPU, of all processes, in MB (10⁶ bytes); None where the driver does not tell."""
+    used = state(uuid).get("memory_used_mb")
+    return None if used is None else float(used)
+
+
 def reasons(mask: int) -> list[str]:
     return [words for bit, words in _THROTTLED.items() if mask & bit]
 

@@ -47,12 +47,14 @@ class AppliedOptimization(_Part):
 
 
 class FinalMetrics(_Part):
-    """Of the shipped engine, at `batch_size`; `speedup` against the baseline, e.g. "2.2x"."""
+    """Of the shipped engine, at `batch_size`; `speedup` against the baseline, e.g. "2.2x". `memory_mb`: of the process;
+    `gpu_memory_mb`: what it takes of a GPU, None without one."""
 
     latency_ms: float | None
     throughput_qps: float | None
     accuracy_loss_percent: float | None
     memory_mb: float | None
+    gpu_memory_mb: float | None = None
     speedup: str
     speedup_ci: list[float] | None = None
     size_mb: float | None = None
@@ -66,8 +68,9 @@ class FinalMetrics(_Part):
 class DeploymentConfig(_Part):
     """How to run the shipped engine on this machine: the best configuration of the sweep by the job's objective.
     `runtime`: what each instance loads the engine with. `throughput_qps`: samples per second of all instances together,
-    `memory_mb`: of all their processes. `cost_per_million`: of a million samples, in `currency` (None: relative).
-    `sweep`: every configuration that was tried, `pareto` where none has both less latency and more throughput."""
+    `memory_mb`: of all their processes, `gpu_memory_mb`: what these take of the GPU. `cost_per_million`: of a million
+    samples, in `currency` (None: relative). `sweep`: every configuration that was tried, `pareto` where none has both
+    less latency and more throughput."""
 
     batch_size: int
     precision: str
@@ -83,6 +86,7 @@ class DeploymentConfig(_Part):
     cost_per_million: float | None = None
     currency: str | None = None
     memory_mb: float | None = None
+    gpu_memory_mb: float | None = None
     sweep: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
 
@@ -104,6 +108,7 @@ class CandidateReport(_Part):
     accuracy: dict[str, Any] | None = None
     size_mb: float | None = None
     memory_mb: float | None = None
+    gpu_memory_mb: float | None = None
     cold_start_ms: float | None = None
     checks: list[dict[str, Any]] = []
     details: dict[str, Any] = {}

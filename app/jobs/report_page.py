@@ -106,10 +106,10 @@ def _tiles(final: _Json) -> str:
         "accuracy_loss_percent": "points of accuracy lost",
         "size_mb": "MB on disk",
         "memory_mb": "MB of memory",
+        "gpu_memory_mb": "MB of the GPU's memory",
     }
-    tiles = "".join(
-        f"<div class=tile><b>{_text(final[name])}</b>{label}</div>" for name, label in wanted.items() if name in final
-    )
+    there = [n for n in wanted if n in final and (n != "gpu_memory_mb" or final[n] is not None)]
+    tiles = "".join(f"<div class=tile><b>{_text(final[n])}</b>{wanted[n]}</div>" for n in there)
     return f"<div class=tiles>{tiles}</div>" if tiles else ""
 
 
@@ -202,7 +202,9 @@ def _candidates(report: _Json) -> str:
         loss, samples = accuracy.get("loss_percent"), accuracy.get("samples")
         shown = None if loss is None else f"{_text(loss)} ({_text(accuracy.get('metric'))}, {_text(samples)} samples)"
         verdict = "the baseline" if c.get("id") == "baseline" else f"{_text(c.get('status'))}: {c.get('reason')}"
-        rows.append([c.get("name"), c.get("precision"), c.get("size_mb"), c.get("memory_mb"), shown, verdict])
+        memory, on_gpu = c.get("memory_mb"), c.get("gpu_memory_mb")
+        memory = memory if on_gpu is None else f"{_text(memory)} and {_text(on_gpu)} of the GPU's"
+        rows.append([c.get("name"), c.get("precision"), c.get("size_mb"), memory, shown, verdict])
     return _table(
         ["configuration", "precision", "MB on disk", "MB of memory", "accuracy loss, points", "verdict"], rows
     )

@@ -19,7 +19,7 @@ from app.domain.failures import StageFailure
 from tests.factories import tensorrt_standin
 from workers import installation
 
-GPU = {
+GPU: dict[str, Any] = {
     "name": "NVIDIA H100 80GB HBM3",
     "uuid": "GPU-00000000-0000-0000-0000-000000000000",
     "compute_capability": "9.0",

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 
@@ -16,9 +17,10 @@ from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models
 from workers import kernel
 from workers.backends._options import parsed
-from workers.backends._ortcuda_session import PROVIDER, RuntimeOptions, gpu_failure
+from workers.backends._ortcuda_session import PROVIDER, RuntimeOptions, fallen_nodes, gpu_failure
 from workers.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from workers.candidates import Case
+from workers.onnx_files import MODEL_FILE
 
 H100 = {"gpu": {"compute_capability": "9.0"}}
 
@@ -42,6 +44,29 @@ def test_without_the_provider_it_offers_nothing_and_refuses_to_run_on_the_cpu(tm
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(StageFailure) as caught:
         backend.load(folder, {})
     assert caught.value.code == "gpu_provider_missing"
+
+
+def test_what_counts_as_a_fallback_to_the_cpu(tmp_path: Path) -> None:
+    """An Add may be shape arithmetic, or the model's own: what it gives tells."""
+    node = onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [
+            node("Shape", ["x"], ["s"], name="shape"),
+            node("Cast", ["s"], ["f"], name="sizes", to=onnx.TensorProto.FLOAT),
+            node("Add", ["x", "x"], ["t"], name="sum"),
+            node("Det", ["t"], ["y"], name="det"),
+        ],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4, 4])],
+        [
+            onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n"]),
+            onnx.helper.make_tensor_value_info("f", onnx.TensorProto.FLOAT, [3]),
+        ],
+    )
+    folder = onnx_models.folder(onnx.helper.make_model(graph), tmp_path)
+    on_cpu = [("Shape", "shape"), ("Cast", "sizes"), ("Add", "sum"), ("Det", "det"), ("MemcpyToHost", "")]
+    assert fallen_nodes(on_cpu) == {"Det": ["det"]}
+    assert fallen_nodes(on_cpu, folder / MODEL_FILE) == {"Add": ["sum"], "Det": ["det"]}
 
 
 def test_what_it_proposes_by_precision_and_device() -> None:

@@ -54,6 +54,7 @@ class Script:
     nodes: Sequence[str] = ()
     timing_s: float = 0.0  # of a short timing, per engine
     check_s: float = 0.0
+    judging: int = 0  # samples there are
     call_ms: float = 0.0  # of the original, per sample; of slow ones there is no median in a short timing
     batch: int | str = "batch"  # of the model
     searched_until: float = 0.0
@@ -64,7 +65,9 @@ class Script:
 
     def __post_init__(self) -> None:
         calibration = SimpleNamespace(digest="c")
-        self.data = SimpleNamespace(calibration=calibration, validation=calibration, same=False, shapes=None)
+        self.data = SimpleNamespace(
+            calibration=calibration, validation=calibration, same=False, shapes=None, judging=self.judging
+        )
         outputs = {"model": SimpleNamespace(size_bytes=1000)}
         self.export = SimpleNamespace(key="export", outputs=outputs, data={"inputs": [{"shape": [self.batch, 4]}]})
 
@@ -250,6 +253,42 @@ def test_eight_bits_for_a_gpu_are_mended_too() -> None:
     assert not winback.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
     kept = winback.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
     assert kept.steps[1].options["exclude_nodes"] == ["/fc/MatMul"]
+
+
+@pytest.mark.parametrize(("samples", "call_ms", "at_once"), [(300, 2.0, True), (2000, 20.0, False), (0, 2.0, False)])
+def test_all_samples_judge_at_once_where_that_costs_next_to_nothing(
+    search: Any, samples: int, call_ms: float, at_once: bool
+) -> None:
+    truths = {"fp32": Truth(1.1), "int8-good": Truth(3.0, loss=0.2)}
+    _, script = search(truths, judging=samples, call_ms=call_ms)
+    assert script.asked("check") == ["int8-good"]
+    assert (script.full == ["int8-good"]) is at_once
+
+
+def test_what_has_no_options_to_tune_is_not_checked_for_what_they_might_gain(
+    search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truths = {"int8-good": Truth(3.0, loss=0.2), "odd-bf16": Truth(2.6)}
+    _, script = search(truths)
+    assert script.asked("check") == ["int8-good", "odd-bf16"], "another thread count may still make it the fastest"
+    monkeypatch.setattr(OnnxRuntimeBackend, "variants", lambda *_: ())
+    _, script = search(truths)
+    assert script.asked("check") == ["int8-good"]
+
+
+@pytest.mark.parametrize(("step", "mended"), [("dynamic_int8", True), ("static_int8", False)])
+def test_without_calibration_data_dynamic_quantization_is_mended_too(step: str, mended: bool) -> None:
+    case = replace(_case(), has_calibration=False)
+    graph_step = getattr(recipes, step)(case, ["MatMul"])
+    run = CandidateRun.of(Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step)))
+    script = Script({"d": Truth(loss=4.0), "d.keep1": Truth(loss=0.5)}, Clock(), nodes=["n0", "n1", "n2", "n3"])
+    script.data.calibration = None
+    assert script.make(run, 1e9)
+    budget = Budget(600.0, script.clock)
+    budget.share(30.0, 0)
+    found = winback.WinBack(case, script, budget, lambda r: script.check(r, 96, 1e9)).mend(run)  # type: ignore[arg-type]
+    assert (("stage", "sensitivity") in script.calls) is mended
+    assert (found.mended is not None and found.mended.plan.id == "d.keep1") is mended
 
 
 def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:

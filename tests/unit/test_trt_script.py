@@ -30,7 +30,7 @@ class Memory:
         return int(self.array.ctypes.data)
 
 
-def fake_pycuda(capability: tuple[int, int]) -> dict[str, ModuleType]:
+def fake_pycuda(name: str, capability: tuple[int, int], cuda: int) -> dict[str, ModuleType]:
     """What the script uses of PyCUDA, on host memory."""
     driver, primary, package = (ModuleType(f"pycuda{n}") for n in (".driver", ".autoprimaryctx", ""))
 
@@ -45,8 +45,9 @@ def fake_pycuda(capability: tuple[int, int]) -> dict[str, ModuleType]:
         memcpy_htod_async=copy_in,
         memcpy_dtoh=copy_out,
         Stream=lambda: SimpleNamespace(handle=7, synchronize=lambda: None),
+        get_driver_version=lambda: cuda,
     )
-    device = SimpleNamespace(compute_capability=lambda: capability, name=lambda: "NVIDIA L4")
+    device = SimpleNamespace(compute_capability=lambda: capability, name=lambda: name)
     primary.__dict__.update(device=device)
     package.__dict__.update(driver=driver, autoprimaryctx=primary)
     return {"pycuda": package, "pycuda.driver": driver, "pycuda.autoprimaryctx": primary}
@@ -69,8 +70,15 @@ def bundle(model: onnx.ModelProto, feeds: dict[str, Any], tmp_path: Path, **opti
     return out
 
 
-def execute(out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, capability: tuple[int, int] = (9, 0)) -> None:
-    for name, module in fake_pycuda(capability).items():
+def execute(
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    gpu: str = cuda_standin.GPU["name"],
+    capability: tuple[int, int] = (9, 0),
+    cuda: int = 13020,
+) -> None:
+    for name, module in fake_pycuda(gpu, capability, cuda).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys, "argv", ["infer.py", *arguments])
     runpy.run_path(str(out / "infer.py"), run_name="__main__")
@@ -109,7 +117,11 @@ def test_it_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit, match="the inputs are input"):
         execute(out, monkeypatch, "other.npz")
     with pytest.raises(SystemExit, match="here is NVIDIA L4"):
-        execute(out, monkeypatch, capability=(8, 9))
+        execute(out, monkeypatch, gpu="NVIDIA L4", capability=(8, 9))
+    with pytest.raises(SystemExit, match="here is NVIDIA H200"):
+        execute(out, monkeypatch, gpu="NVIDIA H200")
+    with pytest.raises(SystemExit, match="this driver is older"):
+        execute(out, monkeypatch, cuda=12080)
     monkeypatch.setattr(tensorrt_standin, "__version__", "12.0")
     with pytest.raises(SystemExit, match="needs TensorRT 11"):
         execute(out, monkeypatch)

@@ -6,19 +6,21 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import onnx
+import onnx.shape_inference
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends import _onnxruntime_messages as messages
 from workers.backends._cuda import Cuda, DeviceBuffer, Event, Stream
 from workers.kernel import Session, TensorSpec
-from workers.onnx_files import MODEL_FILE
+from workers.onnx_files import MODEL_FILE, read_skeleton
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -27,7 +29,8 @@ PROVIDER = "CUDAExecutionProvider"
 _NO_GRAPH = "-1"  # gpu_graph_id of runs that shall be neither captured nor replayed
 _GRAPH_RUNS = 3  # allocate, capture, replay
 _PROFILE_RUNS = 30
-# Integer arithmetic on shapes, which ONNX Runtime computes on the CPU by design: a few bytes, and needed there.
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+# Arithmetic on shapes, which ONNX Runtime computes on the CPU by design: a few bytes, and needed there.
 _SHAPE_OPS = frozenset(
     (
         *("Shape", "Size", "Gather", "GatherND", "ScatterND", "Concat", "ConcatFromSequence", "Slice", "Split", "Tile"),
@@ -97,9 +100,10 @@ def gpu_failure(code: str, error: BaseException, *, remedy: str | None = None) -
     return failure
 
 
-def open_session(model: Path, runtime: RuntimeOptions, **provider_options: str) -> tuple[Any, dict[str, list[str]]]:
-    """(An `InferenceSession` on the GPU, nodes on the CPU by op type). Raises StageFailure: `load_failed`,
-    `gpu_provider_missing` where the provider could not be loaded, `gpu_fallback` where nodes would run on the CPU."""
+def open_session(model: Path, runtime: RuntimeOptions, **provider_options: str) -> tuple[Any, list[tuple[str, str]]]:
+    """(An `InferenceSession` on the GPU, op type and name of its nodes on the CPU). Raises StageFailure: `load_failed`,
+    `gpu_provider_missing` where the provider could not be loaded, `gpu_fallback` where nodes that are no shape
+    arithmetic by their operator would run on the CPU."""
     import onnxruntime as ort
 
     if not model.is_file():
@@ -134,17 +138,35 @@ def open_session(model: Path, runtime: RuntimeOptions, **provider_options: str) 
             cacheable=False,
         )
     session.disable_fallback()  # a failed run raises; it is not tried again on the CPU
-    fallen = _on_cpu(session)
-    if runtime.cpu_fallback == "refuse" and fallen:
-        op, nodes = next(iter(fallen.items()))
-        raise StageFailure(
-            "gpu_fallback",
-            f"{sum(map(len, fallen.values()))} node(s) of {', '.join(fallen)} would run on the CPU: the CUDA provider "
-            "has no kernel for them.",
-            node=nodes[0] or None,
-            remedy=f"Use another precision or backend for this model, or replace {op}.",
-        )
-    return session, fallen
+    parts = [p for p in session.get_provider_graph_assignment_info() if p.ep_name != PROVIDER]
+    on_cpu = [(str(node.op_type), str(node.name)) for part in parts for node in part.get_nodes()]
+    refuse_fallback(fallen_nodes(on_cpu), runtime)
+    return session, on_cpu
+
+
+def refuse_fallback(fallen: Mapping[str, Sequence[str]], runtime: RuntimeOptions) -> None:
+    """Raises StageFailure(`gpu_fallback`) where there are any and the options refuse it."""
+    if runtime.cpu_fallback == "report" or not fallen:
+        return
+    op, nodes = next(iter(fallen.items()))
+    raise StageFailure(
+        "gpu_fallback",
+        f"{sum(map(len, fallen.values()))} node(s) of {', '.join(fallen)} would run on the CPU: the CUDA provider "
+        "has no kernel for them.",
+        node=nodes[0] or None,
+        remedy=f"Use another precision or backend for this model, or replace {op}.",
+    )
+
+
+def fallen_nodes(on_cpu: Sequence[tuple[str, str]], model: Path | None = None) -> dict[str, list[str]]:
+    """Names of the nodes that are no shape arithmetic, by op type: by their operator, and where the `model` is given
+    also by what they give (`values_of_float`), which takes reading it."""
+    computing = values_of_float(model, {name for op, name in on_cpu if op in _SHAPE_OPS}) if model else set()
+    fallen: dict[str, list[str]] = {}
+    for op, name in on_cpu:
+        if op not in _SHAPE_OPS or name in computing:
+            fallen.setdefault(op, []).append(name)
+    return dict(sorted(fallen.items()))
 
 
 @functools.cache
@@ -156,15 +178,20 @@ def _preload() -> None:
         ort.preload_dlls()
 
 
-def _on_cpu(session: Any) -> dict[str, list[str]]:
-    """Names of the nodes that run on the CPU and are no shape arithmetic, by op type."""
-    fallen: dict[str, list[str]] = {}
-    for part in session.get_provider_graph_assignment_info():
-        if part.ep_name != PROVIDER:
-            for node in part.get_nodes():
-                if node.op_type not in _SHAPE_OPS:
-                    fallen.setdefault(node.op_type, []).append(node.name)
-    return dict(sorted(fallen.items()))
+def values_of_float(model: Path, names: Collection[str]) -> set[str]:
+    """Of these nodes of the main graph, those that give a floating-point tensor of two axes or more: that is no shape,
+    whatever the operator. What ONNX's shape inference cannot tell is not among them."""
+    if not names:  # most models
+        return set()
+    source = read_skeleton(model)
+    with contextlib.suppress(Exception):  # it raises its own classes, for what it does not know
+        source = onnx.shape_inference.infer_shapes(source)
+    large = {
+        value.name
+        for value in (*source.graph.value_info, *source.graph.output)
+        if value.type.tensor_type.elem_type in _FLOATS and len(value.type.tensor_type.shape.dim) >= 2
+    }
+    return {node.name for node in source.graph.node if node.name in names and large & {*node.output}}
 
 
 class OnnxRuntimeCudaSession(Session):

@@ -75,10 +75,13 @@ def read_engine(logger):
         raise SystemExit("engine.plan is not the file that engine.json describes: download the bundle again.")
     if trt.__version__ != facts["tensorrt"] and not facts["version_compatible"]:
         raise SystemExit(f"The engine needs TensorRT {facts['tensorrt']}, here is {trt.__version__}.")
-    device = pycuda.autoprimaryctx.device
-    found = ".".join(map(str, device.compute_capability()))
-    if facts["hardware_compatibility"] != "ampere_plus" and found != facts["gpu"]["compute_capability"]:
-        raise SystemExit(f"The engine is for {facts['gpu']['name']}, here is {device.name()}.")
+    device, built = pycuda.autoprimaryctx.device, facts["gpu"]
+    found, level = ".".join(map(str, device.compute_capability())), facts["hardware_compatibility"]
+    other_model = level == "none" and device.name() != built["name"]
+    if other_model or (level != "ampere_plus" and found != built["compute_capability"]):
+        raise SystemExit(f"The engine is for {built['name']}, here is {device.name()}.")
+    if cuda.get_driver_version() // 1000 < int(built["cuda"].split(".")[0]):
+        raise SystemExit(f"The engine is for CUDA {built['cuda']}, and this driver is older: update it.")
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -85,7 +85,7 @@ def check_compatible(body: Mapping[str, Any], tensorrt: str, gpu: Gpu) -> None:
 
     A plan needs the very version that built it, unless it was built version-compatible: then any later one of at least
     the same major version. It needs the same GPU model (NVIDIA's rule without hardware compatibility), the same compute
-    capability, or Ampere and later, as it was built.
+    capability, or Ampere and later, as it was built; and a driver of the same branch or a later one.
     """
     built = str(body["tensorrt"])
     if built != tensorrt and not (body["version_compatible"] and _version(tensorrt) >= _version(built)):
@@ -106,6 +106,10 @@ def check_compatible(body: Mapping[str, Any], tensorrt: str, gpu: Gpu) -> None:
         )
     if _version(here.cuda)[:1] < _version(str(there["cuda"]))[:1]:
         raise _incompatible(f"it was built for CUDA {there['cuda']}, and this machine's driver knows {here.cuda}")
+    known = str(there.get("driver") or "")
+    # A newer driver runs what was built beside an older one.
+    if known and here.driver and _version(here.driver)[:1] < _version(known)[:1]:
+        raise _incompatible(f"it was built beside driver {known}, and this machine has the older {here.driver}")
 
 
 def _signature(key: bytes, body: Mapping[str, Any]) -> str:

@@ -16,10 +16,12 @@ from workers.backends._ortcuda_session import (
     BuildOptions,
     OnnxRuntimeCudaSession,
     RuntimeOptions,
+    fallen_nodes,
+    refuse_fallback,
 )
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session
-from workers.onnx_files import files_of, link_or_copy
+from workers.onnx_files import MODEL_FILE, files_of, link_or_copy
 
 
 class OnnxRuntimeCudaBackend(Backend):
@@ -63,7 +65,13 @@ class OnnxRuntimeCudaBackend(Backend):
         for path in files_of(model):
             link_or_copy(path, out / path.name)
         session = OnnxRuntimeCudaSession(out, runtime)
-        fallen = {op: len(nodes) for op, nodes in session.on_cpu.items()}
+        found = fallen_nodes(session.on_cpu, out / MODEL_FILE)
+        fallen = {op: len(nodes) for op, nodes in found.items()}
+        try:
+            refuse_fallback(found, runtime)
+        except StageFailure:
+            session.close()
+            raise
         if fallen:
             reporter.note("Some nodes run on the CPU: the CUDA provider has no kernel for them.", nodes=fallen)
         try:

@@ -14,12 +14,13 @@ from workers.measure.figures import rounded
 class Cold:
     """Milliseconds and MB (10⁶ bytes). `call_ms`: what an inference takes after the first one, which on a GPU also
     loads libraries and chooses kernels, a thousand times as long. `refused`: larger batch sizes that did not run, and
-    how they failed."""
+    how they failed. `gpu_memory_mb`: of an engine on a GPU, what it takes there."""
 
     load_ms: float
     first_inference_ms: float
     call_ms: float
     peak_memory_mb: float
+    gpu_memory_mb: float | None = None
     refused: dict[int, StageFailure] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -28,6 +29,7 @@ class Cold:
             "load_ms": rounded(self.load_ms),
             "first_inference_ms": rounded(self.first_inference_ms),
             "peak_memory_mb": rounded(self.peak_memory_mb),
+            "gpu_memory_mb": rounded(self.gpu_memory_mb),
         }
 
 

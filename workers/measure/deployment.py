@@ -49,7 +49,8 @@ def choose(
         return Choice(None, "no configuration was measured: " + ("; ".join(reasons) or "none was tried"))
     front = pareto(measured)
     asked = _at_batch(measured, batch) if objective == "latency" else measured
-    limits = _limits(p99_limit_ms, min_throughput_qps, max_memory_mb)
+    memory = _memory_key(measured)
+    limits = _limits(p99_limit_ms, min_throughput_qps, max_memory_mb, memory)
     fitting = [c for c in asked if not _missed(c, limits)]
     if not fitting:
         nearest = min(asked, key=lambda c: (max(m.distance for m in _missed(c, limits)), _latency(c)))
@@ -110,9 +111,8 @@ class _Limit:
 
     @property
     def words(self) -> str:
-        return (
-            f"{self.key.removesuffix('_ms').removesuffix('_mb')} {'≤' if self.most else '≥'} {self.value:g} {self.unit}"
-        )
+        name = {"p99_ms": "p99", "memory_mb": "memory", "gpu_memory_mb": "GPU memory"}.get(self.key, self.key)
+        return f"{name} {'≤' if self.most else '≥'} {self.value:g} {self.unit}"
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,16 @@ class _Miss:
     reason: str
 
 
-def _limits(p99_ms: float | None, qps: float | None, memory_mb: float | None) -> list[_Limit]:
+def _memory_key(configurations: Sequence[Configuration]) -> str:
+    """What `max_memory_mb` limits: the GPU's memory where the engine runs on one."""
+    return "memory_mb" if all(c.get("gpu_memory_mb") is None for c in configurations) else "gpu_memory_mb"
+
+
+def _limits(p99_ms: float | None, qps: float | None, memory_mb: float | None, memory: str) -> list[_Limit]:
     given = (
         ("constraints.p99_latency_ms", "p99_ms", p99_ms, "ms", True),
         ("constraints.min_throughput_qps", "throughput_qps", qps, "samples/s", False),
-        ("constraints.max_memory_mb", "memory_mb", memory_mb, "MB", True),
+        ("constraints.max_memory_mb", memory, memory_mb, "MB", True),
     )
     return [_Limit(name, key, value, unit, most) for name, key, value, unit, most in given if value is not None]
 
@@ -162,7 +167,7 @@ def _best(fitting: Sequence[Configuration], cost: Callable[[Configuration], floa
 
 def _memory(configuration: Configuration) -> float:
     """What is not known is taken as the most."""
-    memory = configuration.get("memory_mb")
+    memory = configuration.get(_memory_key([configuration]))
     return float("inf") if memory is None else float(memory)
 
 

@@ -12,6 +12,8 @@ _FEW = 96  # samples of the small check
 _AT_ONCE = 4 * _FEW
 _FEWEST = 32  # below which a check that ran out of time says nothing
 _FULL_SHARE = 0.5  # of the time left to the search, at most, for a check on all samples
+_CHEAP = 0.02  # of the budget: a check on all samples that takes less is made at once
+_CALL_S = 1.0  # of a check: starting it, loading the engine
 
 
 class Checker:
@@ -20,6 +22,14 @@ class Checker:
     def __init__(self, spec: OptimizationSpec, evaluator: Evaluator, budget: Budget) -> None:
         self.spec, self.evaluator, self.budget = spec, evaluator, budget
         self._few = _FEW
+
+    def expect(self, sample_ms: float) -> None:
+        """What the original takes for a sample. Where judging all of them costs next to nothing, they judge at once:
+        the finalists are judged on all in any case."""
+        most = self.spec.validation.max_samples
+        count = min(self.evaluator.data.judging, most)
+        if count and _CALL_S + count * sample_ms / 1e3 <= _CHEAP * self.budget.seconds:
+            self._few = most
 
     def check(self, run: CandidateRun) -> bool:
         """Whether it keeps the limit, as far as the samples judged can tell; dropped where its outputs are broken."""

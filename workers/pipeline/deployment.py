@@ -55,6 +55,7 @@ def deployment_config(
         if shown[f"{name}_ms"] is None:
             config.reasons[f"{name}_latency_ms"] = shown["reasons"].get(f"{name}_ms", "not measured")
     config.throughput_qps, config.memory_mb = shown["throughput_qps"], shown["memory_mb"]
+    config.gpu_memory_mb = shown.get("gpu_memory_mb")
     _price(config, spec)
     config.dynamic_batching = dynamic_batch and batching_pays(configurations, shown)
     config.reasons["dynamic_batching"] = _batching(config, dynamic_batch)

@@ -41,12 +41,14 @@ _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQU
 
 @dataclass
 class Data:
-    """The job's data as stages take it. `same`: one data set for calibration and validation, split sample by sample."""
+    """The job's data as stages take it. `same`: one data set for calibration and validation, split sample by sample.
+    `judging`: how many samples there are to judge with at the most; 0 where there are no data."""
 
     calibration: ArtifactRef | None
     validation: ArtifactRef | None
     same: bool
     shapes: dict[str, Any] | None
+    judging: int = 0
 
 
 @dataclass

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workers.pipeline.optimize import Optimization
 
 _ABLATION_SHARE = 0.5  # of what the budget leaves; the sweep gets the rest
-_ABLATION_SECONDS = 1.0  # per engine and batch size
+_ABLATION_SECONDS = 1.0  # per engine, at the batch size of the final metrics
 _SWEEP_SECONDS = 1.0  # per configuration
 _LEAST_S = 3.0
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -47,7 +47,7 @@ def ablate(found: Optimization, evaluator: Evaluator, backends: Mapping[str, Bac
     defaults = dict(backends[picked.plan.backend].plain_runtime)
     ablated = [Ablated(p) for p in parts(picked.plan, others, defaults)]
     made: list[CandidateRun] = []
-    for item in ablated:
+    for item in sorted(ablated, key=lambda item: _urgency(item.part)):
         without = item.part.without
         if without is None:
             item.reason = item.part.reason
@@ -65,6 +65,13 @@ def ablate(found: Optimization, evaluator: Evaluator, backends: Mapping[str, Bac
     if made:
         _time(found, evaluator, picked, ablated, made, until)
     return ablated
+
+
+def _urgency(part: Part) -> int:
+    """Where the time does not hold all of them, what usually matters most is measured: it comes first."""
+    if part.stage is None:  # the backend, its runtime options, nodes kept
+        return 1
+    return 0 if "quantize" in part.stage or part.stage == "convert" else 2
 
 
 def _samples(found: Optimization) -> int:
@@ -86,7 +93,14 @@ def _time(
     side_by_side = groups[0] if groups and picked in groups[0] else [picked]
     seconds = min(_ABLATION_SECONDS, found.spec.benchmark.min_seconds)
     try:
-        timed = evaluator.time(side_by_side, until, min_seconds=seconds, screening=True, compare_to=picked.plan.id)
+        timed = evaluator.time(
+            side_by_side,
+            until,
+            min_seconds=seconds,
+            screening=True,
+            compare_to=picked.plan.id,
+            batch_sizes=[int(found.verdict.primary_batch)],
+        )
     except StageFailure as failure:
         if not _is_ours_to_bear(failure):
             raise

@@ -109,12 +109,15 @@ class Optimizer:
         self.limits = limits
         self.budget = Budget(float(self.spec.budget_seconds))
         self.baseline_backend = baseline_backend(self.device)
-        calibration = _dataset_ref(self.spec.calibration.dataset_id if self.spec.calibration else None, datasets)
+        calibration_id = self.spec.calibration.dataset_id if self.spec.calibration else None
+        judging_id = self.spec.validation.dataset_id or calibration_id
+        calibration = _dataset_ref(calibration_id, datasets)
         validation = _dataset_ref(self.spec.validation.dataset_id, datasets)
         # One data set for both is split, sample by sample: what calibrates never judges.
         same = calibration is not None and validation in (None, calibration)
         shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
-        self.data = Data(calibration, validation or calibration, same, shapes)
+        judging = datasets[judging_id].samples if judging_id else 0
+        self.data = Data(calibration, validation or calibration, same, shapes, judging)
 
     def run(self) -> Optimization:
         """All stages up to the package. Raises `StageFailure` where the job fails as a whole."""

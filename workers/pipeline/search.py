@@ -148,7 +148,7 @@ class Search:
                     self._not_timed(run, phase, f"not measured: {failure.detail}")
                 continue
             sizes = max(len(timed.data.get("batch_sizes", ())), 1)
-            self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 2) / sizes  # the original runs twice
+            self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 1) / sizes  # the original beside them
             self._original = timed.data["engines"].get(BASELINE)
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
@@ -166,6 +166,7 @@ class Search:
             least = min(at, default=1)
             at |= {b: at[least] * b / least for b in self._batch_sizes() if at and b not in at}
         if p50_ms[BASELINE]:
+            self._checker.expect(min(ms / batch for batch, ms in p50_ms[BASELINE].items()))
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
             self.budget.keep_for_final(seconds)
@@ -209,7 +210,7 @@ class Search:
                 self.found.exhausted = True
                 reason = f"not faster than {best[0].plan.name}, and the time left hardly holds its check"
                 self._passed_over[run.plan.id] = ("check", reason)
-            elif best is not None and not halving.can_win(speed, best[1].low, gain=halving.TUNING_GAIN):
+            elif best is not None and not halving.can_win(speed, best[1].low, gain=self._tuning_gain(run)):
                 reason = halving.dropped_as_slow(speed, best[0].plan.name, best[1])
                 self._passed_over[run.plan.id] = ("short timing", reason)
             elif not self._too_late(run, self.budget.search_until, "check"):
@@ -218,6 +219,11 @@ class Search:
                 took = self.budget.elapsed() - begun
         self._phase("accuracy of those that can win", len(accurate))
         return accurate
+
+    def _tuning_gain(self, run: CandidateRun) -> float:
+        """What other runtime options may still gain, at most; nothing where none would be tried."""
+        variants = self.backends[run.plan.backend].variants(self.case, run.plan)
+        return halving.TUNING_GAIN if any(v.unlikely is None for v in variants) else 1.0
 
     def _in_order_of_checking(self) -> list[CandidateRun]:
         """The fastest first. Where time is short, the fastest that is not quantized comes before: it seldom loses
@@ -282,7 +288,7 @@ class Search:
                     tuned.append(run)
         low = max((self._speeds[r.plan.id].low for r in leaders), default=0.0)
         others = [r for r in alive if r in leaders or halving.can_win(self._speeds[r.plan.id], low)]
-        seconds = self._seconds_each * (len(others) + len(tuned) + 2) * len(self._batch_sizes())
+        seconds = self._seconds_each * (len(others) + len(tuned) + 1) * len(self._batch_sizes())
         tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until - seconds, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
         untimed = {str(b) for b in self._batch_sizes()} - {b for r in others for b in (r.screened or {})["batches"]}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.domain.spec import Constraints, OptimizationSpec
+from workers.measure.device_memory import limited_mb
 
 BASELINE = "baseline"
 _TIE = 0.95
@@ -188,7 +189,7 @@ def _constraints(constraints: Constraints, tried: Tried, batch: str, usual: set[
     value, limit = at.get("throughput_qps"), constraints.min_throughput_qps
     enough = limit is None or (value is not None and value >= limit)
     checks.append(Check("throughput_qps", value, limit, enough, None if enough else f"{value} qps, wanted {limit}"))
-    checks.append(_at_most("memory_mb", figures.get("peak_memory_mb"), constraints.max_memory_mb, "not measured"))
+    checks.append(_at_most("memory_mb", limited_mb(figures), constraints.max_memory_mb, "not measured"))
     checks.append(_at_most("size_mb", figures["size_bytes"] / 1e6, constraints.max_size_mb, "not measured"))
     return checks
 

@@ -101,13 +101,16 @@ class WinBack:
                 failed = middle
 
     def _sensitivity(self, run: CandidateRun) -> list[str]:
-        """Names of the quantized nodes, the worst first; empty where it could not be measured."""
+        """Names of the quantized nodes, the worst first; empty where it could not be measured. Dynamic quantization
+        needs no data: without any it is measured on random inputs, and the check on real ones tells."""
         index, step = quantization(run.plan)
-        if self.budget.over(self.budget.search_until) or not self.case.has_calibration:
+        needs_data = step.options.get("recipe") != "dynamic_int8"
+        if self.budget.over(self.budget.search_until) or (needs_data and not self.case.has_calibration):
             return []
         before = run.steps[index - 1] if index else self.evaluator.export
-        assert self.evaluator.data.calibration is not None
-        inputs = {"model": before.outputs["model"], "calibration": self.evaluator.data.calibration}
+        inputs = {"model": before.outputs["model"]}
+        if self.evaluator.data.calibration is not None:
+            inputs["calibration"] = self.evaluator.data.calibration
         ranges = self.evaluator.ranges_of(step, before)
         if ranges is not None:
             inputs["ranges"] = ranges

@@ -17,6 +17,7 @@ from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure import figures
 from workers.measure.cold import Cold, cold_start
+from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds, Loaded
 from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
 from workers.measure.method import benchmark_method, versions
@@ -88,7 +89,7 @@ class _Figures:
 
     @classmethod
     def start(cls, folder: Path, cold: bool) -> _Figures:
-        unknown = dict.fromkeys(("cold_start_ms", "load_ms", "first_inference_ms", "peak_memory_mb"))
+        unknown = dict.fromkeys(("cold_start_ms", "load_ms", "first_inference_ms", "peak_memory_mb", "gpu_memory_mb"))
         size = sum(p.stat().st_size for p in folder.iterdir())
         why = {} if cold else {"reasons": dict.fromkeys(unknown, "not measured: it was not asked for")}
         return cls({**unknown, "size_bytes": size, **why})
@@ -102,19 +103,20 @@ class Benchmark(Stage[BenchmarkOptions]):
     """inputs: baseline (the exported model), engine.<id> …, [data]. output: samples (raw latencies, `samples.npz`).
 
     data: method, conditions, versions {distribution: version} of the backends' libraries, noisy, noise, aa {batch:
-    {ratio, low, high of p50, throughput {ratio, low, high}}}, [aa_compared, the same of the engine compared with],
-    batch_sizes, skipped_batches {batch: why}, screening, shortened, engines {id: {batches {batch: figures, with
-    `compare_to` also against {id, speedup, throughput_ratio}}, cold_start_ms, load_ms, first_inference_ms,
-    peak_memory_mb (10⁶ bytes), size_bytes, [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as
-    JSON); only the baseline's failure fails the stage. Where the soft deadline does not hold the plan it is shortened,
-    then the last engines are left out (`budget_exhausted`).
+    {ratio, low, high of p50, throughput {ratio, low, high}}} (empty in a screening), [aa_compared, the same of
+    the engine compared with], batch_sizes, skipped_batches {batch: why}, screening, shortened, engines {id: {batches
+    {batch: figures, with `compare_to` also against {id, speedup, throughput_ratio}}, cold_start_ms, load_ms,
+    first_inference_ms, peak_memory_mb, gpu_memory_mb (10⁶ bytes; the latter of engines on a GPU), size_bytes,
+    [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as JSON); only the baseline's failure fails
+    the stage. Where the soft deadline does not hold the plan it is shortened, then the last engines are left out
+    (`budget_exhausted`).
     Not reusable by another job: a shortened run, or one in which an engine failed as it might not fail again. A noisy
     one is (the same job again answers at once); who wants it measured anew asks for another `min_seconds`, as the
     report advises.
     """
 
     name = "benchmark"
-    version = 5
+    version = 6
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -137,7 +139,11 @@ class _Run:
         self.skipped: dict[str, str] = {}
         self.aa: dict[str, dict[str, Any]] = {}
         self.aa_compared: dict[str, dict[str, Any]] = {}
-        self.twice = {BASELINE, *([options.compare_to] if options.compare_to else [])}
+        # A short timing tells what is clearly slower; how two processes of one engine differ is the final's to know.
+        self.twice = {
+            *(() if options.screening else (BASELINE,)),
+            *([options.compare_to] if options.compare_to else []),
+        }
         self.shortened = False
         self.load_s = self.call_s = 0.0  # of the baseline: what an engine is expected to take
         self.noise: list[str] = []
@@ -217,10 +223,12 @@ class _Run:
             for done, (i, process) in enumerate(processes.items(), start=1):
                 if self.figures[i].failed is None:
                     try:
+                        memory = DeviceMemory(self.specs[i].backend, self.ctx.hardware)
                         loaded = process.load()
                         if i == BASELINE:
                             feeds, words = self._feeds(loaded)
                         cold = cold_start(process, loaded, feeds, again=i == BASELINE)
+                        cold.gpu_memory_mb = memory.grown_mb()
                         self._write_down_cold(i, cold)
                         if i == BASELINE:
                             feeds = self._essential({b: f for b, f in feeds.items() if b not in cold.refused})
@@ -283,7 +291,7 @@ class _Run:
             samples = Samples(file, loaded.inputs, loaded.outputs, max_samples=DISTINCT * max(sizes))
         return rotating_feeds(loaded.inputs, sizes, samples, self.options.shapes, self.options.seed)
 
-    # Timing: all engines warm at once, those that others are compared with twice.
+    # Timing: all engines warm at once, those that others are compared with twice (the baseline not in a screening).
 
     def _timed(self, feeds: Feeds) -> None:
         self._leave_out(feeds)
@@ -355,10 +363,12 @@ class _Run:
 
     def _write_down(self, timings: dict[str, Timing], batch: int) -> None:
         seed = self.options.seed
-        baseline, again = timings[BASELINE], timings[AGAIN]
-        aa = figures.a_a(baseline, again, seed)
-        self.aa[str(batch)] = aa.to_json()
-        self.noise += aa.noise(batch)
+        baseline = timings[BASELINE]
+        again = timings.get(AGAIN, baseline)
+        if again is not baseline:
+            aa = figures.a_a(baseline, again, seed)
+            self.aa[str(batch)] = aa.to_json()
+            self.noise += aa.noise(batch)
         other = self.options.compare_to
         pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None
         if pair is not None:

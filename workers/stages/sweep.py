@@ -13,6 +13,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
 from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds
 from workers.measure.figures import distribution, rounded
 from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
@@ -67,6 +68,7 @@ class _Configuration:
     runs: list[Driven] = field(default_factory=list)
     p50_ns: float = 0.0
     memory_mb: float | None = None
+    gpu_memory_mb: float | None = None
     not_finite: list[str] = field(default_factory=list)
     p99_refused: str | None = None
     failed: StageFailure | None = None
@@ -96,6 +98,7 @@ class _Configuration:
             "runtime": self.runtime,
             "passes": len(self.runs),
             "memory_mb": rounded(self.memory_mb),
+            "gpu_memory_mb": rounded(self.gpu_memory_mb),
         }
         if self.failed is not None:
             return {**facts, "status": "failed", "reason": self.failed.detail, "failed": self.failed.to_json()}
@@ -119,8 +122,9 @@ class Sweep(Stage[SweepOptions]):
     data: configurations [{id "<instances>x<threads>@<batch>", batch, instances, threads, runtime (what `load` takes),
     status "measured" | "failed" | "not_measured", reason, passes, samples, mean_ms, p50_ms … p999_ms, min_ms, max_ms,
     reasons, throughput_qps (samples per second of all instances together), throughput_by_pass, ms_per_sample (1000 /
-    throughput), memory_mb, not_finite, [failed]}], batch_sizes, skipped_batches {batch: why}, fixed_batch, layouts,
-    cores, threads_matter, pinned, p99_limit_ms, complete, shortened, method, conditions, versions.
+    throughput), memory_mb, gpu_memory_mb, not_finite, [failed]}], batch_sizes, skipped_batches {batch: why},
+    fixed_batch, layouts, cores, threads_matter, pinned, p99_limit_ms, complete, shortened, method, conditions,
+    versions.
 
     A configuration that fails is written down as such; only an engine that does not load fails the stage.
     `complete` is False where the soft deadline left configurations or passes out; then, and where the windows were
@@ -269,6 +273,7 @@ class _Run:
 
     def _layout(self, layout: Layout, todo: list[_Configuration], number: int, feeds: Feeds) -> None:
         cores = self.cores if self.threads_matter else None
+        memory = DeviceMemory(self.options.backend, self.ctx.hardware)
         with Instances(str(layout), self.options.backend, self.folder, todo[0].runtime, layout, feeds, cores) as all_:
             self.pinned &= all_.pinned
             try:
@@ -281,7 +286,7 @@ class _Run:
                 if not configuration.open or not self._in_time(configuration, number):
                     continue
                 try:
-                    self._measure(all_, configuration)
+                    self._measure(all_, configuration, memory)
                 except StageFailure as failure:
                     self._fail(configuration, failure)
                     if not all_.alive:
@@ -301,13 +306,14 @@ class _Run:
         configuration.failed = failure
         self.ctx.reporter.note(f"Configuration {configuration.id} failed: {failure.detail}", code=failure.code)
 
-    def _measure(self, instances: Instances, configuration: _Configuration) -> None:
+    def _measure(self, instances: Instances, configuration: _Configuration, memory: DeviceMemory) -> None:
         broken = instances.prepare(configuration.batch, max(0.0, self.ctx.seconds_left() / 4))
         configuration.p50_ns = instances.warm_up(_WARM_UP_CAP_S, _WARM_UP_ITERATIONS)
         configuration.not_finite = sorted({*configuration.not_finite, *broken})
         driven = instances.drive(self._seconds(configuration), configuration.p50_ns)
         if not configuration.runs:  # later passes come from large batches to small ones, too
             configuration.memory_mb = instances.memory_mb()
+            configuration.gpu_memory_mb = memory.grown_mb()
         configuration.runs.append(driven)
 
     def _seconds(self, configuration: _Configuration) -> float:
