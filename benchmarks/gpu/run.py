@@ -35,9 +35,11 @@ from workers.stages.simplify import Simplify, SimplifyOptions
 
 BATCHES = (1, 8, 32)
 CALIBRATION = 32
-GRAPHS = {  # name → options of stage `convert`; None = the simplified model
+GRAPHS: dict[str, dict[str, str] | None] = {  # name → options of `convert`; None = simplified; "fused": with fusions
     "fp32": None,
+    "fp32 fused": None,
     "fp16": {"recipe": "fp16"},
+    "fp16 fused": {"recipe": "fp16"},
     "int8": {"recipe": "int8"},
     "int8+fp16": {"recipe": "int8", "high_precision": "fp16"},
     "fp8+fp16": {"recipe": "fp8", "high_precision": "fp16"},
@@ -49,6 +51,8 @@ ORT = (  # name, graph, runtime options
     ("ORT CUDA fp16", "fp16", {}),
     ("ORT CUDA fp16, graph", "fp16", {"cuda_graph": True}),
     ("ORT CUDA fp16, NHWC, graph", "fp16", {"cuda_graph": True, "prefer_nhwc": True}),
+    ("ORT CUDA fp32, fused, graph", "fp32 fused", {"cuda_graph": True}),
+    ("ORT CUDA fp16, fused, graph", "fp16 fused", {"cuda_graph": True}),
     # The provider has no int8 products; without this it even sends part of the Q/DQ to the CPU.
     ("ORT CUDA int8 Q/DQ in fp32", "int8", {"session_config": {"session.disable_quant_qdq": "1"}}),
     ("ORT CUDA int8 Q/DQ in fp16", "int8+fp16", {"session_config": {"session.disable_quant_qdq": "1"}}),
@@ -87,14 +91,17 @@ def prepare(name: str, root: Path, described: Json, wanted: Sequence[str]) -> tu
     folders: dict[str, Path] = {}
     for label in ("fp32", *(g for g in wanted if g != "fp32")):
         options = GRAPHS[label]
-        workspace, out = root / f"{label}-work", root / f"{label}-out"
+        workspace, out = root / f"{label}-work".replace(" ", "-"), root / f"{label}-out".replace(" ", "-")
         workspace.mkdir()
         try:
             if options is None:
                 ctx = StageContext({"model": exported}, workspace, out, Said(), described)
-                Simplify().run(ctx, SimplifyOptions())
+                found = Simplify().run(ctx, SimplifyOptions(fusions="fused" in label)).data
+                if "fused" in label and not found["contrib_ops"]:
+                    raise ValueError("nothing was fused")
+                facts[label] = {"fusions": found["fusions"]}
             else:
-                inputs = {"model": folders["fp32"], "calibration": data}
+                inputs = {"model": folders["fp32 fused" if "fused" in label else "fp32"], "calibration": data}
                 ctx = StageContext(inputs, workspace, out, Said(), described)
                 found = Convert().run(ctx, ConvertOptions.model_validate(options)).data
                 facts[label] = {k: found[k] for k in ("trial_run", "qdq_by_op", "kept_fp32", "opset")}

@@ -72,6 +72,15 @@ class Case:
         result = Convert().run(ctx, ConvertOptions.model_validate({"recipe": recipe, **options}))
         return root / "out" / "model", result
 
+    def fused(self) -> Path:
+        """Folder of the model with ONNX Runtime's transformer fusions, as stage `simplify` makes it."""
+        root = Path(tempfile.mkdtemp(prefix="fused-", dir=self.root))
+        workspace = root / "work"
+        workspace.mkdir()
+        ctx = StageContext({"model": self.model}, workspace, root / "out", Notes(), {})
+        Simplify().run(ctx, SimplifyOptions(fusions=True))
+        return root / "out" / "model"
+
 
 def make_case(name: str, root: Path, model: ModelProto | None = None) -> Case:
     """`model`: that one; else the architecture of this name."""

@@ -88,6 +88,25 @@ def test_converted_graphs_run_on_the_gpu(
     assert likeness >= least
 
 
+@pytest.mark.parametrize("recipe", ["fp32", "fp16"])
+def test_fused_transformers_run_on_the_gpu(
+    ort_cuda: Backend, gpu: dict[str, Any], case: Case, recipe: str, tmp_path: Path
+) -> None:
+    """ONNX Runtime's own operators, in float16 too, in a CUDA graph: no kernel is missing, the outputs are right."""
+    if case.name == "residual_cnn":
+        pytest.skip("no transformer: there is nothing to fuse")
+    model = case.fused()
+    if recipe == "fp16":
+        model, _ = case.converted("fp16", gpu, inputs={"model": model})
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    built = ort_cuda.build(model, engine, {"cuda_graph": True}, Notes())
+    assert built["cpu_nodes"] == {}
+    session = ort_cuda.load(engine, built["runtime"])
+    assert cosine(case.expected, session.run(case.feeds)) >= 0.9999
+    session.bind(case.feeds)()
+
+
 def test_the_time_of_a_run_is_told_apart(ort_cuda: Backend, case: Case, tmp_path: Path) -> None:
     engine, built = _built(ort_cuda, case, tmp_path / "engine")
     session = ort_cuda.load(engine, built["runtime"])

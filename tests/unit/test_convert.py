@@ -94,6 +94,34 @@ def test_a_layer_norm_is_converted_although_its_unused_outputs_are_float32() -> 
     assert _precision_float.to_low(model, "fp16").by_op == {"LayerNormalization": 1}
 
 
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
+def test_fused_operators_compute_in_float16_too(name: str, tmp_path: Path) -> None:
+    """ONNX Runtime's own operators, which its CPU provider has in float32 only: the trial run rounds as they do."""
+    case = make_case(name, tmp_path)
+    fused = case.fused()
+    operators = {n.op_type for n in onnx.load(fused / "model.onnx").graph.node if n.domain == "com.microsoft"}
+    assert {"Attention", "SkipLayerNormalization"} <= operators
+    folder, result = case.converted("fp16", {}, inputs={"model": fused})
+    assert operators <= set(result.data["qdq_by_op"])
+    assert result.data["trial_run"]["emulated"]
+    assert result.data["trial_run"]["cosine"] >= 0.9999
+    types = {i.name: i.data_type for i in onnx.load(folder / "model.onnx").graph.initializer}
+    for node in onnx.load(folder / "model.onnx").graph.node:
+        if node.op_type == "Attention":
+            assert [types[n] for n in node.input[1:3]] == [TensorProto.FLOAT16] * 2
+
+
+def test_a_skipped_optional_output_does_not_keep_a_node_in_float32() -> None:
+    """The fourth output of SkipLayerNormalization is the sum; the second and third, float32, are left out."""
+    node = helper.make_node("SkipLayerNormalization", ["x", "s", "g"], ["y", "", "", "z"], domain="com.microsoft")
+    assert _precision_float._low_slots(node, 17, "fp16") == {0: True, 1: True, 2: True}
+    node.output[1] = "mean"
+    assert _precision_float._low_slots(node, 17, "fp16") == {}
+    assert (
+        _precision_float._low_slots(helper.make_node("NoSuch", ["x"], ["y"], domain="com.microsoft"), 17, "fp16") == {}
+    )
+
+
 def test_a_constant_beyond_float16_is_clamped() -> None:
     node = helper.make_node("Add", ["x", "mask"], ["y"], name="masked")
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy"]

@@ -74,6 +74,12 @@ def test_what_it_proposes_by_precision_and_device() -> None:
     proposal = backend.propose(_case())
     assert [c.id for c in proposal.candidates] == ["ortcuda-fp32", "ortcuda-fp16", "ortcuda-bf16"]
     assert [s.name for s in proposal.skipped] == ["ortcuda-int8"]
+    fused = [c for c in backend.propose(_case("transformer")).candidates if c.id.endswith("-fused")]
+    assert [(c.id, c.precision, c.lossless) for c in fused] == [
+        ("ortcuda-fp32-fused", "fp32", True),
+        ("ortcuda-fp16-fused", "fp16", False),
+    ]
+    assert all(c.steps[0].options["fusions"] for c in fused)
     assert backend.propose(_case(target={"device": "cpu"})).candidates == ()
     only = backend.propose(_case(precisions=["int8"], calibration={"dataset_id": "dst_x"}))
     assert [c.id for c in only.candidates] == ["ortcuda-int8"]

@@ -7,7 +7,7 @@ size are read off the graph: the optimizer's own guess covers BERT only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,10 @@ def recognise(model: ModelProto) -> Transformer | None:
         if softmax.op_type != "Softmax":
             continue
         scores = _first_above(softmax, "MatMul", _BETWEEN_SCORES_AND_SOFTMAX, producers)
-        split = scores and _first_above(scores, "Reshape", _BETWEEN_SPLIT_AND_SCORES, producers)
+        # Along the queries: the keys may be turned by a Reshape of their own.
+        split = scores and _first_above(
+            scores, "Reshape", _BETWEEN_SPLIT_AND_SCORES, producers, inputs=scores.input[:1]
+        )
         width = split and _split_width(split, producers, constants)
         if width:
             widths[width] += 1
@@ -102,16 +105,22 @@ def _integer_constants(model: ModelProto) -> Mapping[str, list[int]]:
 
 
 def _first_above(
-    node: NodeProto, wanted: str, through: Iterable[str], producers: Mapping[str, NodeProto]
+    node: NodeProto,
+    wanted: str,
+    through: Iterable[str],
+    producers: Mapping[str, NodeProto],
+    *,
+    inputs: Sequence[str] | None = None,
 ) -> NodeProto | None:
-    """The nearest `wanted` node above `node` that is reached only through ops in `through` (at most 8 of them)."""
-    level = [node]
+    """The nearest `wanted` node above `node` (above these of its `inputs`) that is reached only through ops in
+    `through`, at most 8 of them."""
+    names = [*(node.input if inputs is None else inputs)]
     for _ in range(8):
-        above = [producers[name] for n in level for name in n.input if name in producers]
+        above = [producers[name] for name in names if name in producers]
         for candidate in above:
             if candidate.op_type == wanted:
                 return candidate
-        level = [n for n in above if n.op_type in through]
+        names = [name for n in above if n.op_type in through for name in n.input]
     return None
 
 

@@ -33,8 +33,12 @@ def propose(case: Case) -> Proposal:
         return Proposal()
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
+    fused = recipes.simplify(fusions=True) if case.kind == "transformer" else None
     if case.wants("fp32"):
         candidates.append(_candidate("ortcuda-fp32", "CUDA, fp32", "fp32", [recipes.simplify()], lossless=True))
+        if fused is not None:
+            name = "CUDA, fp32, transformer fusions"
+            candidates.append(_candidate("ortcuda-fp32-fused", name, "fp32", [fused], lossless=True, prior=0.75))
     convertible = case.has("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention", "LSTM", "GRU")
     for precision, prior in (("fp16", 0.4), ("bf16", 0.5)):
         if not case.wants(precision) or precision not in precisions(case.hardware):
@@ -44,6 +48,11 @@ def propose(case: Case) -> Proposal:
             continue
         steps = [recipes.simplify(), _converted(case, precision)]
         candidates.append(_candidate(f"ortcuda-{precision}", f"CUDA, {precision}", precision, steps, prior=prior))
+        # In float16 the provider no longer finds the patterns by itself, whose constants are rounded; and bfloat16
+        # needs a newer opset, to which no fused graph is converted.
+        if fused is not None and precision == "fp16":
+            steps, name = [fused, _converted(case, precision)], "CUDA, fp16, transformer fusions"
+            candidates.append(_candidate("ortcuda-fp16-fused", name, precision, steps, prior=0.3))
     if case.wants("int8"):
         _int8(case, candidates, skipped)
     return Proposal(tuple(candidates), tuple(skipped))

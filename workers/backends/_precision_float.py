@@ -146,48 +146,41 @@ class _Conversion:
 
 def _low_slots(node: NodeProto, opset: int, low: Low) -> dict[int, bool]:
     """For each input that the op takes in 16 bits: True. Empty where the node has no 16-bit form as a whole: an output
-    or a typed input that must be float32, or an op that is not ONNX's."""
-    if node.domain not in ("", "ai.onnx"):
-        return {}
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset)
-    except onnx.defs.SchemaError:
+    or a typed input that must be float32, or an op that is neither ONNX's nor one of ONNX Runtime's fused ones."""
+    formal = graphs.formal_types(node, opset)
+    if formal is None or not formal.inputs:
         return {}
     wanted = "tensor(float16)" if low == "fp16" else "tensor(bfloat16)"
-    allowed = {c.type_param_str: wanted in c.allowed_type_strs for c in schema.type_constraints}
-    floating = {c.type_param_str for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs}
-    made = [
-        o for o in node.output if o
-    ]  # an optional output that is not asked for does not matter (LayerNormalization)
-    outputs = [schema.outputs[min(k, len(schema.outputs) - 1)].type_str for k in range(len(made))]
+    allowed = {name: wanted in types for name, types in formal.types.items()}
+    floating = {name for name, types in formal.types.items() if "tensor(float)" in types}
+    # An optional output that is not asked for does not matter (LayerNormalization).
+    outputs = [formal.output(k) for k, name in enumerate(node.output) if name]
     if any(t in floating and not allowed[t] for t in outputs) or "tensor(float)" in outputs:
         return {}
     slots = {}
     for position in range(max(len(node.input), 1)):
-        formal = schema.inputs[min(position, len(schema.inputs) - 1)] if schema.inputs else None
-        if formal is None:
-            return {}
-        kind = formal.type_str
+        kind = formal.input(position)
         if kind in floating and not allowed[kind] and kind in outputs:
             return {}
         slots[position] = allowed.get(kind, False)
     return slots if any(slots.values()) else {}
 
 
-def emulated(model: ModelProto) -> ModelProto:
-    """A graph with the same rounding that runs where there are no bfloat16 kernels (ONNX Runtime's CPU provider):
-    every bfloat16 node computes in float32 on rounded inputs, and its outputs are rounded."""
+def emulated(model: ModelProto, kind: Low = "bf16") -> ModelProto:
+    """A graph with the same rounding that runs where there are no kernels for it (ONNX Runtime's CPU provider): every
+    bfloat16 node, and every fused float16 node, computes in float32 on rounded inputs, and its outputs are rounded."""
     inferred = onnx.shape_inference.infer_shapes(model)
     values = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
-    low = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.BFLOAT16}
-    low |= {i.name for i in model.graph.initializer if i.data_type == TensorProto.BFLOAT16}
-    low |= {o for n in model.graph.node for o in n.output if o.endswith("_bf16")}
+    low = {v.name for v in values if v.type.tensor_type.elem_type == _NAMES[kind]}
+    low |= {i.name for i in model.graph.initializer if i.data_type == _NAMES[kind]}
+    low |= {o for n in model.graph.node for o in n.output if o.endswith(f"_{kind}")}
     twin = ModelProto()
     twin.CopyFrom(model)
     nodes: list[NodeProto] = []
     widened: dict[str, str] = {}
     for node in twin.graph.node:
-        if node.op_type == "Cast" or not any(n in low for n in (*node.input, *node.output)):
+        theirs = kind == "fp16" and node.domain in ("", "ai.onnx")  # these run there
+        if theirs or node.op_type == "Cast" or not any(n in low for n in (*node.input, *node.output)):
             nodes.append(node)
             continue
         for position, name in enumerate(node.input):
@@ -200,7 +193,7 @@ def emulated(model: ModelProto) -> ModelProto:
         for position, name in enumerate(node.output):
             if name in low:
                 node.output[position] = f"{name}_unrounded"
-                narrow.append(helper.make_node("Cast", [f"{name}_unrounded"], [name], to=TensorProto.BFLOAT16))
+                narrow.append(helper.make_node("Cast", [f"{name}_unrounded"], [name], to=_NAMES[kind]))
         nodes += [node, *narrow]
     graphs.replace_nodes(twin.graph, nodes)
     graphs.forget_inferred(twin)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from app.domain.failures import model_failure
+from workers.backends._ort_fusion import CONTRIB_DOMAIN
 
 Array = np.ndarray[Any, Any]
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -38,6 +41,54 @@ def raise_opset(model: ModelProto, minimum: int) -> ModelProto:
         ) from None
     converted.ir_version = max(converted.ir_version, helper.find_min_ir_version_for(list(converted.opset_import)))
     return converted
+
+
+@dataclass(frozen=True)
+class FormalTypes:
+    """Of an operator: the type, or the name of a set of types, of each input and output; and what the sets hold."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    types: Mapping[str, Collection[str]]
+
+    def input(self, position: int) -> str:
+        """The last one may be given several times."""
+        return self.inputs[min(position, len(self.inputs) - 1)]
+
+    def output(self, position: int) -> str:
+        return self.outputs[min(position, len(self.outputs) - 1)]
+
+
+def formal_types(node: NodeProto, opset: int) -> FormalTypes | None:
+    """Of an ONNX operator in this opset, or of one that ONNX Runtime fuses (`com.microsoft`); None for others."""
+    if node.domain == CONTRIB_DOMAIN:
+        return _contrib_types().get(node.op_type)
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset)
+    except onnx.defs.SchemaError:
+        return None
+    return FormalTypes(
+        [i.type_str for i in schema.inputs],
+        [o.type_str for o in schema.outputs],
+        {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints},
+    )
+
+
+@functools.cache
+def _contrib_types() -> Mapping[str, FormalTypes]:
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    return {
+        schema.name: FormalTypes(
+            [i.typeStr for i in schema.inputs],
+            [o.typeStr for o in schema.outputs],
+            {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints},
+        )
+        for schema in get_all_operator_schema()
+        if schema.domain == CONTRIB_DOMAIN
+    }
 
 
 def float_tensors(model: ModelProto) -> set[str]:

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.backends import _ort_calibrate as calibration
+from workers.backends import _ort_fusion as fusion
 from workers.backends import (
     _ort_precision,
     _precision_awq,
@@ -74,7 +75,7 @@ class Convert(Stage[ConvertOptions]):
     """
 
     name = "convert"
-    version = 3
+    version = 4
     Options = ConvertOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
 
@@ -316,11 +317,12 @@ def _trial_run(
         feeds = {name: value[rows % value.shape[0]] for name, value in found.items()}
     else:
         feeds = synthetic_feeds(inputs, fixed[0] if fixed else 1, options.shapes, seed=0)
-    emulate = "bf16" in (options.recipe, options.high_precision)
+    low: Literal["fp16", "bf16"] = "bf16" if "bf16" in (options.recipe, options.high_precision) else "fp16"
+    emulate = low == "bf16" or fusion.uses_contrib_ops(model)
     if emulate:
         made = ctx.workspace / "emulated"
         made.mkdir()
-        quantization.save_model(_precision_float.emulated(model), made)
+        quantization.save_model(_precision_float.emulated(model, low), made)
     try:
         wanted = backend.load(ctx.inputs["model"], {}).run(feeds)
     except StageFailure as failure:
