@@ -59,11 +59,12 @@ class Bench:
         self.reporter = Steps()
         self.deadline: float | None = None
 
-    def run(self, *, data: bool = True, **options: Any) -> StageResult:
+    def run(self, *, data: bool = True, quantized: Path | None = None, **options: Any) -> StageResult:
         self.runs += 1
         work, self.out = self.root / f"work{self.runs}", self.root / f"out{self.runs}"
         work.mkdir()
         inputs = {"model": self.source, **({"calibration": self.root / "data"} if data else {})}
+        inputs |= {} if quantized is None else {"quantized": quantized}
         context = StageContext(inputs, work, self.out, self.reporter, {}, self.deadline)
         return QuantizeNncf().run(context, QuantizeNncfOptions(**options))
 
@@ -151,6 +152,59 @@ def test_excluded_nodes_stay_in_floating_point(tmp_path: Path) -> None:
         assert data["qdq_by_op"].get(kind, 0) == (3 if op == "Conv" else 0)
     with fails("unknown_node", FailureKind.REQUEST):
         bench.run(exclude_nodes=["ghost"])
+
+
+TRANSFORMER = {"model_type": "transformer", "preset": "mixed"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (architectures.residual_cnn(), {}),
+        (architectures.depthwise_cnn(), {}),
+        (architectures.bert(), TRANSFORMER),
+        (architectures.vit(), TRANSFORMER),
+        (architectures.gpt2(), TRANSFORMER),
+    ],
+    ids=["residual_cnn", "depthwise_cnn", "bert", "vit", "gpt2"],
+)
+def test_nodes_are_put_back_without_calibrating_anew(
+    model: ModelProto, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, model)
+    everything = bench.run(method="minmax", **options)
+    base, error = bench.out / "model", bench.error()
+    types = {n.name: n.op_type for n in onnx.load(bench.source / "model.onnx").graph.node}
+    products = [n for n in everything.data["quantized_onnx_nodes"] if types[n] in ("Conv", "MatMul", "Gemm")]
+    monkeypatch.setattr(_nncf_quantize, "quantize", lambda *_, **__: pytest.fail("it was calibrated again"))
+
+    half = bench.run(method="minmax", quantized=base, exclude_nodes=products[::2], **options).data
+    assert not set(products[::2]) & set(half["quantized_onnx_nodes"])
+    assert half["calibration"]["reused"]
+    assert half["calibration"]["samples"] is None
+    assert half["quantized_nodes"] < everything.data["quantized_nodes"]
+    assert bench.error() < 1.1 * error
+    first = (bench.out / "model" / "model.bin").read_bytes()
+    bench.run(method="minmax", quantized=base, exclude_nodes=products[::2], **options)
+    assert (bench.out / "model" / "model.bin").read_bytes() == first
+
+    all_but_one = products[1:]
+    bench.run(method="minmax", quantized=base, exclude_nodes=all_but_one, **options)
+    put_back = bench.error()
+    assert put_back < 0.9 * error
+    if options:  # what bias correction does to later layers of a CNN depends on what is quantized before them
+        monkeypatch.undo()
+        bench.run(method="minmax", exclude_nodes=all_but_one, **options)
+        assert put_back == pytest.approx(bench.error(), rel=1e-3)
+
+
+def test_an_engine_with_every_node_put_back_is_no_int8_engine(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, models.mlp())
+    names = [n.name for n in onnx.load(bench.source / "model.onnx").graph.node if n.op_type in ("Gemm", "MatMul")]
+    base = bench.run(fast_bias_correction=True)
+    assert set(names) <= set(base.data["quantized_onnx_nodes"])
+    with fails("not_quantized"):
+        bench.run(quantized=bench.out / "model", exclude_nodes=names)
 
 
 def test_onnx_nodes_are_found_in_the_converted_graph(tmp_path: Path) -> None:

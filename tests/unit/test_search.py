@@ -55,6 +55,7 @@ class Script:
     timing_s: float = 0.0  # of a short timing, per engine
     check_s: float = 0.0
     judging: int = 0  # samples there are
+    keeping_is_cheap: bool = False
     call_ms: float = 0.0  # of the original, per sample; of slow ones there is no median in a short timing
     batch: int | str = "batch"  # of the model
     searched_until: float = 0.0
@@ -139,6 +140,9 @@ class Script:
 
     def ranges_of(self, step: Any, graph: Any) -> None:
         return None
+
+    def quantized_before(self, step: Any, graph: Any) -> bool:
+        return self.keeping_is_cheap
 
     def call(self, stage: str, *_: Any, **__: Any) -> Any:
         self.calls.append(("stage", stage))

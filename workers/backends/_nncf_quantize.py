@@ -26,9 +26,9 @@ _COMPUTE = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropDat
 _WEIGHTS = ("Constant", "FakeQuantize", "Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 # NNCF quantizes their weights, which OpenVINO's CPU kernels refuse.
 _RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell", "RNNCell")
-_QUANTIZERS = ("FakeQuantize", "FakeConvert")
+QUANTIZERS = ("FakeQuantize", "FakeConvert")
 # They only move values, or vanish into their neighbours: counting them would tell nothing.
-_PASSIVE = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Convert", "ShapeOf", "BatchNormInference")
+PASSIVE = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Convert", "ShapeOf", "BatchNormInference")
 
 
 class _Stream:
@@ -149,12 +149,12 @@ def quantized_nodes(model: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        if kind in (*_QUANTIZERS, *_PASSIVE, "Result", "Parameter", "Constant") or not node.get_input_size():
+        if kind in (*QUANTIZERS, *PASSIVE, "Result", "Parameter", "Constant") or not node.get_input_size():
             continue
         if kind in _COMPUTE:
             if all(_is_quantized_value(node.input_value(i)) for i in (0, 1)):
                 found[node.get_friendly_name()] = kind
-        elif node.input_value(0).get_node().get_type_name() in _QUANTIZERS and _is_float(node):
+        elif node.input_value(0).get_node().get_type_name() in QUANTIZERS and _is_float(node):
             found[node.get_friendly_name()] = kind
     return found
 
@@ -176,7 +176,7 @@ def _is_quantized_value(value: Any) -> bool:
     node = value.get_node()
     for _ in range(8):
         kind = node.get_type_name()
-        if kind in _QUANTIZERS:
+        if kind in QUANTIZERS:
             return True
         if kind == "Constant":
             return str(node.get_output_element_type(0).get_type_name()) in ("i8", "u8")

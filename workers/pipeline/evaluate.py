@@ -119,6 +119,7 @@ class Evaluator:
         self._made: dict[str, tuple[list[Outcome], Outcome]] = {}
         self._references: dict[int, Outcome] = {}  # the original's outputs, by number of samples
         self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
+        self._quantized: dict[str, ArtifactRef] = {}  # what NNCF made first, likewise
 
     # Making
 
@@ -149,15 +150,24 @@ class Evaluator:
     def graph_step(self, step: Step, graph: Outcome, candidate: str, until: float) -> Outcome:
         """One step on the graph that `graph` put out."""
         inputs = {"model": graph.outputs["model"]}
-        known = self.ranges_of(step, graph)
+        key, excluded = _calibration_key(step, graph), step.options.get("exclude_nodes")
         if "calibration" in step.extra and self.data.calibration is not None:
             inputs["calibration"] = self.data.calibration
-            if step.options.get("exclude_nodes") and known is not None:
-                inputs["ranges"] = known  # the same statistics: only which nodes use them differs
+            if excluded and key in self._ranges:
+                inputs["ranges"] = self._ranges[key]  # the same statistics: only which nodes use them differs
+            if excluded and key in self._quantized:
+                inputs["quantized"] = self._quantized[key]  # these nodes are put back there
         found = self.call(step.stage, inputs, {**step.options, "shapes": self.data.shapes}, candidate, until)
         if "ranges" in found.outputs:
-            self._ranges.setdefault(_calibration_key(step, graph), found.outputs["ranges"])
+            self._ranges.setdefault(key, found.outputs["ranges"])
+        if step.stage == "quantize_nncf":
+            self._quantized.setdefault(key, found.outputs["model"])
         return found
+
+    def quantized_before(self, step: Step, graph: Outcome) -> bool:
+        """Whether keeping further nodes of this step in higher precision takes no new calibration."""
+        key = _calibration_key(step, graph)
+        return key in self._ranges or key in self._quantized
 
     def ranges_of(self, step: Step, graph: Outcome) -> ArtifactRef | None:
         """What an earlier calibration of the same kind found on this graph, whichever nodes it was for."""

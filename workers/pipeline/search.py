@@ -19,13 +19,14 @@ from workers.pipeline.evaluate import NO_MEMORY, CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
 from workers.pipeline.select import BASELINE, primary_batch
-from workers.pipeline.winback import WinBack, is_quantized
+from workers.pipeline.winback import WinBack, is_quantized, quantization
 
 _SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
 _CHECK_SHARE = 0.15  # of the time left to the search, beyond which a check is only made of what is faster
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
 _TUNE_SECONDS = 0.6
 _MENDING = 2.0  # of what making an engine took: equalizing its graph and quantizing that
+_KEEPING = 0.5  # likewise, where keeping nodes in higher precision takes no new calibration
 _OUT_OF_TIME = "the budget of {} s left no time for it"
 
 
@@ -62,6 +63,7 @@ class Search:
         self._mended: set[str] = set()  # whom mending was tried for
         self._seconds_each = 0.0  # that the last short timing took per engine
         self._original: dict[str, Any] | None = None  # the baseline's figures of the last short timing
+        self._sample_ms = 0.0  # what the original takes, once it is known
         self._begun = budget.elapsed()
 
     def run(self) -> Found:
@@ -166,7 +168,8 @@ class Search:
             least = min(at, default=1)
             at |= {b: at[least] * b / least for b in self._batch_sizes() if at and b not in at}
         if p50_ms[BASELINE]:
-            self._checker.expect(min(ms / batch for batch, ms in p50_ms[BASELINE].items()))
+            self._sample_ms = min(ms / batch for batch, ms in p50_ms[BASELINE].items())
+            self._checker.expect(self._sample_ms)
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
             self.budget.keep_for_final(seconds)
@@ -252,12 +255,15 @@ class Search:
                 why = f"it is the graph of {self._in_vain[graph]}, which could not be mended"
                 run.note("win back", "not tried", why)
                 continue
-            if self.budget.left(self.budget.search_until) < _MENDING * sum(step.seconds for step in run.steps):
+            index, step = quantization(run.plan)
+            before = run.steps[index - 1] if index else self.evaluator.export
+            share = _KEEPING if self.evaluator.quantized_before(step, before) else _MENDING
+            if self.budget.left(self.budget.search_until) < share * sum(made.seconds for made in run.steps):
                 self.found.exhausted = True
                 run.note("win back", "not tried", "the time left does not hold making its graph once more")
                 continue
             self._mended.add(run.plan.id)
-            found = WinBack(self.case, self.evaluator, self.budget, self._checker.check).mend(run)
+            found = self._winback().mend(run)
             self.found.runs += found.tried
             if found.mended is not None:
                 mended.append(found.mended)
@@ -267,6 +273,9 @@ class Search:
             self._screen(mended, _SCREEN_SECONDS, "timing of the mended ones")
         self._phase("winning accuracy back", len(mended))
         return [r for r in mended if r.tried.failed is None]
+
+    def _winback(self) -> WinBack:
+        return WinBack(self.case, self.evaluator, self.budget, self._checker.check, self._sample_ms)
 
     # Runtime options and the finalists
 

@@ -15,6 +15,12 @@ from workers.pipeline.evaluate import CandidateRun, Evaluator
 METHODS = ("percentile", "entropy", "mse")  # tried after the one that missed, in this order
 _ALPHAS = (0.8, 0.5)  # of the equalization; the first helped real embedding models, the second helps with outliers
 _SENSITIVITY_SAMPLES = 16
+_FEWEST_SAMPLES = 2
+_SENSITIVITY_CALLS = 45  # about how many nodes and groups of them are measured
+_SIMULATED = 1.5  # what a call takes there, over the original's
+_SENSITIVITY_SHARE = 0.2  # of the time left, which the number of samples goes by
+_REMAKING = 3.0  # times what the quantization took: else there is no time to calibrate anew, and to judge that
+_FIRST_KEPT = 1 / 32  # of the quantized nodes, where the search for their number begins
 _SHARED_OPTIONS = ("recipe", "method", "percentile", "op_types", "activations", "per_channel", "reduce_range", "part")
 _MOST_KEPT = 0.5  # of the quantized nodes: beyond that the gain is gone
 _HOPELESS = 10.0  # times the limit: other ranges do not mend that, some nodes do
@@ -31,18 +37,31 @@ class Attempt:
 
 
 class WinBack:
-    """`check(run)`: the search's small accuracy check; it says whether the limit holds."""
+    """`check(run)`: the search's small accuracy check; it says whether the limit holds. `sample_ms`: what the original
+    takes for a sample, where it is known."""
 
-    def __init__(self, case: Case, evaluator: Evaluator, budget: Budget, check: Callable[[CandidateRun], bool]) -> None:
+    def __init__(
+        self,
+        case: Case,
+        evaluator: Evaluator,
+        budget: Budget,
+        check: Callable[[CandidateRun], bool],
+        sample_ms: float = 0.0,
+    ) -> None:
         self.case = case
         self.spec = case.spec
         self.evaluator = evaluator
         self.budget = budget
         self.check = check
+        self.sample_ms = sample_ms
 
     def mend(self, run: CandidateRun) -> Attempt:
         found = Attempt()
+        index, _ = quantization(run.plan)
         for candidate in self._other_ways(run):
+            if self.budget.left(self.budget.search_until) < _REMAKING * run.steps[index].seconds:
+                run.note(PHASE, "not tried", f"{candidate.name}: the time left does not hold calibrating anew")
+                break
             if self._try(candidate, found):
                 return found
         self._keep_nodes(run, found)
@@ -84,7 +103,7 @@ class WinBack:
     def _keep_nodes(self, run: CandidateRun, found: Attempt) -> None:
         ranked = self._sensitivity(run)
         most = int(len(ranked) * _MOST_KEPT)
-        keep, failed = 1, 0
+        keep, failed = max(1, int(len(ranked) * _FIRST_KEPT)), 0
         while keep <= most and not self.budget.over(self.budget.search_until):
             if self._try(kept(run.plan, ranked[:keep]), found):
                 self._fewer(run, ranked, failed, keep, found)
@@ -118,7 +137,7 @@ class WinBack:
             "recipe": "static_int8",
             "part": "calibration" if self.case.same_data else "all",
             **({k: v for k, v in step.options.items() if k in _SHARED_OPTIONS} if step.stage == "quantize" else {}),
-            "max_samples": _SENSITIVITY_SAMPLES,
+            "max_samples": self._samples(),
             "exclude_nodes": list(step.options.get("exclude_nodes", ())),
             "shapes": self.evaluator.data.shapes,
         }
@@ -134,6 +153,14 @@ class WinBack:
         run.sensitivity = outcome
         run.note(PHASE, "sensitivity", worst=[{"node": n["name"], "error": n["error"]} for n in nodes[:10]])
         return [str(n["name"]) for n in nodes if n["error"]]
+
+    def _samples(self) -> int:
+        """Of the sensitivity: as many as the time holds."""
+        call_s = _SENSITIVITY_CALLS * _SIMULATED * self.sample_ms / 1e3
+        if not call_s:
+            return _SENSITIVITY_SAMPLES
+        held = _SENSITIVITY_SHARE * self.budget.left(self.budget.search_until) / call_s
+        return int(min(max(held, _FEWEST_SAMPLES), _SENSITIVITY_SAMPLES))
 
 
 def is_quantized(plan: Candidate) -> bool:

@@ -1,8 +1,10 @@
 """quantize_nncf: the model as an OpenVINO IR whose nodes compute in int8, with ranges from the user's data.
 
-Inputs `model` (a folder with `model.onnx`) and `calibration` (a data set). Output `model` (an IR folder: model.xml,
-model.bin, interface.json). The samples are streamed, and the same inputs give the same bytes. A "quantized" model
-without any quantized product or convolution, or one that does not run, is a failure of the candidate.
+Inputs `model` (a folder with `model.onnx`), `calibration` (a data set) and, with `exclude_nodes`, optionally
+`quantized`: what this stage made of the same model with fewer nodes excluded. The others are then put back into
+floating point there, and nothing is calibrated anew. Output `model` (an IR folder: model.xml, model.bin,
+interface.json). The samples are streamed, and the same inputs give the same bytes. A "quantized" model without any
+quantized product or convolution, or one that does not run, is a failure of the candidate.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.backends import _nncf_quantize as nncf_quantize
+from workers.backends import _nncf_revert as nncf_revert
 from workers.backends import _openvino_ir as ir
 from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
@@ -50,11 +53,11 @@ class QuantizeNncfOptions(StageOptions):
 
 class QuantizeNncf(Stage[QuantizeNncfOptions]):
     """See the module. `data`: recipe, qdq_by_op (OpenVINO op type → nodes that compute on quantized values),
-    quantized_nodes (their number), quantized_onnx_nodes (ONNX names), excluded_nodes, calibration {method, samples,
-    dataset}, trial_run, size_bytes_before, size_bytes."""
+    quantized_nodes (their number), quantized_onnx_nodes (ONNX names), excluded_nodes, calibration {method, samples
+    (None where that was done before: `reused`), dataset}, trial_run, size_bytes_before, size_bytes."""
 
     name = "quantize_nncf"
-    version = 2
+    version = 3
     Options = QuantizeNncfOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "openvino", "nncf")
 
@@ -77,7 +80,12 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
         )
         batch = fixed_batch(interface.inputs) or 1
         passes = _Passes(ctx, samples, batch)
-        quantized = _quantized(ctx, options, model, passes, excluded)
+        again = "quantized" in ctx.inputs and bool(excluded)
+        if again:
+            quantized, _ = ir.read_ir(ctx.inputs["quantized"])
+            nncf_revert.revert(quantized, excluded, model)
+        else:
+            quantized = _quantized(ctx, options, model, passes, excluded)
         del model
         nodes = nncf_quantize.quantized_nodes(quantized)
         counts = _checked(nncf_quantize.count_by_type(nodes))
@@ -93,7 +101,8 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
             "excluded_nodes": sorted(options.exclude_nodes),
             "calibration": {
                 "method": options.method,
-                "samples": passes.read,
+                "samples": None if again else passes.read,
+                "reused": again,
                 "dataset": samples.digest(),
                 "batch_size": batch,
             },
