@@ -258,7 +258,7 @@ def job(arguments: argparse.Namespace, folder: Path) -> Json:
     size = archive.stat().st_size
     shutil.rmtree(source)
     sets = [data_set(folder / n, "input", (64, arguments.width), SEED + i) / "data.npz" for i, n in enumerate("cv", 1)]
-    with deployment(folder / "home") as service, Client(service.url) as client, Watch() as memory:
+    with Watch() as memory, deployment(folder / "home") as service, Client(service.url) as client:
         say(f"upload of {size / 1e9:.2f} GB …")
         model = client.upload_model(archive, "large")
         calibration, validation = (client.upload_dataset(path) for path in sets)

@@ -89,7 +89,8 @@ def prepare(name: str, root: Path, described: Json, wanted: Sequence[str]) -> tu
     say(f"{name}: exported")
     np.savez(data / "data.npz", **models.MODELS[name].samples(CALIBRATION, np.random.default_rng(11)))
     folders: dict[str, Path] = {}
-    for label in ("fp32", *(g for g in wanted if g != "fp32")):
+    first = ["fp32", *(["fp32 fused"] if any("fused" in g for g in wanted) else [])]
+    for label in (*first, *(g for g in wanted if g not in first)):
         options = GRAPHS[label]
         workspace, out = root / f"{label}-work".replace(" ", "-"), root / f"{label}-out".replace(" ", "-")
         workspace.mkdir()

@@ -53,7 +53,10 @@ def test_what_counts_as_a_fallback_to_the_cpu(tmp_path: Path) -> None:
         [
             node("Shape", ["x"], ["s"], name="shape"),
             node("Cast", ["s"], ["f"], name="sizes", to=onnx.TensorProto.FLOAT),
-            node("Add", ["x", "x"], ["t"], name="sum"),
+            node("ConstantOfShape", ["s"], ["zeros"], name="zeros"),
+            node("Add", ["zeros", "zeros"], ["mask"], name="mask"),
+            node("Mul", ["x", "mask"], ["masked"]),
+            node("Add", ["x", "masked"], ["t"], name="sum"),
             node("Det", ["t"], ["y"], name="det"),
         ],
         "g",
@@ -64,7 +67,8 @@ def test_what_counts_as_a_fallback_to_the_cpu(tmp_path: Path) -> None:
         ],
     )
     folder = onnx_models.folder(onnx.helper.make_model(graph), tmp_path)
-    on_cpu = [("Shape", "shape"), ("Cast", "sizes"), ("Add", "sum"), ("Det", "det"), ("MemcpyToHost", "")]
+    on_cpu = [("Shape", "shape"), ("Cast", "sizes"), ("ConstantOfShape", "zeros"), ("Add", "mask"), ("Mul", "")]
+    on_cpu += [("Add", "sum"), ("Det", "det"), ("MemcpyToHost", "")]
     assert fallen_nodes(on_cpu) == {"Det": ["det"]}
     assert fallen_nodes(on_cpu, folder / MODEL_FILE) == {"Add": ["sum"], "Det": ["det"]}
 
@@ -80,6 +84,8 @@ def test_what_it_proposes_by_precision_and_device() -> None:
         ("ortcuda-fp16-fused", "fp16", False),
     ]
     assert all(c.steps[0].options["fusions"] for c in fused)
+    kept = backend.propose(_case("transformer", quantization={"keep_nodes": ["/q/MatMul"]})).candidates
+    assert not [c for c in kept if c.id.endswith("-fused")], "the fused graph has no node of that name"
     assert backend.propose(_case(target={"device": "cpu"})).candidates == ()
     only = backend.propose(_case(precisions=["int8"], calibration={"dataset_id": "dst_x"}))
     assert [c.id for c in only.candidates] == ["ortcuda-int8"]

@@ -198,6 +198,54 @@ def test_nodes_are_put_back_without_calibrating_anew(
         assert put_back == pytest.approx(bench.error(), rel=1e-3)
 
 
+def branches() -> ModelProto:
+    """Two convolutions side by side, joined; a third one, and a fourth that reads the same."""
+    rng = np.random.default_rng(3)
+
+    def weight(name: str, shape: tuple[int, ...]) -> onnx.TensorProto:
+        return models.tensor(name, rng.normal(0, 0.2, shape))
+
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["image", "wa", "ba"], ["a"], name="conv_a", pads=[1] * 4),
+        node("Conv", ["image", "wb", "bb"], ["b"], name="conv_b", pads=[1] * 4),
+        node("Relu", ["a"], ["ra"], name="relu_a"),
+        node("Relu", ["b"], ["rb"], name="relu_b"),
+        node("Concat", ["ra", "rb"], ["joined"], name="join", axis=1),
+        node("Conv", ["joined", "wc", "bc"], ["c"], name="conv_c", pads=[1] * 4),
+        node("Conv", ["joined", "wd", "bd"], ["d"], name="conv_d", pads=[1] * 4),
+        node("Add", ["c", "d"], ["sum"], name="sum"),
+        node("Relu", ["sum"], ["out"], name="relu_c"),
+    ]
+    shapes = {"wa": (8, 3, 3, 3), "wb": (8, 3, 3, 3), "wc": (8, 16, 3, 3), "wd": (8, 16, 3, 3)}
+    weights = [weight(n, s) for n, s in shapes.items()] + [weight(f"b{x}", (8,)) for x in "abcd"]
+    return models.make_model(
+        nodes, [models.value("image", ["n", 3, 12, 12])], [models.value("out", ["n", 8, 12, 12])], weights
+    )
+
+
+def test_readers_of_a_quantizer_behind_a_concat_are_put_back_together(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, branches(), simplified=False)
+    everything = bench.run(method="minmax")
+    base, error = bench.out / "model", bench.error()
+    assert {"conv_a", "conv_b", "conv_c", "conv_d"} <= set(everything.data["quantized_onnx_nodes"])
+    data = bench.run(method="minmax", quantized=base, exclude_nodes=["conv_c"]).data
+    assert not {"conv_c", "conv_d"} & set(data["quantized_onnx_nodes"]), "no quantizer is left before either"
+    assert {"conv_a", "conv_b"} <= set(data["quantized_onnx_nodes"])
+    assert data["qdq_by_op"]["Convolution"] == 2
+    assert bench.error() < error
+    graph, _ = ir.read_ir(bench.out / "model")
+    kinds = {
+        n.get_friendly_name(): n.input_value(1).get_node().get_type_name()
+        for n in graph.get_ops()
+        if n.get_type_name() == "Convolution"
+    }
+    assert sorted(kinds.values()) == ["Constant", "Constant", "Multiply", "Multiply"], "and no weights to unpack"
+    # What only moves values computes nothing that could be kept.
+    again = bench.run(method="minmax", quantized=base, exclude_nodes=["join"]).data
+    assert again["qdq_by_op"] == everything.data["qdq_by_op"]
+
+
 def test_an_engine_with_every_node_put_back_is_no_int8_engine(tmp_path: Path) -> None:
     bench = Bench(tmp_path, models.mlp())
     names = [n.name for n in onnx.load(bench.source / "model.onnx").graph.node if n.op_type in ("Gemm", "MatMul")]

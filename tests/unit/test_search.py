@@ -56,6 +56,7 @@ class Script:
     check_s: float = 0.0
     judging: int = 0  # samples there are
     keeping_is_cheap: bool = False
+    twins: Mapping[str, str] = field(default_factory=dict)  # candidates whose engine is another one's
     call_ms: float = 0.0  # of the original, per sample; of slow ones there is no median in a short timing
     batch: int | str = "batch"  # of the model
     searched_until: float = 0.0
@@ -67,7 +68,12 @@ class Script:
     def __post_init__(self) -> None:
         calibration = SimpleNamespace(digest="c")
         self.data = SimpleNamespace(
-            calibration=calibration, validation=calibration, same=False, shapes=None, judging=self.judging
+            calibration=calibration,
+            validation=calibration,
+            same=False,
+            shapes=None,
+            judging=self.judging,
+            calibrating=300,
         )
         outputs = {"model": SimpleNamespace(size_bytes=1000)}
         self.export = SimpleNamespace(key="export", outputs=outputs, data={"inputs": [{"shape": [self.batch, 4]}]})
@@ -135,11 +141,14 @@ class Script:
             "batches": {b: {"speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]}} for b in batches}
         }
 
-    def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
+    def groups_that_fit(self, runs: Sequence[CandidateRun], *, baselines: int = 2) -> list[list[CandidateRun]]:
         return [list(runs)] if runs else []
 
     def ranges_of(self, step: Any, graph: Any) -> None:
         return None
+
+    def same_engine(self, run: CandidateRun, others: Sequence[CandidateRun]) -> CandidateRun | None:
+        return next((r for r in others if r.plan.id == self.twins.get(run.plan.id)), None)
 
     def quantized_before(self, step: Any, graph: Any) -> bool:
         return self.keeping_is_cheap
@@ -375,6 +384,53 @@ def test_mending_is_not_begun_where_the_time_does_not_hold_it(search: Any) -> No
     assert not [r for r in found.runs if r.plan.id.startswith("int8-a.")]
     assert found.exhausted
     assert _finalists(found)[0].startswith("fp32")
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_where_no_new_calibration_is_needed_mending_is_begun_with_less_time(search: Any, cheap: bool) -> None:
+    """Keeping nodes in higher precision is then all that is tried: calibrating otherwise would take too long."""
+    truths = {"int8-a": Truth(3.0, loss=4.0, cost_s=27.0), "fp32": Truth(1.1)}
+    kept = {f"int8-a.keep{n}": Truth(3.0, loss=0.5) for n in (1, 2)}
+    nodes = [f"n{i}" for i in range(8)]
+    found, _ = search({**truths, **kept}, case=_case(budget_seconds=90), nodes=nodes, keeping_is_cheap=cheap)
+    tried = [r.plan.id for r in found.runs if r.plan.id.startswith("int8-a.")]
+    assert ("int8-a.keep1" in tried) is cheap
+    assert not [cid for cid in tried if "percentile" in cid or "equalized" in cid]
+
+
+def test_what_was_mended_goes_by_its_engine_s_speed_where_the_time_does_not_hold_a_timing(search: Any) -> None:
+    def no_time_for_the_mended(runs: Sequence[CandidateRun]) -> StageFailure | None:
+        late = any(".keep" in r.plan.id for r in runs)
+        return StageFailure("timed_out", "no time", FailureKind.INFRASTRUCTURE) if late else None
+
+    truths = {"int8-a": Truth(3.0, loss=4.0), "int8-b": Truth(2.8, loss=4.0), "odd-bf16": Truth(2.0)}
+    found, _ = search(
+        {**truths, "int8-a.keep2": Truth(2.9, loss=0.5)},
+        case=_case(calibration={"dataset_id": "d", "method": "minmax"}, quantization={"win_back": True}),
+        nodes=[f"n{i}" for i in range(64)],
+        timing_fails=no_time_for_the_mended,
+    )
+    mended = next(r for r in found.runs if r.plan.id.startswith("int8-a.keep") and r.tried.failed is None)
+    assert mended.plan.id in _finalists(found)
+    expected = next(note for note in mended.history if note["decision"] == "expected")
+    assert expected["ratio"] == pytest.approx(0.95 * 3.0)
+    assert not [r for r in found.runs if r.plan.id.startswith("int8-b.keep")], "it could not be faster"
+
+
+def test_the_sensitivity_asks_for_as_many_samples_as_the_time_holds() -> None:
+    budget = Budget(600.0, Clock())
+    budget.share(30.0, 0)
+    asked = [
+        winback.WinBack(_case(), Script({}, Clock()), budget, lambda _: True, sample_ms)._samples()  # type: ignore[arg-type]
+        for sample_ms in (0.0, 1.0, 200.0, 5000.0)
+    ]
+    assert asked == [16, 16, 8, 2]
+
+
+def test_the_same_engine_twice_is_timed_once(search: Any) -> None:
+    found, script = search({"fp32": Truth(1.5), "fp32-fused": Truth(1.5)}, twins={"fp32-fused": "fp32"})
+    assert "the engine of fp32" in _reason(found, "fp32-fused")
+    assert "fp32-fused" not in script.asked("time")
 
 
 def test_what_is_slower_at_another_batch_size_is_out(search: Any) -> None:

@@ -22,11 +22,19 @@ Feeds = Mapping[str, Array]
 Method = Literal["auto", "minmax", "percentile", "histogram"]
 
 # What NNCF quantizes around; a product, a convolution or a lookup on integers is what makes a model int8.
-_COMPUTE = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+COMPUTE = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+_DEEPEST = 8
 _WEIGHTS = ("Constant", "FakeQuantize", "Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 # NNCF quantizes their weights, which OpenVINO's CPU kernels refuse.
 _RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell", "RNNCell")
 QUANTIZERS = ("FakeQuantize", "FakeConvert")
+# What NNCF moves its quantizers through (its QUANTIZE_AGNOSTIC_OPERATIONS, and Concat): they only move values.
+MOVES = (
+    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Concat", "Pad", "Tile", "Broadcast"),
+    *("MaxPool", "AdaptiveMaxPool", "ReduceMax", "Minimum", "Maximum", "StridedSlice", "ShuffleChannels"),
+    *("Gather", "GatherND", "GatherElements", "ScatterUpdate", "ScatterNDUpdate", "ScatterElementsUpdate"),
+    *("DepthToSpace", "SpaceToDepth", "BatchToSpace", "SpaceToBatch", "Convert", "ConvertLike"),
+)
 # They only move values, or vanish into their neighbours: counting them would tell nothing.
 PASSIVE = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Convert", "ShapeOf", "BatchNormInference")
 
@@ -151,8 +159,8 @@ def quantized_nodes(model: Any) -> dict[str, str]:
         kind = node.get_type_name()
         if kind in (*QUANTIZERS, *PASSIVE, "Result", "Parameter", "Constant") or not node.get_input_size():
             continue
-        if kind in _COMPUTE:
-            if all(_is_quantized_value(node.input_value(i)) for i in (0, 1)):
+        if kind in COMPUTE:
+            if all(is_quantized_value(node.input_value(i)) for i in (0, 1)):
                 found[node.get_friendly_name()] = kind
         elif node.input_value(0).get_node().get_type_name() in QUANTIZERS and _is_float(node):
             found[node.get_friendly_name()] = kind
@@ -164,23 +172,22 @@ def count_by_type(nodes: Mapping[str, str]) -> dict[str, int]:
 
 
 def computes_on_integers(counts: Mapping[str, int]) -> bool:
-    return any(counts.get(kind) for kind in (*_COMPUTE, "Gather"))
+    return any(counts.get(kind) for kind in (*COMPUTE, "Gather"))
 
 
 def _is_float(node: Any) -> bool:
     return bool(node.get_output_element_type(0).is_real())
 
 
-def _is_quantized_value(value: Any) -> bool:
+def is_quantized_value(value: Any, depth: int = 0) -> bool:
     """Whether a FakeQuantize, or 8-bit weights behind their scale, stand before this value."""
     node = value.get_node()
-    for _ in range(8):
-        kind = node.get_type_name()
-        if kind in QUANTIZERS:
-            return True
-        if kind == "Constant":
-            return str(node.get_output_element_type(0).get_type_name()) in ("i8", "u8")
-        if kind not in (*_WEIGHTS, "Unsqueeze", "Squeeze", "MaxPool", "Concat", "Split", "VariadicSplit", "Pad"):
-            return False
-        node = node.input_value(0).get_node()
-    return False
+    kind = node.get_type_name()
+    if kind in QUANTIZERS:
+        return True
+    if kind == "Constant":
+        return str(node.get_output_element_type(0).get_type_name()) in ("i8", "u8")
+    if depth > _DEEPEST or kind not in (*_WEIGHTS, *MOVES):
+        return False
+    data = node.input_values() if kind == "Concat" else node.input_values()[:1]
+    return any(is_quantized_value(before, depth + 1) for before in data)

@@ -1,8 +1,8 @@
 """Nodes of a model that NNCF quantized back in floating point, without calibrating anew.
 
-As NNCF's own accuracy-aware quantization does it: a node reads what its quantizer read, before SmoothQuant's scales, and
-gets its own weights and bias back, which NNCF has scaled and corrected for what the rounding did. Where the scales cannot
-be taken out alone, the weights keep them, and their 8-bit rounding.
+As NNCF's own accuracy-aware quantization does it: a node reads what its quantizer read, before SmoothQuant's scales,
+and gets its own weights and bias back, which NNCF has scaled and corrected for what the rounding did. Where the scales
+cannot be taken out alone, the weights keep them, and their 8-bit rounding.
 """
 
 from __future__ import annotations
@@ -12,80 +12,115 @@ from typing import Any
 
 import numpy as np
 
-from workers.backends._nncf_quantize import PASSIVE, QUANTIZERS
+from workers.backends._nncf_quantize import COMPUTE, MOVES, PASSIVE, QUANTIZERS, is_quantized_value
 from workers.backends._openvino_library import library
 
 Array = np.ndarray[Any, Any]
-_MOVES = (*PASSIVE, "MaxPool", "Concat", "Split", "VariadicSplit", "Pad")
 _DEEPEST = 8
 
 
 def revert(quantized: Any, names: Collection[str], original: Any) -> None:
     """Change `quantized` in place: the nodes of these names (as OpenVINO calls them) compute in floating point.
 
-    A quantizer behind operators that only move values goes for all its readers. `original`: the model that was
-    quantized, with the same names.
+    A quantizer behind operators that only move values goes for all its readers, and they come with the node: weights
+    in 8 bits are of no use to them. `original`: the model that was quantized, with the same names.
     """
-    known = {node.get_friendly_name(): node for node in original.get_ops()}
-    for node in quantized.get_ordered_ops():
-        if node.get_friendly_name() not in names or node.get_type_name() in PASSIVE:
-            continue
-        constants = {port.get_index() for port in node.inputs() if _of_constants(port)}
-        scaled = [_unquantized(port) for port in node.inputs() if port.get_index() not in constants]
-        own = not any(scaled) and _own_constants(node, known.get(node.get_friendly_name()))
-        for port in node.inputs():
-            if port.get_index() in constants and not own:
-                _as_float(port)
-        for reader in [r.get_node() for r in node.output(0).get_target_inputs()]:
-            if own and reader.get_type_name() == "Add":
-                _own_constants(reader, known.get(reader.get_friendly_name()))
+    _Reverted(quantized, original).put_back(names)
     quantized.validate_nodes_and_infer_types()
 
 
-def _unquantized(port: Any) -> bool:
-    """Take the quantizer before this input away; whether scales of SmoothQuant stay before it."""
-    node = port.get_source_output().get_node()
-    if node.get_type_name() in QUANTIZERS:
-        value = node.input_value(0)
-        if _is_scale(value.get_node()):
-            value = value.get_node().input_value(0)
-        port.replace_source_output(value)
-    else:
-        for _ in range(_DEEPEST):
-            if node.get_type_name() not in _MOVES or not node.get_input_size():
-                break
-            node = node.input_value(0).get_node()
-            if node.get_type_name() in QUANTIZERS:
-                node.output(0).replace(node.input_value(0))
-                break
-    node = port.get_source_output().get_node()
-    for _ in range(_DEEPEST):
-        if _is_scale(node):
-            return True
-        if node.get_type_name() not in (*_MOVES, *QUANTIZERS) or not node.get_input_size():
+class _Reverted:
+    def __init__(self, model: Any, original: Any) -> None:
+        self.model = model
+        self.known = {node.get_friendly_name(): node for node in original.get_ops()}
+
+    def put_back(self, names: Collection[str]) -> None:
+        by_name = {node.get_friendly_name(): node for node in self.model.get_ordered_ops()}
+        done = {name for name, node in by_name.items() if self._is_half_quantized(node)}  # as NNCF left them
+        idle = (*MOVES, *PASSIVE)  # a lookup in 8-bit weights is not
+        named = [(name, node) for name, node in by_name.items() if name in names]
+        todo = [name for name, node in named if node.get_type_name() not in idle or _has_packed_weights(node)]
+        while todo:
+            for name in todo:
+                self._put_back(by_name[name])
+            done |= {*todo}
+            todo = [name for name, node in by_name.items() if name not in done and self._is_half_quantized(node)]
+
+    def _is_half_quantized(self, node: Any) -> bool:
+        if node.get_type_name() not in COMPUTE:
             return False
-        node = node.input_value(0).get_node()
-    return False
+        rest = [port for port in node.inputs() if not _of_constants(port)]
+        return _has_packed_weights(node) and not any(is_quantized_value(p.get_source_output()) for p in rest)
 
+    def _put_back(self, node: Any) -> None:
+        own = self._own_constants(node)
+        scaled = [self._unquantized(p, bool(own)) for p in node.inputs() if not _of_constants(p)]
+        if own and not any(scaled):
+            for port, value in own:
+                port.replace_source_output(_constant(value, port.get_element_type()).output(0))
+            for reader in [r.get_node() for r in node.output(0).get_target_inputs()]:
+                if reader.get_type_name() == "Add":
+                    for port, value in self._own_constants(reader):
+                        port.replace_source_output(_constant(value, port.get_element_type()).output(0))
+            return
+        for port in node.inputs():
+            _as_float(port)
 
-def _is_scale(node: Any) -> bool:
-    return node.get_type_name() == "Multiply" and "smooth_quant" in node.get_friendly_name()
+    def _own_constants(self, node: Any) -> list[tuple[Any, Array]]:
+        """The inputs that are constants, each with what it was before the node was quantized; none where that is not
+        known of all."""
+        original = self.known.get(node.get_friendly_name())
+        if original is None or original.get_input_size() != node.get_input_size():
+            return []
+        found = []
+        for port, before in zip(node.inputs(), original.input_values(), strict=True):
+            if _of_constants(port):
+                value = _value(before.get_node())
+                if value is None or [*value.shape] != [*port.get_shape()]:
+                    return []
+                found.append((port, value))
+        return found
 
-
-def _own_constants(node: Any, original: Any) -> bool:
-    """Give the node what it had before it was quantized, where it reads constants; whether that was possible."""
-    if original is None or original.get_input_size() != node.get_input_size():
-        return False
-    found = []
-    for port, before in zip(node.inputs(), original.input_values(), strict=True):
-        if _of_constants(port):
-            own = _value(before.get_node())
-            if own is None or [*own.shape] != [*port.get_shape()]:
+    def _unquantized(self, port: Any, own_weights: bool) -> bool:
+        """Take the quantizers before this input away, and SmoothQuant's scales where the node gets its own weights;
+        whether scales stay before it."""
+        value = port.get_source_output()
+        while True:
+            node = value.get_node()
+            if node.get_type_name() not in QUANTIZERS and not (own_weights and self._is_scale(node)):
+                break
+            value = node.input_value(0)
+        port.replace_source_output(value)
+        _clear(node)
+        for _ in range(_DEEPEST):
+            if self._is_scale(node):
+                return True
+            if node.get_type_name() not in (*MOVES, *QUANTIZERS) or not node.get_input_size():
                 return False
-            found.append((port, own))
-    for port, own in found:
-        port.replace_source_output(_constant(own, port.get_element_type()).output(0))
-    return True
+            node = node.input_value(0).get_node()
+        return False
+
+    def _is_scale(self, node: Any) -> bool:
+        name = node.get_friendly_name()
+        return node.get_type_name() == "Multiply" and "smooth_quant" in name and name not in self.known
+
+
+def _clear(node: Any, depth: int = 0) -> None:
+    """Take away the quantizers behind operators that only move values, for all their readers."""
+    if node.get_type_name() not in MOVES or depth > _DEEPEST:
+        return
+    data = node.input_values() if node.get_type_name() == "Concat" else node.input_values()[:1]
+    for value in data:
+        before = value.get_node()
+        if before.get_type_name() in QUANTIZERS:
+            before.output(0).replace(before.input_value(0))
+        else:
+            _clear(before, depth + 1)
+
+
+def _has_packed_weights(node: Any) -> bool:
+    sources = [p.get_source_output() for p in node.inputs() if _of_constants(p)]
+    return any(s.get_node().get_type_name() != "Constant" and is_quantized_value(s) for s in sources)
 
 
 def _of_constants(port: Any) -> bool:
@@ -104,7 +139,8 @@ def _value(node: Any, depth: int = 0) -> Array | None:
     """What a node gives that depends on constants only, as weights behind their scale do; None for all others."""
     kind = node.get_type_name()
     if kind == "Constant":
-        array = np.asarray(node.get_data())
+        numeric = node.get_output_element_type(0).get_type_name() != "bf16"  # whose values come as their bits
+        array = np.asarray(node.get_data()) if numeric else np.asarray(node.get_data(dtype=np.float32))
         return array if array.dtype.kind in "fiu" else None
     if depth > _DEEPEST or kind not in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Unsqueeze"):
         return None

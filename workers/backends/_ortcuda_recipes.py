@@ -33,7 +33,9 @@ def propose(case: Case) -> Proposal:
         return Proposal()
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
-    fused = recipes.simplify(fusions=True) if case.kind == "transformer" else None
+    # Nodes that the job keeps in higher precision have their names in the graph as it is.
+    plain = case.kind != "transformer" or case.spec.quantization.keep_nodes
+    fused = None if plain else recipes.simplify(fusions=True)
     if case.wants("fp32"):
         candidates.append(_candidate("ortcuda-fp32", "CUDA, fp32", "fp32", [recipes.simplify()], lossless=True))
         if fused is not None:

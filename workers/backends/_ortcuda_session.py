@@ -179,8 +179,9 @@ def _preload() -> None:
 
 
 def values_of_float(model: Path, names: Collection[str]) -> set[str]:
-    """Of these nodes of the main graph, those that give a floating-point tensor of two axes or more: that is no shape,
-    whatever the operator. What ONNX's shape inference cannot tell is not among them."""
+    """Of these nodes of the main graph, those that compute on the model's inputs, and not on their shapes alone, and
+    give a floating-point tensor of two axes or more: that is no shape arithmetic, whatever the operator. What ONNX's
+    shape inference cannot tell is not among them."""
     if not names:  # most models
         return set()
     source = read_skeleton(model)
@@ -191,7 +192,15 @@ def values_of_float(model: Path, names: Collection[str]) -> set[str]:
         for value in (*source.graph.value_info, *source.graph.output)
         if value.type.tensor_type.elem_type in _FLOATS and len(value.type.tensor_type.shape.dim) >= 2
     }
-    return {node.name for node in source.graph.node if node.name in names and large & {*node.output}}
+    data = {i.name for i in source.graph.input} - {i.name for i in source.graph.initializer}
+    found = set()
+    for node in source.graph.node:  # in topological order
+        if node.op_type in ("Shape", "Size") or not data & {*node.input}:
+            continue
+        data |= {*node.output}
+        if node.name and node.name in names and large & {*node.output}:
+            found.add(node.name)
+    return found
 
 
 class OnnxRuntimeCudaSession(Session):

@@ -80,8 +80,6 @@ def read_engine(logger):
     other_model = level == "none" and device.name() != built["name"]
     if other_model or (level != "ampere_plus" and found != built["compute_capability"]):
         raise SystemExit(f"The engine is for {built['name']}, here is {device.name()}.")
-    if cuda.get_driver_version() // 1000 < int(built["cuda"].split(".")[0]):
-        raise SystemExit(f"The engine is for CUDA {built['cuda']}, and this driver is older: update it.")
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -35,13 +35,15 @@ def benchmark_method(
         "cold_start": "load and first inference in a fresh process, the library already imported, files in "
         "the disk cache",
         "memory": "peak resident memory of that process in MB (10⁶ bytes), interpreter and library included, after "
-        "one inference at each batch size",
+        "one inference at each batch size; on a GPU also by how much the memory in use there grew meanwhile",
     }
     if screening:
         words["screening"] = (
             "a short timing that only tells what can still win: at least five calls per engine and batch size, a "
             "warm-up of 0.3 s at most, at least two distinct inputs, no percentiles beyond the median"
         )
+        words["speedup"] = words["speedup"].replace("both baseline processes", "one baseline process")
+        words["a_a"] = "not measured: a short timing proves nothing"
     if not cold:
         words["cold_start"] = words["memory"] = "not measured: it was not asked for"
     return words

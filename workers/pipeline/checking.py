@@ -13,6 +13,7 @@ _AT_ONCE = 4 * _FEW
 _FEWEST = 32  # below which a check that ran out of time says nothing
 _FULL_SHARE = 0.5  # of the time left to the search, at most, for a check on all samples
 _CHEAP = 0.02  # of the budget: a check on all samples that takes less is made at once
+_CHEAP_OF_LEFT = 0.05  # of the time left to the search, likewise
 _CALL_S = 1.0  # of a check: starting it, loading the engine
 
 
@@ -28,7 +29,8 @@ class Checker:
         the finalists are judged on all in any case."""
         most = self.spec.validation.max_samples
         count = min(self.evaluator.data.judging, most)
-        if count and _CALL_S + count * sample_ms / 1e3 <= _CHEAP * self.budget.seconds:
+        limit = min(_CHEAP * self.budget.seconds, _CHEAP_OF_LEFT * self.budget.left(self.budget.search_until))
+        if count and sample_ms > 0 and _CALL_S + count * sample_ms / 1e3 <= limit:
             self._few = most
 
     def check(self, run: CandidateRun) -> bool:

@@ -42,13 +42,14 @@ _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQU
 @dataclass
 class Data:
     """The job's data as stages take it. `same`: one data set for calibration and validation, split sample by sample.
-    `judging`: how many samples there are to judge with at the most; 0 where there are no data."""
+    `judging`, `calibrating`: how many samples there are for each; 0 where there are no data."""
 
     calibration: ArtifactRef | None
     validation: ArtifactRef | None
     same: bool
     shapes: dict[str, Any] | None
     judging: int = 0
+    calibrating: int = 0
 
 
 @dataclass
@@ -163,6 +164,14 @@ class Evaluator:
         if step.stage == "quantize_nncf":
             self._quantized.setdefault(key, found.outputs["model"])
         return found
+
+    def same_engine(self, run: CandidateRun, others: Sequence[CandidateRun]) -> CandidateRun | None:
+        """One of the others that is the same, byte for byte, and loaded in the same way: a step changed nothing."""
+        mine = (run.plan.backend, run.engine.to_json(), run.runtime)
+        for other in others:
+            if other.build is not None and (other.plan.backend, other.engine.to_json(), other.runtime) == mine:
+                return other
+        return None
 
     def quantized_before(self, step: Step, graph: Outcome) -> bool:
         """Whether keeping further nodes of this step in higher precision takes no new calibration."""
@@ -317,10 +326,10 @@ class Evaluator:
         on_gpu = backends()[self.baseline_backend].device != "cpu"
         return min(limit, _GPU_SHARE * card) if on_gpu and card else limit
 
-    def groups_that_fit(self, runs: Sequence[CandidateRun]) -> list[list[CandidateRun]]:
-        """All engines of a timing are kept loaded side by side, the baseline twice: as many at once as memory holds.
-        One that does not fit even alone is dropped."""
-        room = self._memory_bytes() - 2 * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
+    def groups_that_fit(self, runs: Sequence[CandidateRun], *, baselines: int = 2) -> list[list[CandidateRun]]:
+        """All engines of a timing are kept loaded side by side, the baseline so many times: as many at once as memory
+        holds. One that does not fit even alone is dropped."""
+        room = self._memory_bytes() - baselines * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
         groups: list[list[CandidateRun]] = []
         left = 0.0
         for run in runs:

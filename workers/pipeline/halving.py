@@ -20,6 +20,9 @@ TUNING_GAIN = 1.25  # what other runtime options may still gain over a backend's
 WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than the best accurate one by this
 
 
+_SLOWER = 0.97  # beyond what two processes of one engine differ by, which a short timing does not know
+
+
 @dataclass(frozen=True)
 class Speed:
     """A gain over the baseline with its 95 % interval, at the batch size that the objective is judged at."""
@@ -27,6 +30,9 @@ class Speed:
     ratio: float
     low: float
     high: float
+
+    def scaled(self, factor: float) -> Speed:
+        return Speed(factor * self.ratio, factor * self.low, factor * self.high)
 
 
 def speed_of(spec: OptimizationSpec, figures: Mapping[str, Any] | None) -> Speed | None:
@@ -43,7 +49,7 @@ def slower_elsewhere(spec: OptimizationSpec, figures: Mapping[str, Any]) -> str 
     batch = primary_batch(spec, [*figures["batches"]])
     for size, at in figures["batches"].items():
         ratio = ratio_of(spec, at)
-        if size != batch and ratio is not None and ratio["high"] < 1.0:
+        if size != batch and ratio is not None and ratio["high"] < _SLOWER:
             return f"slower at batch size {size}: {ratio['ratio']:.2f}x"
     return None
 

@@ -117,7 +117,8 @@ class Optimizer:
         same = calibration is not None and validation in (None, calibration)
         shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
         judging = datasets[judging_id].samples if judging_id else 0
-        self.data = Data(calibration, validation or calibration, same, shapes, judging)
+        calibrating = datasets[calibration_id].samples if calibration_id else 0
+        self.data = Data(calibration, validation or calibration, same, shapes, judging, calibrating)
 
     def run(self) -> Optimization:
         """All stages up to the package. Raises `StageFailure` where the job fails as a whole."""

@@ -26,6 +26,7 @@ _CHECK_SHARE = 0.15  # of the time left to the search, beyond which a check is o
 _SCREEN_SECONDS = 0.4  # per engine and batch size, or a sixth of what the full measurement takes
 _TUNE_SECONDS = 0.6
 _MENDING = 2.0  # of what making an engine took: equalizing its graph and quantizing that
+_MENDED = 0.95  # of the speed of the engine that it was made from, about, is what a mended one keeps
 _KEEPING = 0.5  # likewise, where keeping nodes in higher precision takes no new calibration
 _OUT_OF_TIME = "the budget of {} s left no time for it"
 
@@ -59,6 +60,7 @@ class Search:
         self._tuned_of: dict[str, str] = {}  # with other runtime options: id → that of the engine as built
         self._passed_over: dict[str, tuple[str, str]] = {}  # not checked: phase and reason, which holds while others do
         self._late: set[str] = set()  # what the time did not hold
+        self._expected: dict[str, Speed] = {}  # of what was mended, by the engine it was made from
         self._in_vain: dict[tuple[str, str], str] = {}  # graphs that could not be mended, and whose they were
         self._mended: set[str] = set()  # whom mending was tried for
         self._seconds_each = 0.0  # that the last short timing took per engine
@@ -72,8 +74,7 @@ class Search:
         self._make(self.found.runs)
         # At the batch size that counts; the others are timed later, for those that can still win. A large one may be
         # more than the original itself takes: then it is not timed alone.
-        smallest = self.primary == min(self.spec.benchmark.batch_sizes)
-        self._screen(self._alive(), _SCREEN_SECONDS, "short timing", batch_sizes=[self.primary] if smallest else None)
+        self._screen(self._alive(), _SCREEN_SECONDS, "short timing", batch_sizes=self._first_batch_sizes())
         self._keep_time_for_the_final()
         accurate = self._check_while_they_can_win()
         accurate += self._win_back(accurate)
@@ -116,6 +117,11 @@ class Search:
                 continue
             until = self.budget.make_until if _calibrates(run) else self.budget.search_until
             if self.evaluator.make(run, until):
+                built = [r for r in self._alive() if r is not run]
+                twin = self.evaluator.same_engine(run, built)
+                if twin is not None:
+                    run.drop("make", f"the engine of {twin.plan.name}, byte for byte")
+                    continue
                 run.note("make", "built")
                 safe |= run.plan.lossless
             if not _calibrates(run):
@@ -127,7 +133,7 @@ class Search:
     ) -> None:
         """A short timing of these side by side; in groups where memory does not hold them all."""
         seconds = min(seconds, self.spec.benchmark.min_seconds / 6)
-        groups = self.evaluator.groups_that_fit(runs)
+        groups = self.evaluator.groups_that_fit(runs, baselines=1)
         while groups:
             group = groups.pop(0)
             if self.budget.over(self.budget.search_until):
@@ -240,11 +246,12 @@ class Search:
     def _win_back(self, accurate: list[CandidateRun]) -> list[CandidateRun]:
         """Mend those that are faster than the best accurate one and lose too much."""
         best = self._best(accurate)
+        reached = best[1].low if best else 0.0
         lost = [r for r in self._by_speed(self._alive()) if r.validate is not None and is_quantized(r.plan)]
         lost = [r for r in lost if halving.over_limit(self.spec, r.tried.accuracy or {})]
         mended: list[CandidateRun] = []
         for run in [r for r in lost if r.plan.id not in self._mended]:
-            floor = best[1].low * halving.WIN_BACK_GAIN if best else 1.0
+            floor = reached * halving.WIN_BACK_GAIN if reached else 1.0
             if self._speeds[run.plan.id].high < floor or not self.spec.quantization.win_back:
                 continue
             if self.budget.over(self.budget.search_until) or (run.tried.accuracy or {}).get("source") == "synthetic":
@@ -267,15 +274,31 @@ class Search:
             self.found.runs += found.tried
             if found.mended is not None:
                 mended.append(found.mended)
+                expected = self._speeds[run.plan.id].scaled(_MENDED)
+                self._expected[found.mended.plan.id] = expected
+                reached = max(reached, expected.ratio)
             else:
                 self._in_vain[graph] = run.plan.id
         if mended:
-            self._screen(mended, _SCREEN_SECONDS, "timing of the mended ones")
+            self._screen(mended, _SCREEN_SECONDS, "timing of the mended ones", batch_sizes=self._first_batch_sizes())
+            self._untimed(mended)
         self._phase("winning accuracy back", len(mended))
         return [r for r in mended if r.tried.failed is None]
 
     def _winback(self) -> WinBack:
-        return WinBack(self.case, self.evaluator, self.budget, self._checker.check, self._sample_ms)
+        """Until there is just the time left to time what it mends."""
+        until = self.budget.search_until - 3 * self._seconds_each
+        return WinBack(self.case, self.evaluator, self.budget, self._checker.check, self._sample_ms, until)
+
+    def _untimed(self, mended: Sequence[CandidateRun]) -> None:
+        """What the time did not hold a timing of, though it keeps the accuracy, goes by the speed of the engine that it
+        was made from: the final measurement tells."""
+        for run in mended:
+            if run.plan.id in self._late and run.plan.id not in self._speeds:
+                run.tried.failed = None
+                self._speeds[run.plan.id] = self._expected[run.plan.id]
+                ratio = round(self._speeds[run.plan.id].ratio, 4)
+                run.note("timing of the mended ones", "expected", "by the engine it was made from", ratio=ratio)
 
     # Runtime options and the finalists
 
@@ -366,6 +389,10 @@ class Search:
         return chosen
 
     # Small things
+
+    def _first_batch_sizes(self) -> list[int] | None:
+        """Of a first timing; None stands for all."""
+        return [self.primary] if self.primary == min(self.spec.benchmark.batch_sizes) else None
 
     def _batch_sizes(self) -> list[int]:
         """Those of the job; the only one that a model with a fixed batch takes."""

@@ -3,6 +3,7 @@ the most sensitive nodes in higher precision, until the limit holds or the time 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ _SIMULATED = 1.5  # what a call takes there, over the original's
 _SENSITIVITY_SHARE = 0.2  # of the time left, which the number of samples goes by
 _REMAKING = 3.0  # times what the quantization took: else there is no time to calibrate anew, and to judge that
 _FIRST_KEPT = 1 / 32  # of the quantized nodes, where the search for their number begins
+_FEW_KEPT = 1 / 24  # likewise: to keep fewer than that gains nothing that could be measured
 _SHARED_OPTIONS = ("recipe", "method", "percentile", "op_types", "activations", "per_channel", "reduce_range", "part")
 _MOST_KEPT = 0.5  # of the quantized nodes: beyond that the gain is gone
 _HOPELESS = 10.0  # times the limit: other ranges do not mend that, some nodes do
@@ -38,7 +40,7 @@ class Attempt:
 
 class WinBack:
     """`check(run)`: the search's small accuracy check; it says whether the limit holds. `sample_ms`: what the original
-    takes for a sample, where it is known."""
+    takes for a sample, where it is known. `until`: its end, in seconds of the budget; the search's end where None."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class WinBack:
         budget: Budget,
         check: Callable[[CandidateRun], bool],
         sample_ms: float = 0.0,
+        until: float | None = None,
     ) -> None:
         self.case = case
         self.spec = case.spec
@@ -54,12 +57,13 @@ class WinBack:
         self.budget = budget
         self.check = check
         self.sample_ms = sample_ms
+        self.until = budget.search_until if until is None else until
 
     def mend(self, run: CandidateRun) -> Attempt:
         found = Attempt()
-        index, _ = quantization(run.plan)
+        remaking = _REMAKING * self._remaking_seconds(run)
         for candidate in self._other_ways(run):
-            if self.budget.left(self.budget.search_until) < _REMAKING * run.steps[index].seconds:
+            if self.budget.left(self.until) < remaking:
                 run.note(PHASE, "not tried", f"{candidate.name}: the time left does not hold calibrating anew")
                 break
             if self._try(candidate, found):
@@ -69,11 +73,11 @@ class WinBack:
 
     def _try(self, candidate: Candidate, found: Attempt) -> bool:
         """Whether this one keeps the limit; it is remembered in any case."""
-        if self.budget.over(self.budget.search_until):
+        if self.budget.over(self.until):
             return False
         made = CandidateRun.of(candidate)
         found.tried.append(made)
-        if not self.evaluator.make(made, self.budget.search_until) or not self.check(made):
+        if not self.evaluator.make(made, self.until) or not self.check(made):
             return False
         if (made.tried.accuracy or {}).get("loss_percent", 100.0) > self.spec.validation.max_accuracy_loss_percent:
             return False
@@ -104,7 +108,7 @@ class WinBack:
         ranked = self._sensitivity(run)
         most = int(len(ranked) * _MOST_KEPT)
         keep, failed = max(1, int(len(ranked) * _FIRST_KEPT)), 0
-        while keep <= most and not self.budget.over(self.budget.search_until):
+        while keep <= most and not self.budget.over(self.until):
             if self._try(kept(run.plan, ranked[:keep]), found):
                 self._fewer(run, ranked, failed, keep, found)
                 return
@@ -112,7 +116,9 @@ class WinBack:
 
     def _fewer(self, run: CandidateRun, ranked: list[str], failed: int, kept_now: int, found: Attempt) -> None:
         """Between a number that was too small and one that holds: fewer nodes kept are faster."""
-        while kept_now - failed > max(1, kept_now // 4) and not self.budget.over(self.budget.search_until):
+        if kept_now <= len(ranked) * _FEW_KEPT:
+            return
+        while kept_now - failed > max(1, kept_now // 4) and not self.budget.over(self.until):
             middle = (failed + kept_now) // 2
             if self._try(kept(run.plan, ranked[:middle]), found):
                 kept_now = middle
@@ -124,7 +130,7 @@ class WinBack:
         needs no data: without any it is measured on random inputs, and the check on real ones tells."""
         index, step = quantization(run.plan)
         needs_data = step.options.get("recipe") != "dynamic_int8"
-        if self.budget.over(self.budget.search_until) or (needs_data and not self.case.has_calibration):
+        if self.budget.over(self.until) or (needs_data and not self.case.has_calibration):
             return []
         before = run.steps[index - 1] if index else self.evaluator.export
         inputs = {"model": before.outputs["model"]}
@@ -141,7 +147,7 @@ class WinBack:
             "exclude_nodes": list(step.options.get("exclude_nodes", ())),
             "shapes": self.evaluator.data.shapes,
         }
-        half = self.budget.elapsed() + self.budget.left(self.budget.search_until) / 2
+        half = self.budget.elapsed() + self.budget.left(self.until) / 2
         try:
             outcome = self.evaluator.call("sensitivity", inputs, options, run.plan.id, half)
         except StageFailure as failure:
@@ -154,13 +160,19 @@ class WinBack:
         run.note(PHASE, "sensitivity", worst=[{"node": n["name"], "error": n["error"]} for n in nodes[:10]])
         return [str(n["name"]) for n in nodes if n["error"]]
 
+    def _remaking_seconds(self, run: CandidateRun) -> float:
+        """What quantizing anew takes: as it did, or an inference a sample where the first came from the cache."""
+        index, step = quantization(run.plan)
+        samples = min(int(step.options.get("max_samples", 0)), self.evaluator.data.calibrating)
+        return max(run.steps[index].seconds, samples * self.sample_ms / 1e3)
+
     def _samples(self) -> int:
-        """Of the sensitivity: as many as the time holds."""
+        """Of the sensitivity: as many as the time holds, a power of two: the same job asks for the same ones again."""
         call_s = _SENSITIVITY_CALLS * _SIMULATED * self.sample_ms / 1e3
         if not call_s:
             return _SENSITIVITY_SAMPLES
-        held = _SENSITIVITY_SHARE * self.budget.left(self.budget.search_until) / call_s
-        return int(min(max(held, _FEWEST_SAMPLES), _SENSITIVITY_SAMPLES))
+        held = _SENSITIVITY_SHARE * self.budget.left(self.until) / call_s
+        return int(2 ** math.floor(math.log2(min(max(held, _FEWEST_SAMPLES), _SENSITIVITY_SAMPLES))))
 
 
 def is_quantized(plan: Candidate) -> bool:

@@ -317,8 +317,9 @@ def _trial_run(
         feeds = {name: value[rows % value.shape[0]] for name, value in found.items()}
     else:
         feeds = synthetic_feeds(inputs, fixed[0] if fixed else 1, options.shapes, seed=0)
-    low: Literal["fp16", "bf16"] = "bf16" if "bf16" in (options.recipe, options.high_precision) else "fp16"
-    emulate = low == "bf16" or fusion.uses_contrib_ops(model)
+    used = (options.recipe, options.high_precision)
+    low: Literal["fp16", "bf16"] = "bf16" if "bf16" in used else "fp16"
+    emulate = low in used and (low == "bf16" or fusion.uses_contrib_ops(model))
     if emulate:
         made = ctx.workspace / "emulated"
         made.mkdir()

@@ -80,7 +80,7 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
         )
         batch = fixed_batch(interface.inputs) or 1
         passes = _Passes(ctx, samples, batch)
-        again = "quantized" in ctx.inputs and bool(excluded)
+        again = "quantized" in ctx.inputs
         if again:
             quantized, _ = ir.read_ir(ctx.inputs["quantized"])
             nncf_revert.revert(quantized, excluded, model)

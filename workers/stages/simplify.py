@@ -44,7 +44,7 @@ class Simplify(Stage[SimplifyOptions]):
     """See the module. `data`: nodes_before, nodes_after, fusions, at_load, fell_back, max_abs_diff, tolerance, …"""
 
     name = "simplify"
-    version = 1
+    version = 2
     Options = SimplifyOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
 
