@@ -137,8 +137,9 @@ class Search:
         while groups:
             group = groups.pop(0)
             if self.budget.over(self.budget.search_until):
+                self.found.exhausted = True
                 for run in group:
-                    self._too_late(run, self.budget.search_until, phase)
+                    self._not_timed(run, phase, _OUT_OF_TIME.format(self.spec.budget_seconds))
                 continue
             begun = self.budget.elapsed()
             try:
@@ -323,7 +324,7 @@ class Search:
         seconds = self._seconds_each * (len(others) + len(tuned) + 1) * len(self._batch_sizes())
         tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until - seconds, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
-        untimed = {str(b) for b in self._batch_sizes()} - {b for r in others for b in (r.screened or {})["batches"]}
+        untimed = {str(b) for b in self._batch_sizes()} - {b for r in others for b in (r.screened or {}).get("batches", ())}
         if tuned or (untimed and others and self.budget.left(self.budget.search_until) > seconds):
             self._screen([*others, *tuned], _TUNE_SECONDS, "timing of runtime options")
         return [r for r in tuned if r.tried.failed is None and self._keeps_its_accuracy(r)]
