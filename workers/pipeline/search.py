@@ -324,7 +324,8 @@ class Search:
         seconds = self._seconds_each * (len(others) + len(tuned) + 1) * len(self._batch_sizes())
         tuned = [r for r in tuned if not self._too_late(r, self.budget.search_until - seconds, "tuning")]
         tuned = [r for r in tuned if self.evaluator.make(r, self.budget.search_until)]
-        untimed = {str(b) for b in self._batch_sizes()} - {b for r in others for b in (r.screened or {}).get("batches", ())}
+        timed = {b for r in others for b in (r.screened or {}).get("batches", ())}
+        untimed = {str(b) for b in self._batch_sizes()} - timed
         if tuned or (untimed and others and self.budget.left(self.budget.search_until) > seconds):
             self._screen([*others, *tuned], _TUNE_SECONDS, "timing of runtime options")
         return [r for r in tuned if r.tried.failed is None and self._keeps_its_accuracy(r)]
