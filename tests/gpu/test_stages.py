@@ -69,6 +69,8 @@ def test_a_converted_model_is_built_proven_measured_and_packaged(
     assert "failed" not in figures
     assert set(figures["batches"]) == {"1", "8"}
     assert figures["batches"]["8"]["profile"]["compute_ms"] > 0
+    taken = [measured.data["engines"][name]["gpu_memory_mb"] for name in measured.data["engines"]]
+    assert all(50 < mb < 10_000 for mb in taken), "a CUDA context alone takes hundreds of MB"
     assert measured.data["conditions"]["after"]["gpu"]["sm_mhz"] > 0
     packed, _ = chain.run(
         "package",
