@@ -360,7 +360,9 @@ class Builder:
             return self._refuse(errors[0])
         if config._cache is not None:
             config._cache._keys |= keys
-        head = json.dumps({"version": __version__, "profiles": [p._shapes for p in config._profiles]}).encode()
+        flags = sorted(str(flag) for flag in config._flags)  # another plan where they differ, as with TensorRT
+        facts = {"version": __version__, "profiles": [p._shapes for p in config._profiles], "flags": flags}
+        head = json.dumps(facts).encode()
         content = model.SerializeToString()
         return _host_memory(MAGIC + len(head).to_bytes(8, "little") + head + content)
 
