@@ -299,7 +299,9 @@ def test_without_calibration_data_dynamic_quantization_is_mended_too(step: str, 
     assert script.make(run, 1e9)
     budget = Budget(600.0, script.clock)
     budget.share(30.0, 0)
-    found = winback.WinBack(case, script, budget, lambda r: script.check(r, 96, 1e9)).mend(run)  # type: ignore[arg-type]
+    check = script.check
+    mending = winback.WinBack(case, script, budget, lambda r: check(r, 96, 1e9), 0.0, budget.search_until)  # type: ignore[arg-type]
+    found = mending.mend(run)
     assert (("stage", "sensitivity") in script.calls) is mended
     assert (found.mended is not None and found.mended.plan.id == "d.keep1") is mended
 
@@ -421,8 +423,8 @@ def test_the_sensitivity_asks_for_as_many_samples_as_the_time_holds() -> None:
     budget = Budget(600.0, Clock())
     budget.share(30.0, 0)
     asked = [
-        winback.WinBack(_case(), Script({}, Clock()), budget, lambda _: True, sample_ms)._samples()  # type: ignore[arg-type]
-        for sample_ms in (0.0, 1.0, 200.0, 5000.0)
+        winback.WinBack(_case(), Script({}, Clock()), budget, lambda _: True, ms, budget.search_until)._samples()  # type: ignore[arg-type]
+        for ms in (0.0, 1.0, 200.0, 5000.0)
     ]
     assert asked == [16, 16, 8, 2]
 

@@ -17,6 +17,7 @@ from workers.backends._openvino_library import library
 
 Array = np.ndarray[Any, Any]
 _DEEPEST = 8
+_FOLDED = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Unsqueeze")  # between weights and their reader
 
 
 def revert(quantized: Any, names: Collection[str], original: Any) -> None:
@@ -75,10 +76,9 @@ class _Reverted:
         found = []
         for port, before in zip(node.inputs(), original.input_values(), strict=True):
             if _of_constants(port):
-                value = _value(before.get_node())
-                if value is None or [*value.shape] != [*port.get_shape()]:
+                if not _is_constant(before.get_node()) or [*before.get_shape()] != [*port.get_shape()]:
                     return []
-                found.append((port, value))
+                found.append((port, _value(before.get_node())))
         return found
 
     def _unquantized(self, port: Any, own_weights: bool) -> bool:
@@ -124,32 +124,38 @@ def _has_packed_weights(node: Any) -> bool:
 
 
 def _of_constants(port: Any) -> bool:
-    return _value(port.get_source_output().get_node()) is not None
+    return _is_constant(port.get_source_output().get_node())
+
+
+def _is_constant(node: Any, depth: int = 0) -> bool:
+    """Whether `_value` knows it, without computing it."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        element = node.get_output_element_type(0)
+        return bool(element.is_real() or element.is_integral_number())
+    inputs = node.input_values() if kind in _FOLDED and depth <= _DEEPEST else []
+    return bool(inputs) and all(_is_constant(value.get_node(), depth + 1) for value in inputs)
 
 
 def _as_float(port: Any) -> None:
     """8-bit constants as what they stand for: no kernel has to unpack them."""
+    if not _of_constants(port) or not port.get_element_type().is_real():
+        return
     node = port.get_source_output().get_node()
-    value = _value(node)
-    if value is not None and node.get_type_name() != "Constant" and value.dtype.kind == "f":
-        port.replace_source_output(_constant(value, port.get_element_type()).output(0))
+    if node.get_type_name() != "Constant":
+        port.replace_source_output(_constant(_value(node), port.get_element_type()).output(0))
 
 
-def _value(node: Any, depth: int = 0) -> Array | None:
-    """What a node gives that depends on constants only, as weights behind their scale do; None for all others."""
+def _value(node: Any) -> Array:
+    """What a node gives that depends on constants only (`_is_constant`), as weights behind their scale do."""
     kind = node.get_type_name()
     if kind == "Constant":
-        numeric = node.get_output_element_type(0).get_type_name() != "bf16"  # whose values come as their bits
-        array = np.asarray(node.get_data()) if numeric else np.asarray(node.get_data(dtype=np.float32))
-        return array if array.dtype.kind in "fiu" else None
-    if depth > _DEEPEST or kind not in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Unsqueeze"):
-        return None
-    inputs = [_value(value.get_node(), depth + 1) for value in node.input_values()]
-    if any(value is None for value in inputs):
-        return None
-    first, *rest = [np.asarray(value) for value in inputs]
+        if node.get_output_element_type(0).get_type_name() == "bf16":  # else its values come as their bits
+            return np.asarray(node.get_data(dtype=np.float32))
+        return np.asarray(node.get_data())
+    first, *rest = [_value(value.get_node()) for value in node.input_values()]
     if kind == "Convert":
-        return np.asarray(first, np.float32) if node.get_output_element_type(0).is_real() else first
+        return first.astype(np.float32) if node.get_output_element_type(0).is_real() else first
     if kind == "Subtract":
         return np.asarray(first - rest[0])
     if kind == "Multiply":

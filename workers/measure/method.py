@@ -18,6 +18,7 @@ def benchmark_method(
     """How the benchmark stage measures. `inputs`: where the inputs come from, in words."""
     session = "default options" if default_options else "the given options"
     warm_up = "until three windows agree within 10 %, after at least 50 iterations or 1 s; a few uncounted "
+    against = "one baseline process" if screening else "both baseline processes"
     words = {
         "baseline": f"the original model, exported to ONNX, on {baseline_backend} with {session}, "
         "measured in the same run",
@@ -28,7 +29,7 @@ def benchmark_method(
         "latency": "wall time of one call with bound inputs, one caller (closed loop), no copies in Python",
         "percentiles": _PERCENTILES,
         "speedup": "p50 of the baseline / p50 of the engine in each round, the pseudo-median (Hodges–Lehmann) of the "
-        "rounds; 95 % interval by bootstrap over rounds, against both baseline processes",
+        f"rounds; 95 % interval by bootstrap over rounds, against {against}",
         "throughput": "batch size / mean latency, in samples per second, one caller",
         "a_a": "the baseline in two processes against each other, by p50 and by throughput; noisy where an "
         "interval does not hold 1.0",
@@ -42,7 +43,6 @@ def benchmark_method(
             "a short timing that only tells what can still win: at least five calls per engine and batch size, a "
             "warm-up of 0.3 s at most, at least two distinct inputs, no percentiles beyond the median"
         )
-        words["speedup"] = words["speedup"].replace("both baseline processes", "one baseline process")
         words["a_a"] = "not measured: a short timing proves nothing"
     if not cold:
         words["cold_start"] = words["memory"] = "not measured: it was not asked for"

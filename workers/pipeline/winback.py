@@ -40,7 +40,7 @@ class Attempt:
 
 class WinBack:
     """`check(run)`: the search's small accuracy check; it says whether the limit holds. `sample_ms`: what the original
-    takes for a sample, where it is known. `until`: its end, in seconds of the budget; the search's end where None."""
+    takes for a sample, 0 where it is not known. `until`: when mending ends, in seconds of the budget."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class WinBack:
         evaluator: Evaluator,
         budget: Budget,
         check: Callable[[CandidateRun], bool],
-        sample_ms: float = 0.0,
-        until: float | None = None,
+        sample_ms: float,
+        until: float,
     ) -> None:
         self.case = case
         self.spec = case.spec
@@ -57,7 +57,7 @@ class WinBack:
         self.budget = budget
         self.check = check
         self.sample_ms = sample_ms
-        self.until = budget.search_until if until is None else until
+        self.until = until
 
     def mend(self, run: CandidateRun) -> Attempt:
         found = Attempt()
