@@ -37,7 +37,8 @@ from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
-from workers.pipeline.optimize import Optimization, Optimizer
+from workers.pipeline.optimize import Optimizer
+from workers.pipeline.outcome import Optimization
 from workers.pipeline.protocol import Limits
 from workers.pipeline.report import make_manifest, make_report
 from workers.pipeline.results import Published, no_feasible_candidate, publish
@@ -229,8 +230,7 @@ class WorkerService:
         return Limits(worker.stage_timeout_s, memory, worker.stage_disk_mb << 20)
 
     def _finish(self, claim: Claim, found: Optimization, runner: StageRunner) -> None:
-        found.job.stages = runner.view.stages
-        report = make_report(found, runner.calls)
+        report = make_report(found, runner.calls, runner.view.stages)
         published = publish(
             self.content,
             claim.tenant_id,

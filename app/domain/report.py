@@ -144,6 +144,9 @@ class StageReport(_Part):
 
 
 class Report(_Part):
+    """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`), and why: the engine
+    was proven before."""
+
     analysis: Analysis
     optimizations_applied: list[AppliedOptimization]
     final_metrics: FinalMetrics | None
@@ -165,3 +168,4 @@ class Report(_Part):
     nodes_kept: list[str] = []
     sensitivity: list[dict[str, Any]] = []
     profile: dict[str, Any] | None = None
+    not_explained: dict[str, str] = {}

@@ -141,8 +141,10 @@ class Script:
             "batches": {b: {"speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]}} for b in batches}
         }
 
-    def groups_that_fit(self, runs: Sequence[CandidateRun], *, baselines: int = 2) -> list[list[CandidateRun]]:
-        return [list(runs)] if runs else []
+    def groups_that_fit(
+        self, runs: Sequence[CandidateRun], *, baselines: int = 2
+    ) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
+        return ([list(runs)] if runs else []), []
 
     def ranges_of(self, step: Any, graph: Any) -> None:
         return None

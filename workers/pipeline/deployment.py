@@ -15,14 +15,15 @@ _NOT_SHOWN = ("runtime", "failed", "not_finite")  # of a configuration in the re
 def deployment_config(
     sweep_data: Mapping[str, Any] | None,
     *,
+    missing: str | None = None,
     picked_backend: str,
     precision: str,
     runtime: Mapping[str, Any],
     dynamic_batch: bool,
     spec: OptimizationSpec,
 ) -> DeploymentConfig:
-    """`sweep_data`: the sweep stage's data, None where there was no time for it. `runtime`: of the picked engine, kept
-    where nothing better was found. `dynamic_batch`: whether the engine takes any batch size.
+    """`sweep_data`: the sweep stage's data; None where there is none, and `missing` says why. `runtime`: of the picked
+    engine, kept where nothing better was found. `dynamic_batch`: whether the engine takes any batch size.
 
     Where no configuration keeps the limits, the nearest miss is shown, and `reasons["choice"]` says what to relax.
     """
@@ -35,7 +36,8 @@ def deployment_config(
         runtime=dict(runtime),
     )
     if sweep_data is None:
-        config.reasons = {"choice": "batch sizes, instances and threads were not swept: there was no time left for it"}
+        why = missing or "no reason known"
+        config.reasons = {"choice": f"batch sizes, instances and threads were not swept: {why}"}
         return config
     configurations = sweep_data["configurations"]
     choice = _choice(configurations, spec)

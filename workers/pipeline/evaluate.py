@@ -19,6 +19,7 @@ from workers.pipeline.select import Tried, primary_batch
 
 SEED = 20_240_229
 NO_MEMORY = ("out_of_memory", "gpu_out_of_memory")
+NO_ROOM = "not measured: the worker's memory does not hold it beside the original"
 WEIGHTS = {
     "export": 2.0,
     "simplify": 1.0,
@@ -326,23 +327,26 @@ class Evaluator:
         on_gpu = backends()[self.baseline_backend].device != "cpu"
         return min(limit, _GPU_SHARE * card) if on_gpu and card else limit
 
-    def groups_that_fit(self, runs: Sequence[CandidateRun], *, baselines: int = 2) -> list[list[CandidateRun]]:
+    def groups_that_fit(
+        self, runs: Sequence[CandidateRun], *, baselines: int = 2
+    ) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
         """All engines of a timing are kept loaded side by side, the baseline so many times: as many at once as memory
-        holds. One that does not fit even alone is dropped."""
+        holds. Answers the groups, and those that do not fit even alone."""
         room = self._memory_bytes() - baselines * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
         groups: list[list[CandidateRun]] = []
+        too_large: list[CandidateRun] = []
         left = 0.0
         for run in runs:
             size = run.engine.size_bytes * _LOADED_FACTOR
             if size > room:
-                run.drop("timing", "not measured: the worker's memory does not hold it beside the original")
+                too_large.append(run)
                 continue
             if not groups or size > left:
                 groups.append([])
                 left = room
             groups[-1].append(run)
             left -= size
-        return groups
+        return groups, too_large
 
 
 def complete(run: CandidateRun, samples: int) -> bool:

@@ -1,70 +1,178 @@
-"""After the verdict: what each part of the shipped engine gained and cost (measured by leaving it out), how to run it
-(batch size, instances, threads), and where its time goes. They use what is left of the budget, and say so where it is
-too little."""
+"""After the engine is proven and packaged: what each part of it gained and cost (measured by leaving it out), how to
+run it (batch size, instances, threads), and where its time goes. They use what is left of the budget.
+
+Values come back, nothing that was proven is touched, and nothing that happens here fails the job: a profiler that
+crashes, a GPU without memory, a child that is lost become reasons in the report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.domain.failures import StageFailure
+from app.jobs.ledger import LeaseLost
 from workers.kernel import Backend
 from workers.pipeline.ablation import Part, parts
+from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import SEED, CandidateRun, Evaluator
+from workers.pipeline.isolated import Interrupted
+from workers.pipeline.outcome import Ablated, Explanation, Proof
 from workers.pipeline.runner import Outcome
 
-if TYPE_CHECKING:
-    from workers.pipeline.optimize import Optimization
+log = structlog.get_logger(__name__)
 
 _ABLATION_SHARE = 0.5  # of what the budget leaves; the sweep gets the rest
 _ABLATION_SECONDS = 1.0  # per engine, at the batch size of the final metrics
 _SWEEP_SECONDS = 1.0  # per configuration
 _LEAST_S = 3.0
 _BATCHES = (1, 2, 4, 8, 16, 32)
+_OURS_TO_END = (LeaseLost, Interrupted, SQLAlchemyError)  # these say that the job is not ours to go on with
+
+T = TypeVar("T")
 
 
-@dataclass
-class Ablated:
-    """One part of the shipped engine. `figures`: of the engine without it, compared with the shipped one in the same
-    run. `accuracy`: of the engine without it."""
+class Explainer:
+    """Of one proven job."""
 
-    part: Part
-    run: CandidateRun | None = None
-    figures: Mapping[str, Any] | None = None
-    accuracy: Mapping[str, Any] | None = None
-    reason: str | None = None
+    def __init__(self, proof: Proof, evaluator: Evaluator, backends: Mapping[str, Backend], budget: Budget) -> None:
+        self.proof = proof
+        self.evaluator = evaluator
+        self.backends = backends
+        self.budget = budget
+        self._reasons: dict[str, str] = {}
 
+    def explain(self) -> Explanation:
+        ablation = self._try("ablation", self._ablation) or ()
+        deployment = self._try("deployment", self._sweep)
+        profile = self._try("profile", self._profile)
+        return Explanation(tuple(ablation), deployment, profile, dict(self._reasons))
 
-def ablate(found: Optimization, evaluator: Evaluator, backends: Mapping[str, Backend]) -> list[Ablated]:
-    """Each part of the picked candidate with the engine that lacks it, timed beside the picked one."""
-    picked = found.picked
-    if picked is None:
-        return []
-    budget = found.budget
-    until = budget.elapsed() + _ABLATION_SHARE * budget.left(budget.end)
-    others = [r.plan for r in found.runs if r.build is not None]
-    defaults = dict(backends[picked.plan.backend].plain_runtime)
-    ablated = [Ablated(p) for p in parts(picked.plan, others, defaults)]
-    made: list[CandidateRun] = []
-    for item in sorted(ablated, key=lambda item: _urgency(item.part)):
-        without = item.part.without
-        if without is None:
-            item.reason = item.part.reason
-            continue
-        run = CandidateRun.of(without)
-        if budget.left(until) < _LEAST_S:
-            item.reason = f"not measured: the budget of {found.spec.budget_seconds} s left no time for it"
-        elif not evaluator.make(run, until):
-            item.reason = f"the engine without it could not be built: {run.tried.failed}"
-        elif not evaluator.check(run, _samples(found), until):
-            item.reason = f"the engine without it does not work: {run.tried.failed or 'its outputs are broken'}"
-        else:
-            item.run, item.accuracy = run, run.tried.accuracy
-            made.append(run)
-    if made:
-        _time(found, evaluator, picked, ablated, made, until)
-    return ablated
+    def _try(self, name: str, work: Callable[[], T]) -> T | None:
+        """Its result, or None with the reason kept."""
+        try:
+            return work()
+        except _OURS_TO_END:
+            raise
+        except StageFailure as failure:
+            log.warning("not_explained", part=name, code=failure.code, detail=failure.detail)
+            self._reasons[name] = f"not measured: {failure.detail}"
+        except Exception:  # a fault of ours, and the engine is proven all the same
+            log.exception("not_explained", part=name)
+            self._reasons[name] = "not measured: an internal error"
+        return None
+
+    def _no_time(self, name: str) -> bool:
+        if self.budget.left(self.budget.end) >= _LEAST_S:
+            return False
+        self._reasons[name] = f"not measured: the budget of {self.proof.spec.budget_seconds} s left no time for it"
+        return True
+
+    # What each part gained
+
+    def _ablation(self) -> Sequence[Ablated]:
+        """Each part of the picked candidate with the engine that lacks it, timed beside the picked one."""
+        picked = self.proof.picked
+        if picked is None:
+            return ()
+        until = self.budget.elapsed() + _ABLATION_SHARE * self.budget.left(self.budget.end)
+        others = [r.plan for r in self.proof.runs if r.build is not None]
+        defaults = dict(self.backends[picked.plan.backend].plain_runtime)
+        wanted = parts(picked.plan, others, defaults)
+        tried = {
+            i: self._without(wanted[i], until) for i in sorted(range(len(wanted)), key=lambda i: _urgency(wanted[i]))
+        }
+        made = [item.run for item in tried.values() if item.run is not None]
+        if made:
+            tried = dict(enumerate(self._timed(picked, [tried[i] for i in range(len(wanted))], made, until)))
+        return [tried[i] for i in range(len(wanted))]
+
+    def _without(self, part: Part, until: float) -> Ablated:
+        """The engine without this part, built and judged."""
+        if part.without is None:
+            return Ablated(part, reason=part.reason)
+        run = CandidateRun.of(part.without)
+        if self.budget.left(until) < _LEAST_S:
+            left = f"not measured: the budget of {self.proof.spec.budget_seconds} s left no time for it"
+            return Ablated(part, reason=left)
+        try:
+            if not self.evaluator.make(run, until):
+                return Ablated(part, reason=f"the engine without it could not be built: {run.tried.failed}")
+            if not self.evaluator.check(run, self._samples(), until):
+                why = run.tried.failed or "its outputs are broken"
+                return Ablated(part, reason=f"the engine without it does not work: {why}")
+        except StageFailure as failure:
+            return Ablated(part, reason=f"not measured: {failure.detail}")
+        return Ablated(part, run, accuracy=run.tried.accuracy)
+
+    def _samples(self) -> int:
+        """As many as judged the picked one: the difference is then between like and like."""
+        picked = self.proof.picked
+        validate = picked.validate if picked else None
+        return int(validate.options["max_samples"]) if validate else self.proof.spec.validation.max_samples
+
+    def _timed(
+        self, picked: CandidateRun, items: Sequence[Ablated], made: Sequence[CandidateRun], until: float
+    ) -> list[Ablated]:
+        groups, _ = self.evaluator.groups_that_fit([picked, *made])
+        side_by_side = groups[0] if groups and picked in groups[0] else [picked]
+        try:
+            timed = self.evaluator.time(
+                side_by_side,
+                until,
+                min_seconds=min(_ABLATION_SECONDS, self.proof.spec.benchmark.min_seconds),
+                screening=True,
+                compare_to=picked.plan.id,
+                batch_sizes=[int(self.proof.verdict.primary_batch)],
+            )
+        except StageFailure as failure:
+            return [replace(i, reason=i.reason or f"not measured: {failure.detail}") for i in items]
+        engines = timed.data["engines"]
+        return [replace(i, figures=engines.get(i.run.plan.id)) if i.run is not None else i for i in items]
+
+    # How to run it, and what it waits for
+
+    def _sweep(self) -> Outcome | None:
+        """Batch sizes × instances × threads of what ships."""
+        if self._no_time("deployment"):
+            return None
+        spec, proof = self.proof.spec, self.proof
+        # Who wants the lowest latency has named the batch sizes; throughput and cost may lie beyond them.
+        more = _BATCHES if proof.export.data.get("dynamic_batch") and spec.objective != "latency" else ()
+        options = {
+            "backend": proof.backend,
+            "runtime": proof.runtime,
+            "batch_sizes": sorted({*spec.benchmark.batch_sizes, *more}),
+            "min_seconds": min(_SWEEP_SECONDS, spec.benchmark.min_seconds),
+            "p99_limit_ms": spec.constraints.p99_latency_ms,
+            "objective": spec.objective,
+            "shapes": self.evaluator.data.shapes,
+            "seed": SEED,
+        }
+        return self._of_what_ships("sweep", options)
+
+    def _profile(self) -> Outcome | None:
+        """Layer by layer, and against the machine's memory bandwidth."""
+        if self._no_time("profile"):
+            return None
+        options = {
+            "backend": self.proof.backend,
+            "runtime": self.proof.runtime,
+            "batch": int(self.proof.verdict.primary_batch),
+            "shapes": self.evaluator.data.shapes,
+            "seed": SEED,
+        }
+        return self._of_what_ships("profile", options)
+
+    def _of_what_ships(self, stage: str, options: Mapping[str, object]) -> Outcome:
+        inputs = {"engine": self.proof.engine}
+        if self.evaluator.data.validation is not None:
+            inputs["data"] = self.evaluator.data.validation
+        return self.evaluator.call(stage, inputs, options, self.proof.verdict.picked, self.budget.end)
 
 
 def _urgency(part: Part) -> int:
@@ -72,99 +180,3 @@ def _urgency(part: Part) -> int:
     if part.stage is None:  # the backend, its runtime options, nodes kept
         return 1
     return 0 if "quantize" in part.stage or part.stage == "convert" else 2
-
-
-def _samples(found: Optimization) -> int:
-    """As many as judged the picked one: the difference is then between like and like."""
-    assert found.picked is not None
-    validate = found.picked.validate
-    return int(validate.options["max_samples"]) if validate else found.spec.validation.max_samples
-
-
-def _time(
-    found: Optimization,
-    evaluator: Evaluator,
-    picked: CandidateRun,
-    ablated: list[Ablated],
-    made: list[CandidateRun],
-    until: float,
-) -> None:
-    groups = evaluator.groups_that_fit([picked, *made])
-    side_by_side = groups[0] if groups and picked in groups[0] else [picked]
-    seconds = min(_ABLATION_SECONDS, found.spec.benchmark.min_seconds)
-    try:
-        timed = evaluator.time(
-            side_by_side,
-            until,
-            min_seconds=seconds,
-            screening=True,
-            compare_to=picked.plan.id,
-            batch_sizes=[int(found.verdict.primary_batch)],
-        )
-    except StageFailure as failure:
-        if not _is_ours_to_bear(failure):
-            raise
-        for item in ablated:
-            item.reason = item.reason or f"not measured: {failure.detail}"
-        return
-    engines = timed.data["engines"]
-    for item in ablated:
-        if item.run is not None:
-            item.figures = engines.get(item.run.plan.id)
-
-
-def sweep(found: Optimization, evaluator: Evaluator) -> Outcome | None:
-    """Batch sizes × instances × threads of what ships; None where the budget leaves no time."""
-    budget = found.budget
-    if budget.left(budget.end) < _LEAST_S:
-        return None
-    spec = found.spec
-    inputs = {"engine": found.engine}
-    if evaluator.data.validation is not None:
-        inputs["data"] = evaluator.data.validation
-    # Who wants the lowest latency has named the batch sizes; throughput and cost may lie beyond them.
-    more = _BATCHES if found.export.data.get("dynamic_batch") and spec.objective != "latency" else ()
-    options = {
-        "backend": found.backend,
-        "runtime": found.runtime,
-        "batch_sizes": sorted({*spec.benchmark.batch_sizes, *more}),
-        "min_seconds": min(_SWEEP_SECONDS, spec.benchmark.min_seconds),
-        "p99_limit_ms": spec.constraints.p99_latency_ms,
-        "objective": spec.objective,
-        "shapes": evaluator.data.shapes,
-        "seed": SEED,
-    }
-    try:
-        return evaluator.call("sweep", inputs, options, found.verdict.picked, budget.end)
-    except StageFailure as failure:
-        if not _is_ours_to_bear(failure):
-            raise
-        return None
-
-
-def profile(found: Optimization, evaluator: Evaluator) -> Outcome | None:
-    """Layer by layer, and against the machine's memory bandwidth; None where the budget leaves no time."""
-    budget = found.budget
-    if budget.left(budget.end) < _LEAST_S:
-        return None
-    inputs = {"engine": found.engine}
-    if evaluator.data.validation is not None:
-        inputs["data"] = evaluator.data.validation
-    options = {
-        "backend": found.backend,
-        "runtime": found.runtime,
-        "batch": int(found.verdict.primary_batch),
-        "shapes": evaluator.data.shapes,
-        "seed": SEED,
-    }
-    try:
-        return evaluator.call("profile", inputs, options, found.verdict.picked, budget.end)
-    except StageFailure as failure:
-        if not _is_ours_to_bear(failure):
-            raise
-        return None
-
-
-def _is_ours_to_bear(failure: StageFailure) -> bool:
-    """What ships is proven already: an explanation that takes too long or too much memory does not fail the job."""
-    return failure.code in ("timed_out", "out_of_memory", "budget_exhausted")

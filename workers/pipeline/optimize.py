@@ -1,15 +1,10 @@
-"""The way of one job: export → search → full validation and benchmark of the finalists → verdict → what each part
-gained, how to deploy → package. Each step is a keyed stage call, so that running this again after a crash goes on from
-the last finished one."""
+"""The way of one job: export → search → full validation and benchmark of the finalists → verdict → package → what each
+part gained, how to deploy. Each step is a keyed stage call, so that running this again after a crash goes on from the
+last finished one."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import structlog
 
 from app.db.orm import Dataset, Job, SourceModel
 from app.domain.artifact_key import ArtifactRef, FileRef
@@ -20,71 +15,19 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import NO_MEMORY, SEED, WEIGHTS, CandidateRun, Data, Evaluator, complete
-from workers.pipeline.explain import Ablated, ablate, profile, sweep
+from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator, complete
+from workers.pipeline.explain import Explainer
+from workers.pipeline.outcome import Explanation, Optimization, Proof
+from workers.pipeline.packaging import package
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
 from workers.pipeline.select import BASELINE, Tried, Verdict, judge, undecided
-
-log = structlog.get_logger(__name__)
 
 _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
 _LONGEST_MIN_S = 600.0
 _NO_ROOM = "not measured: the worker's memory does not hold it beside the others"
 _START_S = 2.0  # per engine: two processes, cold start
-
-
-@dataclass
-class Optimization:
-    """Everything that a job found out; the report and the manifest are made from it."""
-
-    job: Job
-    model: SourceModel
-    spec: OptimizationSpec
-    case: Case
-    hardware: Mapping[str, Any]
-    export: Outcome
-    plan: planner.Plan
-    baseline: Tried
-    baseline_backend: str
-    search: Found
-    benchmark: Outcome
-    verdict: Verdict
-    budget: Budget
-    verdict_seconds: float
-    ablation: list[Ablated] = field(default_factory=list)
-    deployment: Outcome | None = None
-    profile: Outcome | None = None
-    package: Outcome | None = None
-
-    @property
-    def runs(self) -> list[CandidateRun]:
-        """Everybody who was considered, in the order of trying."""
-        return self.search.runs
-
-    @property
-    def picked(self) -> CandidateRun | None:
-        """The winning candidate; None where the baseline (or nothing) ships."""
-        return next((r for r in self.runs if r.plan.id == self.verdict.picked), None)
-
-    @property
-    def engine(self) -> ArtifactRef:
-        """The files that ship."""
-        return self.picked.engine if self.picked else self.export.outputs["model"]
-
-    @property
-    def runtime(self) -> dict[str, Any]:
-        """What they are loaded with."""
-        return self.picked.runtime if self.picked else {}
-
-    @property
-    def backend(self) -> str:
-        return self.picked.plan.backend if self.picked else self.baseline_backend
-
-    @property
-    def precision(self) -> str:
-        return self.picked.plan.precision if self.picked else baseline_precision(self)
 
 
 class Optimizer:
@@ -121,15 +64,25 @@ class Optimizer:
         self.data = Data(calibration, validation or calibration, same, shapes, judging, calibrating)
 
     def run(self) -> Optimization:
-        """All stages up to the package. Raises `StageFailure` where the job fails as a whole."""
+        """What ships is proven and packaged first, then explained. Raises `StageFailure` where the job fails as a
+        whole."""
         export = self._export()
+        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        proof = self._prove(export, evaluator)
+        made, explanation = None, Explanation()
+        if proof.verdict.picked is not None:
+            made = package(self.runner, proof, self.data)
+            explanation = Explainer(proof, evaluator, self.backends, self.budget).explain()
+        return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=self.budget.elapsed())
+
+    def _prove(self, export: Outcome, evaluator: Evaluator) -> Proof:
+        """Search, full measurement and verdict."""
         case = self._case(export)
         plan = planner.plan(case, self.backends)
         self.budget.share(self._final_seconds(4), export.outputs["model"].size_bytes)
         if self.budget.over(self.budget.end):
             raise self._too_small("the export")
         self.runner.view.planned = 2.0 + 6.0 * len(plan.candidates) + 3.0 * self._final_weight(4)
-        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
         found = Search(case, plan, self.backends, evaluator, self.budget).run()
         benchmark = self._final(evaluator, found)
         baseline, verdict = self._judge(benchmark, found, found.finalists)
@@ -139,7 +92,7 @@ class Optimizer:
             if longer is not None:
                 benchmark = longer
                 baseline, verdict = self._judge(benchmark, found, wider)
-        result = Optimization(
+        return Proof(
             job=self.job,
             model=self.model,
             spec=self.spec,
@@ -152,15 +105,8 @@ class Optimizer:
             search=found,
             benchmark=benchmark,
             verdict=verdict,
-            budget=self.budget,
             verdict_seconds=self.budget.elapsed(),
         )
-        if verdict.picked is not None:
-            result.ablation = ablate(result, evaluator, self.backends)
-            result.deployment = sweep(result, evaluator)
-            result.profile = profile(result, evaluator)
-            result.package = self._package(result)
-        return result
 
     def _export(self) -> Outcome:
         extension = {"onnx": ".onnx", "pt2": ".pt2"}.get(self.model.format, _archive_suffix(self.model.filename))
@@ -212,9 +158,9 @@ class Optimizer:
             evaluator.check(run, self.spec.validation.max_samples, judged_until)
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
-        groups = evaluator.groups_that_fit(sound)
+        groups, too_large = evaluator.groups_that_fit(sound)
         ready = groups[0] if groups else []
-        for run in [r for group in groups[1:] for r in group]:
+        for run in [*too_large, *(r for group in groups[1:] for r in group)]:
             run.drop("final", _NO_ROOM)
         while True:
             try:
@@ -271,40 +217,6 @@ class Optimizer:
             cacheable=False,
         )
 
-    def _package(self, found: Optimization) -> Outcome:
-        picked = found.picked
-        engine_format = picked.build.data["engine_format"] if picked and picked.build else "onnx"
-        inputs = {"engine": found.engine}
-        if self.data.validation is not None:
-            inputs["data"] = self.data.validation
-        manifest = {
-            "engine": {
-                "candidate": found.verdict.picked,
-                "backend": found.backend,
-                "format": engine_format,
-                "precision": found.precision,
-                "runtime": found.runtime,
-                "files": found.engine.to_json(),
-                "nodes_kept": nodes_kept(picked),
-            },
-            "model": {"name": self.model.name, "sha256": self.model.sha256},
-            "inputs": found.export.data["inputs"],
-            "outputs": found.export.data["outputs"],
-            "hardware": dict(self.runner.hardware),
-            "versions": picked.build.libraries if picked and picked.build else found.benchmark.libraries,
-        }
-        options = {
-            "name": f"{slug(self.model.name)}-{found.precision}",
-            "backend": found.backend,
-            "runtime": found.runtime,
-            "engine_format": engine_format,
-            "manifest": manifest,
-            "shapes": self.data.shapes,
-            "seed": SEED,
-        }
-        # What was found out must not be lost for a few seconds: the package may take what it needs.
-        return self.runner.run("package", inputs, options, weight=WEIGHTS["package"])
-
 
 def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:
     """Where the job's engines run: what it asks for, else a GPU where this worker has one that the job may use."""
@@ -317,22 +229,6 @@ def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) ->
 def baseline_backend(device: str) -> str:
     """The original as its owner would run it on this device."""
     return "onnxruntime-cuda" if device == "cuda" else "onnxruntime"
-
-
-def nodes_kept(run: CandidateRun | None) -> list[str]:
-    """Names of the nodes that the quantization left in higher precision because they were asked or found to be kept."""
-    if run is None:
-        return []
-    return sorted({str(n) for s in run.plan.steps for n in s.options.get("exclude_nodes", ())})
-
-
-def baseline_precision(found: Optimization) -> str:
-    return "int8" if found.export.data["structure"].get("quantized") else "fp32"
-
-
-def slug(name: str) -> str:
-    """A file name's stem that is safe everywhere."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
 
 
 def _archive_suffix(filename: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from workers.candidates import BF16_FLAGS, INT8_FLAGS
 from workers.pipeline.evaluate import CandidateRun
-from workers.pipeline.optimize import Optimization
+from workers.pipeline.outcome import Optimization
 from workers.pipeline.select import ratio_of
 
 _MEMORY_BOUND = 0.5  # of the memory's bandwidth, spent on reading the weights once
@@ -89,7 +89,7 @@ def _sensitive(found: Optimization) -> Iterator[str]:
 
 def _limits(found: Optimization) -> Iterator[str]:
     """What the shipped engine waits for."""
-    data: Mapping[str, Any] = found.profile.data if found.profile else {}
+    data: Mapping[str, Any] = found.explanation.profile.data if found.explanation.profile else {}
     share = data.get("weight_bandwidth_share")
     if share is not None and _MEMORY_BOUND <= share <= 1.0:
         size, bandwidth = data["engine_bytes"] / 1e6, data["copy_bytes_per_s"] / 1e9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.domain.report import (
@@ -16,14 +16,14 @@ from app.domain.report import (
 )
 from workers.pipeline.deployment import deployment_config as make_deployment
 from workers.pipeline.evaluate import CandidateRun
-from workers.pipeline.explain import Ablated
-from workers.pipeline.optimize import Optimization, baseline_precision, nodes_kept
+from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import BASELINE, Tried, pareto, ratio_of
 
 
-def make_report(found: Optimization, calls: list[Outcome]) -> Report:
+def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[Mapping[str, Any]]) -> Report:
+    """`stages`: the job's stages as clients see them."""
     assert found.baseline.figures is not None
     batch = found.verdict.primary_batch
     structure = found.export.data["structure"]
@@ -43,7 +43,8 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
         optimizations_applied=_applied(found, batch),
         final_metrics=_final(found, batch) if shipped else None,
         deployment_config=make_deployment(
-            found.deployment.data if found.deployment else None,
+            found.explanation.deployment.data if found.explanation.deployment else None,
+            missing=found.explanation.reasons.get("deployment"),
             picked_backend=found.backend,
             precision=found.precision,
             runtime=found.runtime,
@@ -75,17 +76,20 @@ def make_report(found: Optimization, calls: list[Outcome]) -> Report:
             ),
             "raw_samples": found.benchmark.outputs["samples"].to_json() if "samples" in found.benchmark.outputs else [],
         },
-        stages=[_stage(entry, calls) for entry in found.job.stages if entry["status"] == "succeeded"],
+        stages=[_stage(entry, calls) for entry in stages if entry["status"] == "succeeded"],
         noisy=bool(found.benchmark.data.get("noisy")),
         budget_exhausted=found.search.exhausted or bool(found.benchmark.data.get("shortened")),
         search=_search(found),
         nodes_kept=nodes_kept(found.picked),
-        profile=dict(found.profile.data) if found.profile else None,
+        profile=dict(found.explanation.profile.data) if found.explanation.profile else None,
+        not_explained=dict(found.explanation.reasons),
         sensitivity=_sensitivity(found),
     )
 
 
-def make_manifest(found: Optimization, calls: list[Outcome], fingerprint: str, report_sha256: str) -> dict[str, Any]:
+def make_manifest(
+    found: Optimization, calls: Sequence[Outcome], fingerprint: str, report_sha256: str
+) -> dict[str, Any]:
     """Every input, stage key, option, version, fingerprint and output digest: enough to run the job again."""
     return {
         "job_id": found.job.id,
@@ -123,14 +127,14 @@ def _winner(found: Optimization) -> Tried:
     return found.picked.tried if found.picked else found.baseline
 
 
-def _versions(calls: list[Outcome]) -> dict[str, str]:
+def _versions(calls: Sequence[Outcome]) -> dict[str, str]:
     """Of every library that had a part in the result."""
     return dict(sorted({name: version for call in calls for name, version in call.libraries.items()}.items()))
 
 
 def _applied(found: Optimization, batch: str) -> list[AppliedOptimization]:
     """The parts of the shipped engine, each with what it gained and cost: measured against the engine without it."""
-    return [_part(found, item, batch) for item in found.ablation]
+    return [_part(found, item, batch) for item in found.explanation.ablation]
 
 
 def _part(found: Optimization, item: Ablated, batch: str) -> AppliedOptimization:
@@ -274,7 +278,7 @@ def _search(found: Optimization) -> SearchReport:
     return SearchReport(
         strategy=found.spec.search.strategy,
         budget_seconds=found.spec.budget_seconds,
-        spent_seconds=round(found.budget.elapsed(), 2),
+        spent_seconds=round(found.spent_seconds, 2),
         verdict_seconds=round(found.verdict_seconds, 2),
         order=[r.plan.id for r in found.runs],
         finalists=[r.plan.id for r in found.search.finalists],
@@ -295,7 +299,7 @@ def _baseline(found: Optimization) -> dict[str, Any]:
         "id": BASELINE,
         "name": "the original, ONNX Runtime's defaults",
         "backend": found.baseline_backend,
-        "precision": baseline_precision(found),
+        "precision": found.original_precision,
         "size_mb": _mb(figures.get("size_bytes")),
         "memory_mb": _rounded(figures.get("peak_memory_mb"), 1),
         "gpu_memory_mb": _rounded(figures.get("gpu_memory_mb"), 1),
@@ -326,7 +330,7 @@ def _accuracy_method(found: Optimization) -> dict[str, Any]:
     return {k: validated.get(k) for k in ("metric", "kind", "why", "source", "samples", "enough_samples_for")}
 
 
-def _stage(entry: Mapping[str, Any], calls: list[Outcome]) -> StageReport:
+def _stage(entry: Mapping[str, Any], calls: Sequence[Outcome]) -> StageReport:
     call = next((c for c in calls if c.key == entry["key"]), None)
     return StageReport(
         name=entry["name"],

@@ -13,7 +13,7 @@ from typing import Any
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.report import Report
 from app.storage.content import ContentStore
-from workers.pipeline.optimize import Optimization
+from workers.pipeline.outcome import Optimization
 from workers.pipeline.select import Check
 
 # The fields of the job's spec that the checks come from.

@@ -15,7 +15,7 @@ from workers.measure.plan import expected_seconds
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
 from workers.pipeline.checking import Checker, broken
-from workers.pipeline.evaluate import NO_MEMORY, CandidateRun, Evaluator
+from workers.pipeline.evaluate import NO_MEMORY, NO_ROOM, CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
 from workers.pipeline.select import BASELINE, primary_batch
@@ -133,7 +133,9 @@ class Search:
     ) -> None:
         """A short timing of these side by side; in groups where memory does not hold them all."""
         seconds = min(seconds, self.spec.benchmark.min_seconds / 6)
-        groups = self.evaluator.groups_that_fit(runs, baselines=1)
+        groups, too_large = self.evaluator.groups_that_fit(runs, baselines=1)
+        for run in too_large:
+            run.drop("timing", NO_ROOM)
         while groups:
             group = groups.pop(0)
             if self.budget.over(self.budget.search_until):

@@ -1,0 +1,117 @@
+"""What a job found: first what is proven (`Proof`), then what explains it (`Explanation`), then both as one value that
+the report and the manifest are made from. Each is built once and frozen: who explains cannot change what was proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from app.db.orm import Job, SourceModel
+from app.domain.artifact_key import ArtifactRef
+from app.domain.spec import OptimizationSpec
+from workers.candidates import Case
+from workers.pipeline.ablation import Part
+from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.planner import Plan
+from workers.pipeline.runner import Outcome
+from workers.pipeline.search import Found
+from workers.pipeline.select import Tried, Verdict
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """One part of the shipped engine. `figures`: of the engine without it, compared with the shipped one in the same
+    run. `accuracy`: of the engine without it. `details`: what the part's stage found out without it."""
+
+    part: Part
+    run: CandidateRun | None = None
+    figures: Mapping[str, Any] | None = None
+    accuracy: Mapping[str, Any] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What ships, and the evidence for it. `verdict_seconds`: of the budget, until it was known."""
+
+    job: Job
+    model: SourceModel
+    spec: OptimizationSpec
+    case: Case
+    hardware: Mapping[str, Any]
+    export: Outcome
+    plan: Plan
+    baseline: Tried
+    baseline_backend: str
+    search: Found
+    benchmark: Outcome
+    verdict: Verdict
+    verdict_seconds: float
+
+    @property
+    def runs(self) -> list[CandidateRun]:
+        """Everybody who was considered, in the order of trying."""
+        return self.search.runs
+
+    @property
+    def picked(self) -> CandidateRun | None:
+        """The winning candidate; None where the baseline (or nothing) ships."""
+        return next((r for r in self.runs if r.plan.id == self.verdict.picked), None)
+
+    @property
+    def engine(self) -> ArtifactRef:
+        """The files that ship."""
+        return self.picked.engine if self.picked else self.export.outputs["model"]
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """What they are loaded with."""
+        return self.picked.runtime if self.picked else {}
+
+    @property
+    def backend(self) -> str:
+        return self.picked.plan.backend if self.picked else self.baseline_backend
+
+    @property
+    def precision(self) -> str:
+        return self.picked.plan.precision if self.picked else self.original_precision
+
+    @property
+    def original_precision(self) -> str:
+        return "int8" if self.export.data["structure"].get("quantized") else "fp32"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each part of the engine gained, how to run it, and where its time goes. `reasons`: why a part of this is
+    missing, by its name (`ablation`, `deployment`, `profile`)."""
+
+    ablation: tuple[Ablated, ...] = ()
+    deployment: Outcome | None = None
+    profile: Outcome | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Optimization(Proof):
+    """All of it. `package`: the engine's file and its bundle; None where nothing ships. `spent_seconds`: of the
+    budget."""
+
+    explanation: Explanation
+    package: Outcome | None
+    spent_seconds: float
+
+    @classmethod
+    def of(
+        cls, proof: Proof, *, explanation: Explanation, package: Outcome | None, spent_seconds: float
+    ) -> Optimization:
+        proven = {f.name: getattr(proof, f.name) for f in fields(proof)}
+        return cls(**proven, explanation=explanation, package=package, spent_seconds=spent_seconds)
+
+
+def nodes_kept(run: CandidateRun | None) -> list[str]:
+    """Names of the nodes that the quantization left in higher precision because they were asked or found to be kept."""
+    if run is None:
+        return []
+    return sorted({str(n) for s in run.plan.steps for n in s.options.get("exclude_nodes", ())})
