@@ -12,7 +12,8 @@ from workers.pipeline import recommend
 
 def _said(**data: Any) -> str:
     figures = {"batch": 1, "engine_bytes": 4e8, "copy_bytes_per_s": 1e10, **data}
-    return " ".join(recommend._limits(SimpleNamespace(profile=SimpleNamespace(data=figures))))  # type: ignore[arg-type]
+    explanation = SimpleNamespace(profile=SimpleNamespace(data=figures))
+    return " ".join(recommend._limits(SimpleNamespace(explanation=explanation)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

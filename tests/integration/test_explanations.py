@@ -1,0 +1,67 @@
+"""Evidence before explanation: a job whose engine is proven keeps it, whatever happens while it is explained."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.factories.deployment import deployment
+from workers.kernel import backends
+
+DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A job with real data, on a worker on which everything that explains dies."""
+    folder = tmp_path_factory.mktemp("explanations")
+    with deployment(folder / "home") as served, served.client() as client:
+        served.start("tests.factories.crashing_explanations")
+        served.wait_ready()
+        model = client.upload_model(DIGITS / "model.onnx", "digits")
+        data = client.upload_dataset(DIGITS / "validation.npz", "digits")
+        job = client.submit(
+            model_id=model["id"],
+            calibration={"dataset_id": data["id"]},
+            validation={"dataset_id": data["id"], "max_accuracy_loss_percent": 5.0},
+            precisions=["fp32", "int8"],
+            target={"backends": ["onnxruntime"]},
+            benchmark={"batch_sizes": [1], "min_seconds": 0.3},
+            budget_seconds=60,
+        )
+        ended = client.wait(job["id"], check=False)
+        assert ended["status"] == "succeeded", (ended["error"], served.worker_log()[-4000:])
+        engine = client.engine(ended["engine_ids"][0])
+        bundle = client.download_bundle(engine["id"], folder / "bundle.zip")
+        return {"job": ended, "report": client.report(job["id"]), "engine": engine, "bundle": bundle}
+
+
+def test_the_engine_ships_and_the_report_says_what_is_missing(job: dict[str, Any]) -> None:
+    report = job["report"]
+    reasons = report["not_explained"]
+    assert "GPU has no memory" in reasons["deployment"]
+    assert "profile" in reasons
+    assert report["profile"] is None
+    assert "GPU has no memory" in report["deployment_config"]["reasons"]["choice"]
+    assert report["final_metrics"]["latency_ms"] > 0
+    if report["picked"] != "baseline":  # on a machine too busy to tell, there is nothing to leave out
+        applied = report["optimizations_applied"]
+        assert applied
+        assert all(part["impact"] is None and part["reason"] for part in applied)
+
+
+def test_the_package_was_made_before_anything_was_explained(job: dict[str, Any]) -> None:
+    names = [s["name"] for s in job["job"]["stages"]]
+    explaining = [names.index(n) for n in ("sweep", "profile")]
+    assert names.index("package") < min(explaining)
+
+
+def test_the_bundle_holds_the_engine_that_was_proven(job: dict[str, Any]) -> None:
+    assert job["engine"]["backend"] in backends()
+    with zipfile.ZipFile(job["bundle"]) as archive:
+        digests = {hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+    assert job["engine"]["sha256"] in digests
