@@ -141,9 +141,15 @@ class Session(ABC):
     def run(self, feeds: Arrays) -> Arrays:
         """All outputs by name; raises StageFailure(`inference_failed`)."""
 
-    def bind(self, feeds: Arrays) -> Callable[[], Any]:
-        """The cheapest honest call that runs once on these feeds; what the benchmark times."""
+    def call(self, feeds: Arrays) -> Callable[[], Any]:
+        """What a call of the `run` that the bundle's `infer.py` loads does on these feeds, step by step: arrays in,
+        arrays of their own out. What the benchmark times, and the verdict goes by."""
         return lambda: self.run(feeds)
+
+    def bind(self, feeds: Arrays) -> Callable[[], Any]:
+        """The cheapest honest call that runs once on these feeds: inputs bound before, outputs left where they are.
+        It stands beside `call` in the figures."""
+        return self.call(feeds)
 
     def profile(self, feeds: Arrays) -> Mapping[str, Any] | None:  # noqa: ARG002
         """Where the time of one run goes, in ms, where the device can tell: on a GPU `h2d_ms`, `compute_ms`, `d2h_ms`

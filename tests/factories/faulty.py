@@ -42,8 +42,8 @@ class FaultySession(Session):
                 _alter(out, name, self._how["fault"], struck)
         return out
 
-    def bind(self, feeds: dict[str, Any]) -> Callable[[], Any]:
-        call, rows, how = self._inner.bind(feeds), _rows(feeds), self._how
+    def call(self, feeds: dict[str, Any]) -> Callable[[], Any]:
+        call, rows, how = self._inner.call(feeds), _rows(feeds), self._how
         here = how.get("at_batch", rows) == rows
         pause = (how.get("sleep_s", 0.0) + how.get("per_sample_s", 0.0) * rows) if here else 0.0
         slower = how.get("slower", 1.0) if here else 1.0

@@ -41,8 +41,8 @@ class Spoiled(Session):
             out = {n: np.full_like(a, np.nan) for n, a in out.items()}
         return out
 
-    def bind(self, feeds: dict[str, Any]) -> Callable[[], Any]:
-        call = self._inner.bind(feeds)
+    def call(self, feeds: dict[str, Any]) -> Callable[[], Any]:
+        call = self._inner.call(feeds)
 
         def spoiled() -> None:
             self._runs += 1
@@ -57,6 +57,9 @@ class Spoiled(Session):
             call()
 
         return spoiled
+
+    def bind(self, feeds: dict[str, Any]) -> Callable[[], Any]:
+        return self._inner.bind(feeds) if self._how.get("cheap_bind") else self.call(feeds)
 
 
 class SpoiledBackend(Backend):
@@ -218,6 +221,21 @@ def test_a_slowed_engine_never_looks_faster(bench: Callable[..., Any]) -> None:
     speedup = data["engines"]["slow"]["batches"]["1"]["speedup"]
     assert speedup["high"] < 1
     assert data["engines"]["slow"]["batches"]["1"]["throughput_ratio"]["high"] < 1
+
+
+def test_what_a_user_calls_decides_and_the_bound_call_stands_beside(bench: Callable[..., Any], tmp_path: Path) -> None:
+    """An engine that is fast only for who binds its tensors is slow to a user of `infer.py`."""
+    data = bench({"slow": {"runtime": {"sleep_s": 0.002, "cheap_bind": True}}})
+    slow, baseline = (data["engines"][i]["batches"]["1"] for i in ("slow", "baseline"))
+    assert slow["speedup"]["high"] < 0.5
+    assert slow["p50_ms"] > 2 > slow["bound"]["p50_ms"]
+    assert slow["bound"]["speedup"]["high"] > 0.5
+    assert baseline["bound"]["speedup"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert slow["bound"]["samples"] >= 11
+    assert "infer.py" in data["method"]["call"]
+    with np.load(tmp_path / "out/samples/samples.npz", allow_pickle=False) as raw:
+        assert len(raw["slow|1|bound_ns"]) == slow["bound"]["samples"]
+    assert "bound" not in bench({"a": {}}, screening=True)["engines"]["a"]["batches"]["1"]
 
 
 def test_a_faster_engine_is_seen(bench: Callable[..., Any], tmp_path: Path) -> None:

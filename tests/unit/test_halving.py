@@ -82,3 +82,18 @@ def test_the_safe_one_has_a_seat_where_many_tie() -> None:
     chosen, reasons = halving.finalists(ranked[:6])
     assert chosen == ["t0", "t1"]
     assert all("about as fast" in reason for reason in reasons.values())
+
+
+def test_other_batch_sizes_break_a_tie_at_the_first() -> None:
+    """Three tie there; the two that gain the most over all sizes are measured in full."""
+    tied = [
+        ("a", Speed(2.02, 1.9, 2.1), False),
+        ("b", Speed(2.0, 1.9, 2.1), False),
+        ("c", Speed(1.98, 1.9, 2.1), False),
+    ]
+    ranked = [*tied, ("slow", Speed(1.92, 1.91, 1.93), False), ("safe", Speed(1.0, 0.99, 1.1), True)]
+    over_all = {"a": 0.1, "b": 0.5, "c": 0.6, "slow": 0.9, "safe": 0.0}
+    assert halving.finalists(ranked, over_all={**over_all, "slow": 0.0})[0] == ["c", "b", "safe"]
+    assert halving.finalists(ranked[:2] + ranked[4:], over_all=over_all)[0] == ["b", "a", "safe"]
+    apart = [("x", Speed(3.0, 2.0, 4.0), False), ("y", Speed(2.5, 2.0, 3.0), False)]
+    assert halving.finalists(apart, over_all={"x": 0.0, "y": 9.0})[0] == ["x", "y"], "within 5 % only"

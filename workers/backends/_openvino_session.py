@@ -42,6 +42,29 @@ class OpenVinoSession(Session):
             raise runtime_failure("inference_failed", error) from error
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
 
+    def call(self, feeds: Arrays) -> Callable[[], Any]:
+        """As `run` in `_openvino_script`: tensors made of the arrays, one inference, copies of the outputs."""
+        self._check(feeds)
+        ov = library()
+        try:
+            if self._request is None:
+                self._request = self._compiled.create_infer_request()
+        except Exception as error:  # as in `run`
+            raise runtime_failure("inference_failed", error) from error
+        request, inputs, outputs = self._request, [i.name for i in self.inputs], [o.name for o in self.outputs]
+
+        def call() -> Arrays:
+            try:
+                tensors = [ov.Tensor(np.asarray(feeds[name], order="C")) for name in inputs]
+                for index, tensor in enumerate(tensors):
+                    request.set_input_tensor(index, tensor)
+                request.infer(share_outputs=True)
+                return {name: np.array(request.get_output_tensor(i).data) for i, name in enumerate(outputs)}
+            except Exception as error:  # as in `run`
+                raise runtime_failure("inference_failed", error) from error
+
+        return call
+
     def bind(self, feeds: Arrays) -> Callable[[], Any]:
         """An inference request of its own on inputs that share the arrays' memory; its outputs stay where OpenVINO
         put them: no copy, no conversion, only the model."""

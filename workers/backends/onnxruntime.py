@@ -130,6 +130,18 @@ class OnnxRuntimeSession(Session):
             raise failure from error
         return {name: np.asarray(v) for name, v in zip(self._output_names, values, strict=True)}
 
+    def call(self, feeds: Arrays) -> Callable[[], Any]:
+        """`InferenceSession.run` and a dict of what it gave, as in `_onnxruntime_script`."""
+        run, names = self._session.run, [o.name for o in self._session.get_outputs()]
+
+        def call() -> Arrays:
+            try:
+                return dict(zip(names, run(None, feeds), strict=False))
+            except Exception as error:  # as in `_open`
+                raise messages.runtime_failure("inference_failed", error) from error
+
+        return call
+
     def bind(self, feeds: Arrays) -> Callable[[], Any]:
         """The call on inputs that are bound once and outputs that stay where ONNX Runtime put them: no copy, no
         conversion, only the model. Strings and other types that cannot be bound go through `run`."""

@@ -111,10 +111,15 @@ class EngineProcess:
         return answer
 
     def prepare(self, batch: int, seconds: float = math.inf, limit_s: float = math.inf) -> list[str]:
-        """Run every distinct input of this batch size once and bind it; names of outputs with NaN or Infinity. After
-        `seconds` the rest is left out; two are always taken. `limit_s`: when the engine is given up."""
+        """Run every distinct input of this batch size once; the calls of a user on them are what is timed from now on.
+        Names of outputs with NaN or Infinity. After `seconds` the rest is left out; two are always taken. `limit_s`:
+        when the engine is given up."""
         answer: list[str] = self._call("prepare", batch, seconds, limit_s=min(limit_s, 2 * INFERENCE_LIMIT_S))
         return answer
+
+    def bind(self) -> None:
+        """From now on the cheapest calls (`kernel.Session.bind`) are timed, on the inputs that were prepared."""
+        self._call("bind", limit_s=2 * INFERENCE_LIMIT_S)
 
     def warm_up(self, cap_s: float, iterations: int = WARM_UP_ITERATIONS) -> WarmUp:
         """Until three windows agree within 10 %, after at least `iterations` or 1 s; at most `cap_s`."""
@@ -214,6 +219,7 @@ class _Engine:
         self._runtime = runtime
         self._feeds = feeds
         self._session: kernel.Session | None = None
+        self._prepared: list[dict[str, Array]] = []
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
 
@@ -238,17 +244,21 @@ class _Engine:
 
     def prepare(self, batch: int, seconds: float) -> list[str]:
         broken: set[str] = set()
-        self._calls, self._next = [], 0
+        self._prepared, self._calls, self._next = [], [], 0
         start = time.perf_counter()
         for feeds in self._feeds[batch]:
             if len(self._calls) >= _LEAST_INPUTS and time.perf_counter() - start > seconds:
                 break
             broken.update(_not_finite(self.session.run(feeds)))
-            self._calls.append(self.session.bind(feeds))
+            self._prepared.append(feeds)
+            self._calls.append(self.session.call(feeds))
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection inside a window would be Python's cost, not the engine's
         return sorted(broken)
+
+    def bind(self) -> None:
+        self._calls, self._next = [self.session.bind(feeds) for feeds in self._prepared], 0
 
     def warm_up(self, cap_s: float, least: int) -> WarmUp:
         medians: list[float] = []

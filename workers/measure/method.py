@@ -26,7 +26,10 @@ def benchmark_method(
         f"every round; at least {MIN_ROUNDS} rounds, {min_seconds:g} s per engine and batch size",
         "warm_up": warm_up + "iterations at the start of every window, but where one call takes 0.2 s",
         "inputs": inputs,
-        "latency": "wall time of one call with bound inputs, one caller (closed loop), no copies in Python",
+        "call": "what a user of the bundle's infer.py calls: numpy arrays in, numpy arrays of their own out, for the "
+        "baseline InferenceSession.run; it decides. `bound`, where it stands beside it, is the cheapest call: inputs "
+        "bound before, outputs left where the library puts them; five short windows, against one baseline process",
+        "latency": "wall time of one call, one caller (closed loop)",
         "percentiles": _PERCENTILES,
         "speedup": "p50 of the baseline / p50 of the engine in each round, the pseudo-median (Hodges–Lehmann) of the "
         f"rounds; 95 % interval by bootstrap over rounds, against {against}",
@@ -60,7 +63,7 @@ def sweep_method(*, inputs: str, pinned: bool, min_seconds: float, passes: int) 
         "order": "the first pass by growing batch, the others in an order drawn anew",
         "throughput": "samples per second: batch size × the instances' rates between their first and last call in "
         "the window, added up; mean of the passes",
-        "latency": "wall time of one call with bound inputs, all instances together",
+        "latency": "wall time of one call, numpy arrays in and out as in the bundle's infer.py, all instances together",
         "percentiles": _PERCENTILES,
         "memory": "peak of all processes together in MB (10⁶ bytes), pages that they share counted once "
         "(proportional set size), up to and with this batch size",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline.select import primary_batch, ratio_of
+from workers.pipeline.select import TIE, primary_batch, ratio_of
 
 MOST_FINALISTS = 2  # that can win; the fastest safe one beside them
 MOST_TUNED = 2  # engines whose runtime options are varied
@@ -89,9 +89,13 @@ def over_limit(spec: OptimizationSpec, accuracy: Mapping[str, Any]) -> bool:
 
 
 def finalists(
-    ranked: Sequence[tuple[str, Speed, bool]], most: int = MOST_FINALISTS
+    ranked: Sequence[tuple[str, Speed, bool]],
+    most: int = MOST_FINALISTS,
+    *,
+    over_all: Mapping[str, float] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Who is measured in full, the fastest first, and why the others are not.
+    """Who is measured in full, the fastest first, and why the others are not. Of those that cannot be told from the
+    fastest at the batch size that counts, those come first that gain the most over all sizes (`over_all`, by id).
 
     `ranked`: (id, speed, safe). `safe` says that its accuracy is beyond doubt (the same arithmetic, or well inside of
     the limit): the fastest safe one always goes on, so that a gate that fails late does not leave the job with nothing.
@@ -101,6 +105,9 @@ def finalists(
     if not order:
         return [], {}
     leader, best = order[0][0], order[0][1]
+    if over_all is not None:
+        tied = [r for r in order if can_win(r[1], best.low) and r[1].ratio >= TIE * best.ratio]
+        order = sorted(tied, key=lambda r: -over_all[r[0]]) + [r for r in order if r not in tied]
     chosen = [cid for cid, speed, _ in order if can_win(speed, best.low)][:most]
     safe = next((cid for cid, _, sure in order if sure), None)
     if safe is not None and safe not in chosen:

@@ -345,7 +345,8 @@ class Search:
     def _choose(self, accurate: list[CandidateRun]) -> None:
         timed = self._one_for_each_engine(accurate)
         ranked = [(r.plan.id, self._speeds[r.plan.id], self._checker.beyond_doubt(r)) for r in timed]
-        chosen, reasons = halving.finalists(ranked)
+        over_all = {r.plan.id: halving.over_all_sizes(self.spec, r.screened) for r in timed}
+        chosen, reasons = halving.finalists(ranked, over_all=over_all)
         self.found.finalists = sorted((r for r in timed if r.plan.id in chosen), key=lambda r: chosen.index(r.plan.id))
         for run in timed:
             if run.plan.id in reasons:

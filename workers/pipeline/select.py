@@ -16,7 +16,7 @@ from app.domain.spec import Constraints, OptimizationSpec
 from workers.measure.device_memory import limited_mb
 
 BASELINE = "baseline"
-_TIE = 0.95
+TIE = 0.95  # of the fastest, from which on what cannot be told from it at one batch size is decided by the others
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _best(spec: OptimizationSpec, shippable: Sequence[Tried], batch: str) -> Tri
     at = {t.id: _ratios(spec, t) for t in shippable}
     leader = max(shippable, key=lambda t: at[t.id][batch][0])
     ratio, low = at[leader.id][batch][0], at[leader.id][batch][1]
-    ties = [t for t in shippable if at[t.id][batch][2] >= low and at[t.id][batch][0] >= _TIE * ratio]
+    ties = [t for t in shippable if at[t.id][batch][2] >= low and at[t.id][batch][0] >= TIE * ratio]
     return max(ties, key=lambda t: math.prod(r for r, _, _ in at[t.id].values()))
 
 

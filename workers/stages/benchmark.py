@@ -16,6 +16,7 @@ from workers import hardware
 from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure import figures
+from workers.measure.bound import bound_seconds, measure_bound
 from workers.measure.cold import Cold, cold_start
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds, Loaded
@@ -28,6 +29,7 @@ BASELINE = "baseline"
 _AGAIN = " (again)"  # the second process of an engine that others are compared with
 AGAIN = BASELINE + _AGAIN
 _COLD_SHARE = 0.15
+_BOUND_SHARE = 0.2  # of the time left, at most, for the cheapest calls beside those that decide
 _SCREENING_SHARE = 0.5  # of the time left, at most, for a short timing of every batch size
 
 
@@ -102,6 +104,9 @@ class _Figures:
 class Benchmark(Stage[BenchmarkOptions]):
     """inputs: baseline (the exported model), engine.<id> …, [data]. output: samples (raw latencies, `samples.npz`).
 
+    What is timed is the call that a user of the bundle's `infer.py` makes (`kernel.Session.call`; of the baseline
+    `InferenceSession.run`); where the time holds it, `bound` {p50_ms, samples, speedup} stands beside it at each batch
+    size outside of a screening: the cheapest call, on bound tensors.
     data: method, conditions, versions {distribution: version} of the backends' libraries, noisy, noise, aa {batch:
     {ratio, low, high of p50, throughput {ratio, low, high}}} (empty in a screening), [aa_compared, the same of
     the engine compared with], batch_sizes, skipped_batches {batch: why}, screening, shortened, engines {id: {batches
@@ -116,7 +121,7 @@ class Benchmark(Stage[BenchmarkOptions]):
     """
 
     name = "benchmark"
-    version = 6
+    version = 7
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -343,7 +348,21 @@ class _Run:
         whole = {n: t for n, t in found.timings.items() if n in processes}
         self._write_down(whole, batch)
         if not self.options.screening:
+            self._bound(processes, whole, batch)
             self._profile(processes, batch)
+
+    def _bound(self, processes: dict[str, EngineProcess], timings: dict[str, Timing], batch: int) -> None:
+        """The cheapest calls, in short windows: they stand beside what decides, and cost no engine its place."""
+        p50_ns = {i: float(np.median(t.all())) for i, t in timings.items() if i in self.figures}
+        if bound_seconds(p50_ns.values()) > _BOUND_SHARE * self.ctx.seconds_left():
+            return
+        alone = {i: processes[i] for i in p50_ns}
+        found, samples, failed = measure_bound(alone, p50_ns, BASELINE, self.options.seed)
+        for i, at in found.items():
+            self.figures[i].batches[str(batch)]["bound"] = at
+            self.raw[f"{i}|{batch}|bound_ns"] = samples[i]
+        for i, failure in failed.items():
+            self.ctx.reporter.note(f"Engine {i!r} has no bound call: {failure.detail}", code=failure.code)
 
     def _share(self, batches: list[int]) -> float:
         """Seconds that the first of `batches` may take of those left: large batches take longer."""

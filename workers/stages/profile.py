@@ -45,7 +45,7 @@ class Profile(Stage[ProfileOptions]):
     """
 
     name = "profile"
-    version = 2
+    version = 3
     Options = ProfileOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True

@@ -132,7 +132,7 @@ class Sweep(Stage[SweepOptions]):
     """
 
     name = "sweep"
-    version = 2
+    version = 3
     Options = SweepOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
