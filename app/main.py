@@ -19,7 +19,7 @@ from app.db.uow import Database
 from app.http import health
 from app.http.auth import Authenticator
 from app.http.metrics import Metrics
-from app.http.middleware import BodyLimitMiddleware, LocalGuardMiddleware, RequestContextMiddleware, is_loopback
+from app.http.middleware import BodyLimitMiddleware, LocalGuardMiddleware, RequestContextMiddleware
 from app.http.openapi import describe
 from app.http.problem import install_handlers, problems
 from app.http.services import Services
@@ -69,7 +69,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.limits.json_bytes)
     if not settings.keys_required:
-        app.add_middleware(LocalGuardMiddleware, check_host=is_loopback(settings.host))
+        app.add_middleware(LocalGuardMiddleware)
     app.add_middleware(RequestContextMiddleware, metrics=metrics)
     return app
 

@@ -8,9 +8,20 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.network import Network, is_loopback
+
+
+def _split(value: object) -> object:
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+# In the environment: separated by commas.
+Networks = Annotated[list[Network], NoDecode, BeforeValidator(_split)]
 
 
 class StorageSettings(BaseSettings):
@@ -40,6 +51,13 @@ class LimitSettings(BaseSettings):
     part_bytes: int = Field(default=64 << 20, ge=5 << 20)
     upload_expires_s: int = Field(default=24 * 3600, ge=1)
     wait_s: float = Field(default=60, ge=0)
+    header_bytes: int = Field(default=64 << 10, ge=1 << 10)
+    header_count: int = Field(default=100, ge=10)
+    header_s: float = Field(default=10, gt=0)
+    body_s: float = Field(default=20, gt=0)
+    write_s: float = Field(default=60, gt=0)
+    connections: int = Field(default=4096, ge=1)
+    connections_per_address: int = Field(default=512, ge=0, description="0 = no limit, for a service behind a proxy")
     active_jobs_per_tenant: int = Field(default=1000, ge=1)
 
 
@@ -50,6 +68,7 @@ class WebhookSettings(BaseSettings):
 
     secret: SecretStr | None = None
     allow_private: bool | None = Field(default=None, description="None = only the embedded default, without keys")
+    deny: Networks = Field(default=[], description="Networks never connected to, whatever else is allowed")
     timeout_s: float = Field(default=5, gt=0, le=60)
     max_attempts: int = Field(default=8, ge=1, le=50)
 
@@ -90,7 +109,7 @@ class Settings(BaseSettings):
     home: Path = Path(".anneal")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    require_keys: bool | None = Field(default=None, description="None = whenever the host is not loopback")
+    require_keys: bool | None = Field(default=None, description="None = but for the embedded default")
     log_json: bool | None = Field(default=None, description="None = whenever stderr is not a terminal")
     log_level: str = "INFO"
     database_url: str = Field(default="", validation_alias="DATABASE_URL")
@@ -132,10 +151,18 @@ class Settings(BaseSettings):
         return self.home_dir / "tmp"
 
     @property
+    def embedded(self) -> bool:
+        """Listening on loopback, with database, broker and storage on this machine's disk: nobody else is meant."""
+        return (
+            is_loopback(self.host)
+            and self.database.startswith("sqlite:")
+            and self.broker.startswith("filesystem:")
+            and self.storage_url.startswith("file:")
+        )
+
+    @property
     def keys_required(self) -> bool:
-        if self.require_keys is not None:
-            return self.require_keys
-        return self.host not in ("127.0.0.1", "::1", "localhost")
+        return self.require_keys if self.require_keys is not None else not self.embedded
 
 
 def load_settings() -> Settings:

@@ -26,29 +26,24 @@ _GRACE_S = 8.0
 
 def run_api(settings: Settings) -> int:
     """Serve the API in this process until SIGTERM or SIGINT."""
+    from app.http.server import make_config, raise_descriptor_limit
     from app.main import create_app
 
     refuse_open_server(settings)
     _logging(settings)
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
-    server = uvicorn.Server(config)
+    raise_descriptor_limit()
+    server = uvicorn.Server(make_config(create_app(settings), settings))
     server.run()
     return 0 if server.started else 1
 
 
 def refuse_open_server(settings: Settings) -> None:
-    """Beyond loopback, keys are not optional."""
-    loopback = settings.host in ("127.0.0.1", "::1", "localhost")
-    if not loopback and not settings.keys_required:
-        raise SystemExit(f"Refusing to listen on {settings.host} without API keys: unset ANNEAL_REQUIRE_KEYS.")
+    """Keys are optional in the embedded default only."""
+    if not settings.keys_required and not settings.embedded:
+        raise SystemExit(
+            f"Refusing to listen on {settings.host} without API keys: that is for the embedded default, which listens "
+            "on loopback and keeps database, broker and storage on this machine. Unset ANNEAL_REQUIRE_KEYS."
+        )
 
 
 def serve(settings: Settings) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Objective = Literal["latency", "throughput", "cost"]
@@ -19,6 +21,7 @@ Metric = Literal[
 ]
 # fmt: on
 Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
@@ -152,8 +155,34 @@ class TensorRt(TensorRtBuild):
     shape_values: dict[Name, ValueRange] | None = None
 
 
+def _possible(url: str) -> str:
+    """`url`, if a request could be made of it; `ValueError` otherwise."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ValueError(f"is no URL: {error}") from None
+    if port is not None and not 0 < port < 65536:
+        raise ValueError("names an impossible port")
+    if "[" in parts.netloc:
+        if "%" in host:
+            raise ValueError("names an address of one machine's network card")
+        return url
+    try:
+        name = host.encode("idna").decode()
+    except UnicodeError:
+        name = ""
+    if not _HOST.fullmatch(name) or len(name) > 253:
+        raise ValueError("names no possible host: labels of 1 to 63 letters, digits and hyphens")
+    if not url.partition(parts.netloc)[2].isascii():
+        raise ValueError("has characters outside ASCII in its path: percent-encode them")
+    return url
+
+
 class Webhook(_Strict):
-    url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)]
+    url: Annotated[
+        str, StringConstraints(pattern=r"^https?://[^\s\x00-\x20\x7f]+$", max_length=2048), AfterValidator(_possible)
+    ]
 
 
 class OptimizationSpec(_Strict):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import ipaddress
 import re
 import time
 from urllib.parse import urlsplit
@@ -18,6 +16,7 @@ from app.errors import AppError
 from app.http.metrics import Metrics
 from app.http.problem import internal_error, problem_response
 from app.logging import bind_correlation_id, new_correlation_id
+from app.network import is_loopback
 
 log = structlog.get_logger("anneal.http")
 
@@ -136,16 +135,20 @@ def too_large(limit: int) -> AppError:
     return AppError("too_large", "Too large", 413, f"The body is larger than {limit} bytes.", extra={"limit": limit})
 
 
-class LocalGuardMiddleware:
-    """Protection of a service without keys against web pages that its user visits.
+# What proxies add: a request that carries one came from somewhere else.
+_FORWARDED = ("forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip")
 
-    A page can send requests to loopback: by DNS rebinding (its own name resolves to 127.0.0.1: the Host header gives
-    it away) or across origins (the Origin or Sec-Fetch-Site header does).
+
+class LocalGuardMiddleware:
+    """Protection of a service without keys: it serves programs of this machine that speak to it directly.
+
+    What came through a proxy is refused (the proxy's own address is loopback, its client's is anywhere), and what a web
+    page sends that its user visits: by DNS rebinding (its own name resolves to 127.0.0.1: the Host header gives it
+    away) or across origins (the Origin or Sec-Fetch-Site header does).
     """
 
-    def __init__(self, app: ASGIApp, check_host: bool) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.check_host = check_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -156,8 +159,15 @@ class LocalGuardMiddleware:
         await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> AppError | None:
-        host = headers.get("host", "")
-        if self.check_host and not is_loopback(host):
+        found = next((name for name in headers if name.startswith("x-forwarded-") or name in _FORWARDED), None)
+        if found is not None or not is_loopback((scope.get("client") or ("",))[0]):
+            came = f"The header {found[:80]} says that it came through a proxy" if found else "It comes from elsewhere"
+            detail = f"This service runs without API keys, for this machine alone. {came}."
+            remedy = "Set ANNEAL_REQUIRE_KEYS=true and make a key: python -m app create-key --tenant NAME."
+            return AppError("forwarded_request", "Forwarded request", 403, detail, remedy=remedy)
+        hosts = headers.getlist("host")
+        host = hosts[0] if len(hosts) == 1 else ""
+        if not is_loopback(host):
             detail = "This service runs without API keys and answers only to this machine's own names."
             remedy = "Use http://127.0.0.1, or run the service with API keys."
             return AppError("wrong_host", "Misdirected request", 421, detail, remedy=remedy)
@@ -176,15 +186,3 @@ def urlsplit_host(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
-
-
-@functools.lru_cache(maxsize=256)
-def is_loopback(host: str) -> bool:
-    """Whether a Host header names this machine: `localhost`, 127.0.0.0/8, `[::1]`, with or without a port."""
-    name = re.sub(r":\d*$", "", host.lower())
-    if name in ("localhost", "testserver"):  # `testserver` is what in-process test clients send
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False

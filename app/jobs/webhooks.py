@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import hmac
 import http.client
-import ipaddress
 import json
 import socket
 import ssl
@@ -25,14 +24,13 @@ from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.uow import Database
 from app.jobs.repository import JobRepository
+from app.network import is_in, is_public
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 3600.0
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 
 
 class UndeliverableWebhook(Exception):
@@ -45,9 +43,8 @@ class WebhookSender:
         self.settings = settings.webhooks
         self.allow_private = settings.webhooks.allow_private
         if self.allow_private is None:
-            # The embedded default: everybody is on this machine, and so may their receivers be. A worker listens
-            # nowhere, so that "no keys" alone says nothing of the API that shares its database.
-            self.allow_private = not settings.keys_required and settings.database_url == ""
+            # The embedded default: everybody is on this machine, and so may their receivers be.
+            self.allow_private = settings.embedded and not settings.keys_required
 
     def deliver_due(self, limit: int = 20) -> int:
         """One attempt for every webhook that is due; how many were delivered. Any number of workers may call it."""
@@ -131,9 +128,9 @@ class WebhookSender:
 
     def _address(self, host: str, port: int) -> str:
         for address in _resolve(host, port, self.settings.timeout_s):
-            if self.allow_private or is_public(address):
+            if (self.allow_private or is_public(address)) and not is_in(address, self.settings.deny):
                 return address
-        raise UndeliverableWebhook(f"{host} has no public address")
+        raise UndeliverableWebhook(f"{host} has no address that webhooks may reach")
 
 
 class _Deadline:
@@ -189,19 +186,6 @@ def _resolve(host: str, port: int, seconds: float) -> list[str]:
     if failed:
         raise failed[0]
     return found
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; IPv6 that carries an IPv4 address is judged by that."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.is_site_local:
-            return False
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and (ip in _NAT64 or ip in _IPV4_COMPATIBLE):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        ip = inner or ip
-    return ip.is_global and not ip.is_multicast
 
 
 def _message(job: Job) -> dict[str, object]:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from app.db.migrate import upgrade
 from app.db.orm import Job
+from app.http.server import make_config
 from app.http.services import Services
 from app.logging import configure_logging
 from app.main import create_app
@@ -141,8 +142,7 @@ def job(client: httpx.Client, worker: Services, model: dict[str, Any]) -> dict[s
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """A real HTTP server in a thread; its base URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(make_config(app, Settings(port=0), timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 15

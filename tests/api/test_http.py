@@ -15,9 +15,9 @@ from fastapi import FastAPI
 
 from app.db.base import make_engine
 from app.db.uow import Database
-from app.http.middleware import is_loopback
 from app.http.services import Services
 from app.main import create_app
+from app.network import is_loopback
 from app.settings import Settings
 from app.tenants import create_key, revoke_key, tenant_of
 from tests.api.conftest import assert_problem, serving
@@ -99,6 +99,7 @@ def test_rebinding_and_cross_site(client: httpx.Client, base_url: str) -> None:
         ("127.0.0.1.evil.example", False),
         ("10.0.0.1", False),
         ("[::1]", True),
+        ("testserver", False),
     ],
 )
 def test_is_loopback(host: str, expected: bool) -> None:

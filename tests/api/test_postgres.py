@@ -20,7 +20,7 @@ from tests.factories import onnx_models
 
 @pytest.fixture
 def settings(settings: Settings, fresh_postgres: str) -> Settings:
-    changed = settings.model_copy(update={"database_url": fresh_postgres})
+    changed = settings.model_copy(update={"database_url": fresh_postgres, "require_keys": False})
     upgrade(changed.database)
     return changed
 

@@ -51,6 +51,11 @@ class Deployment:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What says who asks, for plain HTTP."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
     def client(self) -> Client:
         return Client(self.url, self.api_key)
 
@@ -132,6 +137,8 @@ def deployment(home: Path, extra: Mapping[str, str] | None = None) -> Iterator[D
     found = Deployment(home, environment, port)
     try:
         found.run("app", "migrate")
+        if {"DATABASE_URL", "BROKER_URL", "STORAGE_URL"} & set(extra or ()):  # no longer the embedded default
+            found.api_key = found.run("app", "create-key", "--tenant", "test")
         found.start_api()
         yield found
     finally:

@@ -139,7 +139,7 @@ def _check_bundle(bundle: Path, folder: Path, engine: Path) -> None:
 def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: Deployment, tmp_path: Path) -> None:
     with deployed.client() as client:
         spec = _spec(client, min_seconds=0.1)
-    headers = {"X-Request-ID": "trace-me-through"}
+    headers = {**deployed.headers, "X-Request-ID": "trace-me-through"}
     job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
     with deployed.client() as client:
         client.wait(job["id"])
@@ -147,7 +147,7 @@ def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: De
     mine = [line["event"] for line in lines if line.get("correlation_id") == "trace-me-through"]
     assert "job_started" in mine
     assert "job_ended" in mine
-    page = httpx.get(f"{deployed.url}/v1/jobs/{job['id']}/report", headers={"Accept": "text/html"})
+    page = httpx.get(f"{deployed.url}/v1/jobs/{job['id']}/report", headers={**deployed.headers, "Accept": "text/html"})
     assert page.status_code == 200
     assert "<svg" in page.text
     assert "static int8" in page.text

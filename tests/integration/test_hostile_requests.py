@@ -12,7 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from app.jobs.webhooks import is_public
+from app.network import is_in, is_public
+from app.settings import WebhookSettings
 from tests.factories import onnx_models
 from tests.factories.hostile import Besieged, Json, besieged, npz
 
@@ -237,9 +238,6 @@ def test_webhooks_reach_neither_this_machine_nor_stop_for_a_bad_one(service: Bes
         listener.settimeout(0.1)
         port = listener.getsockname()[1]
         urls = [
-            "http://[::1",
-            "http://x:99999/",
-            "http://a..b/",
             f"http://127.0.0.1:{port}/",
             f"http://[::ffff:127.0.0.1]:{port}/",
         ]
@@ -272,10 +270,46 @@ def test_webhooks_reach_neither_this_machine_nor_stop_for_a_bad_one(service: Bes
         ("::127.0.0.1", False),
         ("64:ff9b::a9fe:a9fe", False),
         ("2002:7f00:1::", False),
+        ("192.0.0.192", False),  # a cloud's metadata
+        ("168.63.129.16", False),  # another's
+        ("100.100.100.200", False),  # a third one's
+        ("fd00:ec2::254", False),
+        ("64:ff9b:1::a9fe:a9fe", False),
+        ("64:ff9b:1:fffe::1", False),
+        ("::ffff:0:a9fe:a9fe", False),
+        ("::ffff:0:0808:0808", False),
+        ("2001:0:7f00:1::", False),  # Teredo
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("64:ff9b::808:808", True),
+        ("::ffff:8.8.8.8", True),
     ],
 )
 def test_addresses_that_webhooks_may_reach(address: str, public: bool) -> None:
     assert is_public(address) is public
+
+
+def test_an_operators_deny_list_holds_whatever_stands_for_an_address() -> None:
+    deny = WebhookSettings.model_validate({"deny": "10.1.0.0/16, 2606:4700::/32,8.8.8.8"}).deny
+    for address in ("10.1.2.3", "::ffff:10.1.2.3", "64:ff9b::808:808", "2606:4700::1"):
+        assert is_in(address, deny), address
+    for address in ("10.2.0.1", "8.8.4.4", "2606:2800::1"):
+        assert not is_in(address, deny), address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1", "http://x:99999/", "http://x:0/", "http://a..b/", "http:///path", "http://?",
+        "ftp://a/", "http://a b/",
+        "http://" + "a" * 64 + ".example/", "http://" + "a." * 130 + "b/", "http://a/\u00e4", "http://[fe80::1%25eth0]/",
+        "http://\u2100.example/", "http://a/\u0007", "http://[1.2.3]/", "http://a/\u202e",
+    ],
+)  # fmt: skip
+def test_an_impossible_webhook_is_refused_with_the_job(service: Besieged, model_id: str, url: str) -> None:
+    response = service.acme.submit(model_id, webhook={"url": url})
+    problem = service.assert_problem(response, 422, "invalid_request", remedy=False)
+    assert problem["errors"][0]["pointer"] == "/body/webhook/url"
 
 
 def _events(service: Besieged, job: Json) -> str:

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.factories.deployment import FAST, gone
+from tests.factories.deployment import FAST, deployment, gone
 from tests.servers import free_port
 
 
@@ -75,6 +75,40 @@ def test_a_killed_worker_is_replaced(served: tuple[subprocess.Popen[bytes], str]
     while not {w["id"] for w in httpx.get(f"{url}/v1/capabilities").json()["workers"]} - before:
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_without_keys_nothing_that_came_through_a_proxy_is_answered(tmp_path: Path) -> None:
+    """A proxy's address is loopback, its client's is anywhere."""
+    with deployment(tmp_path / "home") as deployed:
+        for header in ("X-Forwarded-For", "X-Forwarded-Host", "Forwarded", "Via", "X-Real-IP", "CF-Connecting-IP"):
+            response = httpx.get(f"{deployed.url}/v1/models", headers={"Host": "127.0.0.1", header: "203.0.113.9"})
+            assert (response.status_code, response.json()["code"]) == (403, "forwarded_request"), header
+            assert "ANNEAL_REQUIRE_KEYS" in response.json()["remedy"]
+        for host in ("testserver", "anneal.example", "127.0.0.1.evil.example"):
+            assert httpx.get(f"{deployed.url}/v1/models", headers={"Host": host}).status_code == 421
+        assert httpx.get(f"{deployed.url}/v1/models", headers={"Host": "localhost"}).status_code == 200
+        key = deployed.run("app", "create-key", "--tenant", "acme")
+    with deployment(tmp_path / "home", {"ANNEAL_REQUIRE_KEYS": "true"}) as deployed:
+        behind = {"Host": "anneal.example", "X-Forwarded-For": "203.0.113.9"}
+        assert httpx.get(f"{deployed.url}/v1/models", headers=behind).status_code == 401
+        behind["Authorization"] = f"Bearer {key}"
+        assert httpx.get(f"{deployed.url}/v1/models", headers=behind).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "BROKER_URL", "STORAGE_URL"])
+def test_keys_are_asked_for_as_soon_as_anything_is_shared(name: str, tmp_path: Path) -> None:
+    url = {"DATABASE_URL": "postgresql://db/anneal", "BROKER_URL": "redis://broker/0", "STORAGE_URL": "s3://bucket"}[
+        name
+    ]
+    environment = {**os.environ, "ANNEAL_HOME": str(tmp_path), "ANNEAL_REQUIRE_KEYS": "false", name: url}
+    command = [sys.executable, "-m", "app", "api"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode != 0
+    assert "without API keys" in done.stderr
+    del environment["ANNEAL_REQUIRE_KEYS"]
+    say = "from app.settings import load_settings; print(load_settings().keys_required)"
+    done = subprocess.run([sys.executable, "-c", say], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_it_refuses_to_listen_beyond_loopback_without_keys(tmp_path: Path) -> None:
