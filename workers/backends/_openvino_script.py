@@ -11,6 +11,8 @@ from workers.backends import _infer_script
 _IMPORTS = """
 # OpenVINO reports its use over the network through this package while it is imported; without it, it does not.
 sys.modules.setdefault("openvino_telemetry", None)
+import threading
+
 import openvino as ov"""
 
 _LOADER = '''
@@ -19,20 +21,27 @@ PROPERTIES = json.loads(r"""__PROPERTIES__""")
 
 
 def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name."""
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
     compiled = ov.Core().compile_model(str(HERE / "model.xml"), "CPU", PROPERTIES)
-    request = compiled.create_infer_request()
+    idle, making = [], threading.Lock()  # requests: each serves one call at a time
     # Tensors go by position; the names are the original model's.
     interface = json.loads((HERE / "interface.json").read_text(encoding="utf-8"))
     inputs = [item["name"] for item in interface["inputs"]]
     outputs = [item["name"] for item in interface["outputs"]]
 
     def run(feeds):
+        try:
+            request = idle.pop()
+        except IndexError:
+            with making:
+                request = compiled.create_infer_request()
         tensors = [ov.Tensor(np.asarray(feeds[name], order="C")) for name in inputs]
         for index, tensor in enumerate(tensors):
             request.set_input_tensor(index, tensor)
         request.infer(share_outputs=True)
-        return {name: np.array(request.get_output_tensor(i).data) for i, name in enumerate(outputs)}
+        found = {name: np.array(request.get_output_tensor(i).data) for i, name in enumerate(outputs)}
+        idle.append(request)  # its outputs were copied; one whose call failed is not used again
+        return found
 
     return inputs, run
 '''

@@ -12,6 +12,7 @@ from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
+from workers.backends import _openvino_faults as faults
 from workers.backends import _openvino_ir as ir
 from workers.backends import _openvino_recipes as recipes
 from workers.backends._openvino_library import compile_model, library
@@ -32,7 +33,8 @@ class RuntimeOptions(BaseModel):
     `inference_precision`: what floating-point nodes compute in; never left to OpenVINO, which takes bf16 where the
     processor has it. `performance_hint`: `latency` is one stream over all cores, `throughput` several streams, which
     serve parallel requests. `num_streams`, `inference_num_threads` (of all streams together; 0 = all cores),
-    `enable_cpu_pinning` and `enable_hyper_threading` override what the hint decides.
+    `enable_cpu_pinning` and `enable_hyper_threading` override what the hint decides. `snippets`: False switches off the
+    plug-in's compiler of fused kernels, whose attention is not to be trusted in some models (`_openvino_faults`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +45,7 @@ class RuntimeOptions(BaseModel):
     inference_num_threads: int | None = Field(default=None, ge=0, le=1024)
     enable_cpu_pinning: bool | None = None
     enable_hyper_threading: bool | None = None
+    snippets: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What is set, and always the precision."""
@@ -59,6 +62,7 @@ class RuntimeOptions(BaseModel):
             "INFERENCE_NUM_THREADS": self.inference_num_threads,
             "ENABLE_CPU_PINNING": self.enable_cpu_pinning,
             "ENABLE_HYPER_THREADING": self.enable_hyper_threading,
+            "SNIPPETS_MODE": "DISABLE" if self.snippets is False else None,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -128,7 +132,11 @@ class OpenVinoBackend(Backend):
             ir.write_ir(converted, interface, out)
             del converted  # the weights are read again from the file that is shipped
         reporter.progress(0.5, "compiling")
-        session = self._load(out, runtime, graph)
+        model_read, read = ir.read_ir(out)
+        if faults.first_call_decides(model_read):
+            runtime = runtime.model_copy(update={"snippets": False})
+        session = _compiled(model_read, read, runtime, graph)
+        del model_read
         try:
             facts = {"compiled": session.properties(), "layers": session.layers()}
             trial = self._try(session, model, wanted.shapes, reporter)
@@ -138,7 +146,8 @@ class OpenVinoBackend(Backend):
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure: `load_failed`, `unsupported_op`, `out_of_memory`, `invalid_backend_options`."""
-        return self._load(engine, parsed(RuntimeOptions, runtime, "OpenVINO"), None)
+        model, interface = ir.read_ir(engine)
+        return _compiled(model, interface, parsed(RuntimeOptions, runtime, "OpenVINO"), None)
 
     def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
         model, interface = ir.read_ir(engine)
@@ -153,19 +162,6 @@ class OpenVinoBackend(Backend):
         wanted = parsed(RuntimeOptions, runtime, "OpenVINO")
         info = self.probe({})
         return infer_script(wanted.properties(), info.versions["openvino"] if info else "any version")
-
-    def _load(self, engine: Path, runtime: RuntimeOptions, graph: ModelProto | None) -> OpenVinoSession:
-        model, interface = ir.read_ir(engine)
-        session = OpenVinoSession(compile_model(model, runtime.properties(), graph=graph), interface)
-        computes_in = session.properties()["inference_precision"]
-        if computes_in != runtime.inference_precision:
-            raise StageFailure(
-                "invalid_backend_options",
-                f"This processor computes in {computes_in}, not in {runtime.inference_precision}.",
-                FailureKind.MODEL,  # of this engine alone: the job has others
-                remedy="Use inference_precision f32, or a processor with bf16 instructions.",
-            )
-        return session
 
     def _try(
         self, session: OpenVinoSession, model: Path, shapes: Mapping[str, Any] | None, reporter: Reporter
@@ -186,6 +182,21 @@ class OpenVinoBackend(Backend):
             reporter.note("The trial run tells nothing: generated inputs do not suit the model.", reason=failure.detail)
             return None
         return {"batch": batch}
+
+
+def _compiled(
+    model: Any, interface: ir.Interface, runtime: RuntimeOptions, graph: ModelProto | None
+) -> OpenVinoSession:
+    session = OpenVinoSession(compile_model(model, runtime.properties(), graph=graph), interface)
+    computes_in = session.properties()["inference_precision"]
+    if computes_in != runtime.inference_precision:
+        raise StageFailure(
+            "invalid_backend_options",
+            f"This processor computes in {computes_in}, not in {runtime.inference_precision}.",
+            FailureKind.MODEL,  # of this engine alone: the job has others
+            remedy="Use inference_precision f32, or a processor with bf16 instructions.",
+        )
+    return session
 
 
 def _runs(model: Path, feeds: dict[str, Any]) -> bool:
