@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from app.domain.failures import StageFailure, data_failure
 from workers.kernel import TensorSpec
 from workers.measure.arrays import LABELS, check_finite, check_input, check_labels, check_reference, keyword
 from workers.measure.npz import Member, Shard, guarded, open_shards
+from workers.measure.parts import Part, members, part_of
 from workers.measure.synthetic import numpy_dtype, resolved_shape, synthetic_feeds
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
-Part = Literal["all", "calibration", "validation"]
 
 BLOCK_BYTES = 8 << 20
 KEPT_BYTES = 32 << 20
@@ -50,12 +50,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.digests)
-
-
-def part_of(digest: str) -> Part:
-    """Which side of the split a sample stands on. It depends on the sample's content alone, so that equal samples are
-    never on both sides: 'calibration' where the first 32 bits of the digest are an even number."""
-    return "calibration" if int(digest[:8], 16) % 2 == 0 else "validation"
 
 
 def sample_digests(feeds: Mapping[str, Array]) -> list[str]:
@@ -74,18 +68,19 @@ def sample_digests(feeds: Mapping[str, Array]) -> list[str]:
 
 
 class _Few:
-    """The `most` samples with the smallest digests seen so far, as long as they take at most 32 MiB together: a small
-    choice of a large data set is read in one pass."""
+    """The `most` samples with the smallest digests seen so far (`largest`: the largest), as long as they take at most
+    32 MiB together: a small choice of a large data set is read in one pass."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, largest: bool = False) -> None:
         self._most, self._bytes = most, 0
-        self._heap: list[tuple[int, int]] = []  # the largest digest first, of equal ones the last
+        self._sign = 1 if largest else -1
+        self._heap: list[tuple[int, int]] = []  # the one to go first, of equal ones the last
         self.rows: dict[int, dict[str, Array]] | None = {}
 
     def offer(self, digest: str, index: int, arrays: Mapping[str, Array], row: int) -> None:
         if self.rows is None:
             return
-        entry = (-int(digest, 16), -index)
+        entry = (self._sign * int(digest, 16), -index)
         if len(self._heap) < self._most:
             heapq.heappush(self._heap, entry)
         elif entry > self._heap[0]:
@@ -98,15 +93,20 @@ class _Few:
         if self._bytes > KEPT_BYTES:
             self.rows = None
 
+    def hold(self, indices: Array) -> None:
+        """Forget them all where one of these is not among them."""
+        if self.rows is not None and any(int(i) not in self.rows for i in indices):
+            self.rows = None
+
 
 class Samples:
     """Streams one part of a data set file.
 
     The constructor reads the file once: it checks every array and computes the digests (32 bytes a sample are kept).
-    Where the part has more than `max_samples`, those with the smallest digests are taken: a choice that is random
-    with regard to the file's order (which is often sorted by class) and the same every time; up to 32 MiB of samples
-    stay in memory, and are not read again. Identical samples stand on the same side of the calibration/validation
-    split (`part_of`).
+    Where the part has more than `max_samples`, those with the smallest digests are taken (of the confirming ones those
+    with the largest): a choice that is random with regard to the file's order (which is often sorted by class) and the
+    same every time; up to 32 MiB of samples stay in memory, and are not read again. Identical samples are of the same
+    part (`measure.parts`).
 
     Raises StageFailure of kind DATA: `dataset_missing_input`, `dataset_extra_array`, `dataset_dtype_mismatch`,
     `dataset_shape_mismatch`, `dataset_not_finite`, `dataset_empty`, `dataset_pickled`, `dataset_unreadable`.
@@ -119,21 +119,25 @@ class Samples:
         outputs: Sequence[TensorSpec] = (),
         *,
         part: Part = "all",
+        shared: bool = False,
         max_samples: int | None = None,
         exclude: Collection[str] = (),
     ) -> None:
-        """`exclude`: digests of samples to leave out, e.g. those that calibrated the engine; `excluded` counts them."""
+        """`shared`: the data set calibrates, too, and only its validation side selects and confirms. `exclude`: digests
+        of samples to leave out, e.g. those that calibrated the engine; `excluded` counts them."""
         self._path = path
         self._exclude = frozenset(exclude)
         self.excluded = 0
         self._inputs = {spec.name: spec for spec in inputs}
         self._outputs = {spec.name: spec for spec in outputs}
         self._dtypes = {spec.name: numpy_dtype(spec) for spec in inputs}
-        self.part = part
+        self.part: Part = part
+        self.shared = shared
         self.total = 0
         self.usable = 0  # samples of the part that are not excluded, before `max_samples`
         self.reference_names: tuple[str, ...] = ()
-        self._few = _Few(max_samples) if max_samples is not None else None
+        self.distinct = 0  # of those that were taken
+        self._few = _Few(max_samples, largest=part == "confirm") if max_samples is not None else None
         self._selected, self._digests = self._scan(max_samples)
 
     def __len__(self) -> int:
@@ -169,9 +173,8 @@ class Samples:
 
     # Reading
 
-    def _scan(self, max_samples: int | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        indices: list[np.ndarray[Any, Any]] = []
-        digests: list[np.ndarray[Any, Any]] = []
+    def _scan(self, max_samples: int | None) -> tuple[Array, Array]:
+        digests: list[Array] = []
         references: set[str] | None = None
         for start, arrays in self._blocks(check=True):
             here = {name for name in arrays if name not in self._inputs}
@@ -184,25 +187,43 @@ class Samples:
             references = here
             found = sample_digests({name: arrays[name] for name in self._inputs})
             self.total = start + len(found)
-            in_part = [i for i, d in enumerate(found) if self.part in ("all", part_of(d))]
-            keep = [i for i in in_part if found[i] not in self._exclude]
-            self.excluded += len(in_part) - len(keep)
-            if self._few is not None:
-                for i in keep:
-                    self._few.offer(found[i], start + i, arrays, i)
-            if keep:
-                indices.append(start + np.array(keep, dtype=np.int64))
-                raw = b"".join(bytes.fromhex(found[i]) for i in keep)
+            if found:
+                raw = b"".join(map(bytes.fromhex, found))
                 digests.append(np.frombuffer(raw, dtype=np.uint8).reshape(-1, 32))
-        if not indices:
+            if self._few is not None:
+                for i, digest in enumerate(found):
+                    if digest not in self._exclude and self._may_be_taken(digest):
+                        self._few.offer(digest, start + i, arrays, i)
+        if not digests:
             raise self._empty()
         self.reference_names = tuple(sorted(references or ()))
-        selected, rows = np.concatenate(indices), np.concatenate(digests)
+        selected, rows = self._taken(np.concatenate(digests), max_samples)
+        self.distinct = len(np.unique(rows, axis=0))
+        return selected, rows
+
+    def _may_be_taken(self, digest: str) -> bool:
+        halved = self.shared or self.part in ("calibration", "validation")
+        side = "calibration" if self.part == "calibration" else "validation"
+        return not halved or self.part == "all" or part_of(digest) == side
+
+    def _taken(self, rows: Array, max_samples: int | None) -> tuple[Array, Array]:
+        """Indices and digests of the part's samples, at most so many."""
+        every = np.ones(len(rows), bool)
+        left_out = np.array([row.tobytes().hex() in self._exclude for row in rows]) if self._exclude else ~every
+        of_part = members(rows, self.part, shared=self.shared, eligible=~left_out)
+        self.excluded = int(left_out.sum())
+        selected = np.flatnonzero(of_part)
+        if not len(selected):
+            raise self._empty()
         self.usable = len(selected)
         if max_samples is not None and len(selected) > max_samples:
-            smallest = np.sort(np.lexsort(rows.T[::-1])[:max_samples])
-            selected, rows = selected[smallest], rows[smallest]
-        return selected, rows
+            order = np.lexsort((selected, *rows[selected].T[::-1]))
+            if self.part == "confirm":
+                order = np.lexsort((selected, *(255 - rows[selected]).T[::-1]))
+            selected = np.sort(selected[order[:max_samples]])
+        if self._few is not None:
+            self._few.hold(selected)
+        return selected, rows[selected]
 
     def _empty(self) -> StageFailure:
         if self.total == 0:

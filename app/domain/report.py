@@ -92,7 +92,8 @@ class DeploymentConfig(_Part):
 
 
 class CandidateReport(_Part):
-    """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always.
+    """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always. `accuracy`: of finalists
+    on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
 
     `measured`: "full", "short timing" (figures of the search, fewer samples) or None. `search`: what the search found
     and decided of it, in order. `prior`: the latency over the baseline's that was expected before anything ran."""
@@ -106,6 +107,7 @@ class CandidateReport(_Part):
     reason: str
     batches: dict[str, Any] = {}
     accuracy: dict[str, Any] | None = None
+    accuracy_in_search: dict[str, Any] | None = None
     size_mb: float | None = None
     memory_mb: float | None = None
     gpu_memory_mb: float | None = None

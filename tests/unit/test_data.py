@@ -92,6 +92,39 @@ def test_parts_are_disjoint_complete_and_follow_the_content(tmp_path: Path) -> N
     assert sides["calibration"].digest() != sides["validation"].digest()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 20, 300])
+def test_what_the_search_looks_at_never_confirms(tmp_path: Path, n: int, shared: bool) -> None:
+    x = np.concatenate([rows(n), rows(n)])  # every sample twice
+    paths = [npz(tmp_path / f"{i}.npz", x=a) for i, a in enumerate((x, x[::-1]))]
+    parts: tuple[Any, ...] = ("calibration", "select", "confirm") if shared else ("select", "confirm")
+    found = [[Samples(path, [X], part=part, shared=shared) for part in parts] for path in paths]
+    sides = [set(side.digests()) for side in found[0]]
+    if len(sides[-1] | sides[-2]) == 1:  # a single one does both
+        assert sides[-1] == sides[-2]
+    else:
+        assert sum(map(len, sides)) == len(set.union(*sides)) == n
+        assert len(sides[-1]) >= 0.6 * (len(sides[-1]) + len(sides[-2])) or len(sides[-1]) == len(sides[-2]) == 1
+        assert sum(len(side) for side in found[0]) == 2 * n
+    assert sides == [set(side.digests()) for side in found[1]], "whatever their order in the file"
+    assert all(side.distinct * 2 == len(side) for side in found[0])
+
+
+def test_few_samples_of_a_part_are_the_same_whether_kept_or_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = npz(tmp_path / "d.npz", x=rows(200), labels=np.arange(200))
+    for kept in (32 << 20, 0):
+        monkeypatch.setattr("workers.data.KEPT_BYTES", kept)
+        labels = {}
+        for part in ("select", "confirm"):
+            some, every = Samples(path, [X], part=part, max_samples=20), Samples(path, [X], part=part)
+            assert (len(some), some.usable, len(every)) == (20, len(every), {"select": 66, "confirm": 134}[part])
+            assert set(some.digests()) < set(every.digests())
+            labels[part] = [v for b in some.batches(8) for v in b.references["labels"].tolist()]
+        assert not set(labels["select"]) & set(labels["confirm"])
+
+
 def test_max_samples_takes_an_unbiased_choice_that_repeats(tmp_path: Path) -> None:
     x, labels = rows(400), np.repeat(np.arange(4), 100)  # sorted by class
     path = npz(tmp_path / "d.npz", x=x, labels=labels)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -20,6 +20,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, StageContext, StageOptions, TensorSpec, backends
 from workers.measure.inputs import fixed_batch
+from workers.measure.parts import Part
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
@@ -30,11 +31,12 @@ SYNTHETIC_SAMPLES = 32
 
 
 class SampleOptions(StageOptions):
-    """Which samples, and how the original runs. `part`: of a data set that is split by digest. `shapes`: as in the
-    job's spec, and `seed`: for synthetic inputs."""
+    """Which samples, and how the original runs. `part`: of a data set that is split by digest; `shared`: it calibrates,
+    too. `shapes`: as in the job's spec, and `seed`: for synthetic inputs."""
 
     max_samples: int = Field(default=2048, ge=1)
-    part: Literal["all", "calibration", "validation"] = "all"
+    part: Part = "all"
+    shared: bool = False
     shapes: dict[str, Any] | None = None
     seed: int = Field(default=0, ge=0)
     baseline_backend: str = "onnxruntime"
@@ -129,6 +131,7 @@ def open_samples(
         inputs,
         outputs,
         part=options.part,
+        shared=options.shared,
         max_samples=options.max_samples,
         exclude=used,
     )

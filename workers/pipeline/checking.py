@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
+from workers.measure.parts import judging
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
@@ -28,7 +29,8 @@ class Checker:
         """What the original takes for a sample. Where judging all of them costs next to nothing, they judge at once:
         the finalists are judged on all in any case."""
         most = self.spec.validation.max_samples
-        count = min(self.evaluator.data.judging, most)
+        data = self.evaluator.data
+        count = min(judging(data.judging // (2 if data.same else 1), "select") if data.judging else 0, most)
         limit = min(_CHEAP * self.budget.seconds, _CHEAP_OF_LEFT * self.budget.left(self.budget.search_until))
         if count and sample_ms > 0 and _CALL_S + count * sample_ms / 1e3 <= limit:
             self._few = most
@@ -84,9 +86,12 @@ class Checker:
         try:
             sound = self.evaluator.check(run, samples, self.budget.search_until)
         except StageFailure as failure:
-            if failure.code != "metric_undefined" or samples >= most:
+            if failure.code != "metric_undefined" or (samples >= most and not self.evaluator.apart):
                 raise
-            self._few = most  # so few of them are all of one kind; all of them may not be
+            # So few of them are all of one kind; all of them may not be. If those that the search may look at are too
+            # few, it looks at all there are, and then nothing is left that could prove anything.
+            self.evaluator.apart &= samples < most
+            self._few = most
             return self._judged(run, most)
         if not sound:
             run.drop("check", broken(run))

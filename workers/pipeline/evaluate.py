@@ -12,6 +12,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
 from workers.kernel import backends
+from workers.measure.parts import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
@@ -55,14 +56,15 @@ class Data:
 
 @dataclass
 class CandidateRun:
-    """A candidate and how far it came. `screened`: its figures of the last short timing. `history`: what the search
-    found and decided, in order."""
+    """A candidate and how far it came. `screened`: its figures of the last short timing. `validate`: the last check of
+    the search, `confirmed`: what the verdict goes by. `history`: what the search found and decided, in order."""
 
     plan: Candidate
     tried: Tried
     graph: Outcome | None = None
     build: Outcome | None = None
     validate: Outcome | None = None
+    confirmed: Outcome | None = None
     steps: list[Outcome] = field(default_factory=list)
     failure: StageFailure | None = None
     screened: Mapping[str, Any] | None = None
@@ -72,6 +74,11 @@ class CandidateRun:
     @classmethod
     def of(cls, candidate: Candidate) -> CandidateRun:
         return cls(candidate, Tried(candidate.id, candidate.precision, candidate.lossless))
+
+    @property
+    def selected(self) -> Mapping[str, Any]:
+        """What the search knew of its accuracy, on samples that it chose by."""
+        return self.validate.data if self.validate else {}
 
     @property
     def figures(self) -> Mapping[str, Any]:
@@ -119,7 +126,8 @@ class Evaluator:
         self.budget = budget
         self.baseline_backend = baseline_backend
         self._made: dict[str, tuple[list[Outcome], Outcome]] = {}
-        self._references: dict[int, Outcome] = {}  # the original's outputs, by number of samples
+        self.apart = True  # the search and the verdict look at samples of their own
+        self._references: dict[tuple[str, int], Outcome] = {}  # the original's outputs, by part and number of samples
         self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
         self._quantized: dict[str, ArtifactRef] = {}  # what NNCF made first, likewise
 
@@ -216,10 +224,27 @@ class Evaluator:
     # Checking
 
     def check(self, run: CandidateRun, samples: int, until: float) -> bool:
-        """Its accuracy on so many samples (the same ones for all candidates); False where it cannot be known."""
+        """Its accuracy on so many of the samples that the search may look at (the same ones for all candidates); False
+        where it cannot be known."""
+        found = self._validate(run, "select", samples, until, "check")
+        if found is None:
+            return False
+        if not _fewer(found.data, run.tried.accuracy):  # where the time was too short, what was known before stands
+            run.validate, run.tried.accuracy = found, found.data
+        return not found.data.get("broken")
+
+    def confirm(self, run: CandidateRun, until: float) -> bool:
+        """Its accuracy on the samples that nobody chose by; False where it cannot be known."""
+        found = self._validate(run, "confirm", self.spec.validation.max_samples, until, "final")
+        if found is None:
+            return False
+        run.confirmed, run.tried.accuracy = found, found.data
+        return not found.data.get("broken")
+
+    def _validate(self, run: CandidateRun, part: Part, samples: int, until: float, phase: str) -> Outcome | None:
         inputs = {"model": self.export.outputs["model"], "engine": run.engine}
-        selection = self._selection(inputs, samples)
-        expected = self._reference(samples, until)
+        selection = self._selection(inputs, samples, part)
+        expected = self._reference(samples, part, until)
         if expected is not None:
             inputs["expected"] = expected  # without it the original runs beside the engine
         options = {
@@ -229,54 +254,54 @@ class Evaluator:
             "metric": self.spec.validation.metric,
         }
         try:
-            found = self.call("validate", inputs, options, run.plan.id, until)
+            return self.call("validate", inputs, options, run.plan.id, until)
         except StageFailure as failure:
-            self._failed(run, "check", failure)
-            return False
-        if not _fewer(found.data, run.tried.accuracy):  # where the time was too short, what was known before stands
-            run.validate, run.tried.accuracy = found, found.data
-        return not found.data.get("broken")
+            self._failed(run, phase, failure)
+            return None
 
     def expected_check_seconds(self, run: CandidateRun, samples: int) -> float:
         """What a check on so many samples (or as many as there are) will take, going by an earlier one on fewer."""
         judged = (run.tried.accuracy or {}).get("samples") or 0
         if run.validate is None or not judged:
             return 0.0
-        known = [r for r in self._references.values() if r.data["samples"]]
+        known = [r for (part, _), r in self._references.items() if part != "confirm" and r.data["samples"]]
         usable = next((r.data["usable"] for r in known if r.data["usable"]), None)
         count = min(samples, usable or samples)
         each = run.validate.seconds / judged
-        if samples not in self._references and known:
+        if samples not in [count for part, count in self._references if part != "confirm"] and known:
             each += known[-1].seconds / known[-1].data["samples"]
         return count * each
 
-    def _selection(self, inputs: dict[str, ArtifactRef], samples: int) -> dict[str, Any]:
+    def _selection(self, inputs: dict[str, ArtifactRef], samples: int, part: Part) -> dict[str, Any]:
         """Which samples judge; adds the data to `inputs`. Those that calibrated are left out."""
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
             if self.data.calibration is not None and not self.data.same:
                 inputs["calibration"] = self.data.calibration
+        everything: Part = "validation" if self.data.same else "all"
         return {
             "max_samples": samples,
-            "part": "validation" if self.data.same else "all",
+            "part": part if self.apart and self.data.validation is not None else everything,
+            "shared": self.data.same,
             "shapes": self.data.shapes,
             "seed": SEED,
             "baseline_backend": self.baseline_backend,
         }
 
-    def _reference(self, samples: int, until: float) -> ArtifactRef | None:
+    def _reference(self, samples: int, part: Part, until: float) -> ArtifactRef | None:
         """The original's outputs on these samples, made once; None where they are too large to keep."""
-        if samples not in self._references:
-            inputs = {"model": self.export.outputs["model"]}
-            options = self._selection(inputs, samples)
+        inputs = {"model": self.export.outputs["model"]}
+        options = self._selection(inputs, samples, part)
+        known = (str(options["part"]), samples)
+        if known not in self._references:
             try:
                 found = self.call("reference_outputs", inputs, options, None, until)
             except StageFailure as failure:
                 if failure.code not in ("timed_out", *NO_MEMORY):
                     raise
                 return None
-            self._references[samples] = found
-        return self._references[samples].outputs.get("outputs")
+            self._references[known] = found
+        return self._references[known].outputs.get("outputs")
 
     # Timing
 

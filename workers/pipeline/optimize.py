@@ -15,7 +15,7 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator, complete
+from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import package
@@ -150,12 +150,10 @@ class Optimizer:
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
         for run in found.finalists:
-            if run.validate is not None and complete(run, self.spec.validation.max_samples):
-                continue
             if run.validate is not None and hurried:
-                run.note("final", "not judged on all samples", "the time left hardly holds the final measurement")
+                run.note("final", "not confirmed", "the time left hardly holds the final measurement")
                 continue
-            evaluator.check(run, self.spec.validation.max_samples, judged_until)
+            evaluator.confirm(run, judged_until)
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups, too_large = evaluator.groups_that_fit(sound)

@@ -164,7 +164,8 @@ def _part(found: Optimization, item: Ablated, batch: str) -> AppliedOptimization
 
 
 def _accuracy_cost(found: Optimization, item: Ablated) -> dict[str, Any]:
-    shipped, without = _winner(found).accuracy or {}, item.accuracy or {}
+    # Both on the samples of the search: those that confirm are for the verdict alone.
+    shipped, without = found.picked.selected if found.picked else {}, item.accuracy or {}
     loss, lost = shipped.get("loss_percent"), without.get("loss_percent")
     if loss is None or lost is None or shipped.get("metric") != without.get("metric"):
         return {}
@@ -259,6 +260,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         reason=reason,
         batches=figures.get("batches", {}),
         accuracy=dict(tried.accuracy) if tried.accuracy else None,
+        accuracy_in_search=dict(run.selected) if run.confirmed else None,
         size_mb=_mb(figures.get("size_bytes")),
         memory_mb=_rounded(figures.get("peak_memory_mb"), 1),
         gpu_memory_mb=_rounded(figures.get("gpu_memory_mb"), 1),

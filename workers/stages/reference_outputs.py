@@ -28,7 +28,7 @@ class ReferenceOutputs(Stage[ReferenceOutputsOptions]):
     """
 
     name = "reference_outputs"
-    version = 2
+    version = 3
     Options = ReferenceOutputsOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True

@@ -46,7 +46,7 @@ class Validate(Stage[ValidateOptions]):
     """
 
     name = "validate"
-    version = 3
+    version = 4
     Options = ValidateOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
