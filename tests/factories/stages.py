@@ -15,7 +15,21 @@ from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
 
 class MisbehaveOptions(StageOptions):
-    how: Literal["well", "crash", "hang", "memory", "fork", "exit", "raise", "disk", "environment", "killed"]
+    how: Literal[
+        "well",
+        "crash",
+        "hang",
+        "memory",
+        "shared",
+        "fork",
+        "daemon",
+        "exit",
+        "raise",
+        "disk",
+        "environment",
+        "killed",
+        "chatter",
+    ]
 
 
 class Misbehave(Stage[MisbehaveOptions]):
@@ -51,6 +65,31 @@ class Misbehave(Stage[MisbehaveOptions]):
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (ctx.workspace / "grandchild").write_text(str(process.pid))
         time.sleep(600)
+
+    def _daemon(self, ctx: StageContext) -> None:
+        """One that leaves its parent's process group, and goes on when the stage has ended."""
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        (ctx.workspace / "grandchild").write_text(str(process.pid))
+
+    def _chatter(self, ctx: StageContext) -> None:
+        """Progress for some 40 ms, ten times as often as the reporter lets through."""
+        for step in range(40):
+            ctx.reporter._last = 0.0  # type: ignore[attr-defined]
+            ctx.reporter.progress(step / 40, "working")
+            time.sleep(0.001)
+
+    def _shared(self, ctx: StageContext) -> None:
+        """200 MB that six forks share: each sees them, together they take them once."""
+        hoard = os.urandom(200_000_000)
+        forks = []
+        for _ in range(6):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(1.5 if hoard else 0)
+                os._exit(0)
+            forks.append(pid)
+        for pid in forks:
+            os.waitpid(pid, 0)
 
     def _exit(self, ctx: StageContext) -> None:
         os._exit(3)

@@ -287,7 +287,7 @@ def test_one_that_crashes_the_runtime(service: Besieged) -> None:
 
 def _stage_processes(service: Besieged) -> list[int]:
     """Children of the zygote, which itself is the worker's child."""
-    return [p.pid for p in descendants(service.worker) if p.is_running() and p.ppid() != service.worker.pid]
+    return [p.pid for p in descendants(service.worker) if p.is_running() and p.name() == "anneal-stage"]
 
 
 def test_a_model_larger_than_the_workers_disk_limit(service: Besieged) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
+
+LIMITS = Limits(20, 4 << 30, 8 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +143,138 @@ def test_the_runner_recovers_from_the_loss_of_its_zygote(tmp_path: Path) -> None
         assert _run(runner, tmp_path / "again", "well").outputs == ["file"]
     finally:
         runner.close()
+
+
+def test_what_leaves_its_process_group_ends_with_the_stage(isolated: IsolatedRunner, tmp_path: Path) -> None:
+    assert _run(isolated, tmp_path, "daemon").outputs == ["file"]
+    _wait_until_gone(int((tmp_path / "work" / "grandchild").read_text()))
+
+
+def test_memory_that_processes_share_counts_once(isolated: IsolatedRunner, tmp_path: Path) -> None:
+    assert _run(isolated, tmp_path, "shared", memory_mb=450).outputs == ["file"]
+
+
+class Thrown(Exception):
+    """What the ledger raises when the database hiccups, say."""
+
+
+def test_no_exception_in_mid_call_reaches_the_next_one(tmp_path: Path) -> None:
+    """The callbacks raise, and a signal's handler raises wherever the call just is, between two instructions even."""
+    runner = IsolatedRunner(["tests.factories.stages"])
+    before = _family()
+    chance = random.Random(5)
+    thrown = 0
+
+    def throw(*_: Any) -> None:
+        raise Thrown
+
+    def maybe(*_: Any) -> bool:
+        if chance.random() < 0.2:
+            raise Thrown
+        return False
+
+    usual = signal.signal(signal.SIGALRM, throw)
+    try:
+        runner.start()
+        for number in range(200):
+            folder = tmp_path / str(number)
+            (folder / "work").mkdir(parents=True)
+            request = StageRequest(
+                "misbehave", {"how": "chatter"}, {}, str(folder / "work"), str(folder / "out"), {}, LIMITS
+            )
+            how = number % 4
+            try:
+                if how == 3:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0005, 0.08))
+                runner.run(
+                    request,
+                    on_progress=maybe if how == 1 else lambda *_: None,
+                    should_stop=maybe if how == 2 else lambda: False,
+                )
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Thrown:
+                thrown += 1
+                assert how
+            # Its own result, not its predecessor's; and after an exception nothing of it goes on writing.
+            assert how or (folder / "out" / "file" / "out.txt").exists()
+            assert not [p for p in _family() - before if p.name() == "anneal-stage" and p.is_running()]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
+        runner.close()
+    assert thrown > 50
+    _, alive = psutil.wait_procs(_family() - before, timeout=10)
+    assert not alive
+
+
+def test_a_failed_write_of_progress_leaves_the_runner_well(isolated: IsolatedRunner, tmp_path: Path) -> None:
+    """An OSError of the caller's is the caller's: no sign that the zygote is lost."""
+
+    def throw(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    zygote = isolated._zygote
+    (tmp_path / "a" / "work").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    request = StageRequest(
+        "misbehave", {"how": "hang"}, {}, str(tmp_path / "a/work"), str(tmp_path / "out"), {}, LIMITS
+    )
+    with pytest.raises(OSError, match="full"):
+        isolated.run(request, on_progress=throw, should_stop=lambda: False)
+    assert _run(isolated, tmp_path / "b", "well").outputs == ["file"]
+    assert isolated._zygote is zygote
+
+
+def test_a_zygote_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pipeline.isolated._END_S", 0.5)
+    runner = IsolatedRunner(["tests.factories.stages"])
+    runner.start()
+    try:
+        assert runner._zygote is not None
+        threading.Timer(0.3, runner._zygote.send_signal, (signal.SIGSTOP,)).start()
+        failure = _failure(runner, tmp_path, "hang", seconds=1)
+        assert (failure.code, failure.kind) == ("child_lost", FailureKind.INFRASTRUCTURE)
+        (tmp_path / "again").mkdir()
+        assert _run(runner, tmp_path / "again", "well").outputs == ["file"]
+    finally:
+        runner.close()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from workers.pipeline.isolated import IsolatedRunner
+from workers.pipeline.protocol import Limits, StageRequest
+root = sys.argv[1]
+request = StageRequest("misbehave", {"how": "fork"}, {}, root, root + "/out", {}, Limits(100, 4 << 30, 8 << 20))
+runner = IsolatedRunner(["tests.factories.stages"])
+runner.run(request, on_progress=lambda *_: None, should_stop=lambda: False)
+"""
+
+
+@pytest.mark.parametrize("victims", [("owner",), ("zygote",), ("owner", "zygote"), ("stopped zygote", "owner")])
+def test_nothing_runs_on_without_worker_or_zygote(victims: tuple[str, ...], tmp_path: Path) -> None:
+    """Killed by SIGKILL, one or both: the stage ends, and so does what it has started."""
+    owner = psutil.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "grandchild").exists() or not (tmp_path / "grandchild").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = owner.children(recursive=True)
+    (zygote,) = [p for p in family if p.name() == "anneal-zygote"]
+    assert int((tmp_path / "grandchild").read_text()) in [p.pid for p in family]
+    for victim in victims:
+        if victim == "stopped zygote":
+            zygote.suspend()
+        else:
+            {"owner": owner, "zygote": zygote}[victim].kill()
+    owner.wait(timeout=10)  # where only the zygote went, it ends by itself, with the failure
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _family() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 def _wait_until_gone(pid: int) -> None:

@@ -5,6 +5,7 @@ Run by the zygote's fork. By hand, to reproduce a failure: `python -m workers.pi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -25,6 +26,8 @@ from workers import installation, kernel
 from workers.pipeline.protocol import RESULT_FILE, Limits, StageRequest
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
 # Address space that is reserved but not used (thread stacks, allocator arenas) counts against RLIMIT_DATA; the worker
 # watches the memory really used. This limit only stops what grows faster than the watch looks.
 _DATA_SLACK = 2 << 30
@@ -35,6 +38,29 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """What `ps` and `top` call this process: at most 15 bytes."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent ends become children of this process, not of the machine's first one."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children_of(pid: int) -> list[int]:
+    """The direct children of a process; none where it is gone."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return []
+    found: list[int] = []
+    for task in tasks:
+        with contextlib.suppress(OSError):
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def apply_limits(limits: Limits) -> None:

@@ -4,7 +4,9 @@ outputs-and-data result or a typed failure. Whatever happens in there, the worke
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import select
 import signal
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,27 @@ import structlog
 from app.domain.failures import FailureKind, StageFailure, infrastructure_failure
 from app.settings import child_environment
 from workers.pipeline.child import out_of_memory
-from workers.pipeline.protocol import LOG_FILE, MAX_DATAGRAM, REQUEST_FILE, RESULT_FILE, ChildEnd, Limits, StageRequest
+from workers.pipeline.memory import TreeMemory
+from workers.pipeline.protocol import (
+    LOG_FILE,
+    MAX_DATAGRAM,
+    REQUEST_FILE,
+    RESULT_FILE,
+    Call,
+    ChildEnd,
+    Limits,
+    StageRequest,
+    Started,
+    decode_answer,
+    encode,
+)
 from workers.pipeline.zygote import SOCKET_FD
 
 log = structlog.get_logger(__name__)
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _LOOK_S = 0.05
 _START_S = 60.0
+_END_S = 30.0  # a large process takes a while to die
 
 
 class Interrupted(Exception):
@@ -48,21 +63,35 @@ class StageOutcome:
     reusable: bool = True
 
 
+class _ZygoteLost(Exception):
+    """The process that starts the stages is gone, or does not answer any more."""
+
+
 @dataclass
 class _Watch:
-    """One running child as the worker sees it."""
+    """One call as the worker sees it. `pid` = 0 before it has started and after it was reaped."""
 
+    call: int
     request: StageRequest
+    memory: TreeMemory
     pid: int = 0
     stopped: StageFailure | None = None
+    interrupted: bool = False
     peak_bytes: int = 0
     buffer: bytes = b""
-    deadline: float = field(default_factory=time.monotonic)
+    ends_at: float = math.inf  # the stage's own limit
+    deadline: float = field(default_factory=lambda: time.monotonic() + _START_S)  # the zygote's, for its next answer
 
     def kill(self) -> None:
+        """End it; the zygote then has a while to say so."""
+        self.deadline = time.monotonic() + _END_S
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+    @property
+    def ending(self) -> bool:
+        return self.interrupted or self.stopped is not None
 
 
 class IsolatedRunner:
@@ -72,8 +101,10 @@ class IsolatedRunner:
         """`extra_modules` are imported beside `workers.stages`: where further stages register themselves."""
         self._extra = tuple(extra_modules)
         self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
         self._zygote: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._open: _Watch | None = None  # a call that the zygote was given and whose end was not received
 
     def start(self) -> None:
         """Start the zygote ahead of the first call."""
@@ -91,36 +122,40 @@ class IsolatedRunner:
         on_progress: Callable[[float, str], None],
         should_stop: Callable[[], bool],
     ) -> StageOutcome:
-        """Run one stage call to its end. Raises `StageFailure`, or `Interrupted` when `should_stop` says so; either way
-        no process of the call is left."""
+        """Run one stage call to its end. Raises `StageFailure`, `Interrupted` when `should_stop` says so, and whatever
+        the two callbacks raise; in every case no process of the call is left and the next call starts afresh."""
         with self._lock:
             try:
                 return self._run(request, on_progress, should_stop)
-            except OSError as error:
+            except _ZygoteLost as error:
                 self._stop()
                 raise _lost(request.stage, f"the process that starts the stages was lost ({error})") from error
+            finally:
+                self._abandon()
 
     def _run(
         self, request: StageRequest, on_progress: Callable[[float, str], None], should_stop: Callable[[], bool]
     ) -> StageOutcome:
+        # The request goes by file: a datagram holds some 200 kB, a model may have thousands of inputs.
+        path = Path(request.workspace) / REQUEST_FILE
+        path.touch(mode=0o600)  # it holds the key that engines are signed with
+        path.write_bytes(request.encode())
         channel = self._ensure()
+        watch = _Watch(next(self._numbers), request, TreeMemory(request.limits.memory_bytes))
         read_fd, write_fd = os.pipe()
-        watch = _Watch(request)
         try:
             try:
-                # The request goes by file: a datagram holds some 200 kB, a model may have thousands of inputs.
-                path = Path(request.workspace) / REQUEST_FILE
-                path.touch(mode=0o600)  # it holds the key that engines are signed with
-                path.write_bytes(request.encode())
-                socket.send_fds(channel, [str(path).encode()], [write_fd])
+                self._open = watch
+                socket.send_fds(channel, [encode(Call(watch.call, str(path)))], [write_fd])
+            except OSError as error:
+                raise _ZygoteLost(error) from error
             finally:
                 os.close(write_fd)
-            watch.pid = int(json.loads(self._receive(channel))["pid"])
-            watch.deadline = time.monotonic() + request.limits.seconds
             end = self._wait(channel, read_fd, watch, on_progress, should_stop)
         finally:
-            watch.kill()
             os.close(read_fd)
+        if watch.interrupted:
+            raise Interrupted
         return _outcome(watch, end)
 
     def _wait(
@@ -131,45 +166,73 @@ class IsolatedRunner:
         on_progress: Callable[[float, str], None],
         should_stop: Callable[[], bool],
     ) -> ChildEnd:
-        interrupted = False
         fds: list[Any] = [channel, read_fd]
         while True:
             ready, _, _ = select.select(fds, [], [], _LOOK_S)
             if read_fd in ready and not _read_progress(read_fd, watch, on_progress):
                 fds.remove(read_fd)
-            if channel in ready:
-                end = ChildEnd(**json.loads(self._receive(channel)))
-                watch.pid = 0  # reaped: the number may be somebody else's by now
-                if interrupted:
-                    raise Interrupted
+            if channel in ready and (end := self._answer(channel, watch)) is not None:
                 return end
-            if not interrupted and should_stop():
-                interrupted = True
+            if not watch.ending and should_stop():
+                watch.interrupted = True
                 watch.kill()
-            if watch.stopped is None and watch.pid:
-                watch.stopped = _over_limit(watch)
-                if watch.stopped is not None:
-                    watch.kill()
+            if watch.pid and not watch.ending and (failure := _over_limit(watch)) is not None:
+                watch.stopped = failure
+                watch.kill()
+            if time.monotonic() > watch.deadline:
+                raise _ZygoteLost("it does not answer")
 
-    def _receive(self, channel: socket.socket) -> bytes:
-        raw = channel.recv(MAX_DATAGRAM)
-        if not raw:
-            raise ConnectionResetError("closed")
-        return raw
+    def _abandon(self) -> None:
+        """After an exception in mid-call: end the call and take what the zygote still says about it, so that the next
+        call does not. Where that does not work, the zygote goes, and the call with it."""
+        watch, channel = self._open, self._channel
+        if watch is None or channel is None:
+            return
+        watch.interrupted = True
+        watch.kill()
+        with contextlib.suppress(_ZygoteLost):
+            while self._open is not None and (left := watch.deadline - time.monotonic()) > 0:
+                ready, _, _ = select.select([channel], [], [], left)
+                if ready:
+                    self._answer(channel, watch)
+        if self._open is not None:
+            self._stop()
+
+    def _answer(self, channel: socket.socket, watch: _Watch) -> ChildEnd | None:
+        """Take one answer; the end of the call where it was that. What belongs to another call is passed over."""
+        try:
+            answer = decode_answer(_receive(channel))
+        except (OSError, ValueError, TypeError) as error:
+            raise _ZygoteLost(error) from error
+        if answer.call != watch.call:
+            log.warning("answer_of_another_call", call=watch.call, answer=answer.call)
+            return None
+        if isinstance(answer, Started):
+            watch.pid = answer.pid
+            watch.deadline = math.inf
+            watch.ends_at = time.monotonic() + watch.request.limits.seconds
+            if watch.ending:
+                watch.kill()
+            return None
+        watch.pid = 0  # reaped: the number may be somebody else's by now
+        self._open = None
+        return answer
 
     def _ensure(self) -> socket.socket:
-        if self._channel is not None and self._zygote is not None and self._zygote.poll() is None:
+        alive = self._zygote is not None and self._zygote.poll() is None
+        if self._channel is not None and alive and self._open is None:
             return self._channel
         self._stop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._zygote = _spawn(theirs.fileno(), self._extra)
-        self._channel = ours
-        ready, _, _ = select.select([ours], [], [], _START_S)
-        if not ready or self._receive(ours) != b"ready":
-            self._stop()
-            raise TimeoutError("the process that starts the stages did not come up")
-        return ours
+        try:
+            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._zygote = _spawn(theirs.fileno(), self._extra)
+            ready, _, _ = select.select([self._channel], [], [], _START_S)
+            if ready and _receive(self._channel) == b"ready":
+                return self._channel
+        except OSError as error:
+            raise _ZygoteLost(error) from error
+        raise _ZygoteLost("it did not come up")
 
     def _stop(self) -> None:
         if self._channel is not None:
@@ -179,6 +242,16 @@ class IsolatedRunner:
             self._zygote.kill()
             self._zygote.wait()
             self._zygote = None
+        if self._open is not None:
+            self._open.kill()
+            self._open = None
+
+
+def _receive(channel: socket.socket) -> bytes:
+    raw = channel.recv(MAX_DATAGRAM)
+    if not raw:
+        raise ConnectionResetError("closed")
+    return raw
 
 
 def _spawn(fd: int, extra: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -196,22 +269,31 @@ def _read_progress(fd: int, watch: _Watch, on_progress: Callable[[float, str], N
     raw = os.read(fd, 65536)
     if not raw:
         return False
-    *lines, watch.buffer = (watch.buffer + raw).split(b"\n")
-    for line in lines[-1:]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            value = json.loads(line)
-            on_progress(float(value["progress"]), str(value["message"]))
+    *lines, rest = (watch.buffer + raw).split(b"\n")
+    watch.buffer = rest[-MAX_DATAGRAM:]
+    if lines and (progress := _parse_progress(lines[-1])) is not None:
+        on_progress(*progress)
     return True
+
+
+def _parse_progress(line: bytes) -> tuple[float, str] | None:
+    """None for what a stage's code has written there by itself."""
+    try:
+        value = json.loads(line)
+        fraction, message = float(value["progress"]), str(value["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (fraction, message) if math.isfinite(fraction) else None
 
 
 def _over_limit(watch: _Watch) -> StageFailure | None:
     limits: Limits = watch.request.limits
     stage = watch.request.stage
-    used = sum(_private_bytes(pid) for pid in _group(watch.pid))
+    used = watch.memory.used(watch.pid)
     watch.peak_bytes = max(watch.peak_bytes, used)
     if used > limits.memory_bytes:
         return out_of_memory(stage, limits.memory_bytes)
-    if time.monotonic() > watch.deadline:
+    if time.monotonic() > watch.ends_at:
         return StageFailure(
             "timed_out",
             f"The {stage} stage did not end within {limits.seconds:.0f} s.",
@@ -221,27 +303,6 @@ def _over_limit(watch: _Watch) -> StageFailure | None:
             cacheable=False,
         )
     return None
-
-
-def _group(pgid: int) -> Iterator[int]:
-    """The processes of a group: the stage's own, and what it has started (its descendants, by /proc)."""
-    yield pgid
-    todo = [pgid]
-    while todo:
-        pid = todo.pop()
-        with contextlib.suppress(OSError, ValueError):
-            children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-            yield from children
-            todo += children
-
-
-def _private_bytes(pid: int) -> int:
-    """Resident memory less what is shared with files: a large model that is mapped read-only costs nothing."""
-    try:
-        fields = Path(f"/proc/{pid}/statm").read_text().split()
-    except OSError:
-        return 0
-    return (int(fields[1]) - int(fields[2])) * _PAGE if len(fields) > 2 else 0
 
 
 def _outcome(watch: _Watch, end: ChildEnd) -> StageOutcome:

@@ -1,7 +1,9 @@
 """What the worker and its child processes say to each other: one JSON object a line, or a datagram.
 
-The path of a stage request goes worker → zygote (with the write end of a progress pipe), the zygote forks, the child
-reports its progress through the pipe and leaves `result.json` in its workspace; the zygote tells how the child ended.
+A `Call` (the path of a stage request and the call's number) goes worker → zygote, with the write end of a progress
+pipe; the zygote forks and answers `Started`; the child reports its progress through the pipe and leaves `result.json`
+in its workspace; the zygote tells how the child ended (`ChildEnd`). Both answers carry the call's number: what belongs
+to another call is never taken for this one's.
 """
 
 from __future__ import annotations
@@ -49,9 +51,37 @@ class StageRequest:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call: its number, unlike that of every other of this worker, and the file that holds the request."""
+
+    call: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The process of the call, leader of a process group of its own."""
+
+    call: int
+    pid: int
+
+
+@dataclass(frozen=True)
 class ChildEnd:
     """How a child ended: the status of `os.waitpid`, its peak resident memory and processor time."""
 
+    call: int
     wait_status: int
     max_rss_bytes: int
     cpu_seconds: float
+
+
+def encode(message: Call | Started | ChildEnd) -> bytes:
+    """One datagram."""
+    return json.dumps(asdict(message)).encode()
+
+
+def decode_answer(raw: bytes) -> Started | ChildEnd:
+    """What the zygote says. Raises ValueError or TypeError for anything else."""
+    fields = json.loads(raw)
+    return Started(**fields) if "pid" in fields else ChildEnd(**fields)
