@@ -108,6 +108,7 @@ class Job(Base):
     """A job. `version` grows with every change and is its ETag; `stages` is the snapshot that clients see.
 
     `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
+    `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`.
     """
 
     __tablename__ = "jobs"
@@ -141,6 +142,9 @@ class Job(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    spent_seconds: Mapped[float] = mapped_column(Float, default=0.0, server_default=text("0"))
+    expected_end: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     __table_args__ = (
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),

@@ -95,7 +95,8 @@ class CandidateReport(_Part):
     """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always. `accuracy`: of finalists
     on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
 
-    `measured`: "full", "short timing" (figures of the search, fewer samples) or None. `search`: what the search found
+    `measured`: "full", "short timing" (figures of the search, fewer samples) or None; `measured_at`: when, which is
+    before this job where the figures were stored already. `search`: what the search found
     and decided of it, in order. `prior`: the latency over the baseline's that was expected before anything ran."""
 
     id: str
@@ -118,6 +119,7 @@ class CandidateReport(_Part):
     runtime: dict[str, Any] = {}
     prior: float | None = None
     measured: str | None = None
+    measured_at: str | None = None
     nodes_kept: list[str] = []
     search: list[dict[str, Any]] = []
 
@@ -138,11 +140,15 @@ class SearchReport(_Part):
 
 
 class StageReport(_Part):
+    """`made_at`, `made_by`: when and by which worker its result was made, which may be an earlier job's (`cached`)."""
+
     name: str
     candidate: str | None
     cached: bool
     seconds: float
     notes: list[str] = []
+    made_at: str | None = None
+    made_by: str | None = None
 
 
 class Report(_Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
@@ -39,6 +39,8 @@ class Claim:
     token: int
     owner: str
     attempt: int
+    claimed_at: datetime
+    spent_seconds: float  # of the job's budget, by the attempts before this one
 
     def holds(self) -> list[ColumnElement[bool]]:
         return [Job.fencing_token == self.token, Job.status == JobStatus.RUNNING.value]
@@ -73,10 +75,13 @@ class JobLedger:
                     "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
                     "attempts": job.attempts + 1,
                     "started_at": job.started_at or now,
+                    "claimed_at": now,
                 },
                 event={"worker": owner, "attempt": job.attempts + 1},
             )
-            return Claim(job_id, job.tenant_id, token, owner, job.attempts + 1) if taken is not None else None
+            if taken is None:
+                return None
+            return Claim(job_id, job.tenant_id, token, owner, job.attempts + 1, now, job.spent_seconds)
 
     def renew(self, claim: Claim) -> bool:
         """Extend the lease; True when the user asked to cancel. Raises `LeaseLost`."""
@@ -99,6 +104,8 @@ class JobLedger:
 
     def _give_back(self, claim: Claim, reason: str, values: dict[str, Any], *, dispatch: bool) -> None:
         """To the queue; or to its end, where the user has asked for that in the meantime."""
+        worked = max((utcnow() - claim.claimed_at).total_seconds(), 0.0)
+        values = {**values, "spent_seconds": claim.spent_seconds + worked, "expected_end": None}
         with self.db.write() as uow:
             jobs = JobRepository(uow.session)
             running = JobStatus.RUNNING
@@ -181,6 +188,7 @@ class JobLedger:
                 "engine_ids": [engine.id],
                 "progress": 1.0,
                 "stage": None,
+                "expected_end": None,
                 **changes,
             }
             self._end(JobRepository(uow.session), claim, Trigger.COMPLETE, values, {"engine_ids": [engine.id], **event})
@@ -257,7 +265,15 @@ class JobLedger:
                 "remedy": "Ask the operator to look at the workers' logs; submit again once they are well.",
             }
             return Trigger.FAIL, {"error": error}, {"error": error}
-        return Trigger.LEASE_EXPIRED, {"dispatched_at": None}, {"reason": "worker_lost", "worker": job.lease_owner}
+        values = {"dispatched_at": None, "spent_seconds": self._spent(job), "expected_end": None}
+        return Trigger.LEASE_EXPIRED, values, {"reason": "worker_lost", "worker": job.lease_owner}
+
+    def _spent(self, job: Job) -> float:
+        """Of the job's budget, with the attempt that was lost: until it last renewed its lease."""
+        if job.claimed_at is None or job.lease_expires_at is None:
+            return job.spent_seconds
+        renewed = job.lease_expires_at - timedelta(seconds=self.settings.lease_s)
+        return job.spent_seconds + max((renewed - job.claimed_at).total_seconds(), 0.0)
 
     def _sweep_undispatched(self) -> int:
         now = utcnow()

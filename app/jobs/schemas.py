@@ -52,6 +52,7 @@ class JobOut(Resource):
     engine_ids: list[str]
     started_at: datetime | None
     finished_at: datetime | None
+    expected_end: datetime | None = Field(default=None, description="Of a running job, by its pace and its budget")
     cancel_requested: bool
 
 
@@ -86,6 +87,7 @@ def job_document(row: Job) -> dict[str, Any]:
         "created_at": timestamp(row.created_at),
         "started_at": timestamp(row.started_at),
         "finished_at": timestamp(row.finished_at),
+        "expected_end": timestamp(row.expected_end) if row.status == "running" else None,
         "cancel_requested": row.cancel_requested_at is not None,
         "links": links,
     }

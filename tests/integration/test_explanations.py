@@ -24,20 +24,30 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         served.wait_ready()
         model = client.upload_model(DIGITS / "model.onnx", "digits")
         data = client.upload_dataset(DIGITS / "validation.npz", "digits")
-        job = client.submit(
-            model_id=model["id"],
-            calibration={"dataset_id": data["id"]},
-            validation={"dataset_id": data["id"], "max_accuracy_loss_percent": 5.0},
-            precisions=["fp32", "int8"],
-            target={"backends": ["onnxruntime"]},
-            benchmark={"batch_sizes": [1], "min_seconds": 0.3},
-            budget_seconds=60,
-        )
-        ended = client.wait(job["id"], check=False)
+        spec = {
+            "model_id": model["id"],
+            "calibration": {"dataset_id": data["id"]},
+            "validation": {"dataset_id": data["id"], "max_accuracy_loss_percent": 5.0},
+            "precisions": ["fp32", "int8"],
+            "target": {"backends": ["onnxruntime"]},
+            "benchmark": {"batch_sizes": [1], "min_seconds": 0.3},
+            "budget_seconds": 60,
+        }
+        job, events = client.submit(spec), []
+        ended = client.wait(job["id"], on_event=events.append, check=False)
         assert ended["status"] == "succeeded", (ended["error"], served.worker_log()[-4000:])
         engine = client.engine(ended["engine_ids"][0])
         bundle = client.download_bundle(engine["id"], folder / "bundle.zip")
-        return {"job": ended, "report": client.report(job["id"]), "engine": engine, "bundle": bundle}
+        again = client.submit(spec)
+        client.wait(again["id"])
+        return {
+            "job": ended,
+            "events": events,
+            "report": client.report(job["id"]),
+            "engine": engine,
+            "bundle": bundle,
+            "again": client.report(again["id"]),
+        }
 
 
 def test_the_engine_ships_and_the_report_says_what_is_missing(job: dict[str, Any]) -> None:
@@ -65,3 +75,24 @@ def test_the_bundle_holds_the_engine_that_was_proven(job: dict[str, Any]) -> Non
     with zipfile.ZipFile(job["bundle"]) as archive:
         digests = {hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
     assert job["engine"]["sha256"] in digests
+
+
+def test_progress_never_runs_backwards_and_tells_an_expected_end(job: dict[str, Any]) -> None:
+    told = [e.data for e in job["events"] if e.data.get("progress") is not None]
+    progress = [t["progress"] for t in told]
+    assert progress == sorted(progress)
+    assert any(t.get("expected_end") for t in told)
+    assert job["job"]["expected_end"] is None  # it has ended
+
+
+def test_figures_from_the_cache_say_when_and_where_they_were_measured(job: dict[str, Any]) -> None:
+    first, again = job["report"], job["again"]
+    assert first["environment"]["measured"]["cached"] is False
+    if not first["budget_exhausted"]:  # else that measurement is no other job's to use
+        assert again["environment"]["measured"]["cached"] is True
+        assert again["environment"]["measured"]["at"] == first["environment"]["measured"]["at"]
+        assert again["baseline"]["measured_at"] == first["baseline"]["measured_at"]
+    exports = [next(s for s in r["stages"] if s["name"] == "export") for r in (first, again)]
+    assert exports[0]["made_at"] == exports[1]["made_at"]
+    assert exports[1]["cached"]
+    assert exports[1]["made_by"]

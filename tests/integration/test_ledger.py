@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -294,3 +295,19 @@ def test_another_tenants_model_and_data_are_unknown(desk: Desk) -> None:
     with pytest.raises(AppError) as caught:
         desk.service.get("tnt_b", desk.submit().id)
     assert caught.value.status == 404
+
+
+def test_a_job_taken_up_again_has_spent_what_its_lost_attempts_took(desk: Desk) -> None:
+    job = desk.submit()
+    first = _claim(desk, job)
+    assert first.spent_seconds == 0.0
+    lease = timedelta(seconds=desk.ledger.settings.lease_s)
+    with desk.db.write() as uow:  # it worked for 40 s, renewed its lease for the last time, and died
+        row = uow.session.get_one(Job, job.id)
+        row.claimed_at = utcnow() - timedelta(seconds=50)
+        row.lease_expires_at = row.claimed_at + timedelta(seconds=40) + lease
+    assert desk.ledger.sweep()["expired"] == 1
+    second = _claim(desk, job, "w2")
+    assert second.spent_seconds == pytest.approx(40.0, abs=0.01)
+    desk.ledger.release(replace(second, claimed_at=second.claimed_at - timedelta(seconds=5)), "the worker shuts down")
+    assert _claim(desk, job, "w3").spent_seconds == pytest.approx(45.0, abs=0.5)

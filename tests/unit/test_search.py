@@ -132,7 +132,7 @@ class Script:
         batches = [str(b) for b in options.get("batch_sizes") or BATCHES]
         engines: dict[str, Any] = {r.plan.id: self._figures(r.plan.id, batches) for r in runs}
         engines["baseline"] = {"batches": {b: {"p50_ms": None, "mean_ms": self.call_ms * int(b)} for b in batches}}
-        return SimpleNamespace(data={"engines": engines, "batch_sizes": [*map(int, batches)]})
+        return SimpleNamespace(data={"engines": engines, "batch_sizes": [*map(int, batches)]}, made={})
 
     def _figures(self, cid: str, batches: Sequence[str]) -> dict[str, Any]:
         truth = self.truth(cid)

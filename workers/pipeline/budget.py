@@ -20,18 +20,20 @@ _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mend
 
 @dataclass
 class Budget:
-    """`seconds` from the moment it is made. Phases are points in time, in seconds since then."""
+    """`seconds` from the moment it is made, less what was `spent` before it. Phases are points in time, in seconds
+    since then."""
 
     seconds: float
     clock: Callable[[], float] = time.monotonic
     reserve: float = _PACKAGE_S
+    spent: float = 0.0
     _started: float = field(init=False)
     make_until: float = field(init=False, default=0.0)
     search_until: float = field(init=False, default=0.0)
     final_seconds: float = field(init=False, default=0.0)  # that the final benchmark takes, as far as it is known
 
     def __post_init__(self) -> None:
-        self._started = self.clock()
+        self._started = self.clock() - self.spent
         self.share(0.0, 0)
 
     def share(self, fixed: float, engine_bytes: int) -> None:

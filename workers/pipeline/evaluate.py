@@ -56,8 +56,9 @@ class Data:
 
 @dataclass
 class CandidateRun:
-    """A candidate and how far it came. `screened`: its figures of the last short timing. `validate`: the last check of
-    the search, `confirmed`: what the verdict goes by. `history`: what the search found and decided, in order."""
+    """A candidate and how far it came. `screened`: its figures of the last short timing, made at `screened_at`.
+    `validate`: the last check of the search, `confirmed`: what the verdict goes by. `history`: what the search found
+    and decided, in order."""
 
     plan: Candidate
     tried: Tried
@@ -68,6 +69,7 @@ class CandidateRun:
     steps: list[Outcome] = field(default_factory=list)
     failure: StageFailure | None = None
     screened: Mapping[str, Any] | None = None
+    screened_at: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     sensitivity: Outcome | None = None
 

@@ -19,6 +19,7 @@ from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Ev
 from workers.pipeline.explain import Explainer
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import package
+from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
 from workers.pipeline.select import BASELINE, Tried, Verdict, judge, undecided
@@ -27,6 +28,8 @@ _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
 _LONGEST_MIN_S = 600.0
 _NO_ROOM = "not measured: the worker's memory does not hold it beside the others"
+_EXPLAINED = 3 * WEIGHTS["build"] + 4.0 + WEIGHTS["sweep"] + WEIGHTS["profile"]  # weights, about
+_RESUMED_S = 10.0  # beside the final measurement: what is left at least to a job that is taken up again
 _START_S = 2.0  # per engine: two processes, cold start
 
 
@@ -50,7 +53,8 @@ class Optimizer:
         known = kernel.backends()
         self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
         self.limits = limits
-        self.budget = Budget(float(self.spec.budget_seconds))
+        self.budget = self._budget(runner.claim.spent_seconds)
+        runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = baseline_backend(self.device)
         calibration_id = self.spec.calibration.dataset_id if self.spec.calibration else None
         judging_id = self.spec.validation.dataset_id or calibration_id
@@ -63,6 +67,13 @@ class Optimizer:
         calibrating = datasets[calibration_id].samples if calibration_id else 0
         self.data = Data(calibration, validation or calibration, same, shapes, judging, calibrating)
 
+    def _budget(self, spent: float) -> Budget:
+        """The rest of it, where an earlier attempt was lost; always so much that something can be proven: what that one
+        finished costs no time again."""
+        seconds = float(self.spec.budget_seconds)
+        least = min(self._final_seconds(2) + _RESUMED_S, seconds)
+        return Budget(seconds, spent=min(spent, seconds - least))
+
     def run(self) -> Optimization:
         """What ships is proven and packaged first, then explained. Raises `StageFailure` where the job fails as a
         whole."""
@@ -71,7 +82,9 @@ class Optimizer:
         proof = self._prove(export, evaluator)
         made, explanation = None, Explanation()
         if proof.verdict.picked is not None:
+            self.runner.view.progress.enter("package", WEIGHTS["package"])
             made = package(self.runner, proof, self.data)
+            self.runner.view.progress.enter("explain", _EXPLAINED)
             explanation = Explainer(proof, evaluator, self.backends, self.budget).explain()
         return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=self.budget.elapsed())
 
@@ -82,8 +95,10 @@ class Optimizer:
         self.budget.share(self._final_seconds(4), export.outputs["model"].size_bytes)
         if self.budget.over(self.budget.end):
             raise self._too_small("the export")
-        self.runner.view.planned = 2.0 + 6.0 * len(plan.candidates) + 3.0 * self._final_weight(4)
+        progress = self.runner.view.progress
+        progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         found = Search(case, plan, self.backends, evaluator, self.budget).run()
+        progress.enter("final", self._final_weight(len(found.finalists)) + len(found.finalists))
         benchmark = self._final(evaluator, found)
         baseline, verdict = self._judge(benchmark, found, found.finalists)
         wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]

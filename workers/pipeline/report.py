@@ -61,11 +61,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         baseline=_baseline(found),
         checks=_checks(found),
         pareto=pareto(found.baseline, [(r.tried, r.figures) for r in found.runs], batch),
-        environment={
-            "hardware": dict(found.hardware),
-            "conditions": found.benchmark.data.get("conditions", {}),
-            "versions": _versions(calls),
-        },
+        environment=_environment(found, calls),
         method={
             "benchmark": found.benchmark.data.get("method", {}),
             "accuracy": _accuracy_method(found),
@@ -85,6 +81,17 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         not_explained=dict(found.explanation.reasons),
         sensitivity=_sensitivity(found),
     )
+
+
+def _environment(found: Optimization, calls: Sequence[Outcome]) -> dict[str, Any]:
+    """The machine that the figures were measured on: another worker's, where they come from an earlier job."""
+    made = found.benchmark.made
+    return {
+        "hardware": made.get("hardware") or dict(found.hardware),
+        "measured": {"at": made.get("at"), "worker": made.get("worker"), "cached": found.benchmark.cached},
+        "conditions": found.benchmark.data.get("conditions", {}),
+        "versions": _versions(calls),
+    }
 
 
 def make_manifest(
@@ -108,6 +115,7 @@ def make_manifest(
                 "libraries": call.libraries,
                 "outputs": {name: ref.to_json() for name, ref in call.outputs.items()},
                 "cached": call.cached,
+                "made": call.made,
                 "seconds": call.seconds,
             }
             for call in calls
@@ -271,6 +279,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         runtime=run.runtime if run.build else dict(run.plan.runtime),
         prior=run.plan.prior,
         measured=measured,
+        measured_at=found.benchmark.made.get("at") if tried.figures else run.screened_at,
         nodes_kept=nodes_kept(run),
         search=run.history,
     )
@@ -306,6 +315,7 @@ def _baseline(found: Optimization) -> dict[str, Any]:
         "memory_mb": _rounded(figures.get("peak_memory_mb"), 1),
         "gpu_memory_mb": _rounded(figures.get("gpu_memory_mb"), 1),
         "cold_start_ms": _rounded(figures.get("cold_start_ms"), 2),
+        "measured_at": found.benchmark.made.get("at"),
         "batches": figures.get("batches", {}),
         "checks": [c.to_json() for c in found.baseline.checks],
     }
@@ -340,6 +350,8 @@ def _stage(entry: Mapping[str, Any], calls: Sequence[Outcome]) -> StageReport:
         cached=entry["cached"],
         seconds=entry["seconds"] or 0.0,
         notes=call.notes if call else [],
+        made_at=call.made.get("at") if call else None,
+        made_by=call.made.get("worker") if call else None,
     )
 
 

@@ -25,6 +25,7 @@ from workers.hardware import lock_name
 from workers.installation import Installation
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
+from workers.pipeline.progress import JobProgress
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.shared_caches import SharedCaches
 from workers.pipeline.workspace import Workspace, device_lock
@@ -48,6 +49,11 @@ class Outcome:
     libraries: dict[str, str]
     cached: bool
     seconds: float  # the stage's own work, 0 where cached
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """{at, worker, [hardware]}: of the run that made this result, which may be an earlier job's."""
+        return dict(self.data.get("made") or {})
 
     @property
     def notes(self) -> list[str]:
@@ -81,11 +87,7 @@ class JobView:
     """What clients see of the job: the list of stages, and how far it is."""
 
     stages: list[dict[str, Any]] = field(default_factory=list)
-    planned: float = 1.0
-    done: float = 0.0
-
-    def progress(self, fraction: float = 0.0, weight: float = 0.0) -> float:
-        return round(min((self.done + fraction * weight) / max(self.planned, 1e-9), 0.99), 4)
+    progress: JobProgress = field(default_factory=JobProgress)
 
 
 class StageRunner:
@@ -143,12 +145,12 @@ class StageRunner:
                 outcome = self._execute(call)
         except StageFailure as failure:
             call.entry.update(status="failed", finished_at=_now(), detail=failure.detail)
-            self.view.done += weight
+            self.view.progress.done(weight)
             self._publish(call)
             raise
         seconds = round(outcome.seconds, 3)
         call.entry.update(status="succeeded", cached=outcome.cached, finished_at=_now(), seconds=seconds)
-        self.view.done += weight
+        self.view.progress.done(weight)
         self._publish(call)
         self.calls.append(outcome)
         return outcome
@@ -223,11 +225,16 @@ class StageRunner:
                 if failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE:
                     self._remember(call, call.key, {}, {}, failure, 0.0)
                 raise
-        data = {**result.data, "notes_of_stage": result.notes}
+        data = {**result.data, "notes_of_stage": result.notes, "made": self._made(call)}
         stored = call.key if result.reusable else self._own_key(call.key)
         with infrastructure_faults(call.stage_type.name):
             self._remember(call, stored, outputs, data, None, result.seconds)
         return call.outcome(outputs, data, cached=False, seconds=result.seconds)
+
+    def _made(self, call: _Call) -> dict[str, Any]:
+        """When and by whom; and on which machine, where that has a part in the result."""
+        machine = {"hardware": dict(self.hardware)} if call.stage_type.hardware_bound else {}
+        return {"at": _now(), "worker": self.claim.owner, **machine}
 
     def _attempt(self, call: _Call) -> tuple[StageOutcome, dict[str, ArtifactRef]]:
         stage = call.stage_type.name
@@ -293,14 +300,21 @@ class StageRunner:
 
     def _publish(self, call: _Call, fraction: float = 0.0, message: str = "") -> None:
         entry = call.entry
-        progress = self.view.progress(fraction, call.weight if fraction else 0.0)
-        changes = {"stage": entry["name"], "progress": progress, "stages": [dict(s) for s in self.view.stages]}
+        progress = self.view.progress.at(fraction, call.weight)
+        expected_end = self.view.progress.expected_end()
+        changes = {
+            "stage": entry["name"],
+            "progress": progress,
+            "expected_end": expected_end,
+            "stages": [dict(s) for s in self.view.stages],
+        }
         event = {
             "stage": entry["name"],
             "candidate": entry["candidate"],
             "status": entry["status"],
             "cached": entry["cached"],
             "progress": progress,
+            "expected_end": expected_end.isoformat().replace("+00:00", "Z") if expected_end else None,
             "seconds": entry["seconds"],
             "message": message or entry["detail"] or "",
         }

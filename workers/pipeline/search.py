@@ -163,6 +163,7 @@ class Search:
             self._original = timed.data["engines"].get(BASELINE)
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
+                run.screened_at = timed.made.get("at")
         self._phase(phase, len(runs))
 
     def _keep_time_for_the_final(self) -> None:
