@@ -62,6 +62,14 @@ F, I32, I64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 BATCHES = (1, 3, 7)
 
 
+def without_node_names(model: ModelProto) -> ModelProto:
+    """A copy that ONNX Runtime takes, which refuses two nodes of one name."""
+    copy = ModelProto.FromString(model.SerializeToString())
+    for node in copy.graph.node:
+        node.name = ""
+    return copy
+
+
 def _rows(make: Callable[[np.random.Generator, int], Feeds], batches: Sequence[int] = BATCHES) -> dict[str, Feeds]:
     return {f"b{n}": make(np.random.default_rng(1000 + n), n) for n in batches}
 
@@ -77,6 +85,7 @@ def _head(net: GraphBuilder, x: str, sizes: Sequence[int], last: str) -> str:
     return net.add("Gemm", x, net.weight("head.w", (sizes[-2], sizes[-1])), outputs=[last])
 
 
+@case
 def dup_names(name: str) -> ModelCase:
     """Two nodes carry one name; ONNX asks for unique names, many exporters do not."""
     net = GraphBuilder(1)
@@ -199,6 +208,7 @@ def scalar_output(name: str) -> ModelCase:
     return ModelCase(name, model, _rows(make), _drawn(make))
 
 
+@case
 def ir3_plain(name: str) -> ModelCase:
     """IR version 3, opset 8, initializers that are also inputs: as every exporter wrote until 2019."""
     net = GraphBuilder(8)
@@ -260,6 +270,7 @@ def bias_name_clash(name: str) -> ModelCase:
     return ModelCase(name, model, _rows(make), _drawn(make))
 
 
+@case
 def dup_dim_symbol(name: str) -> ModelCase:
     """Height and width carry one symbol, '?', as in exported text detectors; the job gives 24 × 96."""
     net = GraphBuilder(11)

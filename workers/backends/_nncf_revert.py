@@ -166,4 +166,4 @@ def _value(node: Any) -> Array:
 
 
 def _constant(array: Array, kind: Any) -> Any:
-    return library().op.Constant(np.ascontiguousarray(array, kind.to_dtype()))
+    return library().op.Constant(np.asarray(array, kind.to_dtype(), order="C"))

@@ -66,7 +66,7 @@ def _int8(case: Case, candidates: list[Candidate], skipped: list[Skipped]) -> No
         skipped.append(Skipped("ort-int8-dynamic", reason))
     if not case.has_calibration:
         skipped.append(Skipped("ort-int8-static", "static int8 needs calibration data"))
-    elif not case.has("Conv", "MatMul", "Gemm"):
+    elif not case.has("Conv", "MatMul", "Gemm") or not recipes.static_ops(case):  # e.g. convolutions around an LSTM
         skipped.append(Skipped("ort-int8-static", "no operator that static int8 speeds up"))
     else:
         steps = [recipes.simplify(), recipes.static_int8(case, recipes.static_ops(case))]

@@ -245,7 +245,7 @@ class _Graph:
 
     def _add(self, name: str, value: Array) -> str:
         fresh = self._fresh(f"{name.split('_equalized', maxsplit=1)[0]}_equalized")
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value, np.float32), fresh)
+        tensor = numpy_helper.from_array(np.asarray(value, np.float32, order="C"), fresh)
         self.graph.initializer.append(tensor)
         self.weights[fresh] = tensor
         return fresh

@@ -61,7 +61,7 @@ def bound_call(session, feeds, outputs):
     binding = session.io_binding()
     kept = []
     for name, array in feeds.items():
-        kept.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0))
+        kept.append(ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), "cuda", 0))
         binding.bind_ortvalue_input(name, kept[-1])
     for name, array in outputs.items():
         kept.append(ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, "cuda", 0))

@@ -238,7 +238,7 @@ class OnnxRuntimeCudaSession(Session):
             return lambda: self.run(feeds)
         import onnxruntime as ort
 
-        kept = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a), "cuda", 0) for n, a in feeds.items()}
+        kept = {n: ort.OrtValue.ortvalue_from_numpy(np.asarray(a, order="C"), "cuda", 0) for n, a in feeds.items()}
         binding = self._session.io_binding()
         for name, value in kept.items():
             binding.bind_ortvalue_input(name, value)

@@ -140,7 +140,7 @@ class _Conversion:
             if beyond.any():
                 self.clamped += 1
                 array = np.where(beyond, np.sign(array) * np.float32(USABLE_FP16), array)
-        tensor: TensorProto = numpy_helper.from_array(np.ascontiguousarray(array.astype(_NUMPY[self.low])), low)
+        tensor: TensorProto = numpy_helper.from_array(np.asarray(array.astype(_NUMPY[self.low]), order="C"), low)
         return tensor
 
 

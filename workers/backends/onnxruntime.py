@@ -152,7 +152,7 @@ class OnnxRuntimeSession(Session):
         try:
             binding = self._session.io_binding()
             # The values share the arrays' memory, so they live as long as the closure.
-            kept = [(n, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a), "cpu", 0)) for n, a in feeds.items()]
+            kept = [(n, ort.OrtValue.ortvalue_from_numpy(np.asarray(a, order="C"), "cpu", 0)) for n, a in feeds.items()]
             for name, value in kept:
                 binding.bind_ortvalue_input(name, value)
             for name in self._output_names:

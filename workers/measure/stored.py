@@ -45,7 +45,7 @@ class OutputWriter:
         for i, name in enumerate(names):
             info = zipfile.ZipInfo(f"{len(self.counts)}.{i}.npy")  # its date is fixed: the same bytes every time
             with self._zip.open(info, "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.ascontiguousarray(outputs[name]), allow_pickle=False)
+                np.lib.format.write_array(file, np.asarray(outputs[name], order="C"), allow_pickle=False)
         self.counts.append(count)
         return True
 

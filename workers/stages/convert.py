@@ -75,7 +75,7 @@ class Convert(Stage[ConvertOptions]):
     """
 
     name = "convert"
-    version = 4
+    version = 5
     Options = ConvertOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
 

@@ -31,7 +31,7 @@ class Export(Stage[ExportOptions]):
     """Input `source` (one file) → output `model` (`model.onnx`; large weights in `model.onnx.data`)."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     Options = ExportOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,15 @@ from app.domain.failures import StageFailure
 from app.domain.spec import ShapeRange
 from workers.kernel import TensorSpec
 from workers.onnx_files import read_skeleton
-from workers.onnx_graph import all_nodes, model_specs, opset_of, real_inputs, tensor_spec
+from workers.onnx_graph import model_specs, opset_of, real_inputs, tensor_spec
 from workers.stages.export import _graph_checks as checks
+from workers.stages.export._names import forget_placeholders, make_room, name_nodes, rename_apart
 from workers.stages.export._opset import raise_opset
 from workers.stages.export._source import inline_external, locate, parse
 from workers.stages.export._trial import Trial, batch_axis, batch_sizes, first_inferences, open_session, with_node
 from workers.stages.export._write import externalize, write_model
+
+_OLDEST_IR = 8  # what opset 17 came with
 
 
 @dataclass
@@ -53,7 +55,7 @@ def export_onnx(
     where = locate(model, source.parent)
     if not inline_external(model, where):
         externalize(model, where, out)
-    notes = _normalise(model)
+    notes = [*_normalise(model), *rename_apart(model, shapes)]
     exported = Exported(out, model, opset_of(model), notes=notes)
     exported.inputs, exported.outputs = model_specs(model)
     checks.check_shapes(exported.inputs, shapes)
@@ -66,7 +68,7 @@ def export_onnx(
         exported.model, more = raise_opset(model, min_opset, workspace, plain_shapes)
         exported.notes += more
         checks.sort_nodes(exported.model.graph)
-    _name_nodes(exported.model)
+    name_nodes(exported.model)
 
     progress(0.6, "inferring shapes")
     problem = _infer(exported, workspace)
@@ -80,6 +82,9 @@ def _normalise(model: ModelProto) -> list[str]:
     """Repairs that change nothing the model computes; returns notes."""
     notes = []
     graph = model.graph
+    if model.ir_version < _OLDEST_IR:  # below 4 every initializer has to be an input, too
+        notes.append(f"IR version raised from {model.ir_version} to {_OLDEST_IR}.")
+        model.ir_version = _OLDEST_IR
     wanted = real_inputs(graph)
     if dropped := len(graph.input) - len(wanted):
         kept = [i.SerializeToString() for i in wanted]
@@ -91,7 +96,10 @@ def _normalise(model: ModelProto) -> list[str]:
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
             if dim.HasField("dim_value") and dim.dim_value <= 0:
                 notes.append(f"Axis {axis} of input {info.name!r} was {dim.dim_value}; it is taken as dynamic.")
+    forget_placeholders(model)
+    for info in graph.input:
         _name_dims(info)
+    notes += name_nodes(model) + make_room(model)
     if checks.sort_nodes(graph):
         notes.append("The nodes were not in topological order; they were sorted.")
     return notes
@@ -102,18 +110,6 @@ def _name_dims(info: Any) -> None:
     for dim, name in zip(info.type.tensor_type.shape.dim, tensor_spec(info).shape, strict=True):
         if isinstance(name, str):
             dim.dim_param = name
-
-
-def _name_nodes(model: ModelProto) -> None:
-    """Give nodes without a name one, so that reports and exclusions can name every node."""
-    taken = {node.name for node in all_nodes(model)}
-    counter = 0
-    for node in model.graph.node:
-        if not node.name:
-            while (name := f"{node.op_type}_{counter}") in taken:
-                counter += 1
-            taken.add(name)
-            node.name = name
 
 
 def _written_for_check(model: ModelProto, out: Path, workspace: Path) -> Path:
@@ -211,12 +207,3 @@ def _fix_batch(exported: Exported, batch: int, workspace: Path) -> None:
     _infer(exported, workspace)
     exported.inputs, exported.outputs = model_specs(exported.model)
     exported.dynamic_batch = False
-
-
-def rename_symbol(model: ModelProto, old: str, new: str) -> None:
-    """Rename a symbolic dimension wherever the graph's types mention it, in expressions like `2*s0` too."""
-    pattern = re.compile(rf"\b{re.escape(old)}\b")
-    for info in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
-        for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = pattern.sub(new, dim.dim_param)

@@ -17,7 +17,8 @@ import numpy as np
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.data import synthetic_feeds
 from workers.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
-from workers.stages.export._pipeline import Exported, rename_symbol
+from workers.stages.export._names import rename_symbol
+from workers.stages.export._pipeline import Exported
 from workers.stages.export._pt2_guard import clean_copy
 from workers.stages.export._trial import batch_sizes, compare, open_session
 from workers.stages.export._write import write_model
