@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -30,9 +32,30 @@ class Memory:
         return int(self.array.ctypes.data)
 
 
+class Context:
+    """PyCUDA's primary context: current in a thread that pushed it; importing `autoprimaryctx` does so once."""
+
+    def __init__(self) -> None:
+        self.threads: Counter[int] = Counter([threading.get_ident()])
+
+    def push(self) -> None:
+        self.threads[threading.get_ident()] += 1
+
+    def pop(self) -> None:
+        self.threads[threading.get_ident()] -= 1
+
+    def check(self) -> None:
+        assert self.threads[threading.get_ident()] > 0, "no context is current in this thread"
+
+
 def fake_pycuda(name: str, capability: tuple[int, int]) -> dict[str, ModuleType]:
     """What the script uses of PyCUDA, on host memory."""
+    context = Context()
     driver, primary, package = (ModuleType(f"pycuda{n}") for n in (".driver", ".autoprimaryctx", ""))
+
+    def alloc(nbytes: int) -> Memory:
+        context.check()
+        return Memory(nbytes)
 
     def copy_in(memory: Memory, array: Any, _stream: Any) -> None:
         memory.array[: array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -41,13 +64,13 @@ def fake_pycuda(name: str, capability: tuple[int, int]) -> dict[str, ModuleType]
         array.reshape(-1).view(np.uint8)[...] = memory.array[: array.nbytes]
 
     driver.__dict__.update(
-        mem_alloc=Memory,
+        mem_alloc=alloc,
         memcpy_htod_async=copy_in,
         memcpy_dtoh=copy_out,
         Stream=lambda: SimpleNamespace(handle=7, synchronize=lambda: None),
     )
     device = SimpleNamespace(compute_capability=lambda: capability, name=lambda: name)
-    primary.__dict__.update(device=device)
+    primary.__dict__.update(device=device, context=context)
     package.__dict__.update(driver=driver, autoprimaryctx=primary)
     return {"pycuda": package, "pycuda.driver": driver, "pycuda.autoprimaryctx": primary}
 

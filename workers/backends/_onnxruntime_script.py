@@ -14,7 +14,7 @@ RUNTIME = json.loads(r"""__RUNTIME__""")
 
 
 def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name."""
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     levels = {

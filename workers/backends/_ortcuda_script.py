@@ -19,8 +19,10 @@ Needs: numpy, onnxruntime-gpu (__VERSION__ was measured) with the CUDA libraries
 """
 
 import argparse
+import contextlib
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,8 +58,30 @@ def make_session() -> ort.InferenceSession:
     return session
 
 
+def runner(session):
+    """A function from arrays by name to outputs by name, which many threads may call."""
+    options = ort.RunOptions()
+    # Sessions with CUDA graphs serve one call at a time.
+    alone = threading.Lock() if RUNTIME.get("cuda_graph") else contextlib.nullcontext()
+    if RUNTIME.get("cuda_graph"):
+        options.add_run_config_entry("gpu_graph_id", "-1")  # neither captured nor replayed
+    outputs = [item.name for item in session.get_outputs()]
+
+    def run(feeds):
+        with alone:
+            return dict(zip(outputs, session.run(None, feeds, options)))
+
+    return run
+
+
+def load():
+    """Names of the inputs, and the function that `runner` makes."""
+    session = make_session()
+    return [item.name for item in session.get_inputs()], runner(session)
+
+
 def bound_call(session, feeds, outputs):
-    """One run on inputs that lie on the GPU; as a CUDA graph where the engine was measured as one."""
+    """One run on inputs that lie on the GPU; as a CUDA graph where the engine was measured as one. For one thread."""
     binding = session.io_binding()
     kept = []
     for name, array in feeds.items():
@@ -103,11 +127,7 @@ def main() -> int:
         print(f"missing inputs: {', '.join(missing)}; the model needs {', '.join(names)}", file=sys.stderr)
         return 2
     feeds = {name: arrays[name] for name in names}
-    eager = ort.RunOptions()
-    if RUNTIME.get("cuda_graph"):
-        eager.add_run_config_entry("gpu_graph_id", "-1")
-    output_names = [item.name for item in session.get_outputs()]
-    outputs = dict(zip(output_names, session.run(None, feeds, eager)))
+    outputs = runner(session)(feeds)
 
     for name, array in feeds.items():
         print(f"input  {name}: {array.dtype} {list(array.shape)}")

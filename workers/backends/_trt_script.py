@@ -24,6 +24,7 @@ Needs: an NVIDIA GPU with its driver, numpy, tensorrt (__VERSION__ was measured)
 import hashlib
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import pycuda.driver as cuda
 import tensorrt as trt
 
 HERE = Path(__file__).resolve().parent
+PRIMARY = pycuda.autoprimaryctx.context
 
 # How this engine was measured. `declared`: where the model's type differs from the engine's.
 RUNTIME = json.loads(r"""__RUNTIME__""")
@@ -96,7 +98,10 @@ def numpy_dtype(kind):
 
 
 class Engine:
+    """One context, which serves one call at a time: threads wait for each other."""
+
     def __init__(self):
+        self.lock = threading.Lock()
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime, self.engine = read_engine(self.logger)
         self.context = self.engine.create_execution_context()
@@ -131,11 +136,24 @@ class Engine:
             self.profile = best[1]
 
     def run(self, feeds):
-        """Outputs by name, from inputs by name."""
+        """Outputs by name, from inputs by name; many threads may call it."""
+        with self.lock:
+            PRIMARY.push()  # it is current in the thread that imported this file only
+            try:
+                return self.run_here(feeds)
+            finally:
+                PRIMARY.pop()
+
+    def run_here(self, feeds):
         self.choose_profile(feeds)
         kept = []
         for name in self.inputs:
-            array = np.asarray(feeds[name], dtype=numpy_dtype(self.engine.get_tensor_dtype(name)), order="C")
+            given, dtype = np.asarray(feeds[name]), numpy_dtype(self.engine.get_tensor_dtype(name))
+            if given.dtype.kind == "V":  # an .npz does not know bfloat16
+                given = given.view(dtype)
+            known = [dtype, np.dtype(DECLARED.get(name, dtype))]
+            check(given.dtype in known, f"take {given.dtype} for {name}, which is {known[-1]}")
+            array = np.asarray(given, dtype=dtype, order="C")
             check(self.context.set_input_shape(name, array.shape), f"take {array.shape} for {name}")
             if self.engine.get_tensor_location(name) == trt.TensorLocation.HOST:
                 address = array.ctypes.data
@@ -167,8 +185,8 @@ class Engine:
         for name in self.outputs:
             found = placed.get(name)
             if not isinstance(found, np.ndarray):
-                shape = allocator.shapes.get(name) or tuple(self.context.get_tensor_shape(name))
-                array = np.empty(shape, numpy_dtype(self.engine.get_tensor_dtype(name)))
+                shape = allocator.shapes[name] if name in allocator.shapes else self.context.get_tensor_shape(name)
+                array = np.empty(tuple(shape), numpy_dtype(self.engine.get_tensor_dtype(name)))
                 if array.nbytes and name in host:
                     array.reshape(-1).view(np.uint8)[...] = allocator.memory[name][: array.nbytes]
                 elif array.nbytes:
@@ -178,7 +196,13 @@ class Engine:
         return results
 
 
-def load(path):
+def load():
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+    engine = Engine()
+    return engine.inputs, engine.run
+
+
+def read(path):
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
@@ -203,7 +227,7 @@ def main():
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "sample_input.npz"
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("output.npz")
     engine = Engine()
-    given = load(source)
+    given = read(source)
     missing = [n for n in engine.inputs if n not in given]
     if missing:
         raise SystemExit(f"{source} has no array {missing[0]!r}; the inputs are {', '.join(engine.inputs)}.")
@@ -216,7 +240,7 @@ def main():
     print(f"wrote {target}")
     expected = HERE / "expected_output.npz"
     if len(sys.argv) < 2 and expected.exists():
-        compare(outputs, load(expected))
+        compare(outputs, read(expected))
 
 
 if __name__ == "__main__":

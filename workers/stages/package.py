@@ -45,7 +45,7 @@ class Package(Stage[PackageOptions]):
     """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip)."""
 
     name = "package"
-    version = 4
+    version = 5
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
