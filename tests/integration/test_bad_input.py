@@ -276,7 +276,11 @@ def test_what_nobody_offers(service: Besieged, model_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("constraints", "relax"),
-    [({"max_size_mb": 1e-6}, "constraints.max_size_mb"), ({"min_throughput_qps": 1e15}, "constraints.min_throughput")],
+    [
+        ({"max_size_mb": 1e-6}, "constraints.max_size_mb"),
+        ({"min_throughput_qps": 1e15}, "constraints.min_throughput"),
+        ({"p99_latency_ms": 1e-6}, "constraints.p99_latency_ms to more than"),
+    ],
 )
 def test_constraints_that_nothing_meets(service: Besieged, model_id: str, constraints: Json, relax: str) -> None:
     job = service.acme.ended(service.acme.submit(model_id, constraints=constraints))
@@ -290,6 +294,7 @@ def test_constraints_that_nothing_meets(service: Besieged, model_id: str, constr
     assert report.json()["final_metrics"] is None
     assert any(not check["passed"] for check in report.json()["checks"])
     assert report.json()["baseline"]["batches"]
+    assert not any(c["measured"] == "full" for c in report.json()["candidates"]), "it ended at once"
 
 
 def test_after_all_that_the_same_worker_serves_and_nothing_is_left(service: Besieged) -> None:

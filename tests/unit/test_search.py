@@ -34,6 +34,7 @@ class Truth:
     make_fails: StageFailure | None = None
     broken: str | None = None
     cost_s: float = 0.0
+    size_bytes: int = 1000
 
 
 @dataclass
@@ -97,7 +98,8 @@ class Script:
         graph: Any = SimpleNamespace(key=key, outputs=outputs, seconds=truth.cost_s / 3)
         run.graph = graph
         run.steps = [graph, graph, graph]
-        run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": SimpleNamespace(size_bytes=1000)})  # type: ignore[assignment]
+        engine = SimpleNamespace(size_bytes=truth.size_bytes)
+        run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": engine})  # type: ignore[assignment]
         return True
 
     def check(self, run: CandidateRun, samples: int, until: float) -> bool:
@@ -131,14 +133,23 @@ class Script:
             raise failure
         batches = [str(b) for b in options.get("batch_sizes") or BATCHES]
         engines: dict[str, Any] = {r.plan.id: self._figures(r.plan.id, batches) for r in runs}
-        engines["baseline"] = {"batches": {b: {"p50_ms": None, "mean_ms": self.call_ms * int(b)} for b in batches}}
+        engines["baseline"] = {"batches": {b: self._original(self.call_ms * int(b)) for b in batches}}
         return SimpleNamespace(data={"engines": engines, "batch_sizes": [*map(int, batches)]}, made={})
+
+    def _original(self, ms: float) -> dict[str, Any]:
+        return {"p50_ms": None, "mean_ms": ms, "min_ms": 0.9 * ms}
 
     def _figures(self, cid: str, batches: Sequence[str]) -> dict[str, Any]:
         truth = self.truth(cid)
         at = {"1": truth.ratio, "8": truth.at_8 if truth.at_8 is not None else truth.ratio}
         return {
-            "batches": {b: {"speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]}} for b in batches}
+            "batches": {
+                b: {
+                    "speedup": {"ratio": at[b], "low": 0.97 * at[b], "high": 1.03 * at[b]},
+                    **({"mean_ms": (ms := self.call_ms * int(b) / at[b]), "min_ms": 0.9 * ms} if self.call_ms else {}),
+                }
+                for b in batches
+            }
         }
 
     def groups_that_fit(
@@ -208,6 +219,38 @@ def test_the_fast_and_accurate_goes_on_and_the_slow_is_never_checked(search: Any
     assert script.asked("check") == ["int8-good"]
     assert "cannot reach int8-good" in _reason(found, "slow-bf16")
     assert "cannot reach int8-good" in _reason(found, "fp32")
+
+
+def test_a_limit_that_every_median_misses_ends_the_search_at_once(search: Any) -> None:
+    case = _case(constraints={"p99_latency_ms": 5.0})
+    found, script = search({"fp32": Truth(1.1), "int8-good": Truth(2.0)}, case=case, call_ms=20.0)
+    assert found.out_of_reach
+    assert not found.finalists
+    assert not script.asked("check")
+    assert "already over the p99 limit" in _reason(found, "int8-good")
+    near, _ = search({"int8-good": Truth(3.5)}, case=case, call_ms=20.0)
+    assert not near.out_of_reach, "5.7 ms, and other runtime options may bring what is missing"
+    original, _ = search({"int8-good": Truth(0.5)}, case=_case(constraints={"p99_latency_ms": 25.0}), call_ms=20.0)
+    assert not original.out_of_reach, "the original itself keeps it"
+
+
+def test_an_engine_over_the_size_limit_is_not_measured(search: Any) -> None:
+    case = _case(constraints={"max_size_mb": 0.0009})
+    found, script = search({"fp32": Truth(1.1), "int8-good": Truth(2.0, size_bytes=500)}, case=case)
+    assert "over the limit" in _reason(found, "fp32")
+    assert script.asked("time")[0] == "int8-good"
+    assert _finalists(found)[0].startswith("int8-good")
+    none, script = search({"fp32": Truth(1.1), "int8-good": Truth(2.0, size_bytes=950)}, case=case)
+    assert none.out_of_reach
+    assert not script.asked("time")
+
+
+def test_a_slower_but_smaller_engine_stays_where_size_is_asked_for(search: Any) -> None:
+    truths = {"int8-small": Truth(1.2, at_8=0.8, size_bytes=500)}
+    found, _ = search(truths)
+    assert "slower at batch size 8" in _reason(found, "int8-small")
+    found, _ = search(truths, case=_case(constraints={"max_size_mb": 0.0009}))
+    assert any(f.startswith("int8-small") for f in _finalists(found))
 
 
 def test_runtime_options_are_tried_for_the_leaders_on_the_same_accuracy(search: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline.select import BASELINE, Tried, judge, pareto, undecided
+from workers.pipeline.select import BASELINE, Check, Tried, judge, pareto, undecided
 
 QUIET = {"1": {"ratio": 1.0, "low": 0.98, "high": 1.02}, "8": {"ratio": 1.0, "low": 0.98, "high": 1.02}}
 MEASURED = {"source": "dataset", "loss_percent": 0.1, "metric": "top1", "samples": 600}
@@ -167,3 +167,34 @@ def test_of_those_that_tie_where_it_counts_the_better_over_all_batch_sizes_is_pi
     slower = _candidate(2.6, width=0.09, at8=9.0)
     even.id, lopsided.id, slower.id = "even", "lopsided", "slower"
     assert judge(_spec(), _baseline(), [even, lopsided, slower], {}).picked == "even"
+
+
+def test_a_smaller_engine_ships_where_the_original_is_over_the_limit_of_size_or_memory() -> None:
+    limits = {"constraints": {"max_size_mb": 2.0}}
+    slow = _candidate(0.9, size_bytes=1_000_000)
+    verdict = judge(_spec(**limits), _baseline(), [slow], QUIET)
+    assert (verdict.picked, verdict.smaller) == ("int8", True)
+    assert "not faster" in slow.speed[0], "and it is said"
+    assert _pick(_candidate(0.9, size_bytes=1_000_000)) == BASELINE, "nobody asked for less"
+    assert _pick(_candidate(0.9), **limits) is None, "it is no smaller"
+    lossy = _candidate(0.9, {**MEASURED, "loss_percent": 3.0}, size_bytes=1_000_000)
+    assert _pick(lossy, **limits) is None
+    faster = _candidate(2.0, size_bytes=1_500_000)
+    faster.id = "faster"
+    verdict = judge(_spec(**limits), _baseline(), [slow, faster], QUIET)
+    assert (verdict.picked, verdict.smaller) == ("faster", False)
+    memory = {"constraints": {"max_memory_mb": 80.0}}
+    assert _pick(_candidate(0.9, peak_memory_mb=60.0), **memory) == "int8"
+    assert _pick(_candidate(0.9), constraints={"min_throughput_qps": 1e6}) is None
+
+
+def test_the_nearest_miss_may_be_one_that_was_never_measured_in_full() -> None:
+    near, far = _candidate(2.0), _candidate(2.0)
+    near.id = "near"
+    for tried, value in ((near, 6.0), (far, 60.0)):
+        tried.figures, tried.failed = None, "over the limit"
+        tried.missed = Check("p99_latency_ms", value, 5.0, False, "over the limit", at_least=True)
+    baseline = _baseline()
+    verdict = judge(_spec(constraints={"p99_latency_ms": 5.0}), baseline, [far, near], QUIET)
+    assert verdict.nearest is not None
+    assert (verdict.nearest[0], verdict.nearest[1]) == ("near", [near.missed])

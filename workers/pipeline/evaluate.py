@@ -16,7 +16,7 @@ from workers.measure.parts import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.select import Tried, primary_batch
+from workers.pipeline.select import Check, Tried, primary_batch
 
 SEED = 20_240_229
 NO_MEMORY = ("out_of_memory", "gpu_out_of_memory")
@@ -103,6 +103,11 @@ class CandidateRun:
         if self.tried.failed is None:
             self.tried.failed = reason
             self.note(phase, "dropped", reason)
+
+    def miss(self, phase: str, check: Check) -> None:
+        """Out of the race: it cannot meet this limit."""
+        self.tried.missed = check
+        self.drop(phase, check.reason or check.name)
 
     def note(self, phase: str, decision: str, reason: str | None = None, **facts: Any) -> None:
         entry = {"phase": phase, "decision": decision, "reason": reason, **facts}

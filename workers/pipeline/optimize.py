@@ -99,7 +99,7 @@ class Optimizer:
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         found = Search(case, plan, self.backends, evaluator, self.budget).run()
         progress.enter("final", self._final_weight(len(found.finalists)) + len(found.finalists))
-        benchmark = self._final(evaluator, found)
+        benchmark = self._shortly(evaluator, found) if found.out_of_reach else self._final(evaluator, found)
         baseline, verdict = self._judge(benchmark, found, found.finalists)
         wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]
         if verdict.picked in (None, BASELINE) and wider and self._time_for_more(benchmark, len(wider)):
@@ -185,6 +185,13 @@ class Optimizer:
                     raise self._too_small("the measurement of the original") from failure
                 else:
                     raise
+
+    def _shortly(self, evaluator: Evaluator, found: Found) -> Outcome:
+        """The short timing that showed that nothing meets the constraints; or one of the original, where sizes did."""
+        if found.timing is not None:
+            return found.timing
+        seconds = min(self.spec.benchmark.min_seconds, 1.0)
+        return evaluator.time([], self.budget.final_until(), min_seconds=seconds, screening=True)
 
     def _judge(self, benchmark: Outcome, found: Found, measured: Sequence[CandidateRun]) -> tuple[Tried, Verdict]:
         figures = benchmark.data["engines"]

@@ -224,6 +224,10 @@ def _final(found: Optimization, batch: str) -> FinalMetrics:
         loss: float | None = 0.0
     else:
         loss = accuracy.get("loss_percent")
+    if found.verdict.smaller:
+        reasons["speedup"] = (
+            "not faster with confidence: it ships because the original is over a limit of size or memory"
+        )
     if winner.figures.get("peak_memory_mb") is None:
         reasons["memory_mb"] = "not measured"
     return FinalMetrics(

@@ -72,7 +72,11 @@ def no_feasible_candidate(found: Optimization) -> StageFailure:
     assert found.verdict.nearest is not None
     name, missed = found.verdict.nearest
     misses = "; ".join(c.reason or f"{c.name} {c.value}, limit {c.limit}" for c in missed)
-    relax = ", ".join(f"{_FIELDS.get(c.name, c.name)} to {c.value:.4g}" for c in missed if _is_measured_miss(c))
+    relax = ", ".join(
+        f"{_FIELDS.get(c.name, c.name)} to {'more than ' if c.at_least else ''}{c.value:.4g}"
+        for c in missed
+        if _is_measured_miss(c)
+    )
     return StageFailure(
         "no_feasible_candidate",
         f"No configuration meets all constraints. The nearest is {name}: {misses}.",

@@ -18,6 +18,8 @@ from workers.pipeline.checking import Checker, broken
 from workers.pipeline.evaluate import NO_MEMORY, NO_ROOM, CandidateRun, Evaluator
 from workers.pipeline.halving import Speed
 from workers.pipeline.planner import Plan
+from workers.pipeline.reach import out_of_reach, over_size
+from workers.pipeline.runner import Outcome
 from workers.pipeline.select import BASELINE, primary_batch
 from workers.pipeline.winback import WinBack, is_quantized, quantization
 
@@ -39,6 +41,8 @@ class Found:
     finalists: list[CandidateRun]
     phases: list[dict[str, float | str | int]] = field(default_factory=list)
     exhausted: bool = False
+    out_of_reach: bool = False  # nobody, the original included, can meet the constraints
+    timing: Outcome | None = None  # the last short timing
 
 
 class Search:
@@ -72,9 +76,13 @@ class Search:
         if self.spec.search.strategy == "exhaustive":
             return self._everything()
         self._make(self.found.runs)
+        if self._nothing_is_small_enough():
+            return self.found
         # At the batch size that counts; the others are timed later, for those that can still win. A large one may be
         # more than the original itself takes: then it is not timed alone.
         self._screen(self._alive(), _SCREEN_SECONDS, "short timing", batch_sizes=self._first_batch_sizes())
+        if self._nothing_is_fast_enough():
+            return self.found
         self._keep_time_for_the_final()
         accurate = self._check_while_they_can_win()
         accurate += self._win_back(accurate)
@@ -86,6 +94,28 @@ class Search:
             accurate += self._tune(accurate)
         self._choose(accurate)
         return self.found
+
+    def _nothing_is_small_enough(self) -> bool:
+        """Known once everybody is built: what quantizes further, or computes otherwise, is no smaller."""
+        if over_size(self.spec.constraints, self.evaluator.export.outputs["model"].size_bytes) is None:
+            return False
+        self.found.out_of_reach = not self._alive() and any(r.tried.missed is not None for r in self.found.runs)
+        return self.found.out_of_reach
+
+    def _nothing_is_fast_enough(self) -> bool:
+        """By the short timing, with all that other runtime options may bring."""
+        limits, alive = self.spec.constraints, self._alive()
+        if self._original is None or out_of_reach(limits, self._original, self.primary) is None:
+            return False
+        misses = {r.plan.id: out_of_reach(limits, r.screened, self.primary, self._tuning_gain(r)) for r in alive}
+        if not all(misses.values()):
+            return False
+        for run in alive:
+            miss = misses[run.plan.id]
+            assert miss is not None
+            run.miss("short timing", miss)
+        self.found.out_of_reach = True
+        return True
 
     def _everything(self) -> Found:
         """The full method for every configuration: what the search is measured against."""
@@ -123,6 +153,10 @@ class Search:
                     run.drop("make", f"the engine of {twin.plan.name}, byte for byte")
                     continue
                 run.note("make", "built")
+                too_large = over_size(self.spec.constraints, run.engine.size_bytes)
+                if too_large is not None:
+                    run.miss("make", too_large)
+                    continue
                 safe |= run.plan.lossless
             if not _calibrates(run):
                 rest = self.budget.elapsed() - begun
@@ -161,6 +195,7 @@ class Search:
             sizes = max(len(timed.data.get("batch_sizes", ())), 1)
             self._seconds_each = (self.budget.elapsed() - begun) / (len(group) + 1) / sizes  # the original beside them
             self._original = timed.data["engines"].get(BASELINE)
+            self.found.timing = timed
             for run in group:
                 self._timed(run, timed.data["engines"].get(run.plan.id), phase)
                 run.screened_at = timed.made.get("at")
@@ -198,8 +233,13 @@ class Search:
         self._speeds[run.plan.id] = speed
         run.note(phase, "timed", ratio=round(speed.ratio, 4), low=round(speed.low, 4), high=round(speed.high, 4))
         elsewhere = halving.slower_elsewhere(self.spec, figures)
-        if elsewhere:
+        if elsewhere and not self._shall_shrink():
             run.drop(phase, elsewhere)
+
+    def _shall_shrink(self) -> bool:
+        """Whether an engine may be asked for because it is smaller than the original, though no faster."""
+        limits = self.spec.constraints
+        return limits.max_size_mb is not None or limits.max_memory_mb is not None
 
     def _not_timed(self, run: CandidateRun, phase: str, why: str) -> None:
         """For want of time or memory. What was timed before, beside fewer others, keeps that."""
@@ -255,7 +295,7 @@ class Search:
         lost = [r for r in lost if halving.over_limit(self.spec, r.tried.accuracy or {})]
         mended: list[CandidateRun] = []
         for run in [r for r in lost if r.plan.id not in self._mended]:
-            floor = reached * halving.WIN_BACK_GAIN if reached else 1.0
+            floor = reached * halving.WIN_BACK_GAIN if reached else 0.0 if self._shall_shrink() else 1.0
             if self._speeds[run.plan.id].high < floor or not self.spec.quantization.win_back:
                 continue
             if self.budget.over(self.budget.search_until) or (run.tried.accuracy or {}).get("source") == "synthetic":

@@ -16,18 +16,21 @@ from app.domain.spec import Constraints, OptimizationSpec
 from workers.measure.device_memory import limited_mb
 
 BASELINE = "baseline"
+_SIZES = ("size_mb", "memory_mb")
 TIE = 0.95  # of the fastest, from which on what cannot be told from it at one batch size is decided by the others
 
 
 @dataclass(frozen=True)
 class Check:
-    """One verdict: the value that was measured (None where it could not be), its limit, and whether it holds."""
+    """One verdict: the value that was measured (None where it could not be), its limit, and whether it holds.
+    `at_least`: the value is a lower bound of what would be measured."""
 
     name: str
     value: float | None
     limit: float | None
     passed: bool
     reason: str | None = None
+    at_least: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -60,6 +63,7 @@ class Tried:
     failed: str | None = None  # why it never got that far
     checks: list[Check] = field(default_factory=list)
     speed: list[str] = field(default_factory=list)  # why it is not faster
+    missed: Check | None = None  # the limit that it was seen to miss before it was measured in full
 
     @property
     def reasons(self) -> list[str]:
@@ -70,11 +74,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`picked` is a candidate's id or `baseline`; None where not even the baseline meets the constraints."""
+    """`picked` is a candidate's id or `baseline`; None where not even the baseline meets the constraints. `smaller`: it
+    ships because the original is over a limit of size or memory, not because it is faster."""
 
     picked: str | None
     primary_batch: str
     nearest: tuple[str, list[Check]] | None = None
+    smaller: bool = False
 
 
 def primary_batch(spec: OptimizationSpec, measured: Sequence[str]) -> str:
@@ -106,9 +112,18 @@ def judge(
         return Verdict(_best(spec, shippable, batch).id, batch)
     if all(c.passed for c in baseline.checks):
         return Verdict(BASELINE, batch)
-    everyone = [t for t in (baseline, *candidates) if t.failed is None]
+    smaller = [t for t in candidates if _only_smaller(spec, t)]
+    if smaller and any(c.name in _SIZES and not c.passed for c in baseline.checks):
+        return Verdict(_best(spec, smaller, batch).id, batch, smaller=True)
+    everyone = [t for t in (baseline, *candidates) if t.failed is None or t.missed is not None]
     nearest = min(everyone, key=lambda t: max((c.miss for c in _all_checks(t)), default=0.0))
     return Verdict(None, batch, (nearest.id, [c for c in _all_checks(nearest) if not c.passed]))
+
+
+def _only_smaller(spec: OptimizationSpec, tried: Tried) -> bool:
+    """Whether it keeps every limit, and lacks nothing but speed."""
+    kept = tried.failed is None and all(c.passed for c in tried.checks)
+    return kept and tried.figures is not None and bool(_ratios(spec, tried))
 
 
 def undecided(spec: OptimizationSpec, tried: Tried, batch: str) -> bool:
@@ -124,6 +139,8 @@ def undecided(spec: OptimizationSpec, tried: Tried, batch: str) -> bool:
 
 def _all_checks(tried: Tried) -> list[Check]:
     """With the one that no constraint names: what is not faster never ships, whatever limit it would meet."""
+    if tried.missed is not None:
+        return [tried.missed]
     return [*tried.checks, *(Check("faster_than_original", None, None, False, why) for why in tried.speed)]
 
 
