@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
+Layout = tuple[tuple[str, tuple[int, ...]], ...]  # (input, shape of a sample)
 
 BLOCK_BYTES = 8 << 20
 KEPT_BYTES = 32 << 20
@@ -122,10 +123,13 @@ class Samples:
         shared: bool = False,
         max_samples: int | None = None,
         exclude: Collection[str] = (),
+        layout: Layout | None = None,
     ) -> None:
         """`shared`: the data set calibrates, too, and only its validation side selects and confirms. `exclude`: digests
-        of samples to leave out, e.g. those that calibrated the engine; `excluded` counts them."""
+        of samples to leave out, e.g. those that calibrated the engine; `excluded` counts them. `layout`:
+        only samples whose inputs have these shapes are read (`workers.measure.shapes.layouts`)."""
         self._path = path
+        self._layout = layout
         self._exclude = frozenset(exclude)
         self.excluded = 0
         self._inputs = {spec.name: spec for spec in inputs}
@@ -273,7 +277,7 @@ class Samples:
             for shard in shards:
                 members = shard.members()
                 rows = self._checked_rows(shard, members)
-                if rows == 0:
+                if rows == 0 or not self._wanted(members):
                     continue
                 row_bytes = max(1, sum(member.row_bytes for member in members.values()))
                 step = max(1, BLOCK_BYTES // row_bytes)
@@ -287,6 +291,9 @@ class Samples:
                                 check_finite(name, array, first + start, shard.label)
                         yield first + start, arrays
                 first += rows
+
+    def _wanted(self, members: Mapping[str, Member]) -> bool:
+        return self._layout is None or all(members[name].shape[1:] == shape for name, shape in self._layout)
 
     def _checked_rows(self, shard: Shard, members: Mapping[str, Member]) -> int:
         """How many samples the shard has; raises where its arrays do not fit the model."""

@@ -47,8 +47,8 @@ class AppliedOptimization(_Part):
 
 
 class FinalMetrics(_Part):
-    """Of the shipped engine, at `batch_size`; `speedup` against the baseline, e.g. "2.2x". `memory_mb`: of the process;
-    `gpu_memory_mb`: what it takes of a GPU, None without one."""
+    """Of the shipped engine, at `batch_size` and `shape` (of each input, the batch included); `speedup` against the
+    baseline, e.g. "2.2x". `memory_mb`: of the process; `gpu_memory_mb`: what it takes of a GPU, None without one."""
 
     latency_ms: float | None
     throughput_qps: float | None
@@ -59,6 +59,7 @@ class FinalMetrics(_Part):
     speedup_ci: list[float] | None = None
     size_mb: float | None = None
     batch_size: int | None = None
+    shape: dict[str, list[int]] | None = None
     accuracy_metric: str | None = None
     accuracy_loss_ci: list[float] | None = None
     accuracy_samples: int | None = None
@@ -91,6 +92,23 @@ class DeploymentConfig(_Part):
     reasons: dict[str, str] = {}
 
 
+class ShapeReport(_Part):
+    """The shipped engine beside the original at one shape. `in_use`: the data or the job have it, or nothing is known
+    of what is in use; there the engine is never slower, or it does not ship. `holds`: whether it is not slower here
+    (None: not known, see `reason`)."""
+
+    label: str
+    dims: dict[str, list[int]]
+    batch: int
+    in_use: bool
+    original_ms: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+    speedup_ci: list[float] | None = None
+    holds: bool | None = None
+    reason: str | None = None
+
+
 class CandidateReport(_Part):
     """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always. `accuracy`: of finalists
     on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
@@ -107,6 +125,7 @@ class CandidateReport(_Part):
     status: str
     reason: str
     batches: dict[str, Any] = {}
+    shapes: list[dict[str, Any]] = []
     accuracy: dict[str, Any] | None = None
     accuracy_in_search: dict[str, Any] | None = None
     size_mb: float | None = None
@@ -175,5 +194,6 @@ class Report(_Part):
     search: SearchReport | None = None
     nodes_kept: list[str] = []
     sensitivity: list[dict[str, Any]] = []
+    shapes: list[ShapeReport] = []
     profile: dict[str, Any] | None = None
     not_explained: dict[str, str] = {}

@@ -36,6 +36,17 @@ _SWEEP = {
     "memory_mb": "MB of memory",
     "reason": "",
 }
+_SHAPES = {
+    "label": "shape",
+    "dims": "inputs",
+    "original_ms": "the original, ms",
+    "latency_ms": "the engine, ms",
+    "speedup": "speed-up",
+    "speedup_ci": "95 % interval",
+    "in_use": "in use",
+    "holds": "not slower",
+    "reason": "",
+}
 _Json = Mapping[str, Any]
 
 
@@ -46,8 +57,10 @@ def report_page(report: _Json, job_id: str) -> str:
         f"<h1>{_text(analysis.get('model', job_id))}</h1>",
         f"<p class=sub>{_text(analysis.get('hardware'))} · job {_text(job_id)}</p>",
         _tiles(final),
+        _measured_at(final),
         _section("Latency (p50, lower is better)", _latencies(report)),
         _section("Speed-up over the original, with its 95 % interval", _speedups(report)),
+        _section("At every shape", _rows(report.get("shapes"), _SHAPES, 16)),
         _section("Candidates", _candidates(report)),
         _section("Checks", _checks(report)),
         _section("What each part gained, measured by leaving it out", _applied(report)),
@@ -111,6 +124,17 @@ def _tiles(final: _Json) -> str:
     there = [n for n in wanted if n in final and (n != "gpu_memory_mb" or final[n] is not None)]
     tiles = "".join(f"<div class=tile><b>{_text(final[n])}</b>{wanted[n]}</div>" for n in there)
     return f"<div class=tiles>{tiles}</div>" if tiles else ""
+
+
+def _measured_at(final: _Json) -> str:
+    """Where the headline's figures were measured."""
+    batch, shape = final.get("batch_size"), final.get("shape")
+    if batch is None and not shape:
+        return ""
+    where = f"at batch size {_text(batch)}"
+    if isinstance(shape, Mapping):
+        where += ", with " + ", ".join(f"{_text(name)} [{_text(dims)}]" for name, dims in shape.items())
+    return f"<p class=sub>Measured {where}.</p>"
 
 
 def _configurations(report: _Json) -> list[_Json]:

@@ -65,6 +65,7 @@ class Script:
     graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
+    other_shapes: bool = False
 
     def __post_init__(self) -> None:
         calibration = SimpleNamespace(digest="c")

@@ -32,6 +32,7 @@ from workers.measure.stats import settled
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[int, Sequence[dict[str, Array]]]  # batch size → distinct inputs
+Prepared = Feeds | Mapping[int | str, Sequence[dict[str, Array]]]  # and, by its label, a shape beside the typical
 
 LOAD_LIMIT_S = 300.0
 INFERENCE_LIMIT_S = 120.0
@@ -83,7 +84,7 @@ class EngineProcess:
         backend: str,
         folder: Path,
         runtime: Mapping[str, Any],
-        feeds: Feeds | None = None,
+        feeds: Prepared | None = None,
         cores: Sequence[int] | None = None,
     ) -> None:
         """Fork. `feeds` are inherited, not copied; a process that is to load in a clean memory gets none. `cores`: the
@@ -110,7 +111,7 @@ class EngineProcess:
         answer: tuple[float, list[str]] = self._call("infer", feeds, limit_s=INFERENCE_LIMIT_S)
         return answer
 
-    def prepare(self, batch: int, seconds: float = math.inf, limit_s: float = math.inf) -> list[str]:
+    def prepare(self, batch: int | str, seconds: float = math.inf, limit_s: float = math.inf) -> list[str]:
         """Run every distinct input of this batch size once; the calls of a user on them are what is timed from now on.
         Names of outputs with NaN or Infinity. After `seconds` the rest is left out; two are always taken. `limit_s`:
         when the engine is given up."""
@@ -213,11 +214,11 @@ class EngineProcess:
 
 
 class _Engine:
-    def __init__(self, backend: str, folder: Path, runtime: Mapping[str, Any], feeds: Feeds) -> None:
+    def __init__(self, backend: str, folder: Path, runtime: Mapping[str, Any], feeds: Prepared) -> None:
         self._backend_name = backend
         self._folder = folder
         self._runtime = runtime
-        self._feeds = feeds
+        self._feeds: Mapping[Any, Sequence[dict[str, Array]]] = feeds
         self._session: kernel.Session | None = None
         self._prepared: list[dict[str, Array]] = []
         self._calls: list[Callable[[], Any]] = []
@@ -242,7 +243,7 @@ class _Engine:
         elapsed = time.perf_counter_ns() - start
         return elapsed / 1e6, _not_finite(outputs)
 
-    def prepare(self, batch: int, seconds: float) -> list[str]:
+    def prepare(self, batch: int | str, seconds: float) -> list[str]:
         broken: set[str] = set()
         self._prepared, self._calls, self._next = [], [], 0
         start = time.perf_counter()

@@ -67,7 +67,7 @@ def budget_exhausted(name: str) -> StageFailure:
 
 def measure(
     processes: Mapping[str, EngineProcess],
-    batch: int,
+    batch: int | str,
     *,
     min_seconds: float,
     rounds: int,
@@ -78,8 +78,8 @@ def measure(
     ends: float = math.inf,
     always: Collection[str] = (),
 ) -> Measured:
-    """Warm up and time all engines at one batch size. An engine that fails is left out of the timings, and the others
-    go on.
+    """Warm up and time all engines at one batch size (or at the shape of that label). An engine that fails is left out
+    of the timings, and the others go on.
 
     `ends`: `time.monotonic()` by which it should be done. Where the time does not hold the plan, distinct inputs (never
     under two), windows and rounds shrink (never under five rounds of one call); where it does not hold that either, the
@@ -136,7 +136,7 @@ def _settle_seconds(plan: Plan, found: Measured, p50_ns: Mapping[str, float], do
 
 
 def _ready(
-    process: EngineProcess, batch: int, min_seconds: float, share: float, limit_s: float, screening: bool
+    process: EngineProcess, batch: int | str, min_seconds: float, share: float, limit_s: float, screening: bool
 ) -> tuple[Timing, bool]:
     """Inputs bound and warm, within about `share` seconds where one inference does not take longer; and whether inputs
     were left out for it."""

@@ -50,6 +50,27 @@ def resolved_shape(spec: TensorSpec, batch: int, shapes: Mapping[str, Any] | Non
     return tuple(out)
 
 
+def synthetic_shapes(
+    inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Any] | None
+) -> dict[str, tuple[int, ...]]:
+    """A concrete shape for every input, from the job's `shapes` or by custom; a symbolic name means one size, wherever
+    it stands."""
+    sizes: dict[str, int] = {}
+    for spec in inputs:
+        for dim, size in zip(spec.shape, _opt(shapes, spec.name) or (), strict=False):
+            if isinstance(dim, str) and dim:
+                sizes.setdefault(dim, int(size))
+    found = {}
+    for spec in inputs:
+        shape = list(resolved_shape(spec, batch, shapes))
+        if _opt(shapes, spec.name) is None:
+            for axis, dim in enumerate(spec.shape[1:], start=1):
+                if isinstance(dim, str):
+                    shape[axis] = sizes.get(dim, shape[axis])
+        found[spec.name] = tuple(shape)
+    return found
+
+
 def synthetic_feeds(
     inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Any] | None, seed: int
 ) -> dict[str, Array]:
@@ -58,21 +79,13 @@ def synthetic_feeds(
     `shapes`: input name → {"min", "opt", "max"}, as in the job's spec, or None. Integers stay below 10, which every
     embedding table holds. The same seed gives the same arrays.
     """
+    return random_feeds(inputs, synthetic_shapes(inputs, batch, shapes), seed)
+
+
+def random_feeds(inputs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
+    """As `synthetic_feeds`, in these shapes: input name → shape, the batch included."""
     rng = np.random.default_rng(seed)
-    sizes: dict[str, int] = {}
-    for spec in inputs:  # a symbolic name means one size, wherever it stands
-        for dim, size in zip(spec.shape, _opt(shapes, spec.name) or (), strict=False):
-            if isinstance(dim, str) and dim:
-                sizes.setdefault(dim, int(size))
-    feeds = {}
-    for spec in inputs:
-        shape = list(resolved_shape(spec, batch, shapes))
-        if _opt(shapes, spec.name) is None:
-            for axis, dim in enumerate(spec.shape[1:], start=1):
-                if isinstance(dim, str):
-                    shape[axis] = sizes.get(dim, shape[axis])
-        feeds[spec.name] = _plausible(spec, tuple(shape), rng)
-    return feeds
+    return {spec.name: _plausible(spec, dims[spec.name], rng) for spec in inputs}
 
 
 def _opt(shapes: Mapping[str, Any] | None, name: str) -> Sequence[int] | None:

@@ -11,8 +11,9 @@ from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
-from workers.kernel import backends
+from workers.kernel import TensorSpec, backends
 from workers.measure.parts import Part
+from workers.measure.shapes import free_axes
 from workers.pipeline.budget import Budget
 from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
@@ -137,6 +138,11 @@ class Evaluator:
         self._references: dict[tuple[str, int], Outcome] = {}  # the original's outputs, by part and number of samples
         self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
         self._quantized: dict[str, ArtifactRef] = {}  # what NNCF made first, likewise
+
+    @property
+    def other_shapes(self) -> bool:
+        """Whether the model has axes beside the batch that are free: then it is timed at several shapes."""
+        return bool(free_axes(_specs(self.export.data["inputs"])))
 
     # Making
 
@@ -322,9 +328,10 @@ class Evaluator:
         compare_to: str | None = None,
         rounds: int = 10,
         batch_sizes: Sequence[int] | None = None,
+        every_shape: bool = False,
     ) -> Outcome:
         """Baseline and these engines side by side; figures by id in the answer's data. `batch_sizes`: other than the
-        job's."""
+        job's. `every_shape`: at the shapes beside the typical, too."""
         inputs = {"baseline": self.export.outputs["model"]}
         engines = []
         for run in runs:
@@ -344,7 +351,8 @@ class Evaluator:
             "want_p99": self.spec.constraints.p99_latency_ms is not None and not screening,
             "seed": SEED,
             "screening": screening,
-            "essential": int(primary_batch(self.spec, sizes)) if screening else None,
+            "essential": int(primary_batch(self.spec, sizes)),
+            "every_shape": every_shape,
             "cold": not screening,
             "compare_to": compare_to,
             "baseline_backend": self.baseline_backend,
@@ -386,6 +394,10 @@ def complete(run: CandidateRun, samples: int) -> bool:
     accuracy = run.tried.accuracy or {}
     asked = run.validate.options.get("max_samples", 0) if run.validate else 0
     return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
+
+
+def _specs(inputs: Sequence[Mapping[str, Any]]) -> list[TensorSpec]:
+    return [TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in inputs]
 
 
 def _fewer(accuracy: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:

@@ -177,7 +177,8 @@ class Optimizer:
             run.drop("final", _NO_ROOM)
         while True:
             try:
-                return evaluator.time(ready, until, min_seconds=self.spec.benchmark.min_seconds, screening=False)
+                seconds = self.spec.benchmark.min_seconds
+                return evaluator.time(ready, until, min_seconds=seconds, screening=False, every_shape=True)
             except StageFailure as failure:
                 if failure.code in NO_MEMORY and ready:
                     ready.pop().drop("final", _NO_ROOM)  # the last one: activations count, and are not known before
@@ -212,7 +213,9 @@ class Optimizer:
         seconds = min(_LONGER * self.spec.benchmark.min_seconds, _LONGEST_MIN_S)
         until = self.budget.final_until()
         try:
-            return evaluator.time(runs, until, min_seconds=seconds, screening=False, rounds=_MORE_ROUNDS)
+            return evaluator.time(
+                runs, until, min_seconds=seconds, screening=False, rounds=_MORE_ROUNDS, every_shape=True
+            )
         except StageFailure as failure:
             if failure.code != "timed_out":
                 raise

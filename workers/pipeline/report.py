@@ -12,6 +12,7 @@ from app.domain.report import (
     FinalMetrics,
     Report,
     SearchReport,
+    ShapeReport,
     StageReport,
 )
 from workers.pipeline.deployment import deployment_config as make_deployment
@@ -20,6 +21,7 @@ from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import BASELINE, Tried, pareto, ratio_of
+from workers.pipeline.shape_rules import not_kept, shape_table
 
 
 def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[Mapping[str, Any]]) -> Report:
@@ -80,6 +82,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         profile=dict(found.explanation.profile.data) if found.explanation.profile else None,
         not_explained=dict(found.explanation.reasons),
         sensitivity=_sensitivity(found),
+        shapes=[ShapeReport(**row) for row in _shapes(found, batch)],
     )
 
 
@@ -222,6 +225,9 @@ def _final(found: Optimization, batch: str) -> FinalMetrics:
     if winner.id == BASELINE:
         reasons["speedup"] = "no candidate was faster with confidence within the limits; the original ships untouched"
         loss: float | None = 0.0
+        elsewhere = [f"{r.plan.name} {why}" for r in found.runs for why in not_kept(found.spec, r.tried.figures or {})]
+        if elsewhere:
+            reasons["shapes"] = f"the original ships for all shapes: {'; '.join(elsewhere)}"
     else:
         loss = accuracy.get("loss_percent")
     if found.verdict.smaller:
@@ -240,11 +246,18 @@ def _final(found: Optimization, batch: str) -> FinalMetrics:
         speedup_ci=[round(ratio["low"], 4), round(ratio["high"], 4)] if ratio else None,
         size_mb=_mb(winner.figures["size_bytes"]),
         batch_size=int(batch),
+        shape=(found.benchmark.data.get("shape") or {}).get("dims"),
         accuracy_metric=accuracy.get("metric"),
         accuracy_loss_ci=accuracy.get("loss_ci"),
         accuracy_samples=accuracy.get("samples"),
         reasons=reasons,
     )
+
+
+def _shapes(found: Optimization, batch: str) -> list[dict[str, Any]]:
+    winner, original = _winner(found).figures, found.baseline.figures
+    assert original is not None
+    return shape_table(found.spec, found.benchmark.data, original, winner or original, batch)
 
 
 def _speedup(ratio: Mapping[str, Any]) -> str:
@@ -271,6 +284,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         status="picked" if is_pick else "kept" if kept else "dropped",
         reason=reason,
         batches=figures.get("batches", {}),
+        shapes=figures.get("shapes", []),
         accuracy=dict(tried.accuracy) if tried.accuracy else None,
         accuracy_in_search=dict(run.selected) if run.confirmed else None,
         size_mb=_mb(figures.get("size_bytes")),

@@ -12,6 +12,7 @@ from app.domain.failures import StageFailure
 from workers.candidates import Case
 from workers.kernel import Backend
 from workers.measure.plan import expected_seconds
+from workers.measure.shape_timing import SHARE
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
 from workers.pipeline.checking import Checker, broken
@@ -217,6 +218,8 @@ class Search:
             self._checker.expect(self._sample_ms)
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
+            if self.evaluator.other_shapes:
+                seconds /= 1 - SHARE
             self.budget.keep_for_final(seconds)
 
     def _timed(self, run: CandidateRun, figures: dict[str, object] | None, phase: str) -> None:

@@ -2,7 +2,7 @@
 
 An engine ships only if it is at least as accurate as agreed on the very bytes, faster with confidence (the lower end of
 the 95 % interval of its speed-up lies above 1, beyond what the machine's own noise shows), not slower at any other
-measured batch size, and within every constraint. Otherwise the untouched baseline ships.
+measured batch size nor at any shape in use, and within every constraint. Otherwise the untouched baseline ships.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from app.domain.spec import Constraints, OptimizationSpec
 from workers.measure.device_memory import limited_mb
+from workers.pipeline.shape_rules import not_kept
 
 BASELINE = "baseline"
 _SIZES = ("size_mb", "memory_mb")
@@ -134,6 +135,7 @@ def undecided(spec: OptimizationSpec, tried: Tried, batch: str) -> bool:
     ratios = {size: ratio_of(spec, at) for size, at in ((tried.figures or {}).get("batches") or {}).items()}
     primary = ratios.pop(batch, None)
     slower = any(ratio is None or ratio["high"] < 1.0 for ratio in ratios.values())
+    slower = slower or bool(not_kept(spec, tried.figures or {}))
     return primary is not None and primary["ratio"] > 1.0 and not slower
 
 
@@ -238,7 +240,7 @@ def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping
                 reasons.append(f"not faster with confidence at batch size {size}: {interval}{beyond}")
         elif ratio["high"] < 1.0:
             reasons.append(f"slower at batch size {size}: {ratio['ratio']:.2f}x")
-    return reasons
+    return reasons + not_kept(spec, tried.figures)
 
 
 def _noise(spec: OptimizationSpec, aa: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

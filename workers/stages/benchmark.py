@@ -6,79 +6,31 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
-from workers.data import Samples
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.kernel import Stage, StageContext, StageResult, backends
 from workers.measure import figures
+from workers.measure.benchmark_options import BASELINE, BenchmarkOptions, EngineOption
 from workers.measure.bound import bound_seconds, measure_bound
 from workers.measure.cold import Cold, cold_start
 from workers.measure.device_memory import DeviceMemory
-from workers.measure.engine_process import EngineProcess, Feeds, Loaded
-from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
+from workers.measure.engine_process import EngineProcess, Feeds, Loaded, Prepared
+from workers.measure.inputs import InputSource, fixed_batch
 from workers.measure.method import benchmark_method, versions
 from workers.measure.plan import LEAST_CALLS
 from workers.measure.rounds import Timing, budget_exhausted, measure
+from workers.measure.shape_timing import SHARE, OtherShapes
 
-BASELINE = "baseline"
 _AGAIN = " (again)"  # the second process of an engine that others are compared with
 AGAIN = BASELINE + _AGAIN
 _COLD_SHARE = 0.15
+_SHAPES_PART = 0.2  # of the progress
 _BOUND_SHARE = 0.2  # of the time left, at most, for the cheapest calls beside those that decide
 _SCREENING_SHARE = 0.5  # of the time left, at most, for a short timing of every batch size
-
-
-class EngineOption(StageOptions):
-    """One engine: the input artifact `engine.<id>`, and how its backend loads it. `expected`: its latency over the
-    baseline's, as far as it is known; it only decides who is left out where the time runs out."""
-
-    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    backend: str
-    runtime: dict[str, Any] = Field(default_factory=dict)
-    expected: float = Field(default=1.0, gt=0, le=10_000)
-
-
-class BenchmarkOptions(StageOptions):
-    """`min_seconds` is measured per engine and batch size, over all rounds. `shapes`: as in the job's spec.
-
-    `engines`: the most promising first; where the time runs out, the last are left out. `cold`: whether cold start and
-    memory are measured, too. `screening`: a short timing of many, see `method`; where the time left hardly holds all
-    batch sizes, it is content with `essential`. `compare_to`: the id of an engine that all others are compared with,
-    beside the baseline.
-    """
-
-    engines: list[EngineOption] = Field(default_factory=list, max_length=64)
-    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(default=[1, 8], min_length=1, max_length=16)
-    min_seconds: float = Field(default=3.0, gt=0, le=600)
-    rounds: int = Field(default=10, ge=5, le=100)
-    shapes: dict[str, Any] | None = None
-    want_p99: bool = False
-    cold: bool = True
-    screening: bool = False
-    essential: int | None = None
-    compare_to: str | None = None
-    seed: int = Field(default=0, ge=0)
-    baseline_backend: str = "onnxruntime"
-    baseline_runtime: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("engines")
-    @classmethod
-    def _distinct(cls, engines: list[EngineOption]) -> list[EngineOption]:
-        ids = [e.id for e in engines]
-        if len(set(ids)) != len(ids) or BASELINE in ids:
-            raise ValueError("engine ids must be distinct, and none may be 'baseline'")
-        return engines
-
-    @model_validator(mode="after")
-    def _known(self) -> BenchmarkOptions:
-        if self.compare_to is not None and self.compare_to not in [e.id for e in self.engines]:
-            raise ValueError("compare_to must be the id of one of the engines")
-        return self
 
 
 @dataclass
@@ -87,6 +39,7 @@ class _Figures:
 
     data: dict[str, Any]
     batches: dict[str, Any] = field(default_factory=dict)
+    shapes: list[dict[str, Any]] = field(default_factory=list)
     failed: StageFailure | None = None
 
     @classmethod
@@ -98,7 +51,8 @@ class _Figures:
 
     def to_json(self) -> dict[str, Any]:
         failed = {} if self.failed is None else {"failed": self.failed.to_json()}
-        return {"batches": self.batches, **self.data, **failed}
+        shapes = {"shapes": self.shapes} if self.shapes else {}
+        return {"batches": self.batches, **shapes, **self.data, **failed}
 
 
 class Benchmark(Stage[BenchmarkOptions]):
@@ -109,19 +63,21 @@ class Benchmark(Stage[BenchmarkOptions]):
     size outside of a screening: the cheapest call, on bound tensors.
     data: method, conditions, versions {distribution: version} of the backends' libraries, noisy, noise, aa {batch:
     {ratio, low, high of p50, throughput {ratio, low, high}}} (empty in a screening), [aa_compared, the same of
-    the engine compared with], batch_sizes, skipped_batches {batch: why}, screening, shortened, engines {id: {batches
-    {batch: figures, with `compare_to` also against {id, speedup, throughput_ratio}}, cold_start_ms, load_ms,
-    first_inference_ms, peak_memory_mb, gpu_memory_mb (10⁶ bytes; the latter of engines on a GPU), size_bytes,
-    [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as JSON); only the baseline's failure fails
-    the stage. Where the soft deadline does not hold the plan it is shortened, then the last engines are left out
-    (`budget_exhausted`).
+    the engine compared with], batch_sizes, skipped_batches {batch: why}, shape {label, dims {input: sizes}, batch,
+    in_use, why: what `batches` were timed at}, skipped_shapes [shapes with `reason`], screening, shortened, engines
+    {id: {batches {batch: figures, with `compare_to` also against {id, speedup, throughput_ratio}}, [shapes: likewise at
+    those beside the typical, each with label, dims, batch, in_use, or with `failed` or `reason` where there are no
+    figures], cold_start_ms, load_ms, first_inference_ms, peak_memory_mb, gpu_memory_mb (10⁶ bytes; the latter of
+    engines on a GPU), size_bytes, [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as JSON);
+    only the baseline's failure fails the stage. Where the soft deadline does not hold the plan it is shortened, then
+    the last engines are left out (`budget_exhausted`).
     Not reusable by another job: a shortened run, or one in which an engine failed as it might not fail again. A noisy
     one is (the same job again answers at once); who wants it measured anew asks for another `min_seconds`, as the
     report advises.
     """
 
     name = "benchmark"
-    version = 7
+    version = 8
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -153,6 +109,8 @@ class _Run:
         self.load_s = self.call_s = 0.0  # of the baseline: what an engine is expected to take
         self.noise: list[str] = []
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
+        self.others: OtherShapes | None = None
+        self.kept_s = 0.0  # of the time left, for shapes beside the typical
 
     def result(self) -> StageResult:
         before = hardware.conditions(self.ctx.hardware)
@@ -183,6 +141,8 @@ class _Run:
                 "shortened": self.shortened,
                 "batch_sizes": sorted(feeds),
                 "skipped_batches": self.skipped,
+                "shape": self.others.typical() if self.others else None,
+                "skipped_shapes": self.others.left_out if self.others else [],
                 "engines": {i: f.to_json() for i, f in self.figures.items()},
             },
             reusable=not passing and not self.shortened,
@@ -207,7 +167,7 @@ class _Run:
         self.figures[engine].failed = failure
         self.ctx.reporter.note(f"Engine {engine!r} failed in the benchmark: {failure.detail}", code=failure.code)
 
-    def _process(self, name: str, feeds: Feeds | None) -> EngineProcess:
+    def _process(self, name: str, feeds: Prepared | None) -> EngineProcess:
         spec = self.specs[name.removesuffix(_AGAIN)]
         return EngineProcess(name, spec.backend, self.folders[spec.id], spec.runtime, feeds)
 
@@ -237,6 +197,7 @@ class _Run:
                         self._write_down_cold(i, cold)
                         if i == BASELINE:
                             feeds = self._essential({b: f for b, f in feeds.items() if b not in cold.refused})
+                            self._try_shapes(process, feeds)
                             self._leave_out(feeds, len(processes))
                     except StageFailure as failure:
                         if failure.kind is FailureKind.DATA:
@@ -290,11 +251,17 @@ class _Run:
         if only is not None:
             self.skipped = {str(b): f"the model takes batches of {only} only" for b in sizes if b != only}
             sizes = [only]
-        samples = None
-        if "data" in self.ctx.inputs:
-            file = self.ctx.only_file("data")
-            samples = Samples(file, loaded.inputs, loaded.outputs, max_samples=DISTINCT * max(sizes))
-        return rotating_feeds(loaded.inputs, sizes, samples, self.options.shapes, self.options.seed)
+        file = self.ctx.only_file("data") if "data" in self.ctx.inputs else None
+        self.source = InputSource(file, loaded.inputs, loaded.outputs, self.options.shapes, self.options.seed)
+        return self.source.typical(sizes)
+
+    def _try_shapes(self, original: EngineProcess, feeds: Feeds) -> None:
+        """Which shapes beside the typical one the original takes; after its memory was measured."""
+        primary = self.options.essential if self.options.essential in feeds else min(feeds)
+        assert primary is not None
+        self.others = OtherShapes(self.source, primary)
+        if self.options.every_shape:
+            self.others.try_on(original, self.call_s * primary / min(feeds), self.ctx.seconds_left())
 
     # Timing: all engines warm at once, those that others are compared with twice (the baseline not in a screening).
 
@@ -302,20 +269,45 @@ class _Run:
         self._leave_out(feeds)
         with ExitStack() as stack:
             processes: dict[str, EngineProcess] = {}
+            shapes = self.others.feeds if self.others else {}
+            prepared: dict[int | str, Any] = dict([*feeds.items(), *shapes.items()])
             compared = [i for i in self._alive() if i in self.twice]
             both = [name for i in compared for name in (i, i + _AGAIN)]
             for name in (*both, *(i for i in self._alive() if i not in compared)):
                 if self.figures[name.removesuffix(_AGAIN)].failed is not None:
                     continue
-                process = self._process(name, feeds)
+                process = self._process(name, prepared)
                 stack.callback(process.close)
                 try:
                     process.load()
                     processes[name] = process
                 except StageFailure as failure:
                     self._give_up(processes, name, failure)
+            self.kept_s = SHARE * self.ctx.seconds_left() if self.others and self.others.shapes else 0.0
             for done, batch in enumerate(sorted(feeds)):
                 self._batch(processes, batch, done, sorted(feeds)[done:])
+            self._other_shapes(processes)
+
+    def _other_shapes(self, processes: dict[str, EngineProcess]) -> None:
+        """An engine that fails at one of them keeps its other figures: the verdict knows what it does not take."""
+        if not self.kept_s or self.others is None:
+            return
+
+        def progress(fraction: float) -> None:
+            self.ctx.reporter.progress(1 - _SHAPES_PART * (1 - fraction), "other shapes")
+
+        measured = self.others.measure(
+            processes,
+            min_seconds=self.options.min_seconds,
+            rounds=self.options.rounds,
+            seed=self.options.seed,
+            seconds=min(self.kept_s, self.ctx.seconds_left()),
+            always=(BASELINE, AGAIN),
+            progress=progress,
+        )
+        for engine, found in self.others.figures(measured, BASELINE, AGAIN, self.options.seed).items():
+            if engine in self.figures:
+                self.figures[engine].shapes = found
 
     def _give_up(self, processes: dict[str, EngineProcess], name: str, failure: StageFailure) -> None:
         """An engine that fails in one of its processes is gone from all."""
@@ -327,7 +319,8 @@ class _Run:
         count = done + len(to_do)
 
         def progress(fraction: float) -> None:
-            part = _COLD_SHARE + (1 - _COLD_SHARE) * (done + fraction) / count
+            rest = 1 - _COLD_SHARE - (_SHAPES_PART if self.kept_s else 0.0)
+            part = _COLD_SHARE + rest * (done + fraction) / count
             self.ctx.reporter.progress(part, f"batch {batch}: {len(processes)} processes in turn")
 
         found = measure(
@@ -367,7 +360,7 @@ class _Run:
     def _share(self, batches: list[int]) -> float:
         """Seconds that the first of `batches` may take of those left: large batches take longer."""
         weights = [self.options.min_seconds + LEAST_CALLS * self.call_s * b / batches[0] for b in batches]
-        return self.ctx.seconds_left() * weights[0] / sum(weights)
+        return self.ctx.seconds_left() * (1 - (SHARE if self.kept_s else 0)) * weights[0] / sum(weights)
 
     def _profile(self, processes: dict[str, EngineProcess], batch: int) -> None:
         """Engines on a GPU also tell transfers, compute and submission apart, in a pass of its own after the timing."""

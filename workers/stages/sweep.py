@@ -11,12 +11,11 @@ from pydantic import Field, field_validator
 
 from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
-from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds
 from workers.measure.figures import distribution, rounded
-from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
+from workers.measure.inputs import InputSource, fixed_batch
 from workers.measure.instances import Driven, Instances, Layout, default_layouts, usable_cores
 from workers.measure.method import sweep_method, versions
 from workers.measure.plan import P99_CAP_S
@@ -226,11 +225,9 @@ class _Run:
         if fixed is not None:
             self.skipped = {str(b): f"the engine takes batches of {fixed} only" for b in sizes if b != fixed}
             sizes = [fixed]
-        samples = None
-        if "data" in self.ctx.inputs:
-            file = self.ctx.only_file("data")
-            samples = Samples(file, loaded.inputs, loaded.outputs, max_samples=DISTINCT * max(sizes))
-        feeds, words = rotating_feeds(loaded.inputs, sizes, samples, self.options.shapes, self.options.seed)
+        file = self.ctx.only_file("data") if "data" in self.ctx.inputs else None
+        source = InputSource(file, loaded.inputs, loaded.outputs, self.options.shapes, self.options.seed)
+        feeds, words = source.typical(sizes)
         return feeds, words, fixed
 
     def _window_seconds(self) -> float:
