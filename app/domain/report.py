@@ -48,9 +48,14 @@ class AppliedOptimization(_Part):
 
 class FinalMetrics(_Part):
     """Of the shipped engine, at `batch_size` and `shape` (of each input, the batch included); `speedup` against the
-    baseline, e.g. "2.2x". `memory_mb`: of the process; `gpu_memory_mb`: what it takes of a GPU, None without one."""
+    baseline, e.g. "2.2x", both called as the bundle's `infer.py` calls: `bound` {p50_ms, speedup} is the cheaper call.
+    `memory_mb`: of the process; `gpu_memory_mb`: what it takes of a GPU, None without one. `accuracy_value` and
+    `original_accuracy_value`: of the metric itself, by `accuracy_basis` (labels, references, agreement, synthetic), on
+    the same samples."""
 
     latency_ms: float | None
+    original_latency_ms: float | None = None
+    bound: dict[str, Any] | None = None
     throughput_qps: float | None
     accuracy_loss_percent: float | None
     memory_mb: float | None
@@ -61,6 +66,9 @@ class FinalMetrics(_Part):
     batch_size: int | None = None
     shape: dict[str, list[int]] | None = None
     accuracy_metric: str | None = None
+    accuracy_basis: str | None = None
+    accuracy_value: float | None = None
+    original_accuracy_value: float | None = None
     accuracy_loss_ci: list[float] | None = None
     accuracy_samples: int | None = None
     reasons: dict[str, str] = {}

@@ -71,9 +71,11 @@ def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_pat
         assert hashlib.sha256(path.read_bytes()).hexdigest() == engine["sha256"]
         _check_accuracy(path, report)
         _check_bundle(client.download_bundle(engine_id, tmp_path / "bundle.zip"), tmp_path / "bundle", path)
+        _check_told(json.loads((tmp_path / "bundle/manifest.json").read_text()), report)
 
         again = client.wait(client.submit(spec)["id"])
-        assert all(s["cached"] for s in again["stages"]), "the same job again computes nothing"
+        made = {s["name"] for s in again["stages"] if not s["cached"]}
+        assert made == {"package"}, "the same job again computes nothing; its bundle tells whose it is"
         assert client.engine(again["engine_ids"][0])["sha256"] == engine["sha256"]
 
 
@@ -122,6 +124,20 @@ def _check_accuracy(engine: Path, report: dict[str, Any]) -> None:
     loss = 100 * (scores["original"] - scores["engine"])
     assert loss <= 1.0
     assert report["final_metrics"]["accuracy_loss_percent"] == pytest.approx(loss, abs=0.2)
+
+
+def _check_told(told: dict[str, Any], report: dict[str, Any]) -> None:
+    """The bundle's manifest says what the report says, and of which bytes."""
+    assert told["job"]["id"] == report["job_id"]
+    assert report["final_metrics"].items() <= told["figures"].items()
+    assert told["figures"]["original_accuracy_value"] > 0.9
+    digest = {n: hashlib.sha256((DIGITS / n).read_bytes()).hexdigest() for n in ("model.onnx", "calibration.npz")}
+    assert told["model"]["sha256"] == digest["model.onnx"]
+    assert told["data"]["calibration"][0]["sha256"] == digest["calibration.npz"]
+    assert told["data"]["validation"][0]["sha256"] != digest["calibration.npz"]
+    deployment = {k: v for k, v in report["deployment_config"].items() if k != "sweep"}
+    assert told["deployment"] == deployment
+    assert deployment["instances"] >= 1
 
 
 def _check_bundle(bundle: Path, folder: Path, engine: Path) -> None:

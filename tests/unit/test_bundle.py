@@ -3,16 +3,25 @@ answers here as it did there."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import ModelProto, helper
 
 from tests.factories import onnx_models as models
-from workers.kernel import Reporter, backends
+from workers.backends._infer_script import CHECK
+from workers.hardware import describe
+from workers.kernel import Reporter, StageContext, backends
+from workers.stages.package import Package, PackageOptions
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
 
@@ -57,3 +66,139 @@ def test_what_is_timed_is_what_the_loader_does(name: str, tmp_path: Path) -> Non
             np.testing.assert_array_equal(array, kept[output])
             assert array.flags.owndata or array.base is None or name == "onnxruntime"
     session.close()
+
+
+FIGURES = {
+    "latency_ms": 0.05,
+    "original_latency_ms": 0.1,
+    "speedup": "2.0x",
+    "speedup_ci": [1.9, 2.1],
+    "batch_size": 1,
+    "shape": {"input": ["batch", 8]},
+    "accuracy_loss_percent": 0.25,
+    "accuracy_metric": "top1",
+    "accuracy_basis": "labels",
+    "accuracy_value": 0.9575,
+    "original_accuracy_value": 0.96,
+    "accuracy_samples": 400,
+    "limit_percent": 1.0,
+    "bound": {"p50_ms": 0.03},
+}
+DEPLOYMENT = {"instances": 2, "threads_per_instance": 1, "batch_size": 8, "throughput_qps": 9000.0, "runtime": {"a": 1}}
+# What a bundle may import: the standard library and what its requirements.txt lists. Everything else is not there.
+ONLY = """
+import runpy, sys
+allowed, script = set(sys.argv[1].split(",")), sys.argv[2]
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top not in sys.stdlib_module_names and top not in allowed and not top.startswith("_"):
+            raise ModuleNotFoundError(f"{top} is not in requirements.txt", name=top)
+        return None
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = [script, *sys.argv[3:]]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def packaged(name: str, model: ModelProto, folder: Path, **manifest: Any) -> tuple[Path, dict[str, Any]]:
+    """The unpacked bundle of an engine, by the stage itself; and the stage's data."""
+    backend, engine = backends()[name](), folder / "engine"
+    engine.mkdir(parents=True)
+    built = backend.build(models.folder(model, folder / "model"), engine, {}, Notes())
+    (folder / "work").mkdir()
+    context = StageContext({"engine": engine}, folder / "work", folder / "out", Notes(), describe())
+    told = {"job": {"id": "job_1"}, "engine": {"precision": "fp32"}, **manifest}
+    options = PackageOptions(
+        name="m-fp32", backend=name, runtime=built["runtime"], engine_format="onnx", manifest=told, shapes=None
+    )
+    data = dict(Package().run(context, options).data)
+    with zipfile.ZipFile(folder / "out/bundle" / data["bundle_file"]) as archive:
+        archive.extractall(folder / "bundle")
+    return folder / "bundle", data
+
+
+def infer(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python infer.py` where only what the bundle requires can be imported."""
+    lines = (bundle / "requirements.txt").read_text().splitlines()
+    required = ",".join(line.split("==")[0].replace("-", "_") for line in lines)
+    command = [sys.executable, "-c", ONLY, required, str(bundle / "infer.py"), *arguments]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_a_bundle_runs_with_its_requirements_alone_and_tells_a_difference(name: str, tmp_path: Path) -> None:
+    bundle, data = packaged(name, models.mlp(), tmp_path, figures=FIGURES, deployment=DEPLOYMENT)
+    lines = (bundle / "requirements.txt").read_text().splitlines()
+    assert lines == sorted(f"{n}=={importlib.metadata.version(n)}" for n in (name, "numpy")), "and no other library"
+    assert data["not_repeatable"] == []
+    same = infer(bundle, "--repeat", "1") if name == "onnxruntime" else infer(bundle)
+    assert same.returncode == 0, same.stderr
+    assert "the same as where it was built, as far as fp32 carries" in same.stdout
+
+    with np.load(bundle / "expected_output.npz") as expected:
+        logits = expected["logits"]
+    for change, code in ((1e-5, 0), (1e-2, 1)):  # rounding; another answer
+        np.savez(bundle / "expected_output.npz", logits=logits + change * np.abs(logits).max())
+        assert infer(bundle).returncode == code
+    np.savez(bundle / "expected_output.npz", logits=logits, other=logits)
+    lacking = infer(bundle)
+    assert (lacking.returncode, "output other differs" in lacking.stderr) == (1, True)
+    np.savez(bundle / "mine.npz", input=np.ones((3, 8), np.float32))
+    assert infer(bundle, "mine.npz", "theirs.npz").returncode == 0, "with inputs of one's own nothing is compared"
+
+
+def test_the_readme_and_the_manifest_tell_what_was_found(tmp_path: Path) -> None:
+    bundle, _ = packaged("onnxruntime", models.mlp(), tmp_path, figures=FIGURES, deployment=DEPLOYMENT)
+    text = (bundle / "README.md").read_text()
+    for words in (
+        "2.0x [1.90, 2.10] (95 %) as fast as the original at batch size 1, shape input ['batch', 8]",
+        "p50 0.05 ms by a call of `run`, the original's 0.1 ms",
+        "p50 0.03 ms where inputs and outputs are bound before",
+        "accuracy loss 0.25 (top1: 0.9575, the original 0.96; 400 samples, by labels), the limit was 1",
+        "2 instance(s) with 1 thread(s) each, batch size 8: 9000 samples per second",
+    ):
+        assert words in text
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert (manifest["job"]["id"], manifest["figures"], manifest["deployment"]) == ("job_1", FIGURES, DEPLOYMENT)
+
+
+def test_what_is_random_is_not_compared(tmp_path: Path) -> None:
+    """Dropout in training mode: two calls never agree, so no second machine can."""
+    nodes = [
+        helper.make_node("RandomNormalLike", ["x"], ["noise"]),
+        helper.make_node("Add", ["x", "noise"], ["random"]),
+        helper.make_node("Relu", ["x"], ["fixed"]),
+    ]
+    x, outputs = models.value("x", ["n", 4]), [models.value(n, ["n", 4]) for n in ("random", "fixed")]
+    bundle, data = packaged("onnxruntime", models.make_model(nodes, [x], outputs, []), tmp_path)
+    assert data["not_repeatable"] == ["random"]
+    assert json.loads((bundle / "manifest.json").read_text())["not_repeatable"] == ["random"]
+    assert "differ from call to call: random" in (bundle / "README.md").read_text()
+    with np.load(bundle / "expected_output.npz") as expected:
+        assert expected.files == ["fixed"]
+    assert infer(bundle).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "precision", "same"),
+    [
+        ([1.0, np.nan, np.inf], [1.0, np.nan, np.inf], "fp32", True),
+        ([1.0, 2.0, 3.0], [1.0, np.nan, 3.0], "fp32", False),
+        ([1.0, -np.inf], [1.0, np.inf], "int8", False),
+        ([100.0, 1.0], [100.0, 4.0], "int8", True),  # 3 % of the largest
+        ([100.0, 1.0], [100.0, 4.0], "fp32", False),
+        ([3, 1], [3, 2], "int8", False),  # numbers of classes
+        ([True, False], [True, True], "fp32", False),
+        ([[1.0]], [1.0], "fp32", False),
+        ([], [], "fp32", True),
+    ],
+)
+def test_how_near_is_the_same(found: Any, wanted: Any, precision: str, same: bool, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"engine": {"precision": precision}}))
+    np.savez(tmp_path / "expected_output.npz", y=np.asarray(wanted))
+    scope: dict[str, Any] = {"np": np, "json": json, "sys": sys, "HERE": tmp_path}
+    exec(CHECK, scope)
+    assert scope["as_expected"]({"y": np.asarray(found)}) is same

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from workers.backends._infer_script import CHECK
+
 _TEMPLATE = '''#!/usr/bin/env python3
 """Run the TensorRT engine beside this file on the arrays of an .npz.
 
@@ -13,7 +15,7 @@ _TEMPLATE = '''#!/usr/bin/env python3
 
 INPUT.npz holds one array per model input (default: sample_input.npz beside this file). The outputs are written to
 OUTPUT.npz (default: output.npz in the current folder). Without an INPUT, the outputs are also compared with
-expected_output.npz, where that stands beside this file.
+expected_output.npz, where that stands beside this file; the exit code is 1 where they differ by more than rounding.
 
 An engine is native code for the GPU and the TensorRT version in engine.json. Load only what you got from your own
 Anneal service.
@@ -207,20 +209,7 @@ def read(path):
         return {name: file[name] for name in file.files}
 
 
-def compare(outputs, expected):
-    """Largest difference and cosine similarity of each output."""
-    for name, wanted in expected.items():
-        if name not in outputs:
-            continue
-        found = np.asarray(outputs[name], dtype=np.float64).ravel()
-        wanted = np.asarray(wanted, dtype=np.float64).ravel()
-        if found.shape != wanted.shape:
-            print(f"{name}: shape {found.shape}, expected {wanted.shape}")
-            continue
-        norm = float(np.linalg.norm(found) * np.linalg.norm(wanted))
-        cosine = float(found @ wanted) / norm if norm else float(np.array_equal(found, wanted))
-        worst = float(np.abs(found - wanted).max(initial=0))
-        print(f"{name}: largest difference {worst:.3g}, cosine {cosine:.6f}")
+__CHECK__
 
 
 def main():
@@ -238,9 +227,8 @@ def main():
     print(f"{1000 * (time.perf_counter() - start):.3f} ms with transfers, one call")
     np.savez(target, **outputs)
     print(f"wrote {target}")
-    expected = HERE / "expected_output.npz"
-    if len(sys.argv) < 2 and expected.exists():
-        compare(outputs, read(expected))
+    if len(sys.argv) < 2 and not as_expected(outputs):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
@@ -251,4 +239,4 @@ if __name__ == "__main__":
 def infer_script(runtime: Mapping[str, Any], version: str) -> str:
     """Source of a standalone script for this engine; `version` is the TensorRT that was measured."""
     told = json.dumps(dict(runtime), indent=4, sort_keys=True).replace('"""', r"\"\"\"")
-    return _TEMPLATE.replace("__RUNTIME__", told).replace("__VERSION__", version)
+    return _TEMPLATE.replace("__CHECK__", CHECK.strip()).replace("__RUNTIME__", told).replace("__VERSION__", version)

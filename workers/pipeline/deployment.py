@@ -8,8 +8,22 @@ from typing import Any
 from app.domain.report import DeploymentConfig
 from app.domain.spec import OptimizationSpec
 from workers.measure.deployment import Choice, batching_pays, choose, cost_per_million
+from workers.pipeline.outcome import Explanation, Proof
 
 _NOT_SHOWN = ("runtime", "failed", "not_finite")  # of a configuration in the report's table
+
+
+def deployment_of(proof: Proof, explanation: Explanation) -> DeploymentConfig:
+    """How to run what ships, as far as it was found out."""
+    return deployment_config(
+        explanation.deployment.data if explanation.deployment else None,
+        missing=explanation.reasons.get("deployment"),
+        picked_backend=proof.backend,
+        precision=proof.precision,
+        runtime=proof.runtime,
+        dynamic_batch=bool(proof.export.data.get("dynamic_batch")),
+        spec=proof.spec,
+    )
 
 
 def deployment_config(

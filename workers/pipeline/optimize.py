@@ -15,10 +15,11 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
+from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.outcome import Explanation, Optimization, Proof
-from workers.pipeline.packaging import package
+from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
@@ -86,6 +87,9 @@ class Optimizer:
             made = package(self.runner, proof, self.data)
             self.runner.view.progress.enter("explain", _EXPLAINED)
             explanation = Explainer(proof, evaluator, self.backends, self.budget).explain()
+            if explanation.deployment is not None:
+                deployment = deployment_of(proof, explanation)
+                made = completed(self.runner, proof, self.data, made, deployment, self.budget)
         return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=self.budget.elapsed())
 
     def _prove(self, export: Outcome, evaluator: Evaluator) -> Proof:

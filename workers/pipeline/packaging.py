@@ -1,49 +1,114 @@
-"""The engine that ships and its bundle, made as soon as the engine is proven."""
+"""The engine that ships and its bundle: made as soon as the engine is proven, and once more when it is known how to
+deploy it. The bundle's manifest holds what a user needs to know without this service."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+import structlog
+
+from app.domain.artifact_key import ArtifactRef
+from app.domain.failures import StageFailure
+from app.domain.report import DeploymentConfig
+from workers.measure.method import versions
+from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import SEED, WEIGHTS, Data
+from workers.pipeline.final import final_metrics, winner
 from workers.pipeline.outcome import Proof, nodes_kept
 from workers.pipeline.runner import Outcome, StageRunner
 
+log = structlog.get_logger(__name__)
 
-def package(runner: StageRunner, proof: Proof, data: Data) -> Outcome:
+_AT_ONCE_S = 5.0  # a bundle made in less is made again, whatever the budget has left
+_NOT_YET = "not known when the bundle was made: see the job's report"
+
+
+def package(runner: StageRunner, proof: Proof, data: Data, deployment: DeploymentConfig | None = None) -> Outcome:
     """The stage `package` of what ships. What was found out must not be lost for a few seconds: it may take what it
     needs, whatever the budget says."""
-    picked = proof.picked
-    built = picked.build if picked else None
-    engine_format = built.data["engine_format"] if built else "onnx"
     inputs = {"engine": proof.engine}
     if data.validation is not None:
         inputs["data"] = data.validation
-    manifest = {
-        "engine": {
-            "candidate": proof.verdict.picked,
-            "backend": proof.backend,
-            "format": engine_format,
-            "precision": proof.precision,
-            "runtime": proof.runtime,
-            "files": proof.engine.to_json(),
-            "nodes_kept": nodes_kept(picked),
-        },
-        "model": {"name": proof.model.name, "sha256": proof.model.sha256},
-        "inputs": proof.export.data["inputs"],
-        "outputs": proof.export.data["outputs"],
-        "hardware": dict(proof.hardware),
-        "versions": built.libraries if built else proof.benchmark.libraries,
-    }
     options = {
         "name": f"{slug(proof.model.name)}-{proof.precision}",
         "backend": proof.backend,
         "runtime": proof.runtime,
-        "engine_format": engine_format,
-        "manifest": manifest,
+        "engine_format": _format(proof),
+        "manifest": _manifest(proof, data, deployment),
         "shapes": data.shapes,
         "seed": SEED,
     }
     return runner.run("package", inputs, options, weight=WEIGHTS["package"])
+
+
+def completed(
+    runner: StageRunner, proof: Proof, data: Data, first: Outcome, deployment: DeploymentConfig, budget: Budget
+) -> Outcome:
+    """The bundle with the deployment in its manifest; the `first` one where that fails or would take long."""
+    if first.seconds > _AT_ONCE_S and first.seconds > budget.left(budget.end):
+        return first
+    try:
+        return package(runner, proof, data, deployment)
+    except StageFailure as failure:
+        log.warning("bundle_not_completed", code=failure.code, detail=failure.detail)
+        return first
+
+
+def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> dict[str, Any]:
+    return {
+        "job": {"id": proof.job.id, "objective": proof.spec.objective},
+        "engine": {
+            "candidate": proof.verdict.picked,
+            "backend": proof.backend,
+            "format": _format(proof),
+            "precision": proof.precision,
+            "runtime": proof.runtime,
+            "files": proof.engine.to_json(),
+            "nodes_kept": nodes_kept(proof.picked),
+        },
+        "model": {
+            "id": proof.model.id,
+            "name": proof.model.name,
+            "format": proof.model.format,
+            "sha256": proof.model.sha256,
+        },
+        "data": {
+            "calibration": _files(data.calibration),
+            "validation": _files(data.validation),
+            "split": data.same,  # one data set for both, of which what calibrates never judges
+        },
+        "figures": _figures(proof),
+        "deployment": {"reason": _NOT_YET} if deployment is None else _deployment(deployment),
+        "inputs": proof.export.data["inputs"],
+        "outputs": proof.export.data["outputs"],
+        "hardware": dict(proof.hardware),
+        "versions": versions([proof.backend]),
+    }
+
+
+def _figures(proof: Proof) -> dict[str, Any]:
+    shipped = winner(proof)
+    return {
+        **final_metrics(proof).model_dump(mode="json"),
+        "limit_percent": proof.spec.validation.max_accuracy_loss_percent,
+        "checks": [c.to_json() for c in shipped.checks],
+        "batches": dict((shipped.figures or {}).get("batches", {})),
+    }
+
+
+def _deployment(config: DeploymentConfig) -> Mapping[str, Any]:
+    return config.model_dump(mode="json", exclude={"sweep"})
+
+
+def _files(ref: ArtifactRef | None) -> list[dict[str, Any]] | None:
+    return None if ref is None else list(ref.to_json())
+
+
+def _format(proof: Proof) -> str:
+    built = proof.picked.build if proof.picked else None
+    return str(built.data["engine_format"]) if built else "onnx"
 
 
 def slug(name: str) -> str:

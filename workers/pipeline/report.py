@@ -9,19 +9,22 @@ from app.domain.report import (
     Analysis,
     AppliedOptimization,
     CandidateReport,
-    FinalMetrics,
     Report,
     SearchReport,
     ShapeReport,
     StageReport,
 )
-from workers.pipeline.deployment import deployment_config as make_deployment
+from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.final import final_metrics, winner
+from workers.pipeline.final import latency_ms as _latency
+from workers.pipeline.final import mb as _mb
+from workers.pipeline.final import rounded as _rounded
 from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
-from workers.pipeline.select import BASELINE, Tried, pareto, ratio_of
-from workers.pipeline.shape_rules import not_kept, shape_table
+from workers.pipeline.select import BASELINE, pareto
+from workers.pipeline.shape_rules import shape_table
 
 
 def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[Mapping[str, Any]]) -> Report:
@@ -43,18 +46,8 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
             notes=list(found.export.data.get("notes", [])),
         ),
         optimizations_applied=_applied(found, batch),
-        final_metrics=_final(found, batch) if shipped else None,
-        deployment_config=make_deployment(
-            found.explanation.deployment.data if found.explanation.deployment else None,
-            missing=found.explanation.reasons.get("deployment"),
-            picked_backend=found.backend,
-            precision=found.precision,
-            runtime=found.runtime,
-            dynamic_batch=bool(found.export.data.get("dynamic_batch")),
-            spec=found.spec,
-        )
-        if shipped
-        else None,
+        final_metrics=final_metrics(found) if shipped else None,
+        deployment_config=deployment_of(found, found.explanation) if shipped else None,
         recommendations=recommend(found),
         job_id=found.job.id,
         picked=found.verdict.picked,
@@ -125,17 +118,6 @@ def make_manifest(
         ],
         "report_sha256": report_sha256,
     }
-
-
-def _latency(tried: Tried, batch: str) -> float | None:
-    """p50 in ms at this batch size, or the mean where the samples do not carry a median."""
-    at = (tried.figures or {}).get("batches", {}).get(batch, {})
-    value = at.get("p50_ms") if at.get("p50_ms") is not None else at.get("mean_ms")
-    return None if value is None else float(value)
-
-
-def _winner(found: Optimization) -> Tried:
-    return found.picked.tried if found.picked else found.baseline
 
 
 def _versions(calls: Sequence[Outcome]) -> dict[str, str]:
@@ -215,55 +197,10 @@ def _details(outcome: Outcome) -> dict[str, Any]:
     return {k: outcome.data[k] for k in names if k in outcome.data}
 
 
-def _final(found: Optimization, batch: str) -> FinalMetrics:
-    winner = _winner(found)
-    assert winner.figures is not None
-    at = winner.figures["batches"][batch]
-    ratio = ratio_of(found.spec, at) if winner.id != BASELINE else None
-    accuracy = winner.accuracy or {}
-    reasons = {}
-    if winner.id == BASELINE:
-        reasons["speedup"] = "no candidate was faster with confidence within the limits; the original ships untouched"
-        loss: float | None = 0.0
-        elsewhere = [f"{r.plan.name} {why}" for r in found.runs for why in not_kept(found.spec, r.tried.figures or {})]
-        if elsewhere:
-            reasons["shapes"] = f"the original ships for all shapes: {'; '.join(elsewhere)}"
-    else:
-        loss = accuracy.get("loss_percent")
-    if found.verdict.smaller:
-        reasons["speedup"] = (
-            "not faster with confidence: it ships because the original is over a limit of size or memory"
-        )
-    if winner.figures.get("peak_memory_mb") is None:
-        reasons["memory_mb"] = "not measured"
-    return FinalMetrics(
-        latency_ms=_rounded(_latency(winner, batch)),
-        throughput_qps=_rounded(at.get("throughput_qps"), 2),
-        accuracy_loss_percent=_rounded(loss),
-        memory_mb=_rounded(winner.figures.get("peak_memory_mb"), 1),
-        gpu_memory_mb=_rounded(winner.figures.get("gpu_memory_mb"), 1),
-        speedup=_speedup(ratio) if ratio else "1.0x",
-        speedup_ci=[round(ratio["low"], 4), round(ratio["high"], 4)] if ratio else None,
-        size_mb=_mb(winner.figures["size_bytes"]),
-        batch_size=int(batch),
-        shape=(found.benchmark.data.get("shape") or {}).get("dims"),
-        accuracy_metric=accuracy.get("metric"),
-        accuracy_loss_ci=accuracy.get("loss_ci"),
-        accuracy_samples=accuracy.get("samples"),
-        reasons=reasons,
-    )
-
-
 def _shapes(found: Optimization, batch: str) -> list[dict[str, Any]]:
-    winner, original = _winner(found).figures, found.baseline.figures
+    shipped, original = winner(found).figures, found.baseline.figures
     assert original is not None
-    return shape_table(found.spec, found.benchmark.data, original, winner or original, batch)
-
-
-def _speedup(ratio: Mapping[str, Any]) -> str:
-    """One digit where that says it, two where a small gain would look like none."""
-    value = float(ratio["ratio"])
-    return f"{value:.1f}x" if round(value, 1) > 1.1 else f"{value:.2f}x"
+    return shape_table(found.spec, found.benchmark.data, original, shipped or original, batch)
 
 
 def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
@@ -343,9 +280,9 @@ def _checks(found: Optimization) -> list[dict[str, Any]]:
     """Of what ships; or, where nothing does, of the nearest miss."""
     if found.verdict.nearest is not None:
         return [c.to_json() for c in found.verdict.nearest[1]]
-    winner = _winner(found)
-    checks = [c.to_json() for c in winner.checks]
-    if winner.id == BASELINE:
+    shipped = winner(found)
+    checks = [c.to_json() for c in shipped.checks]
+    if shipped.id == BASELINE:
         detail = "the shipped bytes are the original's"
         checks.insert(
             0, {"name": "accuracy_loss_percent", "value": 0.0, "limit": None, "passed": True, "reason": detail}
@@ -371,11 +308,3 @@ def _stage(entry: Mapping[str, Any], calls: Sequence[Outcome]) -> StageReport:
         made_at=call.made.get("at") if call else None,
         made_by=call.made.get("worker") if call else None,
     )
-
-
-def _mb(size_bytes: int | None) -> float | None:  # decimal megabytes, as file managers and api.md's example count
-    return None if size_bytes is None else round(size_bytes / 1e6, 3)
-
-
-def _rounded(value: float | None, digits: int = 4) -> float | None:
-    return None if value is None else round(float(value), digits)

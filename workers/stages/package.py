@@ -19,18 +19,21 @@ import numpy as np
 
 from app.domain.failures import StageFailure
 from workers import kernel
+from workers.bundle_readme import readme
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
+from workers.measure.method import versions
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _BUFFER = 4 << 20
+_SAME = 1e-4  # of an output's largest number: what another order of summing may move
 
 
 class PackageOptions(StageOptions):
-    """`name`: stem of the file names. `manifest` goes into the bundle as it is, with the engine's figures."""
+    """`name`: stem of the file names. `manifest` goes into the bundle: what it is, where it comes from, its figures."""
 
     name: str
     backend: str
@@ -42,7 +45,10 @@ class PackageOptions(StageOptions):
 
 
 class Package(Stage[PackageOptions]):
-    """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip)."""
+    """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip).
+
+    data: engine_file, bundle_file, files (in the bundle beside the engine's own), not_repeatable (outputs that came out
+    otherwise when the same input ran again: random ones, which the bundle does not compare)."""
 
     name = "package"
     version = 5
@@ -59,25 +65,34 @@ class Package(Stage[PackageOptions]):
         try:
             feeds = _sample_feeds(ctx, session, options)
             expected = session.run(feeds)
+            again = session.run(feeds)
         except StageFailure as failure:
             failure.code = "packaged_engine_fails"
             raise
         finally:
             session.close()
+        random = sorted(name for name, array in expected.items() if not _repeated(array, again[name]))
         ctx.reporter.progress(0.6, "bundle")
         bundle = ctx.output("bundle") / f"{options.name}-bundle.zip"
         extra = {
-            "manifest.json": json.dumps(options.manifest, indent=2, sort_keys=True).encode(),
+            "manifest.json": json.dumps(
+                {**options.manifest, "not_repeatable": random}, indent=2, sort_keys=True, ensure_ascii=False
+            ).encode(),
             "infer.py": backend.infer_script(options.runtime).encode(),
             "sample_input.npz": _npz(feeds),
-            "expected_output.npz": _npz(expected),
-            "README.md": _readme(options).encode(),
+            "expected_output.npz": _npz({n: a for n, a in expected.items() if n not in random}),
+            "README.md": readme(options.name, options.backend, options.manifest, random).encode(),
             "requirements.txt": _requirements(options).encode(),
         }
         _write_zip(bundle, engine, extra)
         return StageResult(
             outputs=("engine", "bundle"),
-            data={"engine_file": single.name, "bundle_file": bundle.name, "files": [*extra]},
+            data={
+                "engine_file": single.name,
+                "bundle_file": bundle.name,
+                "files": [*extra],
+                "not_repeatable": random,
+            },
         )
 
 
@@ -114,6 +129,17 @@ def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions) 
     return synthetic_feeds(session.inputs, batch, options.shapes, options.seed)
 
 
+def _repeated(first: Any, second: Any) -> bool:
+    """Whether an output came out the same twice, but for another order of summing."""
+    if first.shape != second.shape:
+        return False
+    if first.dtype.kind not in "fc":
+        return bool(np.array_equal(first, second))
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    size = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
+    return bool(np.allclose(a, b, rtol=0.0, atol=_SAME * size, equal_nan=True))
+
+
 def _npz(arrays: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -144,13 +170,11 @@ def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
 
 
 def _requirements(options: PackageOptions) -> str:
-    """What `infer.py` imports, in the versions that were measured; what is not installed here, without one."""
-    versions: dict[str, str | None] = dict(options.manifest.get("versions", {}))
-    backend = kernel.backends()[options.backend]
-    if backend.script_libraries:
-        versions = {n: v for n in backend.libraries if (v := _installed(n))}
-        versions |= {n: _installed(n) for n in backend.script_libraries}
-    return "".join(f"{n}=={v}\n" if v else f"{n}\n" for n, v in sorted(versions.items()))
+    """What `infer.py` imports and nothing else, in the versions that were measured; what is not installed here, without
+    one."""
+    found: dict[str, str | None] = dict(versions([options.backend]))
+    found |= {name: _installed(name) for name in kernel.backends()[options.backend].script_libraries}
+    return "".join(f"{n}=={v}\n" if v else f"{n}\n" for n, v in sorted(found.items()))
 
 
 def _installed(distribution: str) -> str | None:
@@ -158,21 +182,3 @@ def _installed(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _readme(options: PackageOptions) -> str:
-    hardware = options.manifest.get("hardware", {})
-    on_gpu = kernel.backends()[options.backend].device != "cpu"
-    card = (hardware.get("gpu") or {}).get("name") if on_gpu else None
-    machine = card or hardware.get("cpu_model") or hardware.get("id", "one machine")
-    return f"""# {options.name}
-
-An engine for `{options.backend}`, built and measured on {machine}.
-
-    pip install -r requirements.txt
-    python infer.py                      # runs sample_input.npz and compares with expected_output.npz
-    python infer.py INPUT.npz OUTPUT.npz # arrays named by the model's inputs
-
-`manifest.json` says what it was made from, how, and what was measured. An engine may be specific to the hardware it was
-built for: run the job again for another kind of machine.
-"""

@@ -1,0 +1,94 @@
+"""The README of a bundle, made from its manifest: it says nothing that the manifest does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from workers.kernel import backends
+
+
+def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable: Sequence[str] = ()) -> str:
+    """Markdown. Figures and deployment are told where the manifest has them."""
+    on_cpu = backends()[backend].device == "cpu"
+    lines = [
+        f"# {name}",
+        "",
+        f"An engine for `{backend}`, built and measured on {_machine(backend, manifest)}.",
+        "",
+        "    pip install -r requirements.txt",
+        "    python infer.py                      # runs sample_input.npz, compares with expected_output.npz",
+        "    python infer.py INPUT.npz OUTPUT.npz # arrays named by the model's inputs",
+        "",
+        "`python infer.py` ends with exit code 1 where an output differs by more than the precision's rounding.",
+        *(["In Python: `names, run = infer.load()`, then `run({name: array})`."] if on_cpu else []),
+        "",
+        *_told("Figures", _figures(manifest.get("figures") or {})),
+        *_told("Deployment", _deployment(manifest.get("deployment") or {})),
+        "`manifest.json` has the job's id, all figures, and the digests of the model, the data and the engine.",
+        "An engine may be specific to the hardware it was built for: run the job again for another kind of machine.",
+    ]
+    if not_repeatable:
+        what = ", ".join(not_repeatable)
+        lines += ["", f"Not compared, because they differ from call to call: {what}."]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(backend: str, manifest: Mapping[str, Any]) -> str:
+    hardware = manifest.get("hardware", {})
+    on_gpu = backends()[backend].device != "cpu"
+    card = (hardware.get("gpu") or {}).get("name") if on_gpu else None
+    return str(card or hardware.get("cpu_model") or hardware.get("id", "one machine"))
+
+
+def _told(title: str, items: Iterator[str]) -> list[str]:
+    found = [f"- {item}" for item in items]
+    return [f"## {title}", "", *found, ""] if found else []
+
+
+def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
+    if figures.get("latency_ms") is None:
+        return
+    interval = figures.get("speedup_ci")
+    shown = f" [{interval[0]:.2f}, {interval[1]:.2f}] (95 %)" if interval else ""
+    shape = figures.get("shape")
+    at = f"batch size {figures.get('batch_size')}" + (f", shape {_shape(shape)}" if shape else "")
+    yield (
+        f"{figures['speedup']}{shown} as fast as the original at {at}: p50 {figures['latency_ms']:.4g} ms by a call of "
+        f"`run`, the original's {_number(figures.get('original_latency_ms'))} ms by ONNX Runtime's `session.run`"
+    )
+    bound = figures.get("bound")
+    if bound and bound.get("p50_ms") is not None:
+        yield f"p50 {bound['p50_ms']:.4g} ms where inputs and outputs are bound before"
+    loss = figures.get("accuracy_loss_percent")
+    metric = figures.get("accuracy_metric")
+    if loss is not None and metric is not None:
+        ours, theirs = (_number(figures.get(k)) for k in ("accuracy_value", "original_accuracy_value"))
+        yield (
+            f"accuracy loss {loss:.3g} ({metric}: {ours}, the original {theirs}; {figures.get('accuracy_samples')} "
+            f"samples, by {figures.get('accuracy_basis')}), the limit was {_number(figures.get('limit_percent'))}"
+        )
+    if figures.get("memory_mb") is not None:
+        yield f"{figures['memory_mb']:.4g} MB of memory, {_number(figures.get('size_mb'))} MB on disk"
+
+
+def _deployment(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("instances") is not None:
+        yield (
+            f"{config['instances']} instance(s) with {config.get('threads_per_instance')} thread(s) each, batch size "
+            f"{config.get('batch_size')}: {_number(config.get('throughput_qps'))} samples per second together, p50 "
+            f"{_number(config.get('p50_latency_ms'))} ms; runtime options: {dict(config.get('runtime') or {})}"
+        )
+    else:
+        reason = config.get("reason") or (config.get("reasons") or {}).get("choice")
+        if reason:
+            yield str(reason)
+
+
+def _shape(shape: Any) -> str:
+    dims = shape.get("dims", shape) if isinstance(shape, Mapping) else shape
+    return ", ".join(f"{n} {list(d)}" for n, d in dims.items()) if isinstance(dims, Mapping) else str(dims)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "–"

@@ -1,0 +1,95 @@
+"""The figures of what ships, at the batch size that the objective is judged at: what report, bundle and API tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.domain.report import FinalMetrics
+from workers.pipeline.outcome import Proof
+from workers.pipeline.select import BASELINE, Tried, ratio_of
+from workers.pipeline.shape_rules import not_kept
+
+
+def winner(proof: Proof) -> Tried:
+    """Who ships; the baseline also where nothing does."""
+    return proof.picked.tried if proof.picked else proof.baseline
+
+
+def final_metrics(proof: Proof) -> FinalMetrics:
+    """Needs a proof in which something ships."""
+    batch, shipped = proof.verdict.primary_batch, winner(proof)
+    assert shipped.figures is not None
+    at = shipped.figures["batches"][batch]
+    is_original = shipped.id == BASELINE
+    ratio = None if is_original else ratio_of(proof.spec, at)
+    accuracy = shipped.accuracy or {}
+    judged = _judged(proof) if is_original else accuracy
+    value = judged.get("baseline_value" if is_original else "value")
+    reasons = {}
+    if is_original:
+        reasons["speedup"] = "no candidate was faster with confidence within the limits; the original ships untouched"
+        elsewhere = [f"{r.plan.name} {why}" for r in proof.runs for why in not_kept(proof.spec, r.tried.figures or {})]
+        if elsewhere:
+            reasons["shapes"] = f"the original ships for all shapes: {'; '.join(elsewhere)}"
+    if proof.verdict.smaller:
+        reasons["speedup"] = (
+            "not faster with confidence: it ships because the original is over a limit of size or memory"
+        )
+    if shipped.figures.get("peak_memory_mb") is None:
+        reasons["memory_mb"] = "not measured"
+    return FinalMetrics(
+        latency_ms=rounded(latency_ms(shipped, batch)),
+        original_latency_ms=rounded(latency_ms(proof.baseline, batch)),
+        bound=bound(at),
+        throughput_qps=rounded(at.get("throughput_qps"), 2),
+        accuracy_loss_percent=0.0 if is_original else rounded(accuracy.get("loss_percent")),
+        memory_mb=rounded(shipped.figures.get("peak_memory_mb"), 1),
+        gpu_memory_mb=rounded(shipped.figures.get("gpu_memory_mb"), 1),
+        speedup=_speedup(ratio) if ratio else "1.0x",
+        speedup_ci=[round(ratio["low"], 4), round(ratio["high"], 4)] if ratio else None,
+        size_mb=mb(shipped.figures["size_bytes"]),
+        batch_size=int(batch),
+        shape=(proof.benchmark.data.get("shape") or {}).get("dims"),
+        accuracy_metric=judged.get("metric"),
+        accuracy_basis=judged.get("kind"),
+        accuracy_value=rounded(value, 6),
+        original_accuracy_value=rounded(judged.get("baseline_value"), 6),
+        accuracy_loss_ci=accuracy.get("loss_ci"),
+        accuracy_samples=judged.get("samples"),
+        reasons=reasons,
+    )
+
+
+def _judged(proof: Proof) -> Mapping[str, Any]:
+    """What the original was seen to do beside any candidate."""
+    known = (r.tried.accuracy for r in proof.runs if r.tried.accuracy)
+    return next((a for a in known if a.get("baseline_value") is not None), {})
+
+
+def bound(at: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of one batch size: the cheaper call that stands beside what decides, where it was timed."""
+    found = at.get("bound")
+    return None if not found else {k: found.get(k) for k in ("p50_ms", "speedup")}
+
+
+def latency_ms(tried: Tried, batch: str) -> float | None:
+    """p50 in ms at this batch size, or the mean where the samples do not carry a median."""
+    at = (tried.figures or {}).get("batches", {}).get(batch, {})
+    value = at.get("p50_ms") if at.get("p50_ms") is not None else at.get("mean_ms")
+    return None if value is None else float(value)
+
+
+def mb(size_bytes: int | None) -> float | None:
+    """Decimal megabytes, as file managers and api.md's example count."""
+    return None if size_bytes is None else round(size_bytes / 1e6, 3)
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(float(value), digits)
+
+
+def _speedup(ratio: Mapping[str, Any]) -> str:
+    """One digit where that says it, two where a small gain would look like none."""
+    value = float(ratio["ratio"])
+    return f"{value:.1f}x" if round(value, 1) > 1.1 else f"{value:.2f}x"
