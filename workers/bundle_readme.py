@@ -10,7 +10,6 @@ from workers.kernel import backends
 
 def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable: Sequence[str] = ()) -> str:
     """Markdown. Figures and deployment are told where the manifest has them."""
-    on_cpu = backends()[backend].device == "cpu"
     lines = [
         f"# {name}",
         "",
@@ -21,7 +20,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         "    python infer.py INPUT.npz OUTPUT.npz # arrays named by the model's inputs",
         "",
         "`python infer.py` ends with exit code 1 where an output differs by more than the precision's rounding.",
-        *(["In Python: `names, run = infer.load()`, then `run({name: array})`."] if on_cpu else []),
+        "In Python: `names, run = infer.load()`, then `run({name: array})`, which many threads may call.",
         "",
         *_told("Figures", _figures(manifest.get("figures") or {})),
         *_told("Deployment", _deployment(manifest.get("deployment") or {})),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import ModelProto, helper
@@ -202,3 +203,13 @@ def test_how_near_is_the_same(found: Any, wanted: Any, precision: str, same: boo
     scope: dict[str, Any] = {"np": np, "json": json, "sys": sys, "HERE": tmp_path}
     exec(CHECK, scope)
     assert scope["as_expected"]({"y": np.asarray(found)}) is same
+
+
+def test_what_an_npz_does_not_know_is_compared_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"engine": {"precision": "bf16"}}))
+    answer = np.linspace(-4, 4, 9).astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "expected_output.npz", y=answer)
+    scope: dict[str, Any] = {"np": np, "json": json, "sys": sys, "HERE": tmp_path}
+    exec(CHECK, scope)
+    assert scope["as_expected"]({"y": answer})
+    assert not scope["as_expected"]({"y": (answer + 1).astype(ml_dtypes.bfloat16)})

@@ -51,15 +51,18 @@ class OpenVinoSession(Session):
                 self._request = self._compiled.create_infer_request()
         except Exception as error:  # as in `run`
             raise runtime_failure("inference_failed", error) from error
-        request, inputs, outputs = self._request, [i.name for i in self.inputs], [o.name for o in self.outputs]
+        idle, inputs, outputs = [self._request], [i.name for i in self.inputs], [o.name for o in self.outputs]
 
         def call() -> Arrays:
             try:
+                request = idle.pop()
                 tensors = [ov.Tensor(np.asarray(feeds[name], order="C")) for name in inputs]
                 for index, tensor in enumerate(tensors):
                     request.set_input_tensor(index, tensor)
                 request.infer(share_outputs=True)
-                return {name: np.array(request.get_output_tensor(i).data) for i, name in enumerate(outputs)}
+                found = {name: np.array(request.get_output_tensor(i).data) for i, name in enumerate(outputs)}
+                idle.append(request)
+                return found
             except Exception as error:  # as in `run`
                 raise runtime_failure("inference_failed", error) from error
 

@@ -114,6 +114,12 @@ class Engine:
         self.inputs = [n for n in self.names if mode(n) == trt.TensorIOMode.INPUT]
         self.outputs = [n for n in self.names if mode(n) == trt.TensorIOMode.OUTPUT]
         self.profile = 0
+        self.buffers = {}  # on the GPU: by name, kept from call to call
+
+    def buffer(self, name, nbytes):
+        if name not in self.buffers or self.buffers[name][1] < nbytes:
+            self.buffers[name] = (cuda.mem_alloc(max(nbytes, 1)), nbytes)
+        return self.buffers[name][0]
 
     def choose_profile(self, feeds):
         """The profile that holds these shapes and whose optimum is nearest."""
@@ -160,9 +166,8 @@ class Engine:
             if self.engine.get_tensor_location(name) == trt.TensorLocation.HOST:
                 address = array.ctypes.data
             else:
-                memory = cuda.mem_alloc(max(array.nbytes, 1))
+                memory = self.buffer(name, array.nbytes)
                 cuda.memcpy_htod_async(memory, array, self.stream)
-                kept.append(memory)
                 address = int(memory)
             kept.append(array)
             check(self.context.set_tensor_address(name, address), f"take the memory of {name}")
@@ -179,7 +184,7 @@ class Engine:
                 placed[name] = np.empty(shape, dtype)
                 check(self.context.set_tensor_address(name, placed[name].ctypes.data), f"take the memory of {name}")
             else:
-                placed[name] = cuda.mem_alloc(max(int(np.prod(shape)) * dtype.itemsize, 1))
+                placed[name] = self.buffer(name, int(np.prod(shape)) * dtype.itemsize)
                 check(self.context.set_tensor_address(name, int(placed[name])), f"take the memory of {name}")
         check(self.context.execute_async_v3(self.stream.handle), "run")
         self.stream.synchronize()

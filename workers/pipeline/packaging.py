@@ -80,10 +80,11 @@ def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> 
             "split": data.same,  # one data set for both, of which what calibrates never judges
         },
         "figures": _figures(proof),
+        "measured": {k: proof.benchmark.made.get(k) for k in ("at", "worker")},
         "deployment": {"reason": _NOT_YET} if deployment is None else _deployment(deployment),
         "inputs": proof.export.data["inputs"],
         "outputs": proof.export.data["outputs"],
-        "hardware": dict(proof.hardware),
+        "hardware": dict(proof.benchmark.made.get("hardware") or proof.hardware),
         "versions": versions([proof.backend]),
     }
 
