@@ -40,6 +40,7 @@ class Candidate:
     `runtime` is laid over the runtime options that the build returns: several candidates can share one engine file.
     `prior` is the expected latency over the baseline's, from measurements elsewhere (1.0 = nothing known); it decides
     the order of trying, never the verdict. `lossless`: the same arithmetic, differs from the original by rounding only.
+    `narrows`: which of this model's types the library computes in narrower ones; what does is not lossless.
     `other_values`: its runtime options change the arithmetic, so that its accuracy is not that of the engine as built.
     `unlikely`: why it seldom wins on such a machine; only an exhaustive search tries it.
     """
@@ -55,6 +56,10 @@ class Candidate:
     prior: float = 1.0
     unlikely: str | None = None
     other_values: bool = False
+    narrows: str | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.lossless and self.narrows), "what computes in narrower types is not lossless"
 
     @property
     def recipe(self) -> str:
@@ -93,9 +98,31 @@ class Proposal:
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """What a library computes in narrower types than the model's. `float64`, `integers`: in which instead, None where
+    it keeps them. `seen_in`: the version in which that was seen, or whose documentation says so."""
+
+    float64: str | None
+    integers: str | None
+    seen_in: str
+
+    def of(self, case: Case) -> str | None:
+        """What of this case's model it would narrow; None where it is nothing."""
+        told = []
+        doubles, wide = case.arithmetic.get("float64") or (), case.arithmetic.get("integers") or ()
+        if self.float64 and doubles:
+            told.append(f"float64 (tensor {doubles[0]!r}) in {self.float64}")
+        if self.integers and wide:
+            where = f"node {wide[0]['node']!r}" if wide[0]["node"] else f"output {wide[0]['tensor']!r}"
+            told.append(f"integers that may be large ({where}) in {self.integers}")
+        return f"it computes {' and '.join(told)}" if told else None
+
+
+@dataclass(frozen=True)
 class Case:
     """What is known of the job before anything is tried. `ops`: op type → count in the exported graph. `kind`: as in
-    `workers.onnx_graph` (cnn, transformer, rnn, …). `size_bytes`: of the exported model. `same_data`: one data set for
+    `workers.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.onnx_arithmetic`. `size_bytes`: of the
+    exported model. `same_data`: one data set for
     calibration and validation, which is split."""
 
     spec: OptimizationSpec
@@ -106,6 +133,7 @@ class Case:
     isa: Sequence[str] = ()
     cores: int = 1
     hardware: Mapping[str, Any] = field(default_factory=dict)
+    arithmetic: Mapping[str, Any] = field(default_factory=dict)
     has_calibration: bool = False
     same_data: bool = False
 

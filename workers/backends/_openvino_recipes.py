@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from workers import recipes
-from workers.candidates import Candidate, Case, Proposal, Skipped, Step
+from workers.candidates import Candidate, Case, Narrowing, Proposal, Skipped, Step
 
 _NAME = "openvino"
+# Values beyond int32 are cut to their lower 32 bits; Mod, Div, comparisons and sums were seen in float32, and int8 and
+# uint8 arithmetic that saturates where it should wrap.
+ARITHMETIC = Narrowing("float32", "int32, or in float32", "OpenVINO 2026.4.1, CPU")
 # Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16, int8 (rest in fp32), int8 (rest in bf16). Measured
 # at batch 1 on x86 with VNNI and BF16 (docs/backends.md).
 _PRIORS = {
@@ -113,6 +116,7 @@ def _candidate(
     if recipes.is_small(case):
         prior = round(prior * _SMALL_FACTOR[precision], 2)
     compute = "bf16" if cid.endswith("bf16") else "f32"
+    narrows = ARITHMETIC.of(case)
     return Candidate(
         cid,
         f"OpenVINO {name}",
@@ -120,6 +124,7 @@ def _candidate(
         precision,
         steps,
         runtime={"inference_precision": compute},
-        lossless=lossless,
+        lossless=lossless and narrows is None,
         prior=prior,
+        narrows=narrows,
     )

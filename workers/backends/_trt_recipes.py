@@ -12,9 +12,11 @@ from typing import Any
 from workers import recipes
 from workers.backends._trt_graph import NEEDS, least_capability
 from workers.backends._trt_probe import capability
-from workers.candidates import Candidate, Case, Proposal, Skipped, Step
+from workers.candidates import Candidate, Case, Narrowing, Proposal, Skipped, Step
 
 _NAME = "tensorrt"
+# Large integers are held to be narrowed until a run on a GPU shows which of its layers keep int64.
+ARITHMETIC = Narrowing("float32", "int32, or in float32", "TensorRT 11's documentation; never run here")
 CONVERTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 # What the rest of a graph computes in, for a candidate's name.
 _REST = {"fp16": "", "bf16": "", "int8": ", the rest fp16", "fp8": ", the rest fp16", "int4": " weights, the rest fp16"}
@@ -96,5 +98,8 @@ def _candidate(case: Case, cid: str, name: str, precision: str, steps: list[Step
     priors = _PRIORS | _PRIORS_BY_KIND.get(case.kind, {})
     prior = priors["tf32" if precision == "fp32" and tf32 else precision]
     # TF32 keeps ten bits of the mantissa: only plain fp32 differs by rounding alone.
-    lossless = precision == "fp32" and not tf32
-    return Candidate(cid, name, _NAME, precision, tuple(steps), options, lossless=lossless, prior=prior)
+    narrows = ARITHMETIC.of(case)
+    lossless = precision == "fp32" and not tf32 and narrows is None
+    return Candidate(
+        cid, name, _NAME, precision, tuple(steps), options, lossless=lossless, prior=prior, narrows=narrows
+    )

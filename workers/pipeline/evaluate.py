@@ -76,7 +76,10 @@ class CandidateRun:
 
     @classmethod
     def of(cls, candidate: Candidate) -> CandidateRun:
-        return cls(candidate, Tried(candidate.id, candidate.precision, candidate.lossless))
+        run = cls(candidate, Tried(candidate.id, candidate.precision, candidate.lossless))
+        if candidate.narrows:
+            run.note("plan", "not lossless", candidate.narrows)
+        return run
 
     @property
     def selected(self) -> Mapping[str, Any]:

@@ -156,6 +156,7 @@ class Optimizer:
             isa=self.runner.hardware.get("isa", ()),
             cores=int(self.runner.hardware.get("cores") or 1),
             hardware=self.runner.hardware,
+            arithmetic=structure["arithmetic"],
             has_calibration=self.data.calibration is not None,
             same_data=self.data.same,
         )

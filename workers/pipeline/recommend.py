@@ -20,7 +20,7 @@ _SLOW_MS = 10.0  # from which on a GPU's launches and copies are small beside th
 def recommend(found: Optimization) -> list[str]:
     """Sentences a person can act on."""
     advice = [*_kept_original(found), *_out_of_reach(found), *_next_precision(found), *_sensitive(found)]
-    advice += [*_limits(found), *_deployment(found), *_evidence(found)]
+    advice += [*_narrowed(found), *_limits(found), *_deployment(found), *_evidence(found)]
     return list(dict.fromkeys(advice))
 
 
@@ -54,6 +54,15 @@ def _out_of_reach(found: Optimization) -> Iterator[str]:
             f"{run.plan.name} ran {_gain(found, run):.2f}x as fast as the original but loses "
             f"{accuracy['loss_percent']:.2f} % ({accuracy.get('metric')}, {accuracy.get('samples')} samples); allow "
             "that loss to get it."
+        )
+
+
+def _narrowed(found: Optimization) -> Iterator[str]:
+    """What the data could not show of a pick that computes in narrower types than the model's."""
+    if found.picked and found.picked.plan.narrows:
+        yield (
+            f"Mind values beyond those of the validation data: {found.picked.plan.name} was judged on those alone, and "
+            f"{found.picked.plan.narrows}."
         )
 
 

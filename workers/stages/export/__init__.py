@@ -9,6 +9,7 @@ from pydantic import Field
 
 from app.domain.spec import ShapeRange
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, TensorSpec
+from workers.onnx_arithmetic import describe_arithmetic
 from workers.onnx_files import size_of
 from workers.onnx_graph import describe_structure, opset_of
 from workers.stages.export._pipeline import Exported, export_onnx
@@ -31,7 +32,7 @@ class Export(Stage[ExportOptions]):
     """Input `source` (one file) → output `model` (`model.onnx`; large weights in `model.onnx.data`)."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     Options = ExportOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
 
@@ -88,7 +89,7 @@ def _data(exported: Exported) -> dict[str, Any]:
         "dynamic_batch": exported.dynamic_batch,
         "notes": exported.notes,
         "checks": exported.checks,
-        "structure": structure,
+        "structure": {**structure, "arithmetic": describe_arithmetic(exported.model)},
     }
 
 
