@@ -201,6 +201,7 @@ class WorkerService:
                     should_stop=keeper.should_stop,
                     installation=self._installation(claim.tenant_id),
                     shared_caches=self.shared_caches,
+                    measure_again=job.spec.get("measure") == "again",
                 )
                 stages = runner.view.stages
                 found = Optimizer(runner, job, model, datasets, self.backends, self.settings.limits).run()

@@ -186,6 +186,8 @@ class Webhook(_Strict):
 
 
 class OptimizationSpec(_Strict):
+    """`measure`: "again" takes no timing from an earlier job; graphs and builds that are known still are."""
+
     model_id: str
     objective: Objective = "latency"
     target: Target = Target()
@@ -199,6 +201,7 @@ class OptimizationSpec(_Strict):
     search: Search = Search()
     quantization: Quantization = Quantization()
     tensorrt: TensorRt = TensorRt()
+    measure: Literal["cached", "again"] = "cached"
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     webhook: Webhook | None = None
 

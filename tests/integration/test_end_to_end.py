@@ -175,6 +175,10 @@ def test_without_data_only_engines_that_keep_the_arithmetic_may_ship(deployed: D
         benchmark = {"batch_sizes": [1], "min_seconds": 0.1}
         job = client.wait(client.submit(model_id=model["id"], benchmark=benchmark)["id"])
         report = client.report(job["id"])
+        again = client.wait(client.submit(model_id=model["id"], benchmark=benchmark, measure="again")["id"])
+        cached = {(s["name"], s["cached"]) for s in again["stages"]}
+        assert {("export", True), ("build", True), ("benchmark", False)} <= cached
+        assert ("benchmark", True) not in cached
     assert report["picked"] in ("baseline", "ort-fp32")
     assert any("calibration data" in s["reason"] for s in report["skipped"])
     assert any("calibration data" in advice for advice in report["recommendations"])

@@ -144,8 +144,8 @@ def _evidence(found: Optimization) -> Iterator[str]:
         )
     if found.benchmark.data.get("noisy"):
         yield (
-            "The machine was noisy (the baseline differed from itself): measure again on a quiet one, with another "
-            "`benchmark.min_seconds` (the same job again would answer from the cache)."
+            "The machine was noisy (the baseline differed from itself): measure again on a quiet one, with "
+            '`"measure": "again"` (the same job again would answer from the cache).'
         )
     if found.search.exhausted or found.benchmark.data.get("shortened"):
         yield f"The budget of {found.spec.budget_seconds} s ran out before everything was tried: raise it."

@@ -107,7 +107,9 @@ class StageRunner:
         should_stop: Callable[[], bool],
         installation: Installation | None = None,
         shared_caches: SharedCaches | None = None,
+        measure_again: bool = False,
     ) -> None:
+        """`measure_again`: measurements of other jobs are not taken; this job's own are, after a crash."""
         self.claim = claim
         self.ledger = ledger
         self.isolated = isolated
@@ -119,6 +121,7 @@ class StageRunner:
         self.should_stop = should_stop
         self.installation = installation or Installation()
         self.shared_caches = shared_caches
+        self.measure_again = measure_again
         self.view = JobView()
         self.calls: list[Outcome] = []
 
@@ -198,7 +201,8 @@ class StageRunner:
 
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id
-        row = self.ledger.recall(tenant_id, call.key) or self.ledger.recall(tenant_id, self._own_key(call.key))
+        row = None if self._anew(call) else self.ledger.recall(tenant_id, call.key)
+        row = row or self.ledger.recall(tenant_id, self._own_key(call.key))
         if row is None:
             return None
         if row.failure is not None:
@@ -209,6 +213,10 @@ class StageRunner:
     def _own_key(self, key: str) -> str:
         """The key of a result that only this job may take up again."""
         return digest_of([key, self.claim.job_id])
+
+    def _anew(self, call: _Call) -> bool:
+        """Whether only this job's own result counts."""
+        return self.measure_again and call.stage_type.exclusive_device
 
     def _execute(self, call: _Call) -> Outcome:
         for attempt in range(1, _TRIES + 1):
@@ -226,9 +234,11 @@ class StageRunner:
                     self._remember(call, call.key, {}, {}, failure, 0.0)
                 raise
         data = {**result.data, "notes_of_stage": result.notes, "made": self._made(call)}
-        stored = call.key if result.reusable else self._own_key(call.key)
+        own = self._anew(call) or not result.reusable
+        keys = [*([self._own_key(call.key)] if own else []), *([call.key] if result.reusable else [])]
         with infrastructure_faults(call.stage_type.name):
-            self._remember(call, stored, outputs, data, None, result.seconds)
+            for key in keys:
+                self._remember(call, key, outputs, data, None, result.seconds)
         return call.outcome(outputs, data, cached=False, seconds=result.seconds)
 
     def _made(self, call: _Call) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Benchmark(Stage[BenchmarkOptions]):
     only the baseline's failure fails the stage. Where the soft deadline does not hold the plan it is shortened, then
     the last engines are left out (`budget_exhausted`).
     Not reusable by another job: a shortened run, or one in which an engine failed as it might not fail again. A noisy
-    one is (the same job again answers at once); who wants it measured anew asks for another `min_seconds`, as the
-    report advises.
+    one is (the same job again answers at once); who wants it measured anew asks for `"measure": "again"`, as
+    the report advises.
     """
 
     name = "benchmark"
