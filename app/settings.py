@@ -6,7 +6,6 @@ The embedded default needs nothing set: SQLite, a blob folder and a file-system 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -84,7 +83,8 @@ class WorkerSettings(BaseSettings):
     sweep_s: float = Field(default=3.0, gt=0)
     redispatch_s: float = Field(default=15.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)
-    lock_dir: Path = Path(tempfile.gettempdir())
+    # Not `tempfile.gettempdir()`: TMPDIR may be another for every user, and workers of all users are to meet here.
+    lock_dir: Path = Path("/tmp")  # noqa: S108 (nothing is written there and no link followed: workers/pipeline/machine)
     gpu: str = Field(default="", description="Index or UUID of this worker's GPU; empty = the first visible one")
     engine_key_file: Path | None = Field(default=None, description="None = keys/engine.key below the home")
     stage_timeout_s: float = Field(default=1800, gt=0)

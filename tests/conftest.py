@@ -35,6 +35,14 @@ _SERVICE_VARIABLES = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers of the tests neither wait for those of the developer's nor hold them up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKER_LOCK_DIR", str(tmp_path_factory.mktemp("locks")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A PostgreSQL server: the URL of its maintenance database, as a superuser. Tests take `fresh_postgres`."""

@@ -37,6 +37,7 @@ from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
+from workers.pipeline.machine import MACHINE_BUSY
 from workers.pipeline.optimize import Optimizer
 from workers.pipeline.outcome import Optimization
 from workers.pipeline.protocol import Limits
@@ -54,7 +55,7 @@ _INTERNAL = StageFailure(
     FailureKind.INFRASTRUCTURE,
     remedy="Report this with the job's id: the worker's log holds the trace.",
 )
-_RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing"})
+_RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing", MACHINE_BUSY})
 
 
 class WorkerService:

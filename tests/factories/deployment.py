@@ -132,7 +132,8 @@ def deployment(home: Path, extra: Mapping[str, str] | None = None) -> Iterator[D
     """A migrated deployment with the API up and no worker yet."""
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ANNEAL_", "WORKER_", "STORAGE_"))}
-    environment |= {"ANNEAL_HOME": str(home), "ANNEAL_PORT": str(port), **FAST, **(extra or {})}
+    environment |= {"ANNEAL_HOME": str(home), "ANNEAL_PORT": str(port), "WORKER_LOCK_DIR": str(home / "locks")}
+    environment |= {**FAST, **(extra or {})}
     home.mkdir(parents=True, exist_ok=True)
     found = Deployment(home, environment, port)
     try:

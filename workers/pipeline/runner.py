@@ -7,8 +7,7 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,19 @@ from workers.hardware import lock_name
 from workers.installation import Installation
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
+from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.shared_caches import SharedCaches
-from workers.pipeline.workspace import Workspace, device_lock
+from workers.pipeline.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
 _TRIES = 3  # of one stage call, when its process is lost or storage is away
+_AT_ONCE_IN_VAIN = frozenset({"storage_full", MACHINE_BUSY})
 _PROGRESS_EVERY_S = 0.5
+_HOLDERS_GRACE_S = 60.0  # a stage call that holds the machine ends within its limit, about
+_LEAST_S = 1.0  # that a stage call has for itself, however long it waited for the machine
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class StageRunner:
         self.hardware = hardware
         self.fingerprint = fingerprint
         self.limits = limits
-        self.lock_dir = lock_dir
+        self.machine = MachineLock(lock_dir, limits.seconds + _HOLDERS_GRACE_S)
         self.should_stop = should_stop
         self.installation = installation or Installation()
         self.shared_caches = shared_caches
@@ -225,7 +228,8 @@ class StageRunner:
                     result, outputs = self._attempt(call)
                 break
             except StageFailure as failure:
-                if failure.kind is FailureKind.INFRASTRUCTURE and attempt < _TRIES and failure.code != "storage_full":
+                again = failure.kind is FailureKind.INFRASTRUCTURE and failure.code not in _AT_ONCE_IN_VAIN
+                if again and attempt < _TRIES:
                     log.warning("stage_tried_again", stage=call.stage_type.name, attempt=attempt, reason=str(failure))
                     time.sleep(0.2 * attempt)
                     continue
@@ -256,24 +260,46 @@ class StageRunner:
             workspace=str(folder / "work"),
             outputs=str(folder / "out"),
             hardware=dict(self.hardware),
-            limits=Limits(call.seconds, self.limits.memory_bytes, self.limits.file_bytes, call.soft_seconds),
+            limits=self._limits_of(call, 0.0),
             installation=self.installation.to_json(),
         )
-        device = lock_name(self.hardware) if "cuda" in _devices(call.options) else "cpu"
-        # On a GPU builds measure, too: TensorRT times its tactics. Nothing else may run there meanwhile.
-        exclusive = call.stage_type.exclusive_device or (device != "cpu" and call.stage_type.hardware_bound)
-        lock = device_lock(self.lock_dir, device, self.should_stop) if exclusive else nullcontext()
         sharing = stage == "build" and any(b.shares_cache for b in _backends(call.options))
         builds = self.shared_caches if sharing else None
         if builds is not None:
             builds.pull()
-        with lock:
+        with self.machine.hold(self._place(call), self.should_stop, lambda: self._tell_waiting(call)) as waited:
+            if waited:
+                call.entry.update(detail=None, waited_seconds=round(waited, 3))
+                request = replace(request, limits=self._limits_of(call, waited))
             result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
         if builds is not None:
             builds.push()
         outputs = {name: self.workspace.store(folder / "out" / name) for name in result.outputs}
         shutil.rmtree(folder, ignore_errors=True)
         return result, outputs
+
+    def _place(self, call: _Call) -> Place:
+        """What measures on the CPU has the machine for itself. What measures on a GPU has that GPU, and shares the rest
+        with the other GPUs' workers; builds measure there, too: TensorRT times its tactics."""
+        stage, devices = call.stage_type, _devices(call.options)
+        if "cuda" not in devices:
+            return Place(alone=stage.exclusive_device)
+        measures = stage.exclusive_device or stage.hardware_bound
+        alone = stage.exclusive_device and "cpu" in devices
+        return Place(alone, gpu=lock_name(self.hardware) if measures else None)
+
+    def _limits_of(self, call: _Call, waited: float) -> Limits:
+        """Waiting for the machine is time of the job's budget: it goes off what the call may take before it stops by
+        itself."""
+        soft, hard = call.soft_seconds, call.seconds
+        if soft is not None and waited:
+            left = max(soft - waited, min(soft, _LEAST_S))
+            soft, hard = left, hard - (soft - left)
+        return Limits(hard, self.limits.memory_bytes, self.limits.file_bytes, soft)
+
+    def _tell_waiting(self, call: _Call) -> None:
+        call.entry["detail"] = "waiting for the machine"
+        self._publish(call, message="waiting for the machine")
 
     def _remember(
         self,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,18 +99,3 @@ def remove_stale(home: Path) -> int:
             lock_path.unlink(missing_ok=True)
             removed += 1
     return removed
-
-
-@contextmanager
-def device_lock(folder: Path, device: str, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """One measurement at a time on a device, over all workers that share `folder`. Waits for it, as long as
-    `should_stop` does not say otherwise: then the caller's stage sees that itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"anneal-{os.getuid()}-{device}.lock").open("w") as lock:
-        while not should_stop():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        yield
