@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 
 from anneal_client import Client
+from tests.factories import cases_engines  # noqa: F401  (registers its own)
 from tests.factories.cases import CASES, Feeds, ModelCase, without_node_names
 from tests.factories.deployment import deployment
 

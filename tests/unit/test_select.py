@@ -128,6 +128,13 @@ def test_a_lossless_engine_needs_no_data() -> None:
     assert _pick(candidate) == "int8"
 
 
+def test_what_computes_in_narrower_types_needs_data() -> None:
+    candidate = _candidate(1.5, {"source": "synthetic", "loss_percent": 0.0})
+    candidate.narrows = "it computes float64 (tensor 'seconds') in float32"
+    assert _pick(candidate) == BASELINE
+    assert any("float64 (tensor 'seconds') in float32" in reason for reason in candidate.reasons)
+
+
 def test_throughput_is_judged_at_the_largest_batch() -> None:
     candidate = _candidate(1.0, at8=2.0)
     assert _pick(candidate) == BASELINE

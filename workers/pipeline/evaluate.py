@@ -76,7 +76,8 @@ class CandidateRun:
 
     @classmethod
     def of(cls, candidate: Candidate) -> CandidateRun:
-        run = cls(candidate, Tried(candidate.id, candidate.precision, candidate.lossless))
+        tried = Tried(candidate.id, candidate.precision, candidate.lossless, narrows=candidate.narrows)
+        run = cls(candidate, tried)
         if candidate.narrows:
             run.note("plan", "not lossless", candidate.narrows)
         return run

@@ -62,6 +62,7 @@ class Tried:
     accuracy: Mapping[str, Any] | None = None  # the validate stage's data
     figures: Mapping[str, Any] | None = None  # its part of the benchmark stage's data
     failed: str | None = None  # why it never got that far
+    narrows: str | None = None  # as the candidate's
     checks: list[Check] = field(default_factory=list)
     speed: list[str] = field(default_factory=list)  # why it is not faster
     missed: Check | None = None  # the limit that it was seen to miss before it was measured in full
@@ -176,6 +177,7 @@ def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
     loss = accuracy.get("loss_percent")
     if accuracy.get("source") == "synthetic" and not tried.lossless:
         reason = "no validation data: a change of precision cannot be shown to keep its accuracy"
+        reason += f" ({tried.narrows})" if tried.narrows else ""
         return [finite, Check("accuracy_loss_percent", loss, limit, False, reason)]
     passed = loss is not None and loss <= limit
     shown = "unknown" if loss is None else f"{loss:.3f} %"
