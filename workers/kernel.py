@@ -122,9 +122,12 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+WARM_UP_RUNS = 5  # of a profiled session, which count for nothing
+
+
 @dataclass(frozen=True)
 class LayerTime:
-    """Mean time of one layer (a node of the engine's graph as the runtime executes it) in one inference."""
+    """Median time of one layer (a node of the engine's graph as the runtime executes it) in one inference."""
 
     name: str
     op_type: str
@@ -221,8 +224,9 @@ class Backend(ABC):
         feeds: Arrays,  # noqa: ARG002
         runs: int,  # noqa: ARG002
     ) -> list[LayerTime] | None:
-        """Where one inference spends its time, the slowest layer first, over `runs` runs with the library's own
-        profiler; None where it has none. Profiling slows the engine: shares are of use, sums are not."""
+        """Where one inference spends its time, the slowest layer first: medians of `runs` runs with the library's own
+        profiler, after some to warm up; None where it has none. Profiling slows the engine: shares are of use as long
+        as the sum is not much more than what the engine takes without."""
         return None
 
     @abstractmethod

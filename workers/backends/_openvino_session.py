@@ -11,7 +11,8 @@ import numpy as np
 from app.domain.failures import StageFailure
 from workers.backends._openvino_ir import Interface
 from workers.backends._openvino_library import library, runtime_failure
-from workers.kernel import LayerTime, Session, TensorSpec
+from workers.kernel import WARM_UP_RUNS, LayerTime, Session, TensorSpec
+from workers.measure.layers import median_times
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -108,18 +109,19 @@ class OpenVinoSession(Session):
         return dict(sorted(found.items()))
 
     def layer_times(self, feeds: Arrays, runs: int) -> list[LayerTime]:
-        """Of a model compiled with PERF_COUNT: means of `runs` inferences after one to warm up, the slowest first."""
+        """Of a model compiled with PERF_COUNT: medians of `runs` inferences after some to warm up."""
         request = self._compiled.create_infer_request()
         kept = self._set_inputs(request, feeds)
-        request.infer(share_outputs=True)
-        spent: dict[tuple[str, str], float] = defaultdict(float)
+        for _ in range(WARM_UP_RUNS):
+            request.infer(share_outputs=True)
+        times: list[dict[tuple[str, str], float]] = []
         for _ in range(runs):
             request.infer(share_outputs=True)
+            times.append(defaultdict(float))
             for layer in request.profiling_info:
-                spent[layer.node_name, layer.node_type] += layer.real_time.total_seconds() * 1e3 / runs
+                times[-1][layer.node_name, layer.node_type] += layer.real_time.total_seconds() * 1e3
         del kept
-        times = (LayerTime(name, op, ms) for (name, op), ms in spent.items() if ms > 0)
-        return sorted(times, key=lambda layer: -layer.ms)
+        return median_times(times)
 
     def close(self) -> None:
         self._request = self._compiled = None

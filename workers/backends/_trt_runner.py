@@ -22,7 +22,8 @@ from workers.backends._trt_context import Execution
 from workers.backends._trt_cuda import Cuda
 from workers.backends._trt_inspect import inspection_of, profile_layers, read_inspection, weights_bytes
 from workers.backends._trt_options import RuntimeOptions
-from workers.kernel import LayerTime, Session, TensorSpec
+from workers.kernel import WARM_UP_RUNS, LayerTime, Session, TensorSpec
+from workers.measure.layers import median_times
 
 if TYPE_CHECKING:
     import tensorrt
@@ -151,17 +152,20 @@ class TensorRtSession(Session):
         return {**found, "memory": self.memory(), "cuda_graph": self.graph_status}
 
     def layer_times(self, feeds: Arrays, runs: int) -> list[LayerTime]:
-        """Mean milliseconds by layer, the slowest first, by TensorRT's own profiler. The session is of no other use
+        """Median milliseconds by layer, the slowest first, by TensorRT's own profiler. The session is of no other use
         afterwards: every call of it is profiled from then on."""
         assert self._engine is not None, "the session is open"
         found = read_inspection(inspection_of(self._engine), {})
         types = {layer["name"]: str(layer["type"] or "") for layer in found["layers"]}
-        self.run(feeds)
-        times = profile_layers(self._main.context)
-        for _ in range(runs):
+        for _ in range(WARM_UP_RUNS):
             self.run(feeds)
-        layers = [LayerTime(name, types.get(name[:500], ""), ms / max(1, runs)) for name, ms in times.items()]
-        return sorted(layers, key=lambda layer: -layer.ms)
+        times = profile_layers(self._main.context)
+        each: list[dict[tuple[str, str], float]] = []
+        for _ in range(runs):
+            times.clear()
+            self.run(feeds)
+            each.append({(name, types.get(name[:500], "")): ms for name, ms in times.items()})
+        return median_times(each)
 
     def memory(self) -> dict[str, Any]:
         """Bytes: weights, activations of the profile in use, inputs and outputs; and the GPU's free and total."""

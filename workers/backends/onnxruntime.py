@@ -16,7 +16,7 @@ from workers.backends import _onnxruntime_recipes as ort_recipes
 from workers.backends._onnxruntime_script import infer_script
 from workers.backends._options import parsed
 from workers.candidates import Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
+from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
 
 if TYPE_CHECKING:
@@ -247,7 +247,8 @@ class OnnxRuntimeBackend(Backend):
         options = _session_options(parsed(RuntimeOptions, runtime, "ONNX Runtime"))
         options.enable_profiling = True
         options.profile_file_prefix = "profile"  # in the current folder: the stage's workspace
-        return profiling.layer_times(profiling.profiled(_open(engine / MODEL_FILE, options), feeds, runs), runs)
+        trace = profiling.profiled(_open(engine / MODEL_FILE, options), feeds, runs + WARM_UP_RUNS)
+        return profiling.layer_times(trace, WARM_UP_RUNS)
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

@@ -11,15 +11,17 @@ import numpy as np
 from pydantic import Field
 
 from workers.data import Samples, synthetic_feeds
-from workers.kernel import LayerTime, Stage, StageContext, StageOptions, StageResult, backends
+from workers.kernel import WARM_UP_RUNS, LayerTime, Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.inputs import fixed_batch
 from workers.onnx_files import size_of
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
 
-_RUNS = 20
+_RUNS = 200
+_LEAST_RUNS = 5
 _RUN_SECONDS = 2.0
+_DISTORTED = 1.5  # sum of the layers over what the engine takes unprofiled: beyond it the profiler's own cost rules
 _TOP = 12
 _COPY_BYTES = 128 << 20  # beyond any cache
 _COPY_ROUNDS = 5
@@ -39,13 +41,15 @@ class Profile(Stage[ProfileOptions]):
     """inputs: engine, [data]. No outputs.
 
     data: layers (the slowest: name, op_type, ms, share of the profiled time), by_op {op type: share}, layer_count,
-    engine_bytes, copy_bytes_per_s (what this machine's memory gives to one thread per core, read and written bytes
-    counted), inference_ms (unprofiled, mean), weight_bandwidth_share (bytes of the engine read once per inference, over
-    the bandwidth: near 1 = the inference waits for memory), batch. Layers are None where the library has no profiler.
+    layers_ms (the layers' sum), distorted (why the layers say nothing of the engine, or None), runs, inference_ms
+    (unprofiled, inputs bound), engine_bytes, copy_bytes_per_s (what this machine's memory gives to one thread per core,
+    read and written bytes counted), weight_bandwidth_share (bytes of the engine read once per inference, over the
+    bandwidth: near 1 = the inference waits for memory), batch. Times are medians of `runs` runs. Layers are None where
+    the library has no profiler.
     """
 
     name = "profile"
-    version = 3
+    version = 4
     Options = ProfileOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
@@ -71,7 +75,9 @@ class Profile(Stage[ProfileOptions]):
             "engine_bytes": size,
             "copy_bytes_per_s": round(bandwidth) if bandwidth else None,
             "weight_bandwidth_share": round(size / (inference_ms / 1e3) / bandwidth, 4) if bandwidth else None,
+            "runs": runs,
             **_shares(layers),
+            "distorted": _distorted(layers, inference_ms),
         }
         return StageResult(data=data)
 
@@ -87,19 +93,35 @@ def _feeds(ctx: StageContext, inputs: Any, outputs: Any, options: ProfileOptions
 
 
 def _timed(call: Any) -> tuple[int, float]:
-    """How many runs to profile, and the mean time of one in ms."""
-    call()
-    start, done = time.perf_counter(), 0
-    while done < _RUNS and (time.perf_counter() - start < _RUN_SECONDS or done < 2):
+    """How many runs to profile, and the median time of one in ms, after some to warm up."""
+    begun = time.perf_counter()
+    for _ in range(WARM_UP_RUNS):
         call()
-        done += 1
-    return done, 1e3 * (time.perf_counter() - start) / done
+        if time.perf_counter() - begun > _RUN_SECONDS:
+            break
+    took: list[float] = []
+    begun = time.perf_counter()
+    while len(took) < _RUNS and (time.perf_counter() - begun < _RUN_SECONDS or len(took) < _LEAST_RUNS):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return len(took), 1e3 * float(np.median(took))
+
+
+def _distorted(layers: list[LayerTime] | None, inference_ms: float) -> str | None:
+    total = sum(layer.ms for layer in layers or ())
+    if total <= _DISTORTED * inference_ms:
+        return None
+    return (
+        f"by the library's profiler the layers take {total:.3g} ms together, the engine without it "
+        f"{inference_ms:.3g} ms: what the profiler itself costs hides where the time goes"
+    )
 
 
 def _shares(layers: list[LayerTime] | None) -> dict[str, Any]:
     total = sum(layer.ms for layer in layers or ())
     if not layers or total <= 0:
-        return {"layers": None, "by_op": None, "layer_count": None}
+        return {"layers": None, "by_op": None, "layer_count": None, "layers_ms": None}
     by_op: dict[str, float] = defaultdict(float)
     for layer in layers:
         by_op[layer.op_type] += layer.ms / total
@@ -110,6 +132,7 @@ def _shares(layers: list[LayerTime] | None) -> dict[str, Any]:
         ],
         "by_op": {op: round(share, 4) for op, share in sorted(by_op.items(), key=lambda item: -item[1])[:_TOP]},
         "layer_count": len(layers),
+        "layers_ms": round(total, 5),
     }
 
 
