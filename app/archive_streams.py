@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import IO, Protocol
 
 from app.errors import AppError
-from app.settings import LimitSettings
 from app.tar_headers import DamagedTar
 
 CHUNK = 1 << 20
@@ -39,6 +38,17 @@ class SeekableFile(Protocol):
     def close(self) -> None: ...
 
 
+class ArchiveLimits(Protocol):
+    """Of `app.settings.LimitSettings`, which the parsers do without: they run in processes that must start quickly."""
+
+    @property
+    def unpacked_bytes(self) -> int: ...
+    @property
+    def archive_members(self) -> int: ...
+    @property
+    def compression_ratio(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Limits:
     """Bounds of one archive: unpacked bytes, number of entries, unpacked bytes per byte of the archive."""
@@ -48,7 +58,7 @@ class Limits:
     max_ratio: float
 
     @classmethod
-    def of(cls, settings: LimitSettings) -> Limits:
+    def of(cls, settings: ArchiveLimits) -> Limits:
         return cls(settings.unpacked_bytes, settings.archive_members, settings.compression_ratio)
 
     def check(self, unpacked: int, packed: int) -> None:

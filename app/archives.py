@@ -25,6 +25,7 @@ from typing import IO, Literal, Self, cast
 from app.archive_streams import (
     CHUNK,
     REPACK,
+    ArchiveLimits,
     Guarded,
     Inflated,
     Limits,
@@ -37,11 +38,11 @@ from app.archive_streams import (
     invalid_archive,
 )
 from app.errors import storage_full
-from app.settings import LimitSettings
 from app.tar_headers import TarEntry, is_tar_header, read_tar
 
 __all__ = [
     "Archive",
+    "ArchiveLimits",
     "Limits",
     "Member",
     "Stream",
@@ -268,16 +269,16 @@ def open_archive(source: Path | SeekableFile, limits: Limits, *, names_are_paths
         raise
 
 
-def list_members(path: Path, limits: LimitSettings) -> list[Member]:
+def list_members(path: Path, limits: ArchiveLimits) -> list[Member]:
     """The regular files in the archive, in their order."""
     with open_archive(path, Limits.of(limits)) as archive:
         return list(archive.members)
 
 
 @contextmanager
-def open_member(path: Path, name: str, limits: LimitSettings | None = None) -> Iterator[Stream]:
+def open_member(path: Path, name: str, limits: ArchiveLimits) -> Iterator[Stream]:
     """A stream over one member; `KeyError` where there is none of that name."""
-    with open_archive(path, Limits.of(limits or LimitSettings())) as archive:
+    with open_archive(path, Limits.of(limits)) as archive:
         yield archive.open(name)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +21,16 @@ from app.db.uow import Database
 from app.domain.artifact_key import digest_of
 from app.errors import AppError, FieldError, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
+from app.inspection.pool import Inspector
+from app.names import forbidden_character
 from app.references import is_referenced, lock_blob
 from app.settings import Settings
 from app.storage.content import ContentStore, blob_key
 
 Row = TypeVar("Row", SourceModel, Dataset)
 
-_LONGEST_NAME = 200
-_LONGEST_FILENAME = 255
+LONGEST_NAME = 200  # characters
+LONGEST_FILENAME = 255  # bytes
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,18 @@ class LibraryRepository(Generic[Row]):
         return self.session.scalar(select(Upload).where(Upload.id == upload_id, Upload.tenant_id == tenant_id))
 
 
-class FileLibrary(ABC, Generic[Row]):
+class FileLibrary(Generic[Row]):
     """The service over one kind of uploaded file. Calls block."""
 
     kind: ClassVar[str]
     prefix: ClassVar[str]
     table: type[Row]
 
-    def __init__(self, db: Database, content: ContentStore, settings: Settings) -> None:
+    def __init__(self, db: Database, content: ContentStore, settings: Settings, inspector: Inspector) -> None:
         self._db = db
         self._content = content
         self._settings = settings
-
-    @abstractmethod
-    def inspect(self, path: Path, filename: str) -> dict[str, Any]:
-        """Look into the file: the columns that describe it. Raises AppError 422 for what is not of this kind."""
+        self._inspector = inspector
 
     def create(self, tenant_id: str, name: str | None, file: IncomingFile, key: str | None) -> tuple[Row, bool]:
         """Inspect, store and name the file: (row, whether it was made now)."""
@@ -105,7 +102,7 @@ class FileLibrary(ABC, Generic[Row]):
         earlier = self._recall(tenant_id, idempotency)
         if earlier is not None:
             return earlier, False
-        columns = self.inspect(file.path, file.filename)
+        columns = self._inspector.inspect(tenant_id, self.kind, file.path, file.filename)
         self._content.put(tenant_id, file.path, file.sha256, move=True)
         row = self._row(tenant_id, name, file.filename, file.sha256, file.size_bytes, columns)
         return self._save(row, idempotency, None)
@@ -128,7 +125,7 @@ class FileLibrary(ABC, Generic[Row]):
         if upload.status == "consumed":
             raise conflict("upload_consumed", "The upload has become a model or a data set already.")
         with local_copy(self._content, tenant_id, upload.sha256, self._settings.temp_dir) as path:
-            columns = self.inspect(path, upload.filename)
+            columns = self._inspector.inspect(tenant_id, self.kind, path, upload.filename)
         row = self._row(tenant_id, name, upload.filename, upload.sha256, upload.size_bytes, columns)
         return self._save(row, idempotency, upload_id)
 
@@ -245,29 +242,24 @@ def scratch_folder(temp_dir: Path) -> Iterator[Path]:
 def clean_name(name: str | None, filename: str) -> str:
     """The resource's name: given, or the file's name without its suffix. Raises 422."""
     if name is None:
-        name = Path(filename).stem[:_LONGEST_NAME]
+        name = Path(filename).stem[:LONGEST_NAME]
     name = name.strip()
-    if not 0 < len(name) <= _LONGEST_NAME:
-        raise _bad("name", f"must have 1 to {_LONGEST_NAME} characters")
-    if _unprintable(name):
-        raise _bad("name", "must not hold control characters")
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise _bad("name", f"must have 1 to {LONGEST_NAME} characters")
+    if character := forbidden_character(name):
+        raise _bad("name", f"must not hold the control character {character}")
     return name
 
 
 def clean_filename(filename: str) -> str:
     """A plain file name without folders. Raises 422."""
-    if not 0 < len(filename.encode("utf-8", "replace")) <= _LONGEST_FILENAME:
-        raise _bad("filename", f"must have 1 to {_LONGEST_FILENAME} bytes")
+    if not 0 < len(filename.encode("utf-8", "replace")) <= LONGEST_FILENAME:
+        raise _bad("filename", f"must have 1 to {LONGEST_FILENAME} bytes")
     if "/" in filename or "\\" in filename or filename in (".", ".."):
         raise _bad("filename", "must be a plain file name without folders")
-    if _unprintable(filename):
-        raise _bad("filename", "must not hold control characters")
+    if character := forbidden_character(filename):
+        raise _bad("filename", f"must not hold the control character {character}")
     return filename
-
-
-def _unprintable(text: str) -> bool:
-    """Control characters, and halves of surrogate pairs, which no database takes."""
-    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def _bad(field: str, message: str) -> AppError:

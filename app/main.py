@@ -19,11 +19,13 @@ from app.db.uow import Database
 from app.http import health
 from app.http.auth import Authenticator
 from app.http.metrics import Metrics
-from app.http.middleware import BodyLimitMiddleware, LocalGuardMiddleware, RequestContextMiddleware
+from app.http.middleware import BodyLimitMiddleware, KeyMiddleware, LocalGuardMiddleware, RequestContextMiddleware
 from app.http.openapi import describe
 from app.http.problem import install_handlers, problems
 from app.http.services import Services
 from app.http.sink import remove_stale
+from app.http.threads import Places, SharedReads, SharedThreads
+from app.inspection.pool import Inspector
 from app.jobs import endpoints as jobs
 from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
@@ -57,6 +59,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
             yield
         finally:
             await services.watcher.stop()
+            services.inspector.close()
             services.db.close()
 
     app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url="/docs", redoc_url=None)
@@ -68,6 +71,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     describe(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.limits.json_bytes)
+    app.add_middleware(KeyMiddleware)
     if not settings.keys_required:
         app.add_middleware(LocalGuardMiddleware)
     app.add_middleware(RequestContextMiddleware, metrics=metrics)
@@ -78,15 +82,17 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
     """Every part of the API. The database is connected to on first use."""
     db = Database(make_engine(settings.database))
     content = ContentStore(make_store(settings))
+    reads = SharedReads()
+    inspector = Inspector(settings.limits)
     jobs_service = JobService(db, content, dispatch, settings)
     return Services(
         settings=settings,
         db=db,
         content=content,
-        auth=Authenticator(db, settings.keys_required),
+        auth=Authenticator(db, settings.keys_required, reads),
         metrics=metrics,
-        models=SourceModelService(db, content, settings),
-        datasets=DatasetService(db, content, settings),
+        models=SourceModelService(db, content, settings, inspector),
+        datasets=DatasetService(db, content, settings, inspector),
         uploads=UploadService(db, content, settings),
         jobs=jobs_service,
         job_documents=JobDocuments(jobs_service),
@@ -94,5 +100,9 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         capabilities=CapabilityService(db, settings),
         watcher=JobWatcher(jobs_service.versions),
         files=CapacityLimiter(16),
-        inspections=CapacityLimiter(2),
+        storage=SharedThreads(24, patience_s=10),
+        creations=SharedThreads(16, patience_s=120),
+        reads=reads,
+        waiting=Places(settings.limits.waiting_per_tenant),
+        inspector=inspector,
     )

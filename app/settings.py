@@ -47,6 +47,7 @@ class LimitSettings(BaseSettings):
     compression_ratio: int = Field(default=200, ge=1)
     archive_members: int = Field(default=10_000, ge=1)
     json_bytes: int = Field(default=1 << 20, ge=1)
+    spec_bytes: int = Field(default=128 << 10, ge=1 << 10)
     part_bytes: int = Field(default=64 << 20, ge=5 << 20)
     upload_expires_s: int = Field(default=24 * 3600, ge=1)
     wait_s: float = Field(default=60, ge=0)
@@ -57,6 +58,9 @@ class LimitSettings(BaseSettings):
     write_s: float = Field(default=60, gt=0)
     connections: int = Field(default=4096, ge=1)
     connections_per_address: int = Field(default=512, ge=0, description="0 = no limit, for a service behind a proxy")
+    waiting_per_tenant: int = Field(default=500, ge=1)
+    inspect_cpu_s: float = Field(default=30, gt=0)
+    inspect_memory_mb: int = Field(default=1024, ge=128)
     active_jobs_per_tenant: int = Field(default=1000, ge=1)
 
 

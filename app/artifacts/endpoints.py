@@ -8,9 +8,10 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from app.artifacts.schemas import EngineOut, EnginePage
+from app.db.orm import Engine
 from app.http.deps import IdFilter, PageDep, ServicesDep, TenantId, path_id
 from app.http.downloads import Download, download_response
-from app.http.pagination import cut
+from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.responses import DOWNLOAD_RESPONSES
 
@@ -22,11 +23,13 @@ EngineId = Annotated[str, path_id("engine")]
 @router.get("", response_model=EnginePage)
 def list_engines(
     services: ServicesDep, tenant_id: TenantId, page: PageDep, job_id: IdFilter = None, model_id: IdFilter = None
-) -> EnginePage:
+) -> Response:
     """Delivered engines, newest first."""
-    rows = services.engines.page(tenant_id, limit=page.limit + 1, before=page.before, job_id=job_id, model_id=model_id)
-    shown, cursor = cut(rows, page.limit)
-    return EnginePage(items=[EngineOut.of(row) for row in shown], next_cursor=cursor)
+
+    def fetch(limit: int, before: str | None) -> list[Engine]:
+        return services.engines.page(tenant_id, limit=limit, before=before, job_id=job_id, model_id=model_id)
+
+    return page_response(page, fetch, lambda row: EngineOut.of(row).model_dump_json().encode())
 
 
 @router.get("/{engine_id}", response_model=EngineOut, responses=problems(404))

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from app.datasets.schemas import DatasetOut, DatasetPage
+from app.db.orm import Dataset
 from app.http.bodies import BODY_DESCRIPTION, create_from_request
-from app.http.deps import IdempotencyKeyHeader, NameFilter, PageDep, ServicesDep, TenantId, path_id
+from app.http.deps import (
+    GivenFilename,
+    GivenName,
+    IdempotencyKeyHeader,
+    NameFilter,
+    PageDep,
+    ServicesDep,
+    TenantId,
+    path_id,
+)
 from app.http.downloads import Download, download_response
-from app.http.pagination import cut
+from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.responses import DOWNLOAD_RESPONSES, created
 
@@ -32,8 +42,8 @@ async def create_dataset(
     services: ServicesDep,
     tenant_id: TenantId,
     key: IdempotencyKeyHeader = None,
-    name: Annotated[str | None, Query(description="Default: the file's name without its suffix")] = None,
-    filename: Annotated[str | None, Query(description="The file's name; its suffix helps to tell the format")] = None,
+    name: GivenName = None,
+    filename: GivenFilename = None,
 ) -> Response:
     """Upload a data set: `.npz` (arrays named by the model's inputs, first axis = samples), or an archive of such."""
     row, new = await create_from_request(
@@ -43,12 +53,13 @@ async def create_dataset(
 
 
 @router.get("", response_model=DatasetPage)
-def list_datasets(services: ServicesDep, tenant_id: TenantId, page: PageDep, name: NameFilter = None) -> DatasetPage:
+def list_datasets(services: ServicesDep, tenant_id: TenantId, page: PageDep, name: NameFilter = None) -> Response:
     """Uploaded data sets, newest first."""
-    rows, cursor = cut(
-        services.datasets.page(tenant_id, limit=page.limit + 1, before=page.before, name=name), page.limit
-    )
-    return DatasetPage(items=[DatasetOut.of(row) for row in rows], next_cursor=cursor)
+
+    def fetch(limit: int, before: str | None) -> list[Dataset]:
+        return services.datasets.page(tenant_id, limit=limit, before=before, name=name)
+
+    return page_response(page, fetch, lambda row: DatasetOut.of(row).model_dump_json().encode())
 
 
 @router.get("/{dataset_id}", response_model=DatasetOut, responses=problems(404))
@@ -68,6 +79,6 @@ async def download_dataset(
 
 
 @router.delete("/{dataset_id}", status_code=204, responses=problems(404, 409, 413, 507))
-def delete_dataset(services: ServicesDep, tenant_id: TenantId, dataset_id: DatasetId) -> None:
+async def delete_dataset(services: ServicesDep, tenant_id: TenantId, dataset_id: DatasetId) -> None:
     """Delete a data set that no queued or running job uses."""
-    services.datasets.delete(tenant_id, dataset_id)
+    await services.storage.run(tenant_id, services.datasets.delete, tenant_id, dataset_id)

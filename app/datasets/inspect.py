@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, TypedDict, cast
+from typing import Any, BinaryIO, Literal, TypedDict, cast
 
 from app.archive_streams import SeekableFile, Window
-from app.archives import Archive, Limits, Member, archive_kind, open_archive
+from app.archives import Archive, ArchiveLimits, Limits, Member, archive_kind, open_archive
 from app.datasets.npy_header import read_npy_header
 from app.errors import AppError, invalid_dataset, storage_full
 from app.names import forbidden_character, printable
-from app.settings import LimitSettings
 
 _CHUNK = 1 << 20
 _MAX_ARRAYS = 1000
@@ -58,7 +57,13 @@ class _Shard:
     unpacked_bytes: int
 
 
-def inspect_dataset(path: Path, filename: str, limits: LimitSettings) -> DatasetInfo:
+def describe_dataset(path: Path, filename: str, limits: ArchiveLimits) -> dict[str, Any]:
+    """The columns of an uploaded data set's row, as JSON. Raises what `inspect_dataset` raises."""
+    info = inspect_dataset(path, filename, limits)
+    return {"format": info.format, "samples": info.samples, "arrays": info.arrays}
+
+
+def inspect_dataset(path: Path, filename: str, limits: ArchiveLimits) -> DatasetInfo:
     """`filename` is what the client calls the file. Scratch space for compressed shards is taken beside `path`."""
     bounds = Limits.of(limits)
     with path.open("rb") as file:

@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
+from app.domain.limits import INT64_MAX
 from app.errors import AppError, invalid_dataset
 
 _MAGIC = b"\x93NUMPY"
@@ -75,7 +76,11 @@ def read_npy_header(stream: _Readable, array: str, where: str) -> NpyHeader:
     if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
         raise damaged("its header has not the keys descr, fortran_order and shape")
     shape = header["shape"]
-    if not isinstance(shape, tuple) or len(shape) > _MAX_RANK or not all(type(d) is int and d >= 0 for d in shape):
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > _MAX_RANK
+        or not all(type(d) is int and 0 <= d <= INT64_MAX for d in shape)
+    ):
         raise damaged("its shape is not a tuple of sizes")
     dtype = _dtype(header["descr"], array, where)
     item_bytes = int(header["descr"][2:])

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from app.domain.limits import INT32_MAX, INT64_MAX
+
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Objective = Literal["latency", "throughput", "cost"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -20,7 +22,8 @@ Metric = Literal[
     "agreement", "kl", "cosine", "spearman", "neighbours", "normalized_error", "psnr",  # against the original
 ]
 # fmt: on
-Dimension = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Dimension = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Int64 = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
@@ -84,7 +87,9 @@ class Constraints(_Strict):
 class Benchmark(_Strict):
     """`min_seconds` is measured per engine and batch size, spread over the interleaved rounds."""
 
-    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(default=[1, 8], min_length=1, max_length=16)
+    batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
+        default=[1, 8], min_length=1, max_length=16, json_schema_extra={"uniqueItems": True}
+    )
     min_seconds: float = Field(default=3.0, ge=0.1, le=600)
 
     @model_validator(mode="after")
@@ -113,16 +118,16 @@ class Quantization(_Strict):
     """`keep_nodes`: nodes that stay in higher precision, by their names in the simplified graph (an earlier report's
     `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
 
-    keep_nodes: list[Name] = Field(default=[], max_length=10_000)
+    keep_nodes: list[Name] = Field(default=[], max_length=1000)
     win_back: bool = True
 
 
 class ValueRange(_Strict):
     """Smallest, most usual and largest values of an input that sets the shapes of other tensors."""
 
-    min: list[int] = Field(min_length=1, max_length=64)
-    opt: list[int] = Field(min_length=1, max_length=64)
-    max: list[int] = Field(min_length=1, max_length=64)
+    min: list[Int64] = Field(min_length=1, max_length=64)
+    opt: list[Int64] = Field(min_length=1, max_length=64)
+    max: list[Int64] = Field(min_length=1, max_length=64)
 
     @model_validator(mode="after")
     def _ordered(self) -> ValueRange:

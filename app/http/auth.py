@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 
-import anyio.to_thread
-
 from app.db.orm import LOCAL_TENANT
 from app.db.uow import Database
 from app.errors import AppError
+from app.http.threads import SharedReads
 from app.tenants import tenant_of
 
 _REMEMBERED_S = 2.0
@@ -18,8 +17,9 @@ _MOST_REMEMBERED = 10_000
 class Authenticator:
     """Finds the tenant of a request. A good key is remembered for two seconds, so that polling costs one query."""
 
-    def __init__(self, db: Database, keys_required: bool) -> None:
+    def __init__(self, db: Database, keys_required: bool, reads: SharedReads) -> None:
         self._db = db
+        self._reads = reads
         self._required = keys_required
         self._known: dict[str, tuple[str, float]] = {}
 
@@ -38,7 +38,7 @@ class Authenticator:
         if found is not None and found[1] > now:
             return found[0]
         self._known.pop(key, None)
-        tenant_id = await anyio.to_thread.run_sync(tenant_of, self._db, key)
+        tenant_id = await self._reads.read(("key", key), tenant_of, self._db, key)
         if tenant_id is None:
             raise _unauthorized("The API key is not valid.", 'Bearer realm="anneal", error="invalid_token"')
         if len(self._known) >= _MOST_REMEMBERED:

@@ -9,7 +9,6 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
-import anyio.to_thread
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -60,8 +59,8 @@ async def create_from_request(
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() == "application/json":
         body = await _read_json(request, services.settings.limits.json_bytes)
-        return await anyio.to_thread.run_sync(
-            library.create_from_upload, tenant_id, body.name or name, body.upload_id, key, limiter=services.inspections
+        return await services.creations.run(
+            tenant_id, library.create_from_upload, tenant_id, body.name or name, body.upload_id, key
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         detail = "A body with a Content-Encoding is not taken."
@@ -83,7 +82,7 @@ async def create_from_request(
             sha256 = await receive(request, sink)
         services.metrics.uploaded.inc(sink.size_bytes)
         file = IncomingFile(sink.path, clean_filename(filename or name or "upload"), sha256, sink.size_bytes)
-        return await anyio.to_thread.run_sync(library.create, tenant_id, name, file, key, limiter=services.inspections)
+        return await services.creations.run(tenant_id, library.create, tenant_id, name, file, key)
 
 
 async def receive(request: Request, sink: FileSink) -> str:

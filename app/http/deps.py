@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Header, Query, Request
 from pydantic import AfterValidator
 
 from app.errors import not_found
-from app.http.pagination import decode_cursor
+from app.http.pagination import CURSOR, Page, decode_cursor
 from app.http.services import Services
+from app.library import LONGEST_FILENAME, LONGEST_NAME
+from app.names import forbidden_character
 
 _ID = re.compile(r"[a-z]{3}_[0-9a-zA-Z]{1,60}")
 
@@ -24,24 +25,24 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 
 
 async def current_tenant(request: Request) -> str:
-    """The tenant of the key in the Authorization header; `app.http.openapi` describes the scheme. One function and
-    no dependencies of its own: each of them costs a status poll some of its time."""
-    services = cast(Services, request.app.state.services)
-    return await services.auth.tenant(request.headers.get("authorization"))
+    """The tenant of the key in the Authorization header, which `KeyMiddleware` has found; `app.http.openapi` describes
+    the scheme."""
+    return cast(str, request.scope["anneal.tenant"])
 
 
 TenantId = Annotated[str, Depends(current_tenant)]
 
 
-@dataclass(frozen=True)
-class Page:
-    limit: int
-    before: str | None
-
-
 async def get_page(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before")] = None,
+    cursor: Annotated[
+        str | None,
+        Query(
+            max_length=200,
+            description="`next_cursor` of the page before, unchanged",
+            json_schema_extra={"pattern": CURSOR},
+        ),
+    ] = None,
 ) -> Page:
     return Page(limit, decode_cursor(cursor) if cursor is not None else None)
 
@@ -73,10 +74,25 @@ def path_id(kind: str) -> AfterValidator:
 
 
 def _printable(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError("must not hold control characters")
+    if character := forbidden_character(value):
+        raise ValueError(f"must not hold the control character {character}")
     return value
 
 
+# Checked with the name that a form gives, by `app.library`; the lengths are here for the document.
+GivenName = Annotated[
+    str | None,
+    Query(
+        description="Default: the file's name without its suffix",
+        json_schema_extra={"minLength": 1, "maxLength": LONGEST_NAME},
+    ),
+]
+GivenFilename = Annotated[
+    str | None,
+    Query(
+        description="The file's name; its suffix helps to tell the format",
+        json_schema_extra={"minLength": 1, "maxLength": LONGEST_FILENAME},
+    ),
+]
 IdFilter = Annotated[str | None, Query(pattern=f"^{_ID.pattern}$")]
 NameFilter = Annotated[Annotated[str, AfterValidator(_printable)] | None, Query(max_length=200)]

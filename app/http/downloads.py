@@ -7,7 +7,6 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import BinaryIO
-from urllib.parse import quote
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from app.errors import AppError
 from app.http.services import Services
+from app.names import content_disposition
 from app.storage.content import blob_key
 
 _CHUNK = 1 << 20
@@ -42,8 +42,8 @@ async def download_response(request: Request, services: Services, file: Download
     store, key = services.content.store, blob_key(file.tenant_id, file.sha256)
     if request.method == "GET" and store.local_path(key) is None:
         seconds = services.settings.storage.presign_seconds
-        url = await anyio.to_thread.run_sync(
-            lambda: store.presigned_get(key, filename=file.filename, expires_s=seconds), limiter=services.files
+        url = await services.storage.run(
+            file.tenant_id, lambda: store.presigned_get(key, filename=file.filename, expires_s=seconds)
         )
         if url is not None:
             return RedirectResponse(url, 307, {**headers, "Cache-Control": "no-store"})
@@ -56,7 +56,7 @@ async def download_response(request: Request, services: Services, file: Download
             status = 206
             headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{file.size_bytes}"
     headers["Content-Length"] = str(length)
-    headers["Content-Disposition"] = disposition(file.filename)
+    headers["Content-Disposition"] = content_disposition(file.filename)
     if request.method == "HEAD":
         return Response(None, status, headers, file.media_type)
     # Opened before the first byte of the answer, so that a missing file is still an error document.
@@ -105,11 +105,3 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
         headers = {"Content-Range": f"bytes */{size}"}
         raise AppError("range_not_satisfiable", "Range not satisfiable", 416, detail, headers=headers)
     return start, end - start
-
-
-def disposition(filename: str) -> str:
-    """`attachment` with the name in ASCII and, where that differs, in UTF-8 (RFC 6266)."""
-    plain = re.sub(r'[^\x20-\x7e]|["\\]', "_", filename)
-    if plain == filename:
-        return f'attachment; filename="{plain}"'
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"

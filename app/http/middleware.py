@@ -7,6 +7,7 @@ import time
 from urllib.parse import urlsplit
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import AppError
 from app.http.metrics import Metrics
-from app.http.problem import internal_error, problem_response
+from app.http.problem import database_problem, internal_error, problem_response
 from app.logging import bind_correlation_id, new_correlation_id
 from app.network import is_loopback
 
@@ -95,6 +96,28 @@ def _request_id(scope: Scope) -> str:
             if _REQUEST_ID.fullmatch(given):
                 return given
     return new_correlation_id()
+
+
+class KeyMiddleware:
+    """Finds the tenant of a request to `/v1` before anything else of it is looked at, its body least of all."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            authorization = given[0].decode("latin-1") if given else None
+            try:
+                scope["anneal.tenant"] = await scope["app"].state.services.auth.tenant(authorization)
+            except AppError as error:
+                await problem_response(error, Request(scope))(scope, receive, send)
+                return
+            except SQLAlchemyError as error:
+                log.error("database_error", exc_info=error)
+                await problem_response(database_problem(error), Request(scope))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class BodyLimitMiddleware:

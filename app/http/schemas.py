@@ -43,4 +43,4 @@ class FromUpload(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: UploadName | None = None
-    upload_id: str = Field(min_length=1, max_length=64)
+    upload_id: str = Field(pattern="^[a-z]{3}_[0-9a-zA-Z]{1,60}$")

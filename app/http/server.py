@@ -27,7 +27,7 @@ from app.settings import LimitSettings, Settings
 
 log = structlog.get_logger("anneal.http")
 
-_UNREAD_BYTES = 1 << 20  # of a body that may still come once it has been answered
+_UNREAD_BYTES = 64 << 20  # of a body that may still come once it has been answered: a client reads late
 _LEAST_BODY_RATE = 100  # bytes per second that have to come of a body
 
 

@@ -12,6 +12,8 @@ from app.datasets.service import DatasetService
 from app.db.uow import Database
 from app.http.auth import Authenticator
 from app.http.metrics import Metrics
+from app.http.threads import Places, SharedReads, SharedThreads
+from app.inspection.pool import Inspector
 from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
@@ -23,8 +25,9 @@ from app.uploads.service import UploadService
 
 @dataclass(frozen=True)
 class Services:
-    """`files` limits threads that move or read files, `inspections` those that look into uploads: neither may take
-    the threads that answer short requests."""
+    """`files` limits threads that read and write files on this machine's disk; `storage` are those that ask the
+    storage, `creations` those that make a resource out of a file: none may take the threads that answer short requests.
+    `reads` are what requests that wait for the same job share, `waiting` counts these requests."""
 
     settings: Settings
     db: Database
@@ -40,4 +43,8 @@ class Services:
     capabilities: CapabilityService
     watcher: JobWatcher
     files: CapacityLimiter
-    inspections: CapacityLimiter
+    storage: SharedThreads
+    creations: SharedThreads
+    reads: SharedReads
+    waiting: Places
+    inspector: Inspector

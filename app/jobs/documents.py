@@ -3,14 +3,15 @@ document is rendered once per version: the version grows with every change that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
 
 from app.jobs.schemas import is_terminal, job_etag, job_json
 from app.jobs.service import JobService
 
-_KEPT = 1024
+_KEPT_BYTES = 32 << 20
+_OVERHEAD = 500  # of one document beside its body
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,35 @@ class JobDocument:
 
 
 class JobDocuments:
-    """Threads may share it."""
+    """Keeps the newest document of the jobs last asked for, up to so many bytes in all. Threads may share it."""
 
-    def __init__(self, jobs: JobService) -> None:
-        self._version: Callable[[str, str], int] = jobs.version
-
-        @lru_cache(maxsize=_KEPT)
-        def render(tenant_id: str, job_id: str, _version: int) -> JobDocument:
-            # The job may have changed since its version was asked for; what is rendered then is newer, which is fine.
-            row = jobs.get(tenant_id, job_id)
-            return JobDocument(row.version, is_terminal(row), job_etag(row), job_json(row))
-
-        self._render = render
+    def __init__(self, jobs: JobService, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._jobs = jobs
+        self._most = kept_bytes
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], JobDocument] = OrderedDict()
+        self.kept_bytes = 0
 
     def get(self, tenant_id: str, job_id: str) -> JobDocument:
         """The job as it is now; raises 404."""
-        return self._render(tenant_id, job_id, self._version(tenant_id, job_id))
+        key, version = (tenant_id, job_id), self._jobs.version(tenant_id, job_id)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None and found.version >= version:
+                self._kept.move_to_end(key)
+                return found
+        # The job may have changed since its version was asked for; what is rendered then is newer, which is fine.
+        row = self._jobs.get(tenant_id, job_id)
+        document = JobDocument(row.version, is_terminal(row), job_etag(row), job_json(row))
+        with self._lock:
+            self._drop(key)
+            self._kept[key] = document
+            self.kept_bytes += len(document.body) + _OVERHEAD
+            while self.kept_bytes > self._most and len(self._kept) > 1:
+                self._drop(next(iter(self._kept)))
+        return document
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        dropped = self._kept.pop(key, None)
+        if dropped is not None:
+            self.kept_bytes -= len(dropped.body) + _OVERHEAD

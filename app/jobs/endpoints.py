@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -25,20 +24,20 @@ from app.http.deps import (
     path_id,
 )
 from app.http.downloads import etag_matches
-from app.http.pagination import cut
+from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.services import Services
 from app.idempotency import Idempotency
 from app.jobs.events import event_stream
 from app.jobs.report_page import PAGE_POLICY, report_page
-from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, job_document, job_etag, job_json, to_json, version_in
+from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
+from app.names import storable
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 JobId = Annotated[str, path_id("job")]
 _JSON = "application/json"
 _LONGEST_WAIT_S = 3600
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 # Declared here and read by hand below: FastAPI's own reading of parameters would take a fifth of a poll's time.
@@ -73,10 +72,15 @@ async def get_job(request: Request) -> Response:
     job = await anyio.to_thread.run_sync(services.job_documents.get, tenant_id, job_id)
     if wait and not job.terminal:
         known = version_in(if_none_match, job_id)
-        if known is None or known == job.version:
+        # With very many waiting requests of this tenant, it waits less: not at all.
+        if (known is None or known == job.version) and not services.waiting.full(tenant_id):
             seconds = min(wait, services.settings.limits.wait_s)
-            if await services.watcher.wait(job_id, job.version, seconds):
-                job = await anyio.to_thread.run_sync(services.job_documents.get, tenant_id, job_id)
+            with services.waiting.taken(tenant_id):
+                changed = await services.watcher.wait(job_id, job.version, seconds)
+            await services.auth.tenant(request.headers.get("authorization"))  # it may have been revoked meanwhile
+            if changed:
+                shared = ("job", tenant_id, job_id, job.version)  # others wait for the same
+                job = await services.reads.read(shared, services.job_documents.get, tenant_id, job_id)
     headers = {"ETag": job.etag, "Cache-Control": "private, no-cache"}
     if if_none_match is not None and etag_matches(if_none_match, job.etag):
         return Response(status_code=304, headers=headers)
@@ -92,7 +96,9 @@ def submit_job(
     key: IdempotencyKeyHeader = None,
 ) -> Response:
     """Optimize a model. Only `model_id` is required; every default is echoed in the job's `spec`."""
-    document = spec.model_dump(mode="json")
+    # Without what has its default: a version to come has more fields, and the client may send this again then.
+    document = spec.model_dump(mode="json", exclude_defaults=True)
+    _check_size(document, services.settings.limits.spec_bytes)
     _refuse_unstorable(document, "/body")
     idempotency = None if key is None else Idempotency(key, digest_of(["job", document]))
     correlation_id = request.scope["anneal.request_id"]
@@ -112,17 +118,20 @@ def list_jobs(
     model_id: IdFilter = None,
 ) -> Response:
     """Jobs, newest first."""
-    rows = services.jobs.list(tenant_id, limit=page.limit + 1, before=page.before, status=status, model_id=model_id)
-    shown, cursor = cut(rows, page.limit)
-    return Response(to_json({"items": [job_document(row) for row in shown], "next_cursor": cursor}), media_type=_JSON)
+
+    def fetch(limit: int, before: str | None) -> list[Job]:
+        return services.jobs.list(tenant_id, limit=limit, before=before, status=status, model_id=model_id)
+
+    return page_response(page, fetch, job_json)
 
 
 @router.get(
     "/{job_id}/events",
     response_class=StreamingResponse,
-    responses={200: {"description": "Server-sent events", "content": {"text/event-stream": {}}}, **problems(404)},
+    responses={200: {"description": "Server-sent events", "content": {"text/event-stream": {}}}, **problems(404, 429)},
 )
 async def follow_job(
+    request: Request,
     services: ServicesDep,
     tenant_id: TenantId,
     job_id: JobId,
@@ -135,11 +144,18 @@ async def follow_job(
             message = "must be the id of an event of this stream"
             raise invalid_request("Last-Event-ID " + message, [FieldError("/header/last-event-id", message)])
         after = int(last_event_id)
-    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    job = await anyio.to_thread.run_sync(services.job_documents.get, tenant_id, job_id)
+    if services.waiting.full(tenant_id):
+        detail = f"{services.settings.limits.waiting_per_tenant} streams and long polls of this tenant are open."
+        remedy = "Close some, or poll the jobs without `wait`."
+        headers = {"Retry-After": "10"}
+        raise AppError("too_many_streams", "Too many", 429, detail, retryable=True, remedy=remedy, headers=headers)
     # `no-transform` and X-Accel-Buffering keep proxies from gathering events.
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
     return StreamingResponse(
-        event_stream(services, tenant_id, row, after), headers=headers, media_type="text/event-stream"
+        event_stream(services, tenant_id, job_id, job, after, request.headers.get("authorization")),
+        headers=headers,
+        media_type="text/event-stream",
     )
 
 
@@ -158,14 +174,15 @@ def cancel_job(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Res
         **problems(404, 409),
     },
 )
-def get_report(request: Request, services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
+async def get_report(request: Request, services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
     """What was measured and what came out of it; as a page with plots for `Accept: text/html`."""
-    row = services.jobs.get(tenant_id, job_id)
-    body = _document(services, row, row.report_sha256, "report")
+    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    body = await services.storage.run(tenant_id, _document, services, row, row.report_sha256, "report")
     headers = {"Vary": "Accept", "Cache-Control": "private, no-cache"}
     if prefers_html(request.headers.get("accept", "")):
         headers["Content-Security-Policy"] = PAGE_POLICY
-        return Response(report_page(json.loads(body), job_id), headers=headers, media_type="text/html")
+        page = await anyio.to_thread.run_sync(lambda: report_page(json.loads(body), job_id))
+        return Response(page, headers=headers, media_type="text/html")
     return Response(body, headers=headers, media_type=_JSON)
 
 
@@ -177,10 +194,11 @@ def get_report(request: Request, services: ServicesDep, tenant_id: TenantId, job
         **problems(404, 409),
     },
 )
-def get_manifest(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
+async def get_manifest(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
     """Every input, stage key, option, library version, hardware fingerprint and output digest of the job."""
-    row = services.jobs.get(tenant_id, job_id)
-    return Response(_document(services, row, row.manifest_sha256, "manifest"), media_type=_JSON)
+    row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
+    body = await services.storage.run(tenant_id, _document, services, row, row.manifest_sha256, "manifest")
+    return Response(body, media_type=_JSON)
 
 
 def _seconds(value: str | None) -> float:
@@ -213,9 +231,18 @@ def _document(services: Services, row: Job, sha256: str | None, kind: str) -> by
     raise conflict(f"{kind}_not_ready", f"The job is {row.status}.", remedy)
 
 
+def _check_size(document: Any, limit: int) -> None:
+    """A spec stays with its job and comes back with every answer: one that is larger than a person needs is refused."""
+    size = len(json.dumps(document))
+    if size > limit:
+        detail = f"The spec takes {size} bytes; at most {limit} are taken."
+        remedy = "Leave out what has its default, and name only nodes and inputs that need it."
+        raise AppError("spec_too_large", "Too large", 413, detail, remedy=remedy, extra={"limit": limit})
+
+
 def _refuse_unstorable(value: Any, pointer: str) -> None:
     """422 for NUL and halves of surrogate pairs in a string: JSON can say them, a database cannot keep them."""
-    if isinstance(value, str) and _UNSTORABLE.search(value):
+    if isinstance(value, str) and storable(value) != value:
         message = "must not hold NUL characters or lone surrogates"
         raise invalid_request(f"{pointer}: {message}", [FieldError(pointer, message)])
     if isinstance(value, dict):

@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
-import anyio.to_thread
-
-from app.db.orm import Job, JobEvent
+from app.db.orm import JobEvent
+from app.errors import AppError
 from app.http.services import Services
-from app.jobs.schemas import is_terminal, timestamp
+from app.jobs.documents import JobDocument
+from app.jobs.schemas import timestamp
+from app.jobs.service import JobService
 
 HEARTBEAT_S = 15.0
+_RECHECK_S = 3.0  # a key that was revoked ends its streams within this and what the authenticator remembers
 _BATCH = 500
 
 
-async def event_stream(services: Services, tenant_id: str, job: Job, after: int) -> AsyncIterator[bytes]:
-    """Events with `seq` above `after`, as they come; ends after the job's last one. A comment every 15 s keeps
-    proxies from closing the connection."""
-    yield b"retry: 1000\n\n"
-    seq = after
-    while True:
-        events: Sequence[JobEvent] = await anyio.to_thread.run_sync(
-            services.jobs.events_after, tenant_id, job.id, seq, _BATCH
-        )
-        for event in events:
-            seq = event.seq
-            yield format_event(event)
-        if len(events) == _BATCH:
-            continue
-        # Read after the events: a job that has ended by now may have left some meanwhile.
-        version, ended = job.version, is_terminal(job)
-        if ended and not events:
-            return
-        job = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job.id)
-        if is_terminal(job) or job.version != version:
-            continue
-        while not await services.watcher.wait(job.id, job.version, HEARTBEAT_S):
-            yield b": ping\n\n"
+@dataclass(frozen=True)
+class _Batch:
+    """Some events as they are sent; `seq` of the last one, else what was asked for; and whether there may be more."""
+
+    body: bytes
+    seq: int
+    more: bool
+
+
+async def event_stream(
+    services: Services, tenant_id: str, job_id: str, job: JobDocument, after: int, authorization: str | None
+) -> AsyncIterator[bytes]:
+    """Events with `seq` above `after`, as they come; ends after the job's last one, and when the key is revoked. A
+    comment every 15 s keeps proxies from closing the connection. Streams of one job share what they read."""
+    with services.waiting.taken(tenant_id):
+        yield b"retry: 1000\n\n"
+        seq, spoken = after, time.monotonic()
+        while True:
+            # Whoever comes with this key has seen the job's version in the database: its events are there too.
+            place = ("events", tenant_id, job_id, seq, job.version)
+            batch = await services.reads.read(place, _read_batch, services.jobs, tenant_id, job_id, seq)
+            seq = batch.seq
+            if batch.body:
+                yield batch.body
+                spoken = time.monotonic()
+            if batch.more:
+                continue
+            if job.terminal:
+                return
+            while not await services.watcher.wait(job_id, job.version, _RECHECK_S):
+                if await _revoked(services, tenant_id, authorization):
+                    return
+                if time.monotonic() - spoken >= HEARTBEAT_S:
+                    yield b": ping\n\n"
+                    spoken = time.monotonic()
+            if await _revoked(services, tenant_id, authorization):
+                return
+            key = ("job", tenant_id, job_id, job.version)
+            job = await services.reads.read(key, services.job_documents.get, tenant_id, job_id)
+
+
+async def _revoked(services: Services, tenant_id: str, authorization: str | None) -> bool:
+    try:
+        return await services.auth.tenant(authorization) != tenant_id
+    except AppError as error:
+        return error.status == 401
+
+
+def _read_batch(jobs: JobService, tenant_id: str, job_id: str, seq: int) -> _Batch:
+    events = jobs.events_after(tenant_id, job_id, seq, _BATCH)
+    body = b"".join(format_event(event) for event in events)
+    return _Batch(body, events[-1].seq if events else seq, len(events) == _BATCH)
 
 
 def format_event(event: JobEvent) -> bytes:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
@@ -135,7 +135,9 @@ class JobRepository:
 
     def webhooks_due(self, now: datetime, limit: int) -> Sequence[Job]:
         """Ended jobs whose webhook has yet to hear of it."""
-        query = select(Job).where(
+        columns = (Job.status, Job.error, Job.engine_ids, Job.webhook_url, Job.webhook_attempts)
+        query = select(Job).options(load_only(*columns, raiseload=True))
+        query = query.where(
             Job.webhook_url.is_not(None),
             Job.webhook_done_at.is_(None),
             Job.finished_at.is_not(None),
@@ -145,12 +147,16 @@ class JobRepository:
 
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""
-        query = select(Job).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
+        columns = (Job.fencing_token, Job.attempts, Job.stage, Job.lease_owner, Job.cancel_requested_at)
+        query = select(Job).options(load_only(*columns, raiseload=True))
+        query = query.where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
 
     def undispatched(self, first_due: datetime, limit: int) -> list[Job]:
         """Queued jobs whose message may be lost; `first_due` is when a message sent then counts as late."""
-        query = select(Job).where(
+        columns = (Job.queue, Job.dispatches, Job.dispatched_at)
+        query = select(Job).options(load_only(*columns, raiseload=True))
+        query = query.where(
             Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), Job.dispatched_at < first_due)
         )
         return [*self.session.scalars(query.order_by(Job.id).limit(limit))]

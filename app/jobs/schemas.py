@@ -94,7 +94,7 @@ def job_document(row: Job) -> dict[str, Any]:
 
 
 def job_json(row: Job) -> bytes:
-    return to_json(job_document(row))
+    return json.dumps(job_document(row), separators=(",", ":"), allow_nan=False).encode()
 
 
 def job_etag(row: Job) -> str:
@@ -118,7 +118,3 @@ def is_terminal(row: Job) -> bool:
 def timestamp(value: datetime | None) -> str | None:
     """RFC 3339 in UTC."""
     return None if value is None else value.isoformat().replace("+00:00", "Z")
-
-
-def to_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

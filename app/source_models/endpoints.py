@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
+from app.db.orm import SourceModel
 from app.http.bodies import BODY_DESCRIPTION, create_from_request
-from app.http.deps import IdempotencyKeyHeader, NameFilter, PageDep, ServicesDep, TenantId, path_id
+from app.http.deps import (
+    GivenFilename,
+    GivenName,
+    IdempotencyKeyHeader,
+    NameFilter,
+    PageDep,
+    ServicesDep,
+    TenantId,
+    path_id,
+)
 from app.http.downloads import Download, download_response
-from app.http.pagination import cut
+from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.responses import DOWNLOAD_RESPONSES, created
 from app.source_models.schemas import ModelOut, ModelPage
@@ -32,8 +42,8 @@ async def create_model(
     services: ServicesDep,
     tenant_id: TenantId,
     key: IdempotencyKeyHeader = None,
-    name: Annotated[str | None, Query(description="Default: the file's name without its suffix")] = None,
-    filename: Annotated[str | None, Query(description="The file's name; its suffix helps to tell the format")] = None,
+    name: GivenName = None,
+    filename: GivenFilename = None,
 ) -> Response:
     """Upload a model: `.onnx`, a `.zip`/`.tar` of one `.onnx` and its external data, or `.pt2`."""
     row, new = await create_from_request(
@@ -43,10 +53,13 @@ async def create_model(
 
 
 @router.get("", response_model=ModelPage)
-def list_models(services: ServicesDep, tenant_id: TenantId, page: PageDep, name: NameFilter = None) -> ModelPage:
+def list_models(services: ServicesDep, tenant_id: TenantId, page: PageDep, name: NameFilter = None) -> Response:
     """Uploaded models, newest first."""
-    rows, cursor = cut(services.models.page(tenant_id, limit=page.limit + 1, before=page.before, name=name), page.limit)
-    return ModelPage(items=[ModelOut.of(row) for row in rows], next_cursor=cursor)
+
+    def fetch(limit: int, before: str | None) -> list[SourceModel]:
+        return services.models.page(tenant_id, limit=limit, before=before, name=name)
+
+    return page_response(page, fetch, lambda row: ModelOut.of(row).model_dump_json().encode())
 
 
 @router.get("/{model_id}", response_model=ModelOut, responses=problems(404))
@@ -64,6 +77,6 @@ async def download_model(request: Request, services: ServicesDep, tenant_id: Ten
 
 
 @router.delete("/{model_id}", status_code=204, responses=problems(404, 409, 413, 507))
-def delete_model(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> None:
+async def delete_model(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> None:
     """Delete a model that no queued or running job uses. Engines made of it stay."""
-    services.models.delete(tenant_id, model_id)
+    await services.storage.run(tenant_id, services.models.delete, tenant_id, model_id)

@@ -6,6 +6,7 @@ Memory is flat in the size of the file. Every refusal is `invalid_model`, or one
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.archives import Archive, Limits, Member, archive_kind, open_archive
+from app.archives import Archive, ArchiveLimits, Limits, Member, archive_kind, open_archive
+from app.domain.limits import INT32_MAX
 from app.errors import AppError, invalid_model
-from app.settings import LimitSettings
 from app.source_models.foreign_formats import MAKE_PT2, foreign_archive, foreign_format
 from app.source_models.onnx_header import ExternalTensor, OnnxHeader, TensorInfo, read_onnx_header
 from app.source_models.pt2_header import pt2_graph_member, read_pt2_header
@@ -23,6 +24,7 @@ from app.source_models.pt2_header import pt2_graph_member, read_pt2_header
 ModelFormat = Literal["onnx", "archive", "pt2"]
 
 _HEAD_BYTES = 4096
+_MAX_DESCRIPTION_BYTES = 1 << 20  # it comes back with every answer about the model
 _NEEDS_ARCHIVE = "Upload a .zip with the .onnx and its data files."
 _NOT_TENSORS = {"sequence", "map", "optional", "sparse_tensor", "opaque"}
 _EXTENSIONS: dict[str, str] = {
@@ -52,7 +54,27 @@ class ModelInfo:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-def inspect_model(path: Path, filename: str, limits: LimitSettings) -> ModelInfo:
+def describe_model(path: Path, filename: str, limits: ArchiveLimits) -> dict[str, Any]:
+    """The columns of an uploaded model's row, as JSON. Raises what `inspect_model` raises."""
+    info = inspect_model(path, filename, limits)
+    columns = {
+        "format": info.format,
+        "inputs": info.inputs,
+        "outputs": info.outputs,
+        "opset": info.opset,
+        "detail": {"producer": info.producer, "ops": info.ops, "external_data": info.external_data, **info.detail},
+    }
+    size = len(json.dumps(columns))
+    if size > _MAX_DESCRIPTION_BYTES:
+        raise invalid_model(
+            f"The names of its inputs, outputs, ops and data files take {size} bytes; at most {_MAX_DESCRIPTION_BYTES} "
+            "are taken.",
+            remedy="Export the model with short names, and its weights into one data file.",
+        )
+    return columns
+
+
+def inspect_model(path: Path, filename: str, limits: ArchiveLimits) -> ModelInfo:
     """`filename` is what the client calls the file: its extension must not contradict the content."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -161,6 +183,15 @@ def _inspect_pt2(archive: Archive, graph: Member) -> ModelInfo:
 
 
 def _onnx_info(model_format: ModelFormat, header: OnnxHeader, detail: dict[str, Any]) -> ModelInfo:
+    for number, what in (
+        (header.ir_version, "IR version"),
+        *((v, "operator set") for v in header.opset_imports.values()),
+    ):
+        if not 0 <= number <= INT32_MAX:
+            raise invalid_model(
+                f"The file is not a valid ONNX model: there is no {what} {number}.",
+                remedy="Check that the whole file was uploaded, or export the model again.",
+            )
     opset = header.opset_imports.get("ai.onnx")
     if opset is None and not any(domain != "ai.onnx" for domain in header.opset_imports):
         raise invalid_model(

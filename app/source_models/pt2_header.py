@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from app.domain.limits import INT64_MAX
 from app.errors import AppError, invalid_model
 from app.names import forbidden_character, printable
 from app.source_models.onnx_header import TensorInfo
@@ -217,7 +218,7 @@ def _tensor_info(name: str, meta: Any) -> TensorInfo:
 
 def _dimension(size: Any) -> int | str:
     number = size.get("as_int") if isinstance(size, dict) else None
-    if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= INT64_MAX:
         return number
     expression = size["as_expr"]["expr_str"]
     if not isinstance(expression, str) or not 0 < len(expression) <= 1000:

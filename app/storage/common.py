@@ -1,4 +1,4 @@
-"""What both storage adapters share: the rules of keys, the translation of OS errors, the download header."""
+"""What both storage adapters share: the rules of keys, the translation of OS errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 from app.errors import storage_full, storage_unavailable
 from app.storage.base import InvalidUpload, StoredPart
@@ -101,19 +100,6 @@ def check_parts(parts: Sequence[StoredPart], stored: Sequence[StoredPart]) -> li
         if found.etag != part.etag:
             raise InvalidUpload(f"Part {part.number} was sent again meanwhile.")
     return ordered
-
-
-def content_disposition(filename: str) -> str:
-    """The `Content-Disposition` that downloads under this name (RFC 6266), safe for any `filename`: no path, no control
-    characters, no quote; names outside ASCII go as `filename*` (RFC 8187) beside an ASCII approximation."""
-    # "replace", because a lone surrogate cannot be encoded as UTF-8.
-    encodable = filename.encode("utf-8", "replace").decode()
-    name = re.sub(r'[\x00-\x1f\x7f"\\/:*?<>|]+', "_", encodable).strip(" .")[:150] or "download"
-    plain = re.sub(r"[^\x20-\x7e]", "_", name)
-    header = f'attachment; filename="{plain}"'
-    if plain == name and "%" not in name:
-        return header
-    return f"{header}; filename*=UTF-8''{quote(name, safe='')}"
 
 
 _SYNC_FILE_RANGE_WRITE = 2

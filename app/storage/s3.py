@@ -23,11 +23,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.exceptions import RetriesExceededError
 
 from app.errors import AppError, storage_full, storage_unavailable
+from app.names import content_disposition
 from app.settings import StorageSettings
 from app.storage.base import BlobNotFound, InvalidUpload, StoredObject, StoredPart
 from app.storage.common import (
     check_parts,
-    content_disposition,
     is_key,
     require_regular_file,
     translated_os_errors,

@@ -14,9 +14,10 @@ import pytest
 from app.db.ids import new_id
 from app.db.orm import LOCAL_TENANT, Engine
 from app.errors import AppError
-from app.http.downloads import disposition, etag_matches, parse_range
+from app.http.downloads import etag_matches, parse_range
 from app.http.services import Services
 from app.main import create_app
+from app.names import content_disposition
 from app.settings import Settings
 from tests.api.conftest import assert_problem, serving
 from tests.conftest import S3Bucket
@@ -150,12 +151,13 @@ def test_pure_parts() -> None:
     with pytest.raises(AppError):
         parse_range("bytes=0-", 0)
     assert etag_matches(None, '"a"') is False
-    assert disposition('a"b\r\n.onnx').startswith('attachment; filename="a_b__.onnx"')
+    assert content_disposition('a"b\r\n.onnx').startswith('attachment; filename="a_b_.onnx"')
 
 
 @pytest.fixture
 def s3_app(settings: Settings, fresh_bucket: S3Bucket) -> Iterator[tuple[Any, str]]:
-    app = create_app(settings.model_copy(update={"storage": fresh_bucket.settings()}), dispatch=lambda job: True)
+    changes = {"storage": fresh_bucket.settings(), "require_keys": False}
+    app = create_app(settings.model_copy(update=changes), dispatch=lambda job: True)
     with serving(app) as url:
         yield app, url
 

@@ -13,9 +13,10 @@ from uuid import uuid4
 
 import pytest
 
+from app.names import content_disposition
 from app.settings import Settings
 from app.storage.base import BlobNotFound, BlobStore, InvalidUpload, StoredPart
-from app.storage.common import content_disposition, validate_key
+from app.storage.common import validate_key
 from app.storage.factory import make_store
 from app.storage.local import LocalStore
 from app.storage.s3 import S3Store

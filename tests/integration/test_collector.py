@@ -20,6 +20,7 @@ from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Blob, Engine, IdempotencyKey, SourceModel, StageResult, Tenant, Upload, Worker
 from app.db.uow import Database
 from app.domain.spec import OptimizationSpec
+from app.inspection.pool import Inspector
 from app.jobs.ledger import JobLedger
 from app.jobs.service import JobService
 from app.library import IncomingFile
@@ -102,12 +103,14 @@ def _passes(collector: Collector, times: int = 3) -> dict[str, int]:
 
 def test_deleted_model_leaves_storage_with_what_was_made_of_it(desk: Desk, tmp_path: Path) -> None:
     settings = _settings(tmp_path, 0)
-    models = SourceModelService(desk.db, desk.content, settings)
+    inspector = Inspector(settings.limits)
+    models = SourceModelService(desk.db, desk.content, settings, inspector)
     source = tmp_path / "net.onnx"
     source.write_bytes(mlp().SerializeToString())
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     size = source.stat().st_size
     model, _ = models.create(LOCAL_TENANT, None, IncomingFile(source, "net.onnx", sha256, size), None)
+    inspector.close()
     exported, simplified, other = (_record(desk, name) for name in ("exported", "simplified", "another model's"))
     _result(desk, "a", exported)
     _result(desk, "b", simplified)

@@ -77,7 +77,7 @@ def test_lists_reads_and_extracts_what_is_there(tmp_path: Path, kind: str) -> No
     path = MAKERS[kind](tmp_path / "a", FILES)
     assert list_members(path, LimitSettings()) == [Member(n, len(d)) for n, d in FILES.items()]
     for name, data in FILES.items():
-        with open_member(path, name) as stream:
+        with open_member(path, name, LimitSettings()) as stream:
             assert b"".join(iter(lambda s=stream: s.read(1000), b"")) == data  # type: ignore[misc]  # bound at once
     out = unpack(path, tmp_path / "out")
     assert [p.relative_to(tmp_path / "out").as_posix() for p in out] == list(FILES)
@@ -87,7 +87,7 @@ def test_lists_reads_and_extracts_what_is_there(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("kind", ["stored zip", "pax tar"])
 def test_what_is_not_compressed_can_be_seeked(tmp_path: Path, kind: str) -> None:
     path = MAKERS[kind](tmp_path / "a", FILES)
-    with open_member(path, "data/weights.bin") as stream:
+    with open_member(path, "data/weights.bin", LimitSettings()) as stream:
         assert stream.seekable()
         stream.seek(255)
         assert stream.read(2) == b"\xff\x00"
