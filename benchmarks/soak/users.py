@@ -1,0 +1,165 @@
+"""Users of the soak: each uploads models of its own, submits jobs and waits for them, as a careful client does: what
+failed is tried again with the same idempotency key, at whichever API process answers."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.factories import onnx_models
+
+Json = dict[str, Any]
+_PATIENCE_S = 180.0
+_TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+class GaveUp(Exception):
+    """The service did not take a request for minutes, or refused what it should not."""
+
+
+@dataclass
+class Accepted:
+    """What the service said it has taken: model id → SHA-256, job id → idempotency key, and how each job ended."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, Json] = field(default_factory=dict)
+    trouble: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class User:
+    """Of one tenant. `call` retries; everything else is made of it."""
+
+    def __init__(self, name: str, key: str, urls: Sequence[str], accepted: Accepted, seed: int) -> None:
+        self.name, self.accepted = name, accepted
+        self._urls = itertools.cycle(urls)
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._draw = random.Random(seed)
+        self._seeds = itertools.count(seed * 100_000)
+
+    def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """The first answer that is none of an outage. Raises `GaveUp`."""
+        headers = {**self._headers, **request.pop("headers", {})}
+        deadline, last = time.monotonic() + _PATIENCE_S, ""
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.request(method, f"{next(self._urls)}{path}", headers=headers, timeout=20, **request)
+            except httpx.HTTPError as error:
+                last = type(error).__name__
+            else:
+                if answer.status_code < 500 and answer.status_code not in (408, 425, 429):
+                    return answer
+                last = f"{answer.status_code} {answer.text[:200]}"
+            time.sleep(0.3 + self._draw.random() * 0.4)
+        raise GaveUp(f"{method} {path}: {last}")
+
+    def model(self) -> str:
+        """A new model, uploaded in one request or, sometimes, in parts."""
+        seed = next(self._seeds)
+        raw = onnx_models.mlp(features=16, hidden=32, classes=4, seed=seed).SerializeToString()
+        digest = hashlib.sha256(raw).hexdigest()
+        key = f"model-{self.name}-{seed}"
+        if self._draw.random() < 0.4:
+            answer = self._in_parts(raw, digest, key)
+        else:
+            query = f"?name={key}&filename=net.onnx"
+            answer = self.call("POST", f"/v1/models{query}", content=raw, headers={"Idempotency-Key": key})
+        self._expect(answer, 201)
+        identity = str(answer.json()["id"])
+        with self.accepted.lock:
+            self.accepted.models[identity] = digest
+        return identity
+
+    def _in_parts(self, raw: bytes, digest: str, key: str) -> httpx.Response:
+        """As the client library does: what is not known to have arrived is sent again, a lost session begins anew."""
+        for attempt in range(20):
+            body = {"filename": "net.onnx", "size_bytes": len(raw), "sha256": digest}
+            session = self.call("POST", "/v1/uploads", json=body, headers={"Idempotency-Key": f"{key}-u{attempt}"})
+            self._expect(session, 201)
+            upload = session.json()
+            for url in upload["part_urls"]:  # it is one: the models are small
+                self._put(url, raw)
+            done = self.call("POST", f"/v1/uploads/{upload['id']}/complete")
+            while done.status_code == 202 or (done.status_code == 409 and "complet" in done.text):
+                time.sleep(0.2)
+                done = self.call("POST", f"/v1/uploads/{upload['id']}/complete")
+            if done.status_code != 200:
+                continue  # expired, or its parts are gone: the session is told to be unusable
+            fields = {"name": key, "upload_id": upload["id"]}
+            made = self.call("POST", "/v1/models", json=fields, headers={"Idempotency-Key": f"{key}-m{attempt}"})
+            if made.status_code == 201:
+                return made
+        raise GaveUp(f"{key}: no upload session came to its end")
+
+    def _put(self, url: str, raw: bytes) -> None:
+        if url.startswith("/"):
+            self._expect(self.call("PUT", url, content=raw), 200, 201, 204)
+            return
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                if httpx.put(url, content=raw, timeout=20).status_code in (200, 201, 204):
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        raise GaveUp("PUT of a part: the storage did not take it")
+
+    def submit(self, model_id: str) -> str:
+        key = f"job-{self.name}-{next(self._seeds)}"
+        body = {
+            "model_id": model_id,
+            "target": {"backends": ["onnxruntime"]},
+            "precisions": ["fp32"],
+            "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
+            "budget_seconds": 20,
+        }
+        answer = self.call("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": key})
+        self._expect(answer, 202)
+        job_id = str(answer.json()["id"])
+        with self.accepted.lock:
+            self.accepted.jobs[job_id] = key
+        return job_id
+
+    def wait(self, job_id: str, seconds: float) -> Json | None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            answer = self.call("GET", f"/v1/jobs/{job_id}?wait=5")
+            self._expect(answer, 200)
+            job: Json = answer.json()
+            if job["status"] in _TERMINAL:
+                with self.accepted.lock:
+                    self.accepted.ended[job_id] = job
+                return job
+        return None
+
+    def work(self, until: float) -> None:
+        """One job after the other, until then."""
+        while time.monotonic() < until:
+            try:
+                job_id = self.submit(self.model())
+                job = self.wait(job_id, max(until - time.monotonic(), 1.0))
+                if job is not None and job["status"] == "succeeded" and self._draw.random() < 0.3:
+                    self._download(job["engine_ids"][0])
+            except GaveUp as error:
+                with self.accepted.lock:
+                    self.accepted.trouble.append(f"{self.name}: {error}")
+
+    def _download(self, engine_id: str) -> None:
+        sha256 = self.call("GET", f"/v1/engines/{engine_id}").json()["sha256"]
+        raw = self.call("GET", f"/v1/engines/{engine_id}/download", follow_redirects=True).content
+        if hashlib.sha256(raw).hexdigest() != sha256:
+            raise GaveUp(f"{engine_id}: other bytes than its digest says")
+
+    def _expect(self, answer: httpx.Response, *codes: int) -> None:
+        if answer.status_code not in codes:
+            raise GaveUp(f"{answer.request.method} {answer.request.url.path}: {answer.status_code} {answer.text[:300]}")
