@@ -18,7 +18,7 @@ import numpy as np
 
 from app.domain.failures import StageFailure, data_failure
 from workers.kernel import TensorSpec
-from workers.measure.arrays import LABELS, check_finite, check_input, check_labels, check_reference, keyword
+from workers.measure.arrays import LABELS, check_finite, check_input, check_labels, check_reference, is_one_hot, keyword
 from workers.measure.npz import Member, Shard, guarded, open_shards
 from workers.measure.parts import Part, members, part_of
 from workers.measure.synthetic import numpy_dtype, resolved_shape, synthetic_feeds
@@ -141,6 +141,7 @@ class Samples:
         self.usable = 0  # samples of the part that are not excluded, before `max_samples`
         self.reference_names: tuple[str, ...] = ()
         self.distinct = 0  # of those that were taken
+        self.one_hot_labels = False  # of all samples of the data set: a single one among zeros
         self._few = _Few(max_samples, largest=part == "confirm") if max_samples is not None else None
         self._selected, self._digests = self._scan(max_samples)
 
@@ -180,6 +181,7 @@ class Samples:
     def _scan(self, max_samples: int | None) -> tuple[Array, Array]:
         digests: list[Array] = []
         references: set[str] | None = None
+        one_hot = True
         for start, arrays in self._blocks(check=True):
             here = {name for name in arrays if name not in self._inputs}
             if references is not None and references != here:
@@ -189,6 +191,7 @@ class Samples:
                     remedy="Give all shards the same arrays.",
                 )
             references = here
+            one_hot &= is_one_hot(arrays.get(LABELS))
             found = sample_digests({name: arrays[name] for name in self._inputs})
             self.total = start + len(found)
             if found:
@@ -201,6 +204,7 @@ class Samples:
         if not digests:
             raise self._empty()
         self.reference_names = tuple(sorted(references or ()))
+        self.one_hot_labels = one_hot
         selected, rows = self._taken(np.concatenate(digests), max_samples)
         self.distinct = len(np.unique(rows, axis=0))
         return selected, rows

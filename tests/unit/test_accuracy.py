@@ -10,6 +10,7 @@ import pytest
 from app.domain.failures import FailureKind, StageFailure
 from workers.measure.accuracy import Kind, OutputComparison, check_outputs, output_kind, same_scores
 from workers.measure.judge import Decision, decide
+from workers.measure.stats import Level
 from workers.measure.targets import TargetTruth
 from workers.measure.truth import ClassTruth
 from workers.measure.verdict import Verdict
@@ -174,7 +175,7 @@ def test_loss_against_labels() -> None:
     truth = ClassTruth(-1, original[:100], labels[:100])
     truth.add(original[:100], engine[:100], labels[:100], 0)
     truth.add(original[100:], engine[100:], labels[100:], 100)
-    found = truth.result("top1", 0)
+    found = truth.result("top1", Level())
     assert (found["baseline_value"], found["value"], found["loss_percent"]) == (1.0, 0.95, 5.0)
     assert 2 < found["loss_ci"][0] < 5 < found["loss_ci"][1] < 8
     assert found["enough_samples_for"] == 0.75
@@ -189,11 +190,11 @@ def test_positions_that_do_not_count() -> None:
     scores[..., 0] = 1
     truth = ClassTruth(-1, scores, labels)
     truth.add(scores, scores, labels, 0)
-    assert truth.result("top1", 0)["value"] == 0.5
+    assert truth.result("top1", Level())["value"] == 0.5
     nothing = ClassTruth(-1, scores, labels)
     nothing.add(scores, scores, np.full((1, 4), -100), 0)
     with pytest.raises(StageFailure) as caught:
-        nothing.result("top1", 0)
+        nothing.result("top1", Level())
     assert (caught.value.code, caught.value.kind) == ("metric_undefined", FailureKind.DATA)
 
 
@@ -201,7 +202,7 @@ def test_an_engine_better_than_the_original_has_a_negative_loss() -> None:
     wanted = RNG.standard_normal((50, 6))
     truth = TargetTruth(wanted)
     truth.add(wanted * 1.1, wanted * 1.05, wanted, 0)
-    found = truth.result("normalized_error", 0)
+    found = truth.result("normalized_error", Level())
     assert found["baseline_value"] == pytest.approx(0.1)
     assert found["value"] == pytest.approx(0.05)
     assert found["loss_percent"] == pytest.approx(-5)
@@ -223,7 +224,7 @@ def verdict_of(
             verdict = Verdict(decide(metric, kinds, a, truth), kinds)
         verdict.add(a, b, truth, len(next(iter(a.values()))), first)
     assert verdict is not None
-    return verdict.result(0)[:2]
+    return verdict.result(Level())[:2]
 
 
 SCORES = RNG.standard_normal((64, 10))
@@ -239,7 +240,8 @@ def test_the_worst_output_decides() -> None:
     assert (outputs["logits"]["loss_percent"], outputs["boxes"]["loss_percent"]) == (0, pytest.approx(50))
     alone, outputs = verdict_of(pairs, metric="agreement")
     assert (alone["output"], alone["loss_percent"]) == ("logits", 0)
-    assert alone["loss_ci"] == [0, pytest.approx(300 / 64, rel=1e-4)]
+    assert alone["loss_ci"] == [0, pytest.approx(100 * (1 - 0.025 ** (1 / 64)), rel=1e-4)]
+    assert alone["bound_percent"] == pytest.approx(100 * (1 - 0.05 ** (1 / 64)), rel=1e-4)
     assert "loss_percent" not in outputs["boxes"]
 
 

@@ -24,7 +24,7 @@ from app.errors import AppError
 from app.jobs.metric_admission import check_metric
 from workers.measure.accuracy import output_kind
 from workers.measure.judge import decide
-from workers.measure.stats import BlockSums
+from workers.measure.stats import BlockSums, Level
 from workers.measure.verdict import Verdict
 
 RNG = np.random.default_rng(7)
@@ -48,7 +48,7 @@ def judged(
             verdict = Verdict(decide(metric, kinds, a, truth), kinds, len(original))
         verdict.add(a, b, truth, len(a[name]), first)
     assert verdict is not None
-    return verdict.result(0)
+    return verdict.result(Level())
 
 
 def loss_is_points(figures: dict[str, Any]) -> None:

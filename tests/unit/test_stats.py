@@ -99,34 +99,41 @@ def test_hull_keeps_the_estimate_and_covers_both() -> None:
 
 def test_loss_of_right_and_wrong() -> None:
     differences = np.array([1.0] * 30 + [-1.0] * 10 + [0.0] * 960)
-    loss, low, high = paired_loss(differences, zero_one=True)
-    assert loss == pytest.approx(0.02)
-    spread = 1.96 * differences.std() / np.sqrt(1000)  # the normal interval
-    assert low == pytest.approx(0.02 - spread, abs=0.002)
-    assert high == pytest.approx(0.02 + spread, abs=0.002)
+    loss = paired_loss(differences, zero_one=True)
+    assert loss.estimate == pytest.approx(0.02)
+    spread = differences.std() / np.sqrt(1000)  # of the normal interval
+    assert loss.low == pytest.approx(0.02 - 1.96 * spread, abs=0.002)
+    assert loss.high == pytest.approx(0.02 + 1.96 * spread, abs=0.002)
+    assert loss.upper == pytest.approx(0.02 + 1.645 * spread, abs=0.002)
 
 
 def test_no_difference_seen_is_not_no_difference() -> None:
-    assert paired_loss(np.zeros(100), zero_one=True) == (0.0, -0.03, 0.03)
-    assert paired_loss(np.zeros(2), zero_one=True) == (0.0, -1.0, 1.0)
+    for least in (-1.0, 0.0):
+        none = paired_loss(np.zeros(100), zero_one=True, least=least)
+        assert (none.estimate, none.counts) == (0.0, (0, 0))
+        assert none.upper == pytest.approx(0.0295, abs=1e-4)  # 1 − 0.05^(1/100), which the rule of three rounds to 0.03
+        assert none.high == pytest.approx(0.0362, abs=1e-4)
+    assert paired_loss(np.zeros(2), zero_one=True).upper > 0.75
 
 
 def test_many_samples_stay_fast_and_right() -> None:
     values = np.random.default_rng(3).random(200_000) * 0.02
-    loss, low, high = paired_loss(values, zero_one=False)
-    assert low < 0.01 < high
-    assert high - low < 0.0002
-    assert loss == pytest.approx(values.mean())
+    loss = paired_loss(values, zero_one=False)
+    assert loss.low < 0.01 < loss.high
+    assert loss.high - loss.low < 0.0002
+    assert loss.estimate == pytest.approx(values.mean())
 
 
 def test_normalized_error_and_its_interval() -> None:
     rng = np.random.default_rng(4)
     norm = rng.random(500) + 0.5
     error = norm * 0.03**2 * (0.5 + rng.random(500))
-    value, low, high = stats.paired_normalized_error(error, norm)
-    assert value == pytest.approx(np.sqrt(error.sum() / norm.sum()))
-    assert low < value < high
-    assert stats.paired_normalized_error(np.zeros(3), np.zeros(3))[0] == 0
+    loss = stats.paired_normalized_error(error, norm)
+    assert loss.estimate == pytest.approx(np.sqrt(error.sum() / norm.sum()))
+    assert loss.low < loss.estimate < loss.high <= loss.upper
+    none = stats.paired_normalized_error(np.zeros(3), np.zeros(3))
+    assert none.estimate == 0
+    assert none.upper == np.inf, "three samples bound nothing"
 
 
 def test_what_a_number_of_samples_can_carry() -> None:

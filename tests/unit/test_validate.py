@@ -152,7 +152,9 @@ def test_the_same_engine_loses_nothing(judged: Callable[..., Any], tmp_path: Pat
     data = judged(inputs={"data": dataset(tmp_path / "data")})
     assert (data["metric"], data["kind"], data["source"], data["output"]) == ("top1", "labels", "dataset", "y")
     assert (data["baseline_value"], data["value"], data["loss_percent"]) == (1.0, 1.0, 0.0)
-    assert (data["samples"], data["enough_samples_for"], data["loss_ci"]) == (100, 3.0, [-3.0, 3.0])
+    assert (data["samples"], data["distinct"], data["enough_samples_for"]) == (100, 100, 3.0)
+    assert data["loss_ci"] == pytest.approx([-3.62, 3.62], abs=0.01)
+    assert (data["bound_percent"], data["confidence"]) == (pytest.approx(2.95, abs=0.01), 0.95)
     assert data["outputs"]["y"]["max_abs_diff"] == 0
     assert data["broken"] is None
     assert data["engine_digest"] == folder_digest(tmp_path / "model")

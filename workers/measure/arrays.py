@@ -98,3 +98,10 @@ def check_finite(name: str, array: Array, first: int, label: str) -> None:
 
 def keyword(name: str) -> str:
     return name if name.isidentifier() else f"**{{{name!r}: array}}  # instead of {name!r}"
+
+
+def is_one_hot(labels: Array | None) -> bool:
+    """Whether labels [n, classes] hold a single one among zeros in every row: class numbers, written out."""
+    if labels is None or labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype.kind not in "biuf":
+        return False
+    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())

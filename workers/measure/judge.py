@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -48,15 +48,21 @@ class Decision:
     all_outputs: bool = False
     form: Form | None = None
     axis: int | None = None
+    one_hot: bool = False
 
 
-def decide(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, references: Arrays) -> Decision:
-    """From the first batch: the original's outputs (and their kinds) and the data set's references.
+def decide(
+    metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, references: Arrays, *, one_hot: bool = False
+) -> Decision:
+    """From the first batch: the original's outputs (and their kinds) and the data set's references. `one_hot`: each row
+    of its labels has a single one among zeros; for scores of the same shape these are class numbers written out.
 
     Raises StageFailure: `metric_mismatch` (REQUEST) where the metric asked for fits neither outputs nor data;
     `labels_mismatch` and `dataset_dtype_mismatch` (DATA) where labels fit no output that they seem to be for.
     """
-    found = _by_labels(metric, kinds, outputs, references) or _by_references(metric, kinds, outputs, references)
+    found = _by_one_hot(metric, kinds, outputs, references) if one_hot else None
+    found = found or _by_labels(metric, kinds, outputs, references)
+    found = found or _by_references(metric, kinds, outputs, references)
     if found is not None:
         return found
     if metric == "auto":
@@ -74,6 +80,17 @@ def decide(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, reference
     if not fitting:
         raise _mismatch(metric, f"fits none of the outputs {sorted(outputs)}")
     return Decision(metric, "agreement", fitting[0], f"asked for; against the original's output {fitting[0]!r}")
+
+
+def _by_one_hot(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, references: Arrays) -> Decision | None:
+    labels = references[LABELS]
+    scores = {n: x for n, x in outputs.items() if x.shape == labels.shape}
+    if LABELS in outputs or not scores or metric not in ("auto", *CLASS_METRICS):
+        return None
+    found = _by_labels(metric, kinds, scores, {LABELS: labels.argmax(axis=-1)})
+    if found is None or found.form != "classes":
+        return None
+    return replace(found, one_hot=True, why=f"{found.why} (one-hot labels: one class in each row)")
 
 
 def _by_labels(metric: Metric, kinds: Mapping[str, Kind], outputs: Arrays, references: Arrays) -> Decision | None:

@@ -7,12 +7,14 @@ not grow with the data set.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from workers.measure.losses import loss_figures, undefined
-from workers.measure.stats import paired_loss
+from workers.measure.stats import Level, Loss, paired_loss
+from workers.measure.upper_bounds import least_samples
 
 Array = np.ndarray[Any, Any]
 
@@ -49,17 +51,17 @@ class PairComparison:
             for kept, values in zip(self._vectors, (original, engine), strict=True):
                 kept.append(values[row].reshape(-1, self._width).mean(axis=0, dtype=np.float64).astype(np.float32))
 
-    def neighbours(self, seed: int) -> dict[str, Any]:
+    def neighbours(self, level: Level) -> dict[str, Any]:
         """The share of samples whose nearest neighbour is the same; loss 100·(1 − share)."""
         a, b = self._similarities("neighbours")
         np.fill_diagonal(a, -np.inf)
         np.fill_diagonal(b, -np.inf)
         chosen = a[np.arange(len(a)), b.argmax(axis=1)]
         same = (chosen >= a.max(axis=1) - _SAME).astype(np.float64)
-        loss = paired_loss(1 - same, zero_one=True, seed=seed)
-        return loss_figures(1.0, float(same.mean()), (loss[0], max(loss[1], 0.0), loss[2]), len(a), zero_one=True)
+        loss = paired_loss(1 - same, zero_one=True, level=level, least=0.0).at_least(0.0)
+        return loss_figures(1.0, float(same.mean()), loss)
 
-    def spearman(self, seed: int) -> dict[str, Any]:
+    def spearman(self, level: Level) -> dict[str, Any]:
         """Spearman's ρ of the similarities of all pairs; loss 100·(1 − ρ). The bootstrap draws samples, with the ranks
         that the pairs have among all; a sample makes no pair with itself."""
         a, b = self._similarities("spearman")
@@ -70,12 +72,14 @@ class PairComparison:
         if np.ptp(x[upper]) == 0:
             raise undefined("spearman", "all pairs of samples are equally similar", _NEEDS)
         n = len(a)
-        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_DRAWS).astype(np.float64)
+        counts = np.random.default_rng(level.seed).multinomial(n, np.full(n, 1 / n), size=_DRAWS).astype(np.float64)
         rho = float(_weighted_correlation(x, y, np.ones((1, n)))[0])
         drawn = 1 - _weighted_correlation(x, y, counts)
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        loss = (1 - rho, max(min(float(low), 1 - rho), 0.0), max(float(high), 1 - rho))
-        return loss_figures(1.0, rho, loss, n)
+        ends = [max(float(q), 0.0) for q in np.quantile(drawn, (0.025, 0.975, level.confidence))]
+        enough = n >= least_samples(level.confidence)
+        method = "bootstrap" if enough else f"none: fewer than {least_samples(level.confidence)} samples"
+        bound = max(ends[2], 1 - rho) if enough else math.inf
+        return loss_figures(1.0, rho, Loss(1 - rho, min(ends[0], 1 - rho), max(ends[1], 1 - rho), bound, method, n))
 
     def _similarities(self, metric: str) -> tuple[Array, Array]:
         count = len(self._vectors[0])

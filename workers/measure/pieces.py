@@ -70,6 +70,8 @@ class Pieces:
         # An engine may be built for the job's shapes only (a TensorRT profile).
         self.largest = min((int(r["max"][0]) for r in (shapes or {}).values() if r["max"]), default=BATCH)
         self.total = SYNTHETIC_SAMPLES if samples is None else len(samples)
+        self.distinct = SYNTHETIC_SAMPLES if samples is None else samples.distinct
+        self.one_hot_labels = samples is not None and samples.one_hot_labels
 
     def batches(self, batch: int) -> Iterator[Piece]:
         if self._samples is None:

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from workers.measure.upper_bounds import (
+    bounded_mean,
+    difference,
+    least_samples,
+    proportion,
+    proportion_from_below,
+    student,
+    unseen,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -25,12 +35,6 @@ _BLOCK_CELLS = 1 << 21  # of the sums that are kept, and of the draws that are l
 _DRAWS = 2000
 _STEP = 50  # draws at a time
 _BLOCKS = 2048
-
-# 97.5 % quantiles of Student's t for 1…30 degrees of freedom.
-_T975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,43 +110,97 @@ def ratio_of_means(numerator: Sequence[Array], denominator: Sequence[Array], see
     return _interval(estimate, means(numerator) / means(denominator), len(numerator))
 
 
-def paired_loss(per_sample: Array, *, zero_one: bool, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a per-sample loss with its interval by bootstrap over samples: (loss, low, high).
+@dataclass(frozen=True)
+class Level:
+    """How sure an upper bound has to be (0.5…1, one-sided), and what resampling starts from. `repeats`: samples for
+    each distinct one: one that stands in the data ten times is no tenfold evidence, and the margin is as much wider."""
 
-    `per_sample` holds the paired differences (original − engine) of each sample. With `zero_one` (right or wrong) and
-    not one difference, the bootstrap would answer a width of zero; the rule of three (3/n) takes its place.
+    confidence: float = 0.95
+    seed: int = 0
+    repeats: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """As fractions: an estimate from `samples` with its 95 % interval, and the `upper` bound that the samples leave at
+    the confidence asked for; infinite where they leave none. `counts`: of what is right or wrong, samples that got
+    worse and better. `method`: of the bound."""
+
+    estimate: float
+    low: float
+    high: float
+    upper: float
+    method: str
+    samples: int
+    counts: tuple[int, int] | None = None
+
+    def at_least(self, low: float) -> Loss:
+        return replace(self, low=max(self.low, low))
+
+    def widened(self, repeats: float) -> Loss:
+        return replace(self, upper=self.estimate + (self.upper - self.estimate) * repeats)
+
+
+def paired_loss(
+    per_sample: Array, *, zero_one: bool, level: Level = Level(), least: float = -1.0, most: float = 1.0
+) -> Loss:
+    """Mean of a per-sample loss: the paired differences (original − engine), which lie in `least`…`most`.
+
+    With `zero_one` (right or wrong) interval and bound are exact: of a proportion where nothing can get better, else
+    of the difference of two paired ones. The bound of other means holds for all distributions in that range; their
+    interval is by bootstrap over samples.
     """
     values = np.asarray(per_sample, dtype=np.float64)
-    return bootstrap_statistic(
-        np.stack([values, np.ones_like(values)], axis=1), lambda sums: sums[:, 0] / sums[:, 1], zero_one, seed
-    )
+    n = len(values)
+    if zero_one:
+        worse, better = int((values > 0).sum()), int((values < 0).sum())
+        both, exact = 0.975, "exact (Clopper–Pearson)"
+        if least >= 0:
+            low, high = proportion_from_below(worse, n, both), proportion(worse, n, both)
+            upper = proportion(worse, n, level.confidence)
+        else:
+            low, high = -difference(better, worse, n, both), difference(worse, better, n, both)
+            upper, exact = difference(worse, better, n, level.confidence), "exact (paired proportions, Berger–Boos)"
+        return Loss((worse - better) / n, low, high, upper, exact, n, (worse, better))
+    columns = np.stack([values, np.ones_like(values)], axis=1)
+    loss = bootstrap_statistic(columns, lambda sums: sums[:, 0] / sums[:, 1], level)
+    upper = bounded_mean(values, least, most, level.confidence, level.seed)
+    return replace(loss, upper=max(upper, loss.estimate), method="betting (Waudby-Smith and Ramdas)")
 
 
-def paired_normalized_error(squared_error: Array, squared_norm: Array, seed: int = 0) -> tuple[float, float, float]:
-    """‖a − b‖ / ‖a‖ over all samples with its interval, from each sample's ‖a − b‖² and ‖a‖²."""
+def paired_normalized_error(squared_error: Array, squared_norm: Array, level: Level = Level()) -> Loss:
+    """‖a − b‖ / ‖a‖ over all samples, from each sample's ‖a − b‖² and ‖a‖²."""
     pair = np.stack([np.asarray(squared_error, np.float64), np.asarray(squared_norm, np.float64)], axis=1)
-    return bootstrap_statistic(pair, lambda sums: np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1e-300)), False, seed)
+    return bootstrap_statistic(pair, lambda sums: np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1e-300)), level)
 
 
-def bootstrap_statistic(columns: Array, statistic: Any, zero_one: bool, seed: int) -> tuple[float, float, float]:
-    """`statistic` ([draws, k] → [draws]) of the column sums of `columns` [samples, k], with its interval.
+def bootstrap_statistic(columns: Array, statistic: Any, level: Level, samples: int | None = None) -> Loss:
+    """`statistic` ([draws, k] → [draws]) of the column sums of `columns` [samples, k]; `samples`: how many they are,
+    where the columns are sums of several.
 
-    Above 2,048 samples, blocks of neighbours are drawn instead of single samples: time and memory stay bounded.
+    Above 2,048 samples, blocks of neighbours are drawn instead of single samples: time and memory stay bounded. The
+    bound has no range to stand on: it supposes that what was not seen is at most as bad as the worst of what was, and
+    as rare as the samples leave room for (`unseen`), and is not given for so few that it would be a large part.
     """
-    n = len(columns)
+    n = samples or len(columns)
     estimate = float(statistic(columns.sum(axis=0, keepdims=True))[0])
-    if zero_one and not columns[:, 0].any():
-        bound = min(1.0, 3.0 / n)
-        return estimate, -bound, bound
-    if n > _BLOCKS:
-        edges = np.linspace(0, n, _BLOCKS + 1).astype(np.int64)[:-1]
+    if len(columns) > _BLOCKS:
+        edges = np.linspace(0, len(columns), _BLOCKS + 1).astype(np.int64)[:-1]
         columns = np.add.reduceat(columns, edges, axis=0)
     size = len(columns)
-    counts = _sample_counts(size, seed)
+    counts = _sample_counts(size, level.seed)
     step = max(1, min(_STEP, _BLOCK_CELLS // columns.shape[1]))
-    draws = [statistic(counts[i : i + step].astype(np.float64) @ columns) for i in range(0, _DRAWS, step)]
-    low, high = np.quantile(np.concatenate(draws), _tails(size))
-    return estimate, min(float(low), estimate), max(float(high), estimate)
+    drawn = np.concatenate(
+        [statistic(counts[i : i + step].astype(np.float64) @ columns) for i in range(0, _DRAWS, step)]
+    )
+    low, high = np.quantile(drawn, _tails(size))
+    upper, method = math.inf, f"none: fewer than {least_samples(level.confidence)} samples"
+    if n >= least_samples(level.confidence):
+        total, more = columns.sum(axis=0, keepdims=True), unseen(level.confidence)
+        worst = max(float(statistic(total + more * columns[i : i + _STEP]).max()) for i in range(0, size, _STEP))
+        upper = max(float(np.quantile(drawn, 1 - _tail(size, level.confidence))), estimate) + max(worst - estimate, 0.0)
+        method = "bootstrap, and as many of the worst kind as may be unseen"
+    return Loss(estimate, min(float(low), estimate), max(float(high), estimate), upper, method, n)
 
 
 @lru_cache(maxsize=2)
@@ -234,11 +292,14 @@ def _tails(n: int) -> tuple[float, float]:
     A plain percentile interval is too narrow for few blocks; the expanded one takes the normal tail at
     sqrt(n/(n−1))·t (Hesterberg 2015, "What teachers should know about the bootstrap").
     """
-    if n < 2:
-        return 0.0, 1.0
-    t = _T975[n - 2] if n - 2 < len(_T975) else 1.96 + 2.5 / (n - 1)
-    tail = 0.5 * math.erfc(math.sqrt(n / (n - 1)) * t / math.sqrt(2))
+    tail = _tail(n, 0.975)
     return tail, 1 - tail
+
+
+def _tail(n: int, confidence: float) -> float:
+    if n < 2:
+        return 0.0
+    return 0.5 * math.erfc(math.sqrt(n / (n - 1)) * student(confidence, n - 1) / math.sqrt(2))
 
 
 def _interval(estimate: float, resampled: Array, blocks: int) -> Interval:

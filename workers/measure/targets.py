@@ -8,9 +8,20 @@ from typing import Any
 import numpy as np
 
 from app.domain.spec import Metric
+from workers.measure.chance import expected_share, guess_warning, no_better_than_guessing
 from workers.measure.losses import loss_figures, undefined
-from workers.measure.stats import BlockSums, bootstrap_statistic
-from workers.measure.truth import MAX_COUNTED_CLASSES, Truth, class_counts, labels_mismatch, macro_figures
+from workers.measure.stats import BlockSums, Level, bootstrap_statistic
+from workers.measure.truth import (
+    MAX_COUNTED_CLASSES,
+    Truth,
+    class_counts,
+    every_class,
+    label_counts,
+    labels_mismatch,
+    macro_figures,
+    rarest_class,
+)
+from workers.measure.upper_bounds import unseen
 
 Array = np.ndarray[Any, Any]
 
@@ -95,11 +106,13 @@ class TargetTruth(Truth):
                     parts += [answer, answer * labels]
                 sums.add(np.concatenate(parts, axis=1))
 
-    def result(self, metric: Metric, seed: int) -> dict[str, Any]:
+    def result(self, metric: Metric, level: Level) -> dict[str, Any]:
         if metric == "macro_f1":
             if not self.binary or self._answers is None:
                 raise undefined(metric, "the labels are not zeros and ones", "Use the metric 'r2', 'rmse' or 'mae'.")
-            return macro_figures(self._answers[int(self._low >= 0 and self._high <= 1)], seed=seed)
+            sums = self._answers[int(self._low >= 0 and self._high <= 1)]
+            changed = every_class if self._width != 1 else rarest_class
+            return macro_figures(sums, level, floor=changed(label_counts(sums), unseen(level.confidence)))
         columns = self._sums.columns()
         total = columns.sum(axis=0, keepdims=True)
         estimates = {"mae": self._mae, "rmse": self._rmse, "r2": self._r2, "normalized_error": self._normalized}
@@ -123,13 +136,31 @@ class TargetTruth(Truth):
                 return np.asarray((e - o) / (np.maximum(o, baseline * _NO_ERROR) if scale is None else scale))
             return np.asarray(sign * (e - o))
 
-        loss = bootstrap_statistic(columns, loss_of, False, seed)
-        return loss_figures(baseline, value, loss, self._sums.samples)
+        return loss_figures(baseline, value, bootstrap_statistic(columns, loss_of, level, self._sums.samples))
 
     def notes(self) -> list[str]:
         if len(self._values) == 1 and self._sums.samples > 1:
             return [f"All targets are {next(iter(self._values)):g}: R² and F1 say nothing of other targets."]
         return []
+
+    def warnings(self) -> list[str]:
+        if not self.binary or self._answers is None:
+            return []
+        sums = self._answers[int(self._low >= 0 and self._high <= 1)]
+        labels, answers, right = sums.columns().sum(axis=0).reshape(5, -1)[:3]
+        if self._width != 1:  # each number is a class that is there or not, and right where it is rightly said to be
+            absent, hits = sums.samples - labels, sums.samples - labels - answers + 2 * right
+            labels, answers = np.stack([labels, absent], axis=1), np.stack([answers, sums.samples - answers], axis=1)
+            pairs = zip(labels, answers, hits, strict=True)
+            if not all(no_better_than_guessing(*pair) for pair in pairs):
+                return []
+            total = float(labels.sum())
+            shares = [expected_share(*pair) for pair in zip(labels, answers, strict=True)]
+            return [guess_warning(float(hits.sum()) / total, float(np.mean(shares)), int(total))]
+        hit = float(right.sum())
+        if not no_better_than_guessing(labels, answers, hit):
+            return []
+        return [guess_warning(hit / max(sums.samples, 1), expected_share(labels, answers), sums.samples)]
 
     @staticmethod
     def _mae(s: Array, engine: int) -> Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,17 @@ import numpy as np
 from app.domain.failures import StageFailure, data_failure
 from app.domain.spec import Metric
 from workers.data import LABELS
+from workers.measure.chance import expected_share, guess_warning, no_better_than_guessing
 from workers.measure.losses import loss_figures, undefined
-from workers.measure.stats import BlockSums, bootstrap_statistic, paired_loss
+from workers.measure.stats import BlockSums, Level, bootstrap_statistic, paired_loss
+from workers.measure.upper_bounds import unseen
 
 Array = np.ndarray[Any, Any]
 
 IGNORED_LABEL = -100  # the frameworks' custom for positions that do not count
 IGNORED_BYTE = 255  # the same in label maps of bytes, which hold no −100
 TOP = 5
+_FEW = 30  # samples of several positions each, below which nobody can tell a guess from an answer
 MAX_COUNTED_CLASSES = 10_000  # of a metric that is an average over classes
 _GIVE_LABELS = "Give labels that count, or use the metric 'agreement'."
 
@@ -32,11 +37,15 @@ class Truth(ABC):
         """One batch of equal lengths; `first` is the index of its first sample, for messages."""
 
     @abstractmethod
-    def result(self, metric: Metric, seed: int) -> dict[str, Any]:
+    def result(self, metric: Metric, level: Level) -> dict[str, Any]:
         """The figures of one of `offers`; raises `metric_undefined` (DATA) where these samples give it no value."""
 
     def notes(self) -> list[str]:
         """What makes the figures weaker than they look."""
+        return []
+
+    def warnings(self) -> list[str]:
+        """What makes them worthless: labels that the original itself does not know."""
         return []
 
 
@@ -74,6 +83,7 @@ class ClassTruth(Truth):
         self._differ = self._dense = False
         self._counted = 0
         self._seen: set[int] = set()
+        self._shifted = dict.fromkeys((1, -1), 0)  # the original's answers that miss the label by so much
         self.offers = tuple(self._hits) + (("macro_f1",) if self._sums else ())
         if self._sums and self._maps:
             self.offers += ("mean_iou",)
@@ -107,29 +117,49 @@ class ClassTruth(Truth):
         self._differ |= bool(((answers[0] != answers[1]) & counted).any())
         self._dense |= labels.shape[1] > 1
         self._counted += int(counted.sum())
+        for shift in self._shifted:
+            self._shifted[shift] += int(((answers[0] == labels + shift) & counted).sum())
         if len(self._seen) < 2:
             self._seen.update(int(v) for v in np.unique(labels[counted])[:2])
         self._count_classes(labels, answers, counted)
 
-    def result(self, metric: Metric, seed: int) -> dict[str, Any]:
+    def result(self, metric: Metric, level: Level) -> dict[str, Any]:
         if not self._counted:
             raise undefined(metric, "not one label counts", _GIVE_LABELS)
         if metric in self._hits:
             parts = self._hits[metric]
-            return share_figures(np.stack([np.concatenate(parts[0::2]), np.concatenate(parts[1::2])], axis=1), seed)
+            return share_figures(np.stack([np.concatenate(parts[0::2]), np.concatenate(parts[1::2])], axis=1), level)
         assert self._sums is not None
         iou = metric == "mean_iou"
-        if not self._differ and not self._dense:
-            rarest = self._sums.columns().sum(axis=0).reshape(5, -1)[0]
-            carried = rule_of_three(rarest)
-        else:
-            carried = None
-        return macro_figures(self._sums, iou=iou, carried=carried, seed=seed)
+        counts, more = label_counts(self._sums), unseen(level.confidence)
+        carried = rule_of_three(counts) if not self._differ and not self._dense else None
+        floor = more / self._sums.samples if self._dense else rarest_class(counts, more)
+        return macro_figures(self._sums, level, iou=iou, carried=carried, floor=floor)
 
     def notes(self) -> list[str]:
         if len(self._seen) == 1:
             return [f"All labels are class {next(iter(self._seen))}: the figures say nothing of the other classes."]
         return []
+
+    def warnings(self) -> list[str]:
+        if self._sums is None or not self._counted:
+            return []
+        labels, answers, right = self._sums.columns().sum(axis=0).reshape(5, -1)[:3]
+        shares = np.concatenate(self._hits["top1"][0::2])
+        if self._dense:  # positions of a sample are no evidence of their own
+            expected = expected_share(labels, answers)
+            margin = 2.326 * float(shares.std()) / math.sqrt(len(shares))
+            guessed = len(shares) >= _FEW and bool(shares.mean() <= expected + margin)
+        else:
+            guessed = no_better_than_guessing(labels, answers, float(right.sum()))
+        if not guessed:
+            return []
+        return [guess_warning(float(right.sum()) / self._counted, expected_share(labels, answers), self._counted)] + [
+            f"With {'one more than' if shift > 0 else 'one less than'} each label the original would be right in "
+            f"{100 * count / self._counted:.0f} %: number the classes as the model does."
+            for shift, count in self._shifted.items()
+            if count > max(2 * right.sum(), self._counted / 2)
+        ]
 
     def _count_classes(self, labels: Array, answers: list[Array], counted: Array) -> None:
         if self._sums is None:
@@ -192,17 +222,17 @@ class ReferenceShare(Truth):
         every = np.ones(truth.shape, bool)
         self._columns.append(np.stack([_share(np.asarray(x == truth), every) for x in (original, engine)], axis=1))
 
-    def result(self, metric: Metric, seed: int) -> dict[str, Any]:
+    def result(self, metric: Metric, level: Level) -> dict[str, Any]:
         assert metric in self.offers
-        return share_figures(np.concatenate(self._columns), seed)
+        return share_figures(np.concatenate(self._columns), level)
 
 
-def share_figures(columns: Array, seed: int) -> dict[str, Any]:
+def share_figures(columns: Array, level: Level) -> dict[str, Any]:
     """`columns` [samples, 2]: how right the original and the engine are of each sample, 0…1."""
     zero_one = bool(np.isin(columns, (0.0, 1.0)).all())
-    loss = paired_loss(columns[:, 0] - columns[:, 1], zero_one=zero_one, seed=seed)
+    loss = paired_loss(columns[:, 0] - columns[:, 1], zero_one=zero_one, level=level)
     baseline, value = columns.mean(axis=0)
-    return loss_figures(float(baseline), float(value), loss, len(columns), zero_one=zero_one)
+    return loss_figures(float(baseline), float(value), loss)
 
 
 def class_counts(labels: Array, answers: list[Array], counted: Array, classes: int) -> Array:
@@ -222,9 +252,10 @@ def class_counts(labels: Array, answers: list[Array], counted: Array, classes: i
 
 
 def macro_figures(
-    sums: BlockSums, *, iou: bool = False, carried: tuple[float, str] | None = None, seed: int
+    sums: BlockSums, level: Level, *, iou: bool = False, carried: tuple[float, str] | None = None, floor: float
 ) -> dict[str, Any]:
-    """The mean F1 (or intersection over union) over classes, of `class_counts`."""
+    """The mean F1 (or intersection over union) over classes, of `class_counts`. `floor`: what errors that no sample
+    showed may take of it, on top of what the bootstrap finds."""
 
     def mean(drawn: Array, engine: int) -> Array:
         c = drawn.reshape(len(drawn), 5, -1)
@@ -234,19 +265,37 @@ def macro_figures(
         return np.asarray(score.sum(axis=1) / np.maximum((below > 0).sum(axis=1), 1))
 
     columns = sums.columns()
-    estimate, low, high = bootstrap_statistic(columns, lambda s: mean(s, 0) - mean(s, 1), False, seed)
+    loss = bootstrap_statistic(columns, lambda s: mean(s, 0) - mean(s, 1), level, sums.samples)
+    loss = replace(loss, upper=loss.upper + floor)
     if carried is not None:
-        low, high = min(low, -carried[0] / 100), max(high, carried[0] / 100)
+        loss = replace(loss, low=min(loss.low, -carried[0] / 100), high=max(loss.high, carried[0] / 100))
     total = columns.sum(axis=0, keepdims=True)
     values = float(mean(total, 0)[0]), float(mean(total, 1)[0])
-    return loss_figures(values[0], values[1], (estimate, low, high), sums.samples, carried=carried)
+    return loss_figures(values[0], values[1], loss, carried=carried)
+
+
+def label_counts(sums: BlockSums) -> Array:
+    """How often each class is the label, of the sums of `class_counts`."""
+    return np.asarray(sums.columns().sum(axis=0).reshape(5, -1)[0])
+
+
+def rarest_class(label_counts: Array, changed: float) -> float:
+    """What so many changed predictions may take of macro F1: each moves F1 of two classes by at most one in the count
+    of the rarest class."""
+    present = label_counts[label_counts > 0]
+    return min(1.0, 2 * changed / (len(present) * float(present.min()))) if len(present) else 1.0
+
+
+def every_class(label_counts: Array, changed: float) -> float:
+    """Likewise, where each sample has an answer for every class, and all of them may be wrong."""
+    present = label_counts[label_counts > 0]
+    return float(np.minimum(1.0, 2 * changed / present).mean()) if len(present) else 1.0
 
 
 def rule_of_three(label_counts: Array) -> tuple[float, str]:
-    """What macro F1 may lose unseen where not one prediction differs: up to three may at 95 % (rule of three), each
-    moves F1 of two classes by at most one in the count of the rarest class."""
+    """What macro F1 may lose unseen where not one prediction differs: up to three may at 95 %."""
     present = label_counts[label_counts > 0]
-    value = min(100.0, 600.0 / (len(present) * float(present.min())))
+    value = 100 * rarest_class(label_counts, 3.0)
     why = f"rule of three: up to three of {int(present.sum())} predictions may differ unseen, in a class of "
     return float(f"{value:.5g}"), why + f"{int(present.min())}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from workers.data import LABELS
 from workers.measure.accuracy import Kind, OutputComparison, are_probabilities, names_classes, same_scores
 from workers.measure.agreement import DECIDES, TELLS, agreement_figures, worst_figures
 from workers.measure.judge import Decision
+from workers.measure.losses import bound_figures, worst_of
 from workers.measure.pairs import PairComparison
+from workers.measure.stats import Level
 from workers.measure.targets import TargetTruth
 from workers.measure.truth import ClassTruth, ReferenceShare, Truth
 
@@ -25,7 +27,10 @@ Arrays = Mapping[str, Array]
 ROUNDING_PERCENT = 1e-3
 _CHUNK_BYTES = 8 << 20  # of the original's outputs that are compared at a time: doubles of them are made
 _PAIRS: tuple[Metric, ...] = ("spearman", "neighbours")
-_SHOWN = ("metric", "basis", "baseline_value", "value", "loss_percent", "loss_ci")
+_SHOWN = ("metric", "basis", "baseline_value", "value", "loss_percent", "loss_ci", "bound_percent")
+
+
+_WORSE_THAN_THE_MEAN = "The original is worse than the mean of the targets (R² below 0): see whether they are its own."
 
 
 class Verdict:
@@ -83,6 +88,8 @@ class Verdict:
             return
         judged = decision.output
         truth = references[LABELS if decision.basis == "labels" else judged]
+        if decision.one_hot:
+            truth = truth.argmax(axis=-1)
         if self._truths is None:
             self._truths = _truths(decision, original[judged], truth)
             if decision.form == "classes" and decision.axis is not None and decision.all_outputs:
@@ -99,27 +106,28 @@ class Verdict:
             else:
                 del self._same[name]
 
-    def result(self, seed: int) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-        """(the figures of the output that decides, with `metric`, `metrics`, `output`, `basis` and `why`;
+    def result(
+        self, level: Level, limit_percent: float | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """(the figures of the output that decides, with `metric`, `metrics`, `output`, `basis`, `why` and `warnings`;
         {output: figures}; notes).
 
-        `enough_samples_for` is the largest of all outputs judged where labels or references judge one of them.
+        `enough_samples_for` is the largest of all outputs judged where labels or references judge one of them, and
+        `bound_percent` (see `bound_figures`) that of all outputs judged: each of them has to keep the limit.
         """
         decision = self._decision
         names = [decision.output]
         if decision.all_outputs:
             names += [n for n in self.comparisons if n != decision.output]
         notes = self._notes()
-        judged = {name: self._judged(name, seed, notes) for name in names}
+        judged = {name: self._judged(name, level, notes) for name in names}
         floor = ROUNDING_PERCENT if self._truths else 0.0
         worst = judged[decision.output]
         for figures in judged.values():
             if figures["loss_percent"] > max(worst["loss_percent"], floor):
                 worst = figures
         if worst["metric"] == "r2" and worst["baseline_value"] < 0:
-            notes.append(
-                "The original is worse than the mean of the targets (R² below 0): see whether they are its own."
-            )
+            notes.append(_WORSE_THAN_THE_MEAN)
         why = decision.why
         if self._truths:
             if decision.form == "targets" and decision.basis == "labels" and decision.all_outputs:
@@ -130,33 +138,36 @@ class Verdict:
                 why += f"; {worst['output']!r} loses more and decides"
             carries = max(judged.values(), key=lambda f: float(f["enough_samples_for"]))
             worst = {**worst, **{k: carries[k] for k in ("enough_samples_for", "enough_samples_reason")}}
+        losses = [loss for figures in judged.values() for loss in figures["losses"]]
+        worst = {**worst, **bound_figures(losses, level, limit_percent), "warnings": self._warnings(notes)}
+        del worst["losses"]
         outputs = {
             name: comparison.to_json() | {k: judged[name][k] for k in _SHOWN if name in judged}
             for name, comparison in self.comparisons.items()
         }
-        metrics = self._metrics(worst, seed, notes)
+        metrics = self._metrics(worst, level, notes)
         if worst["output"] != decision.output:
-            outputs[decision.output]["metrics"] = self._metrics(judged[decision.output], seed, notes)
+            outputs[decision.output]["metrics"] = self._metrics(judged[decision.output], level, notes)
         return {**worst, "why": why, "metrics": metrics}, outputs, list(dict.fromkeys(notes))
 
-    def _judged(self, name: str, seed: int, notes: list[str]) -> dict[str, Any]:
+    def _judged(self, name: str, level: Level, notes: list[str]) -> dict[str, Any]:
         """The worst figures of one output, by the metrics that decide of it."""
         decision = self._decision
         comparison = self.comparisons[name]
         if name == decision.output and self._truths:
-            metrics = self._deciding(comparison, seed, notes)
-            found = [self._against_truth(self._truths, m, seed) | {"metric": m} for m in metrics]
-            figures = max(found, key=lambda f: float(f["loss_percent"])) | {"basis": decision.basis}
+            metrics = self._deciding(comparison, level, notes)
+            found = [self._against_truth(self._truths, m, level) | {"metric": m} for m in metrics]
+            figures = worst_of(found) | {"basis": decision.basis}
         elif name in self._same and decision.metric in self._same[name].offers:
-            same = self._same[name].result(decision.metric, seed)
+            same = self._same[name].result(decision.metric, level)
             figures = {**same, "metric": decision.metric, "basis": decision.basis}
         else:
             forced = not decision.all_outputs
             metrics = (decision.metric,) if forced else DECIDES[comparison.kind]
-            figures = {**worst_figures(comparison, metrics, seed), "basis": "agreement"}
+            figures = {**worst_figures(comparison, metrics, level), "basis": "agreement"}
         return {**figures, "output": name}
 
-    def _deciding(self, comparison: OutputComparison, seed: int, notes: list[str]) -> tuple[Metric, ...]:
+    def _deciding(self, comparison: OutputComparison, level: Level, notes: list[str]) -> tuple[Metric, ...]:
         """The metrics of which the worst counts, for the output that labels or references judge."""
         decision = self._decision
         assert self._truths
@@ -171,16 +182,16 @@ class Verdict:
         if targets.binary:
             return ("macro_f1",)
         try:
-            self._against_truth(self._truths, "r2", seed)
+            self._against_truth(self._truths, "r2", level)
         except StageFailure as failure:
             notes.append(f"{failure.detail} The normalized error decides instead.")
             return ("normalized_error",)
         return ("r2",)
 
-    def _against_truth(self, truths: list[Truth], metric: Metric, seed: int) -> dict[str, Any]:
+    def _against_truth(self, truths: list[Truth], metric: Metric, level: Level) -> dict[str, Any]:
         for truth in truths:
             if metric in truth.offers or (metric == "macro_f1" and isinstance(truth, TargetTruth)):
-                return truth.result(metric, seed)
+                return truth.result(metric, level)
         raise StageFailure(
             "metric_mismatch",
             f"The metric {metric!r} cannot be formed of the output {self._decision.output!r}: it has too many classes, "
@@ -189,7 +200,7 @@ class Verdict:
             remedy="Use the metric 'auto'.",
         )
 
-    def _metrics(self, judged: Mapping[str, Any], seed: int, notes: list[str]) -> dict[str, Any]:
+    def _metrics(self, judged: Mapping[str, Any], level: Level, notes: list[str]) -> dict[str, Any]:
         """{metric: figures} of all that fit one output, the deciding one among them."""
         name = judged["output"]
         sources: list[tuple[Metric, str, Truth | None]] = []
@@ -207,14 +218,19 @@ class Verdict:
                 continue
             try:
                 if against is None:
-                    figures = agreement_figures(comparison, metric, seed)
+                    figures = agreement_figures(comparison, metric, level)
                 else:
-                    figures = against.result(metric, seed)
+                    figures = against.result(metric, level)
             except StageFailure as failure:
                 notes.append(failure.detail)
                 continue
             out[metric] = {k: {**figures, "basis": basis}[k] for k in _SHOWN[1:]}
         return out
+
+    def _warnings(self, notes: Sequence[str]) -> list[str]:
+        """What makes all figures worthless, in all likelihood."""
+        found = [warning for truth in self._truths or () for warning in truth.warnings()]
+        return found + [note for note in notes if note == _WORSE_THAN_THE_MEAN]
 
     def _notes(self) -> list[str]:
         notes = [note for truth in self._truths or () for note in truth.notes()]

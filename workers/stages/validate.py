@@ -15,6 +15,7 @@ from workers.kernel import Session, Stage, StageContext, StageResult
 from workers.measure.accuracy import Broken, check_outputs, output_kind
 from workers.measure.judge import decide
 from workers.measure.pieces import Original, Piece, Pieces, SampleOptions, folder_digest, load_session, open_samples
+from workers.measure.stats import Level
 from workers.measure.stored import StoredOutputs, expected_mismatch
 from workers.measure.verdict import Verdict
 
@@ -23,11 +24,14 @@ Arrays = Mapping[str, Array]
 
 
 class ValidateOptions(SampleOptions):
-    """`metric`: see docs/measurement.md."""
+    """`metric`: see docs/measurement.md. `confidence`: of the bound of the loss, one-sided; `max_loss_percent`: the
+    limit, for how many samples would show that it is kept."""
 
     backend: str
     runtime: dict[str, Any] = Field(default_factory=dict)
     metric: Metric = "auto"
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    max_loss_percent: float | None = Field(default=None, ge=0)
 
 
 class Validate(Stage[ValidateOptions]):
@@ -36,11 +40,15 @@ class Validate(Stage[ValidateOptions]):
 
     data: metric, kind ("labels" | "references" | "agreement" | "synthetic"), why, output (the one with the largest
     loss: it decides), baseline_value, value, loss_percent (each metric's own, see docs/measurement.md), loss_ci (95 %),
-    samples, units (what was averaged: samples, or batches where an output has no sample axis), enough_samples_for
-    (smallest loss in percent that so many can carry), metrics {metric: basis, baseline_value, value, loss_percent,
-    loss_ci: all that fit the deciding output}, notes (what weakens the figures), outputs {name: distances, and metric,
-    basis, baseline_value, value, loss_percent, loss_ci where it is judged, metrics where another one decides}, source,
-    part, left_out, batch_size, engine_digest, samples_digest, complete (False: the deadline stopped it), broken.
+    samples, distinct (of those asked for; equal ones count once in the bound), units (what was averaged: samples, or
+    batches where an output has no sample axis), enough_samples_for (smallest loss in percent that so many can carry),
+    bound_percent (what `confidence` cannot exclude, of any output that is judged; null where there is no bound),
+    bound_method, confidence, samples_needed (that have to judge to show that `max_loss_percent` is kept; null where no
+    number would do), warnings (what makes the labels worthless), metrics {metric: basis, baseline_value, value,
+    loss_percent, loss_ci, bound_percent: all that fit the deciding output}, notes (what weakens the figures), outputs
+    {name: distances, and metric, basis, baseline_value, value, loss_percent, loss_ci, bound_percent where it is judged,
+    metrics where another one decides}, source, part, left_out, batch_size, engine_digest, samples_digest, complete
+    (False: the deadline stopped it), broken.
     `broken` = {code, output, detail} where the engine must not ship whatever its metric: NaN, Infinity, a missing
     output, a wrong shape or dtype, a failed load or run; its figures are then null.
     """
@@ -87,6 +95,7 @@ class _Truth:
             "source": self.source,
             "samples_digest": samples.digest() if samples is not None else None,
             "left_out": samples.excluded if samples is not None else 0,
+            "distinct": samples.distinct if samples is not None else None,
         }
         self._original: Original | None = None
         if self._stored is not None:
@@ -165,7 +174,9 @@ class _Comparison:
 
     def _figures(self) -> dict[str, Any]:
         assert self.verdict is not None, "there is at least one batch"
-        figures, outputs, notes = self.verdict.result(self.options.seed)
+        pieces, options = self.truth.pieces, self.options
+        level = Level(options.confidence, options.seed, max(pieces.total / max(pieces.distinct, 1), 1.0))
+        figures, outputs, notes = self.verdict.result(level, options.max_loss_percent)
         basis, why = figures.pop("basis"), figures.pop("why")
         if self.truth.source == "synthetic":
             basis, why = "synthetic", f"no data set was given: random inputs; {why}"
@@ -184,13 +195,17 @@ class _Comparison:
         a, b = piece.cut(original), piece.cut(answer)
         if self.verdict is None:
             kinds = {name: output_kind(name, values) for name, values in a.items()}
-            decision = decide(self.options.metric, kinds, a, piece.references)
+            one_hot = self.truth.pieces.one_hot_labels
+            decision = decide(self.options.metric, kinds, a, piece.references, one_hot=one_hot)
             self.verdict = Verdict(decision, kinds, self.total)
         self.verdict.add(a, b, piece.references, piece.count, self.done)
         return None
 
 
 def _nothing(broken: Broken) -> dict[str, Any]:
-    names = ("metric", "kind", "output", "baseline_value", "value", "loss_percent", "loss_ci", "enough_samples_for")
-    rest: dict[str, Any] = {"units": 0, "metrics": {}, "outputs": {}, "notes": [], "complete": True}
+    names = (
+        *("metric", "kind", "output", "baseline_value", "value", "loss_percent", "loss_ci", "enough_samples_for"),
+        *("bound_percent", "bound_method", "samples_needed"),
+    )
+    rest: dict[str, Any] = {"units": 0, "metrics": {}, "outputs": {}, "notes": [], "warnings": [], "complete": True}
     return {**dict.fromkeys(names), **rest, "why": broken.detail, "broken": broken.to_json()}
