@@ -51,7 +51,8 @@ class FinalMetrics(_Part):
     baseline, e.g. "2.2x", both called as the bundle's `infer.py` calls: `bound` {p50_ms, speedup} is the cheaper call.
     `memory_mb`: of the process; `gpu_memory_mb`: what it takes of a GPU, None without one. `accuracy_value` and
     `original_accuracy_value`: of the metric itself, by `accuracy_basis` (labels, references, agreement, synthetic), on
-    the same samples."""
+    the same samples. `accuracy_verdict`: whether it is proven or unproven that the loss keeps the job's limit; the
+    bound is what `accuracy_confidence` cannot exclude."""
 
     latency_ms: float | None
     original_latency_ms: float | None = None
@@ -71,6 +72,10 @@ class FinalMetrics(_Part):
     original_accuracy_value: float | None = None
     accuracy_loss_ci: list[float] | None = None
     accuracy_samples: int | None = None
+    accuracy_verdict: str | None = None
+    accuracy_verdict_reason: str | None = None
+    accuracy_loss_bound_percent: float | None = None
+    accuracy_confidence: float | None = None
     reasons: dict[str, str] = {}
 
 
@@ -187,6 +192,7 @@ class Report(_Part):
     final_metrics: FinalMetrics | None
     deployment_config: DeploymentConfig | None
     recommendations: list[str]
+    warnings: list[str] = []
     job_id: str
     picked: str | None
     candidates: list[CandidateReport]

@@ -69,12 +69,16 @@ class Calibration(_Strict):
 
 class Validation(_Strict):
     """`max_accuracy_loss_percent` is the largest loss of the metric that the user agrees to: percentage points of a
-    score, percent of an error; for each metric as docs/measurement.md defines it."""
+    score, percent of an error; for each metric as docs/measurement.md defines it. `confidence`: of the bound that
+    proves it. `strict`: an engine whose loss is within the limit on the samples there are, but not proven by them, does
+    not ship."""
 
     dataset_id: str | None = None
     metric: Metric = "auto"
     max_accuracy_loss_percent: float = Field(default=1.0, ge=0, le=100)
     max_samples: int = Field(default=2048, ge=1, le=1_000_000)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    strict: bool = False
 
 
 class Constraints(_Strict):

@@ -56,6 +56,7 @@ def report_page(report: _Json, job_id: str) -> str:
     parts = [
         f"<h1>{_text(analysis.get('model', job_id))}</h1>",
         f"<p class=sub>{_text(analysis.get('hardware'))} · job {_text(job_id)}</p>",
+        _warnings(report),
         _tiles(final),
         _measured_at(final),
         _section("Latency (p50, lower is better)", _latencies(report)),
@@ -122,8 +123,23 @@ def _tiles(final: _Json) -> str:
         "gpu_memory_mb": "MB of the GPU's memory",
     }
     there = [n for n in wanted if n in final and (n != "gpu_memory_mb" or final[n] is not None)]
+    verdict = final.get("accuracy_verdict")
+    if verdict is not None:
+        wanted["accuracy_loss_percent"] = f"points of accuracy lost, {_text(verdict)}"
     tiles = "".join(f"<div class=tile><b>{_text(final[n])}</b>{wanted[n]}</div>" for n in there)
-    return f"<div class=tiles>{tiles}</div>" if tiles else ""
+    if not tiles:
+        return ""
+    shown = "ok" if verdict == "proven" else "no"
+    why = final.get("accuracy_verdict_reason")
+    sentence = f"<p class={shown}>Accuracy {_text(why)}</p>" if verdict is not None and why else ""
+    return f"<div class=tiles>{tiles}</div>{sentence}"
+
+
+def _warnings(report: _Json) -> str:
+    """Before anything else: what makes the figures below worthless."""
+    found = report.get("warnings")
+    lines = found[:_MAX_ROWS] if isinstance(found, list) else []
+    return "".join(f"<p class=no role=alert><b>{_text(line)}</b></p>" for line in lines)
 
 
 def _measured_at(final: _Json) -> str:
@@ -241,9 +257,16 @@ def _checks(report: _Json) -> str:
         verdict = "<span class=ok>passed</span>" if passed is True else "<span class=no>failed</span>"
         if passed is None:
             verdict = "–"
-        value, limit = _text(check.get("value")), _text(check.get("limit"))
-        rows += f"<tr><td>{_text(check.get('name'))}<td class=n>{value}<td class=n>{limit}<td>{verdict}"
-    return f"<table><tr><th>check<th class=n>value<th class=n>limit<th>verdict{rows}</table>" if rows else ""
+        if check.get("proven") is not None:
+            verdict += ", proven" if check.get("proven") else ", <b>unproven</b>"
+        value, bound, limit = (_text(check.get(k)) for k in ("value", "bound", "limit"))
+        why = _text(check.get("reason") or "")
+        rows += (
+            f"<tr><td>{_text(check.get('name'))}<td class=n>{value}<td class=n>{bound}<td class=n>{limit}<td>{verdict}"
+        )
+        rows += f"<td>{why}"
+    head = "<tr><th>check<th class=n>value<th class=n>not excluded, up to<th class=n>limit<th>verdict<th>"
+    return f"<table>{head}{rows}</table>" if rows else ""
 
 
 def _interval(value: Any) -> str:

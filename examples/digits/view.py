@@ -175,6 +175,8 @@ def show_report(screen: Screen, report: Mapping[str, Any]) -> None:
         f"Report: {clean(analysis.get('model', 'model'))} on {clean(analysis.get('hardware', 'this machine'))}"
     )
     _candidates(screen, report)
+    for warning in report.get("warnings") or ():
+        screen.line(f"  {screen.paint(clean(warning), 'bold', 'red')}")
     screen.title("The pick")
     qps = number(final.get("throughput_qps"), 4, "/s")
     before = number(analysis.get("original_latency_ms"), 3, " ms")
@@ -182,7 +184,8 @@ def show_report(screen: Screen, report: Mapping[str, Any]) -> None:
         f"  {screen.paint(clean(final.get('speedup', '–')), 'bold', 'green')} as fast as the original: "
         f"p50 {number(final.get('latency_ms'), 3, ' ms')} (was {before}), "
         f"{qps}, {clean(deployment.get('precision', '–'))}, "
-        f"accuracy loss {number(final.get('accuracy_loss_percent'), 2, ' points')}, "
+        f"accuracy loss {number(final.get('accuracy_loss_percent'), 2, ' points')} "
+        f"({clean(final.get('accuracy_verdict') or 'unproven')}), "
         f"memory {number(final.get('memory_mb'), 3, ' MB')}"
     )
     _checks(screen, report)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline.select import BASELINE, Check, Tried, judge, pareto, undecided
+from workers.pipeline.checks import Check
+from workers.pipeline.select import BASELINE, Tried, judge, pareto, undecided
 
 QUIET = {"1": {"ratio": 1.0, "low": 0.98, "high": 1.02}, "8": {"ratio": 1.0, "low": 0.98, "high": 1.02}}
 MEASURED = {"source": "dataset", "loss_percent": 0.1, "metric": "top1", "samples": 600}

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from workers.measure.rounds import Timing
-from workers.measure.stats import Interval, holds_one, percentiles, ratio_of_means, ratio_of_medians
+from workers.measure.stats import (
+    P99_BOUND_SAMPLES,
+    Interval,
+    holds_one,
+    p99_bound,
+    percentiles,
+    ratio_of_means,
+    ratio_of_medians,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -22,15 +30,19 @@ def rounded(value: float | None) -> float | None:
 
 
 def distribution(samples: Array, p99_refused: str | None = None) -> dict[str, Any]:
-    """Of latencies in ns: samples, mean_ms, the percentiles that so many samples carry, min_ms, max_ms, and why a
-    percentile is missing. `p99_refused`: why the p99 was not gone for, though it was wanted."""
+    """Of latencies in ns: samples, mean_ms, the percentiles that so many samples carry, p99_bound_ms (see `p99_bound`),
+    min_ms, max_ms, and why one is missing. `p99_refused`: why the p99 was not gone for, though it was wanted."""
     values, reasons = percentiles(samples, NS_PER_MS)
-    if p99_refused and "p99" in reasons:
-        reasons["p99"] += f": {p99_refused}"
+    bound = p99_bound(samples, NS_PER_MS)
+    if bound is None:
+        reasons["p99_bound"] = f"{len(samples)} samples; {P99_BOUND_SAMPLES} are needed to bound the p99 at 95 %"
+    for name in {"p99", "p99_bound"} & set(reasons if p99_refused else ()):
+        reasons[name] += f": {p99_refused}"
     return {
         "samples": len(samples),
         "mean_ms": rounded(float(samples.mean()) / NS_PER_MS),
         **{f"{name}_ms": rounded(value) for name, value in values.items()},
+        "p99_bound_ms": rounded(bound),
         "min_ms": rounded(float(samples.min()) / NS_PER_MS),
         "max_ms": rounded(float(samples.max()) / NS_PER_MS),
         "reasons": {f"{name}_ms": reason for name, reason in reasons.items()},
@@ -43,7 +55,7 @@ def latency_figures(timing: Timing, batch: int, *, screening: bool = False) -> d
     samples = timing.all()
     figures = distribution(samples, timing.p99_refused)
     if screening:
-        for name in ("p90_ms", "p95_ms", "p99_ms", "p999_ms"):
+        for name in ("p90_ms", "p95_ms", "p99_ms", "p99_bound_ms", "p999_ms"):
             figures[name] = None
             figures["reasons"][name] = "a screening shows no tails"
     return {

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from workers.measure.upper_bounds import (
+    at_most,
     bounded_mean,
     difference,
     least_samples,
@@ -30,6 +31,8 @@ Array = np.ndarray[Any, Any]
 REQUIRED_SAMPLES = {"p50": (0.50, 11), "p90": (0.90, 64), "p95": (0.95, 130), "p99": (0.99, 662), "p999": (0.999, 6636)}
 P50_SAMPLES = REQUIRED_SAMPLES["p50"][1]
 P99_SAMPLES = REQUIRED_SAMPLES["p99"][1]
+P99_CONFIDENCE = 0.95
+P99_BOUND_SAMPLES = 299  # ln 0.05 / ln 0.99: from so many on, the largest bounds the percentile
 RESAMPLES = 4000
 _BLOCK_CELLS = 1 << 21  # of the sums that are kept, and of the draws that are looked at together
 _DRAWS = 2000
@@ -74,6 +77,29 @@ def percentiles(latencies: Array, unit: float = 1.0) -> tuple[dict[str, float | 
             values[name] = None
             reasons[name] = f"{len(ordered)} samples; {needed} are needed to carry this percentile"
     return values, reasons
+
+
+def p99_bound(latencies: Array, unit: float = 1.0) -> float | None:
+    """What the p99 of all calls exceeds in at most 5 % of such measurements: the smallest order statistic that bounds
+    it, by the binomial distribution of how many calls lie below (the rule of MLPerf LoadGen's early stopping). None
+    where not even the largest does (fewer than 299)."""
+    rank = _bounding_rank(len(latencies))
+    if rank is None:
+        return None
+    return float(np.partition(np.asarray(latencies, dtype=np.float64), rank - 1)[rank - 1]) / unit
+
+
+@lru_cache(maxsize=1024)
+def _bounding_rank(samples: int) -> int | None:
+    """The smallest r for which fewer than r of the samples lie below the percentile, in 95 % of the cases."""
+    level = REQUIRED_SAMPLES["p99"][0]
+    if samples < P99_BOUND_SAMPLES:
+        return None
+    low, high = math.floor(level * samples), samples
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at_most(middle - 1, samples, level) >= P99_CONFIDENCE else (middle, high)
+    return high
 
 
 def settled(window_medians: Sequence[float], tolerance: float = 0.10) -> bool:

@@ -7,11 +7,11 @@ from app.domain.spec import OptimizationSpec
 from workers.measure.parts import judging
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
+from workers.pipeline.checks import FEWEST
 from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
 
 _FEW = 96  # samples of the small check
 _AT_ONCE = 4 * _FEW
-_FEWEST = 32  # below which a check that ran out of time says nothing
 _FULL_SHARE = 0.5  # of the time left to the search, at most, for a check on all samples
 _CHEAP = 0.02  # of the budget: a check on all samples that takes less is made at once
 _CHEAP_OF_LEFT = 0.05  # of the time left to the search, likewise
@@ -51,11 +51,11 @@ class Checker:
             run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
             return False
         samples = accuracy.get("samples", 0)
-        if samples < _FEWEST and not accuracy.get("complete", True) and not run.plan.lossless:
+        if samples < FEWEST and not accuracy.get("complete", True) and not run.plan.lossless:
             run.note("check", "cannot tell", f"the time left allowed {samples} samples")
             return False
         if run.validate is not None and complete(run, most):
-            return not halving.over_limit(self.spec, accuracy)  # there are no further samples that could tell otherwise
+            return halving.may_keep(self.spec, accuracy)  # those that confirm may tell otherwise
         return not halving.loses_too_much(self.spec, accuracy)
 
     def beyond_doubt(self, run: CandidateRun) -> bool:

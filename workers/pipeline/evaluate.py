@@ -15,9 +15,10 @@ from workers.kernel import TensorSpec, backends
 from workers.measure.parts import Part
 from workers.measure.shapes import free_axes
 from workers.pipeline.budget import Budget
+from workers.pipeline.checks import Check
 from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.select import Check, Tried, primary_batch
+from workers.pipeline.select import Tried, primary_batch
 
 SEED = 20_240_229
 NO_MEMORY = ("out_of_memory", "gpu_out_of_memory")
@@ -250,15 +251,25 @@ class Evaluator:
             run.validate, run.tried.accuracy = found, found.data
         return not found.data.get("broken")
 
-    def confirm(self, run: CandidateRun, until: float) -> bool:
-        """Its accuracy on the samples that nobody chose by; False where it cannot be known."""
-        found = self._validate(run, "confirm", self.spec.validation.max_samples, until, "final")
+    def confirm(self, run: CandidateRun, confidence: float, until: float) -> bool:
+        """Its accuracy on the samples that nobody chose by, with its bound; False where it cannot be known."""
+        limit = self.spec.validation.max_accuracy_loss_percent
+        bound = {"confidence": confidence, "max_loss_percent": limit}
+        found = self._validate(run, "confirm", self.spec.validation.max_samples, until, "final", bound)
         if found is None:
             return False
         run.confirmed, run.tried.accuracy = found, found.data
         return not found.data.get("broken")
 
-    def _validate(self, run: CandidateRun, part: Part, samples: int, until: float, phase: str) -> Outcome | None:
+    def _validate(
+        self,
+        run: CandidateRun,
+        part: Part,
+        samples: int,
+        until: float,
+        phase: str,
+        bound: Mapping[str, float] | None = None,
+    ) -> Outcome | None:
         inputs = {"model": self.export.outputs["model"], "engine": run.engine}
         selection = self._selection(inputs, samples, part)
         expected = self._reference(samples, part, until)
@@ -269,6 +280,7 @@ class Evaluator:
             "backend": run.plan.backend,
             "runtime": run.runtime,
             "metric": self.spec.validation.metric,
+            **(bound or {}),
         }
         try:
             return self.call("validate", inputs, options, run.plan.id, until)

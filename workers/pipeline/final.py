@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.domain.report import FinalMetrics
+from workers.pipeline.checks import LOSS, same_bytes
 from workers.pipeline.outcome import Proof
 from workers.pipeline.select import BASELINE, Tried, ratio_of
 from workers.pipeline.shape_rules import not_kept
@@ -57,8 +58,20 @@ def final_metrics(proof: Proof) -> FinalMetrics:
         original_accuracy_value=rounded(judged.get("baseline_value"), 6),
         accuracy_loss_ci=accuracy.get("loss_ci"),
         accuracy_samples=judged.get("samples"),
+        **_verdict(shipped),
         reasons=reasons,
     )
+
+
+def _verdict(shipped: Tried) -> dict[str, Any]:
+    """Whether the loss of what ships is proven, in a word and a sentence."""
+    check = same_bytes() if shipped.id == BASELINE else next(c for c in shipped.checks if c.name == LOSS)
+    return {
+        "accuracy_verdict": "proven" if check.proven else "unproven",
+        "accuracy_verdict_reason": check.reason,
+        "accuracy_loss_bound_percent": rounded(check.bound),
+        "accuracy_confidence": check.confidence,
+    }
 
 
 def _judged(proof: Proof) -> Mapping[str, Any]:

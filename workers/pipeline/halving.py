@@ -82,6 +82,16 @@ def loses_too_much(spec: OptimizationSpec, accuracy: Mapping[str, Any]) -> bool:
     return bool(min(kind_end, loss) > spec.validation.max_accuracy_loss_percent)
 
 
+def may_keep(spec: OptimizationSpec, accuracy: Mapping[str, Any]) -> bool:
+    """On all samples of the search: within the limit, or off it by no more than chance often makes (about a standard
+    error). Samples that nobody chose by have the last word, and a limit that is kept is not to be lost before."""
+    loss, interval = accuracy.get("loss_percent"), accuracy.get("loss_ci")
+    if loss is None:
+        return False
+    kind = (loss + interval[0]) / 2 if interval else loss
+    return bool(min(kind, loss) <= spec.validation.max_accuracy_loss_percent)
+
+
 def over_limit(spec: OptimizationSpec, accuracy: Mapping[str, Any]) -> bool:
     """By the estimate itself: what the gate will ask of the final engine."""
     loss = accuracy.get("loss_percent")

@@ -15,6 +15,7 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
+from workers.pipeline.checks import confidence_of_a_look, looks
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator
 from workers.pipeline.explain import Explainer
@@ -169,11 +170,12 @@ class Optimizer:
         until = self.budget.final_until()
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
+        count = looks([(r.plan.lossless, r.tried.accuracy) for r in found.finalists])
         for run in found.finalists:
             if run.validate is not None and hurried:
                 run.note("final", "not confirmed", "the time left hardly holds the final measurement")
                 continue
-            evaluator.confirm(run, judged_until)
+            evaluator.confirm(run, confidence_of_a_look(self.spec, count), judged_until)
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups, too_large = evaluator.groups_that_fit(sound)

@@ -60,6 +60,12 @@ class Proof:
         return next((r for r in self.runs if r.plan.id == self.verdict.picked), None)
 
     @property
+    def warnings(self) -> list[str]:
+        """What makes figures of this job worthless: of the data, seen by whoever was judged on them."""
+        seen = [(r.tried.accuracy or {}).get("warnings") or r.selected.get("warnings") or [] for r in self.runs]
+        return list(dict.fromkeys(warning for warnings in seen for warning in warnings))
+
+    @property
     def engine(self) -> ArtifactRef:
         """The files that ship."""
         return self.picked.engine if self.picked else self.export.outputs["model"]

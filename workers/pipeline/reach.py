@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.domain.spec import Constraints
-from workers.pipeline.select import Check
+from workers.pipeline.checks import Check
 
 
 def over_size(constraints: Constraints, size_bytes: int) -> Check | None:

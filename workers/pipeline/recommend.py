@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from workers.candidates import BF16_FLAGS, INT8_FLAGS
+from workers.pipeline.checks import LOSS
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.outcome import Optimization
 from workers.pipeline.select import ratio_of
@@ -19,7 +20,13 @@ _SLOW_MS = 10.0  # from which on a GPU's launches and copies are small beside th
 
 def recommend(found: Optimization) -> list[str]:
     """Sentences a person can act on."""
-    advice = [*_kept_original(found), *_out_of_reach(found), *_next_precision(found), *_sensitive(found)]
+    advice = [
+        *found.warnings,
+        *_kept_original(found),
+        *_out_of_reach(found),
+        *_next_precision(found),
+        *_sensitive(found),
+    ]
     advice += [*_narrowed(found), *_limits(found), *_deployment(found), *_evidence(found)]
     return list(dict.fromkeys(advice))
 
@@ -134,14 +141,10 @@ def _deployment(found: Optimization) -> Iterator[str]:
 
 
 def _evidence(found: Optimization) -> Iterator[str]:
-    limit = found.spec.validation.max_accuracy_loss_percent
-    accuracy = (found.picked.tried.accuracy if found.picked else None) or {}
-    carries = accuracy.get("enough_samples_for")
-    if carries is not None and carries > limit and accuracy.get("source") != "synthetic":
-        yield (
-            f"{accuracy.get('samples')} validation samples can show a loss of {carries:.2g} % at best; give more to "
-            f"hold a limit of {limit} %."
-        )
+    checks = found.picked.tried.checks if found.picked else []
+    for check in checks:
+        if check.name == LOSS and not check.proven:
+            yield f"That the engine keeps the accuracy is {check.reason}."
     if found.benchmark.data.get("noisy"):
         yield (
             "The machine was noisy (the baseline differed from itself): measure again on a quiet one, with "

@@ -13,8 +13,8 @@ from typing import Any
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.report import Report
 from app.storage.content import ContentStore
+from workers.pipeline.checks import Check
 from workers.pipeline.outcome import Optimization
-from workers.pipeline.select import Check
 
 # The fields of the job's spec that the checks come from.
 _FIELDS = {
@@ -73,7 +73,7 @@ def no_feasible_candidate(found: Optimization) -> StageFailure:
     name, missed = found.verdict.nearest
     misses = "; ".join(c.reason or f"{c.name} {c.value}, limit {c.limit}" for c in missed)
     relax = ", ".join(
-        f"{_FIELDS.get(c.name, c.name)} to {'more than ' if c.at_least else ''}{c.value:.4g}"
+        f"{_FIELDS.get(c.name, c.name)} to {'more than ' if c.at_least else ''}{c.judged:.4g}"
         for c in missed
         if _is_measured_miss(c)
     )
@@ -88,6 +88,6 @@ def no_feasible_candidate(found: Optimization) -> StageFailure:
 
 def _is_measured_miss(check: Check) -> bool:
     """Whether another limit would help: not where a figure is missing, or good and only not proven."""
-    if check.value is None or check.limit is None:
+    if check.judged is None or check.limit is None:
         return False
-    return check.value < check.limit if check.name == "throughput_qps" else check.value > check.limit
+    return check.judged < check.limit if check.name == "throughput_qps" else check.judged > check.limit

@@ -205,13 +205,19 @@ class StageRunner:
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id
         row = None if self._anew(call) else self.ledger.recall(tenant_id, call.key)
-        row = row or self.ledger.recall(tenant_id, self._own_key(call.key))
+        row = row or self._recall_partial(call)
         if row is None:
             return None
         if row.failure is not None:
             raise StageFailure.from_json(row.failure)
         outputs = {name: ArtifactRef.from_json(files) for name, files in row.outputs.items()}
         return call.outcome(outputs, row.data, cached=True, seconds=0.0)
+
+    def _recall_partial(self, call: _Call) -> StageRow | None:
+        """What this job had to cut short, unless there is more time now: then it is worth doing again."""
+        row = self.ledger.recall(self.claim.tenant_id, self._own_key(call.key))
+        had = (row.data.get("made") or {}).get("within_seconds") if row else None
+        return None if had is not None and _allowed(call) > had else row
 
     def _own_key(self, key: str) -> str:
         """The key of a result that only this job may take up again."""
@@ -240,6 +246,8 @@ class StageRunner:
         data = {**result.data, "notes_of_stage": result.notes, "made": self._made(call)}
         own = self._anew(call) or not result.reusable
         keys = [*([self._own_key(call.key)] if own else []), *([call.key] if result.reusable else [])]
+        if not result.reusable:
+            data["made"]["within_seconds"] = _allowed(call)
         with infrastructure_faults(call.stage_type.name):
             for key in keys:
                 self._remember(call, key, outputs, data, None, result.seconds)
@@ -355,6 +363,11 @@ class StageRunner:
             "message": message or entry["detail"] or "",
         }
         self.ledger.progress(self.claim, changes, "progress" if message or fraction else "stage", event)
+
+
+def _allowed(call: _Call) -> float:
+    """Seconds after which a call has to come to an end by itself, at the latest."""
+    return call.seconds if call.soft_seconds is None else min(call.soft_seconds, call.seconds)
 
 
 def _backends(options: Mapping[str, Any]) -> list[type[kernel.Backend]]:

@@ -14,42 +14,12 @@ from typing import Any
 
 from app.domain.spec import Constraints, OptimizationSpec
 from workers.measure.device_memory import limited_mb
+from workers.pipeline.checks import Check, accuracy_checks, at_most, p99_check
 from workers.pipeline.shape_rules import not_kept
 
 BASELINE = "baseline"
 _SIZES = ("size_mb", "memory_mb")
 TIE = 0.95  # of the fastest, from which on what cannot be told from it at one batch size is decided by the others
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verdict: the value that was measured (None where it could not be), its limit, and whether it holds.
-    `at_least`: the value is a lower bound of what would be measured."""
-
-    name: str
-    value: float | None
-    limit: float | None
-    passed: bool
-    reason: str | None = None
-    at_least: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "value": self.value,
-            "limit": self.limit,
-            "passed": self.passed,
-            "reason": self.reason,
-        }
-
-    @property
-    def miss(self) -> float:
-        """How far the value is off its limit, relative to it; 0 where it holds, infinite where it is not known."""
-        if self.passed:
-            return 0.0
-        if self.value is None or not self.limit:
-            return float("inf")
-        return abs(self.value - self.limit) / abs(self.limit)
 
 
 @dataclass
@@ -107,7 +77,10 @@ def judge(
     baseline.checks = [*_constraints(spec.constraints, baseline, batch, usual)]
     for tried in candidates:
         if tried.failed is None:
-            tried.checks = [*_accuracy(spec, tried), *_constraints(spec.constraints, tried, batch, usual)]
+            tried.checks = [
+                *_accuracy(spec, tried),
+                *_constraints(spec.constraints, tried, batch, usual),
+            ]
             tried.speed = _not_faster(spec, tried, batch, noise)
     shippable = [t for t in candidates if not t.reasons]
     if shippable:
@@ -165,24 +138,7 @@ def _ratios(spec: OptimizationSpec, tried: Tried) -> dict[str, tuple[float, floa
 
 
 def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
-    """Fails closed: no figure, no pass."""
-    limit = spec.validation.max_accuracy_loss_percent
-    accuracy = tried.accuracy
-    if accuracy is None:
-        return [Check("accuracy_loss_percent", None, limit, False, "its accuracy was not measured")]
-    broken = accuracy.get("broken")
-    finite = Check("finite_outputs", None, None, not broken, f"output broken: {broken['detail']}" if broken else None)
-    if broken:
-        return [finite]
-    loss = accuracy.get("loss_percent")
-    if accuracy.get("source") == "synthetic" and not tried.lossless:
-        reason = "no validation data: a change of precision cannot be shown to keep its accuracy"
-        reason += f" ({tried.narrows})" if tried.narrows else ""
-        return [finite, Check("accuracy_loss_percent", loss, limit, False, reason)]
-    passed = loss is not None and loss <= limit
-    shown = "unknown" if loss is None else f"{loss:.3f} %"
-    over = None if passed else f"accuracy loss {shown}, over the limit of {limit} %"
-    return [finite, Check("accuracy_loss_percent", loss, limit, passed, over)]
+    return accuracy_checks(spec, tried.accuracy, lossless=tried.lossless, narrows=tried.narrows)
 
 
 def _not_finite(figures: Mapping[str, Any]) -> set[str]:
@@ -205,24 +161,13 @@ def _constraints(constraints: Constraints, tried: Tried, batch: str, usual: set[
         where = ", ".join(sorted(strange))
         reason = f"NaN or Inf in {where} during the benchmark, where the original has none"
         checks.append(Check("finite_outputs_in_benchmark", None, None, False, reason))
-    why = at.get("reasons", {}).get("p99_ms", "p99 was not measured")
-    checks.append(_at_most("p99_latency_ms", at.get("p99_ms"), constraints.p99_latency_ms, why))
+    checks.append(p99_check(at, constraints.p99_latency_ms))
     value, limit = at.get("throughput_qps"), constraints.min_throughput_qps
     enough = limit is None or (value is not None and value >= limit)
     checks.append(Check("throughput_qps", value, limit, enough, None if enough else f"{value} qps, wanted {limit}"))
-    checks.append(_at_most("memory_mb", limited_mb(figures), constraints.max_memory_mb, "not measured"))
-    checks.append(_at_most("size_mb", figures["size_bytes"] / 1e6, constraints.max_size_mb, "not measured"))
+    checks.append(at_most("memory_mb", limited_mb(figures), constraints.max_memory_mb, "not measured"))
+    checks.append(at_most("size_mb", figures["size_bytes"] / 1e6, constraints.max_size_mb, "not measured"))
     return checks
-
-
-def _at_most(name: str, value: float | None, limit: float | None, missing: str) -> Check:
-    """Where nobody set a limit the value is shown and passes."""
-    if limit is None:
-        return Check(name, value, None, True, missing if value is None else None)
-    if value is None:
-        return Check(name, None, limit, False, f"{name}: {missing}")
-    passed = value <= limit
-    return Check(name, value, limit, passed, None if passed else f"{name} {value:.3f} over the limit of {limit}")
 
 
 def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -47,8 +47,8 @@ class Validate(Stage[ValidateOptions]):
     number would do), warnings (what makes the labels worthless), metrics {metric: basis, baseline_value, value,
     loss_percent, loss_ci, bound_percent: all that fit the deciding output}, notes (what weakens the figures), outputs
     {name: distances, and metric, basis, baseline_value, value, loss_percent, loss_ci, bound_percent where it is judged,
-    metrics where another one decides}, source, part, left_out, batch_size, engine_digest, samples_digest, complete
-    (False: the deadline stopped it), broken.
+    metrics where another one decides}, source, part, shared, left_out, batch_size, engine_digest, samples_digest,
+    complete (False: the deadline stopped it), broken.
     `broken` = {code, output, detail} where the engine must not ship whatever its metric: NaN, Infinity, a missing
     output, a wrong shape or dtype, a failed load or run; its figures are then null.
     """
@@ -60,7 +60,11 @@ class Validate(Stage[ValidateOptions]):
     hardware_bound = True
 
     def run(self, ctx: StageContext, options: ValidateOptions) -> StageResult:
-        facts: dict[str, Any] = {"part": options.part, "engine_digest": folder_digest(ctx.inputs["engine"])}
+        facts: dict[str, Any] = {
+            "part": options.part,
+            "shared": options.shared,
+            "engine_digest": folder_digest(ctx.inputs["engine"]),
+        }
         with _Truth(ctx, options) as truth:
             facts |= truth.facts
             try:
