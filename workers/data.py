@@ -1,7 +1,9 @@
 """Data sets: `.npz`, or `.zip`/`.tar` of `.npz` shards, streamed row by row; never unpickled, never extracted by path.
 
-A shard holds one array per model input (first axis = samples) and optional references: `labels`, or arrays named by
-the model's outputs. Every pass reads blocks of a few MiB, so that memory does not grow with the data set.
+A shard holds one array per model input, in the model's layout with the samples along its batch axis (the first one, as
+a rule: `workers.measure.axes`), and optional references: `labels`, or arrays named by the model's outputs. An input
+without a batch axis is whole in every sample of its shard; where none has one, a shard is one sample. Every pass reads
+blocks of a few MiB, so that memory does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import numpy as np
 from app.domain.failures import StageFailure, data_failure
 from workers.kernel import TensorSpec
 from workers.measure.arrays import LABELS, check_finite, check_input, check_labels, check_reference, is_one_hot, keyword
+from workers.measure.axes import batch_axes
 from workers.measure.npz import Member, Shard, guarded, open_shards
 from workers.measure.parts import Part, members, part_of
+from workers.measure.rows import in_layout, in_rows, joined, sliced, taken
 from workers.measure.synthetic import numpy_dtype, resolved_shape, synthetic_feeds
 
 __all__ = [
@@ -43,14 +47,21 @@ KEPT_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """`feeds` and `references`: name → array, first axis = samples. `digests`: hex SHA-256 of each sample's inputs."""
+    """`feeds`: input → array in the model's layout, with the samples along its batch axis (`axes`; whole where that is
+    None). `references`: name → array, first axis = samples. `digests`: hex SHA-256 of each sample's inputs."""
 
     feeds: dict[str, Array]
     references: dict[str, Array]
     digests: list[str]
+    axes: Mapping[str, int | None]
 
     def __len__(self) -> int:
         return len(self.digests)
+
+    def filled(self, size: int) -> dict[str, Array]:
+        """The inputs of exactly `size` samples: repeated where there are fewer."""
+        rows = np.arange(size) % len(self)
+        return {name: taken(self.feeds[name], axis, rows) for name, axis in self.axes.items()}
 
 
 def sample_digests(feeds: Mapping[str, Array]) -> list[str]:
@@ -133,6 +144,7 @@ class Samples:
         self._exclude = frozenset(exclude)
         self.excluded = 0
         self._inputs = {spec.name: spec for spec in inputs}
+        self._axes = batch_axes(inputs)
         self._outputs = {spec.name: spec for spec in outputs}
         self._dtypes = {spec.name: numpy_dtype(spec) for spec in inputs}
         self.part: Part = part
@@ -269,9 +281,10 @@ class Samples:
 
     def _batch(self, arrays: Mapping[str, Array], digests: list[str]) -> Batch:
         return Batch(
-            feeds={name: arrays[name] for name in self._inputs},
+            feeds={name: in_layout(arrays[name], self._axes[name]) for name in self._inputs},
             references={name: array for name, array in arrays.items() if name not in self._inputs},
             digests=digests,
+            axes=self._axes,
         )
 
     def _blocks(self, *, check: bool) -> Iterator[tuple[int, dict[str, Array]]]:
@@ -279,7 +292,7 @@ class Samples:
         first = 0
         with open_shards(self._path) as shards:
             for shard in shards:
-                members = shard.members()
+                members = in_rows(shard.members(), list(self._inputs.values()), self._axes, shard.label)
                 rows = self._checked_rows(shard, members)
                 if rows == 0 or not self._wanted(members):
                     continue
@@ -311,7 +324,7 @@ class Samples:
                 )
         for name, member in members.items():
             if name in self._inputs:
-                check_input(shard.label, self._inputs[name], self._dtypes[name], member)
+                check_input(shard.label, self._inputs[name], self._dtypes[name], member, self._axes[name])
             elif name in self._outputs:
                 check_reference(shard.label, self._outputs[name], member)
             elif name == LABELS:
@@ -336,27 +349,38 @@ class Samples:
         return next(iter(counts.values()), 0)
 
 
-def _layout(batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
-    return [(n, a.shape[1:]) for group in (batch.feeds, batch.references) for n, a in sorted(group.items())]
-
-
 def _same_layout(a: Batch, b: Batch) -> bool:
-    return _layout(a) == _layout(b)
+    """Whether both fit into one batch: shapes of a sample, and what is whole in every sample."""
+    for name, axis in a.axes.items():
+        x, y = a.feeds[name], b.feeds[name]
+        same = np.array_equal(x, y) if axis is None else _without(x.shape, axis) == _without(y.shape, axis)
+        if not same:
+            return False
+    if all(axis is None for axis in a.axes.values()):
+        return False  # a sample is an input by itself
+    return all(x.shape[1:] == b.references[name].shape[1:] for name, x in a.references.items())
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
+    first = batches[0]
     return Batch(
-        feeds={n: np.concatenate([b.feeds[n] for b in batches]) for n in batches[0].feeds},
-        references={n: np.concatenate([b.references[n] for b in batches]) for n in batches[0].references},
+        feeds={n: joined([b.feeds[n] for b in batches], axis) for n, axis in first.axes.items()},
+        references={n: np.concatenate([b.references[n] for b in batches]) for n in first.references},
         digests=[d for b in batches for d in b.digests],
+        axes=first.axes,
     )
 
 
 def _cut(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(
-        feeds={n: a[start:stop] for n, a in batch.feeds.items()},
+        feeds={n: sliced(batch.feeds[n], axis, start, stop) for n, axis in batch.axes.items()},
         references={n: a[start:stop] for n, a in batch.references.items()},
         digests=batch.digests[start:stop],
+        axes=batch.axes,
     )

@@ -115,11 +115,16 @@ class Stage(ABC, Generic[OptionsT]):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A model input or output: ONNX-style lower-case dtype (`float32`, `int64`, …), shape with symbolic dims as str."""
+    """A model input or output: ONNX-style lower-case dtype (`float32`, `int64`, …), shape with symbolic dims as str.
+
+    `values`: where the graph bounds the whole numbers that an input may hold (ids of a table, lengths), the lowest and
+    the highest of them; a symbolic dimension as the highest means one below its size, or its size for lengths (where
+    the lowest is 1)."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    values: tuple[int, int | str] | None = field(default=None, compare=False)
 
 
 WARM_UP_RUNS = 5  # of a profiled session, which count for nothing

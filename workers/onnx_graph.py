@@ -6,15 +6,27 @@ needs memory for the weights.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    StringStringEntryProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+)
 
 from workers.kernel import TensorSpec
 
+VALUES_KEY = "anneal.values"
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 
 _QUANTIZED_OPS = frozenset(
@@ -160,7 +172,37 @@ def tensor_spec(info: ValueInfoProto) -> TensorSpec:
 
 def model_specs(model: ModelProto) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Inputs (without initializers) and outputs."""
-    return [tensor_spec(i) for i in real_inputs(model.graph)], [tensor_spec(o) for o in model.graph.output]
+    inputs = with_values([tensor_spec(i) for i in real_inputs(model.graph)], metadata(model))
+    return inputs, [tensor_spec(o) for o in model.graph.output]
+
+
+def metadata(model: ModelProto) -> dict[str, str]:
+    """The model's own properties."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def with_values(inputs: Sequence[TensorSpec], properties: Mapping[str, str]) -> list[TensorSpec]:
+    """The inputs with the values that they may hold, as `set_values` wrote them into the model's properties."""
+    try:
+        told = json.loads(properties.get(VALUES_KEY, "{}"))
+        found = {str(name): (int(low), high) for name, (low, high) in told.items() if isinstance(high, int | str)}
+    except (ValueError, TypeError, AttributeError):  # somebody else's property of that name
+        found = {}
+    return [replace(spec, values=found.get(spec.name)) for spec in inputs]
+
+
+def set_values(model: ModelProto, values: Mapping[str, tuple[int, int | str]]) -> None:
+    """Write the values that inputs may hold into the model, where every stage and backend finds them."""
+    kept = [entry for entry in model.metadata_props if entry.key != VALUES_KEY]
+    told = {name: list(bounds) for name, bounds in sorted(values.items())}
+    text = [StringStringEntryProto(key=VALUES_KEY, value=json.dumps(told))] if told else []
+    del model.metadata_props[:]
+    model.metadata_props.extend([*kept, *text])
+
+
+def keep_values(model: ModelProto, original: ModelProto) -> None:
+    """As `original` has them: rewriting a graph may lose a model's properties."""
+    set_values(model, {s.name: s.values for s in model_specs(original)[0] if s.values is not None})
 
 
 def parameter_count(model: ModelProto) -> int:

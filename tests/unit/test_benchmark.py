@@ -23,7 +23,8 @@ from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext
 from workers.measure import engine_process, plan, rounds
 from workers.measure.engine_process import EngineProcess, WarmUp
 from workers.measure.figures import a_a
-from workers.measure.inputs import DISTINCT, fixed_batch, rotating_feeds
+from workers.measure.axes import fixed_batch
+from workers.measure.inputs import DISTINCT, rotating_feeds
 from workers.stages.benchmark import Benchmark, BenchmarkOptions
 
 

@@ -58,11 +58,17 @@ class Interface:
 
 
 def _to_json(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-    return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in specs]
+    return [
+        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} | ({"values": [*s.values]} if s.values else {})
+        for s in specs
+    ]
 
 
 def _from_json(entries: Any) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(str(e["name"]), str(e["dtype"]), tuple(e["shape"])) for e in entries)
+    return tuple(
+        TensorSpec(str(e["name"]), str(e["dtype"]), tuple(e["shape"]), tuple(e["values"]) if e.get("values") else None)
+        for e in entries
+    )
 
 
 def is_ir(folder: Path) -> bool:

@@ -15,6 +15,10 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
+from workers.measure.axes import batch_axes, fixed_batch
+from workers.measure.rows import count, taken
+from workers.onnx_graph import model_specs
+
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
 Batches = Callable[[int], Iterable[Feeds]]
@@ -104,14 +108,14 @@ def _min_max(
             name = f"calibration_{index}_{op}"
             augmented.graph.node.append(helper.make_node(op, [tensor], [name], name=name, keepdims=0))
             names.append(name)
-    session, size = _session(augmented, names, model)
+    session, batching = _session(augmented, names, model)
     low = np.zeros(len(tensors))
     high = np.zeros(len(tensors))
     samples = 0
-    for feeds, count in padded(batches(size or BATCH_SIZE), size):
+    for feeds, many in batching.padded(batches(batching.size or BATCH_SIZE)):
         values = np.asarray([float(v) for v in session.run(names, dict(feeds))]).reshape(-1, 2)
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])  # both keep a NaN
-        samples += count
+        samples += many
         seen(samples)
     return {t: (float(low[i]), float(high[i])) for i, t in enumerate(tensors)}, samples
 
@@ -135,13 +139,13 @@ def channel_maxima(
         inputs = [f"{label}_rows", "calibration_axis"] if opset >= 18 else [f"{label}_rows"]
         graph.node.append(helper.make_node("ReduceMax", inputs, [label], **axes))
         names.append(label)
-    session, size_fixed = _session(augmented, names, model)
+    session, batching = _session(augmented, names, model)
     found = {tensor: np.zeros(size) for tensor, size in channels.items()}
     samples = 0
-    for feeds, count in padded(batches(size_fixed or BATCH_SIZE), size_fixed):
+    for feeds, many in batching.padded(batches(batching.size or BATCH_SIZE)):
         for tensor, value in zip(channels, session.run(names, dict(feeds)), strict=True):
             found[tensor] = np.maximum(found[tensor], value)
-        samples += count
+        samples += many
         seen(samples)
     return found
 
@@ -156,29 +160,47 @@ def _histograms(
     augmented = onnx.load(model, load_external_data=False)
     inputs = {i.name for i in augmented.graph.input}
     names = [t for t in ranges if t not in inputs]
-    session, size = _session(augmented, names, model)
+    session, batching = _session(augmented, names, model)
     counts = {t: np.zeros(2 * HISTOGRAM_BINS, np.int64) for t in ranges}
     samples = 0
-    for feeds, count in padded(batches(size or 1), size):
+    for feeds, many in batching.padded(batches(batching.size or 1)):
         outputs = dict(zip(names, session.run(names, dict(feeds)), strict=True))
         for name, (low, high) in ranges.items():
             values = outputs.pop(name) if name in outputs else feeds[name]
             counts[name] += histogram(values, max(-low, high))
-        samples += count
+        samples += many
         seen(samples)
     return counts
 
 
-def _session(augmented: ModelProto, outputs: Sequence[str], model: Path) -> tuple[Any, int | None]:
-    """A session on `augmented` with further `outputs`, and the batch size where the model fixes it."""
+@dataclass(frozen=True)
+class _Batching:
+    """`size`: where the model fixes its batch."""
+
+    axes: Mapping[str, int | None]
+    size: int | None
+
+    def padded(self, batches: Iterable[Feeds]) -> Iterator[tuple[Feeds, int]]:
+        """Feeds with their number of samples. A fixed batch is filled up: it repeats its samples."""
+        for feeds in batches:
+            samples = count(feeds, self.axes)
+            if self.size is not None and samples < self.size:
+                order = np.arange(self.size) % samples
+                yield {name: taken(value, self.axes[name], order) for name, value in feeds.items()}, samples
+            else:
+                yield feeds, samples
+
+
+def _session(augmented: ModelProto, outputs: Sequence[str], model: Path) -> tuple[Any, _Batching]:
+    """A session on `augmented` with further `outputs`, and how the model takes its batches."""
     have = {o.name for o in augmented.graph.output}
     augmented.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in have)
     path = model.with_name(f"augmented-{model.name}")  # external data is found beside it
     onnx.save(augmented, path)
     session = open_session(path, optimize=True)
     path.unlink()
-    batch_sizes = [i.shape[0] for i in session.get_inputs() if i.shape and isinstance(i.shape[0], int)]
-    return session, max(batch_sizes, default=None)
+    inputs, _ = model_specs(augmented)
+    return session, _Batching(batch_axes(inputs), fixed_batch(inputs))
 
 
 def open_session(path: Path, *, optimize: bool = False) -> Any:
@@ -191,17 +213,6 @@ def open_session(path: Path, *, optimize: bool = False) -> Any:
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def padded(batches: Iterable[Feeds], size: int | None) -> Iterator[tuple[Feeds, int]]:
-    """Feeds with their number of samples. A model with a fixed batch gets full ones: the last repeats its samples."""
-    for feeds in batches:
-        count = next(iter(feeds.values())).shape[0]
-        if size is not None and count < size:
-            rows = np.arange(size) % count
-            yield {name: value[rows] for name, value in feeds.items()}, count
-        else:
-            yield feeds, count
 
 
 def histogram(values: Array, limit: float) -> Array:

@@ -16,6 +16,7 @@ from workers.backends import _ort_fusion as fusion
 from workers.backends._ort_quantize import graph_inputs, interface, save_model
 from workers.data import synthetic_feeds
 from workers.kernel import Session, backends
+from workers.onnx_graph import keep_values
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
 ABSOLUTE_TOLERANCE = 1e-6
@@ -112,6 +113,7 @@ def restore_symbolic_shapes(model: ModelProto, original: ModelProto) -> None:
         if kinds[0] == kinds[1]:
             del made[:]
             made.extend(wanted)
+    keep_values(model, original)
 
 
 def _interface_change(before: ModelProto, after: ModelProto) -> str | None:

@@ -21,6 +21,7 @@ from onnx.external_data_helper import uses_external_data
 from workers.backends import _qdq_surgery as surgery
 from workers.kernel import TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, load_model, read_external
+from workers.onnx_graph import metadata, with_values
 
 TRANSFORMER_OPS = ("MatMul", "Gemm")
 # Convolutions with what stands between them, so that int8 values pass from one to the next.
@@ -60,7 +61,7 @@ def interface(values: Iterable[onnx.ValueInfoProto], exclude: Collection[str] = 
 
 def graph_inputs(model: ModelProto) -> list[TensorSpec]:
     """The inputs a caller has to feed: initializers that are also listed as inputs are left out."""
-    return interface(model.graph.input, {i.name for i in model.graph.initializer})
+    return with_values(interface(model.graph.input, {i.name for i in model.graph.initializer}), metadata(model))
 
 
 def save_model(model: ModelProto, folder: Path) -> Path:

@@ -21,6 +21,7 @@ from workers.backends import _onnxruntime_messages as messages
 from workers.backends._cuda import Cuda, DeviceBuffer, Event, Stream
 from workers.kernel import Session, TensorSpec
 from workers.onnx_files import MODEL_FILE, read_skeleton
+from workers.onnx_graph import with_values
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -216,7 +217,8 @@ class OnnxRuntimeCudaSession(Session):
         self._raw_outputs = [o for o in self._session.get_outputs() if o.type.startswith("tensor(")]
         self._output_names = [o.name for o in self._raw_outputs]
         self._graphs = 0
-        self.inputs = tuple(_spec(i) for i in self._raw_inputs)
+        properties = self._session.get_modelmeta().custom_metadata_map
+        self.inputs = tuple(with_values([_spec(i) for i in self._raw_inputs], properties))
         self.outputs = tuple(_spec(o) for o in self._raw_outputs)
 
     def run(self, feeds: Arrays) -> Arrays:

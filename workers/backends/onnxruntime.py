@@ -18,6 +18,7 @@ from workers.backends._options import parsed
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
+from workers.onnx_graph import with_values
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -115,7 +116,8 @@ class OnnxRuntimeSession(Session):
         self._raw_inputs = list(session.get_inputs())
         self._raw_outputs = [o for o in session.get_outputs() if o.type.startswith("tensor(")]
         self._output_names = [o.name for o in self._raw_outputs]
-        self.inputs = tuple(_spec(i) for i in self._raw_inputs)
+        properties = session.get_modelmeta().custom_metadata_map
+        self.inputs = tuple(with_values([_spec(i) for i in self._raw_inputs], properties))
         self.outputs = tuple(_spec(o) for o in self._raw_outputs)
 
     def run(self, feeds: Arrays) -> Arrays:

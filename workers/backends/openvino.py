@@ -168,7 +168,7 @@ class OpenVinoBackend(Backend):
     ) -> dict[str, Any] | None:
         """Run once on random inputs. Where the original does not take them either, nothing is known."""
         from workers.data import synthetic_feeds
-        from workers.measure.inputs import fixed_batch
+        from workers.measure.axes import fixed_batch
 
         batch = fixed_batch(session.inputs) or 1
         feeds: dict[str, Any] = {}

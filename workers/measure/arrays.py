@@ -8,6 +8,7 @@ import numpy as np
 
 from app.domain.failures import data_failure
 from workers.kernel import TensorSpec
+from workers.measure.axes import sample_shape
 from workers.measure.npz import Member
 from workers.measure.synthetic import DTYPE_ALIASES
 
@@ -16,7 +17,8 @@ Array = np.ndarray[Any, Any]
 LABELS = "labels"
 
 
-def check_input(label: str, spec: TensorSpec, wanted: np.dtype[Any], member: Member) -> None:
+def check_input(label: str, spec: TensorSpec, wanted: np.dtype[Any], member: Member, axis: int | None = 0) -> None:
+    """`axis`: of the batch in the model's input; `member` has its samples first."""
     if member.dtype.newbyteorder("=") != wanted:
         raise data_failure(
             "dataset_dtype_mismatch",
@@ -24,28 +26,32 @@ def check_input(label: str, spec: TensorSpec, wanted: np.dtype[Any], member: Mem
             tensor=spec.name,
             remedy=f"Save it as array.astype(np.{wanted}), if that loses nothing that matters.",
         )
-    check_shape(label, spec, member)
+    check_shape(label, spec, member, axis)
 
 
-def check_shape(label: str, spec: TensorSpec, member: Member) -> None:
-    if not spec.shape:
+def check_shape(label: str, spec: TensorSpec, member: Member, axis: int | None = 0) -> None:
+    if not spec.shape and axis is not None:
         raise data_failure(
             "dataset_shape_mismatch",
             f"The model's {spec.name!r} is a scalar without a batch axis: it cannot hold samples.",
             tensor=spec.name,
             remedy="Export the model with a batch axis on every input.",
         )
-    fits = len(member.shape) == len(spec.shape) and all(
-        not isinstance(dim, int) or dim <= 0 or dim == have
-        for dim, have in zip(spec.shape[1:], member.shape[1:], strict=True)
+    sample = sample_shape(spec, axis)
+    fits = len(member.shape) == len(sample) + 1 and all(
+        not isinstance(dim, int) or dim <= 0 or dim == have for dim, have in zip(sample, member.shape[1:], strict=True)
     )
     if not fits:
-        wanted = ", ".join(["samples", *map(str, spec.shape[1:])])
+        names = [*map(str, spec.shape)]
+        if axis is not None:
+            names[axis] = "samples"
         raise data_failure(
             "dataset_shape_mismatch",
-            f"Array {spec.name!r} of {label} has shape {list(member.shape)}, the model's is [{wanted}].",
+            f"Array {spec.name!r} of {label} has shape {list(member.stored)}, the model's is [{', '.join(names)}].",
             tensor=spec.name,
-            remedy="Save it with the first axis for the samples and the model's own shape after it.",
+            remedy="Save it with the first axis for the samples and the model's own shape after it."
+            if axis == 0
+            else f"Save it in the model's own layout, or say otherwise: inputs.{spec.name}.batch_axis of the job.",
         )
 
 

@@ -31,7 +31,7 @@ def fitted(
         if "mask" in name and array.size and array.ndim > 1:
             empty = ~array.reshape(len(array), -1).any(axis=1)
             array = np.where(empty.reshape(-1, *[1] * (array.ndim - 1)), np.ones_like(array), array)
-        found[spec.name] = np.ascontiguousarray(array)
+        found[spec.name] = np.asarray(array, order="C")
     longest = max((s for d in dims.values() for s in d[1:2]), default=0)
     for spec in inputs:
         array = found[spec.name]

@@ -11,7 +11,9 @@ import numpy as np
 
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import TensorSpec
+from workers.measure.axes import BATCH, batch_axes, fixed_batch
 from workers.measure.fitting import fitted
+from workers.measure.rows import sliced, taken
 from workers.measure.shapes import BatchAxes, Shape, at_batch, layouts, timed_shapes
 from workers.measure.synthetic import random_feeds
 
@@ -19,15 +21,6 @@ Array = np.ndarray[Any, Any]
 
 DISTINCT = 8  # at least as many inputs in turn, never zeros, never one tensor
 _CAP_BYTES = 128 << 20
-
-
-def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:
-    """The one batch size that the model takes, or None where its first axis is free (for at least one input)."""
-    first = [spec.shape[0] for spec in inputs if spec.shape]
-    if not first or any(not isinstance(dim, int) or dim <= 0 for dim in first):
-        return None
-    assert isinstance(first[0], int)
-    return first[0]
 
 
 class InputSource:
@@ -42,10 +35,11 @@ class InputSource:
         seed: int,
         axes: BatchAxes | None = None,
     ) -> None:
+        axes = batch_axes(inputs) if axes is None else axes
         self.inputs, self.axes = inputs, axes
         self._file, self._outputs = file, outputs
         self._ranges, self._seed = ranges, seed
-        found = None if file is None else layouts(file, inputs)
+        found = None if file is None else layouts(file, inputs, axes)
         self.shapes = timed_shapes(inputs, found, ranges, axes)
 
     def typical(self, batch_sizes: Sequence[int]) -> tuple[dict[int, list[dict[str, Array]]], str]:
@@ -85,11 +79,17 @@ def rotating_feeds(
     if samples is None:
         feeds = {b: _synthetic(inputs, b, shapes, seed) for b in batch_sizes}
         return feeds, f"{DISTINCT} distinct random inputs, rotated (no data set was given)"
-    pool, real = _pool(inputs, samples, max(batch_sizes), shapes, seed)
-    words = f"{DISTINCT} distinct inputs for each batch size, rotated, made of {real} samples of the data set"
-    if real < DISTINCT and len(next(iter(pool.values()))) > real:
+    axes = batch_axes(inputs)
+    words = f"{DISTINCT} distinct inputs for each batch size, rotated, made of "
+    if all(axis is None for axis in axes.values()):  # every sample is an input by itself
+        whole = [b.feeds for b, _ in zip(samples.batches(1), range(DISTINCT), strict=False)]
+        rotated = [whole[i % len(whole)] for i in range(DISTINCT)]
+        return dict.fromkeys(batch_sizes, rotated), f"{words}{len(whole)} samples of the data set"
+    pool, rows, real = _pool(inputs, samples, max(batch_sizes), shapes, seed)
+    words += f"{real} samples of the data set"
+    if real < min(DISTINCT, rows):
         words += f" and {DISTINCT - real} random ones (the data set has too few)"
-    return {b: _cut(pool, b) for b in batch_sizes}, words
+    return {b: _cut(pool, axes, rows, b) for b in batch_sizes}, words
 
 
 def _synthetic(
@@ -100,41 +100,50 @@ def _synthetic(
     if size * DISTINCT <= _CAP_BYTES or fixed_batch(inputs) is not None:
         return [first, *(synthetic_feeds(inputs, batch, shapes, seed + i) for i in range(1, DISTINCT))]
     del first
-    return _views(synthetic_feeds(inputs, batch + DISTINCT - 1, shapes, seed), batch)
+    return _views(synthetic_feeds(inputs, batch + DISTINCT - 1, shapes, seed), batch_axes(inputs), batch)
 
 
 def _pool(
     inputs: Sequence[TensorSpec], samples: Samples, largest: int, shapes: Mapping[str, Any] | None, seed: int
-) -> tuple[dict[str, Array], int]:
-    """Rows to cut inputs from, and how many of them are real. Where there are too few, plain numbers are drawn beside
-    them; ids are not: which ones the model knows, only the data say."""
+) -> tuple[dict[str, Array], int, int]:
+    """Samples to cut inputs from, how many, and how many of them are real. Where there are too few, plain numbers are
+    drawn beside them; ids are not: which ones the model knows, only the data say."""
+    axes = batch_axes(inputs)
     pieces: list[dict[str, Array]] = []
     count = size = 0
     for batch in samples.batches(min(largest, 64)):
+        if pieces and any(a is None and not np.array_equal(pieces[0][n], batch.feeds[n]) for n, a in axes.items()):
+            continue
         pieces.append(batch.feeds)
         count += len(batch)
         size += sum(a.nbytes for a in batch.feeds.values())
         if count >= DISTINCT * largest or (count >= DISTINCT and size > _CAP_BYTES):
             break
+    rows = count
     if count < DISTINCT and all(a.dtype.kind in "fc" for a in pieces[0].values()):
-        free = [TensorSpec(s.name, s.dtype, ("batch", *pieces[0][s.name].shape[1:])) for s in inputs]
+        free = [TensorSpec(s.name, s.dtype, _free(pieces[0][s.name].shape, axes[s.name])) for s in inputs]
         pieces.append(synthetic_feeds(free, DISTINCT - count, shapes, seed))
-    return {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}, count
+        rows = DISTINCT
+    return (
+        {n: pieces[0][n] if a is None else np.concatenate([p[n] for p in pieces], a) for n, a in axes.items()},
+        rows,
+        count,
+    )
 
 
-def _cut(pool: dict[str, Array], batch: int) -> list[dict[str, Array]]:
-    rows = len(next(iter(pool.values())))
+def _free(shape: tuple[int, ...], axis: int | None) -> tuple[int | str, ...]:
+    return tuple(BATCH if at == axis else size for at, size in enumerate(shape))
+
+
+def _cut(pool: dict[str, Array], axes: BatchAxes, rows: int, batch: int) -> list[dict[str, Array]]:
     row_bytes = sum(a.nbytes for a in pool.values()) // rows
     if row_bytes * batch * DISTINCT > _CAP_BYTES:
-        order = np.arange(batch + DISTINCT - 1) % rows
-        return _views({n: a[order] for n, a in pool.items()}, batch)
+        order = np.arange(batch + DISTINCT - 1)
+        return _views({n: taken(a, axes[n], order) for n, a in pool.items()}, axes, batch)
     step = max(1, rows // DISTINCT)
-    return [{n: a[(i * step + np.arange(batch)) % rows] for n, a in pool.items()} for i in range(DISTINCT)]
+    return [{n: taken(a, axes[n], i * step + np.arange(batch)) for n, a in pool.items()} for i in range(DISTINCT)]
 
 
-def _views(arrays: dict[str, Array], batch: int) -> list[dict[str, Array]]:
+def _views(arrays: dict[str, Array], axes: BatchAxes, batch: int) -> list[dict[str, Array]]:
     """Inputs that overlap in memory, each one sample further: large batches cost one copy, not eight."""
-    whole = batch + DISTINCT - 1
-    return [
-        {n: a[i : i + batch] if a.ndim and len(a) == whole else a for n, a in arrays.items()} for i in range(DISTINCT)
-    ]
+    return [{n: sliced(a, axes[n], i, i + batch) for n, a in arrays.items()} for i in range(DISTINCT)]

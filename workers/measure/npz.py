@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,7 +67,7 @@ def guarded(label: str) -> Iterator[None]:
 
 
 class RowReader:
-    """Rows of one array, in order."""
+    """Rows of one array along its batch axis, in order."""
 
     def __init__(self, member: Member, handle: IO[bytes]) -> None:
         self._member = member
@@ -75,9 +75,13 @@ class RowReader:
         self._whole: np.ndarray[Any, Any] | None = None
         self._next = 0
         _read_header(handle)
-        if member.fortran_order and len(member.shape) > 1:
-            flat = np.frombuffer(self._exactly(member.row_bytes * member.shape[0]), dtype=member.dtype)
-            self._whole = np.ascontiguousarray(flat.reshape(member.shape, order="F"))
+        if member.axis != 0 or (member.fortran_order and len(member.shape) > 1):
+            flat = np.frombuffer(self._exactly(member.stored_bytes), dtype=member.dtype)
+            whole = flat.reshape(member.stored, order="F" if member.fortran_order else "C")
+            if member.axis is None:
+                self._whole = np.broadcast_to(whole, member.shape)
+            else:
+                self._whole = np.ascontiguousarray(np.moveaxis(whole, member.axis, 0))
 
     def read_rows(self, count: int) -> np.ndarray[Any, Any]:
         """The next `count` rows in native byte order."""
@@ -105,18 +109,46 @@ class RowReader:
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a shard, as its header says it."""
+    """One array of a shard, as its header says it. `stored`: its shape; `shape`: with the axis of the samples first,
+    `axis` of the stored one, or None where every sample has the whole array."""
 
     archive: zipfile.ZipFile
     info: zipfile.ZipInfo
     name: str
     dtype: np.dtype[Any]
-    shape: tuple[int, ...]
+    stored: tuple[int, ...]
     fortran_order: bool
+    shape: tuple[int, ...]
+    axis: int | None = 0
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        return math.prod(self.stored) * self.dtype.itemsize
+
+    def along(self, axis: int | None, rows: int, label: str) -> Member:
+        """The same array with its samples along another axis, or, for None, whole in each of `rows` samples."""
+        if axis is not None and not self.stored:
+            raise data_failure(
+                "dataset_shape_mismatch",
+                f"Array {self.name!r} of {label} is a scalar.",
+                tensor=self.name,
+                remedy="Make the first axis the samples.",
+            )
+        if axis == 0 or (axis is not None and axis >= len(self.stored)):
+            return self
+        if self.stored_bytes > MAX_FORTRAN_BYTES:
+            raise data_failure(
+                "dataset_unreadable",
+                f"Array {self.name!r} of {label} has no samples on its first axis, and is too large for that.",
+                tensor=self.name,
+                remedy=f"Save it in shards of at most {MAX_FORTRAN_BYTES >> 20} MiB.",
+            )
+        rest = self.stored if axis is None else self.stored[:axis] + self.stored[axis + 1 :]
+        return replace(self, shape=(rows if axis is None else self.stored[axis], *rest), axis=axis)
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
@@ -161,15 +193,8 @@ class Shard:
             )
         if any(not isinstance(n, int) or n < 0 for n in shape):
             raise unreadable(self.label, f"array {name!r} has shape {shape}.")
-        if not shape:
-            raise data_failure(
-                "dataset_shape_mismatch",
-                f"Array {name!r} of {self.label} is a scalar.",
-                tensor=name,
-                remedy="Make the first axis the samples.",
-            )
-        member = Member(self.archive, info, name, dtype, shape, bool(fortran_order))
-        size = member.row_bytes * shape[0]
+        member = Member(self.archive, info, name, dtype, shape, bool(fortran_order), shape)
+        size = member.stored_bytes
         if header_bytes + size != info.file_size:
             held = info.file_size - header_bytes
             raise unreadable(self.label, f"array {name!r} of shape {list(shape)} needs {size} bytes, it holds {held}.")

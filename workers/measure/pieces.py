@@ -19,7 +19,7 @@ from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import FailureKind, StageFailure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, StageContext, StageOptions, TensorSpec, backends
-from workers.measure.inputs import fixed_batch
+from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.parts import Part
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +68,9 @@ class Pieces:
         self._inputs, self._samples, self._shapes, self._seed = inputs, samples, shapes, seed
         self.fixed = fixed_batch(inputs)
         # An engine may be built for the job's shapes only (a TensorRT profile).
-        self.largest = min((int(r["max"][0]) for r in (shapes or {}).values() if r["max"]), default=BATCH)
+        axes = batch_axes(inputs)
+        ends = [(r["max"], axes.get(name)) for name, r in (shapes or {}).items()]
+        self.largest = min((int(end[a]) for end, a in ends if a is not None and a < len(end)), default=BATCH)
         self.total = SYNTHETIC_SAMPLES if samples is None else len(samples)
         self.distinct = SYNTHETIC_SAMPLES if samples is None else samples.distinct
         self.one_hot_labels = samples is not None and samples.one_hot_labels
@@ -80,12 +82,10 @@ class Pieces:
                 yield Piece(feeds, {}, batch, batch)
             return
         for found in self._samples.batches(batch):
-            feeds, missing = found.feeds, batch - len(found)
-            if missing and self.fixed is not None:
-                feeds = {n: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for n, a in feeds.items()}
-                yield Piece(feeds, found.references, len(found), batch)
+            if len(found) < batch and self.fixed is not None:
+                yield Piece(found.filled(batch), found.references, len(found), batch)
             else:
-                yield Piece(feeds, found.references, len(found), len(found))
+                yield Piece(found.feeds, found.references, len(found), len(found))
 
 
 class Original:

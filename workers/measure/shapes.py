@@ -7,7 +7,6 @@ batch's are *free*; free axes of one symbolic name have one size.
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 from collections import Counter
@@ -18,7 +17,9 @@ from typing import Any
 
 from workers.data import Layout
 from workers.kernel import TensorSpec
+from workers.measure.axes import batch_axes, computed
 from workers.measure.npz import open_shards
+from workers.measure.rows import in_rows
 from workers.measure.synthetic import synthetic_shapes
 
 Dims = dict[str, tuple[int, ...]]  # input → shape, with one sample
@@ -53,9 +54,9 @@ class Shapes:
     why: str
 
 
-def batch_axis(spec: TensorSpec, axes: BatchAxes | None = None) -> int | None:
-    """The axis of the samples: the first one, or what `axes` says of the input; None where that is fixed or missing."""
-    axis = (axes or {}).get(spec.name, 0)
+def _batch_axis(spec: TensorSpec, axes: BatchAxes) -> int | None:
+    """The axis of the samples; None where that is fixed or missing."""
+    axis = axes.get(spec.name, 0)
     free = axis is not None and axis < len(spec.shape) and isinstance(spec.shape[axis], str)
     return axis if free else None
 
@@ -64,12 +65,13 @@ def at_batch(
     inputs: Sequence[TensorSpec], dims: Mapping[str, Sequence[int]], batch: int, axes: BatchAxes | None
 ) -> Dims:
     """`dims` with `batch` samples."""
+    axes = batch_axes(inputs) if axes is None else axes
     symbols = _batch_symbols(inputs, axes)
     found: Dims = {}
     for spec in inputs:
         shape = list(dims[spec.name])
         for axis, dim in enumerate(spec.shape):
-            if axis == batch_axis(spec, axes) or dim in symbols:
+            if axis == _batch_axis(spec, axes) or dim in symbols:
                 shape[axis] = batch
         found[spec.name] = tuple(shape)
     return found
@@ -78,15 +80,16 @@ def at_batch(
 def free_axes(inputs: Sequence[TensorSpec], axes: BatchAxes | None = None) -> dict[str, list[tuple[str, int]]]:
     """The free axes as (input, axis), by their name: those of one symbolic name together; those without a name of their
     own ('?', say) each alone. What is computed of others (`past + 1`) is not free."""
+    axes = batch_axes(inputs) if axes is None else axes
     symbols, named = _batch_symbols(inputs, axes), _names(inputs)
     found: dict[str, list[tuple[str, int]]] = {}
     for spec in inputs:
         for axis, dim in enumerate(spec.shape):
-            if isinstance(dim, int) or axis == batch_axis(spec, axes) or dim in symbols:
+            if isinstance(dim, int) or axis == _batch_axis(spec, axes) or dim in symbols:
                 continue
             if _IDENTIFIER.fullmatch(dim):
                 found.setdefault(dim, []).append((spec.name, axis))
-            elif _computed(dim, dict.fromkeys(named, 1)) is None:
+            elif computed(dim, dict.fromkeys(named, 1)) is None:
                 found[f"{spec.name}[{axis}]"] = [(spec.name, axis)]
     return found
 
@@ -105,23 +108,24 @@ def with_sizes(
     for spec in inputs:
         for axis, dim in enumerate(spec.shape):
             if isinstance(dim, str) and not _IDENTIFIER.fullmatch(dim):
-                value = _computed(dim, after)
-                if value is not None and _computed(dim, before) == base[spec.name][axis]:
+                value = computed(dim, after)
+                if value is not None and computed(dim, before) == base[spec.name][axis]:
                     shapes[spec.name][axis] = value
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def layouts(path: Path, inputs: Sequence[TensorSpec]) -> Counter[Layout]:
+def layouts(path: Path, inputs: Sequence[TensorSpec], axes: BatchAxes | None = None) -> Counter[Layout]:
     """How many samples of a data set have which layout, from its headers alone. Raises StageFailure (DATA) where they
     cannot be read; arrays that are missing are left to who reads the samples."""
     names = {spec.name for spec in inputs}
     found: Counter[Layout] = Counter()
     with open_shards(path) as shards:
         for shard in shards:
-            members = {n: m.shape for n, m in shard.members().items() if n in names}
+            rows = in_rows(shard.members(), inputs, axes or batch_axes(inputs), shard.label)
+            members = {n: m.shape for n, m in rows.items() if n in names}
             if members:
-                rows = min(shape[0] for shape in members.values())
-                found[tuple((n, shape[1:]) for n, shape in sorted(members.items()))] += rows
+                count = min(shape[0] for shape in members.values())
+                found[tuple((n, shape[1:]) for n, shape in sorted(members.items()))] += count
     return found
 
 
@@ -223,7 +227,7 @@ def _is_channel(spec: TensorSpec, axis: int) -> bool:
 def _of_layout(inputs: Sequence[TensorSpec], layout: Layout, axes: BatchAxes | None) -> Dims:
     found: Dims = {}
     for spec in inputs:
-        sample, axis = dict(layout)[spec.name], batch_axis(spec, axes)
+        sample, axis = dict(layout)[spec.name], (axes or {}).get(spec.name, 0)
         at = 0 if axis is None else axis
         found[spec.name] = (*sample[:at], 1, *sample[at:]) if len(sample) < len(spec.shape) else sample
     return found
@@ -245,36 +249,10 @@ def _volume(free: Mapping[str, Sequence[tuple[str, int]]], dims: Mapping[str, tu
     return math.prod(max(dims[places[0][0]][places[0][1]], 0.5) for places in free.values())
 
 
-def _batch_symbols(inputs: Sequence[TensorSpec], axes: BatchAxes | None) -> set[str]:
-    found = {spec.shape[axis] for spec in inputs if (axis := batch_axis(spec, axes)) is not None}
+def _batch_symbols(inputs: Sequence[TensorSpec], axes: BatchAxes) -> set[str]:
+    found = {spec.shape[axis] for spec in inputs if (axis := _batch_axis(spec, axes)) is not None}
     return {dim for dim in found if isinstance(dim, str) and _IDENTIFIER.fullmatch(dim)}
 
 
 def _names(inputs: Sequence[TensorSpec]) -> set[str]:
     return {d for s in inputs for d in s.shape if isinstance(d, str) and _IDENTIFIER.fullmatch(d)}
-
-
-def _computed(expression: str, sizes: Mapping[str, int]) -> int | None:
-    """The value of a dimension like `past_length + 1`; None where it is no sum or product of known names."""
-    try:
-        return _value(ast.parse(expression, mode="eval").body, sizes)
-    except (SyntaxError, ValueError, KeyError, RecursionError, ZeroDivisionError):
-        return None
-
-
-def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Name):
-        return sizes[node.id]
-    if isinstance(node, ast.BinOp):
-        left, right = _value(node.left, sizes), _value(node.right, sizes)
-        if isinstance(node.op, ast.Add):
-            return left + right
-        if isinstance(node.op, ast.Sub):
-            return left - right
-        if isinstance(node.op, ast.Mult):
-            return left * right
-        if isinstance(node.op, ast.FloorDiv):
-            return left // right
-    raise ValueError(ast.dump(node)[:80])

@@ -101,7 +101,7 @@ class StoredOutputs:
 
 
 def spec_json(spec: TensorSpec) -> list[Any]:
-    return [spec.name, spec.dtype, list(spec.shape)]
+    return [spec.name, spec.dtype, list(spec.shape), None if spec.values is None else list(spec.values)]
 
 
 def expected_mismatch(why: str) -> StageFailure:
@@ -114,5 +114,5 @@ def expected_mismatch(why: str) -> StageFailure:
 
 
 def _spec(parts: Sequence[Any]) -> TensorSpec:
-    name, dtype, shape = parts
-    return TensorSpec(str(name), str(dtype), tuple(shape))
+    name, dtype, shape, values = parts
+    return TensorSpec(str(name), str(dtype), tuple(shape), None if values is None else (values[0], values[1]))

@@ -14,12 +14,13 @@ from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
 from workers.kernel import Stage, StageContext, StageResult, backends
 from workers.measure import figures
+from workers.measure.axes import fixed_batch
 from workers.measure.benchmark_options import BASELINE, BenchmarkOptions, EngineOption
 from workers.measure.bound import bound_seconds, measure_bound
 from workers.measure.cold import Cold, cold_start
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds, Loaded, Prepared
-from workers.measure.inputs import InputSource, fixed_batch
+from workers.measure.inputs import InputSource
 from workers.measure.method import benchmark_method, versions
 from workers.measure.plan import LEAST_CALLS
 from workers.measure.rounds import Timing, budget_exhausted, measure

@@ -38,8 +38,10 @@ from workers.backends._onnxruntime_messages import runtime_failure
 from workers.backends._precision_ranges import RANGES_FILE, RANGES_FORMAT, read_ranges
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure.axes import batch_axes, fixed_batch
+from workers.measure.rows import count
 from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
-from workers.onnx_graph import all_nodes
+from workers.onnx_graph import all_nodes, keep_values
 
 OLDEST_OPSET = 13
 _TRIAL_SAMPLES = 8
@@ -301,6 +303,7 @@ def _restore_interface(model: ModelProto, original: ModelProto) -> None:
         if {v.name for v in made} == {v.name for v in wanted}:
             del made[:]
             made.extend(wanted)
+    keep_values(model, original)
 
 
 def _trial_run(
@@ -310,13 +313,12 @@ def _trial_run(
     take the generated inputs either."""
     backend = backends()["onnxruntime"]()
     inputs = quantization.graph_inputs(read_skeleton(made / MODEL_FILE))
-    fixed = [spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
+    fixed = fixed_batch(inputs)
     if samples is not None:
-        found = next(samples.batches(fixed[0] if fixed else _TRIAL_SAMPLES)).feeds
-        rows = np.arange(fixed[0] if fixed else next(iter(found.values())).shape[0])
-        feeds = {name: value[rows % value.shape[0]] for name, value in found.items()}
+        found = next(samples.batches(fixed or _TRIAL_SAMPLES))
+        feeds = found.filled(fixed or len(found))
     else:
-        feeds = synthetic_feeds(inputs, fixed[0] if fixed else 1, options.shapes, seed=0)
+        feeds = synthetic_feeds(inputs, fixed or 1, options.shapes, seed=0)
     used = (options.recipe, options.high_precision)
     low: Literal["fp16", "bf16"] = "bf16" if "bf16" in used else "fp16"
     emulate = low in used and (low == "bf16" or fusion.uses_contrib_ops(model))
@@ -344,4 +346,4 @@ def _trial_run(
             node=failure.node,
             remedy="Use another precision for this model, or exclude the node.",
         ) from failure
-    return {"batch": int(next(iter(feeds.values())).shape[0]), "emulated": emulate, **measure.likeness(wanted, outputs)}
+    return {"batch": count(feeds, batch_axes(inputs)), "emulated": emulate, **measure.likeness(wanted, outputs)}

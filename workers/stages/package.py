@@ -22,6 +22,7 @@ from workers import kernel
 from workers.bundle_readme import readme
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
+from workers.measure.axes import fixed_batch
 from workers.measure.method import versions
 
 if TYPE_CHECKING:
@@ -121,11 +122,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions) -> Arrays:
     """One real sample where there is data, else a plausible random one; repeated where the batch is fixed."""
-    batch = next((s.shape[0] for s in session.inputs if s.shape and isinstance(s.shape[0], int)), 1)
+    batch = fixed_batch(session.inputs) or 1
     if "data" in ctx.inputs:
         samples = Samples(ctx.only_file("data"), session.inputs, session.outputs, max_samples=1)
-        feeds = next(iter(samples.batches(1))).feeds
-        return {name: np.repeat(array, batch, axis=0) for name, array in feeds.items()}
+        return next(iter(samples.batches(1))).filled(batch)
     return synthetic_feeds(session.inputs, batch, options.shapes, options.seed)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import WARM_UP_RUNS, LayerTime, Stage, StageContext, StageOptions, StageResult, backends
-from workers.measure.inputs import fixed_batch
+from workers.measure.axes import fixed_batch
 from workers.onnx_files import size_of
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def _feeds(ctx: StageContext, inputs: Any, outputs: Any, options: ProfileOptions
     if "data" not in ctx.inputs:
         return synthetic_feeds(inputs, batch, options.shapes, options.seed), batch
     samples = Samples(ctx.only_file("data"), inputs, outputs, max_samples=batch)
-    feeds = next(samples.batches(batch)).feeds
-    rows = np.arange(batch)
-    return {name: np.ascontiguousarray(a[rows % len(a)]) for name, a in feeds.items()}, batch
+    return next(samples.batches(batch)).filled(batch), batch
 
 
 def _timed(call: Any) -> tuple[int, float]:

@@ -29,7 +29,9 @@ from workers.backends import _quantize_inputs as shared
 from workers.backends._onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure.axes import fixed_batch
 from workers.onnx_files import MODEL_FILE, load_model, read_skeleton, size_of
+from workers.onnx_graph import keep_values
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -206,6 +208,7 @@ def _restore_interface(model: ModelProto, original: ModelProto) -> None:
         if {v.name for v in made} == {v.name for v in wanted}:
             del made[:]
             made.extend(wanted)
+    keep_values(model, original)
 
 
 def _trial_run(ctx: StageContext, options: QuantizeOptions, made: Path, samples: Samples | None) -> dict[str, Any]:
@@ -213,12 +216,9 @@ def _trial_run(ctx: StageContext, options: QuantizeOptions, made: Path, samples:
     backend = backends()["onnxruntime"]()
     graph = read_skeleton(made / MODEL_FILE)
     inputs = quantization.graph_inputs(graph)
-    fixed = [spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)]
-    batch = fixed[0] if fixed else 1
+    batch = fixed_batch(inputs) or 1
     if samples is not None:
-        feeds = next(samples.batches(batch)).feeds
-        rows = np.arange(batch)
-        feeds = {name: value[rows % value.shape[0]] for name, value in feeds.items()}
+        feeds = next(samples.batches(batch)).filled(batch)
     else:
         feeds = synthetic_feeds(inputs, batch, options.shapes, seed=0)
     try:

@@ -23,7 +23,7 @@ from workers.backends import _nncf_revert as nncf_revert
 from workers.backends import _openvino_ir as ir
 from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
-from workers.measure.inputs import fixed_batch
+from workers.measure.axes import fixed_batch
 from workers.onnx_files import size_of
 from workers.onnx_graph import all_nodes, describe_structure
 
@@ -178,8 +178,7 @@ class _Passes:
             if done >= _FEWEST_SAMPLES and self._ctx.seconds_left() <= 0:
                 self.read = min(self.read, done)
                 return
-            rows = np.arange(self._batch) % len(part)
-            yield {name: np.ascontiguousarray(array[rows]) for name, array in part.feeds.items()}
+            yield part.filled(self._batch)
             done += len(part)
 
 

@@ -28,7 +28,9 @@ from workers.backends._onnxruntime_messages import runtime_failure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind
+from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.losses import rounded
+from workers.measure.rows import count
 from workers.onnx_files import MODEL_FILE, read_skeleton
 
 BATCH = 8
@@ -151,8 +153,7 @@ class _Engine:
         self.names = [o.name for o in model.graph.output]
         self._inputs = quantization.graph_inputs(model)
         self._samples, self._options = samples, options
-        fixed = [s.shape[0] for s in self._inputs if s.shape and isinstance(s.shape[0], int) and s.shape[0] > 0]
-        self._fixed = max((int(f) for f in fixed), default=None)
+        self._axes, self._fixed = batch_axes(self._inputs), fixed_batch(self._inputs)
         self.runs = 0
 
     def outputs(self, feeds: Arrays, rows: int, switches: Array) -> Arrays:
@@ -163,7 +164,7 @@ class _Engine:
                 "sensitivity_failed", error, remedy="Check that the model runs on this data."
             ) from error
         self.runs += 1
-        padded = len(next(iter(feeds.values())))
+        padded = count(feeds, self._axes)
         return {
             name: value[:rows] if rows < padded and value.ndim and value.shape[0] == padded else value
             for name, value in zip(self.names, values, strict=True)
@@ -172,15 +173,15 @@ class _Engine:
     def batches(self) -> Iterator[tuple[Arrays, int]]:
         """Inputs with their number of real samples."""
         if self._samples is None:
-            count = self._fixed or min(BATCH, self._options.max_samples)
-            for seed in range(-(-self._options.max_samples // count)):
-                yield synthetic_feeds(self._inputs, count, self._options.shapes, seed), count
+            each = self._fixed or min(BATCH, self._options.max_samples)
+            for seed in range(-(-self._options.max_samples // each)):
+                yield synthetic_feeds(self._inputs, each, self._options.shapes, seed), each
             return
         one = next(self._samples.batches(1)).feeds
         size = max(1, sum(a.nbytes for a in one.values()))
         batch = self._fixed or int(min(BATCH, max(1, BATCH_BYTES // size)))
-        for feeds, count in calibration.padded((b.feeds for b in self._samples.batches(batch)), self._fixed):
-            yield dict(feeds), count
+        for found in self._samples.batches(batch):
+            yield found.filled(self._fixed or len(found)), len(found)
 
 
 @dataclass

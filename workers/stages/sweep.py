@@ -12,10 +12,11 @@ from pydantic import Field, field_validator
 from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure.axes import fixed_batch
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds
 from workers.measure.figures import distribution, rounded
-from workers.measure.inputs import InputSource, fixed_batch
+from workers.measure.inputs import InputSource
 from workers.measure.instances import Driven, Instances, Layout, default_layouts, usable_cores
 from workers.measure.method import sweep_method, versions
 from workers.measure.plan import P99_CAP_S

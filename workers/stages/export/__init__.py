@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -94,7 +93,8 @@ def _data(exported: Exported) -> dict[str, Any]:
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
-    return {**asdict(spec), "shape": list(spec.shape)}
+    told = {} if spec.values is None else {"values": list(spec.values)}
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), **told}
 
 
 __all__ = ["Export", "ExportOptions", "describe_structure"]
