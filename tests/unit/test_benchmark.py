@@ -21,9 +21,9 @@ from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, TensorSpec, backends
 from workers.measure import engine_process, plan, rounds
+from workers.measure.axes import fixed_batch
 from workers.measure.engine_process import EngineProcess, WarmUp
 from workers.measure.figures import a_a
-from workers.measure.axes import fixed_batch
 from workers.measure.inputs import DISTINCT, rotating_feeds
 from workers.stages.benchmark import Benchmark, BenchmarkOptions
 
