@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.backends._openvino_faults import first_call_decides
 from workers.backends._openvino_ir import keep_reduced_axes
 from workers.backends._openvino_library import clean_message, library
 
@@ -78,7 +79,6 @@ def quantize(
     0.01 % and 99.99 % quantiles, `histogram` the range with the least rounding error over a running histogram.
     `excluded`: names of OpenVINO nodes. Raises StageFailure: `quantization_failed`, `nncf_missing`.
     """
-    library()
     keep_reduced_axes(model)
     recurrent = (n.get_friendly_name() for n in model.get_ops() if n.get_type_name() in _RECURRENT)
     ignored = sorted({*excluded, *recurrent})
@@ -95,17 +95,18 @@ def quantize(
             ) from error
         nncf.set_log_level(logging.CRITICAL)
         try:
-            return nncf.quantize(
-                model,
-                nncf.Dataset(_Stream(batches, size, progress)),
-                preset=nncf.QuantizationPreset(preset),
-                target_device=nncf.TargetDevice.CPU,
-                subset_size=size,
-                fast_bias_correction=fast_bias_correction,
-                model_type=nncf.ModelType(model_type) if model_type else None,
-                ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
-                advanced_parameters=_advanced(nncf, method, smooth_quant_alpha),
-            )
+            with _without_snippets() if first_call_decides(model) else contextlib.nullcontext():
+                return nncf.quantize(
+                    model,
+                    nncf.Dataset(_Stream(batches, size, progress)),
+                    preset=nncf.QuantizationPreset(preset),
+                    target_device=nncf.TargetDevice.CPU,
+                    subset_size=size,
+                    fast_bias_correction=fast_bias_correction,
+                    model_type=nncf.ModelType(model_type) if model_type else None,
+                    ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
+                    advanced_parameters=_advanced(nncf, method, smooth_quant_alpha),
+                )
         except (StageFailure, MemoryError):
             raise
         except Exception as error:  # NNCF raises classes of its own, RuntimeError, KeyError, AttributeError, …
@@ -134,6 +135,23 @@ def _quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _without_snippets() -> Iterator[None]:
+    """NNCF compiles the model itself, and has no option for the plug-in's properties: where a first sample of length 1
+    would spoil what it sees of all others, they are set behind its back."""
+    core = library().Core
+    compile_model = core.compile_model
+
+    def compiled(self: Any, model: Any, device_name: str, config: Mapping[Any, Any] | None = None) -> Any:
+        return compile_model(self, model, device_name, {**(config or {}), "SNIPPETS_MODE": "DISABLE"})
+
+    core.compile_model = compiled
+    try:
+        yield
+    finally:
+        core.compile_model = compile_model
 
 
 @contextlib.contextmanager
