@@ -66,6 +66,7 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"accuracy loss {loss:.3g} ({metric}: {ours}, the original {theirs}; {figures.get('accuracy_samples')} "
             f"samples, by {figures.get('accuracy_basis')}), the limit was {_number(figures.get('limit_percent'))}"
+            + (f": {figures['accuracy_verdict']}" if figures.get("accuracy_verdict") else "")
         )
     if figures.get("memory_mb") is not None:
         yield f"{figures['memory_mb']:.4g} MB of memory, {_number(figures.get('size_mb'))} MB on disk"

@@ -35,10 +35,11 @@ def is_small(case: Case) -> bool:
 
 
 def why_not_one_thread(case: Case) -> str | None:
-    """Why one thread will hardly be faster than one per core; None where it may be."""
+    """Why one thread is not expected to be faster than one per core; None where it may be. Not measured in the search;
+    the sweep of what ships measures it."""
     if not case.size_bytes or is_small(case) or case.cores > _FEW_CORES:
         return None
-    return f"a model of this size gains by all of {case.cores} cores"
+    return f"a model of this size is expected to gain by all of {case.cores} cores; only the sweep measures one thread"
 
 
 def simplify(*, fusions: bool = False) -> Step:

@@ -83,6 +83,7 @@ FIGURES = {
     "original_accuracy_value": 0.96,
     "accuracy_samples": 400,
     "limit_percent": 1.0,
+    "accuracy_verdict": "unproven",
     "bound": {"p50_ms": 0.03},
 }
 DEPLOYMENT = {"instances": 2, "threads_per_instance": 1, "batch_size": 8, "throughput_qps": 9000.0, "runtime": {"a": 1}}
@@ -158,7 +159,7 @@ def test_the_readme_and_the_manifest_tell_what_was_found(tmp_path: Path) -> None
         "2.0x [1.90, 2.10] (95 %) as fast as the original at batch size 1, shape input ['batch', 8]",
         "p50 0.05 ms by a call of `run`, the original's 0.1 ms",
         "p50 0.03 ms where inputs and outputs are bound before",
-        "accuracy loss 0.25 (top1: 0.9575, the original 0.96; 400 samples, by labels), the limit was 1",
+        "accuracy loss 0.25 (top1: 0.9575, the original 0.96; 400 samples, by labels), the limit was 1: unproven",
         "2 instance(s) with 1 thread(s) each, batch size 8: 9000 samples per second",
     ):
         assert words in text

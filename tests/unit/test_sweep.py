@@ -77,7 +77,7 @@ def test_every_figure_of_a_sweep(swept: Callable[..., Any], tmp_path: Path) -> N
             assert 0 < c["p50_ms"] <= c["p90_ms"] <= c["p99_ms"] <= c["max_ms"]
             assert c["ms_per_sample"] == pytest.approx(1000 / c["throughput_qps"], rel=1e-4)
             assert c["runtime"] == {"intra_op_num_threads": 1}
-            assert len(c["throughput_by_pass"]) == 2
+            assert len(c["throughput_by_pass"]) == len(c["p50_by_pass"]) == 2
             assert c["samples"] == sum(len(raw[f"{name}|{i}"]) for i in range(2))
             # One caller per instance: what it completes in a second is about 1 / mean latency.
             alone = c["batch"] * 1000 / c["mean_ms"] * c["instances"]
@@ -307,6 +307,24 @@ def test_the_best_by_each_objective(objective: str, limits: dict[str, Any], best
     assert choice.best is not None
     assert choice.best["id"] == best, choice.reason
     assert choice.pareto == ["1x1@1", "4x1@1", "4x1@8", "4x1@32"]
+
+
+def test_what_is_said_of_the_choice_is_true_of_the_table() -> None:
+    """The winner of a tie never claims the figure that another one has."""
+    assert (
+        choose(TABLE, "latency").reason == "1 instance(s) × 1 thread(s) at batch 1 has the lowest p50: 5 ms at batch 1"
+    )
+    tied = choose(TABLE, "throughput")
+    assert "has 800 samples/s, which cannot be told from the highest throughput (810 samples/s, 4 inst" in tied.reason
+    assert tied.reason.endswith("with less memory")
+    near = [{**_measured(1, 2, 5.0, 380), "p50_by_pass": [4.8, 5.2]}, {**_measured(1, 1, 5.2, 190, mb=50)}]
+    apart = [near[0], {**near[1], "p50_by_pass": [5.3, 5.4]}]
+    overlap = [near[0], {**near[1], "p50_by_pass": [5.1, 5.3]}]
+    assert [choose(t, "latency").best["instances"] for t in (near, apart, overlap)] == [2, 2, 1]  # type: ignore[index]
+    assert (
+        "5.2 ms at batch 1, which cannot be told from the lowest p50 (5 ms at batch 1"
+        in choose(overlap, "latency").reason
+    )
 
 
 def test_nothing_fits_and_what_would_have_to_give() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 Configuration = Mapping[str, Any]
 
 TIE = 0.03  # figures nearer than this are the same on a machine that is not quiet
+_OVERLAP_TIE = 0.05  # likewise, where the passes of one reach those of the other
 BATCHING_GAIN = 1.10
 RELATIVE_PRICE = 1.0  # per hour, where no price is known
 
@@ -41,7 +42,8 @@ def choose(
     `latency`: the lowest p50 at `batch` (the smallest measured where None); `throughput`: the most samples per second;
     `cost`: the lowest cost per million samples (a machine costs the same whatever it does, so that is the throughput
     again, with a price on it). All within the limits; a p99 keeps its limit where its bound does (`p99_bound`).
-    Among those within 3 % of the best the least memory wins, then the smaller batch.
+    Among those that cannot be told from the best (within 3 %, or within 5 % and their passes overlap) the least memory
+    wins, then the smaller batch; the reason then says so, and what the best one's figure is.
     """
     measured = [c for c in configurations if c.get("status") == "measured"]
     if not measured:
@@ -59,15 +61,18 @@ def choose(
         reason += "; ".join(m.reason for m in missed)
         return Choice(None, reason, front, nearest, {m.limit.field: m.value for m in missed})
     if objective == "latency":
-        best = _best(fitting, _latency)
-        why = f"the lowest p50 at batch {best['batch']}: {_latency(best):.4g} ms"
+        best, lead = _best(fitting, _latency, "p50_by_pass")
+        why = _claim(best, lead, "the lowest p50", lambda c: f"{_latency(c):.4g} ms at batch {c['batch']}")
     elif objective == "throughput":
-        best = _best(fitting, lambda c: 1 / c["throughput_qps"])
-        why = f"the highest throughput: {best['throughput_qps']:.4g} samples/s"
+        best, lead = _best(fitting, _per_sample, "throughput_by_pass")
+        why = _claim(best, lead, "the highest throughput", lambda c: f"{c['throughput_qps']:.4g} samples/s")
     else:
-        best = _best(fitting, lambda c: 1 / c["throughput_qps"])
-        cost = cost_per_million(best["throughput_qps"], price_per_hour)
-        why = f"the lowest cost: {cost:.4g} per million samples"
+        best, lead = _best(fitting, _per_sample, "throughput_by_pass")
+
+        def cost(c: Configuration) -> str:
+            return f"{cost_per_million(c['throughput_qps'], price_per_hour):.4g} per million samples"
+
+        why = _claim(best, lead, "the lowest cost", cost)
         if price_per_hour is None:
             why += f", relative: no price was given, {RELATIVE_PRICE:g} per hour was taken"
     kept = ", ".join(limit.words for limit in limits)
@@ -159,10 +164,34 @@ def _at_batch(measured: Sequence[Configuration], batch: int | None) -> Sequence[
     return [c for c in measured if c["batch"] == wanted]
 
 
-def _best(fitting: Sequence[Configuration], cost: Callable[[Configuration], float]) -> Configuration:
-    lowest = min(map(cost, fitting))
-    tied = [c for c in fitting if cost(c) <= lowest * (1 + TIE)]
-    return min(tied, key=lambda c: (_memory(c), c["batch"], cost(c)))
+def _best(
+    fitting: Sequence[Configuration], cost: Callable[[Configuration], float], passes: str
+) -> tuple[Configuration, Configuration]:
+    """(Who wins, who leads by the bare figure). `passes`: where each configuration keeps the figure of every pass."""
+    lead = min(fitting, key=cost)
+    near = [c for c in fitting if cost(c) <= cost(lead) * (1 + _OVERLAP_TIE)]
+    tied = [c for c in near if cost(c) <= cost(lead) * (1 + TIE) or _meet(c, lead, passes)]
+    return min(tied, key=lambda c: (_memory(c), c["batch"], cost(c))), lead
+
+
+def _meet(one: Configuration, other: Configuration, passes: str) -> bool:
+    """Whether what was seen of them in single passes overlaps; False where less than two are known of either."""
+    a, b = ([v for v in c.get(passes) or () if v is not None] for c in (one, other))
+    return min(len(a), len(b)) >= 2 and min(a) <= max(b) and min(b) <= max(a)
+
+
+def _claim(best: Configuration, lead: Configuration, superlative: str, figure: Callable[[Configuration], str]) -> str:
+    """What the winner has, true of the table that it stands in."""
+    if best is lead:
+        return f"{superlative}: {figure(best)}"
+    why = "less memory" if _memory(best) < _memory(lead) else "a smaller batch"
+    if _memory(best) == _memory(lead) and best["batch"] == lead["batch"]:
+        why = "the same memory"
+    return f"{figure(best)}, which cannot be told from {superlative} ({figure(lead)}, {_named(lead)}), with {why}"
+
+
+def _per_sample(configuration: Configuration) -> float:
+    return 1.0 / float(configuration["throughput_qps"])
 
 
 def _memory(configuration: Configuration) -> float:

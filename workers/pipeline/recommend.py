@@ -12,22 +12,24 @@ from workers.pipeline.outcome import Optimization
 from workers.pipeline.select import ratio_of
 
 _MEMORY_BOUND = 0.5  # of the memory's bandwidth, spent on reading the weights once
+_BEYOND_CACHES = 64_000_000  # bytes of weights, below which they may never leave the processor's caches
 _LAYER_SHARE = 0.3  # of the time in one layer, from which on it is worth a word
 _OP_SHARE = 0.6
 _COMPUTE_BOUND = 0.1  # of the memory's bandwidth
+_DENSE = ("Conv", "FusedConv", "Convolution", "MatMul", "FusedMatMul", "Gemm", "FullyConnected")
+_MOSTLY = 0.5  # of the time
+_SCALES = 1.5  # by all threads over one, at the least: then the work can be shared out
+_BATCHING = 1.2  # of the samples per second of batch size 1, from which on a larger batch is worth a word
+_TIMES_THE_LIMIT, _MOST_LOSS, _LEAST_CHOICE = 5.0, 10.0, 1.0  # percent: a loss beyond is no choice that anybody has
 _SLOW_MS = 10.0  # from which on a GPU's launches and copies are small beside the work
 
 
 def recommend(found: Optimization) -> list[str]:
-    """Sentences a person can act on."""
-    advice = [
-        *found.warnings,
-        *_kept_original(found),
-        *_out_of_reach(found),
-        *_next_precision(found),
-        *_sensitive(found),
-    ]
-    advice += [*_narrowed(found), *_limits(found), *_deployment(found), *_evidence(found)]
+    """Sentences a person can act on. Where the machine was too busy for a claim, none names a gain."""
+    quiet = (found.benchmark.data.get("disturbance") or {}).get("claim", True)
+    gains = [*_out_of_reach(found), *_deployment(found)] if quiet else []
+    advice = [*found.warnings, *_kept_original(found), *gains, *_next_precision(found), *_sensitive(found)]
+    advice += [*_narrowed(found), *_limits(found), *_evidence(found)]
     return list(dict.fromkeys(advice))
 
 
@@ -47,21 +49,27 @@ def _out_of_reach(found: Optimization) -> Iterator[str]:
     if without_data:
         run = _fastest(found, without_data)
         yield (
-            f"Give validation data: {run.plan.name} ran {_gain(found, run):.2f}x as fast as the original, and only "
-            "data can show whether it keeps the accuracy."
+            f"Give validation data: {run.plan.name} ran {_gain(found, run)} as fast as the original, and only data can "
+            "show whether it keeps the accuracy."
         )
-    limit = found.spec.validation.max_accuracy_loss_percent
-    lossy = [
-        r for r in faster if ((r.tried.accuracy or {}).get("loss_percent") or 0.0) > limit and r not in without_data
-    ]
+    lossy = [r for r in faster if r not in without_data and _is_a_choice(found, r)]
     if lossy:
         run = _fastest(found, lossy)
         accuracy = run.tried.accuracy or {}
+        interval = accuracy.get("loss_ci")
+        shown = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
         yield (
-            f"{run.plan.name} ran {_gain(found, run):.2f}x as fast as the original but loses "
-            f"{accuracy['loss_percent']:.2f} % ({accuracy.get('metric')}, {accuracy.get('samples')} samples); allow "
-            "that loss to get it."
+            f"{run.plan.name} ran {_gain(found, run)} as fast as the original but loses "
+            f"{accuracy['loss_percent']:.2f} %{shown} ({accuracy.get('metric')}, {accuracy.get('samples')} samples); "
+            "allow that loss to get it."
         )
+
+
+def _is_a_choice(found: Optimization, run: CandidateRun) -> bool:
+    """Over the limit, and near enough to it that somebody may want it all the same."""
+    limit = found.spec.validation.max_accuracy_loss_percent
+    loss = (run.tried.accuracy or {}).get("loss_percent")
+    return loss is not None and limit < loss <= min(_MOST_LOSS, max(_TIMES_THE_LIMIT * limit, _LEAST_CHOICE))
 
 
 def _narrowed(found: Optimization) -> Iterator[str]:
@@ -83,7 +91,7 @@ def _next_precision(found: Optimization) -> Iterator[str]:
     if not isa & INT8_FLAGS and found.case.wants("int8"):
         yield (
             "Try a machine with VNNI or AMX (x86) or dot-product instructions (Arm) for int8: this one "
-            f"({found.hardware.get('cpu_model')}) has none, and int8 gains little without."
+            f"({found.hardware.get('cpu_model')}) has none."
         )
     if not isa & BF16_FLAGS and found.case.wants("bf16"):
         model = found.hardware.get("cpu_model")
@@ -106,38 +114,86 @@ def _sensitive(found: Optimization) -> Iterator[str]:
 def _limits(found: Optimization) -> Iterator[str]:
     """What the shipped engine waits for."""
     data: Mapping[str, Any] = found.explanation.profile.data if found.explanation.profile else {}
-    share = data.get("weight_bandwidth_share")
-    if share is not None and _MEMORY_BOUND <= share <= 1.0:
+    share, threads = data.get("weight_bandwidth_share"), _gain_by_threads(found)
+    from_memory = data.get("engine_bytes", 0) >= _BEYOND_CACHES
+    if share is not None and from_memory and _MEMORY_BOUND <= share <= 1.0:
         size, bandwidth = data["engine_bytes"] / 1e6, data["copy_bytes_per_s"] / 1e9
         yield (
-            f"At batch size {data['batch']} the engine is bound by memory: reading its {size:.0f} MB once an inference "
-            f"takes {100 * share:.0f} % of the {bandwidth:.1f} GB/s that this machine's memory gave. Fewer bytes (int8 "
-            "or int4 weights) or larger batches help; more cores do not."
+            f"At batch size {data['batch']} the engine waits for memory: reading its {size:.0f} MB once an inference "
+            f"takes {100 * share:.0f} % of the {bandwidth:.1f} GB/s that this machine's memory gave. What may help is "
+            "fewer bytes an answer: weights in fewer bits, or larger batches."
         )
-    elif share is not None and share <= _COMPUTE_BOUND and data["inference_ms"] >= _SLOW_MS:
+    distorted = data.get("distorted") is not None or not data.get("layers_ms")
+    by_op: Mapping[str, float] = {} if distorted else data.get("by_op") or {}
+    dense = sum(part for op, part in by_op.items() if op in _DENSE)
+    if (
+        share is not None
+        and share <= _COMPUTE_BOUND
+        and data["inference_ms"] >= _SLOW_MS
+        and dense >= _MOSTLY
+        and threads is not None
+        and threads[1] >= _SCALES
+    ):
         yield (
-            f"Computing sets the {data['inference_ms']:.0f} ms of an inference at batch size {data['batch']}: reading "
-            f"the weights would take {100 * share:.1f} % of that. More cores help, and so would a GPU computing in "
-            "fp16 (a worker with one, and `target.device` cuda); this worker has none."
+            f"Computing sets the {data['inference_ms']:.0f} ms of an inference at batch size {data['batch']}: "
+            f"convolutions and products take {100 * dense:.0f} % of it by the library's profiler, reading the weights "
+            f"would take {100 * share:.1f} %, and all threads run it {threads[0]:.1f}x [{threads[1]:.1f}, "
+            f"{threads[2]:.1f}] as fast as one. A GPU is worth a try (`target.device` cuda); none was measured."
         )
+    if distorted or data["layers_ms"] < _MOSTLY * data["inference_ms"]:
+        return
     layers = data.get("layers") or []
     if layers and layers[0]["share"] >= _LAYER_SHARE and (data.get("layer_count") or 0) > 1:
         top = layers[0]
-        yield f"One layer takes {100 * top['share']:.0f} % of the time: {top['name']} ({top['op_type']}). Begin there."
-    by_op: Mapping[str, float] = data.get("by_op") or {}
+        yield (
+            f"One layer takes {100 * top['share']:.0f} % of the layers' time, by the library's profiler: {top['name']} "
+            f"({top['op_type']}). Begin there."
+        )
     op, part = max(by_op.items(), key=lambda item: item[1], default=("", 0.0))
     if part >= _OP_SHARE:
-        yield f"{op} takes {100 * part:.0f} % of the engine's time (by the library's own profiler)."
+        yield f"{op} takes {100 * part:.0f} % of the layers' time, by the library's own profiler."
 
 
 def _deployment(found: Optimization) -> Iterator[str]:
     """A gain that needs no other engine, only another way to run it."""
-    one, best = _throughput(found, 1), _best_throughput(found)
-    if one and best and best[1] >= 1.2 * one:
+    measured = _swept(found)
+    widest = max((c["threads"] for c in measured if c["instances"] == 1), default=0)
+    alone = {c["batch"]: c for c in measured if (c["instances"], c["threads"]) == (1, widest)}
+    if 1 not in alone:
+        return
+    gains = {b: g for b, c in alone.items() if b > 1 and (g := _over_passes(c, alone[1], "throughput_by_pass"))}
+    batch = max(gains, key=lambda b: gains[b][1], default=None)
+    if batch is not None and gains[batch][1] >= _BATCHING:
+        gain, low, high = gains[batch]
         yield (
-            f"Batch requests where latency allows: at batch size {best[0]} one caller gets {best[1]:.0f} samples/s, "
-            f"{best[1] / one:.1f}x of batch size 1."
+            f"Batch requests where latency allows: at batch size {batch} one caller gets "
+            f"{alone[batch]['throughput_qps']:.4g} samples/s, {gain:.1f}x [{low:.1f}, {high:.1f}] of batch size 1 (the "
+            "interval is that of the sweep's passes)."
         )
+
+
+def _swept(found: Optimization) -> list[Mapping[str, Any]]:
+    """The configurations that the sweep measured."""
+    data: Mapping[str, Any] = found.explanation.deployment.data if found.explanation.deployment else {}
+    return [c for c in data.get("configurations", ()) if c.get("status") == "measured"]
+
+
+def _gain_by_threads(found: Optimization) -> tuple[float, float, float] | None:
+    """Of one instance at the batch size that counts: by how much the most threads are faster than one, with its
+    interval over the sweep's passes; None where both were not measured."""
+    batch = int(found.verdict.primary_batch)
+    alone = {c["threads"]: c for c in _swept(found) if c["instances"] == 1 and c["batch"] == batch}
+    if 1 not in alone or len(alone) < 2:
+        return None
+    return _over_passes(alone[max(alone)], alone[1], "throughput_by_pass")
+
+
+def _over_passes(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:
+    """(ratio, low, high) of what was seen in the passes of two configurations; None where there are less than two."""
+    a, b = ([float(v) for v in c.get(name) or () if v] for c in (one, other))
+    if min(len(a), len(b)) < 2:
+        return None
+    return sum(a) / len(a) / (sum(b) / len(b)), min(a) / max(b), max(a) / min(b)
 
 
 def _evidence(found: Optimization) -> Iterator[str]:
@@ -160,24 +216,13 @@ def _ratio(found: Optimization, run: CandidateRun | None) -> Mapping[str, Any] |
     return ratio_of(found.spec, at) if at else None
 
 
-def _gain(found: Optimization, run: CandidateRun) -> float:
-    ratio = _ratio(found, run)
-    return float(ratio["ratio"]) if ratio else 0.0
+def _gain(found: Optimization, run: CandidateRun) -> str:
+    """With its interval, the batch size, and whether it is only of a short timing."""
+    ratio, how = _ratio(found, run), "" if run.tried.figures else ", by a short timing"
+    assert ratio is not None
+    at = f"at batch size {found.verdict.primary_batch}{how}"
+    return f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] ({at})"
 
 
 def _fastest(found: Optimization, runs: list[CandidateRun]) -> CandidateRun:
-    return max(runs, key=lambda r: _gain(found, r))
-
-
-def _shipped_batches(found: Optimization) -> Mapping[str, Any]:
-    tried = found.picked.tried if found.picked else found.baseline
-    return (tried.figures or {}).get("batches") or {}
-
-
-def _throughput(found: Optimization, batch: int) -> float | None:
-    return (_shipped_batches(found).get(str(batch)) or {}).get("throughput_qps")
-
-
-def _best_throughput(found: Optimization) -> tuple[str, float] | None:
-    known = [(b, at["throughput_qps"]) for b, at in _shipped_batches(found).items() if at.get("throughput_qps")]
-    return max(known, key=lambda item: item[1], default=None)
+    return max(runs, key=lambda r: float((_ratio(found, r) or {"ratio": 0.0})["ratio"]))

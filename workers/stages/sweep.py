@@ -111,6 +111,7 @@ class _Configuration:
             **distribution(self.latencies(), self.p99_refused),
             "throughput_qps": rounded(self.qps),
             "throughput_by_pass": [rounded(self.batch * r.calls_per_s) for r in self.runs],
+            "p50_by_pass": [rounded(float(np.median(r.latencies)) / 1e6) for r in self.runs],
             "ms_per_sample": rounded(1e3 / self.qps),
             "not_finite": self.not_finite,
         }
@@ -121,10 +122,10 @@ class Sweep(Stage[SweepOptions]):
 
     data: configurations [{id "<instances>x<threads>@<batch>", batch, instances, threads, runtime (what `load` takes),
     status "measured" | "failed" | "not_measured", reason, passes, samples, mean_ms, p50_ms … p999_ms, min_ms, max_ms,
-    reasons, throughput_qps (samples per second of all instances together), throughput_by_pass, ms_per_sample (1000 /
-    throughput), memory_mb, gpu_memory_mb, not_finite, [failed]}], batch_sizes, skipped_batches {batch: why},
-    fixed_batch, layouts, cores, threads_matter, pinned, p99_limit_ms, complete, shortened, method, conditions,
-    versions.
+    reasons, throughput_qps (samples per second of all instances together), throughput_by_pass, p50_by_pass,
+    ms_per_sample (1000 / throughput), memory_mb, gpu_memory_mb, not_finite, [failed]}], batch_sizes, skipped_batches
+    {batch: why}, fixed_batch, layouts, cores, threads_matter, pinned, p99_limit_ms, complete, shortened, method,
+    conditions, versions.
 
     A configuration that fails is written down as such; only an engine that does not load fails the stage.
     `complete` is False where the soft deadline left configurations or passes out; then, and where the windows were
@@ -132,7 +133,7 @@ class Sweep(Stage[SweepOptions]):
     """
 
     name = "sweep"
-    version = 3
+    version = 4
     Options = SweepOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
