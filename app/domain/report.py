@@ -63,6 +63,7 @@ class FinalMetrics(_Part):
     gpu_memory_mb: float | None = None
     speedup: str
     speedup_ci: list[float] | None = None
+    speedup_proven: bool | None = None
     size_mb: float | None = None
     batch_size: int | None = None
     shape: dict[str, list[int]] | None = None
@@ -205,6 +206,8 @@ class Report(_Part):
     stages: list[StageReport]
     noisy: bool
     budget_exhausted: bool
+    claim: bool = True
+    disturbance: dict[str, Any] | None = None
     search: SearchReport | None = None
     nodes_kept: list[str] = []
     sensitivity: list[dict[str, Any]] = []

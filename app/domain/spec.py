@@ -89,12 +89,15 @@ class Constraints(_Strict):
 
 
 class Benchmark(_Strict):
-    """`min_seconds` is measured per engine and batch size, spread over the interleaved rounds."""
+    """`min_seconds` is measured per engine and batch size, spread over the interleaved rounds. `allow_noisy`: where the
+    machine was too busy to claim a speed-up, let the engine ship that looked the fastest, marked as unproven; else the
+    original ships."""
 
     batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
         default=[1, 8], min_length=1, max_length=16, json_schema_extra={"uniqueItems": True}
     )
     min_seconds: float = Field(default=3.0, ge=0.1, le=600)
+    allow_noisy: bool = False
 
     @model_validator(mode="after")
     def _distinct(self) -> Benchmark:

@@ -244,8 +244,6 @@ def _candidates(screen: Screen, report: Mapping[str, Any]) -> None:
             screen.bullet(f"{entry.get('name') or entry.get('id')}: {entry['reason']}")
     for entry in _rows(report.get("skipped")):
         screen.bullet(f"not tried: {entry.get('name', '–')}, because {entry.get('reason', 'no reason was given')}")
-    if report.get("noisy"):
-        screen.bullet("This machine was busy: the original measured against itself did not come out as equal.", "!")
     if report.get("budget_exhausted"):
         screen.bullet("The time budget ran out; this is the best so far.", "!")
 

@@ -206,3 +206,34 @@ def test_the_nearest_miss_may_be_one_that_was_never_measured_in_full() -> None:
     verdict = judge(_spec(constraints={"p99_latency_ms": 5.0}), baseline, [far, near], QUIET)
     assert verdict.nearest is not None
     assert (verdict.nearest[0], verdict.nearest[1]) == ("near", [near.missed])
+
+
+BUSY = {"claim": False, "reason": "batch 1: 2 of 10 rounds of the original were undisturbed"}
+
+
+def test_a_busy_machine_makes_no_claim() -> None:
+    fast = _candidate(57.2)
+    verdict = judge(_spec(), _baseline(), [fast], QUIET, BUSY)
+    assert (verdict.picked, verdict.unclaimed) == (BASELINE, BUSY["reason"])
+    assert "no speed-up is claimed" in fast.reasons[0]
+    assert judge(_spec(), _baseline(), [fast], QUIET, {"claim": True, "reason": None}).unclaimed is None
+    allowed = judge(_spec(benchmark={"allow_noisy": True}), _baseline(), [fast], QUIET, BUSY)
+    assert (allowed.picked, allowed.unclaimed) == ("int8", BUSY["reason"])
+
+
+def test_too_few_undisturbed_rounds_of_one_engine_claim_nothing_of_it() -> None:
+    busy, calm = _candidate(3.0), _candidate(2.0)
+    calm.id = "calm"
+    assert busy.figures is not None
+    busy.figures["batches"]["8"]["undisturbed"] = False
+    verdict = judge(_spec(), _baseline(), [busy, calm], QUIET)
+    assert (verdict.picked, verdict.unclaimed) == ("calm", None)
+    assert "batch size 8" in busy.reasons[0]
+
+
+def test_a_wide_throughput_of_the_original_stops_a_claim_of_throughput() -> None:
+    wide = {b: {**aa, "throughput": {"ratio": 1.0, "low": 0.7, "high": 1.4}} for b, aa in QUIET.items()}
+    verdict = judge(_spec(objective="throughput"), _baseline(), [_candidate(2.0)], wide)
+    assert verdict.picked == BASELINE
+    assert "throughput" in str(verdict.unclaimed)
+    assert judge(_spec(), _baseline(), [_candidate(2.0)], wide).picked == "int8"

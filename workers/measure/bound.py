@@ -52,7 +52,7 @@ def measure_bound(
         draw.shuffle(order)
         for name in order:
             try:
-                window = processes[name].window(WINDOW_S, LEAST_CALLS, expected[name], SETTLE_S)
+                window = processes[name].window(WINDOW_S, LEAST_CALLS, expected[name], SETTLE_S).latencies
             except StageFailure as failure:
                 failed[name] = failure
                 del found[name]

@@ -28,6 +28,7 @@ import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure
 from workers import kernel
+from workers.measure.disturbance import Disturbance, Reading, Window, usual_cores
 from workers.measure.stats import settled
 
 Array = np.ndarray[Any, Any]
@@ -127,13 +128,14 @@ class EngineProcess:
         answer: WarmUp = self._call("warm_up", cap_s, iterations, limit_s=cap_s + INFERENCE_LIMIT_S)
         return answer
 
-    def window(self, seconds: float, iterations: int, expected_ns: float, settle_s: float = LONGEST_SETTLE_S) -> Array:
-        """Latencies in ns (int64) of at least `iterations` calls and `seconds`, after a few uncounted ones, and more of
-        those where the engine is not yet back at `expected_ns`, the best it has shown: `settle_s` at most."""
+    def window(self, seconds: float, iterations: int, expected_ns: float, settle_s: float = LONGEST_SETTLE_S) -> Window:
+        """Latencies in ns (int64) of at least `iterations` calls and `seconds`, and what disturbed them, after a few
+        uncounted ones, and more of those where the engine is not yet back at `expected_ns`, the best it has shown:
+        `settle_s` at most."""
         usual = max(seconds, (iterations + _SETTLE_ITERATIONS) * expected_ns / 1e9)
         back = SETTLED_WITHIN * expected_ns if expected_ns < SETTLE_BELOW_NS else math.inf
         limit_s = 20 * usual + INFERENCE_LIMIT_S / 2
-        answer: Array = self._call("window", seconds, iterations, back, settle_s, limit_s=limit_s)
+        answer: Window = self._call("window", seconds, iterations, back, settle_s, limit_s=limit_s)
         return answer
 
     def profile(self, batch: int) -> dict[str, Any]:
@@ -223,6 +225,7 @@ class _Engine:
         self._prepared: list[dict[str, Array]] = []
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
+        self._cores = usual_cores()
 
     @property
     def session(self) -> kernel.Session:
@@ -274,7 +277,7 @@ class _Engine:
                 self._rest()
                 return WarmUp(iterations, seconds, settled(medians), medians[-1])
 
-    def window(self, seconds: float, iterations: int, back_ns: float, settle_s: float) -> Array:
+    def window(self, seconds: float, iterations: int, back_ns: float, settle_s: float) -> Window:
         """Caches and threads come back after the other engines' turns: a process that wakes up may find two of its
         threads on one core, and stays at half its speed until the scheduler has moved one."""
         start = end = time.perf_counter_ns()
@@ -287,18 +290,20 @@ class _Engine:
             usual = done >= _SETTLE_ITERATIONS or end - start > _SETTLE_NS
             if (usual and end - begin <= back_ns) or end - start > settle_s * 1e9:
                 break
+        before = Reading.now(self._cores)
         latencies = self._timed(int(seconds * 1e9), iterations)
+        disturbance = before.until(Reading.now(self._cores))
         self._rest()
-        return latencies
+        return Window(latencies, disturbance)
 
-    def drive(self, start_ns: int, stop_ns: int) -> tuple[Array, Array]:
+    def drive(self, start_ns: int, stop_ns: int) -> tuple[Array, Array, Disturbance]:
         """Call after call until `stop_ns` (`time.perf_counter_ns`, one clock for all processes): end and latency of
-        each call that ended between `start_ns` and `stop_ns`."""
+        each call that ended between `start_ns` and `stop_ns`, and what disturbed them."""
         calls, count, i = self._calls, len(self._calls), self._next
         clock = time.perf_counter_ns
         ends: list[int] = []
         latencies: list[int] = []
-        end = clock()
+        before, end = Reading.now(self._cores), clock()
         while end < stop_ns:
             start = clock()
             calls[i]()
@@ -308,7 +313,8 @@ class _Engine:
                 latencies.append(end - start)
             i = (i + 1) % count
         self._next = i
-        return np.array(ends, dtype=np.int64), np.array(latencies, dtype=np.int64)
+        disturbance = before.until(Reading.now(self._cores))
+        return np.array(ends, dtype=np.int64), np.array(latencies, dtype=np.int64), disturbance
 
     def profile(self, batch: int) -> dict[str, Any]:
         return dict(self.session.profile(self._feeds[batch][0]) or {})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from workers.measure.rounds import Timing
+from app.domain.failures import StageFailure
+from workers.measure.rounds import Timing, counting
 from workers.measure.stats import (
     P99_BOUND_SAMPLES,
     Interval,
-    holds_one,
     p99_bound,
     percentiles,
     ratio_of_means,
@@ -21,7 +22,6 @@ from workers.measure.stats import (
 Array = np.ndarray[Any, Any]
 
 NS_PER_MS = 1e6
-_WIDE = 1.25  # high over low of an A/A interval, beyond which it says next to nothing
 
 
 def rounded(value: float | None) -> float | None:
@@ -60,7 +60,8 @@ def latency_figures(timing: Timing, batch: int, *, screening: bool = False) -> d
             figures["reasons"][name] = "a screening shows no tails"
     return {
         **figures,
-        "rounds": len(timing.rounds),
+        "rounds": len(counting(timing)[0]),
+        "disturbed_rounds": len(timing.disturbed),
         "throughput_qps": rounded(batch * 1e9 / float(samples.mean())),
         "not_finite": timing.not_finite,
         "warm_up": {
@@ -71,17 +72,20 @@ def latency_figures(timing: Timing, batch: int, *, screening: bool = False) -> d
     }
 
 
-def comparison(baseline: Timing, again: Timing, engine: Timing, seed: int) -> dict[str, dict[str, float]]:
-    """`speedup` (baseline p50 / engine p50) and `throughput_ratio` (engine / baseline).
+def comparison(baseline: Timing, again: Timing, engine: Timing, seed: int) -> dict[str, Any]:
+    """`speedup` (baseline p50 / engine p50) and `throughput_ratio` (engine / baseline), over the rounds in which none
+    of the processes compared had company; `undisturbed` is False where these are too few, and all rounds were taken.
 
     The estimate is against the first baseline process; the interval covers those against both, so that what differs
     from process to process (memory layout, say) does not pass for a gain. Any engine that was measured in two
     processes can stand for the baseline.
     """
-    found = {}
+    rounds, enough = counting(baseline, again, engine)
+    one, two, mine = ([side.rounds[i] for i in rounds] for side in (baseline, again, engine))
+    found: dict[str, Any] = {"undisturbed": enough}
     for name, ratio in (("speedup", ratio_of_medians), ("throughput_ratio", ratio_of_means)):
-        first = ratio(baseline.rounds, engine.rounds, seed)
-        found[name] = first.hull(ratio(again.rounds, engine.rounds, seed)).to_json()
+        first = ratio(one, mine, seed)
+        found[name] = first.hull(ratio(two, mine, seed)).to_json()
     return found
 
 
@@ -102,28 +106,30 @@ class AA:
         """{ratio, low, high} of the medians, and the same of the means under `throughput`."""
         return {**self.p50.to_json(), "throughput": self.throughput.to_json()}
 
-    def noise(self, batch: int) -> list[str]:
-        """Why a run with this A/A is noisy; empty where it is not."""
-        found = []
-        p50, mean = self.p50, self.throughput
-        if not holds_one(p50):
-            found.append(
-                f"batch {batch}: the baseline against itself is {p50.ratio:.3f} "
-                f"[{p50.low:.3f}, {p50.high:.3f}], which does not hold 1.0"
-            )
-        elif p50.high > p50.low * _WIDE:
-            found.append(
-                f"batch {batch}: the baseline against itself is anywhere in [{p50.low:.3f}, {p50.high:.3f}]: "
-                "small gains cannot be told from noise"
-            )
-        if not holds_one(mean):
-            found.append(
-                f"batch {batch}: the throughput of the baseline against itself is {mean.ratio:.3f} "
-                f"[{mean.low:.3f}, {mean.high:.3f}], which does not hold 1.0"
-            )
-        return found
-
 
 def a_a(baseline: Timing, again: Timing, seed: int) -> AA:
-    medians = ratio_of_medians(baseline.rounds, again.rounds, seed)
-    return AA(medians, ratio_of_means(baseline.rounds, again.rounds, seed))
+    rounds, _ = counting(baseline, again)
+    one, two = ([side.rounds[i] for i in rounds] for side in (baseline, again))
+    return AA(ratio_of_medians(one, two, seed), ratio_of_means(one, two, seed))
+
+
+@dataclass
+class EngineFigures:
+    """What is known of one engine so far."""
+
+    data: dict[str, Any]
+    batches: dict[str, Any] = field(default_factory=dict)
+    shapes: list[dict[str, Any]] = field(default_factory=list)
+    failed: StageFailure | None = None
+
+    @classmethod
+    def start(cls, folder: Path, cold: bool) -> EngineFigures:
+        unknown = dict.fromkeys(("cold_start_ms", "load_ms", "first_inference_ms", "peak_memory_mb", "gpu_memory_mb"))
+        size = sum(p.stat().st_size for p in folder.iterdir())
+        why = {} if cold else {"reasons": dict.fromkeys(unknown, "not measured: it was not asked for")}
+        return cls({**unknown, "size_bytes": size, **why})
+
+    def to_json(self) -> dict[str, Any]:
+        failed = {} if self.failed is None else {"failed": self.failed.to_json()}
+        shapes = {"shapes": self.shapes} if self.shapes else {}
+        return {"batches": self.batches, **shapes, **self.data, **failed}

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import StageFailure
+from workers.measure.disturbance import Disturbance, together
 from workers.measure.engine_process import INFERENCE_LIMIT_S, LOAD_LIMIT_S, EngineProcess, Feeds, WarmUp
 
 Array = np.ndarray[Any, Any]
@@ -47,6 +48,7 @@ class Driven:
     latencies: Array
     calls_per_s: float
     seconds: float
+    disturbance: Disturbance
 
 
 def default_layouts(cores: int, *, threads_matter: bool = True) -> list[Layout]:
@@ -125,10 +127,11 @@ class Instances:
             start = time.perf_counter_ns() + int(SETTLE_S * 1e9)
             stop = start + int(seconds * 1e9)
             limit = SETTLE_S + 20 * seconds + INFERENCE_LIMIT_S / 2
-            answers: list[tuple[Array, Array]] = self._all("drive", start, stop, limit_s=limit)
-            if all(len(ends) >= _LEAST_CALLS for ends, _ in answers):
-                rates = [(len(ends) - 1) * 1e9 / float(ends[-1] - ends[0]) for ends, _ in answers]
-                return Driven(np.concatenate([latencies for _, latencies in answers]), sum(rates), seconds)
+            answers: list[tuple[Array, Array, Disturbance]] = self._all("drive", start, stop, limit_s=limit)
+            if all(len(ends) >= _LEAST_CALLS for ends, _, _ in answers):
+                rates = [(len(ends) - 1) * 1e9 / float(ends[-1] - ends[0]) for ends, _, _ in answers]
+                latencies = np.concatenate([found for _, found, _ in answers])
+                return Driven(latencies, sum(rates), seconds, together([d for _, _, d in answers]))
             seconds *= 2
         raise StageFailure(
             "engine_timeout",

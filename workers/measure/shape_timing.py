@@ -14,6 +14,7 @@ from app.domain.failures import StageFailure
 from workers.measure import figures
 from workers.measure.engine_process import EngineProcess
 from workers.measure.inputs import InputSource
+from workers.measure.quiet import Quiet
 from workers.measure.rounds import Measured, measure
 from workers.measure.shapes import Shape, at_batch
 
@@ -68,6 +69,7 @@ class OtherShapes:
         seconds: float,
         always: Collection[str],
         progress: Callable[[float], None],
+        quiet: Quiet | None = None,
     ) -> dict[str, Measured]:
         """By label, within about `seconds`; what that does not hold is left out."""
         found: dict[str, Measured] = {}
@@ -93,6 +95,7 @@ class OtherShapes:
                 progress=told,
                 ends=time.monotonic() + share,
                 always=always,
+                quiet=quiet,
             )
         return found
 

@@ -56,11 +56,6 @@ class Interval:
         return Interval(self.ratio, min(self.low, other.low), max(self.high, other.high))
 
 
-def holds_one(interval: Interval) -> bool:
-    """The A/A verdict: True where the same engine measured twice cannot be told apart."""
-    return interval.low <= 1.0 <= interval.high
-
-
 def percentiles(latencies: Array, unit: float = 1.0) -> tuple[dict[str, float | None], dict[str, str]]:
     """Nearest-rank percentiles of `latencies`, divided by `unit`, and why any of them is None.
 

@@ -30,6 +30,8 @@ def final_metrics(proof: Proof) -> FinalMetrics:
     reasons = {}
     if is_original:
         reasons["speedup"] = "no candidate was faster with confidence within the limits; the original ships untouched"
+        if proof.verdict.unclaimed:
+            reasons["speedup"] = f"no speed-up is claimed, and the original ships: {proof.verdict.unclaimed}"
         elsewhere = [f"{r.plan.name} {why}" for r in proof.runs for why in not_kept(proof.spec, r.tried.figures or {})]
         if elsewhere:
             reasons["shapes"] = f"the original ships for all shapes: {'; '.join(elsewhere)}"
@@ -39,6 +41,8 @@ def final_metrics(proof: Proof) -> FinalMetrics:
         )
     if shipped.figures.get("peak_memory_mb") is None:
         reasons["memory_mb"] = "not measured"
+    if not is_original and proof.verdict.unclaimed:
+        reasons["speedup"] = f"unproven, shipped because the job allows it: {proof.verdict.unclaimed}"
     return FinalMetrics(
         latency_ms=rounded(latency_ms(shipped, batch)),
         original_latency_ms=rounded(latency_ms(proof.baseline, batch)),
@@ -49,6 +53,7 @@ def final_metrics(proof: Proof) -> FinalMetrics:
         gpu_memory_mb=rounded(shipped.figures.get("gpu_memory_mb"), 1),
         speedup=_speedup(ratio) if ratio else "1.0x",
         speedup_ci=[round(ratio["low"], 4), round(ratio["high"], 4)] if ratio else None,
+        speedup_proven=None if is_original else proof.verdict.unclaimed is None and not proof.verdict.smaller,
         size_mb=mb(shipped.figures["size_bytes"]),
         batch_size=int(batch),
         shape=(proof.benchmark.data.get("shape") or {}).get("dims"),

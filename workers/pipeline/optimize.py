@@ -107,7 +107,8 @@ class Optimizer:
         benchmark = self._shortly(evaluator, found) if found.out_of_reach else self._final(evaluator, found)
         baseline, verdict = self._judge(benchmark, found, found.finalists)
         wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]
-        if verdict.picked in (None, BASELINE) and wider and self._time_for_more(benchmark, len(wider)):
+        claims = verdict.unclaimed is None  # else the machine is busy, and longer does not help
+        if verdict.picked in (None, BASELINE) and wider and claims and self._time_for_more(benchmark, len(wider)):
             longer = self._final_again(evaluator, wider)
             if longer is not None:
                 benchmark = longer
@@ -206,7 +207,8 @@ class Optimizer:
         baseline = Tried(BASELINE, "fp32", True, figures=figures[BASELINE])
         for run in measured:
             run.tried.figures = figures.get(run.plan.id)
-        return baseline, judge(self.spec, baseline, [r.tried for r in found.runs], benchmark.data["aa"])
+        tried, told = [r.tried for r in found.runs], benchmark.data["disturbance"]
+        return baseline, judge(self.spec, baseline, tried, benchmark.data["aa"], told)
 
     def _time_for_more(self, benchmark: Outcome, engines: int) -> bool:
         expected = _LONGER * max(benchmark.seconds, self._final_seconds(engines))

@@ -61,9 +61,18 @@ class Proof:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes figures of this job worthless: of the data, seen by whoever was judged on them."""
+        """What makes figures of this job worthless: company on the machine; and of the data, seen by whoever was judged
+        on them."""
         seen = [(r.tried.accuracy or {}).get("warnings") or r.selected.get("warnings") or [] for r in self.runs]
-        return list(dict.fromkeys(warning for warnings in seen for warning in warnings))
+        return list(dict.fromkeys([*self._unclaimed(), *(warning for warnings in seen for warning in warnings)]))
+
+    def _unclaimed(self) -> list[str]:
+        if self.verdict.picked is None or self.verdict.unclaimed is None:
+            return []
+        ships = "the original ships" if self.picked is None else f"{self.picked.plan.name} ships unproven"
+        instead = ", or let `benchmark.allow_noisy` ship what looks the fastest" if self.picked is None else ""
+        why = self.verdict.unclaimed
+        return [f"No speed-up is claimed, {ships}: {why}. Submit the job again on a quiet machine{instead}."]
 
     @property
     def engine(self) -> ArtifactRef:

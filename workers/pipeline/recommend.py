@@ -34,7 +34,7 @@ def recommend(found: Optimization) -> list[str]:
 
 
 def _kept_original(found: Optimization) -> Iterator[str]:
-    if found.verdict.picked == "baseline":
+    if found.verdict.picked == "baseline" and found.verdict.unclaimed is None:
         tried = [f"{r.plan.name}: {'; '.join(r.tried.reasons)}" for r in found.runs if r.tried.reasons]
         because = " — ".join(tried[:8]) or "there was nothing to try"
         yield f"Keep the original: nothing that was tried is faster within the limits ({because})."
@@ -42,6 +42,8 @@ def _kept_original(found: Optimization) -> Iterator[str]:
 
 def _out_of_reach(found: Optimization) -> Iterator[str]:
     """What ran faster than the pick and could not ship, and what it would need."""
+    if found.verdict.unclaimed is not None:
+        return
     best = _ratio(found, found.picked) if found.picked else None
     floor = max(best["ratio"] if best else 1.0, 1.0)
     faster = [r for r in found.runs if r is not found.picked and (_ratio(found, r) or {"low": 0.0})["low"] > floor]
@@ -201,11 +203,6 @@ def _evidence(found: Optimization) -> Iterator[str]:
     for check in checks:
         if check.name == LOSS and not check.proven:
             yield f"That the engine keeps the accuracy is {check.reason}."
-    if found.benchmark.data.get("noisy"):
-        yield (
-            "The machine was noisy (the baseline differed from itself): measure again on a quiet one, with "
-            '`"measure": "again"` (the same job again would answer from the cache).'
-        )
     if found.search.exhausted or found.benchmark.data.get("shortened"):
         yield f"The budget of {found.spec.budget_seconds} s ran out before everything was tried: raise it."
 

@@ -71,6 +71,8 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         },
         stages=[_stage(entry, calls) for entry in stages if entry["status"] == "succeeded"],
         noisy=bool(found.benchmark.data.get("noisy")),
+        claim=found.verdict.unclaimed is None,
+        disturbance=found.benchmark.data.get("disturbance"),
         budget_exhausted=found.search.exhausted or bool(found.benchmark.data.get("shortened")),
         search=_search(found),
         nodes_kept=nodes_kept(found.picked),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.domain.spec import Constraints, OptimizationSpec
+from workers.measure.claim import MOST_WIDE_MEAN
 from workers.measure.device_memory import limited_mb
 from workers.pipeline.checks import Check, accuracy_checks, at_most, p99_check
 from workers.pipeline.shape_rules import not_kept
@@ -47,12 +48,14 @@ class Tried:
 @dataclass(frozen=True)
 class Verdict:
     """`picked` is a candidate's id or `baseline`; None where not even the baseline meets the constraints. `smaller`: it
-    ships because the original is over a limit of size or memory, not because it is faster."""
+    ships because the original is over a limit of size or memory, not because it is faster. `unclaimed`: why no speed-up
+    is claimed, of whatever ships."""
 
     picked: str | None
     primary_batch: str
     nearest: tuple[str, list[Check]] | None = None
     smaller: bool = False
+    unclaimed: str | None = None
 
 
 def primary_batch(spec: OptimizationSpec, measured: Sequence[str]) -> str:
@@ -68,9 +71,37 @@ def ratio_of(spec: OptimizationSpec, batch: Mapping[str, Any]) -> Mapping[str, A
 
 
 def judge(
-    spec: OptimizationSpec, baseline: Tried, candidates: Sequence[Tried], noise: Mapping[str, Mapping[str, Any]]
+    spec: OptimizationSpec,
+    baseline: Tried,
+    candidates: Sequence[Tried],
+    noise: Mapping[str, Mapping[str, Any]],
+    disturbance: Mapping[str, Any] | None = None,
 ) -> Verdict:
-    """Fill in everybody's checks and name the pick. `noise`: batch → the A/A ratio's {ratio, low, high}."""
+    """Fill in everybody's checks and name the pick. `noise`: batch → the A/A ratio's {ratio, low, high}. `disturbance`:
+    as the benchmark says it; where it does not carry a claim, nothing ships for its speed, unless the job allows it."""
+    return _judge(spec, baseline, candidates, noise, _unclaimed(spec, noise, disturbance))
+
+
+def _unclaimed(
+    spec: OptimizationSpec, noise: Mapping[str, Mapping[str, Any]], disturbance: Mapping[str, Any] | None
+) -> str | None:
+    """Why no speed-up can be claimed from this benchmark; None where one can."""
+    reasons = [str(disturbance["reason"])] if disturbance and not disturbance["claim"] else []
+    if spec.objective != "latency":
+        wide = [
+            size for size, aa in noise.items() if (at := _noise(spec, aa)) and at["high"] > MOST_WIDE_MEAN * at["low"]
+        ]
+        reasons += [f"batch {size}: the original's throughput against itself is too wide" for size in wide]
+    return "; ".join(reasons) or None
+
+
+def _judge(
+    spec: OptimizationSpec,
+    baseline: Tried,
+    candidates: Sequence[Tried],
+    noise: Mapping[str, Mapping[str, Any]],
+    unclaimed: str | None,
+) -> Verdict:
     assert baseline.figures is not None
     batch = primary_batch(spec, [*baseline.figures["batches"]])
     usual = _not_finite(baseline.figures)
@@ -82,17 +113,19 @@ def judge(
                 *_constraints(spec.constraints, tried, batch, usual),
             ]
             tried.speed = _not_faster(spec, tried, batch, noise)
+            if unclaimed is not None and not spec.benchmark.allow_noisy:
+                tried.speed = [f"no speed-up is claimed: {unclaimed}"]
     shippable = [t for t in candidates if not t.reasons]
     if shippable:
-        return Verdict(_best(spec, shippable, batch).id, batch)
+        return Verdict(_best(spec, shippable, batch).id, batch, unclaimed=unclaimed)
     if all(c.passed for c in baseline.checks):
-        return Verdict(BASELINE, batch)
+        return Verdict(BASELINE, batch, unclaimed=unclaimed)
     smaller = [t for t in candidates if _only_smaller(spec, t)]
     if smaller and any(c.name in _SIZES and not c.passed for c in baseline.checks):
-        return Verdict(_best(spec, smaller, batch).id, batch, smaller=True)
+        return Verdict(_best(spec, smaller, batch).id, batch, smaller=True, unclaimed=unclaimed)
     everyone = [t for t in (baseline, *candidates) if t.failed is None or t.missed is not None]
     nearest = min(everyone, key=lambda t: max((c.miss for c in _all_checks(t)), default=0.0))
-    return Verdict(None, batch, (nearest.id, [c for c in _all_checks(nearest) if not c.passed]))
+    return Verdict(None, batch, (nearest.id, [c for c in _all_checks(nearest) if not c.passed]), unclaimed=unclaimed)
 
 
 def _only_smaller(spec: OptimizationSpec, tried: Tried) -> bool:
@@ -178,6 +211,8 @@ def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping
         ratio = ratio_of(spec, at)
         if ratio is None:
             reasons.append(f"no speed-up known at batch size {size}")
+        elif not at.get("undisturbed", True) and not spec.benchmark.allow_noisy:
+            reasons.append(f"no speed-up is claimed at batch size {size}: too few of its rounds were undisturbed")
         elif size == batch:
             # What the baseline shows against itself is noise; a gain must lie beyond it.
             floor = _noise_floor(_noise(spec, noise.get(size)))

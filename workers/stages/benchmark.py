@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,16 +12,18 @@ import numpy as np
 from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
 from workers.kernel import Stage, StageContext, StageResult, backends
-from workers.measure import figures
+from workers.measure import claim, figures
 from workers.measure.axes import fixed_batch
 from workers.measure.benchmark_options import BASELINE, BenchmarkOptions, EngineOption
 from workers.measure.bound import bound_seconds, measure_bound
 from workers.measure.cold import Cold, cold_start
 from workers.measure.device_memory import DeviceMemory
+from workers.measure.disturbance import Disturbance
 from workers.measure.engine_process import EngineProcess, Feeds, Loaded, Prepared
 from workers.measure.inputs import InputSource
 from workers.measure.method import benchmark_method, versions
 from workers.measure.plan import LEAST_CALLS
+from workers.measure.quiet import Quiet
 from workers.measure.rounds import Timing, budget_exhausted, measure
 from workers.measure.shape_timing import SHARE, OtherShapes
 
@@ -32,28 +33,6 @@ _COLD_SHARE = 0.15
 _SHAPES_PART = 0.2  # of the progress
 _BOUND_SHARE = 0.2  # of the time left, at most, for the cheapest calls beside those that decide
 _SCREENING_SHARE = 0.5  # of the time left, at most, for a short timing of every batch size
-
-
-@dataclass
-class _Figures:
-    """What is known of one engine so far."""
-
-    data: dict[str, Any]
-    batches: dict[str, Any] = field(default_factory=dict)
-    shapes: list[dict[str, Any]] = field(default_factory=list)
-    failed: StageFailure | None = None
-
-    @classmethod
-    def start(cls, folder: Path, cold: bool) -> _Figures:
-        unknown = dict.fromkeys(("cold_start_ms", "load_ms", "first_inference_ms", "peak_memory_mb", "gpu_memory_mb"))
-        size = sum(p.stat().st_size for p in folder.iterdir())
-        why = {} if cold else {"reasons": dict.fromkeys(unknown, "not measured: it was not asked for")}
-        return cls({**unknown, "size_bytes": size, **why})
-
-    def to_json(self) -> dict[str, Any]:
-        failed = {} if self.failed is None else {"failed": self.failed.to_json()}
-        shapes = {"shapes": self.shapes} if self.shapes else {}
-        return {"batches": self.batches, **shapes, **self.data, **failed}
 
 
 class Benchmark(Stage[BenchmarkOptions]):
@@ -72,13 +51,12 @@ class Benchmark(Stage[BenchmarkOptions]):
     engines on a GPU), size_bytes, [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as JSON);
     only the baseline's failure fails the stage. Where the soft deadline does not hold the plan it is shortened, then
     the last engines are left out (`budget_exhausted`).
-    Not reusable by another job: a shortened run, or one in which an engine failed as it might not fail again. A noisy
-    one is (the same job again answers at once); who wants it measured anew asks for `"measure": "again"`, as
-    the report advises.
+    Not reusable by another job: a shortened run, one in which an engine failed as it might not fail again, or one that
+    claims nothing because the machine was busy.
     """
 
     name = "benchmark"
-    version = 8
+    version = 9
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -97,7 +75,7 @@ class _Run:
         baseline = EngineOption(id=BASELINE, backend=options.baseline_backend, runtime=options.baseline_runtime)
         self.specs = {e.id: e for e in (baseline, *options.engines)}
         self.folders = {i: ctx.inputs[i if i == BASELINE else f"engine.{i}"] for i in self.specs}
-        self.figures = {i: _Figures.start(folder, options.cold) for i, folder in self.folders.items()}
+        self.figures = {i: figures.EngineFigures.start(folder, options.cold) for i, folder in self.folders.items()}
         self.skipped: dict[str, str] = {}
         self.aa: dict[str, dict[str, Any]] = {}
         self.aa_compared: dict[str, dict[str, Any]] = {}
@@ -108,7 +86,11 @@ class _Run:
         }
         self.shortened = False
         self.load_s = self.call_s = 0.0  # of the baseline: what an engine is expected to take
-        self.noise: list[str] = []
+        self.noise: list[str] = ["a short timing claims nothing"] if options.screening else []
+        self.windows: list[Disturbance] = []
+        self.undisturbed = True
+        self.fraction = 0.0
+        self.quiet = None if options.screening else Quiet(self._waiting)
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
         self.others: OtherShapes | None = None
         self.kept_s = 0.0  # of the time left, for shapes beside the typical
@@ -134,8 +116,9 @@ class _Run:
                 ),
                 "conditions": {"before": before, "after": hardware.conditions(self.ctx.hardware)},
                 "versions": versions(engine.backend for engine in self.specs.values()),
-                "noisy": bool(self.noise),
+                "noisy": bool(self.noise) and not self.options.screening,
                 "noise": self.noise,
+                "disturbance": claim.disturbance(self.windows, self.noise, self.quiet.waited if self.quiet else 0.0),
                 "aa": self.aa,
                 **({"aa_compared": self.aa_compared} if self.options.compare_to else {}),
                 "screening": self.options.screening,
@@ -146,7 +129,7 @@ class _Run:
                 "skipped_shapes": self.others.left_out if self.others else [],
                 "engines": {i: f.to_json() for i, f in self.figures.items()},
             },
-            reusable=not passing and not self.shortened,
+            reusable=not passing and not self.shortened and self.undisturbed,
         )
 
     def _import_libraries(self) -> None:
@@ -305,7 +288,9 @@ class _Run:
             seconds=min(self.kept_s, self.ctx.seconds_left()),
             always=(BASELINE, AGAIN),
             progress=progress,
+            quiet=self.quiet,
         )
+        self.windows += [w for found in measured.values() for w in found.windows]
         for engine, found in self.others.figures(measured, BASELINE, AGAIN, self.options.seed).items():
             if engine in self.figures:
                 self.figures[engine].shapes = found
@@ -321,8 +306,8 @@ class _Run:
 
         def progress(fraction: float) -> None:
             rest = 1 - _COLD_SHARE - (_SHAPES_PART if self.kept_s else 0.0)
-            part = _COLD_SHARE + rest * (done + fraction) / count
-            self.ctx.reporter.progress(part, f"batch {batch}: {len(processes)} processes in turn")
+            self.fraction = _COLD_SHARE + rest * (done + fraction) / count
+            self.ctx.reporter.progress(self.fraction, f"batch {batch}: {len(processes)} processes in turn")
 
         found = measure(
             processes,
@@ -335,7 +320,9 @@ class _Run:
             screening=self.options.screening,
             ends=time.monotonic() + self._share(to_do),
             always=(BASELINE, AGAIN),
+            quiet=self.quiet,
         )
+        self.windows += found.windows
         self.shortened |= found.shortened
         for name, failure in found.failures.items():
             self._give_up(processes, name, failure)
@@ -357,6 +344,9 @@ class _Run:
             self.raw[f"{i}|{batch}|bound_ns"] = samples[i]
         for i, failure in failed.items():
             self.ctx.reporter.note(f"Engine {i!r} has no bound call: {failure.detail}", code=failure.code)
+
+    def _waiting(self) -> None:
+        self.ctx.reporter.progress(max(self.fraction, _COLD_SHARE), "waiting for a quiet machine")
 
     def _share(self, batches: list[int]) -> float:
         """Seconds that the first of `batches` may take of those left: large batches take longer."""
@@ -381,16 +371,17 @@ class _Run:
         if again is not baseline:
             aa = figures.a_a(baseline, again, seed)
             self.aa[str(batch)] = aa.to_json()
-            self.noise += aa.noise(batch)
+            self.noise += claim.objections(batch, baseline, again, aa.p50)
         other = self.options.compare_to
         pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None
         if pair is not None:
             self.aa_compared[str(batch)] = figures.a_a(*pair, seed).to_json()
         for name, timing in timings.items():
-            self.raw[f"{name}|{batch}|latency_ns"] = timing.all()
+            self.raw[f"{name}|{batch}|latency_ns"] = np.concatenate(timing.rounds)
             self.raw[f"{name}|{batch}|round"] = np.repeat(
                 np.arange(len(timing.rounds), dtype=np.int16), [len(r) for r in timing.rounds]
             )
+            self.raw[f"{name}|{batch}|disturbed"] = np.array(sorted(timing.disturbed), np.int16)
             if name.endswith(_AGAIN):
                 continue
             found = figures.itself() if name == BASELINE else figures.comparison(baseline, again, timing, seed)
@@ -399,3 +390,4 @@ class _Run:
                 found = figures.itself() if name == other else figures.comparison(*pair, timing, seed)
                 at["against"] = {"id": other, **found}
             self.figures[name].batches[str(batch)] = at
+            self.undisturbed &= not self.noise if not self.options.screening else at.get("undisturbed", True)

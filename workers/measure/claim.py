@@ -1,0 +1,71 @@
+"""Whether a benchmark may claim anything: what the kernel told of its windows, and the baseline against itself. Pure.
+
+Interleaving and bootstrap see what is random, A/A what differs between two processes; company on the machine is
+neither. Where too little was measured without it, or where the baseline cannot be told from something much faster or
+slower, nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from workers.measure.disturbance import Disturbance, in_a_row, to_json
+from workers.measure.rounds import Timing, counting
+from workers.measure.stats import Interval
+
+# Two processes of one engine differ by a few percent (where their memory lies); the verdict asks a gain to lie beyond
+# that. More than this is no such difference.
+MOST_APART = 1.10
+# High over low of the interval: a claim off by 15 % would lie inside of a wider one.
+MOST_WIDE = 1.15
+MOST_WIDE_MEAN = 1.3  # likewise of the means, which a few slow calls move
+# The medians of the baseline's undisturbed windows, third quartile over first: a machine whose speed drifts further
+# (clocks, a neighbour on the same memory) was not one machine during the measurement.
+MOST_DRIFT = 1.25
+
+
+def objections(batch: int, baseline: Timing, again: Timing, a_a: Interval) -> list[str]:
+    """Why nothing can be claimed at this batch size; empty where something can."""
+    rounds, enough = counting(baseline, again)
+    if not enough:
+        reasons = Counter(reason for side in (baseline, again) for reason in side.disturbed.values())
+        clean = len(rounds) - len({*baseline.disturbed, *again.disturbed})
+        kind = reasons.most_common(1)[0][0] if reasons else "nothing is known of the others"
+        return [f"batch {batch}: {clean} of {len(rounds)} rounds of the original were undisturbed ({kind})"]
+    shown = f"batch {batch}: the original against itself is {a_a.ratio:.3f} [{a_a.low:.3f}, {a_a.high:.3f}]"
+    found = []
+    if a_a.low > MOST_APART or a_a.high < 1 / MOST_APART:
+        found.append(f"{shown}, which does not hold 1.0")
+    elif a_a.high > MOST_WIDE * a_a.low:
+        found.append(f"{shown}, which is too wide to tell a gain from noise")
+    drift = max(spread([side.rounds[i] for i in rounds]) for side in (baseline, again))
+    if drift > MOST_DRIFT:
+        found.append(
+            f"batch {batch}: the original's own latency drifted by {100 * (drift - 1):.0f} % during the rounds"
+        )
+    return found
+
+
+def spread(rounds: Sequence[np.ndarray[Any, Any]]) -> float:
+    """Third quartile over first of the rounds' medians."""
+    low, high = np.quantile([float(np.median(r)) for r in rounds], (0.25, 0.75))
+    return float(high / low) if low > 0 else 1.0
+
+
+def disturbance(windows: Iterable[Disturbance], reasons: Sequence[str], waited_seconds: float) -> dict[str, Any]:
+    """{claim, reason, clean_windows, dropped_windows, waited_seconds, waited_share, steal_share, others_share,
+    sources}: what a report says of a benchmark whose windows these were (those that were taken again included)."""
+    taken = [*windows]
+    dropped = sum(w.disturbed is not None for w in taken)
+    return to_json(
+        in_a_row(taken),
+        claim=not reasons,
+        reason="; ".join(reasons) or None,
+        clean_windows=len(taken) - dropped,
+        dropped_windows=dropped,
+        waited_seconds=round(waited_seconds, 2),
+    )
