@@ -59,6 +59,7 @@ def report_page(report: _Json, job_id: str) -> str:
         _warnings(report),
         _tiles(final),
         _measured_at(final),
+        _beside_the_original(final),
         _section("Latency (p50, lower is better)", _latencies(report)),
         _section("Speed-up over the original, with its 95 % interval", _speedups(report)),
         _section("At every shape", _rows(report.get("shapes"), _SHAPES, 16)),
@@ -68,7 +69,7 @@ def report_page(report: _Json, job_id: str) -> str:
         _section("The search, in the order of trying", _search(report)),
         _section("Deployment", _deployment(report)),
         _section("Layers that quantization hurts most", _rows(report.get("sensitivity"), _SENSITIVITY, 10)),
-        _section("Where the time goes", _rows(_object(report, "profile").get("layers"), _LAYERS, 12)),
+        _section("Where the time goes", _profile(_object(report, "profile"))),
         _section("Recommendations", _list(report.get("recommendations"))),
         _section("Method", _facts(_object(report, "method"))),
         _section("Environment", _facts(_object(report, "environment"))),
@@ -126,6 +127,8 @@ def _tiles(final: _Json) -> str:
     verdict = final.get("accuracy_verdict")
     if verdict is not None:
         wanted["accuracy_loss_percent"] = f"points of accuracy lost, {_text(verdict)}"
+    if final.get("speedup_ci"):
+        wanted["speedup"] = f"speed-up, 95 %{_interval(final['speedup_ci'])}"
     tiles = "".join(f"<div class=tile><b>{_text(final[n])}</b>{wanted[n]}</div>" for n in there)
     if not tiles:
         return ""
@@ -151,6 +154,30 @@ def _measured_at(final: _Json) -> str:
     if isinstance(shape, Mapping):
         where += ", with " + ", ".join(f"{_text(name)} [{_text(dims)}]" for name, dims in shape.items())
     return f"<p class=sub>Measured {where}.</p>"
+
+
+def _beside_the_original(final: _Json) -> str:
+    """What the tiles leave out: the original's figures, and the cheaper call."""
+    told = []
+    if final.get("original_latency_ms") is not None:
+        told.append(f"The original takes {_text(final['original_latency_ms'])} ms; both called as infer.py calls.")
+    bound = _object(final, "bound")
+    if bound.get("p50_ms") is not None:
+        told.append(f"With inputs and outputs bound before, the engine takes {_text(bound['p50_ms'])} ms.")
+    if final.get("original_accuracy_value") is not None:
+        ours, theirs = _text(final.get("accuracy_value")), _text(final["original_accuracy_value"])
+        of = f"{_text(final.get('accuracy_metric'))} is {ours}, the original's {theirs}"
+        told.append(
+            f"{of}, on {_text(final.get('accuracy_samples'))} samples, by {_text(final.get('accuracy_basis'))}."
+        )
+    return f"<p class=sub>{' '.join(told)}</p>" if told else ""
+
+
+def _profile(profile: _Json) -> str:
+    distorted = profile.get("distorted")
+    warning = f"<p class=no>Not to be relied on: {_text(distorted)}.</p>" if distorted else ""
+    rows = _rows(profile.get("layers"), _LAYERS, 12)
+    return warning + rows if rows else ""
 
 
 def _configurations(report: _Json) -> list[_Json]:
@@ -240,7 +267,12 @@ def _candidates(report: _Json) -> str:
     for c in _configurations(report):
         accuracy = _object(c, "accuracy")
         loss, samples = accuracy.get("loss_percent"), accuracy.get("samples")
-        shown = None if loss is None else f"{_text(loss)} ({_text(accuracy.get('metric'))}, {_text(samples)} samples)"
+        shown = None
+        if loss is not None:
+            metric, values = _text(accuracy.get("metric")), ""
+            if accuracy.get("baseline_value") is not None:
+                values = f" {_text(accuracy.get('value'))}, the original {_text(accuracy['baseline_value'])}"
+            shown = f"{_text(loss)} ({metric}{values}, {_text(samples)} samples)"
         verdict = "the baseline" if c.get("id") == "baseline" else f"{_text(c.get('status'))}: {c.get('reason')}"
         memory, on_gpu = c.get("memory_mb"), c.get("gpu_memory_mb")
         memory = memory if on_gpu is None else f"{_text(memory)} and {_text(on_gpu)} of the GPU's"
