@@ -122,8 +122,8 @@ class Narrowing:
 class Case:
     """What is known of the job before anything is tried. `ops`: op type → count in the exported graph. `kind`: as in
     `workers.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.onnx_arithmetic`. `size_bytes`: of the
-    exported model. `same_data`: one data set for
-    calibration and validation, which is split."""
+    exported model. `same_data`: one data set for calibration and validation, which is split. `random`: the original
+    does not answer the same twice."""
 
     spec: OptimizationSpec
     ops: Mapping[str, int]
@@ -136,6 +136,7 @@ class Case:
     arithmetic: Mapping[str, Any] = field(default_factory=dict)
     has_calibration: bool = False
     same_data: bool = False
+    random: bool = False
 
     @property
     def int8_pays(self) -> bool:

@@ -61,6 +61,13 @@ class ShapeRange(_Strict):
         return self
 
 
+class InputOptions(_Strict):
+    """`batch_axis`: the axis of an input along which the samples of a batch lie, where that is not the first one (1 for
+    a recurrent state [layers, batch, size]); null for an input without a batch (an edge list, a set, a parameter)."""
+
+    batch_axis: Annotated[int, Field(ge=0, le=63)] | None
+
+
 class Calibration(_Strict):
     dataset_id: str
     method: CalibrationMethod = "auto"
@@ -205,6 +212,7 @@ class OptimizationSpec(_Strict):
     target: Target = Target()
     precisions: list[Precision] | None = Field(default=None, min_length=1)
     shapes: dict[Name, ShapeRange] | None = None
+    inputs: dict[Name, InputOptions] | None = None
     calibration: Calibration | None = None
     validation: Validation = Validation()
     constraints: Constraints = Constraints()

@@ -24,13 +24,14 @@ Tensor = tuple[str, int, Sequence[Dim]]  # name, type, shape
 
 @dataclass(frozen=True)
 class ModelCase:
-    """`spec`: fields of the job beside model, data and budgets."""
+    """`spec`: fields of the job beside model, data and budgets. `random`: two calls of the model never agree."""
 
     name: str
     model: ModelProto
     held: Mapping[str, Feeds]
     data: Feeds | None = None
     spec: Mapping[str, Any] = field(default_factory=dict)
+    random: bool = False
 
 
 CASES: dict[str, Callable[[], ModelCase]] = {}
@@ -100,6 +101,7 @@ def dup_names(name: str) -> ModelCase:
     return ModelCase(name, model, _rows(make), _drawn(make))
 
 
+@case
 def random_original(name: str) -> ModelCase:
     """Dropout in training mode and a RandomNormalLike: two calls never agree."""
     net = GraphBuilder(2)
@@ -113,9 +115,10 @@ def random_original(name: str) -> ModelCase:
     def make(rng: np.random.Generator, n: int) -> Feeds:
         return {"x": floats(rng, n, 16)}
 
-    return ModelCase(name, model, _rows(make), _drawn(make))
+    return ModelCase(name, model, _rows(make), _drawn(make), random=True)
 
 
+@case
 def lstm_lengths(name: str) -> ModelCase:
     """A bidirectional LSTM with `sequence_lens` as an input: random lengths of 0 to 9 do not fit its 6 steps."""
     net, steps, size, hidden = GraphBuilder(3), 6, 10, 24
@@ -137,6 +140,7 @@ def lstm_lengths(name: str) -> ModelCase:
     return ModelCase(name, model, _rows(make), _drawn(make))
 
 
+@case
 def small_vocab(name: str) -> ModelCase:
     """Categories of 2, 7 and 4 values, columns of one input: random ids of 0 to 9 are out of range."""
     net, sizes = GraphBuilder(4), (2, 7, 4)
@@ -155,6 +159,7 @@ def small_vocab(name: str) -> ModelCase:
     return ModelCase(name, model, _rows(make), _drawn(make, 300))
 
 
+@case
 def weekday(name: str) -> ModelCase:
     """One category of 7 values: a random id of 0 to 9 fits by chance at one batch size and not at the other."""
     net = GraphBuilder(5)
@@ -169,6 +174,7 @@ def weekday(name: str) -> ModelCase:
     return ModelCase(name, model, _rows(make), _drawn(make, 300))
 
 
+@case
 def lstm_state(name: str) -> ModelCase:
     """Recurrent state as input and output, with the batch on its second axis; no data."""
     net, size, hidden = GraphBuilder(6), 8, 16
@@ -287,6 +293,7 @@ def dup_dim_symbol(name: str) -> ModelCase:
     return ModelCase(name, model, held, _drawn(make, 100), {"shapes": {"x": wanted}})
 
 
+@case
 def roialign(name: str) -> ModelCase:
     """Features [n, …], boxes [r, 4] and the picture of each box [r]; pictures of 0 to 9 do not exist; no data."""
     net = GraphBuilder(12)

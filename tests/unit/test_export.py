@@ -83,6 +83,8 @@ def test_mlp(tmp_path: Path) -> None:
         "shape_inference": "passed",
         "first_inference": [{"batch": 1, "passed": True}, {"batch": 2, "passed": True}],
         "finite_outputs": {"passed": True, "tensors": []},
+        "first_inference_on": "random inputs",
+        "repeats_itself": {"passed": True},
     }
     assert {v.name for v in model.graph.value_info} == {"h", "a"}
 

@@ -7,7 +7,9 @@ that knows an input's shape knows its batch axis.
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from workers.kernel import TensorSpec
 
@@ -58,6 +60,62 @@ def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:
         return None
     assert isinstance(sizes[0], int)
     return sizes[0]
+
+
+def with_axes(inputs: Sequence[TensorSpec], wanted: Mapping[str, int | None]) -> list[TensorSpec]:
+    """The inputs with symbols that make `batch_axes` answer as `wanted` says, for those that it names."""
+    symbol = batch_symbol([s for s in inputs if s.name not in wanted])
+    batch = symbol if symbol is not None and BATCH in symbol.lower() else BATCH
+    found = []
+    for spec in inputs:
+        shape = list(spec.shape)
+        axis = wanted.get(spec.name, -1)
+        for at, dim in enumerate(spec.shape):
+            if spec.name not in wanted or not isinstance(dim, str):
+                continue
+            if at == axis:
+                shape[at] = batch
+            elif dim == batch or axis is None:
+                shape[at] = f"{dim}{UNBATCHED}"
+        found.append(replace(spec, shape=tuple(shape)))
+    return found
+
+
+def axes_to_try(inputs: Sequence[TensorSpec]) -> list[dict[str, int | None]]:
+    """Where else the batch may stand, the likelier first, for a model that does not run as its symbols read: behind a
+    fixed first axis (recurrent states [layers, batch, size]), or behind the sequence."""
+    known = batch_axes(inputs)
+    behind: dict[str, int | None] = {}
+    second: dict[str, int | None] = {}
+    for spec in inputs:
+        free = [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str)]
+        if free and known[spec.name] is None:
+            behind[spec.name] = free[0]
+        elif free[:2] == [0, 1] and known[spec.name] == 0 and len(spec.shape) > 2:
+            second[spec.name] = 1
+    return [h for h in (behind, second, {**behind, **second} if behind and second else {}) if h]
+
+
+def told_by_sizes(inputs: Sequence[TensorSpec], sizes: Mapping[str, Sequence[int]]) -> dict[str, int | None]:
+    """What the shapes of a data set's arrays tell that the symbols do not: the batch is on the axis that has as many
+    elements as there are samples; an array that has no such axis is whole in every sample."""
+    known = batch_axes(inputs)
+    counts = Counter(
+        sizes[s.name][a] for s in inputs if (a := known[s.name]) is not None and len(sizes[s.name]) == len(s.shape)
+    )
+    if not counts:
+        return {}
+    samples = counts.most_common(1)[0][0]
+    told: dict[str, int | None] = {}
+    for spec in inputs:
+        axis, have = known[spec.name], sizes[spec.name]
+        if len(have) != len(spec.shape) or (axis is not None and have[axis] == samples):
+            continue
+        free = (a for a, dim in enumerate(spec.shape) if isinstance(dim, str) and have[a] == samples)
+        found = next(free, None)
+        if found != axis:
+            told[spec.name] = found
+    return told
 
 
 def sample_shape(spec: TensorSpec, axis: int | None) -> tuple[int | str, ...]:

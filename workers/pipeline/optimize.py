@@ -135,13 +135,17 @@ class Optimizer:
         options = {
             "format": self.model.format,
             "shapes": self.data.shapes,
+            "batch_axes": {n: i.batch_axis for n, i in self.spec.inputs.items()} if self.spec.inputs else None,
             "max_unpacked_bytes": self.limits.unpacked_bytes,
             "max_members": self.limits.archive_members,
             "max_ratio": self.limits.compression_ratio,
         }
+        inputs = {"source": source}
+        if self.data.validation is not None:
+            inputs["data"] = self.data.validation  # the model is tried on what it is for
         _, hard = self.budget.limits(self.budget.end)
         try:
-            return self.runner.run("export", {"source": source}, options, weight=WEIGHTS["export"], seconds=hard)
+            return self.runner.run("export", inputs, options, weight=WEIGHTS["export"], seconds=hard)
         except StageFailure as failure:
             if failure.code == "timed_out" and self.budget.over(self.budget.end):
                 raise self._too_small("the export") from failure
@@ -159,6 +163,7 @@ class Optimizer:
             cores=int(self.runner.hardware.get("cores") or 1),
             hardware=self.runner.hardware,
             arithmetic=structure["arithmetic"],
+            random=not export.data["checks"]["repeats_itself"]["passed"],
             has_calibration=self.data.calibration is not None,
             same_data=self.data.same,
         )

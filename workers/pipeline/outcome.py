@@ -13,7 +13,7 @@ from app.domain.spec import OptimizationSpec
 from workers.candidates import Case
 from workers.pipeline.ablation import Part
 from workers.pipeline.evaluate import CandidateRun
-from workers.pipeline.planner import Plan
+from workers.pipeline.planner import RANDOM, Plan
 from workers.pipeline.runner import Outcome
 from workers.pipeline.search import Found
 from workers.pipeline.select import Tried, Verdict
@@ -64,7 +64,9 @@ class Proof:
         """What makes figures of this job worthless: company on the machine; and of the data, seen by whoever was judged
         on them."""
         seen = [(r.tried.accuracy or {}).get("warnings") or r.selected.get("warnings") or [] for r in self.runs]
-        return list(dict.fromkeys([*self._unclaimed(), *(warning for warnings in seen for warning in warnings)]))
+        own = [f"Nothing was tried, and the original ships: {RANDOM}. Export it in evaluation mode."]
+        told = [*(own if self.case.random else []), *self._unclaimed()]
+        return list(dict.fromkeys([*told, *(warning for warnings in seen for warning in warnings)]))
 
     def _unclaimed(self) -> list[str]:
         if self.verdict.picked is None or self.verdict.unclaimed is None:

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from workers.candidates import Candidate, Case, Skipped
 from workers.kernel import Backend
 
+RANDOM = (
+    "the original is random: it answers differently when it is asked the same twice (dropout in training mode, or "
+    "numbers that it draws), so that no engine can be compared with it"
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +31,8 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
     ]
     if not allowed:
         return Plan((), (Skipped("all", "this worker has no backend that the job allows"),))
+    if case.random:
+        return Plan((), (Skipped("all", RANDOM),))
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
     for backend in allowed:

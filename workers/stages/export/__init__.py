@@ -11,24 +11,28 @@ from workers.kernel import Stage, StageContext, StageOptions, StageResult, Tenso
 from workers.onnx_arithmetic import describe_arithmetic
 from workers.onnx_files import size_of
 from workers.onnx_graph import describe_structure, opset_of
-from workers.stages.export._pipeline import Exported, export_onnx
+from workers.stages.export._first_inference import Exported
+from workers.stages.export._pipeline import export_onnx
 from workers.stages.export._source import unpack
+from workers.stages.export._trial import TrialInputs
 
 
 class ExportOptions(StageOptions):
-    """`format`: of the uploaded file. `shapes`: the user's ranges by input, checked against the model. The others bound
-    what an archive may unpack to."""
+    """`format`: of the uploaded file. `shapes`: the user's ranges by input, and `batch_axes`: of the inputs that the
+    user names (None: no batch), both checked against the model. The others bound what an archive may unpack to."""
 
     format: Literal["onnx", "archive", "pt2"] = "onnx"
     min_opset: int = Field(default=17, ge=7, le=64)
     shapes: dict[str, ShapeRange] | None = None
+    batch_axes: dict[str, int | None] | None = None
     max_unpacked_bytes: int = Field(default=32 << 30, ge=1)
     max_members: int = Field(default=10_000, ge=1)
     max_ratio: float = Field(default=200.0, ge=1)
 
 
 class Export(Stage[ExportOptions]):
-    """Input `source` (one file) → output `model` (`model.onnx`; large weights in `model.onnx.data`)."""
+    """Inputs `source` (one file) and, where the job has a data set, `data` (one file, on whose samples the model is
+    tried) → output `model` (`model.onnx`; large weights in `model.onnx.data`)."""
 
     name: ClassVar[str] = "export"
     version: ClassVar[int] = 3
@@ -39,8 +43,9 @@ class Export(Stage[ExportOptions]):
         """Raises StageFailure: `invalid_model`, `invalid_graph`, `unsupported_op`, `unsupported_opset`,
         `unsupported_input_type`, `unsupported_output_type`, `no_inputs`, `no_outputs`, `dynamic_rank`,
         `external_data_missing`, `external_data_outside`, `archive_*`, `load_failed`, `inference_failed`,
-        `shape_mismatch` and `missing_extra` (kind REQUEST), `export_failed`, `export_mismatch`, `unsafe_program`."""
-        source = ctx.only_file("source")
+        `shape_mismatch`, `batch_axis_mismatch` and `missing_extra` (kind REQUEST), `export_failed`, `export_mismatch`,
+        `unsafe_program`, and `dataset_*` (kind DATA)."""
+        source, data = ctx.only_file("source"), ctx.only_file("data") if "data" in ctx.inputs else None
         reporter = ctx.reporter
         reporter.progress(0.0, "reading the upload")
         program = None
@@ -64,11 +69,13 @@ class Export(Stage[ExportOptions]):
             min_opset=options.min_opset,
             shapes=options.shapes,
             progress=reporter.progress,
+            axes=options.batch_axes,
+            data=data,
         )
         if program is not None:
             reporter.progress(0.9, "comparing with the source program")
             shapes = {n: r.model_dump() for n, r in options.shapes.items()} if options.shapes else None
-            exported.checks["source_comparison"] = program.check(exported, shapes)
+            exported.checks["source_comparison"] = program.check(exported, TrialInputs(data, shapes), shapes)
             exported.notes += program.notes
         for note in exported.notes:
             reporter.note(note)

@@ -242,6 +242,25 @@ def check_shapes(inputs: Sequence[TensorSpec], shapes: Mapping[str, ShapeRange] 
                 )
 
 
+def check_axes(inputs: Sequence[TensorSpec], axes: Mapping[str, int | None]) -> None:
+    """The user's batch axes must be ones of the model's inputs; raises `batch_axis_mismatch` (kind REQUEST)."""
+    by_name = {spec.name: spec for spec in inputs}
+    for name, axis in axes.items():
+        if name not in by_name:
+            detail = f"The model has no input {name!r}; it has {', '.join(sorted(by_name))}."
+        elif axis is not None and axis >= len(by_name[name].shape):
+            detail = f"Input {name!r} has shape {list(by_name[name].shape)}, without an axis {axis}."
+        else:
+            continue
+        raise StageFailure(
+            "batch_axis_mismatch",
+            detail,
+            FailureKind.REQUEST,
+            tensor=name,
+            remedy=f"Name an axis of the model's input in `inputs.{name}.batch_axis`, or null where it has no batch.",
+        )
+
+
 def _mismatch(tensor: str, detail: str) -> StageFailure:
     return StageFailure(
         "shape_mismatch",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from onnx import GraphProto, ModelProto, ValueInfoProto
 
-from app.domain.spec import ShapeRange
+from workers.kernel import TensorSpec
 from workers.onnx_graph import all_nodes, nodes_of, subgraphs, tensor_spec
 
 # What exporters write for a size that they do not know: no name, so nothing is said about two axes that carry it.
@@ -50,22 +50,35 @@ def forget_placeholders(model: ModelProto) -> None:
                 dim.ClearField("dim_param")
 
 
-def rename_apart(model: ModelProto, shapes: Mapping[str, ShapeRange] | None) -> list[str]:
-    """Where one symbol stands on several axes of an input, and the job's shapes give those different sizes, the axes
-    get names of their own: the job knows better than the exporter. Returns notes."""
+def rename_apart(model: ModelProto, sizes: Mapping[str, Sequence[Sequence[int]]], who: str) -> list[str]:
+    """Where one symbol stands on several axes of an input, and `who` (the job's shapes, the data) knows them to differ,
+    the axes get names of their own: an exporter's name is no proof. `sizes`: input → shapes. Returns notes."""
     notes = []
     for info in model.graph.input:
-        wanted, spec = (shapes or {}).get(info.name), tensor_spec(info)
-        if wanted is None or len(wanted.opt) != len(spec.shape):
-            continue
-        sizes = list(zip(wanted.min, wanted.opt, wanted.max, strict=True))
-        for symbol in {d for d in spec.shape if isinstance(d, str) and spec.shape.count(d) > 1}:
+        spec = tensor_spec(info)
+        known = [shape for shape in sizes.get(info.name, ()) if len(shape) == len(spec.shape)]
+        for symbol in dict.fromkeys(d for d in spec.shape if isinstance(d, str) and spec.shape.count(d) > 1):
             axes = [axis for axis, dim in enumerate(spec.shape) if dim == symbol]
-            if len({sizes[axis] for axis in axes}) > 1:
+            if any(len({shape[axis] for axis in axes}) > 1 for shape in known):
                 for axis in axes:
                     info.type.tensor_type.shape.dim[axis].dim_param = f"{info.name}_dim_{axis}"
-                notes.append(f"Axes {axes} of input {info.name!r} are both {symbol!r}; the shapes say they differ.")
+                notes.append(f"Axes {axes} of input {info.name!r} are both {symbol!r}; by {who} they differ.")
     return notes
+
+
+def write_symbols(model: ModelProto, before: Sequence[TensorSpec], after: Sequence[TensorSpec]) -> None:
+    """Give the inputs the symbols of `after`. Where every input's axis of a symbol got the same new one, so do outputs
+    and the tensors between."""
+    infos = {info.name: info for info in model.graph.input}
+    renamed: dict[str, set[str]] = {}
+    for old, new in zip(before, after, strict=True):
+        for axis, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)):
+            if isinstance(a, str) and isinstance(b, str):
+                renamed.setdefault(a, set()).add(b)
+                infos[old.name].type.tensor_type.shape.dim[axis].dim_param = b
+    for symbol, found in renamed.items():
+        if len(found) == 1 and found != {symbol}:
+            rename_symbol(model, symbol, found.pop())
 
 
 # What quantizers and converters make of the name of a tensor, for those that they put beside it.

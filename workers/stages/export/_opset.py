@@ -10,14 +10,13 @@ import onnx
 from onnx import ModelProto, version_converter
 
 from app.domain.failures import StageFailure
-from workers.data import synthetic_feeds
 from workers.onnx_graph import external_tensors, opset_of
-from workers.stages.export._trial import batch_sizes, compare, open_session
+from workers.stages.export._trial import TrialInputs, batch_sizes, compare, open_session
 from workers.stages.export._write import write_model
 
 
 def raise_opset(
-    model: ModelProto, minimum: int, workspace: Path, shapes: Mapping[str, Any] | None
+    model: ModelProto, minimum: int, workspace: Path, trial: TrialInputs, shapes: Mapping[str, Any] | None
 ) -> tuple[ModelProto, list[str]]:
     """The model at opset `minimum` or above, and notes. Where the converter cannot, or its result computes something
     else, the model stays as it is and a note says why."""
@@ -32,7 +31,7 @@ def raise_opset(
     if reason is None:
         converted, reason = _convert(model, minimum)
         if converted is not None:
-            reason = _difference(model, converted, workspace, shapes)
+            reason = _difference(model, converted, workspace, trial, shapes)
             if reason is None:
                 return converted, [f"Opset raised from {before} to {opset_of(converted)}."]
     return model, [f"Opset kept at {before}: {reason}."]
@@ -52,7 +51,7 @@ def _convert(model: ModelProto, minimum: int) -> tuple[ModelProto | None, str | 
 
 
 def _difference(
-    model: ModelProto, converted: ModelProto, workspace: Path, shapes: Mapping[str, Any] | None
+    model: ModelProto, converted: ModelProto, workspace: Path, trial: TrialInputs, shapes: Mapping[str, Any] | None
 ) -> str | None:
     """Why the converted model cannot be believed, or None."""
     folders = [workspace / "opset_before", workspace / "opset_after"]
@@ -67,7 +66,7 @@ def _difference(
     except StageFailure:
         return None  # only the new one runs at all: there is nothing to differ from
     for batch in batch_sizes(old.inputs, shapes):
-        feeds = synthetic_feeds(old.inputs, batch, shapes, seed=17 + batch)
+        feeds = trial.at(old.inputs, batch, 0)
         try:
             wanted = old.run(feeds)
         except StageFailure:
