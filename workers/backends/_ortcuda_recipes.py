@@ -90,7 +90,12 @@ def _int8(case: Case, candidates: list[Candidate], skipped: list[Skipped]) -> No
         return
     step = Step(
         "convert",
-        {"recipe": "int8", "method": recipes.calibration_method(case), **recipes.calibration_options(case)},
+        {
+            "recipe": "int8",
+            "method": recipes.calibration_method(case),
+            **recipes.calibration_options(case),
+            **recipes.kept_nodes(case),
+        },
         ("calibration",),
     )
     name = "CUDA, int8 Q/DQ computed in fp32"

@@ -1,5 +1,5 @@
-"""What the converters need to know of the data: ranges of activations, and how much each channel matters; and how far a
-converted graph is from the original on ONNX Runtime's CPU provider."""
+"""What the converters need to know of the data: how much each channel matters; and how far a converted graph is from
+the original on ONNX Runtime's CPU provider."""
 
 from __future__ import annotations
 
@@ -16,29 +16,6 @@ from workers.backends import _precision_graph as graphs
 
 Array = np.ndarray[Any, Any]
 Batches = Callable[[int], Iterable[Mapping[str, Array]]]
-
-
-def ranges(
-    model: Path,
-    tensors: Sequence[str],
-    batches: Batches,
-    *,
-    method: calibration.Method,
-    percentile: float,
-    total: int,
-    progress: Callable[[float, str], None],
-) -> calibration.Ranges:
-    """Symmetric ranges of `tensors` over the data, as `_ort_calibrate.calibrate`."""
-    return calibration.calibrate(
-        model,
-        tensors,
-        batches,
-        method=method,
-        percentile=percentile,
-        symmetric=True,
-        progress=progress,
-        total=total,
-    )
 
 
 def mean_squares(model: Path, tensors: Sequence[str], batches: Batches) -> dict[str, Array]:

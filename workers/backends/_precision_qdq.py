@@ -22,7 +22,7 @@ from workers.backends import _precision_graph as graphs
 Eight = Literal["int8", "fp8"]
 Scales = Literal["fp32", "fp16", "bf16"]
 OPSET = 19  # Q/DQ of float8, and of float16 and bfloat16 values
-_LARGEST: dict[Eight, float] = {"int8": 127.0, "fp8": 448.0}
+LARGEST: dict[Eight, float] = {"int8": 127.0, "fp8": 448.0}
 _SCALE_TYPES: dict[Scales, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 # Smallest scale by the type it is stored in; below the normal numbers of float16 the bits run out.
 _LEAST: dict[Scales, float] = {"fp32": 1e-12, "fp16": 2.0**-14, "bf16": 1e-12}
@@ -49,10 +49,32 @@ class Placed:
 
 def targets(model: ModelProto, eight: Eight, op_types: Collection[str] | None, excluded: Collection[str]) -> Targets:
     """What there is to quantize; needs inferred types."""
+    weights, floats = graphs.float_weights(model), graphs.float_tensors(model)
+    nodes = _weighted(model, eight, op_types, excluded)
+    branches = _residuals(model, set(nodes), weights, floats, excluded) if _with_sums(op_types) else []
+    tensors = [model.graph.node[i].input[0] for i in nodes] + [model.graph.node[i].input[k] for i, k in branches]
+    return Targets(tuple(nodes), tuple(branches), tuple(sorted(set(tensors))))
+
+
+def roundable(model: ModelProto, eight: Eight, op_types: Collection[str] | None) -> tuple[str, ...]:
+    """The activations that get a pair whichever nodes are excluded, sorted: which side of a sum that is depends on
+    that."""
+    everything = targets(model, eight, op_types, ())
+    sums = [model.graph.node[index].input for index, _ in everything.branches]
+    return tuple(sorted({*everything.tensors, *(name for names in sums for name in names)}))
+
+
+def _with_sums(op_types: Collection[str] | None) -> bool:
+    return op_types is None or "Add" in op_types
+
+
+def _weighted(
+    model: ModelProto, eight: Eight, op_types: Collection[str] | None, excluded: Collection[str]
+) -> list[int]:
     graph = model.graph
     weights, floats = graphs.float_weights(model), graphs.float_tensors(model)
     wanted = set(graphs.WEIGHTED_OPS if op_types is None else op_types)
-    nodes = [
+    return [
         index
         for index, node in enumerate(graph.node)
         if node.op_type in wanted
@@ -65,9 +87,6 @@ def targets(model: ModelProto, eight: Eight, op_types: Collection[str] | None, e
         and (eight == "int8" or _suits_fp8(node, weights[node.input[1]]))
         and len(weights[node.input[1]].dims) >= 2
     ]
-    branches = _residuals(model, set(nodes), weights, floats) if op_types is None or "Add" in wanted else []
-    tensors = [graph.node[i].input[0] for i in nodes] + [graph.node[i].input[k] for i, k in branches]
-    return Targets(tuple(nodes), tuple(branches), tuple(sorted(set(tensors))))
 
 
 def _suits_fp8(node: NodeProto, weight: TensorProto) -> bool:
@@ -78,7 +97,11 @@ def _suits_fp8(node: NodeProto, weight: TensorProto) -> bool:
 
 
 def _residuals(
-    model: ModelProto, nodes: set[int], weights: Mapping[str, TensorProto], floats: set[str]
+    model: ModelProto,
+    nodes: set[int],
+    weights: Mapping[str, TensorProto],
+    floats: set[str],
+    excluded: Collection[str],
 ) -> list[tuple[int, int]]:
     """Sums of a quantized convolution's output (read by nothing else) and another activation: the other's position."""
     graph = model.graph
@@ -87,7 +110,7 @@ def _residuals(
     convolutions = {graph.node[i].output[0] for i in nodes if graph.node[i].op_type in ("Conv", "ConvTranspose")}
     found = []
     for index, node in enumerate(graph.node):
-        if node.op_type != "Add" or any(n in weights or n not in floats for n in node.input):
+        if node.op_type != "Add" or node.name in excluded or any(n in weights or n not in floats for n in node.input):
             continue
         fused = [k for k, n in enumerate(node.input) if n in convolutions and readers[n] == 1]
         if fused:
@@ -199,7 +222,7 @@ class _Writer:
 
     def _scale(self, largest: Any) -> Any:
         """Positive, and as it will be stored: rounding it later would shift every value."""
-        scale = np.maximum(np.asarray(largest, np.float32) / _LARGEST[self.eight], _LEAST[self.scales])
+        scale = np.maximum(np.asarray(largest, np.float32) / LARGEST[self.eight], _LEAST[self.scales])
         return scale.astype(_SCALE_TYPES[self.scales]).astype(np.float32)
 
     def _constant(self, name: str, array: Any) -> None:

@@ -1,4 +1,4 @@
-"""One graph in which every quantizable node can be switched between float and simulated int8 while it runs.
+"""One graph in which every quantizable node can be switched between float and simulated 8 bits while it runs.
 
 Each node stands in an `If`: one branch is the node as it was, in the other its inputs, weights and (where its kernel
 would) outputs pass through Q/DQ. All variants share one session and one copy of the weights; a variant costs a run.
@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from workers.backends import _precision_qdq as qdq
 from workers.backends._ort_quantize import computes_on_weights, follows_its_input
 from workers.backends._qdq_surgery import load_weight
 
 Array = np.ndarray[Any, Any]
-Recipe = Literal["dynamic_int8", "static_int8"]
+Ranges = dict[str, tuple[float, float]]  # lowest and highest value by tensor
+Recipe = Literal["dynamic_int8", "static_int8", "int8", "fp8"]
 
 SWITCHES = "__quantized__"  # the added input: bool [number of nodes], in the order of `nodes`
 _CLIPPING = ("Relu", "Clip")  # the quantizer folds them into the range of what they write
@@ -28,7 +31,8 @@ _CLIPPING = ("Relu", "Clip")  # the quantizer folds them into the range of what 
 
 @dataclass(frozen=True)
 class Simulation:
-    """How a node is quantized. `ranges`: of the activations (static only). `rounded_outputs`: see `_qdq_surgery`."""
+    """How a node is quantized: by `quantize` (dynamic_int8, static_int8) or by `convert` (int8, fp8: always symmetric).
+    `ranges`: of the activations (static only). `rounded_outputs`: see `_qdq_surgery`."""
 
     recipe: Recipe
     ranges: Mapping[str, tuple[float, float]]
@@ -40,10 +44,11 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Switchable:
-    """A node that can be switched."""
+    """A node that can be switched. `inputs`: the positions at which its activations are rounded; None: all of them."""
 
     name: str
     op_type: str
+    inputs: tuple[int, ...] | None = None
 
 
 def switchable(
@@ -62,12 +67,22 @@ def switchable(
     return found
 
 
+def converted(model: onnx.ModelProto, wanted: qdq.Targets, ranges: Collection[str]) -> list[Switchable]:
+    """The nodes at which `convert` places its pairs, in the graph's order, where there is a range."""
+    positions: dict[int, list[int]] = {}
+    for index, position in (*((i, 0) for i in wanted.nodes), *wanted.branches):
+        if model.graph.node[index].input[position] in ranges:
+            positions.setdefault(index, []).append(position)
+    nodes = model.graph.node
+    return [Switchable(nodes[i].name, nodes[i].op_type, tuple(at)) for i, at in sorted(positions.items())]
+
+
 def write(prepared: Path, out: Path, nodes: Sequence[Switchable], simulation: Simulation) -> None:
     """Write the switchable form of the model file `prepared` to `out`, in the same folder (external weights are found
     there); the int8 weights go into a file of their own beside it."""
     model = onnx.load(prepared, load_external_data=False)
     with out.with_name(f"{out.name}.int8").open("wb") as data:
-        _Writer(model, prepared.parent, data, simulation).rewrite([n.name for n in nodes])
+        _Writer(model, prepared.parent, data, simulation).rewrite(nodes)
     onnx.save(model, out)
 
 
@@ -93,10 +108,13 @@ class _Writer:
         self.by_input = {name: node for node in model.graph.node for name in node.input}
         self.rounded: dict[tuple[str, int | None], tuple[str, str, str]] = {}
         self.constants: dict[str, TensorProto] = {}
+        self.positions: dict[str, tuple[int, ...] | None] = {}
+        self.eight: qdq.Eight = "fp8" if simulation.recipe == "fp8" else "int8"
 
-    def rewrite(self, names: Sequence[str]) -> None:
+    def rewrite(self, switchable: Sequence[Switchable]) -> None:
         graph = self.model.graph
-        order = {name: index for index, name in enumerate(names)}
+        order = {node.name: index for index, node in enumerate(switchable)}
+        self.positions = {node.name: node.inputs for node in switchable}
         nodes: list[NodeProto] = []
         for node in graph.node:
             index = order.get(node.name)
@@ -104,7 +122,7 @@ class _Writer:
         del graph.node[:]
         graph.node.extend(nodes)
         graph.initializer.extend(self.constants.values())
-        graph.input.append(helper.make_tensor_value_info(SWITCHES, TensorProto.BOOL, [len(names)]))
+        graph.input.append(helper.make_tensor_value_info(SWITCHES, TensorProto.BOOL, [len(switchable)]))
 
     def _switched(self, node: NodeProto, index: int) -> list[NodeProto]:
         at = self._constant(f"{SWITCHES}/at/{index}", np.asarray(index, np.int64))
@@ -158,8 +176,9 @@ class _Writer:
                 return name
             made = branch.add("DynamicQuantizeLinear", [name], f"q{position}", 3)
             return branch.add("DequantizeLinear", made, f"dq{position}")[0]
-        found = self.simulation.ranges.get(name)
-        return name if found is None else self._round(branch, name, found, f"in{position}")
+        positions, found = self.positions[node.name], self.simulation.ranges.get(name)
+        rounded = found is not None and (positions is None or position in positions)
+        return self._round(branch, name, found, f"in{position}") if rounded and found else name
 
     def _output_range(self, name: str) -> tuple[float, float] | None:
         if not self.simulation.rounded_outputs or self.simulation.recipe != "static_int8":
@@ -171,7 +190,7 @@ class _Writer:
         return self.simulation.ranges.get(name)
 
     def _round(self, branch: _Branch, name: str, limits: tuple[float, float], part: str) -> str:
-        scale, zero_point = activation_parameters(*limits, signed=self.simulation.signed)
+        scale, zero_point = activation_parameters(*limits, signed=self.simulation.signed, eight=self.eight)
         arguments = [
             self._constant(f"{branch.name}/{part}/scale", scale),
             self._constant(f"{branch.name}/{part}/zero_point", zero_point),
@@ -188,21 +207,21 @@ class _Writer:
         key = (name, axis)
         if key not in self.rounded:
             values = numpy_helper.to_array(load_weight(self.weights[name], self.folder))
-            integers, scale = quantized_weight(values, axis, reduce_range=self.simulation.reduce_range)
+            bits, scale = quantized_weight(values, axis, reduce_range=self.simulation.reduce_range, eight=self.eight)
             label = f"{SWITCHES}/{name}/{axis}"
             tensor = TensorProto(
-                name=f"{label}/int8",
-                data_type=TensorProto.INT8,
-                dims=integers.shape,
+                name=f"{label}/{self.eight}",
+                data_type=TensorProto.INT8 if self.eight == "int8" else TensorProto.FLOAT8E4M3FN,
+                dims=bits.shape,
                 data_location=TensorProto.EXTERNAL,
             )
             start = self.data.tell()
-            self.data.write(integers.tobytes())
+            self.data.write(bits.tobytes())
             place = {"location": Path(self.data.name).name, "offset": start, "length": self.data.tell() - start}
             for entry, told in place.items():
                 tensor.external_data.add(key=entry, value=str(told))
             self.constants[tensor.name] = tensor
-            zeros = np.zeros(scale.shape, np.int8)
+            zeros = np.zeros(scale.shape, bits.dtype)
             self.rounded[key] = (
                 tensor.name,
                 self._constant(f"{label}/scale", scale),
@@ -220,24 +239,34 @@ def weight_axis(node: NodeProto, rank: int) -> int | None:
     return None if axis is None or rank < 2 else axis
 
 
-def activation_parameters(low: float, high: float, *, signed: bool) -> tuple[Array, Array]:
-    """Scale and zero point of uint8 (asymmetric) or int8 (symmetric) over [low, high], which holds zero."""
+def activation_parameters(low: float, high: float, *, signed: bool, eight: qdq.Eight = "int8") -> tuple[Array, Array]:
+    """Scale and zero point of uint8 (asymmetric), int8 or fp8 (symmetric) over [low, high], which holds zero."""
     if signed:
-        limit = max(-low, high)
-        return np.asarray(limit / 127 if limit > 0 else 1.0, np.float32), np.asarray(0, np.int8)
+        limit, largest = max(-low, high), qdq.LARGEST[eight]
+        zero = np.asarray(0, np.int8 if eight == "int8" else ml_dtypes.float8_e4m3fn)
+        return np.asarray(limit / largest if limit > 0 else 1.0, np.float32), zero
     scale = (high - low) / 255 if high > low else 1.0
     return np.asarray(scale, np.float32), np.asarray(round(-low / scale), np.uint8)
 
 
-def quantized_weight(values: Array, axis: int | None, *, reduce_range: bool) -> tuple[Array, Array]:
-    """Symmetric int8 values and their scale(s), as ONNX Runtime makes them; seven bits if `reduce_range`."""
-    top = 64 if reduce_range else 127
+def quantized_weight(
+    values: Array, axis: int | None, *, reduce_range: bool, eight: qdq.Eight = "int8"
+) -> tuple[Array, Array]:
+    """Symmetric 8-bit values and their scale(s), as ONNX Runtime and `convert` make them; seven bits if
+    `reduce_range`."""
+    top = 64 if reduce_range else qdq.LARGEST[eight]
+
+    def rounded(ratio: Array) -> Array:
+        if eight == "fp8":
+            return np.clip(ratio, -top, top).astype(ml_dtypes.float8_e4m3fn)
+        return np.clip(np.rint(ratio), -top, top).astype(np.int8)
+
     if axis is None:
         limit = np.abs(values).max(initial=0.0)
         scale = np.float32(limit / top if limit > 0 else 1.0)
-        return np.clip(np.rint(values / scale), -top, top).astype(np.int8), np.asarray(scale)
+        return rounded(values / scale), np.asarray(scale)
     others = tuple(i for i in range(values.ndim) if i != axis)
     limits = np.abs(values).max(axis=others, initial=0.0)
     scales = np.where(limits > 0, limits / top, 1.0).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-    return np.clip(np.rint(values / scales.reshape(shape)), -top, top).astype(np.int8), scales
+    return rounded(values / scales.reshape(shape)), scales

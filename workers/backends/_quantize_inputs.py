@@ -1,29 +1,23 @@
-"""What the quantizing stages share: which models and nodes they take, calibration data, and the ranges artifact."""
+"""What the quantizing stages share: which models and nodes they take, and calibration data."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import onnx
 from onnx import ModelProto
 
-from app.domain.failures import FailureKind, StageFailure, data_failure, model_failure
-from workers.backends import _ort_calibrate as calibration
+from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.backends import _ort_precision as precision
 from workers.backends import _ort_quantize as quantization
-from workers.backends._onnxruntime_messages import runtime_failure
+from workers.backends import _precision_graph as graphs
 from workers.data import Samples
-from workers.onnx_files import MODEL_FILE, read_skeleton
+from workers.onnx_files import read_skeleton
 
-RANGES_FILE = "ranges.json"
-RANGES_FORMAT = 1
 OLDEST_OPSET = 13  # QuantizeLinear with an axis, and Cast to bfloat16
-LARGEST_RANGES_FILE = 64 << 20  # bytes
 
 Part = Literal["all", "calibration"]
 
@@ -99,104 +93,11 @@ def calibration_samples(data: Path, model: Path, part: Part, max_samples: int) -
     return Samples(data, inputs, outputs, part=part, max_samples=max_samples)
 
 
-def batches_of(samples: Samples) -> Callable[[int], Iterator[dict[str, Any]]]:
-    """What the calibrators ask for: a new pass over the samples' inputs in batches of a size."""
-
-    def batches(size: int) -> Iterator[dict[str, Any]]:
-        for batch in samples.batches(size):
-            yield batch.feeds
-
-    return batches
-
-
-def calibrated(
-    folder: Path,
-    prepared: Path,
-    tensors: Sequence[str],
-    samples: Samples | None,
-    *,
-    method: calibration.Method,
-    percentile: float,
-    symmetric: bool,
-    progress: Callable[[float, str], None],
-) -> dict[str, Any]:
-    """The content of a ranges file for `tensors` of the `prepared` copy of the model in `folder`.
-
-    Raises StageFailure: `calibration_data_missing`, `calibration_failed`.
-    """
-    if samples is None:
-        raise StageFailure(
-            "calibration_data_missing",
-            "Static int8 needs calibration data.",
-            FailureKind.REQUEST,
-            remedy="Name a data set under calibration.dataset_id.",
-        )
-    try:
-        found = calibration.calibrate(
-            prepared,
-            tensors,
-            batches_of(samples),
-            method=method,
-            percentile=percentile,
-            symmetric=symmetric,
-            progress=progress,
-            total=len(samples),
-        )
-    except (StageFailure, MemoryError):
-        raise
-    except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
-        raise runtime_failure("calibration_failed", error, remedy="Check that the model runs on this data.") from error
-    with (folder / MODEL_FILE).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "format": RANGES_FORMAT,
-        "model": digest,
-        "dataset": samples.digest(),
-        "method": method,
-        "percentile": percentile if method == "percentile" else None,
-        "samples": found.samples,
-        "tensors": {name: [low, high] for name, (low, high) in sorted(found.tensors.items())},
-        "unusable": sorted(found.unusable),
-    }
-
-
-def read_ranges(path: Path, tensors: Collection[str]) -> dict[str, Any]:
-    """The ranges of an earlier calibration; raises `ranges_invalid` or `ranges_mismatch`."""
-    ranges: Any = None
-    if path.stat().st_size <= LARGEST_RANGES_FILE:
-        try:
-            ranges = json.loads(path.read_bytes())
-        except ValueError:
-            ranges = None
-    if not _is_ranges(ranges):
-        raise data_failure(
-            "ranges_invalid",
-            "The calibration ranges are not a file that this service wrote.",
-            remedy="Calibrate again with a data set.",
-        )
-    missing = sorted(set(tensors) - set(ranges["tensors"]) - set(ranges["unusable"]))
-    if missing:
-        raise data_failure(
-            "ranges_mismatch",
-            f"The calibration ranges have none for {len(missing)} of the model's {len(tensors)} tensors.",
-            tensor=missing[0],
-            remedy="Calibrate again with a data set; the ranges belong to another graph.",
-        )
-    found: dict[str, Any] = ranges
-    return found
-
-
-def _is_ranges(value: Any) -> bool:
-    keys = {"format", "method", "percentile", "samples", "dataset", "tensors", "unusable"}
-    if not isinstance(value, Mapping) or value.get("format") != RANGES_FORMAT or not keys <= set(value):
-        return False
-    tensors, unusable = value["tensors"], value["unusable"]
-    if not isinstance(tensors, Mapping) or not isinstance(unusable, list):
-        return False
-    return all(isinstance(name, str) for name in unusable) and all(map(_is_range, tensors.values()))
-
-
-def _is_range(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not all(type(v) in (int, float) for v in value):
-        return False
-    return all(math.isfinite(v) and abs(v) <= calibration.USABLE_MAGNITUDE for v in value) and value[0] <= value[1]
+def in_opset(prepared: Path, minimum: int, workspace: Path) -> Path:
+    """The prepared model in at least this opset, with the types inferred anew; raises `opset_conversion_failed`."""
+    model = onnx.load(prepared)
+    if graphs.opset_of(model) >= minimum:
+        return prepared
+    folder = workspace / "raised"
+    folder.mkdir()
+    return quantization.prepare(quantization.save_model(graphs.raise_opset(model, minimum), folder), folder)

@@ -139,10 +139,12 @@ class WinBack:
         ranges = self.evaluator.ranges_of(step, before)
         if ranges is not None:
             inputs["ranges"] = ranges
+        # NNCF's own quantizers are not simulated: static int8 stands for them.
+        known = step.options if step.stage in ("quantize", "convert") else {}
         options = {
             "recipe": "static_int8",
             "part": "calibration" if self.case.same_data else "all",
-            **({k: v for k, v in step.options.items() if k in _SHARED_OPTIONS} if step.stage == "quantize" else {}),
+            **{k: v for k, v in known.items() if k in _SHARED_OPTIONS},
             "max_samples": self._samples(),
             "exclude_nodes": list(step.options.get("exclude_nodes", ())),
             "shapes": self.evaluator.data.shapes,

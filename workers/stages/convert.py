@@ -11,8 +11,7 @@ provider beside the original, and how alike the outputs are is told (bfloat16 by
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,29 +20,28 @@ import onnx
 from onnx import ModelProto
 from pydantic import Field
 
-from app.domain.failures import FailureKind, StageFailure, model_failure
+from app.domain.failures import StageFailure, model_failure
 from workers.backends import _ort_calibrate as calibration
 from workers.backends import _ort_fusion as fusion
+from workers.backends import _ort_quantize as quantization
 from workers.backends import (
-    _ort_precision,
     _precision_awq,
     _precision_float,
     _precision_graph,
     _precision_int4,
     _precision_qdq,
 )
-from workers.backends import _ort_quantize as quantization
 from workers.backends import _precision_measure as measure
+from workers.backends import _quantize_inputs as shared
+from workers.backends import _ranges as ranges
 from workers.backends._onnxruntime_messages import runtime_failure
-from workers.backends._precision_ranges import RANGES_FILE, RANGES_FORMAT, read_ranges
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import count
 from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
-from workers.onnx_graph import all_nodes, keep_values
+from workers.onnx_graph import keep_values
 
-OLDEST_OPSET = 13
 _TRIAL_SAMPLES = 8
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -77,16 +75,18 @@ class Convert(Stage[ConvertOptions]):
     """
 
     name = "convert"
-    version = 5
+    version = 6
     Options = ConvertOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
 
     def run(self, ctx: StageContext, options: ConvertOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE
         original = read_skeleton(source)
-        _check_source(original, options)
+        shared.check_source(original, options.exclude_nodes)
         ctx.reporter.progress(0.02, "shape inference")
-        work = _Work(ctx, options, _opset_raised(ctx, options, quantization.prepare(source, ctx.workspace)))
+        prepared = quantization.prepare(source, ctx.workspace)
+        prepared = shared.in_opset(prepared, _opset_for(options), ctx.workspace)
+        work = _Work(ctx, options, prepared)
         model, data = work.converted()
         _restore_interface(model, original)
         out = ctx.output("model")
@@ -104,41 +104,13 @@ class Convert(Stage[ConvertOptions]):
         return StageResult(outputs=["model", "ranges"] if options.recipe in ("int8", "fp8") else ["model"], data=data)
 
 
-def _check_source(model: ModelProto, options: ConvertOptions) -> None:
-    if quantization.is_quantized(model):
-        detail, remedy = "The model already holds quantized operators.", "Upload the float32 model."
-        raise model_failure("already_quantized", detail, remedy=remedy)
-    if _ort_precision.has_low_precision_weights(model):
-        detail = "The model's weights are already in float16 or bfloat16."
-        raise model_failure("not_float32", detail, remedy="Upload the float32 model.")
-    opset = _precision_graph.opset_of(model)
-    if opset < OLDEST_OPSET:
-        detail = f"Explicit precision needs opset {OLDEST_OPSET}; the model has {opset}."
-        raise model_failure("opset_too_old", detail, remedy="Export the model with opset 17 or later.")
-    unknown = sorted(set(options.exclude_nodes) - {n.name for n in all_nodes(model)})
-    if unknown:
-        raise StageFailure(
-            "unknown_node",
-            f"exclude_nodes names {unknown[0]!r}, which is no node of the model.",
-            FailureKind.REQUEST,
-            node=unknown[0],
-            remedy="Use node names of the simplified model.",
-        )
-
-
-def _opset_raised(ctx: StageContext, options: ConvertOptions, prepared: Path) -> Path:
-    """The prepared model in the opset that the recipe needs, with the types inferred anew."""
+def _opset_for(options: ConvertOptions) -> int:
+    """What the recipe needs."""
     needed = {"int8": _precision_qdq.OPSET, "fp8": _precision_qdq.OPSET, "int4": _precision_int4.OPSET}
     minimum = needed.get(options.recipe, 0)
     if "bf16" in (options.recipe, options.high_precision):
         minimum = max(minimum, _precision_float.BF16_OPSET)
-    model = onnx.load(prepared)
-    if _precision_graph.opset_of(model) >= minimum:
-        return prepared
-    folder = ctx.workspace / "raised"
-    folder.mkdir()
-    raised = _precision_graph.raise_opset(model, minimum)
-    return quantization.prepare(quantization.save_model(raised, folder), folder)
+    return minimum
 
 
 class _Work:
@@ -148,7 +120,10 @@ class _Work:
         self.ctx = ctx
         self.options = options
         self.prepared = prepared
-        self.samples = self._samples() if "calibration" in ctx.inputs else None
+        self.samples = None
+        if "calibration" in ctx.inputs:
+            data_set, source = ctx.only_file("calibration"), ctx.inputs["model"] / MODEL_FILE
+            self.samples = shared.calibration_samples(data_set, source, options.part, options.max_samples)
         self.keep: set[str] = set(options.exclude_nodes)
 
     def converted(self) -> tuple[ModelProto, dict[str, Any]]:
@@ -187,19 +162,19 @@ class _Work:
         if not wanted.nodes:
             raise _nothing(f"no product or convolution that {eight} suits")
         if "ranges" in self.ctx.inputs:
-            known = read_ranges(self.ctx.only_file("ranges"), wanted.tensors)
+            known = ranges.read_ranges(self.ctx.only_file("ranges"), eight, wanted.tensors)
         else:
-            known = self._calibrated(wanted.tensors)
-        text = json.dumps(known, indent=1, sort_keys=True, allow_nan=False)
-        (self.ctx.output("ranges") / RANGES_FILE).write_text(text + "\n")
+            found = self._calibrated(ranges.calibrated_tensors(eight, model, options.op_types), options.method)
+            assert self.samples is not None
+            known = ranges.document(eight, found, self.samples, options.method, options.percentile)
+        ranges.write_ranges(known, self.ctx.output("ranges"))
         data["calibration"] = {
             **{key: known[key] for key in ("method", "percentile", "samples", "dataset")},
             "tensors": len(known["tensors"]),
             "reused": "ranges" in self.ctx.inputs,
         }
         self.ctx.reporter.progress(0.75, "Q/DQ nodes")
-        ranges = {name: (low, high) for name, (low, high) in known["tensors"].items()}
-        return _precision_qdq.place(model, eight, wanted, ranges, options.high_precision)
+        return _precision_qdq.place(model, eight, wanted, ranges.limits(known), options.high_precision)
 
     def _int4(self, model: ModelProto, data: dict[str, Any]) -> _precision_qdq.Placed:
         wanted = _precision_int4.targets(model, self.options.block_size, self.options.exclude_nodes)
@@ -208,11 +183,12 @@ class _Work:
             self.ctx.reporter.progress(0.1, "importance of channels")
             tensors = sorted({model.graph.node[i].input[0] for i in wanted} & _precision_graph.float_tensors(model))
             try:
-                importance = measure.mean_squares(self.prepared, tensors, self._batches)
+                importance = measure.mean_squares(self.prepared, tensors, ranges.batches_of(self.samples))
             except (StageFailure, MemoryError):
                 raise
             except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
-                raise _calibration_failed(error) from error
+                remedy = "Check that the model runs on this data."
+                raise runtime_failure("calibration_failed", error, remedy=remedy) from error
         self.ctx.reporter.progress(0.3, "scales of channels")
         scaled = _precision_awq.scale_channels(model, wanted, importance)
         data["channels_scaled"] = sum(scaled[name] is not importance[name] for name in importance)
@@ -224,59 +200,26 @@ class _Work:
         if low != "fp16" or self.samples is None:
             return
         floats = _precision_graph.float_tensors(model) - set(_precision_graph.float_weights(model))
-        found = self._calibrated(sorted(floats), method="minmax")
+        found = self._calibrated(sorted(floats), "minmax")
         limit = _precision_float.USABLE_FP16
-        wide = {t for t, (lowest, highest) in found["tensors"].items() if max(-lowest, highest) > limit}
-        wide |= set(found["unusable"])
+        wide = {t for t, (lowest, highest) in found.tensors.items() if max(-lowest, highest) > limit}
+        wide |= set(found.unusable)
         names = [n.name for n in model.graph.node if wide & {*n.input, *n.output} and n.op_type != "Constant"]
         if names:
             self.ctx.reporter.note("Some nodes stay in float32: their values pass float16's range.", nodes=names[:20])
         self.keep |= set(names)
-        data["range_check"] = {"samples": found["samples"], "out_of_range_nodes": len(names)}
+        data["range_check"] = {"samples": found.samples, "out_of_range_nodes": len(names)}
 
-    def _calibrated(self, tensors: Collection[str], method: calibration.Method | None = None) -> dict[str, Any]:
-        samples, options = self.samples, self.options
-        if samples is None:
-            raise StageFailure(
-                "calibration_data_missing",
-                f"{options.recipe} needs calibration data.",
-                FailureKind.REQUEST,
-                remedy="Name a data set under calibration.dataset_id.",
-            )
-        try:
-            found = measure.ranges(
-                self.prepared,
-                sorted(tensors),
-                self._batches,
-                method=method or options.method,
-                percentile=options.percentile,
-                total=len(samples),
-                progress=lambda done, message: self.ctx.reporter.progress(0.1 + 0.6 * min(done, 1.0), message),
-            )
-        except (StageFailure, MemoryError):
-            raise
-        except Exception as error:  # as above
-            raise _calibration_failed(error) from error
-        return {
-            "format": RANGES_FORMAT,
-            "dataset": samples.digest(),
-            "method": options.method,
-            "percentile": options.percentile if options.method == "percentile" else None,
-            "samples": found.samples,
-            "tensors": {name: [low, high] for name, (low, high) in sorted(found.tensors.items())},
-            "unusable": sorted(found.unusable),
-        }
-
-    def _batches(self, size: int) -> Iterator[Arrays]:
-        assert self.samples is not None
-        for batch in self.samples.batches(size):
-            yield batch.feeds
-
-    def _samples(self) -> Samples:
-        graph = read_skeleton(self.ctx.inputs["model"] / MODEL_FILE)
-        inputs, outputs = quantization.graph_inputs(graph), quantization.interface(graph.graph.output)
-        path, options = self.ctx.only_file("calibration"), self.options
-        return Samples(path, inputs, outputs, part=options.part, max_samples=options.max_samples)
+    def _calibrated(self, tensors: Sequence[str], method: calibration.Method) -> calibration.Ranges:
+        return ranges.calibrate(
+            self.prepared,
+            tensors,
+            self.samples,
+            method=method,
+            percentile=self.options.percentile,
+            symmetric=True,
+            progress=lambda done, message: self.ctx.reporter.progress(0.1 + 0.6 * min(done, 1.0), message),
+        )
 
 
 def _told(made: _precision_float.Converted) -> dict[str, Any]:
@@ -289,10 +232,6 @@ def _nothing(reason: str) -> StageFailure:
         f"There is nothing to convert: the model has {reason}.",
         remedy="Use another precision for this model.",
     )
-
-
-def _calibration_failed(error: Exception) -> StageFailure:
-    return runtime_failure("calibration_failed", error, remedy="Check that the model runs on this data.")
 
 
 def _restore_interface(model: ModelProto, original: ModelProto) -> None:

@@ -20,6 +20,7 @@ from workers.backends import _ort_quantize as quantization
 from workers.backends import _quantize_inputs as shared
 from workers.backends._onnxruntime_messages import runtime_failure
 from workers.backends._ort_equivalence import EquivalenceCheck
+from workers.backends._ranges import batches_of
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, size_of
 
@@ -70,7 +71,7 @@ class Equalize(Stage[EqualizeOptions]):
             maxima = calibration.channel_maxima(
                 prepared,
                 {site.tensor: site.channels for site in found},
-                shared.batches_of(samples),
+                batches_of(samples),
                 lambda seen: ctx.reporter.progress(0.1 + 0.5 * min(1.0, seen / len(samples)), f"{seen} samples"),
             )
         except (StageFailure, MemoryError):

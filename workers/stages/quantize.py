@@ -9,8 +9,6 @@ does not run, is a failure of the candidate.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +24,7 @@ from workers.backends import _ort_int8 as int8
 from workers.backends import _ort_precision as precision
 from workers.backends import _ort_quantize as quantization
 from workers.backends import _quantize_inputs as shared
+from workers.backends import _ranges as ranges
 from workers.backends._onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
@@ -58,7 +57,7 @@ class Quantize(Stage[QuantizeOptions]):
     """See the module. `data`: recipe, qdq_by_op, quantized_nodes, op_types, excluded_nodes, calibration, …"""
 
     name = "quantize"
-    version = 2
+    version = 3
     Options = QuantizeOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
 
@@ -117,24 +116,23 @@ def _static(
 ) -> tuple[ModelProto, dict[str, Any]]:
     skeleton = onnx.load(prepared, load_external_data=False)
     op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, "static_int8")
-    tensors = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
     if "ranges" in ctx.inputs:
-        ranges = shared.read_ranges(ctx.only_file("ranges"), tensors)
-        shutil.copyfile(ctx.only_file("ranges"), ctx.output("ranges") / shared.RANGES_FILE)
+        needed = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
+        known = ranges.read_ranges(ctx.only_file("ranges"), "static_int8", needed)
     else:
-        ranges = shared.calibrated(
-            ctx.inputs["model"],
+        found = ranges.calibrate(
             prepared,
-            tensors,
+            ranges.calibrated_tensors("static_int8", skeleton, op_types),
             samples,
             method=options.method,
             percentile=options.percentile,
             symmetric=options.activations == "int8",
             progress=lambda fraction, message: ctx.reporter.progress(0.1 + 0.6 * fraction, message),
         )
-        text = json.dumps(ranges, indent=1, sort_keys=True, allow_nan=False)
-        (ctx.output("ranges") / shared.RANGES_FILE).write_text(text + "\n")
-    unusable = set(ranges["unusable"])
+        assert samples is not None
+        known = ranges.document("static_int8", found, samples, options.method, options.percentile)
+    ranges.write_ranges(known, ctx.output("ranges"))
+    unusable = set(known["unusable"])
     untouchable = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output} and n.op_type in op_types]
     if untouchable:
         ctx.reporter.note("Some nodes stay in float32: their values have no finite range.", nodes=untouchable[:20])
@@ -145,7 +143,7 @@ def _static(
         lambda out: int8.static_int8(
             prepared,
             out,
-            ranges={name: (low, high) for name, (low, high) in ranges["tensors"].items()},
+            ranges=ranges.limits(known),
             op_types=op_types,
             excluded=excluded,
             activations=options.activations,
@@ -153,8 +151,8 @@ def _static(
             reduce_range=options.reduce_range,
         ),
     )
-    facts = {key: ranges[key] for key in ("method", "percentile", "samples", "dataset")}
-    facts |= {"tensors": len(ranges["tensors"]), "reused": "ranges" in ctx.inputs}
+    facts = {key: known[key] for key in ("method", "percentile", "samples", "dataset")}
+    facts |= {"tensors": len(known["tensors"]), "reused": "ranges" in ctx.inputs}
     data = {"op_types": sorted(op_types), "excluded_nodes": excluded, "calibration": facts}
     return model, data | {"qdq_by_op": _counted(model, op_types, excluded)}
 

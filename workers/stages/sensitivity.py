@@ -1,7 +1,7 @@
 """sensitivity: how much quantizing each node hurts the model's outputs.
 
 Inputs `model` (float32), `calibration` (a data set; for dynamic int8 random inputs do without one) and `ranges` (of an
-earlier static quantization; made anew without). No output but `data`.
+earlier static quantization or conversion; made anew without). No output but `data`.
 
 A node's error is that of the model's final outputs when this node alone is quantized and everything else computes in
 float32. Groups of neighbouring nodes are measured first; then the worst group is split into its nodes, and the next
@@ -22,8 +22,10 @@ from pydantic import Field
 
 from workers.backends import _ort_calibrate as calibration
 from workers.backends import _ort_quantize as quantization
+from workers.backends import _precision_qdq as qdq
 from workers.backends import _qdq_switch as switch
 from workers.backends import _quantize_inputs as shared
+from workers.backends import _ranges as ranges
 from workers.backends._onnxruntime_messages import runtime_failure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
@@ -44,10 +46,11 @@ Arrays = dict[str, Array]
 
 
 class SensitivityOptions(StageOptions):
-    """What `quantize` takes, and `max_groups`: how many groups of neighbouring nodes are measured before single nodes.
-    `max_samples` are run for every group and node. `shapes`: for random inputs, where there is no data."""
+    """What `quantize` (dynamic_int8, static_int8) or `convert` (int8, fp8) takes, and `max_groups`: how many groups of
+    neighbouring nodes are measured before single nodes. `max_samples` are run for every group and node. `shapes`: for
+    random inputs, where there is no data."""
 
-    recipe: Literal["dynamic_int8", "static_int8"] = "static_int8"
+    recipe: Literal["dynamic_int8", "static_int8", "int8", "fp8"] = "static_int8"
     method: calibration.Method = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
     op_types: list[str] | None = Field(default=None, min_length=1)
@@ -71,7 +74,7 @@ class Sensitivity(Stage[SensitivityOptions]):
     """
 
     name = "sensitivity"
-    version = 1
+    version = 2
     Options = SensitivityOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
 
@@ -85,21 +88,14 @@ class Sensitivity(Stage[SensitivityOptions]):
         ctx.reporter.progress(0.02, "shape inference")
         prepared = quantization.prepare(source, ctx.workspace)
         skeleton = onnx.load(prepared, load_external_data=False)
-        op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, options.recipe)
-        ranges = _ranges(ctx, options, prepared, skeleton, op_types, samples)
-        nodes = switch.switchable(
-            skeleton, op_types, [*options.exclude_nodes, *_without_range(skeleton, ranges)], options.recipe
-        )
+        if options.recipe in ("int8", "fp8"):
+            prepared = shared.in_opset(prepared, qdq.OPSET, ctx.workspace)
+            skeleton = onnx.load(prepared, load_external_data=False)
+            nodes, simulation = _by_convert(ctx, options, prepared, skeleton, samples)
+        else:
+            nodes, simulation = _by_quantize(ctx, options, prepared, skeleton, samples)
         if not nodes:
             raise shared.nothing_to_quantize("no node whose values have a finite range")
-        simulation = switch.Simulation(
-            options.recipe,
-            {name: (low, high) for name, (low, high) in ranges.get("tensors", {}).items()},
-            options.activations == "int8",
-            options.per_channel,
-            options.reduce_range,
-            quantization.rounds_outputs(op_types),
-        )
         path = prepared.with_name("switchable.onnx")
         switch.write(prepared, path, nodes, simulation)
         engine = _Engine(path, skeleton, samples, options)
@@ -108,34 +104,71 @@ class Sensitivity(Stage[SensitivityOptions]):
         return StageResult(data=data, reusable=bool(data["complete"]))
 
 
-def _ranges(
+def _by_quantize(
     ctx: StageContext,
     options: SensitivityOptions,
     prepared: Path,
     skeleton: onnx.ModelProto,
-    op_types: Sequence[str],
     samples: Samples | None,
-) -> dict[str, Any]:
-    if options.recipe == "dynamic_int8":
-        return {}
-    tensors = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
-    if "ranges" in ctx.inputs:
-        return shared.read_ranges(ctx.only_file("ranges"), tensors)
-    return shared.calibrated(
-        ctx.inputs["model"],
-        prepared,
-        tensors,
-        samples,
-        method=options.method,
-        percentile=options.percentile,
-        symmetric=options.activations == "int8",
-        progress=lambda fraction, message: ctx.reporter.progress(0.02 + 0.18 * fraction, message),
+) -> tuple[list[switch.Switchable], switch.Simulation]:
+    recipe: Literal["dynamic_int8", "static_int8"] = (
+        "dynamic_int8" if options.recipe == "dynamic_int8" else "static_int8"
+    )
+    op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, recipe)
+    found, unusable = switch.Ranges(), set[str]()
+    if recipe == "static_int8":
+        needed = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
+        found, unusable = _ranges(ctx, options, "static_int8", prepared, needed, samples)
+    without = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output}]
+    nodes = switch.switchable(skeleton, op_types, [*options.exclude_nodes, *without], recipe)
+    return nodes, switch.Simulation(
+        recipe,
+        found,
+        options.activations == "int8",
+        options.per_channel,
+        options.reduce_range,
+        quantization.rounds_outputs(op_types),
     )
 
 
-def _without_range(model: onnx.ModelProto, ranges: dict[str, Any]) -> list[str]:
-    unusable = set(ranges.get("unusable", ()))
-    return [n.name for n in model.graph.node if unusable & {*n.input, *n.output}]
+def _by_convert(
+    ctx: StageContext,
+    options: SensitivityOptions,
+    prepared: Path,
+    skeleton: onnx.ModelProto,
+    samples: Samples | None,
+) -> tuple[list[switch.Switchable], switch.Simulation]:
+    """Pairs where `convert` places them, symmetric, weights by channel. What the rest computes in is not simulated."""
+    eight: qdq.Eight = "int8" if options.recipe == "int8" else "fp8"
+    wanted = qdq.targets(skeleton, eight, options.op_types, options.exclude_nodes)
+    if not wanted.nodes:
+        raise shared.nothing_to_quantize(f"no product or convolution that {eight} suits")
+    found, _ = _ranges(ctx, options, eight, prepared, wanted.tensors, samples)
+    return switch.converted(skeleton, wanted, found), switch.Simulation(eight, found, True, True, False, False)
+
+
+def _ranges(
+    ctx: StageContext,
+    options: SensitivityOptions,
+    recipe: ranges.Recipe,
+    prepared: Path,
+    needed: Sequence[str],
+    samples: Samples | None,
+) -> tuple[switch.Ranges, set[str]]:
+    """Of the `needed` tensors: (lowest and highest value by tensor, those without a finite range)."""
+    if "ranges" in ctx.inputs:
+        known = ranges.read_ranges(ctx.only_file("ranges"), recipe, needed)
+        return ranges.limits(known), set(known["unusable"])
+    found = ranges.calibrate(
+        prepared,
+        needed,
+        samples,
+        method=options.method,
+        percentile=options.percentile,
+        symmetric=recipe != "static_int8" or options.activations == "int8",
+        progress=lambda fraction, message: ctx.reporter.progress(0.02 + 0.18 * fraction, message),
+    )
+    return dict(found.tensors), set(found.unusable)
 
 
 class _Engine:
