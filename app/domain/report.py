@@ -98,6 +98,7 @@ class DeploymentConfig(_Part):
     p50_latency_ms: float | None = None
     p99_latency_ms: float | None = None
     throughput_qps: float | None = None
+    throughput_ci: list[float] | None = None
     cost_per_million: float | None = None
     currency: str | None = None
     memory_mb: float | None = None

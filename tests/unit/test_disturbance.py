@@ -67,7 +67,7 @@ def test_a_thread_that_waits_for_a_core_is_seen() -> None:
     assert seen.waited_share > disturbance.MOST_WAITED
     assert seen.others_share > disturbance.MOST_OTHERS
     assert seen.own > 0
-    assert "waited for a core" in str(seen.disturbed)
+    assert "for a core" in str(seen.disturbed)
 
 
 def test_threads_that_begin_and_end_meanwhile() -> None:

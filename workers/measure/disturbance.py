@@ -75,7 +75,7 @@ class Disturbance:
         if self.device is not None:
             return self.device
         if self.waited_share > MOST_WAITED:
-            return f"the engine's threads waited for a core for {100 * self.waited_share:.0f} % of the time"
+            return f"the engine's threads waited {self.waited_share:.2g} s for a core in a second, added up"
         least = _LEAST_TICKS / _TICKS_PER_S
         if (self.stolen or 0.0) >= least and self.stolen_share > MOST_STOLEN:
             return f"{100 * self.stolen_share:.0f} % of the cores' time was stolen from this virtual machine"

@@ -162,6 +162,15 @@ class Loss:
         return replace(self, upper=self.estimate + (self.upper - self.estimate) * repeats)
 
 
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of at least two values with its interval by Student's t. What is called `ratio` is the mean."""
+    n = len(values)
+    if n < 2:
+        raise ValueError("an interval needs two values at least")
+    mean, half = float(np.mean(values)), student(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
 def paired_loss(
     per_sample: Array, *, zero_one: bool, level: Level = Level(), least: float = -1.0, most: float = 1.0
 ) -> Loss:

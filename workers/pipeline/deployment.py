@@ -8,6 +8,7 @@ from typing import Any
 from app.domain.report import DeploymentConfig
 from app.domain.spec import OptimizationSpec
 from workers.measure.deployment import Choice, batching_pays, choose, cost_per_million
+from workers.measure.winner import throughput_of
 from workers.pipeline.outcome import Explanation, Proof
 
 _NOT_SHOWN = ("runtime", "failed", "not_finite")  # of a configuration in the report's table
@@ -70,7 +71,8 @@ def deployment_config(
     for name in ("p50", "p99"):
         if shown[f"{name}_ms"] is None:
             config.reasons[f"{name}_latency_ms"] = shown["reasons"].get(f"{name}_ms", "not measured")
-    config.throughput_qps, config.memory_mb = shown["throughput_qps"], shown["memory_mb"]
+    config.throughput_qps, config.throughput_ci, config.reasons["throughput_qps"] = throughput_of(shown)
+    config.memory_mb = shown["memory_mb"]
     config.gpu_memory_mb = shown.get("gpu_memory_mb")
     _price(config, spec)
     config.dynamic_batching = dynamic_batch and batching_pays(configurations, shown)

@@ -12,7 +12,9 @@ from pydantic import Field, field_validator
 from app.domain.failures import FailureKind, StageFailure
 from workers import hardware
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.measure import winner
 from workers.measure.axes import fixed_batch
+from workers.measure.deployment import choose
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.engine_process import EngineProcess, Feeds
 from workers.measure.figures import distribution, rounded
@@ -21,6 +23,7 @@ from workers.measure.instances import Driven, Instances, Layout, default_layouts
 from workers.measure.method import sweep_method, versions
 from workers.measure.plan import P99_CAP_S
 from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
+from workers.measure.winner import WINDOWS
 
 _WARM_UP_CAP_S = 0.5
 _WARM_UP_ITERATIONS = 20
@@ -29,13 +32,15 @@ _P50_CAP_S = 10.0  # of a window that is made longer for the samples of a median
 _EACH_S = 0.6  # around the window: starting, binding, warming up
 _SLOW_NS = 0.5e9  # a call above which a larger batch has to promise something
 _GAIN = 1.03
+_RETAKE_SHARE = 1.5  # of what the windows to come take: with more time left one that had company is taken again
 _NO_TIME = "the time ran out before it"
 
 
 class SweepOptions(StageOptions):
     """`layouts`: None takes all that share this machine's cores evenly. `min_seconds`: measured per configuration, over
     all `passes`. `p99_limit_ms`: where one is asked for, the samples that carry a p99 are gone for, and batch sizes
-    beyond one that misses it are not measured. `objective` decides what is measured first."""
+    beyond one that misses it are not measured. `objective` decides what is measured first, and with the other limits
+    and `batch` (`measure.deployment.choose`) who wins: that one is measured again."""
 
     backend: str
     runtime: dict[str, Any] = Field(default_factory=dict)
@@ -46,6 +51,9 @@ class SweepOptions(StageOptions):
     min_seconds: float = Field(default=1.0, gt=0, le=600)
     passes: int = Field(default=2, ge=1, le=10)
     p99_limit_ms: float | None = Field(default=None, gt=0)
+    min_throughput_qps: float | None = Field(default=None, gt=0)
+    max_memory_mb: float | None = Field(default=None, gt=0)
+    batch: int | None = Field(default=None, ge=1)
     objective: Literal["latency", "throughput", "cost"] = "latency"
     shapes: dict[str, Any] | None = None
     seed: int = Field(default=0, ge=0)
@@ -73,6 +81,7 @@ class _Configuration:
     p99_refused: str | None = None
     failed: StageFailure | None = None
     dropped: str | None = None
+    again: dict[str, Any] | None = None
 
     @property
     def id(self) -> str:
@@ -114,6 +123,8 @@ class _Configuration:
             "p50_by_pass": [rounded(float(np.median(r.latencies)) / 1e6) for r in self.runs],
             "ms_per_sample": rounded(1e3 / self.qps),
             "not_finite": self.not_finite,
+            "disturbed_passes": sum(r.disturbance.disturbed is not None for r in self.runs),
+            "again": self.again,
         }
 
 
@@ -123,7 +134,8 @@ class Sweep(Stage[SweepOptions]):
     data: configurations [{id "<instances>x<threads>@<batch>", batch, instances, threads, runtime (what `load` takes),
     status "measured" | "failed" | "not_measured", reason, passes, samples, mean_ms, p50_ms … p999_ms, min_ms, max_ms,
     reasons, throughput_qps (samples per second of all instances together), throughput_by_pass, p50_by_pass,
-    ms_per_sample (1000 / throughput), memory_mb, gpu_memory_mb, not_finite, [failed]}], batch_sizes, skipped_batches
+    ms_per_sample (1000 / throughput), memory_mb, gpu_memory_mb, not_finite, disturbed_passes, again (of the winner by
+    the options: see `measure.winner.again`), [failed]}], batch_sizes, skipped_batches
     {batch: why}, fixed_batch, layouts, cores, threads_matter, pinned, p99_limit_ms, complete, shortened, method,
     conditions, versions.
 
@@ -133,7 +145,7 @@ class Sweep(Stage[SweepOptions]):
     """
 
     name = "sweep"
-    version = 4
+    version = 5
     Options = SweepOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
@@ -176,6 +188,7 @@ class _Run:
         self.window_s = self._window_seconds()
         for number in range(self.options.passes):
             self._pass(number, feeds)
+        self._winner(feeds)
         folder = self.ctx.output("samples")
         raw = {f"{c.id}|{i}": r.latencies for c in self.configurations for i, r in enumerate(c.runs)}
         np.savez_compressed(folder / "samples.npz", **raw)  # type: ignore[arg-type]  # numpy types **kwds as bool
@@ -310,10 +323,38 @@ class _Run:
         configuration.p50_ns = instances.warm_up(_WARM_UP_CAP_S, _WARM_UP_ITERATIONS)
         configuration.not_finite = sorted({*configuration.not_finite, *broken})
         driven = instances.drive(self._seconds(configuration), configuration.p50_ns)
+        if driven.disturbance.disturbed and self.ctx.seconds_left() > _RETAKE_SHARE * self._to_do_s():
+            driven = instances.drive(driven.seconds, configuration.p50_ns)
         if not configuration.runs:  # later passes come from large batches to small ones, too
             configuration.memory_mb = instances.memory_mb()
             configuration.gpu_memory_mb = memory.grown_mb()
         configuration.runs.append(driven)
+
+    def _to_do_s(self) -> float:
+        """What the windows still to come take, about."""
+        windows = len(self.configurations) * self.options.passes - self.done + WINDOWS
+        return windows * (self.window_s + _EACH_S)
+
+    def _winner(self, feeds: Feeds) -> None:
+        """The configuration that wins, in windows that it was not chosen by."""
+        options = self.options
+        limits = (options.p99_limit_ms, options.min_throughput_qps, options.max_memory_mb)
+        choice = choose([c.to_json() for c in self.configurations], options.objective, *limits, batch=options.batch)
+        best = next((c for c in self.configurations if choice.best and c.id == choice.best["id"]), None)
+        if best is None:
+            return
+        if self.ctx.seconds_left() < _EACH_S + WINDOWS * self.window_s + 4 * best.p50_ns / 1e9:
+            best.again = winner.again(best.batch, lambda: best.runs[0], lambda: -1.0)
+            return
+        cores = self.cores if self.threads_matter else None
+        with Instances(best.id, options.backend, self.folder, best.runtime, best.layout, feeds, cores) as all_:
+            try:
+                all_.load()
+                all_.prepare(best.batch, max(0.0, self.ctx.seconds_left() / 4))
+                p50_ns = all_.warm_up(_WARM_UP_CAP_S, _WARM_UP_ITERATIONS)
+                best.again = winner.again(best.batch, lambda: all_.drive(self.window_s, p50_ns), self.ctx.seconds_left)
+            except StageFailure as failure:
+                self.ctx.reporter.note(f"{best.id} could not be measured again: {failure.detail}", code=failure.code)
 
     def _seconds(self, configuration: _Configuration) -> float:
         """Of the window; long enough for the samples of a median, and of a p99 where a limit is asked for, where they
