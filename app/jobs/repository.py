@@ -147,8 +147,9 @@ class JobRepository:
 
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""
-        columns = (Job.fencing_token, Job.attempts, Job.stage, Job.lease_owner, Job.cancel_requested_at)
-        query = select(Job).options(load_only(*columns, raiseload=True))
+        fate = (Job.fencing_token, Job.attempts, Job.stage, Job.lease_owner, Job.cancel_requested_at)
+        time = (Job.lease_expires_at, Job.claimed_at, Job.spent_seconds)
+        query = select(Job).options(load_only(*fate, *time, raiseload=True))
         query = query.where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
 
