@@ -23,6 +23,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         "In Python: `names, run = infer.load()`, then `run({name: array})`, which many threads may call.",
         "",
         *_told("Figures", _figures(manifest.get("figures") or {})),
+        *_told("Sizes that it takes", _sizes((manifest.get("engine") or {}).get("accepts") or {})),
         *_told("Deployment", _deployment(manifest.get("deployment") or {})),
         "`manifest.json` has the job's id, all figures, and the digests of the model, the data and the engine.",
         "An engine may be specific to the hardware it was built for: run the job again for another kind of machine.",
@@ -70,6 +71,15 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         )
     if figures.get("memory_mb") is not None:
         yield f"{figures['memory_mb']:.4g} MB of memory, {_number(figures.get('size_mb'))} MB on disk"
+
+
+def _sizes(accepts: Mapping[str, Any]) -> Iterator[str]:
+    for name, bounds in accepts.items():
+        for axis, bound in enumerate(bounds):
+            if bound is not None:
+                least, most = bound
+                allowed = f"at least {least}" if most is None else f"{least or 0} to {most}"
+                yield f"`{name}`, axis {axis}: {allowed}; `run` refuses others, which the original takes"
 
 
 def _deployment(config: Mapping[str, Any]) -> Iterator[str]:

@@ -52,7 +52,8 @@ class FinalMetrics(_Part):
     `memory_mb`: of the process; `gpu_memory_mb`: what it takes of a GPU, None without one. `accuracy_value` and
     `original_accuracy_value`: of the metric itself, by `accuracy_basis` (labels, references, agreement, synthetic), on
     the same samples. `accuracy_verdict`: whether it is proven or unproven that the loss keeps the job's limit; the
-    bound is what `accuracy_confidence` cannot exclude."""
+    bound is what `accuracy_confidence` cannot exclude. `accepts`: where the bundle takes fewer sizes
+    than the original, for each axis of an input [least, most], None for any."""
 
     latency_ms: float | None
     original_latency_ms: float | None = None
@@ -67,6 +68,7 @@ class FinalMetrics(_Part):
     size_mb: float | None = None
     batch_size: int | None = None
     shape: dict[str, list[int]] | None = None
+    accepts: dict[str, list[list[int | None] | None]] = {}
     accuracy_metric: str | None = None
     accuracy_basis: str | None = None
     accuracy_value: float | None = None
@@ -110,7 +112,7 @@ class DeploymentConfig(_Part):
 class ShapeReport(_Part):
     """The shipped engine beside the original at one shape. `in_use`: the data or the job have it, or nothing is known
     of what is in use; there the engine is never slower, or it does not ship. `holds`: whether it is not slower here
-    (None: not known, see `reason`)."""
+    (None: not known, see `reason`). `answers`: how far the engine's are from the original's here."""
 
     label: str
     dims: dict[str, list[int]]
@@ -122,6 +124,7 @@ class ShapeReport(_Part):
     speedup_ci: list[float] | None = None
     holds: bool | None = None
     reason: str | None = None
+    answers: str | None = None
 
 
 class CandidateReport(_Part):

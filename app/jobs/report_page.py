@@ -45,6 +45,7 @@ _SHAPES = {
     "speedup_ci": "95 % interval",
     "in_use": "in use",
     "holds": "not slower",
+    "answers": "answers",
     "reason": "",
 }
 _Json = Mapping[str, Any]
@@ -153,7 +154,14 @@ def _measured_at(final: _Json) -> str:
     where = f"at batch size {_text(batch)}"
     if isinstance(shape, Mapping):
         where += ", with " + ", ".join(f"{_text(name)} [{_text(dims)}]" for name, dims in shape.items())
-    return f"<p class=sub>Measured {where}.</p>"
+    fewer = [
+        f"{_text(name)}, axis {axis}: {_text(bound[0] or 0)} to {_text(bound[1] or 'any')}"
+        for name, bounds in _object(final, "accepts").items()
+        for axis, bound in enumerate(bounds if isinstance(bounds, list) else [])
+        if isinstance(bound, list) and len(bound) == 2
+    ]
+    takes = f" The bundle takes fewer sizes than the original: {'; '.join(fewer)}." if fewer else ""
+    return f"<p class=sub>Measured {where}.{takes}</p>"
 
 
 def _beside_the_original(final: _Json) -> str:

@@ -65,7 +65,6 @@ class Script:
     graphs: Mapping[str, str] = field(default_factory=dict)  # key of a candidate's graph, where it matters
     calls: list[tuple[str, str]] = field(default_factory=list)
     full: list[str] = field(default_factory=list)
-    other_shapes: bool = False
 
     def __post_init__(self) -> None:
         calibration = SimpleNamespace(digest="c")
@@ -78,7 +77,8 @@ class Script:
             calibrating=300,
         )
         outputs = {"model": SimpleNamespace(size_bytes=1000)}
-        self.export = SimpleNamespace(key="export", outputs=outputs, data={"inputs": [{"shape": [self.batch, 4]}]})
+        x = {"name": "x", "dtype": "float32", "shape": [self.batch, 4]}
+        self.export = SimpleNamespace(key="export", outputs=outputs, data={"inputs": [x]})
 
     def truth(self, cid: str) -> Truth:
         """Of the candidate, or of what it is a variant of; keeping nodes mends it a bit each."""

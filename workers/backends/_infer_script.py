@@ -21,13 +21,17 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
 
 
+def about() -> dict:
+    """What the manifest says of the engine."""
+    manifest = HERE / "manifest.json"
+    return json.loads(manifest.read_text(encoding="utf-8"))["engine"] if manifest.exists() else {}
+
+
 def as_expected(outputs: dict) -> bool:
     """Whether the engine answers here as it did where it was built, as far as its precision carries."""
     if not (HERE / "expected_output.npz").exists():
         return True
-    manifest = HERE / "manifest.json"
-    engine = json.loads(manifest.read_text(encoding="utf-8"))["engine"] if manifest.exists() else {}
-    precision = engine.get("precision", "fp32")
+    precision = about().get("precision", "fp32")
     worst, same = 0.0, True
     with np.load(HERE / "expected_output.npz", allow_pickle=False) as expected:
         for name in expected.files:
@@ -46,6 +50,57 @@ def as_expected(outputs: dict) -> bool:
     print(("the same" if same else "NOT the same") + f" as where it was built, as far as {precision} carries")
     return same
 '''
+
+# Likewise, after its `load`.
+REFUSAL = '''
+class ShapeRefused(ValueError):
+    """An input of a size at which this engine was found not to answer as the original does."""
+
+
+def refuse(feeds: dict, accepts: dict) -> None:
+    """Raise for sizes that the manifest's `accepts` does not allow: of an input, for each axis [least, most], or null
+    where any size will do."""
+    for name, bounds in accepts.items():
+        for axis, bound in enumerate(bounds):
+            size = np.shape(feeds[name])[axis]
+            least, most = bound or (None, None)
+            if (least is not None and size < least) or (most is not None and size > most):
+                allowed = f"at least {least}" if most is None else f"{least or 0} to {most}"
+                raise ShapeRefused(
+                    f"input {name} has size {size} on axis {axis}; this engine takes {allowed}: at other sizes it was "
+                    "not seen to answer as the original does, which does take them"
+                )
+
+
+def limited(load):
+    """`load`, with a `run` that refuses such sizes."""
+
+    def loaded():
+        names, run = load()
+        accepts = about().get("accepts") or {}
+
+        def checked(feeds):
+            refuse(feeds, accepts)
+            return run(feeds)
+
+        return names, checked if accepts else run
+
+    return loaded
+
+
+load = limited(load)
+
+
+def guarded(main):
+    """The exit code of `main`; a refused input is told in one line."""
+    try:
+        return main()
+    except ShapeRefused as refused:
+        print(refused, file=sys.stderr)
+        return 2
+'''
+
+COMMON = f"{CHECK.strip()}\n\n\n{REFUSAL.strip()}"
 
 _TEMPLATE = '''#!/usr/bin/env python3
 """Run the optimized model beside this file on the arrays of an .npz.
@@ -115,7 +170,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
 '''
 
 
@@ -127,7 +182,7 @@ def infer_script(*, library: str, version: str, imports: str, loader: str) -> st
         "VERSION": version,
         "IMPORTS": imports,
         "LOADER": loader.strip(),
-        "CHECK": CHECK.strip(),
+        "CHECK": COMMON,
     }
     text = _TEMPLATE
     for name, part in parts.items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from workers.backends._infer_script import CHECK
+from workers.backends._infer_script import COMMON
 
 _TEMPLATE = '''#!/usr/bin/env python3
 """Run the optimized model beside this file on an NVIDIA GPU, on the arrays of an .npz.
@@ -124,6 +124,7 @@ def main() -> int:
         print(f"missing inputs: {', '.join(missing)}; the model needs {', '.join(names)}", file=sys.stderr)
         return 2
     feeds = {name: arrays[name] for name in names}
+    refuse(feeds, about().get("accepts") or {})
     outputs = runner(session)(feeds)
 
     for name, array in feeds.items():
@@ -145,7 +146,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
 '''
 
 
@@ -156,8 +157,6 @@ def infer_script(runtime: Mapping[str, Any], provider_options: Mapping[str, str]
         return json.dumps(dict(options), indent=2, sort_keys=True, ensure_ascii=True)
 
     filled = (
-        _TEMPLATE.replace("__CHECK__", CHECK.strip())
-        .replace("__VERSION__", version)
-        .replace("__RUNTIME__", text(runtime))
+        _TEMPLATE.replace("__CHECK__", COMMON).replace("__VERSION__", version).replace("__RUNTIME__", text(runtime))
     )
     return filled.replace("__PROVIDER__", text(provider_options))

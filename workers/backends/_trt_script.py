@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from workers.backends._infer_script import CHECK
+from workers.backends._infer_script import COMMON
 
 _TEMPLATE = '''#!/usr/bin/env python3
 """Run the TensorRT engine beside this file on the arrays of an .npz.
@@ -226,6 +226,7 @@ def main():
     if missing:
         raise SystemExit(f"{source} has no array {missing[0]!r}; the inputs are {', '.join(engine.inputs)}.")
     feeds = {name: given[name] for name in engine.inputs}
+    refuse(feeds, about().get("accepts") or {})
     engine.run(feeds)  # the first call sets things up
     start = time.perf_counter()
     outputs = engine.run(feeds)
@@ -236,12 +237,12 @@ def main():
         sys.exit(1)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__" and (code := guarded(main)):
+    sys.exit(code)
 '''
 
 
 def infer_script(runtime: Mapping[str, Any], version: str) -> str:
     """Source of a standalone script for this engine; `version` is the TensorRT that was measured."""
     told = json.dumps(dict(runtime), indent=4, sort_keys=True).replace('"""', r"\"\"\"")
-    return _TEMPLATE.replace("__CHECK__", CHECK.strip()).replace("__RUNTIME__", told).replace("__VERSION__", version)
+    return _TEMPLATE.replace("__CHECK__", COMMON).replace("__RUNTIME__", told).replace("__VERSION__", version)

@@ -26,6 +26,7 @@ Dims = dict[str, tuple[int, ...]]  # input → shape, with one sample
 BatchAxes = Mapping[str, int | None]
 
 TYPICAL, SHORT, LONG = "typical", "short", "long"
+SHORTER, LONGER = "shorter", "longer"  # than any that the data have
 LONGEST_FACTORS = (4, 2)  # of the typical length: what a long one is, as far as the original takes it
 SHORTEST = (1, 2, 4, 8)
 _MOST_FREE = 3  # independent free axes that are tried each on its own
@@ -175,6 +176,52 @@ def timed_shapes(
     return Shapes(typical, tuple(o for o in ends if o), beside)
 
 
+def judged_shapes(
+    inputs: Sequence[TensorSpec],
+    data: Mapping[Layout, int] | None,
+    ranges: Mapping[str, Any] | None,
+    axes: BatchAxes | None = None,
+) -> Shapes:
+    """The shapes to judge answers at: those to time at; what lies beyond the data's own (not in use); each free axis at
+    its ends alone where there are several; and none at all of it, as in a cache that is still empty."""
+    found = timed_shapes(inputs, data, ranges, axes)
+    free, typical = free_axes(inputs, axes), found.typical.dims
+    others = list(found.others)
+    if not free:
+        return found
+    own = [typical, *(shape.dims for way in others for shape in way if shape.layout is not None)]
+    if len(own) > 1:
+        volume = [_volume(free, dims) for dims in own]
+        ends = ((SHORTER, own[volume.index(min(volume))]), (LONGER, own[volume.index(max(volume))]))
+        others += [tuple(custom(inputs, dims, label, axes, in_use=False)) for label, dims in ends]
+    if 1 < len(free) <= _MOST_FREE:
+        for name, (tensor, axis) in ((n, places[0]) for n, places in free.items()):
+            for way in found.others:
+                alone = [
+                    Shape(
+                        f"{s.label} {name}", with_sizes(inputs, typical, {name: s.dims[tensor][axis]}, axes), s.in_use
+                    )
+                    for s in way
+                ]
+                others.append(tuple(s for s in alone if s.dims != typical))
+    empty = [n for n, places in free.items() if not _is_picture_axis(inputs, places[0])] if not ranges else []
+    others += [(Shape(f"empty {n}", with_sizes(inputs, typical, {n: 0}, axes), False),) for n in empty[:_MOST_FREE]]
+    seen: list[Dims] = [typical]
+    kept = []
+    for way in others:
+        new = tuple(shape for shape in way if shape.dims not in seen)
+        seen += [shape.dims for shape in new]
+        kept += [new] if new else []
+    return Shapes(found.typical, tuple(kept), found.why)
+
+
+def axis_sizes(
+    inputs: Sequence[TensorSpec], dims: Mapping[str, Sequence[int]], axes: BatchAxes | None = None
+) -> dict[str, int]:
+    """The sizes of the free axes, by name."""
+    return {name: dims[places[0][0]][places[0][1]] for name, places in free_axes(inputs, axes).items()}
+
+
 def custom(
     inputs: Sequence[TensorSpec],
     base: Mapping[str, tuple[int, ...]],
@@ -182,29 +229,22 @@ def custom(
     axes: BatchAxes | None,
     *,
     in_use: bool,
-    only: str | None = None,
 ) -> Iterator[Shape]:
-    """Alternatives of a short or a long shape beside `base`, the farthest first. `only`: the one free axis to vary."""
+    """Alternatives of a short or a long shape beside `base`, the farthest first."""
     free = free_axes(inputs, axes)
     ends: dict[str, list[int]] = {}
     for name, places in free.items():
         tensor, axis = places[0]
         spec = next(s for s in inputs if s.name == tensor)
-        if only in (None, name) and not _is_channel(spec, axis):
+        if not _is_channel(spec, axis):
             ends[name] = _ends(base[tensor][axis], label, picture=_is_picture(spec, axis))
     for step in range(max((len(e) for e in ends.values()), default=0)):
         sizes = {name: e[min(step, len(e) - 1)] for name, e in ends.items() if e}
         yield Shape(label, with_sizes(inputs, base, sizes, axes), in_use)
 
 
-def is_smaller(inputs: Sequence[TensorSpec], a: Dims, b: Dims, axes: BatchAxes | None = None) -> bool:
-    """Whether `a` has less in it than `b`, by the product of its free sizes."""
-    free = free_axes(inputs, axes)
-    return _volume(free, a) < _volume(free, b)
-
-
 def _ends(size: int, label: str, *, picture: bool) -> list[int]:
-    if label == SHORT:
+    if label in (SHORT, SHORTER):
         wanted: Sequence[int] = (_on_grid(size / 4), _on_grid(size / 2)) if picture else SHORTEST
         return [s for s in dict.fromkeys(wanted) if 0 < s < size]
     longer = (_on_grid(size * 1.5),) if picture else tuple(f * size for f in LONGEST_FACTORS)
@@ -217,6 +257,10 @@ def _on_grid(size: float) -> int:
 
 def _is_picture(spec: TensorSpec, axis: int) -> bool:
     return len(spec.shape) == 4 and axis >= 1 and spec.dtype.startswith(("float", "uint8", "bfloat"))
+
+
+def _is_picture_axis(inputs: Sequence[TensorSpec], place: tuple[str, int]) -> bool:
+    return any(spec.name == place[0] and _is_picture(spec, place[1]) for spec in inputs)
 
 
 def _is_channel(spec: TensorSpec, axis: int) -> bool:

@@ -9,6 +9,7 @@ from workers.pipeline import halving
 from workers.pipeline.budget import Budget
 from workers.pipeline.checks import FEWEST
 from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
+from workers.pipeline.shape_checks import ShapeChecks
 
 _FEW = 96  # samples of the small check
 _AT_ONCE = 4 * _FEW
@@ -23,6 +24,7 @@ class Checker:
 
     def __init__(self, spec: OptimizationSpec, evaluator: Evaluator, budget: Budget) -> None:
         self.spec, self.evaluator, self.budget = spec, evaluator, budget
+        self._shapes = ShapeChecks(evaluator)
         self._few = _FEW
 
     def expect(self, sample_ms: float) -> None:
@@ -55,8 +57,10 @@ class Checker:
             run.note("check", "cannot tell", f"the time left allowed {samples} samples")
             return False
         if run.validate is not None and complete(run, most):
-            return halving.may_keep(self.spec, accuracy)  # those that confirm may tell otherwise
-        return not halving.loses_too_much(self.spec, accuracy)
+            kept = halving.may_keep(self.spec, accuracy)  # those that confirm may tell otherwise
+        else:
+            kept = not halving.loses_too_much(self.spec, accuracy)
+        return kept and self._shapes.shortest_first(run, self.budget.search_until)
 
     def beyond_doubt(self, run: CandidateRun) -> bool:
         """Whether no further sample will show that it loses too much."""

@@ -11,9 +11,8 @@ from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
-from workers.kernel import TensorSpec, backends
+from workers.kernel import backends
 from workers.measure.parts import Part
-from workers.measure.shapes import free_axes
 from workers.pipeline.budget import Budget
 from workers.pipeline.checks import Check
 from workers.pipeline.halving import speed_of
@@ -32,6 +31,8 @@ WEIGHTS = {
     "convert": 1.0,
     "build": 1.0,
     "reference_outputs": 1.0,
+    "shape_probes": 0.5,
+    "check_shapes": 0.5,
     "validate": 1.0,
     "sensitivity": 3.0,
     "sweep": 3.0,
@@ -144,11 +145,6 @@ class Evaluator:
         self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
         self._quantized: dict[str, ArtifactRef] = {}  # what NNCF made first, likewise
 
-    @property
-    def other_shapes(self) -> bool:
-        """Whether the model has axes beside the batch that are free: then it is timed at several shapes."""
-        return bool(free_axes(_specs(self.export.data["inputs"])))
-
     # Making
 
     def make(self, run: CandidateRun, until: float) -> bool:
@@ -159,7 +155,7 @@ class Evaluator:
             if key not in self._made:
                 self._made[key] = self._make(run.plan, until)
         except StageFailure as failure:
-            self._failed(run, "make", failure)
+            self.failed(run, "make", failure)
             return False
         run.steps, run.build = [*self._made[key][0]], self._made[key][1]
         run.graph = run.steps[-1] if run.steps else self.export
@@ -230,7 +226,8 @@ class Evaluator:
             soft_seconds=soft,
         )
 
-    def _failed(self, run: CandidateRun, phase: str, failure: StageFailure) -> None:
+    def failed(self, run: CandidateRun, phase: str, failure: StageFailure) -> None:
+        """What is its own fault drops it; everything else ends the job."""
         if failure.kind in _NOT_ITS_FAULT:
             raise failure
         run.failure = failure
@@ -271,7 +268,7 @@ class Evaluator:
         bound: Mapping[str, float] | None = None,
     ) -> Outcome | None:
         inputs = {"model": self.export.outputs["model"], "engine": run.engine}
-        selection = self._selection(inputs, samples, part)
+        selection = self.selection(inputs, samples, part)
         expected = self._reference(samples, part, until)
         if expected is not None:
             inputs["expected"] = expected  # without it the original runs beside the engine
@@ -285,7 +282,7 @@ class Evaluator:
         try:
             return self.call("validate", inputs, options, run.plan.id, until)
         except StageFailure as failure:
-            self._failed(run, phase, failure)
+            self.failed(run, phase, failure)
             return None
 
     def expected_check_seconds(self, run: CandidateRun, samples: int) -> float:
@@ -301,7 +298,7 @@ class Evaluator:
             each += known[-1].seconds / known[-1].data["samples"]
         return count * each
 
-    def _selection(self, inputs: dict[str, ArtifactRef], samples: int, part: Part) -> dict[str, Any]:
+    def selection(self, inputs: dict[str, ArtifactRef], samples: int, part: Part) -> dict[str, Any]:
         """Which samples judge; adds the data to `inputs`. Those that calibrated are left out."""
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
@@ -320,7 +317,7 @@ class Evaluator:
     def _reference(self, samples: int, part: Part, until: float) -> ArtifactRef | None:
         """The original's outputs on these samples, made once; None where they are too large to keep."""
         inputs = {"model": self.export.outputs["model"]}
-        options = self._selection(inputs, samples, part)
+        options = self.selection(inputs, samples, part)
         known = (str(options["part"]), samples)
         if known not in self._references:
             try:
@@ -410,10 +407,6 @@ def complete(run: CandidateRun, samples: int) -> bool:
     accuracy = run.tried.accuracy or {}
     asked = run.validate.options.get("max_samples", 0) if run.validate else 0
     return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
-
-
-def _specs(inputs: Sequence[Mapping[str, Any]]) -> list[TensorSpec]:
-    return [TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in inputs]
 
 
 def _fewer(accuracy: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:

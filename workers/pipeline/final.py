@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.domain.report import FinalMetrics
+from workers.kernel import TensorSpec
+from workers.measure.shapes import axis_sizes, free_axes
 from workers.pipeline.checks import LOSS, same_bytes
 from workers.pipeline.outcome import Proof
 from workers.pipeline.select import BASELINE, Tried, ratio_of
-from workers.pipeline.shape_rules import not_kept
+from workers.pipeline.shape_rules import accepted, not_kept
 
 
 def winner(proof: Proof) -> Tried:
@@ -43,6 +45,11 @@ def final_metrics(proof: Proof) -> FinalMetrics:
         reasons["memory_mb"] = "not measured"
     if not is_original and proof.verdict.unclaimed:
         reasons["speedup"] = f"unproven, shipped because the job allows it: {proof.verdict.unclaimed}"
+    bounded = accepts(proof)
+    if bounded:
+        reasons["accepts"] = (
+            "the bundle takes fewer sizes than the original: beyond them the engine was not seen to answer as that does"
+        )
     return FinalMetrics(
         latency_ms=rounded(latency_ms(shipped, batch)),
         original_latency_ms=rounded(latency_ms(proof.baseline, batch)),
@@ -57,6 +64,7 @@ def final_metrics(proof: Proof) -> FinalMetrics:
         size_mb=mb(shipped.figures["size_bytes"]),
         batch_size=int(batch),
         shape=(proof.benchmark.data.get("shape") or {}).get("dims"),
+        accepts=bounded,
         accuracy_metric=judged.get("metric"),
         accuracy_basis=judged.get("kind"),
         accuracy_value=rounded(value, 6),
@@ -77,6 +85,29 @@ def _verdict(shipped: Tried) -> dict[str, Any]:
         "accuracy_loss_bound_percent": rounded(check.bound),
         "accuracy_confidence": check.confidence,
     }
+
+
+def accepts(proof: Proof) -> dict[str, list[list[int | None] | None]]:
+    """The sizes that the bundle takes: input → for each axis [least, most], or None where any will do. Empty where it
+    takes whatever the original does. An engine that was not judged at other shapes takes those in use."""
+    if proof.picked is None:
+        return {}
+    shipped = proof.picked.tried
+    inputs = [TensorSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in proof.export.data["inputs"]]
+    free = free_axes(inputs)
+    if not free:
+        return {}
+    bounds = accepted(shipped.shapes, shipped.accuracy, proof.spec.validation.max_accuracy_loss_percent)
+    if shipped.shapes is None:
+        at = [proof.benchmark.data.get("shape"), *((shipped.figures or {}).get("shapes") or ())]
+        used = [axis_sizes(inputs, a["dims"]) for a in at if a and a["in_use"] and "failed" not in a]
+        bounds = {name: [min(u[name] for u in used), max(u[name] for u in used)] for name in free if used}
+    found: dict[str, list[list[int | None] | None]] = {}
+    for name, bound in bounds.items():
+        for tensor, axis in free[name]:
+            rank = next(len(spec.shape) for spec in inputs if spec.name == tensor)
+            found.setdefault(tensor, [None] * rank)[axis] = bound
+    return found
 
 
 def _judged(proof: Proof) -> Mapping[str, Any]:

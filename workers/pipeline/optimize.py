@@ -25,6 +25,7 @@ from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.search import Found, Search
 from workers.pipeline.select import BASELINE, Tried, Verdict, judge, undecided
+from workers.pipeline.shape_checks import ShapeChecks
 
 _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
@@ -177,11 +178,14 @@ class Optimizer:
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
         count = looks([(r.plan.lossless, r.tried.accuracy) for r in found.finalists])
+        shapes = ShapeChecks(evaluator)
         for run in found.finalists:
             if run.validate is not None and hurried:
                 run.note("final", "not confirmed", "the time left hardly holds the final measurement")
                 continue
             evaluator.confirm(run, confidence_of_a_look(self.spec, count), judged_until)
+            if run.tried.failed is None:
+                shapes.every_order(run, judged_until)
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups, too_large = evaluator.groups_that_fit(sound)

@@ -15,7 +15,7 @@ from app.domain.report import DeploymentConfig
 from workers.measure.method import versions
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import SEED, WEIGHTS, Data
-from workers.pipeline.final import final_metrics, winner
+from workers.pipeline.final import accepts, final_metrics, winner
 from workers.pipeline.outcome import Proof, nodes_kept
 from workers.pipeline.runner import Outcome, StageRunner
 
@@ -65,6 +65,7 @@ def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> 
             "format": _format(proof),
             "precision": proof.precision,
             "runtime": proof.runtime,
+            "accepts": accepts(proof),
             "files": proof.engine.to_json(),
             "nodes_kept": nodes_kept(proof.picked),
         },

@@ -202,9 +202,9 @@ def _details(outcome: Outcome) -> dict[str, Any]:
 
 
 def _shapes(found: Optimization, batch: str) -> list[dict[str, Any]]:
-    shipped, original = winner(found).figures, found.baseline.figures
+    shipped, original = winner(found), found.baseline.figures
     assert original is not None
-    return shape_table(found.spec, found.benchmark.data, original, shipped or original, batch)
+    return shape_table(found.spec, found.benchmark.data, original, shipped.figures or original, batch, shipped.shapes)
 
 
 def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:

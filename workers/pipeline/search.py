@@ -22,6 +22,7 @@ from workers.pipeline.planner import Plan
 from workers.pipeline.reach import out_of_reach, over_size
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import BASELINE, primary_batch
+from workers.pipeline.shape_checks import ShapeChecks
 from workers.pipeline.winback import WinBack, is_quantized, quantization
 
 _SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
@@ -218,7 +219,7 @@ class Search:
             self._checker.expect(self._sample_ms)
             wants_p99 = self.spec.constraints.p99_latency_ms is not None
             seconds = expected_seconds(p50_ms, min_seconds=self.spec.benchmark.min_seconds, want_p99=wants_p99)
-            if self.evaluator.other_shapes:
+            if ShapeChecks(self.evaluator).free:
                 seconds /= 1 - SHARE
             self.budget.keep_for_final(seconds)
 

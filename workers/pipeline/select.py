@@ -16,7 +16,7 @@ from app.domain.spec import Constraints, OptimizationSpec
 from workers.measure.claim import MOST_WIDE_MEAN
 from workers.measure.device_memory import limited_mb
 from workers.pipeline.checks import Check, accuracy_checks, at_most, p99_check
-from workers.pipeline.shape_rules import not_kept
+from workers.pipeline.shape_rules import fails, not_kept, unfit
 
 BASELINE = "baseline"
 _SIZES = ("size_mb", "memory_mb")
@@ -32,6 +32,7 @@ class Tried:
     lossless: bool
     accuracy: Mapping[str, Any] | None = None  # the validate stage's data
     figures: Mapping[str, Any] | None = None  # its part of the benchmark stage's data
+    shapes: Mapping[str, Any] | None = None  # the check_shapes stage's data
     failed: str | None = None  # why it never got that far
     narrows: str | None = None  # as the candidate's
     checks: list[Check] = field(default_factory=list)
@@ -110,6 +111,7 @@ def _judge(
         if tried.failed is None:
             tried.checks = [
                 *_accuracy(spec, tried),
+                *_at_every_shape(spec, tried),
                 *_constraints(spec.constraints, tried, batch, usual),
             ]
             tried.speed = _not_faster(spec, tried, batch, noise)
@@ -172,6 +174,15 @@ def _ratios(spec: OptimizationSpec, tried: Tried) -> dict[str, tuple[float, floa
 
 def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
     return accuracy_checks(spec, tried.accuracy, lossless=tried.lossless, narrows=tried.narrows)
+
+
+def _at_every_shape(spec: OptimizationSpec, tried: Tried) -> list[Check]:
+    """Whether it answers as the original does at every shape in use, in whatever order the calls come."""
+    limit = spec.validation.max_accuracy_loss_percent
+    found = unfit(tried.shapes, tried.accuracy, limit) + fails(tried.figures or {})
+    if not found and tried.shapes is None:
+        return []
+    return [Check("answers_at_every_shape", None, None, not found, "; ".join(found) or None)]
 
 
 def _not_finite(figures: Mapping[str, Any]) -> set[str]:

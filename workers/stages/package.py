@@ -52,7 +52,7 @@ class Package(Stage[PackageOptions]):
     otherwise when the same input ran again: random ones, which the bundle does not compare)."""
 
     name = "package"
-    version = 5
+    version = 6
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's

@@ -1,0 +1,64 @@
+"""Candidates at shapes beside those of the data, in several orders of calls."""
+
+from __future__ import annotations
+
+from app.domain.failures import StageFailure
+from workers.kernel import TensorSpec
+from workers.measure.shapes import free_axes
+from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.runner import Outcome
+from workers.pipeline.shape_rules import unfit
+
+
+class ShapeChecks:
+    """Of one job. What the original answers is found out once."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self._probes: Outcome | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether the model has axes beside the batch that are free."""
+        inputs = self._evaluator.export.data["inputs"]
+        return bool(free_axes([TensorSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in inputs]))
+
+    def shortest_first(self, run: CandidateRun, until: float) -> bool:
+        """A cheap look: called from the shortest shape on. Whether it answers as the original does at all that are in
+        use; dropped where it does not."""
+        if not self.free:
+            return True
+        self._check(run, until, thorough=False)
+        limit = self._evaluator.spec.validation.max_accuracy_loss_percent
+        wrong = unfit(run.tried.shapes, run.tried.accuracy, limit)
+        if wrong:
+            run.drop("check", "; ".join(wrong))
+        return run.tried.failed is None
+
+    def every_order(self, run: CandidateRun, until: float) -> None:
+        """For the verdict."""
+        self._check(run, until, thorough=True)
+
+    def _check(self, run: CandidateRun, until: float, *, thorough: bool) -> None:
+        """Writes down what was found. A failure of the engine drops it; where the time is too short, nothing more is
+        known than before."""
+        if self._evaluator.budget.over(until):
+            return
+        try:
+            probes = self._probed(until)
+            inputs = {"engine": run.engine, "probes": probes.outputs["probes"]}
+            options = {"backend": run.plan.backend, "runtime": run.runtime, "thorough": thorough}
+            found = self._evaluator.call("check_shapes", inputs, options, run.plan.id, until)
+        except StageFailure as failure:
+            if failure.code != "timed_out":
+                self._evaluator.failed(run, "shapes", failure)
+            return
+        run.tried.shapes = {**found.data, "left_out": probes.data["left_out"], "why": probes.data["why"]}
+
+    def _probed(self, until: float) -> Outcome:
+        if self._probes is None:
+            inputs = {"model": self._evaluator.export.outputs["model"]}
+            options = self._evaluator.selection(inputs, 1, "select")
+            inputs.pop("calibration", None)  # whether the order of calls counts, any sample shows
+            self._probes = self._evaluator.call("shape_probes", inputs, options, None, until)
+        return self._probes
