@@ -21,7 +21,7 @@ def _found(profile: dict[str, Any] | None = None, sweep: list[dict[str, Any]] | 
         profile=SimpleNamespace(data=profile) if profile is not None else None,
         deployment=SimpleNamespace(data={"configurations": sweep}) if sweep is not None else None,
     )
-    return SimpleNamespace(explanation=explanation, verdict=SimpleNamespace(primary_batch="1"), **rest)
+    return SimpleNamespace(explanation=explanation, verdict=SimpleNamespace(primary_batch="1", unclaimed=None), **rest)
 
 
 SCALES = [_config(1, 1, 10.0, 11.0), _config(1, 2, 19.0, 20.0)]
