@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, TypedDict, cast
+from typing import Any, BinaryIO, Literal, NotRequired, TypedDict, cast
 
 from app.archive_streams import SeekableFile, Window
 from app.archives import Archive, ArchiveLimits, Limits, Member, archive_kind, open_archive
@@ -33,11 +33,13 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 
 
 class ArrayInfo(TypedDict):
-    """One array: `shape` is that of a sample, without the first axis."""
+    """One array: `shape` is that of a sample, without the first axis; None for a size that differs between shards.
+    `first_axis`: its size where it is not the number of samples; None for a single number."""
 
     name: str
     dtype: str
-    shape: list[int]
+    shape: list[int | None]
+    first_axis: NotRequired[int | None]
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def _inspect_archive(archive: Archive, filename: str, scratch: Path, limits: Lim
             )
     first: _Shard | None = None
     first_name = ""
+    arrays: list[ArrayInfo] = []
     samples = unpacked = 0
     for member in members:
         with _seekable(archive, member, scratch) as file:
@@ -121,10 +124,11 @@ def _inspect_archive(archive: Archive, filename: str, scratch: Path, limits: Lim
         if first is None:
             first, first_name = shard, member.name
         _check_agreement(first, first_name, shard, member.name)
+        arrays = _over_shards(arrays or shard.arrays, shard.arrays, (first.samples, shard.samples))
         samples += shard.samples
     if first is None:
         raise invalid_dataset("The archive holds no .npz shard.", remedy=_MAKE_NPZ)
-    return DatasetInfo("archive", samples, first.arrays, len(members))
+    return DatasetInfo("archive", samples, arrays, len(members))
 
 
 @contextmanager
@@ -160,29 +164,44 @@ def _inspect_npz(file: SeekableFile, where: str, limits: Limits) -> _Shard:
                 f"There are .npz shards in {where}.",
                 remedy="Name the archive of shards .zip, and do not nest archives.",
             )
-        arrays: list[ArrayInfo] = []
-        counts: dict[str, int] = {}
-        for member in npz.members:
-            info, count = _inspect_array(npz, member, where)
-            arrays.append(info)
-            counts[info["name"]] = count
-    if not arrays:
+        headers = [_inspect_array(npz, member, where) for member in npz.members]
+    if not headers:
         raise invalid_dataset(f"There is no array in {where}.", remedy=_MAKE_NPZ)
-    samples = counts[arrays[0]["name"]]
-    for name, count in counts.items():
-        if count != samples:
-            raise invalid_dataset(
-                f"In {where} the array {name!r} has {count} samples and {arrays[0]['name']!r} has {samples}.",
-                tensor=name,
-                remedy="Give every array the same first axis: one entry per sample.",
-            )
+    samples = _sample_count([shape for _, _, shape in headers])
+    counted = next((name for name, _, shape in headers if shape and shape[0] == samples), None)
+    if samples is None or counted is None:
+        raise invalid_dataset(
+            f"The array {headers[0][0]!r} in {where} is a single number, without an axis of samples.",
+            tensor=headers[0][0],
+            remedy="Store one entry per sample, e.g. `numpy.full(samples, value)`.",
+        )
+    arrays = []
+    for name, dtype, shape in headers:
+        info = ArrayInfo(name=name, dtype=dtype, shape=list(shape[1:]))
+        if not shape or shape[0] != samples:
+            # With more axes it may be a model's state or a set, which the job tells; a lone list is one entry a sample.
+            if len(shape) == 1 and shape[0] != 1:
+                raise invalid_dataset(
+                    f"In {where} the array {name!r} has {shape[0]} samples and {counted!r} has {samples}.",
+                    tensor=name,
+                    remedy="Give every array the same first axis: one entry per sample.",
+                )
+            info["first_axis"] = shape[0] if shape else None
+        arrays.append(info)
     if samples == 0:
         raise invalid_dataset(f"There is no sample in {where}.", remedy="Store at least one sample.")
     return _Shard(samples, arrays, sum(m.size for m in npz.members))
 
 
-def _inspect_array(npz: Archive, member: Member, where: str) -> tuple[ArrayInfo, int]:
-    """The array's description and its number of samples."""
+def _sample_count(shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """The size of a first axis that most arrays have on some axis, of several the largest; None where all are single
+    numbers."""
+    firsts = {shape[0] for shape in shapes if shape}
+    return max(firsts, key=lambda size: (sum(size in shape for shape in shapes), size), default=None)
+
+
+def _inspect_array(npz: Archive, member: Member, where: str) -> tuple[str, str, tuple[int, ...]]:
+    """The array's name, dtype and shape."""
     if not member.name.endswith(".npy") or member.name == ".npy" or len(member.name) > _MAX_NAME:
         raise invalid_dataset(f"There is {member.name[:200]!r} in {where}, which is no .npy array.", remedy=_MAKE_NPZ)
     name = member.name.removesuffix(".npy")
@@ -201,13 +220,7 @@ def _inspect_array(npz: Archive, member: Member, where: str) -> tuple[ArrayInfo,
             tensor=name,
             remedy="Write the file again with `numpy.savez`.",
         )
-    if not header.shape:
-        raise invalid_dataset(
-            f"The array {name!r} in {where} is a single number, without an axis of samples.",
-            tensor=name,
-            remedy="Store one entry per sample, e.g. `numpy.full(samples, value)`.",
-        )
-    return ArrayInfo(name=name, dtype=header.dtype, shape=list(header.shape[1:])), header.shape[0]
+    return name, header.dtype, tuple(header.shape)
 
 
 def _check_agreement(first: _Shard, first_name: str, shard: _Shard, shard_name: str) -> None:
@@ -222,10 +235,24 @@ def _check_agreement(first: _Shard, first_name: str, shard: _Shard, shard_name: 
         )
     for name, array in ours.items():
         other = theirs[name]
-        if array != other:
+        if array["dtype"] != other["dtype"] or len(array["shape"]) != len(other["shape"]):
             raise invalid_dataset(
                 f"The array {name!r} is {array['dtype']} {array['shape']} per sample in the shard {shard_name!r}, and "
                 f"{other['dtype']} {other['shape']} in {first_name!r}.",
                 tensor=name,
-                remedy="Store the arrays of every shard with the same type and shape per sample.",
+                remedy="Store the arrays of every shard with the same type, and with as many axes.",
             )
+
+
+def _over_shards(first: Sequence[ArrayInfo], shard: Sequence[ArrayInfo], samples: tuple[int, int]) -> list[ArrayInfo]:
+    """What is true of the arrays of both; `samples`: how many each has."""
+    others, found = {a["name"]: a for a in shard}, []
+    for array in first:
+        other = others[array["name"]]
+        same = [a if a == b else None for a, b in zip(array["shape"], other["shape"], strict=True)]
+        both = ArrayInfo(name=array["name"], dtype=array["dtype"], shape=same)
+        if "first_axis" in array or "first_axis" in other:
+            firsts = [a.get("first_axis", n) for a, n in zip((array, other), samples, strict=True)]
+            both["first_axis"] = firsts[0] if firsts[0] == firsts[1] else None
+        found.append(both)
+    return found

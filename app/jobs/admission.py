@@ -10,63 +10,8 @@ from app.capabilities.service import offered
 from app.db.orm import Worker
 from app.domain.spec import OptimizationSpec, ShapeRange
 from app.errors import AppError, FieldError, invalid_request
+from app.jobs.data_admission import MOST_ERRORS, axes_of
 from app.queue.messages import queue_for
-
-LABELS = "labels"
-_MOST_ERRORS = 50  # a request may name thousands of inputs that are none
-
-
-def check_dataset(
-    pointer: str,
-    arrays: Sequence[Mapping[str, Any]],
-    inputs: Sequence[Mapping[str, Any]],
-    outputs: Sequence[Mapping[str, Any]],
-    shapes: Mapping[str, ShapeRange] | None = None,
-) -> None:
-    """Raise 422 where a data set's arrays do not fit the model's inputs and outputs by name, dtype or shape, or its
-    samples lie outside of the wanted `shapes`."""
-    by_name = {a["name"]: a for a in arrays}
-    known = {i["name"] for i in inputs} | {o["name"] for o in outputs} | {LABELS}
-    errors: list[FieldError] = []
-    for item in inputs:
-        array = by_name.get(item["name"])
-        if array is None:
-            errors.append(FieldError(pointer, f"array {item['name']!r} is missing"))
-            continue
-        if array["dtype"] != item["dtype"]:
-            errors.append(
-                FieldError(pointer, f"array {item['name']!r} is {array['dtype']}, the model takes {item['dtype']}")
-            )
-        if item["shape"] is not None and not _fits(array["shape"], item["shape"][1:]):
-            wanted = ["samples", *item["shape"][1:]]
-            found = ["samples", *array["shape"]]
-            errors.append(FieldError(pointer, f"array {item['name']!r} has shape {found}, the model takes {wanted}"))
-        elif shapes and item["name"] in shapes:
-            errors += _outside(pointer, array, shapes[item["name"]])
-    unknown = [name for name in by_name if name not in known]
-    errors += [FieldError(pointer, f"array {name!r} is no input or output of the model") for name in unknown]
-    if errors and inputs:
-        raise invalid_request(
-            f"The data set does not fit the model: {errors[0].message}.",
-            errors[:_MOST_ERRORS],
-            "Name the arrays by the model's inputs, with the samples along the first axis, in the model's dtypes.",
-        )
-
-
-def _outside(pointer: str, array: Mapping[str, Any], wanted: ShapeRange) -> list[FieldError]:
-    """The axes of a data set's array that leave the wanted range; the first axis, the samples, may have any length."""
-    return [
-        FieldError(
-            pointer,
-            f"array {array['name']!r} has {size} along axis {axis}, outside of the wanted shapes ({low} to {high})",
-        )
-        for axis, (size, low, high) in enumerate(zip(array["shape"], wanted.min[1:], wanted.max[1:], strict=False), 1)
-        if not low <= size <= high
-    ]
-
-
-def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
-    return len(shape) == len(wanted) and all(isinstance(w, str) or w == s for s, w in zip(shape, wanted, strict=True))
 
 
 def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str, Any]]) -> None:
@@ -90,15 +35,19 @@ def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str,
                 errors.append(FieldError(pointer, f"axis {axis} of the model is fixed at {fixed}"))
     if errors:
         remedy = "Give every input a range that fits the shape which GET /v1/models/{id} tells."
-        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors[:_MOST_ERRORS], remedy)
+        raise invalid_request(f"The shapes do not fit the model: {errors[0].message}.", errors[:MOST_ERRORS], remedy)
 
 
 def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]]) -> OptimizationSpec:
     """The spec with batch sizes inside of the wanted shapes. Those that are only defaults are fitted; raise 422 where
-    the client asks for one outside. Inputs whose first axis the model fixes do not count: there is no choice."""
-    fixed = {i["name"] for i in inputs if i["shape"] and isinstance(i["shape"][0], int)}
-    ranges = [r for name, r in (spec.shapes or {}).items() if name not in fixed]
-    low, high = max((r.min[0] for r in ranges), default=1), min((r.max[0] for r in ranges), default=2**31)
+    the client asks for one outside. Inputs whose batch axis the model fixes do not count: there is no choice."""
+    known, axes = {i["name"]: i["shape"] for i in inputs}, axes_of(inputs, spec.inputs)
+    ranges = []
+    for name, wanted_range in (spec.shapes or {}).items():
+        axis, shape = axes.get(name, 0), known.get(name)
+        if axis is not None and axis < len(wanted_range.opt) and not (shape and isinstance(shape[axis], int)):
+            ranges.append((wanted_range.min[axis], wanted_range.opt[axis], wanted_range.max[axis]))
+    low, high = max((r[0] for r in ranges), default=1), min((r[2] for r in ranges), default=2**31)
     wanted = spec.benchmark.batch_sizes
     outside = [b for b in wanted if not low <= b <= high]
     if low > high or not outside:  # the export stage knows which inputs share their batch axis
@@ -108,9 +57,9 @@ def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]])
         raise invalid_request(
             f"The benchmark does not fit the shapes: {message}.",
             [FieldError("/benchmark/batch_sizes", message)],
-            "Widen the first axis of `shapes`, or leave the batch size out.",
+            "Widen the batch axis of `shapes`, or leave the batch size out.",
         )
-    kept = [b for b in wanted if b not in outside] or [min(max(ranges[0].opt[0], low), high)]
+    kept = [b for b in wanted if b not in outside] or [min(max(ranges[0][1], low), high)]
     benchmark = spec.benchmark.model_copy(update={"batch_sizes": kept})
     return spec.model_copy(update={"benchmark": benchmark})
 

@@ -17,7 +17,8 @@ from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
-from app.jobs.admission import check_dataset, check_shapes, find_queue, fit_batch_sizes
+from app.jobs.admission import check_shapes, find_queue, fit_batch_sizes
+from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
@@ -57,6 +58,8 @@ class JobService:
                 if job is not None:
                     return job, False
             model = self._model(session, tenant_id, spec)
+            if spec.inputs is not None:
+                check_inputs(spec.inputs, model.inputs)
             if spec.shapes is not None:
                 check_shapes(spec.shapes, model.inputs)
                 spec = fit_batch_sizes(spec, model.inputs)
@@ -123,7 +126,15 @@ class JobService:
                 raise invalid_request(
                     detail, [FieldError(pointer, "unknown data set")], "Upload it with POST /v1/datasets."
                 )
-            check_dataset(pointer, row.arrays, model.inputs, model.outputs, spec.shapes)
+            check_dataset(
+                pointer,
+                row.arrays,
+                model.inputs,
+                model.outputs,
+                spec.shapes,
+                samples=row.samples,
+                options=spec.inputs,
+            )
             judging = (pointer, row.arrays)  # the validation data; without it, the rest of the calibration data
         check_metric(spec.validation.metric, *judging, model.outputs)
 

@@ -10,7 +10,8 @@ import pytest
 from app.db.orm import Worker
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError
-from app.jobs.admission import check_dataset, check_shapes, choose_queue, find_queue
+from app.jobs.admission import check_shapes, choose_queue, find_queue
+from app.jobs.data_admission import check_dataset
 from app.jobs.metric_admission import check_metric
 from workers.kernel import BackendInfo
 from workers.pipeline.optimize import device_of

@@ -135,11 +135,25 @@ def test_shards_must_agree(inspect: Inspect, packer: str) -> None:
         (npz(x=X), "labels"),
         (npz(x=X, labels=LABELS, more=LABELS), "more"),
         (npz(x=X.astype(np.float64), labels=LABELS), "x"),
-        (npz(x=X[:, :2], labels=LABELS), "x"),
+        (npz(x=X[:, 0], labels=LABELS), "x"),
     ):
         error = refusal(inspect, PACKERS[packer]({"a.npz": good, "b.npz": bad}), packer)
         assert error.tensor == array
         assert "'b.npz'" in error.detail
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_shards_may_differ_in_length(inspect: Inspect, packer: str) -> None:
+    info = inspect(PACKERS[packer]({"a.npz": npz(x=X), "b.npz": npz(x=X[:, :2])}), packer)
+    assert [a["shape"] for a in info.arrays] == [[None, 4]]
+
+
+def test_arrays_whose_samples_are_on_another_axis_or_on_none(inspect: Inspect) -> None:
+    count = len(X)
+    info = inspect(npz(state=np.zeros((2, count, 5)), x=X, edges=np.zeros((2, 40)), rate=np.int64(16000)))
+    assert info.samples == count
+    found = {a["name"]: (a["shape"], a.get("first_axis", count)) for a in info.arrays}
+    assert found == {"state": ([count, 5], 2), "x": ([3, 4], count), "edges": ([40], 2), "rate": ([], None)}
 
 
 def test_shards_that_are_none(inspect: Inspect) -> None:

@@ -11,51 +11,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from app.domain import axes
+from app.domain.axes import BATCH, UNBATCHED
 from workers.kernel import TensorSpec
-
-BATCH = "batch"
-UNBATCHED = "_unbatched"  # ends the symbol of a first axis that is no batch
-_LETTERS = frozenset(("n", "b", "bs", "bsz"))
-
-
-def batch_symbol(inputs: Sequence[TensorSpec]) -> str | None:
-    """The symbol of the batch: the first one that is called so, else the first axis of the first input that is free."""
-    first = [spec.shape[0] for spec in inputs if spec.shape]
-    later = [dim for spec in inputs for dim in spec.shape[1:]]
-    symbols = [d for d in (*first, *later) if isinstance(d, str) and d and not d.endswith(UNBATCHED)]
-    named = next((d for d in symbols if BATCH in d.lower() and d.isidentifier()), None)
-    letter = next((d for d in symbols if d.lower() in _LETTERS), None)
-    free = next((d for d in first if isinstance(d, str) and d and not d.endswith(UNBATCHED)), None)
-    return named or letter or free
 
 
 def batch_axes(inputs: Sequence[TensorSpec]) -> dict[str, int | None]:
-    """For each input the axis that follows the batch; None for one that is the same whatever the batch.
-
-    It is the axis that carries the batch's symbol, else the first one where that is free. Where the batch is fixed: the
-    first axis that has its size.
-    """
-    wanted = batch_symbol(inputs) or _fixed_size(inputs)
-    found: dict[str, int | None] = {}
-    for spec in inputs:
-        at = next((axis for axis, dim in enumerate(spec.shape) if dim == wanted), None)
-        if at is None and spec.shape and isinstance(spec.shape[0], str) and not spec.shape[0].endswith(UNBATCHED):
-            at = 0
-        found[spec.name] = at
-    return found
-
-
-def _fixed_size(inputs: Sequence[TensorSpec]) -> int | str | None:
-    """The first axis' size that every input has somewhere ([1, 512] beside a state [2, 1, 128]: 1)."""
-    shapes = [spec.shape for spec in inputs if spec.shape]
-    sizes = [shape[0] for shape in shapes if isinstance(shape[0], int)]
-    return next((s for s in sizes if all(s in shape for shape in shapes)), next(iter(sizes), None))
+    """For each input the axis that follows the batch; None for one that is the same whatever the batch."""
+    return axes.batch_axes({spec.name: spec.shape for spec in inputs})
 
 
 def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:
     """The one batch size that the model takes, or None where a batch axis is free or there is none."""
-    axes = batch_axes(inputs)
-    sizes = [spec.shape[axis] for spec in inputs if (axis := axes[spec.name]) is not None]
+    known = batch_axes(inputs)
+    sizes = [spec.shape[axis] for spec in inputs if (axis := known[spec.name]) is not None]
     if not sizes or any(not isinstance(dim, int) or dim <= 0 for dim in sizes):
         return None
     assert isinstance(sizes[0], int)
@@ -64,7 +33,7 @@ def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:
 
 def with_axes(inputs: Sequence[TensorSpec], wanted: Mapping[str, int | None]) -> list[TensorSpec]:
     """The inputs with symbols that make `batch_axes` answer as `wanted` says, for those that it names."""
-    symbol = batch_symbol([s for s in inputs if s.name not in wanted])
+    symbol = axes.batch_symbol([s.shape for s in inputs if s.name not in wanted])
     batch = symbol if symbol is not None and BATCH in symbol.lower() else BATCH
     found = []
     for spec in inputs:

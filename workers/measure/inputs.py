@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from app.domain.axes import BATCH
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import TensorSpec
-from workers.measure.axes import BATCH, batch_axes, fixed_batch
+from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.fitting import fitted
 from workers.measure.rows import sliced, taken
 from workers.measure.shapes import BatchAxes, Shape, at_batch, layouts, timed_shapes

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from onnx import GraphProto, ModelProto, ValueInfoProto
 
+from app.domain.axes import PLACEHOLDER
 from workers.kernel import TensorSpec
 from workers.onnx_graph import all_nodes, nodes_of, subgraphs, tensor_spec
-
-# What exporters write for a size that they do not know: no name, so nothing is said about two axes that carry it.
-_PLACEHOLDER = re.compile(r"\?+|\*|-\d+|-|none|null|nan|n/a|unk|unknown|dynamic|dyn|any|undefined", re.IGNORECASE)
 
 
 def name_nodes(model: ModelProto) -> list[str]:
@@ -46,7 +44,7 @@ def forget_placeholders(model: ModelProto) -> None:
     """Take symbols like '?' for what they are: unknown sizes, which need not be equal."""
     for info in _infos(model):
         for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_param and _PLACEHOLDER.fullmatch(dim.dim_param.strip()):
+            if dim.dim_param and PLACEHOLDER.fullmatch(dim.dim_param.strip()):
                 dim.ClearField("dim_param")
 
 
