@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from app.db.orm import IdempotencyKey
-from app.errors import conflict
+from app.errors import AppError, conflict
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ def recall(session: Session, tenant_id: str, idempotency: Idempotency | None) ->
             remedy="Send a new Idempotency-Key with every new request; repeat one only with the same body.",
         )
     return row.resource_id
+
+
+def resource_gone(kind: str) -> AppError:
+    """What a repeated request gets whose resource was made, and deleted since: neither it nor another one."""
+    detail = f"The {kind} that this Idempotency-Key made was deleted."
+    return conflict("idempotency_resource_gone", detail, "Send a new Idempotency-Key to make another one.")
 
 
 def remember(session: Session, tenant_id: str, idempotency: Idempotency | None, resource_id: str) -> None:

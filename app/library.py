@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +17,13 @@ from app.db.ids import new_id
 from app.db.orm import Dataset, Job, SourceModel, Upload
 from app.db.uow import Database
 from app.domain.artifact_key import digest_of
+from app.domain.upload_state import DONE, ENDED, UploadState
 from app.errors import AppError, FieldError, conflict, invalid_request, not_found
-from app.idempotency import Idempotency, recall, remember
+from app.idempotency import Idempotency, recall, remember, resource_gone
 from app.inspection.pool import Inspector
 from app.names import forbidden_character
 from app.references import is_referenced, lock_blob
+from app.scratch import scratch_folder
 from app.settings import Settings
 from app.storage.content import ContentStore, blob_key
 
@@ -78,8 +78,9 @@ class LibraryRepository(Generic[Row]):
         active = Job.status.in_(("queued", "running"))
         return self.session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, active, uses).limit(1))
 
-    def upload(self, tenant_id: str, upload_id: str) -> Upload | None:
-        return self.session.scalar(select(Upload).where(Upload.id == upload_id, Upload.tenant_id == tenant_id))
+    def upload(self, tenant_id: str, upload_id: str, *, lock: bool = False) -> Upload | None:
+        query = select(Upload).where(Upload.id == upload_id, Upload.tenant_id == tenant_id)
+        return self.session.scalar(query.with_for_update() if lock else query)
 
 
 class FileLibrary(Generic[Row]):
@@ -113,17 +114,17 @@ class FileLibrary(Generic[Row]):
             upload = LibraryRepository(session, self.table).upload(tenant_id, upload_id)
         if upload is None:
             raise not_found("upload", upload_id)
-        if upload.status in ("open", "aborted") or upload.sha256 is None:
-            detail = f"The upload is {upload.status}, not completed."
-            remedy = f"POST /v1/uploads/{upload_id}/complete first." if upload.status == "open" else "Upload it again."
+        if upload.status not in DONE or upload.sha256 is None:
+            detail = f"The upload is {UploadState(upload.status).public}, not completed."
+            remedy = "Upload it again." if upload.status in ENDED else f"POST /v1/uploads/{upload_id}/complete first."
             raise conflict("upload_not_completed", detail, remedy)
         name = clean_name(name, upload.filename)
         idempotency = self._idempotency(key, name, upload.filename, upload.sha256)
         earlier = self._recall(tenant_id, idempotency)
         if earlier is not None:
             return earlier, False
-        if upload.status == "consumed":
-            raise conflict("upload_consumed", "The upload has become a model or a data set already.")
+        if upload.status == UploadState.CONSUMED:
+            raise _consumed()
         with local_copy(self._content, tenant_id, upload.sha256, self._settings.temp_dir) as path:
             columns = self._inspector.inspect(tenant_id, self.kind, path, upload.filename)
         row = self._row(tenant_id, name, upload.filename, upload.sha256, upload.size_bytes, columns)
@@ -164,7 +165,12 @@ class FileLibrary(Generic[Row]):
             return None
         with self._db.read() as session:
             row_id = recall(session, tenant_id, idempotency)
-        return None if row_id is None else self.get(tenant_id, row_id)
+            if row_id is None:
+                return None
+            row = LibraryRepository(session, self.table).get(tenant_id, row_id)
+        if row is None:
+            raise resource_gone(self.kind)
+        return row
 
     def _row(
         self, tenant_id: str, name: str, filename: str, sha256: str, size_bytes: int, columns: dict[str, Any]
@@ -191,9 +197,11 @@ class FileLibrary(Generic[Row]):
                     raise AppError("content_missing", "Try again", 503, detail, retryable=True)
                 self._content.record(uow.session, tenant_id, sha256, row.size_bytes)
                 if upload_id is not None:
-                    upload = LibraryRepository(uow.session, self.table).upload(tenant_id, upload_id)
-                    assert upload is not None
-                    upload.status = "consumed"
+                    # Locked and looked at again: two requests may have come this far with one upload.
+                    upload = LibraryRepository(uow.session, self.table).upload(tenant_id, upload_id, lock=True)
+                    if upload is None or upload.status != UploadState.COMPLETED:
+                        raise _consumed()
+                    upload.status = UploadState.CONSUMED
                 uow.session.add(row)
                 remember(uow.session, tenant_id, idempotency, row.id)
         except IntegrityError:
@@ -201,7 +209,17 @@ class FileLibrary(Generic[Row]):
             if earlier is None:
                 raise
             return earlier, False
+        except AppError as error:
+            # The same request may have come twice at the same time, and the other one has consumed the upload.
+            earlier = self._recall(tenant_id, idempotency) if error.code == "upload_consumed" else None
+            if earlier is None:
+                raise
+            return earlier, False
         return row, True
+
+
+def _consumed() -> AppError:
+    return conflict("upload_consumed", "The upload has become a model or a data set already, or was aborted.")
 
 
 def release_blob(db: Database, content: ContentStore, tenant_id: str, sha256: str) -> None:
@@ -227,16 +245,6 @@ def local_copy(content: ContentStore, tenant_id: str, sha256: str, temp_dir: Pat
         copy = folder / "blob"
         content.fetch(tenant_id, sha256, copy)
         yield copy
-
-
-@contextmanager
-def scratch_folder(temp_dir: Path) -> Iterator[Path]:
-    temp_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="incoming-", dir=temp_dir))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean_name(name: str | None, filename: str) -> str:

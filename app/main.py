@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import anyio.to_thread
 from anyio import CapacityLimiter
 from fastapi import FastAPI
 
@@ -23,7 +26,6 @@ from app.http.middleware import BodyLimitMiddleware, KeyMiddleware, LocalGuardMi
 from app.http.openapi import describe
 from app.http.problem import install_handlers, problems
 from app.http.services import Services
-from app.http.sink import remove_stale
 from app.http.threads import Places, SharedReads, SharedThreads
 from app.inspection.pool import Inspector
 from app.jobs import endpoints as jobs
@@ -31,6 +33,7 @@ from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
 from app.queue.producer import Dispatch, make_dispatch
+from app.scratch import remove_stale
 from app.settings import Settings, load_settings
 from app.source_models import endpoints as source_models
 from app.source_models.service import SourceModelService
@@ -40,6 +43,7 @@ from app.uploads import endpoints as uploads
 from app.uploads.service import UploadService
 
 VERSION = "0.1.0"
+_CLEAN_S = 5.0
 
 
 def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = None) -> FastAPI:
@@ -51,13 +55,15 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = make_services(settings, metrics, dispatch or make_dispatch(settings))
         metrics.watch(health.CachedSnapshot(lambda: health.snapshot(services)))
-        remove_stale(settings.temp_dir)
         app.state.services = services
         app.state.readiness = health.CachedReadiness(lambda: health.readiness(services))
         services.watcher.start()
+        cleaner = asyncio.create_task(_clean(settings.temp_dir), name="cleaner")
         try:
             yield
         finally:
+            cleaner.cancel()
+            services.uploads.stop()
             await services.watcher.stop()
             services.inspector.close()
             services.db.close()
@@ -76,6 +82,13 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         app.add_middleware(LocalGuardMiddleware)
     app.add_middleware(RequestContextMiddleware, metrics=metrics)
     return app
+
+
+async def _clean(temp_dir: Path) -> None:
+    """Now and then removes what API processes that were killed have left in the scratch folder."""
+    while True:
+        await anyio.to_thread.run_sync(remove_stale, temp_dir)
+        await asyncio.sleep(_CLEAN_S)
 
 
 def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> Services:

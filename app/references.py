@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, String, cast, func, select
 from sqlalchemy.orm import Session
 
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult, Upload
+from app.domain.upload_state import UploadState
 
 _STREAMED_ROWS = 1000
 
@@ -33,7 +34,7 @@ def _columns(tenant_id: str) -> list[tuple[ColumnElement[Any], list[ColumnElemen
     return [
         (SourceModel.sha256.expression, [SourceModel.tenant_id == tenant_id, SourceModel.deleted_at.is_(None)]),
         (Dataset.sha256.expression, [Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None)]),
-        (Upload.sha256.expression, [Upload.tenant_id == tenant_id, Upload.status == "completed"]),
+        (Upload.sha256.expression, [Upload.tenant_id == tenant_id, Upload.status == UploadState.COMPLETED]),
         (Engine.sha256.expression, [Engine.tenant_id == tenant_id]),
         (Engine.bundle_sha256.expression, [Engine.tenant_id == tenant_id]),
         (Job.report_sha256.expression, [Job.tenant_id == tenant_id]),

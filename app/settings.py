@@ -34,7 +34,8 @@ class StorageSettings(BaseSettings):
     s3_region: str = Field(default="us-east-1", validation_alias="S3_REGION")
     s3_access_key_id: str | None = Field(default=None, validation_alias="AWS_ACCESS_KEY_ID")
     s3_secret_access_key: SecretStr | None = Field(default=None, validation_alias="AWS_SECRET_ACCESS_KEY")
-    presign_seconds: int = Field(default=3600, ge=1, le=7 * 24 * 3600)
+    presign_seconds: int = Field(default=300, ge=1, le=7 * 24 * 3600)
+    presign_part_seconds: int = Field(default=3600, ge=1, le=7 * 24 * 3600)
 
 
 class LimitSettings(BaseSettings):
@@ -49,6 +50,8 @@ class LimitSettings(BaseSettings):
     json_bytes: int = Field(default=1 << 20, ge=1)
     spec_bytes: int = Field(default=128 << 10, ge=1 << 10)
     part_bytes: int = Field(default=64 << 20, ge=5 << 20)
+    upload_lease_s: float = Field(default=30, gt=0)
+    complete_wait_s: float = Field(default=20, ge=0)
     upload_expires_s: int = Field(default=24 * 3600, ge=1)
     wait_s: float = Field(default=60, ge=0)
     header_bytes: int = Field(default=64 << 10, ge=1 << 10)

@@ -152,7 +152,6 @@ class WorkerService:
                     self._report_self()
                 if sweep.due():
                     self.ledger.sweep()
-                    self.uploads.expire_uploads()
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("housekeeping_failed", error=str(error)[:300])
 
@@ -162,6 +161,7 @@ class WorkerService:
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 self.webhooks.deliver_due()
+                self.uploads.expire_uploads()
                 if collect.due():
                     self.collector.collect()
             except (SQLAlchemyError, AppError, OSError) as error:

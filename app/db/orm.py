@@ -87,7 +87,8 @@ class Dataset(Base):
 
 
 class Upload(Base):
-    """An upload session. `status`: open | completed | consumed | aborted."""
+    """An upload session. `status`: `app.domain.upload_state`. `lease_expires_at`: until then somebody completes it, or
+    clears up after its end; still there later, that was left undone. `error`: why it was aborted."""
 
     __tablename__ = "uploads"
 
@@ -100,6 +101,8 @@ class Upload(Base):
     storage_key: Mapped[str] = mapped_column(String(512))
     storage_upload_id: Mapped[str] = mapped_column(String(1024))
     status: Mapped[str] = mapped_column(String(16), default="open")
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    error: Mapped[Json | None] = mapped_column(JsonColumn)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -18,12 +15,11 @@ from anyio import CapacityLimiter
 
 from app.errors import AppError
 from app.http.middleware import too_large
+from app.scratch import new_file
 from app.storage.common import start_writeback, translated_os_errors
 
-PREFIX = "incoming-"
 _BLOCK = 4 << 20
 _WRITEBACK = 32 << 20
-_STALE_S = 3600.0
 
 
 class FileSink:
@@ -112,20 +108,7 @@ async def file_sink(folder: Path, limit: int, limiter: CapacityLimiter) -> Async
 
 def _new_file(folder: Path) -> tuple[int, Path]:
     with translated_os_errors("receiving a file"):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
-    return descriptor, Path(name)
-
-
-def remove_stale(folder: Path) -> int:
-    """Remove what an API process that was killed has left; other processes' files are younger than an hour."""
-    removed = 0
-    for path in folder.glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                removed += 1
-    return removed
+        return new_file(folder)
 
 
 def incomplete_body(detail: str) -> AppError:

@@ -52,16 +52,18 @@ class SharedReads:
     def __init__(self) -> None:
         self._running: dict[Hashable, asyncio.Task[Any]] = {}
 
-    async def read(self, key: Hashable, call: Callable[[Unpack[Arguments]], T], *arguments: *Arguments) -> T:
-        """What `call(*arguments)` gives to everybody who asks with this key until it is there."""
+    def start(self, key: Hashable, begin: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """The task that runs under this key; `begin` makes it where there is none. It goes on when nobody waits."""
         task = self._running.get(key)
         if task is None:
-            reading: Coroutine[Any, Any, T] = anyio.to_thread.run_sync(call, *arguments)
-            task = asyncio.get_running_loop().create_task(reading)
+            task = asyncio.get_running_loop().create_task(begin())
             self._running[key] = task
             task.add_done_callback(lambda done: self._ended(key, done))
-        result: T = await asyncio.shield(task)
-        return result
+        return task
+
+    async def read(self, key: Hashable, call: Callable[[Unpack[Arguments]], T], *arguments: *Arguments) -> T:
+        """What `call(*arguments)` gives to everybody who asks with this key until it is there."""
+        return await asyncio.shield(self.start(key, lambda: anyio.to_thread.run_sync(call, *arguments)))
 
     def _ended(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         self._running.pop(key, None)

@@ -51,6 +51,10 @@ class BlobStore(Protocol):
     def size(self, key: str) -> int | None:
         """Size in bytes, or None where there is no such object."""
 
+    def copy(self, source: str, key: str) -> None:
+        """Have the object stand under `key` as well; its bytes do not pass through here. An existing one is left as it
+        is. Raises `BlobNotFound`."""
+
     def delete(self, key: str) -> None:
         """Remove it; no error where there is none."""
 
@@ -70,8 +74,8 @@ class BlobStore(Protocol):
 
     def begin_upload(self, key: str) -> str: ...
 
-    def presigned_part(self, key: str, upload_id: str, number: int, *, expires_s: int) -> str | None:
-        """A URL to PUT this part to, or None where parts go through the API (`put_part`)."""
+    def presigned_part(self, key: str, upload_id: str, number: int, *, size_bytes: int, expires_s: int) -> str | None:
+        """A URL to PUT this part of exactly `size_bytes` to, or None where parts go through the API (`put_part`)."""
 
     def put_part(self, key: str, upload_id: str, number: int, path: Path) -> StoredPart:
         """Store one part; a part sent again replaces the earlier one. Consumes `path`."""
@@ -83,3 +87,6 @@ class BlobStore(Protocol):
 
     def abort_upload(self, key: str, upload_id: str) -> None:
         """Forget the upload and its parts; no error where there is none."""
+
+    def abort_uploads(self, key: str) -> None:
+        """Forget every upload to `key`: for one whose id was lost with the process that began it."""

@@ -43,13 +43,21 @@ class ContentStore:
 
     def put(self, tenant_id: str, path: Path, sha256: str, *, move: bool = False) -> None:
         """Store the bytes of `path`, whose digest the caller has computed."""
+        self.store.put_file(self._renewed(tenant_id, sha256), path, move=move)
+
+    def adopt(self, tenant_id: str, key: str, sha256: str) -> None:
+        """Store an object that is in storage already, whose digest the caller has computed."""
+        self.store.copy(key, self._renewed(tenant_id, sha256))
+
+    def _renewed(self, tenant_id: str, sha256: str) -> str:
+        """The blob's key. What lies there already, left behind long ago perhaps, counts as new: the collector leaves it
+        alone."""
         key = blob_key(tenant_id, sha256)
         there = self.store.local_path(key)
         if there is not None:
-            # What lies there already, left behind long ago perhaps, counts as new: the collector leaves it alone.
             with suppress(OSError):
                 os.utime(there)
-        self.store.put_file(key, path, move=move)
+        return key
 
     def record(self, session: Session, tenant_id: str, sha256: str, size_bytes: int) -> None:
         """Note in the database that the tenant holds this blob (idempotent). Raises `BlobNotFound` where a deletion

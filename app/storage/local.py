@@ -109,6 +109,18 @@ class LocalStore:
                 return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
+    def copy(self, source: str, key: str) -> None:
+        path, target = self._path(source), self._path(key)
+        with translated_os_errors("storing a file"):
+            if target.is_file():
+                return
+            try:
+                linked = self._link_in(path, target)
+            except _NO_SUCH_FILE as exc:
+                raise BlobNotFound(source) from exc
+        if not linked:
+            self.put_file(key, path)
+
     def delete(self, key: str) -> None:
         with translated_os_errors("deleting a file"), suppress(*_NO_SUCH_FILE):
             self._path(key).unlink()
@@ -156,7 +168,15 @@ class LocalStore:
             (folder / "key").write_text(key)
         return upload_id
 
-    def presigned_part(self, key: str, upload_id: str, number: int, *, expires_s: int) -> str | None:  # noqa: ARG002  # the contract
+    def presigned_part(  # the contract's arguments, of which it needs none
+        self,
+        key: str,  # noqa: ARG002
+        upload_id: str,  # noqa: ARG002
+        number: int,  # noqa: ARG002
+        *,
+        size_bytes: int,  # noqa: ARG002
+        expires_s: int,  # noqa: ARG002
+    ) -> str | None:
         return None
 
     def put_part(self, key: str, upload_id: str, number: int, path: Path) -> StoredPart:
@@ -207,6 +227,14 @@ class LocalStore:
     def abort_upload(self, key: str, upload_id: str) -> None:
         with translated_os_errors("forgetting an upload"), suppress(InvalidUpload):
             self._forget(self._upload(key, upload_id))
+
+    def abort_uploads(self, key: str) -> None:
+        validate_key(key)
+        with translated_os_errors("forgetting an upload"):
+            for path in self._uploads.glob("*/key"):
+                with suppress(FileNotFoundError):
+                    if path.read_text() == key:
+                        self._forget(path.parent)
 
     def _join(self, key: str, upload_id: str, parts: Sequence[StoredPart], total: int) -> None:
         folder = self._upload(key, upload_id)

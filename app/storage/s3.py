@@ -40,9 +40,11 @@ from app.storage.common import (
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CopySourceTypeDef
 
 _MIB = 1 << 20
 _TRANSFER = TransferConfig(multipart_threshold=16 * _MIB, multipart_chunksize=16 * _MIB, max_concurrency=4)
+_COPY = TransferConfig(multipart_threshold=512 * _MIB, multipart_chunksize=256 * _MIB, max_concurrency=8)
 _RESUMES = 3  # of one download
 _NOT_FOUND = frozenset({"NoSuchKey", "NotFound", "404"})
 _NO_UPLOAD = frozenset({"NoSuchUpload", "InvalidPart", "InvalidPartOrder", "EntityTooSmall", "MalformedXML"})
@@ -87,8 +89,8 @@ def _translated_errors() -> Iterator[None]:
 class S3Store:
     """The storage contract (`app.storage.base.BlobStore`) on S3. Safe for several threads and processes at once.
 
-    The account needs GetObject, PutObject, DeleteObject, AbortMultipartUpload, ListMultipartUploadParts and ListBucket;
-    without the last a missing object looks like a refusal.
+    The account needs GetObject, PutObject, DeleteObject, AbortMultipartUpload, ListMultipartUploadParts,
+    ListBucketMultipartUploads and ListBucket; without the last a missing object looks like a refusal.
     """
 
     def __init__(self, bucket: str, prefix: str, settings: StorageSettings) -> None:
@@ -181,6 +183,12 @@ class S3Store:
         except BlobNotFound:
             return None
 
+    def copy(self, source: str, key: str) -> None:
+        if self.size(key) is None:
+            with _translated_errors():
+                origin: CopySourceTypeDef = {"Bucket": self._bucket, "Key": self._key(source)}
+                self._client.copy(origin, self._bucket, self._key(key), Config=_COPY)
+
     def delete(self, key: str) -> None:
         with suppress(BlobNotFound), _translated_errors():
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
@@ -214,9 +222,12 @@ class S3Store:
         with _translated_errors():
             return self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key(key))["UploadId"]
 
-    def presigned_part(self, key: str, upload_id: str, number: int, *, expires_s: int) -> str | None:
+    def presigned_part(self, key: str, upload_id: str, number: int, *, size_bytes: int, expires_s: int) -> str | None:
         validate_part_number(number)
-        return self._sign("upload_part", expires_s, Key=key, UploadId=upload_id, PartNumber=number)
+        # The length is signed: the storage refuses a part of another one.
+        return self._sign(
+            "upload_part", expires_s, Key=key, UploadId=upload_id, PartNumber=number, ContentLength=size_bytes
+        )
 
     def put_part(self, key: str, upload_id: str, number: int, path: Path) -> StoredPart:
         validate_part_number(number)
@@ -265,6 +276,13 @@ class S3Store:
     def abort_upload(self, key: str, upload_id: str) -> None:
         with suppress(InvalidUpload), _upload_errors():
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key(key), UploadId=upload_id)
+
+    def abort_uploads(self, key: str) -> None:
+        with _translated_errors():
+            found = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=self._key(key)).get("Uploads", [])
+        for upload in found:
+            if upload["Key"] == self._key(key):
+                self.abort_upload(key, upload["UploadId"])
 
     def _sign(self, method: str, expires_s: int, *, Key: str, **parameters: Any) -> str:  # noqa: N803  # S3's own name
         with _translated_errors():

@@ -9,9 +9,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.db.orm import Upload
+from app.domain.upload_state import UploadState
 from app.http.schemas import Filename, Resource
 from app.storage.base import StoredPart
-from app.uploads.service import part_count
+from app.uploads.parts import part_count
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -29,11 +30,28 @@ class PartOut(BaseModel):
     size_bytes: int
 
 
+class PartUrl(BaseModel):
+    number: int
+    size_bytes: int = Field(description="What the part must have, exactly")
+    url: str = Field(description="PUT it here; on S3 presigned")
+
+
+class UploadError(BaseModel):
+    """Why the session was aborted by the service."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    detail: str
+    remedy: str | None = None
+
+
 class UploadOut(Resource):
     filename: str
     size_bytes: int
     sha256: str | None = Field(description="As declared; once completed, as computed")
-    status: str = Field(examples=["open", "completed", "consumed", "aborted"])
+    status: str = Field(examples=["open", "completing", "completed", "consumed", "aborted"])
+    error: UploadError | None = None
     part_size: int = Field(description="Bytes of each part but the last")
     parts: int = Field(description="How many parts there are to send")
     part_urls: list[str] = Field(description="PUT part 1, 2, … to these; on S3 they are presigned and bypass the API")
@@ -49,7 +67,8 @@ class UploadOut(Resource):
             filename=row.filename,
             size_bytes=row.size_bytes,
             sha256=row.sha256,
-            status=row.status,
+            status=UploadState(row.status).public,
+            error=None if row.error is None else UploadError.model_validate(row.error),
             part_size=row.part_size,
             parts=part_count(row),
             part_urls=urls,

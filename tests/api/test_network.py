@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from app.http.services import Services
-from app.http.sink import remove_stale
+from app.scratch import remove_stale
 from app.settings import Settings
 from tests.api.conftest import assert_problem, files_in
 from tests.factories import onnx_models

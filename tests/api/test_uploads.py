@@ -14,7 +14,7 @@ from app.db.base import utcnow
 from app.db.orm import Upload
 from app.http.services import Services
 from app.settings import LimitSettings, Settings
-from app.uploads.service import MAX_PARTS, part_size
+from app.uploads.parts import MAX_PARTS, part_size
 from tests.api.conftest import assert_problem, files_in
 from tests.factories import onnx_models
 

@@ -177,6 +177,42 @@ def test_a_folder_is_no_object(store: BlobStore, make_file: Callable[[bytes], Pa
     assert store.size("a/b") == 1
 
 
+def test_a_copy_stands_by_itself(store: BlobStore, make_file: Callable[[bytes], Path]) -> None:
+    content = os.urandom(100_000)
+    store.put_file("a/source", make_file(content))
+    store.copy("a/source", "b/copy")
+    store.copy("a/source", "b/copy")
+    store.delete("a/source")
+    assert (store.size("a/source"), read(store, "b/copy")) == (None, content)
+    with pytest.raises(BlobNotFound):
+        store.copy("a/source", "c/other")
+    store.put_file("a/other", make_file(b"other"))
+    store.copy("a/other", "b/copy")
+    assert read(store, "b/copy") == content, "an existing object is left as it is"
+
+
+def test_a_joined_upload_is_copied(store: BlobStore, make_file: Callable[[bytes], Path]) -> None:
+    upload = store.begin_upload("u/joined")
+    content = os.urandom(PART + 1000)
+    for number, part in enumerate((content[:PART], content[PART:]), 1):
+        store.put_part("u/joined", upload, number, make_file(part))
+    store.complete_upload("u/joined", upload, store.list_parts("u/joined", upload))
+    store.copy("u/joined", "b/copy")
+    store.delete("u/joined")
+    assert read(store, "b/copy") == content
+
+
+def test_every_upload_to_a_key_is_forgotten(store: BlobStore, make_file: Callable[[bytes], Path]) -> None:
+    mine = [store.begin_upload("u/key") for _ in range(2)]
+    other = store.begin_upload("u/key2")
+    store.abort_uploads("u/key")
+    store.abort_uploads("u/nothing")
+    for upload in mine:
+        with pytest.raises(InvalidUpload):
+            store.list_parts("u/key", upload)
+    assert store.list_parts("u/key2", other) == []
+
+
 def test_delete(store: BlobStore, make_file: Callable[[bytes], Path]) -> None:
     store.put_file("d/1", make_file(b"1"))
     store.put_file("d/2", make_file(b"2"))

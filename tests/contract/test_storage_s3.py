@@ -68,8 +68,10 @@ def test_presigned_parts(store: S3Store) -> None:
     upload = store.begin_upload("u")
     contents = {2: b"b" * 100, 1: b"a" * (5 * MIB)}
     for number, content in contents.items():
-        url = store.presigned_part("u", upload, number, expires_s=60)
+        url = store.presigned_part("u", upload, number, size_bytes=len(content), expires_s=60)
         assert url is not None
+        for wrong in (content + b"x", content[:-1]):
+            assert httpx.put(url, content=wrong).status_code == 403, "a part has its size, no other"
         assert httpx.put(url, content=content).status_code == 200
         assert httpx.put(url.replace("partNumber=", "partNumber=1"), content=b"x").status_code == 403
     parts = store.list_parts("u", upload)

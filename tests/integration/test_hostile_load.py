@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,3 +115,42 @@ def test_a_killed_process_is_told_as_such_and_replaced(inspect: Callable[..., di
     child.kill()  # while nobody asks
     child.wait()
     assert inspect(GOOD)["format"] == "onnx"
+
+
+@contextlib.contextmanager
+def hanging_server() -> Iterator[int]:
+    """It takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=500) as listener:
+        yield int(listener.getsockname()[1])
+
+
+def test_storage_that_hangs_takes_only_its_own_threads(tmp_path: Path) -> None:
+    with hanging_server() as port:
+        extra = {
+            "STORAGE_URL": "s3://bucket",
+            "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+        }
+        with deployment(tmp_path / "home", extra) as deployed:
+
+            def upload(number: int) -> int:
+                body = {"filename": "m.onnx", "size_bytes": 10 + number}
+                with contextlib.suppress(httpx.HTTPError):
+                    answer = httpx.post(f"{deployed.url}/v1/uploads", json=body, headers=deployed.headers, timeout=20)
+                    return answer.status_code
+                return 0
+
+            done = threading.Event()
+            with ThreadPoolExecutor(62) as threads:
+                polls = [
+                    threads.submit(slowest, deployed.url, path, done, deployed.headers)
+                    for path in ("/v1/models", "/v1/jobs")
+                ]
+                started = time.monotonic()
+                answers = list(threads.map(upload, range(60)))
+                done.set()
+                assert max(poll.result() for poll in polls) < 1.5
+            assert time.monotonic() - started < 40
+            assert answers.count(503) > 20, "whoever waits for a thread is told so"
+            deployed.processes[0].kill()  # its threads hang on

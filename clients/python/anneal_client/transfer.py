@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from anneal_client.errors import AnnealError, DigestMismatch, UploadInterrupted
 from anneal_client.transport import Transient, Transport, raise_for
 
 BLOCK = 1 << 20
+MAX_LOOK_S = 5.0
+_WITHOUT_URLS = {"part_urls": "false"}
 _SHA256 = re.compile(r"(?:sha-?256[:=-])?([0-9a-f]{64})", re.IGNORECASE)
 
 
@@ -55,36 +58,56 @@ class PartedUpload:
         try:
             if session.get("status", "open") == "open":  # else completed by a call whose answer was lost
                 self._send_missing(session, workers)
-            self._transport.request("POST", f"/v1/uploads/{upload_id}/complete")
+            self._complete(upload_id)
         except AnnealError as error:
             raise UploadInterrupted(upload_id, error) from error
         return upload_id
 
+    def _complete(self, upload_id: str) -> None:
+        """Have the parts joined; where that takes long, look until it is done. Raises what was wrong with them."""
+        path = f"/v1/uploads/{upload_id}"
+        state: Mapping[str, Any] = self._transport.request("POST", f"{path}/complete").json()
+        looks = 0
+        while state.get("status") == "completing":
+            looks += 1
+            time.sleep(min(MAX_LOOK_S, 0.2 * 2**looks))
+            state = self._transport.request("GET", path, params=_WITHOUT_URLS).json()
+        if state.get("status", "completed") not in ("completed", "consumed"):
+            # Joined and found wrong, or opened again for a part that has to be sent again: this says which.
+            self._transport.request("POST", f"{path}/complete")
+
     def _begin(self) -> Mapping[str, Any]:
         wanted = {"filename": self._path.name, "size_bytes": self._size, "sha256": sha256_of(self._path)}
         headers = {"Idempotency-Key": os.urandom(16).hex()}
-        session: Mapping[str, Any] = self._transport.request("POST", "/v1/uploads", json=wanted, headers=headers).json()
+        answer = self._transport.request("POST", "/v1/uploads", params=_WITHOUT_URLS, json=wanted, headers=headers)
+        session: Mapping[str, Any] = answer.json()
         return session
 
     def _state(self, upload_id: str) -> Mapping[str, Any]:
-        session: Mapping[str, Any] = self._transport.request("GET", f"/v1/uploads/{upload_id}").json()
+        answer = self._transport.request("GET", f"/v1/uploads/{upload_id}", params=_WITHOUT_URLS)
+        session: Mapping[str, Any] = answer.json()
         size = session.get("size_bytes", self._size)
         if size != self._size:
             raise AnnealError("upload_mismatch", f"Upload {upload_id} is for {size} bytes, the file has {self._size}.")
         return session
 
+    def _part_url(self, upload_id: str, number: int) -> str:
+        """Asked for when it is needed: it is good for a while only."""
+        return str(self._transport.request("GET", f"/v1/uploads/{upload_id}/parts/{number}").json()["url"])
+
     def _send_missing(self, session: Mapping[str, Any], workers: int) -> None:
         part_size = int(session["part_size"])
-        urls: list[str] = session["part_urls"]
+        urls: list[str] = session["part_urls"]  # of an earlier version of the service, which knows no other way
         there = {int(part["number"]) for part in session["received_parts"]}
-        missing = [number for number in range(1, len(urls) + 1) if number not in there]
+        count = max(1, -(-self._size // part_size))
+        missing = [number for number in range(1, count + 1) if number not in there]
 
         def send(number: int) -> None:
             start = (number - 1) * part_size
             length = min(part_size, self._size - start)
             self._transport.request(
                 "PUT",
-                urls[number - 1],
+                urls[number - 1] if urls else self._part_url(str(session["id"]), number),
                 headers={"Content-Length": str(length)},
                 body=lambda: blocks(self._path, start, length),
                 timeout_s=300,
