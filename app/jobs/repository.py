@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
-from sqlalchemy.orm import Session, load_only
+from sqlalchemy.orm import Session, defer
 
 from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
@@ -18,6 +18,9 @@ ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 
 # Built once: composing it costs more than the database takes to answer it.
 _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
+
+# What sweeps look at: without what a client may have made large.
+_LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
 
 
 class JobRepository:
@@ -135,29 +138,30 @@ class JobRepository:
 
     def webhooks_due(self, now: datetime, limit: int) -> Sequence[Job]:
         """Ended jobs whose webhook has yet to hear of it."""
-        columns = (Job.status, Job.error, Job.engine_ids, Job.webhook_url, Job.webhook_attempts)
-        query = select(Job).options(load_only(*columns, raiseload=True))
-        query = query.where(
-            Job.webhook_url.is_not(None),
-            Job.webhook_done_at.is_(None),
-            Job.finished_at.is_not(None),
-            or_(Job.webhook_due_at.is_(None), Job.webhook_due_at <= now),
+        query = (
+            select(Job)
+            .options(*_LEAN)
+            .where(
+                Job.webhook_url.is_not(None),
+                Job.webhook_done_at.is_(None),
+                Job.finished_at.is_not(None),
+                or_(Job.webhook_due_at.is_(None), Job.webhook_due_at <= now),
+            )
         )
         return [*self.session.scalars(query.order_by(Job.finished_at).limit(limit))]
 
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""
-        fate = (Job.fencing_token, Job.attempts, Job.stage, Job.lease_owner, Job.cancel_requested_at)
-        time = (Job.lease_expires_at, Job.claimed_at, Job.spent_seconds)
-        query = select(Job).options(load_only(*fate, *time, raiseload=True))
-        query = query.where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
+        query = select(Job).options(*_LEAN).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
 
     def undispatched(self, first_due: datetime, limit: int) -> list[Job]:
         """Queued jobs whose message may be lost; `first_due` is when a message sent then counts as late."""
-        columns = (Job.queue, Job.dispatches, Job.dispatched_at)
-        query = select(Job).options(load_only(*columns, raiseload=True))
-        query = query.where(
-            Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), Job.dispatched_at < first_due)
+        query = (
+            select(Job)
+            .options(*_LEAN)
+            .where(
+                Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), Job.dispatched_at < first_due)
+            )
         )
         return [*self.session.scalars(query.order_by(Job.id).limit(limit))]
