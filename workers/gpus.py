@@ -94,6 +94,26 @@ def state(uuid: str) -> dict[str, Any]:
     return {}
 
 
+def processes(uuid: str) -> set[int]:
+    """Ids of the processes that have a CUDA context on this GPU, as the host counts them; empty where NVML does not
+    tell."""
+    with contextlib.suppress(Exception), _nvml() as nvml:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        return {int(p.pid) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    return set()
+
+
+def busy_processes(uuid: str, since_s: float) -> dict[int, int]:
+    """Process id (the host's) → the largest share of the GPU's time in % that it had since then (seconds since the
+    epoch), by NVML's samples; empty where nothing tells."""
+    found: dict[int, int] = {}
+    with contextlib.suppress(Exception), _nvml() as nvml:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        for sample in nvml.nvmlDeviceGetProcessUtilization(handle, int(since_s * 1e6)):
+            found[int(sample.pid)] = max(found.get(int(sample.pid), 0), int(sample.smUtil))
+    return found
+
+
 def memory_used_mb(uuid: str) -> float | None:
     """Memory in use on this GPU, of all processes, in MB (10⁶ bytes); None where the driver does not tell."""
     used = state(uuid).get("memory_used_mb")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from app.domain.failures import FailureKind, StageFailure
 from workers import gpus, hardware
 from workers.backends import _cuda, _cuda_apis
+from workers.measure.device_company import DeviceCompany
 
 SMI = """#!/bin/sh
 case "$*" in
@@ -147,3 +150,50 @@ def test_probing_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(StageFailure, match="its process ended with -6"):
         _cuda.probe()
     _cuda._probed.cache_clear()
+
+
+class _Nvml:
+    """What NVML tells of a GPU: processes, their shares, and what slows it down."""
+
+    NVMLError = RuntimeError
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self) -> None:
+        self.there = [100]
+        self.shares: dict[int, int] = {}
+        self.mask = 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
+        return [SimpleNamespace(pid=pid) for pid in self.there]
+
+    def nvmlDeviceGetProcessUtilization(self, handle: str, since_us: int) -> list[Any]:
+        if not self.shares:
+            raise self.NVMLError("not found")
+        return [SimpleNamespace(pid=pid, smUtil=share) for pid, share in self.shares.items()]
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
+        return self.mask
+
+
+def test_company_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = _Nvml()
+    monkeypatch.setattr(gpus, "_nvml", lambda: contextlib.nullcontext(told))
+    company = DeviceCompany(["onnxruntime-cuda"], {"gpu": {"uuid": "GPU-aa11"}})
+    told.there = [100, 200]  # 200 came with the benchmark: an engine of its own
+    assert company() is None
+    told.shares = {200: 99, 100: 2}
+    assert company() is None
+    told.shares = {200: 60, 100: 40}
+    assert company() == "other processes took 40 % of the GPU's time"
+    told.shares = {200: 99}
+    told.mask = 0x4  # a power cap is what the engine meets by itself
+    assert company() is None
+    told.mask = 0x40
+    assert company() == "the GPU was slowed down (hardware thermal slowdown)"
+    assert DeviceCompany(["onnxruntime"], {"gpu": {"uuid": "GPU-aa11"}})() is None
+    monkeypatch.setattr(gpus, "_nvml", _no_nvml)
+    monkeypatch.setattr(gpus, "_run_smi", lambda *_: None)
+    assert DeviceCompany(["onnxruntime-cuda"], {"gpu": {"uuid": "GPU-aa11"}})() is None

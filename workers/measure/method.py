@@ -6,6 +6,8 @@ import importlib.metadata
 from collections.abc import Iterable
 
 from workers.kernel import backends
+from workers.measure.claim import MOST_APART, MOST_WIDE
+from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, MOST_WAITED
 from workers.measure.instances import SETTLE_S
 from workers.measure.plan import MIN_ROUNDS
 
@@ -34,8 +36,11 @@ def benchmark_method(
         "speedup": "p50 of the baseline / p50 of the engine in each round, the pseudo-median (Hodges–Lehmann) of the "
         f"rounds; 95 % interval by bootstrap over rounds, against {against}",
         "throughput": "batch size / mean latency, in samples per second, one caller",
-        "a_a": "the baseline in two processes against each other, by p50 and by throughput; noisy where an "
-        "interval does not hold 1.0",
+        "a_a": "the baseline in two processes against each other, by p50 and by throughput; nothing is claimed where "
+        f"it is off by more than {100 * (MOST_APART - 1):.0f} % or wider than {100 * (MOST_WIDE - 1):.0f} %",
+        "disturbance": f"a window counts where the engine's threads waited at most {MOST_WAITED:.0%} of it for a core, "
+        f"{MOST_STOLEN:.0%} of the cores' time were stolen and other processes took {MOST_OTHERS:.0%}; else it is "
+        "taken again where the time holds that, and engines are compared over the rounds in which neither had company",
         "cold_start": "load and first inference in a fresh process, the library already imported, files in "
         "the disk cache",
         "memory": "peak resident memory of that process in MB (10⁶ bytes), interpreter and library included, after "

@@ -17,6 +17,7 @@ from workers.measure.axes import fixed_batch
 from workers.measure.benchmark_options import BASELINE, BenchmarkOptions, EngineOption
 from workers.measure.bound import bound_seconds, measure_bound
 from workers.measure.cold import Cold, cold_start
+from workers.measure.device_company import DeviceCompany
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.disturbance import Disturbance
 from workers.measure.engine_process import EngineProcess, Feeds, Loaded, Prepared
@@ -90,6 +91,7 @@ class _Run:
         self.windows: list[Disturbance] = []
         self.undisturbed = True
         self.fraction = 0.0
+        self.company = DeviceCompany((s.backend for s in self.specs.values()), ctx.hardware)
         self.quiet = None if options.screening else Quiet(self._waiting)
         self.raw: dict[str, np.ndarray[Any, Any]] = {}
         self.others: OtherShapes | None = None
@@ -321,6 +323,7 @@ class _Run:
             ends=time.monotonic() + self._share(to_do),
             always=(BASELINE, AGAIN),
             quiet=self.quiet,
+            company=self.company,
         )
         self.windows += found.windows
         self.shortened |= found.shortened
