@@ -284,3 +284,75 @@ def test_one_part_and_a_limit(judged: Callable[..., Any], tmp_path: Path) -> Non
     assert 20 < part["samples"] < 80
     few = judged(model=tmp_path / "model", inputs={"data": data}, max_samples=5)
     assert (few["samples"], few["enough_samples_for"]) == (5, 60.0)
+
+
+def test_one_hot_labels_are_classes(judged: Callable[..., Any], tmp_path: Path) -> None:
+    """Not a multi-label task at logit 0: there two of the four logits are positive on the average."""
+    data = dataset(tmp_path / "numbers")
+    with np.load(data / "d.npz") as arrays:
+        x, labels = arrays["x"], arrays["labels"]
+    for dtype in (np.float32, np.int64, bool):
+        (tmp_path / np.dtype(dtype).name).mkdir()
+        np.savez(tmp_path / np.dtype(dtype).name / "d.npz", x=x, labels=np.eye(CLASSES, dtype=dtype)[labels])
+    plain = judged("roll", above=0.9, inputs={"data": data})
+    for name in ("float32", "int64", "bool"):
+        model = tmp_path / "model"
+        found = judged("roll", above=0.9, model=model, inputs={"data": tmp_path / name})
+        assert (found["metric"], found["kind"], found["loss_percent"]) == ("top1", "labels", plain["loss_percent"])
+        assert "one-hot" in found["why"]
+        assert judged(model=model, inputs={"data": tmp_path / name}, metric="macro_f1")["baseline_value"] == 1.0
+        assert judged(model=model, inputs={"data": tmp_path / name}, metric="rmse")["metric"] == "rmse"
+    several = np.eye(CLASSES, dtype=np.float32)[labels]
+    several[50] = [1, 1, 0, 0]  # one row with two: labels of a multi-label task
+    assert judged(model=model, inputs={"data": dataset(tmp_path / "several", labels=several)})["metric"] == "macro_f1"
+
+
+@pytest.mark.parametrize("form", ["classes", "one-hot", "targets", "binary"])
+@pytest.mark.parametrize("wrong", ["shuffled", None])
+def test_labels_that_the_original_does_not_know_are_told(
+    judged: Callable[..., Any], tmp_path: Path, form: str, wrong: str | None
+) -> None:
+    data = dataset(tmp_path / "data", labels=None)
+    with np.load(data / "d.npz") as arrays:
+        x = arrays["x"]
+    labels = {
+        "classes": x[:, :CLASSES].argmax(axis=1),
+        "one-hot": np.eye(CLASSES, dtype=np.float32)[x[:, :CLASSES].argmax(axis=1)],
+        "targets": x[:, :CLASSES],
+        "binary": (x[:, :CLASSES] > 0).astype(np.int64),
+    }[form]
+    order = np.random.default_rng(3).permutation(len(x)) if wrong else np.arange(len(x))
+    (tmp_path / "given").mkdir()
+    np.savez(tmp_path / "given" / "d.npz", x=x, labels=labels[order])
+    found = judged(inputs={"data": tmp_path / "given"})
+    assert bool(found["warnings"]) == (wrong is not None)
+    if wrong and form != "targets":
+        assert "does not know these labels" in found["warnings"][0]
+
+
+def test_labels_that_begin_at_one_are_told_how_to_mend(judged: Callable[..., Any], tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data", labels=None)
+    with np.load(data / "d.npz") as arrays:
+        x = arrays["x"][arrays["x"][:, :CLASSES].argmax(axis=1) < CLASSES - 1]
+    (tmp_path / "given").mkdir()
+    np.savez(tmp_path / "given" / "d.npz", x=x, labels=x[:, :CLASSES].argmax(axis=1) + 1)
+    warnings = judged(inputs={"data": tmp_path / "given"})["warnings"]
+    assert "right in 0.0 %" in warnings[0]
+    assert "With one less than each label the original would be right in 100 %" in warnings[1]
+
+
+def test_the_bound_is_asked_for_a_confidence_and_counts_equal_samples_once(
+    judged: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = dataset(tmp_path / "data")
+    sure = judged(inputs={"data": data}, confidence=0.99, max_loss_percent=1.0)
+    assert sure["bound_percent"] == pytest.approx(100 * (1 - 0.01 ** (1 / 100)), rel=1e-4)
+    assert 440 <= sure["samples_needed"] <= 475  # ln 0.01 / ln 0.99 = 459
+    with np.load(data / "d.npz") as arrays:
+        (tmp_path / "twice").mkdir()
+        np.savez(tmp_path / "twice" / "d.npz", x=np.tile(arrays["x"], (2, 1)), labels=np.tile(arrays["labels"], 2))
+    twice = judged(model=tmp_path / "model", inputs={"data": tmp_path / "twice"}, confidence=0.99)
+    assert (twice["samples"], twice["distinct"]) == (200, 100)
+    assert twice["bound_percent"] == pytest.approx(sure["bound_percent"], rel=0.05)
+    two = judged(model=tmp_path / "model", inputs={"data": data}, max_samples=2)
+    assert two["bound_percent"] > 70, "two samples prove nothing"

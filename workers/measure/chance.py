@@ -12,6 +12,7 @@ _DRAWS = 999
 _SURE = 0.01  # of a permutation test: what guessing reaches so seldom is no guess
 _MOST = 20_000  # answers that are drawn anew one by one
 _NORMAL = 2.326  # standard deviations, for the same one-sided error
+_FEW = 30  # answers, below which an approximation says nothing
 
 
 def no_better_than_guessing(labels: Array, answers: Array, right: float, seed: int = 0) -> bool:
@@ -26,13 +27,23 @@ def no_better_than_guessing(labels: Array, answers: Array, right: float, seed: i
         return False
     hits, spread = _guessing(labels.astype(float), answers.astype(float))
     if n > _MOST or np.count_nonzero(answers) < 2:
-        return bool(right <= hits + _NORMAL * spread) and hits + _NORMAL * spread < n
+        return n >= _FEW and bool(right <= hits + _NORMAL * spread)
     rng = np.random.default_rng(seed)
     truth, said = (np.repeat(np.arange(len(x)), x) for x in (labels, answers))
     guessed = np.array([np.count_nonzero(rng.permutation(truth) == said) for _ in range(_DRAWS)])
     if _p(guessed, int(np.minimum(labels, answers).sum())) > _SURE:
         return False  # the best answers of these frequencies could not be told from guesses either
     return _p(guessed, right) > _SURE
+
+
+def tags_are_guessed(labels: Array, answers: Array, right: Array, samples: int) -> bool:
+    """Likewise where each of several tags is there or not: how often each is, is said to be, and rightly so. Of all of
+    them together, as if they came and went together, which is the widest that guesses spread."""
+    labels, answers = (np.stack([x, samples - x], axis=1).astype(float) for x in (labels, answers))
+    hits, spreads = zip(*(_guessing(*pair) for pair in zip(labels, answers, strict=True)), strict=True)
+    found = float((samples - labels[:, 0] - answers[:, 0] + 2 * right).sum())
+    mixed = ((labels > 0).all(axis=1) & (answers > 0).all(axis=1)).any()
+    return samples >= _FEW and bool(mixed) and found <= sum(hits) + _NORMAL * sum(spreads)
 
 
 def expected_share(labels: Array, answers: Array) -> float:

@@ -233,7 +233,7 @@ def bootstrap_statistic(columns: Array, statistic: Any, level: Level, samples: i
     return Loss(estimate, min(float(low), estimate), max(float(high), estimate), upper, method, n)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _sample_counts(size: int, seed: int) -> Array:
     """[2,000, size]: how often each of at most 2,048 blocks is drawn; the same for all metrics of the same samples."""
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from app.domain.spec import Metric
-from workers.measure.chance import expected_share, guess_warning, no_better_than_guessing
+from workers.measure.chance import expected_share, guess_warning, no_better_than_guessing, tags_are_guessed
 from workers.measure.losses import loss_figures, undefined
 from workers.measure.stats import BlockSums, Level, bootstrap_statistic
 from workers.measure.truth import (
@@ -148,15 +148,12 @@ class TargetTruth(Truth):
             return []
         sums = self._answers[int(self._low >= 0 and self._high <= 1)]
         labels, answers, right = sums.columns().sum(axis=0).reshape(5, -1)[:3]
-        if self._width != 1:  # each number is a class that is there or not, and right where it is rightly said to be
-            absent, hits = sums.samples - labels, sums.samples - labels - answers + 2 * right
-            labels, answers = np.stack([labels, absent], axis=1), np.stack([answers, sums.samples - answers], axis=1)
-            pairs = zip(labels, answers, hits, strict=True)
-            if not all(no_better_than_guessing(*pair) for pair in pairs):
+        if self._width != 1:
+            if not tags_are_guessed(labels, answers, right, sums.samples):
                 return []
-            total = float(labels.sum())
-            shares = [expected_share(*pair) for pair in zip(labels, answers, strict=True)]
-            return [guess_warning(float(hits.sum()) / total, float(np.mean(shares)), int(total))]
+            said = float(answers.sum())
+            expected = float((labels * answers).sum()) / max(said * sums.samples, 1.0)
+            return [guess_warning(float(right.sum()) / max(said, 1.0), expected, int(said))]
         hit = float(right.sum())
         if not no_better_than_guessing(labels, answers, hit):
             return []

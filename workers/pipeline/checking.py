@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.measure.parts import judging
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
-from workers.pipeline.checks import FEWEST
+from workers.pipeline.checks import FEWEST, confidence_of_a_look, looks
 from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
 from workers.pipeline.shape_checks import ShapeChecks
 
@@ -117,6 +119,24 @@ class Checker:
             return True
         run.note("check", "not judged on all samples", f"that would take {expected:.0f} s, too long for the search")
         return False
+
+
+def confirm(
+    spec: OptimizationSpec,
+    evaluator: Evaluator,
+    finalists: Sequence[CandidateRun],
+    until: float,
+    *,
+    hurried: bool = False,
+) -> None:
+    """The last word on the accuracy of the finalists, on samples that nobody chose by. How many looks at them there
+    will be is known before the first, and each is as much surer. `hurried`: what was checked is not looked at again."""
+    sure = confidence_of_a_look(spec, looks([(r.plan.lossless, r.tried.accuracy) for r in finalists]))
+    for run in finalists:
+        if run.validate is not None and hurried:
+            run.note("final", "not confirmed", "the time left hardly holds the final measurement")
+        else:
+            evaluator.confirm(run, sure, until)
 
 
 def broken(run: CandidateRun) -> str:

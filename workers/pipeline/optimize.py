@@ -15,7 +15,7 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.checks import confidence_of_a_look, looks
+from workers.pipeline.checking import confirm
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator
 from workers.pipeline.explain import Explainer
@@ -177,15 +177,10 @@ class Optimizer:
         until = self.budget.final_until()
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
-        count = looks([(r.plan.lossless, r.tried.accuracy) for r in found.finalists])
+        confirm(self.spec, evaluator, found.finalists, judged_until, hurried=hurried)
         shapes = ShapeChecks(evaluator)
-        for run in found.finalists:
-            if run.validate is not None and hurried:
-                run.note("final", "not confirmed", "the time left hardly holds the final measurement")
-                continue
-            evaluator.confirm(run, confidence_of_a_look(self.spec, count), judged_until)
-            if run.tried.failed is None:
-                shapes.every_order(run, judged_until)
+        for run in [r for r in found.finalists if r.confirmed is not None and r.tried.failed is None]:
+            shapes.every_order(run, judged_until)
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
         groups, too_large = evaluator.groups_that_fit(sound)
