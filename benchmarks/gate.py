@@ -129,7 +129,11 @@ class Stages:
             judging=self.samples,
             calibrating=300,
         )
-        self.export = SimpleNamespace(key="export", outputs={"model": data}, data={"inputs": [{"shape": ["n", 4]}]})
+        self.export = SimpleNamespace(
+            key="export",
+            outputs={"model": data},
+            data={"inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]},
+        )
 
     def make(self, run: CandidateRun, _until: float) -> bool:
         graph: Any = SimpleNamespace(key=f"graph of {run.plan.id}", outputs=self.export.outputs, seconds=0.0)
