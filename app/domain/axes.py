@@ -15,13 +15,15 @@ _LETTERS = frozenset(("n", "b", "bs", "bsz"))
 
 
 def batch_symbol(shapes: Sequence[Shape]) -> str | None:
-    """The symbol of the batch: the first one that is called so, else the first axis of the first input that is free."""
+    """The symbol of the batch: the first one that is called so; else, of those on first axes, the one that most inputs
+    have."""
     first = [shape[0] for shape in shapes if shape]
     later = [dim for shape in shapes for dim in shape[1:]]
     symbols = [d for d in (*first, *later) if isinstance(d, str) and _names(d)]
     named = next((d for d in symbols if BATCH in d.lower() and d.isidentifier()), None)
     letter = next((d for d in symbols if d.lower() in _LETTERS), None)
-    return named or letter or next((d for d in first if isinstance(d, str) and _names(d)), None)
+    free = dict.fromkeys(d for d in first if isinstance(d, str) and _names(d))
+    return named or letter or max(free, key=lambda d: sum(d in shape for shape in shapes), default=None)
 
 
 def batch_axes(shapes: Mapping[str, Shape]) -> dict[str, int | None]:
@@ -30,7 +32,9 @@ def batch_axes(shapes: Mapping[str, Shape]) -> dict[str, int | None]:
     It is the axis that carries the batch's symbol, else the first one where that is free. Where the batch is fixed: the
     first axis that has its size.
     """
-    wanted = batch_symbol(list(shapes.values())) or _fixed_size(list(shapes.values()))
+    every = list(shapes.values())
+    apart = any(isinstance(dim, str) and dim.endswith(UNBATCHED) for shape in every for dim in shape)
+    wanted = batch_symbol(every) or (None if apart else _fixed_size(every))
     found: dict[str, int | None] = {}
     for name, shape in shapes.items():
         at = next((axis for axis, dim in enumerate(shape) if dim == wanted), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -310,3 +310,39 @@ def roialign(name: str) -> ModelCase:
         return {"features": floats(rng, n, 8, 20, 20), "rois": corners, "batch_ids": rng.integers(0, n, r)}
 
     return ModelCase(name, model, {"n1r5": make(1, 5), "n3r9": make(3, 9)})
+
+
+def lstm_state_said(name: str) -> ModelCase:
+    """As `lstm_state`, with data in the model's layout, symbols that tell nothing, and a job that says where the batch
+    is."""
+    plain = lstm_state(name)
+    for info in (plain.model.graph.input[1], plain.model.graph.output[1]):
+        info.type.tensor_type.shape.dim[1].dim_param = "unk__7"
+    rng = np.random.default_rng(70)
+    data = {"x": floats(rng, 120, 12, 8), "state": 0.1 * floats(rng, 2, 120, 16)}
+    return replace(plain, data=data, spec={"inputs": {"state": {"batch_axis": 1}}})
+
+
+def graph(nodes: int, edges: int) -> Feeds:
+    """A node is the target of one edge at most: which of several wins, ONNX leaves open."""
+    rng = np.random.default_rng(nodes)
+    targets = rng.permutation(nodes)[:edges]
+    return {"x": floats(rng, nodes, 8), "edges": np.stack([rng.integers(0, nodes, len(targets)), targets])}
+
+
+def graph_net(name: str) -> ModelCase:
+    """Messages along edges: a set of nodes and pairs of their numbers, neither of them a batch; no data."""
+    net = GraphBuilder(20)
+    source = net.add("Gather", "edges", net.constant("zero", 0, np.int64), axis=0)
+    target = net.add("Gather", "edges", net.constant("one", 1, np.int64), axis=0)
+    messages = net.add("MatMul", net.add("Gather", "x", source), net.weight("w", (8, 8)))
+    index = net.add("Unsqueeze", target, net.ints(1))
+    index = net.add("Expand", index, net.add("Shape", messages))
+    nothing = net.add("Mul", "x", net.constant("none", 0.0))
+    summed = net.add("ScatterElements", nothing, index, messages, axis=0)
+    pooled = net.add("ReduceMean", net.add("Relu", summed), axes=[0], keepdims=1)
+    net.add("MatMul", pooled, net.weight("head", (8, 3)), outputs=["y"])
+    inputs: list[Tensor] = [("x", F, ["nodes", 8]), ("edges", I64, [2, "e"])]
+    model = finished(net, inputs, [("y", F, [1, 3])], opset=16)
+    whole = {"inputs": {"x": {"batch_axis": None}, "edges": {"batch_axis": None}}}
+    return ModelCase(name, model, {f"n{n}": graph(n, n // 2) for n in (4, 12, 50)}, spec=whole)
