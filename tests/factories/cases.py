@@ -312,6 +312,7 @@ def roialign(name: str) -> ModelCase:
     return ModelCase(name, model, {"n1r5": make(1, 5), "n3r9": make(3, 9)})
 
 
+@case
 def lstm_state_said(name: str) -> ModelCase:
     """As `lstm_state`, with data in the model's layout, symbols that tell nothing, and a job that says where the batch
     is."""
@@ -330,6 +331,7 @@ def graph(nodes: int, edges: int) -> Feeds:
     return {"x": floats(rng, nodes, 8), "edges": np.stack([rng.integers(0, nodes, len(targets)), targets])}
 
 
+@case
 def graph_net(name: str) -> ModelCase:
     """Messages along edges: a set of nodes and pairs of their numbers, neither of them a batch; no data."""
     net = GraphBuilder(20)
