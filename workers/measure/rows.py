@@ -71,7 +71,7 @@ def in_rows(members: Mapping[str, Member], inputs: Sequence[TensorSpec], axes: A
 def in_layout(rows: Array, axis: int | None) -> Array:
     """An array with its samples first, as the model takes it."""
     if axis is None:
-        whole: Array = rows[0]
+        whole: Array = rows[0, ...]  # of a single number too, an array
         return whole
     return rows if axis == 0 else np.ascontiguousarray(np.moveaxis(rows, 0, axis))
 
