@@ -92,5 +92,18 @@ def storage_full() -> AppError:
     )
 
 
+def blob_corrupted(sha256: str) -> AppError:
+    """The stored bytes are not those that their name says."""
+    return AppError(
+        "blob_corrupted",
+        "Stored file damaged",
+        503,
+        f"The stored file {sha256} is damaged: its bytes have another digest.",
+        retryable=True,
+        remedy="Ask the operator to restore it from a backup, or to remove it; then upload it again.",
+        extra={"sha256": sha256},
+    )
+
+
 def storage_unavailable(detail: str) -> AppError:
     return AppError("storage_unavailable", "Storage unavailable", 503, detail, retryable=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, cast, func, select
+from sqlalchemy import ColumnElement, String, cast, delete, func, select
 from sqlalchemy.orm import Session
 
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult, Upload
@@ -50,9 +50,23 @@ def is_referenced(session: Session, tenant_id: str, sha256: str) -> bool:
     for column, rows in _columns(tenant_id):
         if session.scalar(select(column).where(column == sha256, *rows).limit(1)) is not None:
             return True
-    in_results = cast(StageResult.outputs, String).contains(sha256)
-    query = select(StageResult.key).where(StageResult.tenant_id == tenant_id, in_results)
+    query = select(StageResult.key).where(*_results_with(tenant_id, sha256))
     return session.scalar(query.limit(1)) is not None
+
+
+def is_uploaded(session: Session, tenant_id: str, sha256: str) -> bool:
+    """Whether a live model or data set, or an upload that may become one, is this blob: nobody else can make it."""
+    uploads = _columns(tenant_id)[:3]
+    return any(session.scalar(select(c).where(c == sha256, *rows).limit(1)) is not None for c, rows in uploads)
+
+
+def forget_results(session: Session, tenant_id: str, sha256: str) -> None:
+    """Drop the cached stage results that hold the blob."""
+    session.execute(delete(StageResult).where(*_results_with(tenant_id, sha256)))
+
+
+def _results_with(tenant_id: str, sha256: str) -> list[ColumnElement[bool]]:
+    return [StageResult.tenant_id == tenant_id, cast(StageResult.outputs, String).contains(sha256)]
 
 
 def referenced(

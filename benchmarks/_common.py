@@ -121,17 +121,6 @@ def environment(home: Path, port: int, extra: Mapping[str, str] | None = None) -
     return {**kept, "ANNEAL_HOME": str(home), "ANNEAL_HOST": HOST, "ANNEAL_PORT": str(port), **(extra or {})}
 
 
-def api_key(home: Path, extra: Mapping[str, str]) -> str | None:
-    """A key of a migrated service that has servers, and so asks for one; None for the embedded default."""
-    if not extra:
-        return None
-    command = [sys.executable, "-m", "app", "create-key", "--tenant", "benchmark"]
-    made = subprocess.run(
-        command, cwd=ROOT, env=environment(home, 0, extra), capture_output=True, text=True, check=True
-    )
-    return made.stdout.strip()
-
-
 @contextlib.contextmanager
 def api(home: Path, extra: Mapping[str, str] | None = None) -> Iterator[Server]:
     """The API alone (`python -m app api`) on a migrated database."""

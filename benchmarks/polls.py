@@ -24,7 +24,6 @@ from _common import (
     Contest,
     Server,
     api,
-    api_key,
     bare,
     deployment,
     execute,
@@ -46,10 +45,10 @@ ROW, SHORT = "bare: the whole row", "bare: four short columns"
 GET, CONDITIONAL = "Anneal", "Anneal, If-None-Match"
 
 
-def real_job(home: Path, extra: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Run the digits example once; the id of its job, and the headers that may poll it."""
+def real_job(home: Path, extra: dict[str, str]) -> str:
+    """Run the digits example once; the id of its job."""
     say("running one real job, so that there is a row to poll …")
-    with deployment(home, extra) as service, Client(service.url, key := api_key(home, extra)) as client:
+    with deployment(home, extra) as service, Client(service.url) as client:
         model = client.upload_model(DIGITS / "model.onnx")
         data = client.upload_dataset(DIGITS / "calibration.npz")
         job = client.submit(
@@ -58,7 +57,7 @@ def real_job(home: Path, extra: dict[str, str]) -> tuple[str, dict[str, str]]:
             benchmark={"batch_sizes": [1], "min_seconds": 0.1},
         )
         client.wait(job["id"])
-        return str(job["id"]), {"Authorization": f"Bearer {key}"} if key else {}
+        return str(job["id"])
 
 
 def cpu_seconds(server: Server) -> float:
@@ -78,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     extra = {"DATABASE_URL": arguments.database_url} if arguments.database_url else {}
     with scratch(arguments.folder) as folder:
         home = folder / "home"
-        job_id, mine_headers = real_job(home, extra)
+        job_id = real_job(home, extra)
         database = Settings(home=home, DATABASE_URL=arguments.database_url or "").database
         with (
             api(home, extra) as service,
@@ -86,11 +85,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ):
             servers = {GET: service, ROW: peer, SHORT: peer, CONDITIONAL: service}
             mine, theirs = f"{service.url}/v1/jobs/{job_id}", f"{peer.url}/jobs/{job_id}"
-            answer = check(mine, mine_headers, 200)
-            known = {**mine_headers, "If-None-Match": answer.headers["ETag"]}
+            answer = check(mine, {}, 200)
+            known = {"If-None-Match": answer.headers["ETag"]}
             check(mine, known, 304)
             targets: dict[str, tuple[str, dict[str, str]]] = {
-                GET: (mine, mine_headers),
+                GET: (mine, {}),
                 ROW: (theirs, {}),
                 SHORT: (f"{theirs}/status", {}),
                 CONDITIONAL: (mine, known),

@@ -21,7 +21,7 @@ def main() -> int:
         sys.exit(str(error))
     try:
         service.start()
-        return run_worker(service)
+        return run_worker(service) or int(service.failed is not None)
     finally:
         service.close()
 

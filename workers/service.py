@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -31,6 +32,7 @@ from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
 from workers import kernel
+from workers.background import Background, InARow, Regularly
 from workers.gpus import UnknownGpu
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
@@ -55,7 +57,12 @@ _INTERNAL = StageFailure(
     FailureKind.INFRASTRUCTURE,
     remedy="Report this with the job's id: the worker's log holds the trace.",
 )
-_RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing", MACHINE_BUSY})
+_RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing", "child_lost", MACHINE_BUSY})
+_OF_THE_WORKER = frozenset({"internal", "child_lost"})
+_TOO_MANY = 3
+_STALE_EVERY_S = 60.0
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 15.0
 
 
 class WorkerService:
@@ -65,8 +72,14 @@ class WorkerService:
         self.settings = settings
         self.id = settings.worker.name or f"{socket.gethostname()}-{os.getpid()}"
         self.db = Database(make_engine(settings.database))
+        lease_s = settings.worker.lease_s
+        # An answer that takes longer than the lease is of no use to a job; a renewal is to fail while another can help.
+        self._job_db = Database(make_engine(settings.database, lease_s))
+        self._renewal_db = Database(make_engine(settings.database, lease_s / 3))
         self.content = ContentStore(make_store(settings))
-        self.ledger = JobLedger(self.db, self.content, make_dispatch(settings), settings.worker)
+        dispatch = make_dispatch(settings)
+        self.ledger = JobLedger(self._job_db, self.content, dispatch, settings.worker)
+        self._renewals = JobLedger(self._renewal_db, self.content, dispatch, settings.worker)
         self.capabilities = CapabilityService(self.db, settings)
         self.webhooks = WebhookSender(self.db, settings)
         self.uploads = UploadService(self.db, self.content, settings)
@@ -89,8 +102,9 @@ class WorkerService:
         self.fingerprint = fingerprint(self.hardware)
         infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]
-        self._errands = threading.Thread(target=self._run_errands, name="errands", daemon=True)
-        self._housekeeper = threading.Thread(target=self._housekeep, name="housekeeping", daemon=True)
+        self._background = Background(self.shutdown, self.give_up)
+        self._unwell = InARow(_TOO_MANY)
+        self.failed: str | None = None
 
     @property
     def queues(self) -> list[str]:
@@ -102,25 +116,44 @@ class WorkerService:
         ]
 
     def start(self) -> None:
-        stale = remove_stale(self.settings.home_dir)
-        if stale:
-            log.info("removed_stale_workspaces", count=stale)
+        self._remove_stale()
         self.isolated.start()
-        self._report_self()
-        self._housekeeper.start()
-        self._errands.start()
+        self._sign_on()
+        self._background.start("housekeeping", self._housekeep)
+        self._background.start("errands", self._run_errands)
+
+    def give_up(self, reason: str) -> None:
+        """End this process in order, as a failure: whoever runs it starts another."""
+        log.error("worker_gives_up", reason=reason)
+        self.failed = reason
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         self.shutdown.set()
         self.isolated.close()
-        for thread in (self._housekeeper, self._errands):
-            if thread.is_alive():
-                thread.join(timeout=5)
+        self._background.join(timeout_s=5)
         try:
             self.capabilities.stopped(self.id)
         except SQLAlchemyError as error:
             log.warning("could_not_sign_off", error=str(error)[:200])
-        self.db.close()
+        for db in (self.db, self._job_db, self._renewal_db):
+            db.close()
+
+    def _remove_stale(self) -> None:
+        if stale := remove_stale(self.settings.home_dir):
+            log.info("removed_stale_workspaces", count=stale)
+
+    def _sign_on(self) -> None:
+        """Make itself known; waits for a database that is away, or not migrated yet."""
+        pause = _FIRST_PAUSE_S
+        while not self.shutdown.is_set():
+            try:
+                self._report_self()
+                return
+            except SQLAlchemyError as error:
+                log.warning("waiting_for_the_database", again_in_s=pause, error=str(error)[:300])
+            self.shutdown.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     # Housekeeping
 
@@ -157,11 +190,13 @@ class WorkerService:
 
     def _run_errands(self) -> None:
         """What may take long and must not hold up the heartbeat: webhooks, and collecting what nobody needs."""
-        collect = Regularly(self.settings.collector.every_s)
+        collect, stale = Regularly(self.settings.collector.every_s), Regularly(_STALE_EVERY_S)
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 self.webhooks.deliver_due()
                 self.uploads.expire_uploads()
+                if stale.due():
+                    self._remove_stale()
                 if collect.due():
                     self.collector.collect()
             except (SQLAlchemyError, AppError, OSError) as error:
@@ -171,11 +206,13 @@ class WorkerService:
 
     def run_job(self, job_id: str) -> None:
         """Claim the job and take it to its end; nothing where it is not there to take."""
+        asked = time.monotonic()
         claim = self.ledger.claim(job_id, self.id)
         if claim is None:
             log.info("nothing_to_claim", job_id=job_id)
             return
-        with LeaseKeeper(self.ledger, claim, self.shutdown) as keeper:
+        renewals, on_lost = self._renewals, self.isolated.interrupt
+        with LeaseKeeper(renewals, claim, self.shutdown, asked=asked, on_lost=on_lost) as keeper:
             try:
                 self._run(claim, keeper)
             except LeaseLost:
@@ -209,14 +246,22 @@ class WorkerService:
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)
+            self._ended(None)
         except StageFailure as failure:
             self._failed(claim, failure, stages)
+            self._ended(failure.code)
         except (LeaseLost, Interrupted, SQLAlchemyError):
             raise
         except Exception:  # a fault of ours: the job gets a typed error, the trace stays in the log
             log.exception("job_internal_error", job_id=claim.job_id)
             self.ledger.fail(claim, _INTERNAL.public(), {"stages": stages})
+            self._ended(_INTERNAL.code)
         log.info("job_ended", job_id=job.id)
+
+    def _ended(self, code: str | None) -> None:
+        """A worker whose jobs all fail, and not by their own fault, leaves them to others."""
+        if self._unwell.add(code in _OF_THE_WORKER):
+            self.give_up(f"{_TOO_MANY} jobs in a row failed here with {sorted(_OF_THE_WORKER)}")
 
     def _workspace(self, claim: Claim) -> AbstractContextManager[Workspace]:
         name = f"{claim.job_id}-{claim.token}"
@@ -297,21 +342,6 @@ class WorkerService:
                 self.ledger.release(claim, "the worker shuts down")
         except LeaseLost:
             log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
-
-
-class Regularly:
-    """Says `due` at once, and then every so many seconds."""
-
-    def __init__(self, every_s: float) -> None:
-        self._every_s = every_s
-        self._next = 0.0
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + self._every_s
-        return True
 
 
 def _formats() -> list[str]:

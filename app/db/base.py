@@ -67,6 +67,9 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+_SILENCE_S = 75.0  # longer than any statement may take
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING)
 
@@ -75,18 +78,16 @@ def utcnow() -> datetime:
     return datetime.now(UTC)
 
 
-def make_engine(url: str) -> Engine:
-    """An engine for SQLite (WAL, writers queue on the write lock) or PostgreSQL (statement time-out)."""
+def make_engine(url: str, silence_s: float = _SILENCE_S) -> Engine:
+    """An engine for SQLite (WAL, writers queue on the write lock) or PostgreSQL (statement time-out; a server that says
+    nothing for `silence_s` is given up)."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _sqlite(url, parsed.database)
-    return create_engine(
-        url,
-        json_serializer=dump_json,
-        pool_pre_ping=True,
-        pool_size=10,
-        max_overflow=20,
-        connect_args={"connect_timeout": 10, "options": "-c statement_timeout=60000 -c lock_timeout=20000"},
+    from app.db.postgres import make_postgres_engine
+
+    return make_postgres_engine(
+        url, silence_s, json_serializer=dump_json, pool_pre_ping=True, pool_size=10, max_overflow=20
     )
 
 

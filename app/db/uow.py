@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+import structlog
 from sqlalchemy import Engine
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+_LONGEST_PAUSE_S = 1.0
+
+
+def patiently(call: Callable[[], T], seconds: float) -> T:
+    """Try again for so long where the database is away (it restarts, say). What was committed and whose answer was lost
+    is done twice: only for what bears that."""
+    until, pause = time.monotonic() + seconds, 0.1
+    while True:
+        try:
+            return call()
+        except (OperationalError, InterfaceError) as error:
+            if time.monotonic() + pause > until:
+                raise
+            log.warning("database_away", again_in_s=pause, error=str(error)[:200])
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 class Database:

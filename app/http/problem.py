@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import Match
 
 from app.errors import AppError, FieldError, invalid_request, storage_full
 from app.storage.base import BlobNotFound
@@ -46,7 +46,7 @@ _TITLES = {
     507: "No space left",
 }
 _MAX_ERRORS = 50
-_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+_PARTS = re.compile(r"(\{[^}]*\})")
 
 
 class ProblemError(BaseModel):
@@ -180,9 +180,9 @@ async def _on_blob_not_found(request: Request, error: Exception) -> Response:
 
 def allowed_methods(app: FastAPI, path: str) -> list[str]:
     """The methods that this path takes; the router itself names those of the first route only (RFC 9110 15.5.6)."""
-
-    def takes(method: str) -> bool:
-        scope = {"type": "http", "method": method, "path": path, "root_path": "", "headers": [], "query_string": b""}
-        return any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
-
-    return [method for method in _METHODS if takes(method)]
+    found: set[str] = set()
+    for template, methods in app.openapi()["paths"].items():
+        pattern = "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in _PARTS.split(template))
+        if re.fullmatch(pattern, path):
+            found.update(method.upper() for method in methods)
+    return sorted(found)

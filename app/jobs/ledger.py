@@ -3,10 +3,11 @@ and comes back finds its token outdated and stops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import structlog
 from sqlalchemy import ColumnElement
@@ -14,16 +15,19 @@ from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
-from app.db.uow import Database
+from app.db.uow import Database, patiently
 from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
+from app.references import forget_results, is_uploaded, lock_blob
 from app.settings import WorkerSettings
 from app.storage.base import BlobNotFound
 from app.storage.content import ContentStore
 
 log = structlog.get_logger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LeaseLost(Exception):
@@ -44,6 +48,17 @@ class Claim:
 
     def holds(self) -> list[ColumnElement[bool]]:
         return [Job.fencing_token == self.token, Job.status == JobStatus.RUNNING.value]
+
+
+def _patient(write: F) -> F:
+    """A method that waits for a database that is away, as long as a lease can hold: a restart of it is no reason to do
+    the work once more. Twice is harmless: the second time the first one's result stands, or the claim is over."""
+
+    @functools.wraps(write)
+    def wrapped(self: JobLedger, *args: Any, **kwargs: Any) -> Any:
+        return patiently(lambda: write(self, *args, **kwargs), self.settings.lease_s)
+
+    return cast("F", wrapped)
 
 
 class JobLedger:
@@ -102,6 +117,7 @@ class JobLedger:
         """Queue the job again after a failure of infrastructure; the sweeper sends it, later with every attempt."""
         self._give_back(claim, reason, {"dispatched_at": utcnow(), "dispatches": claim.attempt}, dispatch=False)
 
+    @_patient
     def _give_back(self, claim: Claim, reason: str, values: dict[str, Any], *, dispatch: bool) -> None:
         """To the queue; or to its end, where the user has asked for that in the meantime."""
         worked = max((utcnow() - claim.claimed_at).total_seconds(), 0.0)
@@ -122,6 +138,7 @@ class JobLedger:
 
     # Progress
 
+    @_patient
     def load(self, claim: Claim) -> tuple[Job, SourceModel, dict[str, Dataset]]:
         """The job, its model and its data sets by id."""
         with self.db.read() as session:
@@ -132,6 +149,7 @@ class JobLedger:
             datasets = {i: session.get_one(Dataset, i) for i in wanted}
             return job, model, datasets
 
+    @_patient
     def progress(self, claim: Claim, changes: dict[str, Any], event_type: str, event: dict[str, Any]) -> None:
         """Change what clients see of a running job (stage, progress, stages) and leave an event."""
         with self.db.write() as uow:
@@ -141,6 +159,7 @@ class JobLedger:
 
     # Stage results: the cache
 
+    @_patient
     def recall(self, tenant_id: str, key: str) -> StageResult | None:
         """The stored result under this key whose files are all still there."""
         with self.db.write() as uow:
@@ -155,6 +174,22 @@ class JobLedger:
             row.used_at = utcnow()
             return row
 
+    @_patient
+    def discard(self, tenant_id: str, sha256: str) -> bool:
+        """Forget the stage results that hold a damaged blob, and remove it, unless it was uploaded: then it is made
+        again, also for the engine of an earlier job (until then there is none to download, rather than a wrong one).
+        False where it was uploaded: only its owner has it."""
+        with self.db.write() as uow:
+            lock_blob(uow.session, tenant_id, sha256)
+            if is_uploaded(uow.session, tenant_id, sha256):
+                return False
+            forget_results(uow.session, tenant_id, sha256)
+            self.content.forget(uow.session, tenant_id, sha256)
+            self.content.remove(tenant_id, sha256)
+        log.warning("damaged_blob_discarded", tenant_id=tenant_id, sha256=sha256)
+        return True
+
+    @_patient
     def remember(self, claim: Claim, result: StageResult) -> None:
         """Store a stage's result, its files being in storage already. Two workers may do so with the same key: the
         results are interchangeable, the later one wins."""
@@ -167,6 +202,7 @@ class JobLedger:
 
     # The end
 
+    @_patient
     def complete(
         self,
         claim: Claim,
@@ -180,7 +216,7 @@ class JobLedger:
         """Engine row, report and manifest (digest and size, already stored) and the final state, in one transaction."""
         with self.db.write() as uow:
             self._record(uow.session, claim, dict((report, manifest, *_engine_blobs(engine))))
-            uow.session.add(engine)
+            uow.session.merge(engine)
             uow.session.flush()
             values = {
                 "report_sha256": report[0],
@@ -193,9 +229,11 @@ class JobLedger:
             }
             self._end(JobRepository(uow.session), claim, Trigger.COMPLETE, values, {"engine_ids": [engine.id], **event})
 
+    @_patient
     def fail(self, claim: Claim, error: dict[str, Any], changes: dict[str, Any]) -> None:
         """The job ends without an engine; a report of what was tried may stand in `changes`."""
         with self.db.write() as uow:
+            changes = dict(changes)
             names = [n for n in ("report_sha256", "manifest_sha256") if n in changes]
             self._record(uow.session, claim, {changes[n]: changes.pop(f"{n}_size") for n in names})
             values = {"error": error, **changes}
@@ -210,6 +248,7 @@ class JobLedger:
                 detail = f"A stored file was deleted in the meantime ({error})."
                 raise infrastructure_failure("blob_missing", detail, remedy="Submit the job again.") from error
 
+    @_patient
     def cancelled(self, claim: Claim, changes: dict[str, Any]) -> None:
         with self.db.write() as uow:
             self._end(JobRepository(uow.session), claim, Trigger.CANCEL, changes, {})

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 OPTIMIZE = "anneal.optimize"
 QUEUE_PREFIX = "anneal"
+# Priorities, the lower the sooner (Redis, as kombu has it, and the file-system transport).
+FIRST = 0
+USUAL = 3
 
 
 SPECIAL_FORMATS = ("pt2",)  # model formats that only some workers read: each has queues of its own

@@ -9,7 +9,7 @@ from celery import Celery
 
 from app.db.orm import Job
 from app.queue.broker import make_celery
-from app.queue.messages import OPTIMIZE
+from app.queue.messages import FIRST, OPTIMIZE, USUAL
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -25,7 +25,9 @@ def make_dispatch(settings: Settings, celery: Celery | None = None) -> Dispatch:
 
     def dispatch(job: Job) -> bool:
         try:
-            app.send_task(OPTIMIZE, args=[job.id], queue=job.queue, retry=False)
+            # A job that was begun goes on before others begin: whoever gave it back did so for no fault of its own.
+            priority = FIRST if job.started_at is not None else USUAL
+            app.send_task(OPTIMIZE, args=[job.id], queue=job.queue, priority=priority, retry=False)
         except Exception as error:
             # Whatever the transport's client raises (it is full, away, refuses the password): the row is committed.
             log.warning("dispatch_failed", job_id=job.id, queue=job.queue, error=str(error))

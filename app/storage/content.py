@@ -12,10 +12,12 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from app.db.orm import Blob
+from app.errors import blob_corrupted
 from app.references import lock_blob
 from app.storage.base import BlobNotFound, BlobStore
 
 CHUNK = 4 << 20
+_READS = 2
 
 
 def sha256_file(path: Path) -> str:
@@ -69,7 +71,14 @@ class ContentStore:
             session.merge(Blob(tenant_id=tenant_id, sha256=sha256, size_bytes=size_bytes))
 
     def fetch(self, tenant_id: str, sha256: str, path: Path) -> None:
-        self.store.fetch(blob_key(tenant_id, sha256), path)
+        """The blob as a file at `path`, read-only. Raises `BlobNotFound`, and `blob_corrupted` where its bytes are not
+        those of the digest, twice in a row: what was damaged on the way is whole the next time."""
+        for _ in range(_READS):
+            self.store.fetch(blob_key(tenant_id, sha256), path)
+            if sha256_file(path) == sha256:
+                return
+            path.unlink(missing_ok=True)
+        raise blob_corrupted(sha256)
 
     def read_bytes(self, tenant_id: str, sha256: str) -> bytes:
         """The whole of a small blob (report, manifest)."""

@@ -13,10 +13,12 @@ from uuid import uuid4
 
 import pytest
 
+from app.errors import AppError
 from app.names import content_disposition
 from app.settings import Settings
 from app.storage.base import BlobNotFound, BlobStore, InvalidUpload, StoredPart
 from app.storage.common import validate_key
+from app.storage.content import ContentStore, blob_key
 from app.storage.factory import make_store
 from app.storage.local import LocalStore
 from app.storage.s3 import S3Store
@@ -83,6 +85,38 @@ def test_an_empty_file(store: BlobStore, make_file: Callable[[bytes], Path], tmp
     assert read(store, "empty") == b""
     store.fetch("empty", tmp_path / "fetched")
     assert (tmp_path / "fetched").read_bytes() == b""
+
+
+@pytest.mark.parametrize("stored", [b"wrong", b"rig", b""])
+def test_content_that_is_not_what_its_digest_says_is_not_handed_out(
+    store: BlobStore, make_file: Callable[[bytes], Path], tmp_path: Path, stored: bytes
+) -> None:
+    digest = hashlib.sha256(b"right").hexdigest()
+    store.put_file(blob_key("t", digest), make_file(stored))
+    with pytest.raises(AppError, match=digest) as caught:
+        ContentStore(store).fetch("t", digest, tmp_path / "fetched")
+    assert (caught.value.code, caught.value.retryable) == ("blob_corrupted", True)
+    assert not (tmp_path / "fetched").exists()
+
+
+def test_content_that_was_damaged_on_the_way_is_fetched_again(
+    store: BlobStore, make_file: Callable[[bytes], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(b"right").hexdigest()
+    store.put_file(blob_key("t", digest), make_file(b"right"))
+    fetches: list[Path] = []
+    fetch = store.fetch
+
+    def truncated_once(key: str, path: Path) -> None:
+        fetch(key, path)
+        fetches.append(path)
+        if len(fetches) == 1:
+            path.unlink()  # locally it is a link to the object
+            path.write_bytes(b"rig")
+
+    monkeypatch.setattr(store, "fetch", truncated_once)
+    ContentStore(store).fetch("t", digest, tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == b"right"
 
 
 def test_move_consumes_the_source(store: BlobStore, make_file: Callable[[bytes], Path]) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from app.domain.failures import model_failure
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
 
@@ -29,6 +30,8 @@ class MisbehaveOptions(StageOptions):
         "environment",
         "killed",
         "chatter",
+        "tell",
+        "invalid",
     ]
 
 
@@ -78,6 +81,12 @@ class Misbehave(Stage[MisbehaveOptions]):
             ctx.reporter.progress(step / 40, "working")
             time.sleep(0.001)
 
+    def _tell(self, ctx: StageContext) -> None:
+        """Progress without end."""
+        for step in range(10_000):
+            ctx.reporter.progress(0.5, f"step {step}")
+            time.sleep(0.1)
+
     def _shared(self, ctx: StageContext) -> None:
         """200 MB that six forks share: each sees them, together they take them once."""
         hoard = os.urandom(200_000_000)
@@ -93,6 +102,9 @@ class Misbehave(Stage[MisbehaveOptions]):
 
     def _exit(self, ctx: StageContext) -> None:
         os._exit(3)
+
+    def _invalid(self, ctx: StageContext) -> None:
+        raise model_failure("not_this_model", "This model will never do.")
 
     def _raise(self, ctx: StageContext) -> None:
         raise RuntimeError("what a library might raise")

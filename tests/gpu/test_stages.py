@@ -15,6 +15,7 @@ import pytest
 from tests.gpu.models import Case
 from workers.hardware import conditions, fingerprint
 from workers.kernel import Backend
+from workers.measure.pieces import folder_digest
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
 
@@ -80,6 +81,7 @@ def test_a_converted_model_is_built_proven_measured_and_packaged(
         runtime=runtime,
         engine_format="onnx",
         manifest={},
+        engine_digest=folder_digest(built / "engine"),
     )
     unpacked = tmp_path / "bundle"
     zipfile.ZipFile(packed / "bundle" / "it-bundle.zip").extractall(unpacked)

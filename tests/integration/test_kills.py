@@ -113,6 +113,7 @@ def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Dat
         worker = deployed.start_worker()
         job_id = submit_case(client, tmp_path, 20, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
+        later = [submit_case(client, tmp_path, seed)["id"] for seed in (21, 22)]
         children = descendants(worker)
         started = time.monotonic()
         worker.terminate()
@@ -122,6 +123,13 @@ def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Dat
         assert job_row(db, job_id).status == "queued"
         deployed.start_worker()
         assert client.wait(job_id)["status"] == "succeeded"
+        # It went on first, though others had been waiting for longer.
+        begun = job_row(db, job_id).claimed_at
+        assert begun is not None
+        for other in later:
+            claimed = job_row(db, other).claimed_at
+            assert claimed is None or claimed > begun
+            client.cancel(other)
 
 
 def test_cancel_ends_the_work_within_ten_seconds(deployed: Deployment, db: Database, tmp_path: Path) -> None:

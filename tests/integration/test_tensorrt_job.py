@@ -105,6 +105,7 @@ def test_build_validate_benchmark_package(isolated: IsolatedRunner, tmp_path: Pa
             "runtime": runtime,
             "engine_format": "tensorrt-plan",
             "manifest": {"versions": built.data["versions"]},
+            "engine_digest": checked.data["engine_digest"],
         },
     )
     assert packaged.data["bundle_file"] == "net-bundle.zip"

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from onnx import ModelProto, helper
 
+from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from workers.backends._infer_script import CHECK
 from workers.hardware import describe
 from workers.kernel import Reporter, StageContext, backends
+from workers.measure.pieces import folder_digest
 from workers.stages.package import Package, PackageOptions
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
@@ -105,7 +107,9 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def packaged(name: str, model: ModelProto, folder: Path, **manifest: Any) -> tuple[Path, dict[str, Any]]:
+def packaged(
+    name: str, model: ModelProto, folder: Path, judged: str = "", **manifest: Any
+) -> tuple[Path, dict[str, Any]]:
     """The unpacked bundle of an engine, by the stage itself; and the stage's data."""
     backend, engine = backends()[name](), folder / "engine"
     engine.mkdir(parents=True)
@@ -114,7 +118,12 @@ def packaged(name: str, model: ModelProto, folder: Path, **manifest: Any) -> tup
     context = StageContext({"engine": engine}, folder / "work", folder / "out", Notes(), describe())
     told = {"job": {"id": "job_1"}, "engine": {"precision": "fp32"}, **manifest}
     options = PackageOptions(
-        name="m-fp32", backend=name, runtime=built["runtime"], engine_format="onnx", manifest=told, shapes=None
+        name="m-fp32",
+        backend=name,
+        runtime=built["runtime"],
+        engine_format="onnx",
+        manifest=told,
+        engine_digest=judged or folder_digest(engine),
     )
     data = dict(Package().run(context, options).data)
     with zipfile.ZipFile(folder / "out/bundle" / data["bundle_file"]) as archive:
@@ -128,6 +137,13 @@ def infer(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     required = ",".join(line.split("==")[0].replace("-", "_") for line in lines)
     command = [sys.executable, "-c", ONLY, required, str(bundle / "infer.py"), *arguments]
     return subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_an_engine_that_is_not_the_judged_one_is_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(StageFailure) as caught:
+        packaged("onnxruntime", models.mlp(), tmp_path, judged="0" * 64)
+    assert (caught.value.code, caught.value.kind) == ("engine_changed", FailureKind.INFRASTRUCTURE)
+    assert not caught.value.cacheable
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)

@@ -102,14 +102,3 @@ def test_only_a_loss_near_the_limit_is_offered(limit: float, loss: float, offere
 def test_no_gain_is_named_that_the_pick_may_have_too() -> None:
     assert not _offers(1, _run("int8", 1.8, 2, width=0.4))
     assert "by a short timing" in _offers(1, _run("int8", 3.0, 2, full=False))[0]
-
-
-@pytest.mark.parametrize("narrows", [None, "it computes integers that may be large (node 'mod') in int32"])
-def test_what_the_data_could_not_show_of_narrower_types_is_said(narrows: str | None) -> None:
-    picked = SimpleNamespace(plan=SimpleNamespace(name="OpenVINO fp32", narrows=narrows))
-    said = " ".join(recommend._narrowed(_found(picked=picked)))
-    assert bool(said) == bool(narrows)
-    if narrows:
-        assert "beyond those of the validation data" in said
-        assert narrows in said
-    assert not [*recommend._narrowed(_found(picked=None))]

@@ -115,6 +115,14 @@ class IsolatedRunner:
         with self._lock:
             self._stop()
 
+    def interrupt(self) -> None:
+        """End the call that runs now, from any thread, whatever the caller's own thread waits for: its `run` then
+        raises `Interrupted`."""
+        watch = self._open
+        if watch is not None:
+            watch.interrupted = True
+            watch.kill()
+
     def run(
         self,
         request: StageRequest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from types import TracebackType
 
@@ -15,6 +16,8 @@ from app.jobs.ledger import Claim, JobLedger, LeaseLost
 log = structlog.get_logger(__name__)
 
 _LOOK_FOR_CANCEL_S = 1.0
+_LOOK_S = 0.2
+_USABLE = 0.95
 
 
 class StopReason(StrEnum):
@@ -24,16 +27,39 @@ class StopReason(StrEnum):
 
 
 class LeaseKeeper:
-    """A context manager: the lease is renewed while inside. `should_stop` is cheap and safe to call from any thread."""
+    """A context manager: the lease is renewed while inside. `should_stop` is cheap and safe to call from any thread.
 
-    def __init__(self, ledger: JobLedger, claim: Claim, shutdown: threading.Event) -> None:
+    Whether the lease still holds is told by this machine's clock alone, from the last renewal that succeeded: a
+    database that hangs holds up the renewal, and perhaps the job's own thread, but not `on_lost`, which ends the job's
+    stage.
+    """
+
+    def __init__(
+        self,
+        ledger: JobLedger,
+        claim: Claim,
+        shutdown: threading.Event,
+        *,
+        asked: float,
+        on_lost: Callable[[], None],
+    ) -> None:
+        """`asked`: `time.monotonic()` before the claim was. `on_lost` is called in a thread of its own, once."""
         self._ledger = ledger
         self._claim = claim
         self._shutdown = shutdown
+        self._on_lost = on_lost
         self._ended = threading.Event()
         self._reason: StopReason | None = None
         self._lease_s = ledger.settings.lease_s
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{claim.job_id}", daemon=True)
+        self._good_until = self._until(asked)
+        self._threads = [
+            threading.Thread(target=target, name=f"{name}-{claim.job_id}", daemon=True)
+            for name, target in (("lease", self._keep), ("watch", self._watch))
+        ]
+
+    def _until(self, asked: float) -> float:
+        """The end of a lease that was asked for then, less what it takes to end a stage."""
+        return asked + _USABLE * self._lease_s
 
     def should_stop(self) -> bool:
         return self.reason is not None
@@ -45,31 +71,41 @@ class LeaseKeeper:
         return self._reason
 
     def __enter__(self) -> LeaseKeeper:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _keep(self) -> None:
         # Often enough that a cancel is seen within a second or so, and that one missed renewal does no harm.
         every = min(self._lease_s / 4, _LOOK_FOR_CANCEL_S)
-        good_until = time.monotonic() + self._lease_s
-        while not self._ended.wait(every):
+        while not self._ended.wait(every) and self._reason is not StopReason.LEASE_LOST:
             asked = time.monotonic()
             try:
                 if self._ledger.renew(self._claim):
                     self._reason = self._reason or StopReason.CANCELLED
-                good_until = asked + self._lease_s
+                self._good_until = self._until(asked)
             except LeaseLost:
                 self._reason = StopReason.LEASE_LOST
                 return
             except SQLAlchemyError as error:
                 # The database is away. Go on while the lease holds; after that somebody else may have the job.
                 log.warning("lease_not_renewed", job_id=self._claim.job_id, error=str(error)[:200])
-                if time.monotonic() > good_until:
-                    self._reason = StopReason.LEASE_LOST
-                    return
+            except Exception:
+                log.exception("lease_not_renewed", job_id=self._claim.job_id)
+
+    def _watch(self) -> None:
+        every = min(self._lease_s / 20, _LOOK_S)
+        while not self._ended.wait(every):
+            if self._reason is None and time.monotonic() > self._good_until:
+                log.warning("lease_ran_out", job_id=self._claim.job_id)
+                self._reason = StopReason.LEASE_LOST
+            if self._reason is StopReason.LEASE_LOST:
+                self._on_lost()
+                return

@@ -82,6 +82,12 @@ class Proof:
         return self.picked.engine if self.picked else self.export.outputs["model"]
 
     @property
+    def judged_digest(self) -> str:
+        """Of the files whose accuracy was judged, as the stage saw them; the original is right by itself."""
+        judged = self.picked and (self.picked.confirmed or self.picked.validate)
+        return str(judged.data["engine_digest"]) if judged else self.engine.digest
+
+    @property
     def runtime(self) -> dict[str, Any]:
         """What they are loaded with."""
         return self.picked.runtime if self.picked else {}

@@ -37,6 +37,7 @@ def package(runner: StageRunner, proof: Proof, data: Data, deployment: Deploymen
         "runtime": proof.runtime,
         "engine_format": _format(proof),
         "manifest": _manifest(proof, data, deployment),
+        "engine_digest": proof.judged_digest,
         "shapes": data.shapes,
         "seed": SEED,
     }

@@ -18,7 +18,9 @@ from app.db.base import utcnow
 from app.db.orm import StageResult as StageRow
 from app.domain.artifact_key import ArtifactRef, canonical_json, digest_of, stage_key
 from app.domain.failures import FailureKind, StageFailure
+from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger
+from app.storage.base import BlobNotFound
 from workers import kernel
 from workers.hardware import lock_name
 from workers.installation import Installation
@@ -33,7 +35,8 @@ from workers.pipeline.workspace import Workspace
 log = structlog.get_logger(__name__)
 
 _TRIES = 3  # of one stage call, when its process is lost or storage is away
-_AT_ONCE_IN_VAIN = frozenset({"storage_full", MACHINE_BUSY})
+_CRASHES = frozenset({"runtime_crashed", "engine_crashed"})
+_AT_ONCE_IN_VAIN = frozenset({"storage_full", "blob_corrupted", MACHINE_BUSY})
 _PROGRESS_EVERY_S = 0.5
 _HOLDERS_GRACE_S = 60.0  # a stage call that holds the machine ends within its limit, about
 _LEAST_S = 1.0  # that a stage call has for itself, however long it waited for the machine
@@ -240,7 +243,7 @@ class StageRunner:
                     time.sleep(0.2 * attempt)
                     continue
                 failure.reproduce = _reproduce(call)
-                if failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE:
+                if _lasting(call, failure):
                     self._remember(call, call.key, {}, {}, failure, 0.0)
                 raise
         data = {**result.data, "notes_of_stage": result.notes, "made": self._made(call)}
@@ -264,7 +267,7 @@ class StageRunner:
         request = StageRequest(
             stage=stage,
             options=call.options,
-            inputs={name: str(self.workspace.fetch(ref)) for name, ref in call.inputs.items()},
+            inputs=self._fetch(call.inputs),
             workspace=str(folder / "work"),
             outputs=str(folder / "out"),
             hardware=dict(self.hardware),
@@ -285,6 +288,25 @@ class StageRunner:
         outputs = {name: self.workspace.store(folder / "out" / name) for name in result.outputs}
         shutil.rmtree(folder, ignore_errors=True)
         return result, outputs
+
+    def _fetch(self, inputs: Mapping[str, ArtifactRef]) -> dict[str, str]:
+        """Their folders. Whatever is damaged among them is discarded first: the job's next try makes it anew, unless
+        it was uploaded."""
+        folders: dict[str, str] = {}
+        discarded: Exception | None = None
+        for name, ref in inputs.items():
+            try:
+                folders[name] = str(self.workspace.fetch(ref))
+            except AppError as error:
+                if error.code != "blob_corrupted":
+                    raise
+                sha256 = error.extra["sha256"]
+                if not self.ledger.discard(self.claim.tenant_id, sha256):
+                    raise
+                discarded = BlobNotFound(f"{sha256}: damaged, and removed")
+        if discarded is not None:
+            raise discarded
+        return folders
 
     def _place(self, call: _Call) -> Place:
         """What measures on the CPU has the machine for itself. What measures on a GPU has that GPU, and shares the rest
@@ -376,6 +398,13 @@ def _backends(options: Mapping[str, Any]) -> list[type[kernel.Backend]]:
     names = {options.get("backend"), options.get("baseline_backend"), *(e.get("backend") for e in engines)}
     known = kernel.backends()
     return [known[name] for name in sorted(n for n in names if n in known)]
+
+
+def _lasting(call: _Call, failure: StageFailure) -> bool:
+    """Whether it is kept under the call's key. A crash of native code (an instruction that this CPU has not, say) is a
+    fact of this machine: only a key that holds the machine may say so."""
+    of_this_machine = failure.code in _CRASHES and not call.stage_type.hardware_bound
+    return failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE and not of_this_machine
 
 
 def _devices(options: Mapping[str, Any]) -> set[str]:

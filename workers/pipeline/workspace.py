@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,13 +73,33 @@ def work_dir(home: Path) -> Path:
 
 
 @contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """The lock file `path`, made where there is none; False where another holds it and this one is not to wait."""
+    while True:
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if _is_at(lock.fileno(), path):  # else it was removed by who held it, and others lock a new one
+                yield True
+                return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+@contextmanager
 def open_workspace(home: Path, name: str, tenant_id: str, content: ContentStore) -> Iterator[Workspace]:
     """A workspace that is gone afterwards. A held lock file keeps `remove_stale` away from it."""
     base = work_dir(home)
     base.mkdir(parents=True, exist_ok=True)
     root = base / name
-    with (base / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _locked(base / f"{name}.lock", wait=True):
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
         try:
@@ -89,13 +110,13 @@ def open_workspace(home: Path, name: str, tenant_id: str, content: ContentStore)
 
 
 def remove_stale(home: Path) -> int:
-    """Remove the workspaces of workers that died; how many there were."""
+    """Remove the workspaces of workers that died, with a lock file or without; how many there were."""
     removed = 0
     base = work_dir(home)
-    for lock_path in base.glob("*.lock") if base.exists() else ():
-        with contextlib.suppress(OSError), lock_path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(base / lock_path.stem, ignore_errors=True)
-            lock_path.unlink(missing_ok=True)
-            removed += 1
+    for name in {path.name.removesuffix(".lock") for path in base.iterdir()} if base.exists() else ():
+        with contextlib.suppress(OSError), _locked(base / f"{name}.lock", wait=False) as mine:
+            if mine:
+                shutil.rmtree(base / name, ignore_errors=True)
+                (base / f"{name}.lock").unlink(missing_ok=True)
+                removed += 1
     return removed

@@ -5,19 +5,21 @@ Both archives are deterministic (sorted names, fixed times): the same engine giv
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.domain.failures import StageFailure
+from app.domain.artifact_key import ArtifactRef, FileRef
+from app.domain.failures import StageFailure, infrastructure_failure
 from workers import kernel
 from workers.bundle_readme import readme
 from workers.data import Samples, synthetic_feeds
@@ -41,6 +43,7 @@ class PackageOptions(StageOptions):
     runtime: dict[str, Any]
     engine_format: str
     manifest: dict[str, Any]
+    engine_digest: str  # of the files that were judged: what ships is these and no others
     shapes: dict[str, Any] | None = None
     seed: int = 0
 
@@ -86,6 +89,7 @@ class Package(Stage[PackageOptions]):
             "requirements.txt": _requirements(options).encode(),
         }
         _write_zip(bundle, engine, extra)
+        _require_judged(options.engine_digest, bundle, [p.name for p in engine.iterdir()])
         return StageResult(
             outputs=("engine", "bundle"),
             data={
@@ -94,6 +98,23 @@ class Package(Stage[PackageOptions]):
                 "files": [*extra],
                 "not_repeatable": random,
             },
+        )
+
+
+def _require_judged(digest: str, bundle: Path, names: Sequence[str]) -> None:
+    """The engine's files as they lie in the bundle now, against those that were judged."""
+    refs = []
+    with zipfile.ZipFile(bundle) as archive:
+        for name in sorted(names):
+            with archive.open(name) as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # reads only
+            refs.append(FileRef(name, sha256, archive.getinfo(name).file_size))
+    if ArtifactRef(tuple(refs)).digest != digest:
+        raise infrastructure_failure(
+            "engine_changed",
+            "The engine's files are not those whose accuracy was judged.",
+            stage="package",
+            remedy="Submit again; if it comes back, look at the memory and the disk of the worker's machine.",
         )
 
 

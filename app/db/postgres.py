@@ -1,0 +1,72 @@
+"""PostgreSQL connections that give up on a server which says nothing.
+
+The server's own time-outs need a server that runs: one that hangs (stopped, its disk gone, its machine behind a dead
+network) keeps its connections open and answers nothing. libpq has a time-out for connecting only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+import psycopg
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import Dialect
+
+RV = TypeVar("RV")
+
+_LOOK_S = 0.1
+_STATEMENT_S = 60.0
+_LOCK_S = 20.0
+_CONNECT_S = 10.0
+_LEAST_CONNECT_S = 2.0  # libpq's own
+
+
+def make_postgres_engine(url: str, silence_s: float, **arguments: Any) -> Engine:
+    """`silence_s`: how long a server may say nothing in mid-query before the connection is given up for lost
+    (`OperationalError`); connecting, a statement and waiting for a lock take no longer either."""
+    engine = create_engine(
+        url,
+        connect_args={
+            "connect_timeout": max(_LEAST_CONNECT_S, min(_CONNECT_S, silence_s)),
+            "options": f"-c statement_timeout={_ms(_STATEMENT_S, silence_s)} -c lock_timeout={_ms(_LOCK_S, silence_s)}",
+        },
+        **arguments,
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Dialect, _record: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Connection:
+        connection = _Connection.connect(*args, **kwargs)
+        connection.silence_s = silence_s
+        return connection
+
+    return engine
+
+
+def _ms(seconds: float, silence_s: float) -> int:
+    return int(1000 * min(seconds, silence_s))
+
+
+class _Connection(psycopg.Connection[Any]):
+    silence_s = _STATEMENT_S
+
+    def wait(self, gen: Any, interval: float = _LOOK_S, timeout: float | None = None) -> Any:
+        return super().wait(self._while_it_speaks(gen), interval, timeout)
+
+    def _while_it_speaks(self, gen: Generator[Any, Any, RV]) -> Generator[Any, Any, RV]:
+        """What psycopg waits for, told every `interval` that nothing came."""
+        try:
+            state = next(gen)
+            heard = time.monotonic()
+            while True:
+                ready = yield state
+                if ready:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > self.silence_s:
+                    self.pgconn.finish()  # in an unknown state: the pool is to drop it
+                    raise psycopg.OperationalError(f"the database said nothing for {self.silence_s:.1f} s")
+                state = gen.send(ready)
+        except StopIteration as end:
+            found: RV = end.value
+            return found

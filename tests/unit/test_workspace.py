@@ -1,0 +1,67 @@
+"""Scratch folders of jobs: those of dead workers go, with a lock file or without; those in use never do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+
+from workers.pipeline.workspace import open_workspace, remove_stale, work_dir
+
+CONTENT = cast("Any", None)
+
+# Dies in its workspace.
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from workers.pipeline.workspace import open_workspace
+with open_workspace(Path(sys.argv[1]), "killed", "t", None) as workspace:
+    (workspace.root / "file").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_dead_workers_left_goes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", WORKER, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
+    base = work_dir(tmp_path)
+    assert (base / "killed" / "file").exists()
+    (base / "without-a-lock" / "deep").mkdir(parents=True)
+    (base / "without-a-folder.lock").touch()
+    with open_workspace(tmp_path, "living", "t", CONTENT) as living:
+        assert remove_stale(tmp_path) == 3
+        assert sorted(p.name for p in base.iterdir()) == ["living", "living.lock"]
+        assert living.root.is_dir()
+    assert remove_stale(tmp_path) == 0
+    assert [*base.iterdir()] == []
+    assert remove_stale(tmp_path / "none") == 0
+
+
+def test_a_workspace_that_is_just_made_or_left_is_nobodys_prey(tmp_path: Path) -> None:
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def clean() -> None:
+        try:
+            while not ended.is_set():
+                remove_stale(tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=clean) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(300):
+            with open_workspace(tmp_path, f"job-{number % 2}", "t", CONTENT) as workspace:
+                (workspace.root / "file").write_text(str(number))
+                assert (workspace.root / "file").read_text() == str(number)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert not [f for f in psutil.Process().open_files() if f.path.startswith(str(tmp_path))]
