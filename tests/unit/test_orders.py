@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from onnx import ModelProto, TensorProto, helper
 from app.domain.spec import OptimizationSpec
 from tests.factories.architectures import GraphBuilder
 from tests.factories.onnx_models import make_model, tensor, value
+from workers.candidates import Candidate
 from workers.hardware import describe
-from workers.kernel import Reporter, StageContext, TensorSpec, backends
+from workers.kernel import Reporter, StageContext, TensorSpec, backends, stages
 from workers.measure.orders import at_least
 from workers.measure.shapes import judged_shapes
+from workers.pipeline.budget import Budget
+from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.optimize import spanned
 from workers.pipeline.select import Tried, judge
+from workers.pipeline.shape_checks import ShapeChecks
 from workers.pipeline.shape_rules import accepted, unfit
 from workers.stages.check_shapes import CheckShapes, CheckShapesOptions
 from workers.stages.package import Package, PackageOptions
@@ -218,6 +224,90 @@ def test_few_flips_are_no_proof_of_a_loss() -> None:
     assert at_least(0, 17) == 0
     assert 100 * at_least(1, 17) == pytest.approx(0.301, abs=0.01)  # exact: 1 − 0.95^(1/17)
     assert 100 * at_least(9, 17) > 30
+
+
+# In the search
+
+
+class Outcome:
+    """Of a stage that ran here."""
+
+    def __init__(self, data: Any, outputs: Mapping[str, Path]) -> None:
+        self.data, self.outputs = data, outputs
+
+
+class Evaluator:
+    """Runs the stages in this process, on folders instead of artifacts."""
+
+    def __init__(self, folder: Path, original: Path, data: Path, inputs: list[dict[str, Any]], limit: float) -> None:
+        self._folder, self._data = folder, data
+        self.export = Outcome({"inputs": inputs}, {"model": original})
+        self.spec = OptimizationSpec.model_validate(
+            {"model_id": "m", "validation": {"max_accuracy_loss_percent": limit}}
+        )
+        self.budget = Budget(60.0)
+        self.calls: list[str] = []
+
+    def selection(self, inputs: dict[str, Path], samples: int, part: str) -> dict[str, Any]:
+        inputs["data"] = self._data
+        return {"max_samples": samples, "part": part}
+
+    def call(self, stage: str, inputs: Mapping[str, Path], options: Mapping[str, Any], *_: Any) -> Outcome:
+        self.calls.append(stage)
+        out = self._folder / f"{len(self.calls)}"
+        found = stages()[stage]
+        ctx = StageContext(inputs, self._folder, out, Quiet(), describe())
+        result = found().run(ctx, found.Options(**options))
+        return Outcome(result.data, {name: out / name for name in result.outputs})
+
+
+class Run(CandidateRun):
+    @property
+    def engine(self) -> Any:
+        return self.folder
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        return {}
+
+    folder: Path
+
+
+def test_the_search_drops_what_is_wrong_at_a_length_of_the_data(tmp_path: Path) -> None:
+    """Quantized as for length 20, and the data have length 2 as well."""
+    original = saved(tmp_path / "original", summed())
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "data" / "d.zip", "w") as archive:
+        for count, length in ((30, LENGTH), (12, 2)):
+            buffer = BytesIO()
+            np.savez(buffer, x=rng.uniform(0.2, 1, (count, length, 8)).astype(np.float32))
+            archive.writestr(f"{length}.npz", buffer.getvalue())
+    inputs = [{"name": "x", "dtype": "float32", "shape": ["batch", "length", 8]}]
+    evaluator = Evaluator(tmp_path, original, tmp_path / "data", inputs, LIMIT)
+    checks = ShapeChecks(evaluator)  # type: ignore[arg-type]  # what it needs of one
+    for step, kept in ((0.35, False), (None, True)):
+        run = Run.of(Candidate(id="c", name="engine", backend="onnxruntime", precision="int8", steps=()))
+        run.folder = saved(tmp_path / f"engine{step}", summed(step))
+        assert checks.shortest_first(run, 60.0) is kept
+        assert (run.tried.failed is None) is kept
+        if not kept:
+            assert "shape_dependent: at the short shape (x [1, 2, 8])" in str(run.tried.failed)
+        else:
+            checks.every_order(run, 60.0)
+            assert run.tried.shapes is not None
+            assert len(run.tried.shapes["orders"]) == 3
+    assert evaluator.calls.count("shape_probes") == 1  # the original answers once for all
+
+
+def test_profiles_of_tensorrt_tell_the_sizes_in_use() -> None:
+    wanted = (
+        {"x": {"min": [1, 1], "opt": [1, 32], "max": [8, 64]}},
+        {"x": {"min": [1, 64], "opt": [1, 256], "max": [4, 512]}},
+    )
+    spec = OptimizationSpec.model_validate({"model_id": "m", "tensorrt": {"profiles": wanted}})
+    assert spec.tensorrt.profiles is not None
+    assert spanned(spec.tensorrt.profiles) == {"x": {"min": [1, 1], "opt": [1, 32], "max": [8, 512]}}
 
 
 # The bundle

@@ -40,14 +40,21 @@ def orders_of(probed: Sequence[Probed], *, thorough: bool) -> dict[str, list[int
     }
 
 
-def compared(load: Callable[[], Session], probed: Sequence[Probed], *, thorough: bool) -> list[dict[str, Any]]:
-    """One entry a shape: {label, dims, sizes, in_use, outputs {name: {kind, orders {order: figures}}}, failed {order:
-    why}}. Figures: of the worst call, in percent (see `_figures`).
+def compared(
+    load: Callable[[], Session],
+    probed: Sequence[Probed],
+    *,
+    thorough: bool,
+    time_is_up: Callable[[], bool] = lambda: False,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(entries, the orders that were tried before `time_is_up`; the first one always). One entry a shape: {label, dims,
+    sizes, batch, in_use, outputs {name: {kind, orders {order: figures}}}, failed {order: why}}. Figures: of the worst
+    call, in percent (see `_figures`).
 
     Raises StageFailure where the engine cannot be loaded.
     """
     if not probed:
-        return []
+        return [], []
     wanted = next(outputs for probe, _, outputs in reversed(probed) if probe.label == "typical")
     kinds = {name: output_kind(name, values) for name, values in wanted.items()}
     entries = {
@@ -55,20 +62,25 @@ def compared(load: Callable[[], Session], probed: Sequence[Probed], *, thorough:
             "label": p.label,
             "dims": p.dims,
             "sizes": p.sizes,
+            "batch": p.batch,
             "in_use": p.in_use,
             "outputs": {name: {"kind": str(kind), "orders": {}} for name, kind in kinds.items()},
             "failed": {},
         }
         for p, _, _ in reversed(probed)
     }
+    tried: list[str] = []
     for order, calls in orders_of(probed, thorough=thorough).items():
+        if tried and time_is_up():
+            break
+        tried.append(order)
         session = load()
         try:
             for i in calls:
                 _called(session, probed[i], order, kinds, entries[probed[i][0].label])
         finally:
             session.close()
-    return list(reversed(entries.values()))
+    return list(reversed(entries.values())), tried
 
 
 def _called(session: Session, probed: Probed, order: str, kinds: Mapping[str, Kind], entry: dict[str, Any]) -> None:

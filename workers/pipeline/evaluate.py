@@ -55,6 +55,12 @@ class Data:
     shapes: dict[str, Any] | None
     judging: int = 0
     calibrating: int = 0
+    profiles: dict[str, Any] | None = None
+
+    @property
+    def ranges(self) -> dict[str, Any] | None:
+        """The sizes in use, as far as the job tells: its shapes, else what TensorRT's profiles span."""
+        return self.shapes or self.profiles
 
 
 @dataclass
@@ -309,7 +315,7 @@ class Evaluator:
             "max_samples": samples,
             "part": part if self.apart and self.data.validation is not None else everything,
             "shared": self.data.same,
-            "shapes": self.data.shapes,
+            "shapes": self.data.ranges,
             "seed": SEED,
             "baseline_backend": self.baseline_backend,
         }
@@ -360,7 +366,7 @@ class Evaluator:
             "batch_sizes": [*(batch_sizes or self.spec.benchmark.batch_sizes)],
             "min_seconds": min_seconds,
             "rounds": rounds,
-            "shapes": self.data.shapes,
+            "shapes": self.data.ranges,
             "want_p99": self.spec.constraints.p99_latency_ms is not None and not screening,
             "seed": SEED,
             "screening": screening,

@@ -45,6 +45,10 @@ def final_metrics(proof: Proof) -> FinalMetrics:
         reasons["memory_mb"] = "not measured"
     if not is_original and proof.verdict.unclaimed:
         reasons["speedup"] = f"unproven, shipped because the job allows it: {proof.verdict.unclaimed}"
+    if not is_original:
+        beside = not_kept(proof.spec, shipped.figures, in_use=False)
+        if beside:
+            reasons["shapes"] = f"not where neither data nor job are: {'; '.join(beside)}"
     bounded = accepts(proof)
     if bounded:
         reasons["accepts"] = (

@@ -5,11 +5,12 @@ last finished one."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from app.db.orm import Dataset, Job, SourceModel
 from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import FailureKind, StageFailure
-from app.domain.spec import OptimizationSpec
+from app.domain.spec import OptimizationSpec, ShapeRange
 from app.settings import LimitSettings
 from workers import kernel
 from workers.candidates import Case
@@ -68,7 +69,8 @@ class Optimizer:
         shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
         judging = datasets[judging_id].samples if judging_id else 0
         calibrating = datasets[calibration_id].samples if calibration_id else 0
-        self.data = Data(calibration, validation or calibration, same, shapes, judging, calibrating)
+        profiles = spanned(self.spec.tensorrt.profiles or ())
+        self.data = Data(calibration, validation or calibration, same, shapes, judging, calibrating, profiles)
 
     def _budget(self, spent: float) -> Budget:
         """The rest of it, where an earlier attempt was lost; always so much that something can be proven: what that one
@@ -179,7 +181,7 @@ class Optimizer:
         hurried = self.budget.left(until) < self.budget.final_seconds
         confirm(self.spec, evaluator, found.finalists, judged_until, hurried=hurried)
         shapes = ShapeChecks(evaluator)
-        for run in [r for r in found.finalists if r.confirmed is not None and r.tried.failed is None]:
+        for run in [r for r in found.finalists if r.tried.failed is None]:
             shapes.every_order(run, judged_until)
         sound = [r for r in found.finalists if r.tried.failed is None]
         sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
@@ -265,6 +267,16 @@ def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) ->
 def baseline_backend(device: str) -> str:
     """The original as its owner would run it on this device."""
     return "onnxruntime-cuda" if device == "cuda" else "onnxruntime"
+
+
+def spanned(profiles: Sequence[Mapping[str, ShapeRange]]) -> dict[str, Any] | None:
+    """The ranges that all of TensorRT's profiles span; the first one's most usual shapes."""
+    found: dict[str, Any] = {}
+    for name, first in (profiles[0] if profiles else {}).items():
+        every = [p[name] for p in profiles if name in p and len(p[name].opt) == len(first.opt)]
+        low, high = zip(*(r.min for r in every), strict=True), zip(*(r.max for r in every), strict=True)
+        found[name] = {"min": [min(a) for a in low], "opt": first.opt, "max": [max(a) for a in high]}
+    return found or None
 
 
 def _archive_suffix(filename: str) -> str:

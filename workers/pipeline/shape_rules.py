@@ -70,16 +70,14 @@ def shape_table(
     for row in rows:
         at = answers.pop(row["label"], None)
         row["answers"] = None if at is None else _answers(at)
-    untimed = [
-        {**at, "batch": next(iter(at["dims"].values()), [1])[0], "reason": "not timed"} for at in answers.values()
-    ]
+    untimed = [{**at, "reason": "not timed", "failed": None} for at in answers.values()]
     return rows + [{**_row(spec, {}, at), "answers": _answers(at)} for at in untimed]
 
 
 def _row(spec: OptimizationSpec, original: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
     ratio, reason = gain_at(spec, at), at.get("reason")
     holds = None if ratio is None else not ratio["high"] < 1.0
-    if "failed" in at:
+    if at.get("failed"):
         holds, reason = False, f"the engine fails here: {at['failed'].get('detail', '')}"[:300]
     elif holds is False:
         reason = "slower than the original here" + ("" if at["in_use"] else ", where neither data nor job are")

@@ -23,7 +23,8 @@ class CheckShapesOptions(StageOptions):
 class CheckShapes(Stage[CheckShapesOptions]):
     """inputs: engine, probes (of `shape_probes`).
 
-    data: shapes (see `workers.measure.orders.compared`), thorough, engine_digest.
+    data: shapes (see `workers.measure.orders.compared`), orders (that were tried), complete (False: the deadline left
+    orders out; the shortest first is always tried), engine_digest.
     """
 
     name = "check_shapes"
@@ -33,10 +34,12 @@ class CheckShapes(Stage[CheckShapesOptions]):
 
     def run(self, ctx: StageContext, options: CheckShapesOptions) -> StageResult:
         folder = ctx.inputs["engine"]
-        found = compared(
+        found, orders = compared(
             lambda: load_session(folder, options.backend, options.runtime),
             read_probes(ctx.inputs["probes"]),
             thorough=options.thorough,
+            time_is_up=lambda: ctx.seconds_left() <= 0,
         )
-        facts = {"thorough": options.thorough, "engine_digest": folder_digest(folder)}
-        return StageResult(data={"shapes": found, **facts})
+        complete = len(orders) == (3 if options.thorough else 1) or not found
+        facts = {"orders": orders, "complete": complete, "engine_digest": folder_digest(folder)}
+        return StageResult(data={"shapes": found, **facts}, reusable=complete)
