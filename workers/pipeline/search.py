@@ -360,6 +360,7 @@ class Search:
                 run = CandidateRun.of(variant)
                 if not variant.other_values:
                     run.tried.accuracy, run.validate = leader.tried.accuracy, leader.validate
+                    run.tried.shapes = leader.tried.shapes
                 self._tuned_of[run.plan.id] = leader.plan.id
                 self.found.runs.append(run)
                 if variant.unlikely:
