@@ -53,7 +53,8 @@ class Jobs:
         onnx.save(case.model, self.folder / case.name / "model.onnx")
         spec: dict[str, Any] = {
             "model_id": self.client.upload_model(self.folder / case.name / "model.onnx")["id"],
-            "benchmark": {"batch_sizes": [1, 4], "min_seconds": 0.1},
+            # What looks the fastest ships, however busy the machine is: its answers are what is looked at here.
+            "benchmark": {"batch_sizes": [1, 4], "min_seconds": 0.1, "allow_noisy": True},
             "budget_seconds": 12,
         }
         if case.data is not None:

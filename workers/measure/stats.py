@@ -51,6 +51,10 @@ class Interval:
     def to_json(self) -> dict[str, float]:
         return {"ratio": _rounded(self.ratio), "low": _rounded(self.low), "high": _rounded(self.high)}
 
+    def widened(self, factor: float) -> Interval:
+        """This estimate with an interval that is wider by this factor at either end."""
+        return Interval(self.ratio, self.low / factor, self.high * factor)
+
     def hull(self, other: Interval) -> Interval:
         """This estimate with an interval that also covers the other's."""
         return Interval(self.ratio, min(self.low, other.low), max(self.high, other.high))

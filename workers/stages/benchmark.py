@@ -57,7 +57,7 @@ class Benchmark(Stage[BenchmarkOptions]):
     """
 
     name = "benchmark"
-    version = 9
+    version = 10
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -89,7 +89,6 @@ class _Run:
         self.load_s = self.call_s = 0.0  # of the baseline: what an engine is expected to take
         self.noise: list[str] = ["a short timing claims nothing"] if options.screening else []
         self.windows: list[Disturbance] = []
-        self.undisturbed = True
         self.fraction = 0.0
         self.company = DeviceCompany((s.backend for s in self.specs.values()), ctx.hardware)
         self.quiet = None if options.screening else Quiet(self._waiting)
@@ -131,7 +130,7 @@ class _Run:
                 "skipped_shapes": self.others.left_out if self.others else [],
                 "engines": {i: f.to_json() for i, f in self.figures.items()},
             },
-            reusable=not passing and not self.shortened and self.undisturbed,
+            reusable=not passing and not self.shortened and (not self.noise or self.options.screening),
         )
 
     def _import_libraries(self) -> None:
@@ -393,4 +392,3 @@ class _Run:
                 found = figures.itself() if name == other else figures.comparison(*pair, timing, seed)
                 at["against"] = {"id": other, **found}
             self.figures[name].batches[str(batch)] = at
-            self.undisturbed &= not self.noise if not self.options.screening else at.get("undisturbed", True)
