@@ -34,6 +34,7 @@ from peers import anneal
 from anneal_client import AnnealError, Client
 
 HELD, OFF = 0.90, 0.15
+_MORE_QUIET = 2  # jobs, where one of the quiet ones found that the machine was not
 _SPIN = "while True: pass"
 _STREAM = "import numpy as np\na = np.ones(30_000_000)\nb = a.copy()\nwhile True: np.copyto(b, a)"
 _BURST = (
@@ -66,12 +67,17 @@ def fields(arguments: argparse.Namespace, **more: Any) -> Json:
 def quiet_figures(client: Client, files: Any, arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Candidate → its speed-up at the batch size that counts, of each quiet job."""
     found: dict[str, list[float]] = {}
-    for _ in range(arguments.quiet):
+    claimed = 0
+    for _ in range(arguments.quiet + _MORE_QUIET):
+        if claimed == arguments.quiet:
+            break
         wanted = fields(arguments, budget_seconds=10 * arguments.budget, search={"strategy": "exhaustive"})
+        wanted["benchmark"]["min_seconds"] /= 2
         _, report, _ = anneal.run_job(client, files, lambda _: None, **wanted)
         if not report["claim"]:
-            say(f"  not quiet: {report['disturbance']['reason']}")
+            say(f"  not quiet, once more: {report['disturbance']['reason']}")
             continue
+        claimed += 1
         batch = str(report["final_metrics"]["batch_size"])
         for candidate in report["candidates"]:
             at = candidate["batches"].get(batch)
