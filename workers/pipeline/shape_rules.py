@@ -36,6 +36,8 @@ def not_kept(spec: OptimizationSpec, figures: Mapping[str, Any], *, in_use: bool
         ratio = gain_at(spec, at)
         if ratio is not None and ratio["high"] < 1.0:
             found.append(f"slower {where}: {ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+        elif in_use and not at.get("undisturbed", True) and not spec.benchmark.allow_noisy:
+            found.append(f"not known to be no slower {where}: too few of its rounds were undisturbed")
     return found
 
 
