@@ -10,7 +10,7 @@ import httpx
 import psycopg
 
 from tests.factories import onnx_models
-from tests.factories.deployment import Deployment, deployment, kill
+from tests.factories.deployment import Deployment, deployment, descendants, gone, kill
 
 CONTENT = onnx_models.mlp(features=1024, hidden=2000).SerializeToString()
 
@@ -38,6 +38,16 @@ def test_in_the_middle_of_a_body(tmp_path: Path) -> None:
 
 def _age(scratch: Path) -> int:
     return sum(path.stat().st_size for path in scratch.glob("incoming-*"))
+
+
+def test_it_takes_the_processes_that_look_into_files_with_it(tmp_path: Path) -> None:
+    with deployment(tmp_path / "home") as deployed:
+        answer = httpx.post(f"{deployed.url}/v1/models?filename=m.onnx", content=CONTENT, timeout=30)
+        assert answer.status_code == 201
+        family = descendants(deployed.processes[0])
+        assert len(family) == 1
+        kill(deployed.processes.pop())
+        assert gone(family, timeout_s=5)
 
 
 def test_while_it_joins_the_parts(tmp_path: Path, fresh_postgres: str) -> None:
