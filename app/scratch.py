@@ -43,13 +43,14 @@ def remove_stale(folder: Path) -> int:
     removed = 0
     for path in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _YOUNG_S and _is_free(path):
+            if time.time() - path.stat().st_mtime > _YOUNG_S and is_unlocked(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed += 1
     return removed
 
 
-def _is_free(path: Path) -> bool:
+def is_unlocked(path: Path) -> bool:
+    """Whether no living process holds the lock of this file or folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ machine that loses its power, see all of it or nothing. A key may not be a folde
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from uuid import uuid4
 
+from app.scratch import is_unlocked
 from app.storage.base import BlobNotFound, InvalidUpload, StoredObject, StoredPart
 from app.storage.common import (
     check_parts,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _COPY_BYTES = 1 << 20
+_UNLOCKED_S = 60.0  # a file without a lock for so long is nobody's
 # Objects are shared by hard links: nobody writes to them.
 _READ_ONLY = 0o444
 _NO_SUCH_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -61,7 +64,7 @@ class LocalStore:
         with translated_os_errors("storing a file"):
             if not target.is_file() and not (move and self._link_in(path, target)):
                 with self._temporary() as temporary:
-                    with path.open("rb") as source, temporary.open("xb") as sink:
+                    with path.open("rb") as source, temporary.open("wb") as sink:
                         shutil.copyfileobj(source, sink, _COPY_BYTES)
                     self._publish(temporary, target)
             if move:
@@ -147,12 +150,14 @@ class LocalStore:
             probe.write_bytes(b"anneal")
 
     def remove_stale(self, older_than_s: float) -> int:
-        """Remove what killed processes left in `tmp/`, and say how many files that were. Not part of the contract."""
+        """Remove what killed processes left in `tmp/` (nobody holds its lock, or it is older than that), and say how
+        many files that were. Not part of the contract."""
         removed = 0
         with translated_os_errors("cleaning up"):
             for path in _files(self._temp):
                 with suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > older_than_s:
+                    age = time.time() - path.stat().st_mtime
+                    if age > older_than_s or (age > _UNLOCKED_S and is_unlocked(path)):
                         path.unlink()
                         removed += 1
         return removed
@@ -241,7 +246,7 @@ class LocalStore:
         ordered = check_parts(parts, self.list_parts(key, upload_id))
         # Copied, not appended to the first part: after a crash half-way the parts must still be whole.
         with self._temporary() as temporary:
-            with temporary.open("xb") as sink:
+            with temporary.open("wb") as sink:
                 for part in ordered:
                     with (folder / f"{part.number:05d}").open("rb") as source:
                         shutil.copyfileobj(source, sink, _COPY_BYTES)
@@ -278,12 +283,16 @@ class LocalStore:
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
-        """The path of a new file on the storage's disk, removed at the end where it still stands."""
+        """A new file on the storage's disk, locked while this process lives, and removed at the end where it still
+        stands under this name."""
         _make_folders(self._temp)
         path = self._temp / uuid4().hex
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield path
         finally:
+            os.close(descriptor)
             path.unlink(missing_ok=True)
 
     def _link_in(self, path: Path, target: Path) -> bool:

@@ -157,3 +157,22 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         store.check()
     assert raised.value.code == "storage_unavailable"
     assert str(tmp_path) not in raised.value.detail
+
+
+def test_what_a_killed_process_left_half_written_goes_before_its_time(tmp_path: Path) -> None:
+    """A copy under way is locked by whoever makes it; without a lock it is nobody's."""
+    writing = (
+        "import sys, time; from pathlib import Path; from app.storage.local import LocalStore\n"
+        "with LocalStore(Path(sys.argv[1]))._temporary() as path:\n"
+        "    path.write_bytes(b'half'); print(flush=True); time.sleep(60)\n"
+    )
+    store = LocalStore(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", writing, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (half,) = (tmp_path / "tmp").iterdir()
+        os.utime(half, (time.time() - 100,) * 2)
+        assert store.remove_stale(3600) == 0, "it is being written"
+        process.kill()
+    assert store.remove_stale(3600) == 1
+    assert not half.exists()
