@@ -284,3 +284,22 @@ def test_dimensions_that_are_computed_of_others_follow_them() -> None:
     ]
     found = synthetic_shapes(inputs, 3, {"past": {"opt": [3, 4, 7, 16]}})
     assert found == {"input_ids": (3, 32), "attention_mask": (3, 39), "past": (3, 4, 7, 16)}
+
+
+@pytest.mark.parametrize("name", ["lstm_lengths", "lstm_state"])
+def test_openvino_is_not_asked_for_lengths_that_it_ignores(name: str, tmp_path: Path) -> None:
+    """Its plug-in computes every sequence at its full length; where there are no lengths, its answers are right."""
+    case = cases.CASES[name]()
+    _, _, folder = export(case.model, tmp_path)
+    (out := tmp_path / "engine").mkdir()
+    backend = backends()["openvino"]()
+    if name == "lstm_lengths":
+        with pytest.raises(StageFailure) as caught:
+            backend.build(folder, out, {}, Notes())
+        assert (caught.value.code, caught.value.tensor) == ("unsupported_op", "lengths")
+        return
+    session = backend.load(out, backend.build(folder, out, {}, Notes())["runtime"])
+    original = backends()["onnxruntime"]().load(folder, {})
+    for feeds in case.held.values():
+        for output, wanted in original.run(feeds).items():
+            np.testing.assert_allclose(session.run(feeds)[output], wanted, atol=1e-5)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from onnx import ModelProto, NodeProto
+
+from workers.onnx_graph import real_inputs
 
 _SOFTMAX = ("Softmax", "LogSoftmax")
 _ATTENTION = "ScaledDotProductAttention"
 _TOLD_HOW = ("FakeQuantize", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 _UNPACKING = ("Convert", "Reshape", "Subtract", "Multiply", "FakeQuantize")
+_RECURRENT = ("LSTM", "GRU", "RNN")
 _FARTHEST = 16  # nodes between a product and its Softmax; masks, scales and reshapes are a handful
 
 
@@ -22,6 +28,30 @@ def first_call_decides(model: Any) -> bool:
     knows which inputs give the keys of a network behind strides and pooling more than one element.
     """
     return any(_at_risk(node) for node in model.get_ops())
+
+
+def ignores_lengths(model: ModelProto) -> NodeProto | None:
+    """A recurrent node whose `sequence_lens` a caller gives: the plug-in computes as if every sequence had its full
+    length. Seen in OpenVINO 2026.4.1 for LSTM, GRU and RNN in every direction. Lengths that follow from a shape are the
+    full ones."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    given = {info.name for info in real_inputs(model.graph)}
+    recurrent = (n for n in model.graph.node if n.op_type in _RECURRENT and len(n.input) > 4)
+    return next((n for n in recurrent if _reaches(n.input[4], makers, given)), None)
+
+
+def _reaches(name: str, makers: Mapping[str, NodeProto], given: Collection[str]) -> bool:
+    """Whether values of a tensor come from one of `given`, and not from its shape alone."""
+    waiting, seen = [name], {name}
+    while waiting:
+        name = waiting.pop()
+        if name in given:
+            return True
+        node = makers.get(name)
+        if node is not None and node.op_type not in ("Shape", "Size"):
+            waiting += [n for n in node.input if n and n not in seen]
+            seen.update(node.input)
+    return False
 
 
 def _at_risk(node: Any) -> bool:

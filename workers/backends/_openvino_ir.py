@@ -17,6 +17,7 @@ from typing import Any
 from onnx import ModelProto
 
 from app.domain.failures import StageFailure
+from workers.backends._openvino_faults import ignores_lengths
 from workers.backends._openvino_library import fuse_common, library, read_model
 from workers.kernel import TensorSpec
 from workers.onnx_files import MODEL_FILE, read_skeleton
@@ -95,6 +96,15 @@ def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:
                 tensor=spec.name,
                 remedy="Use another backend for this model.",
             )
+    deaf = ignores_lengths(graph)
+    if deaf is not None:
+        raise StageFailure(
+            "unsupported_op",
+            f"Node {node_label(deaf)!r} ({deaf.op_type}) reads the lengths of its sequences, which OpenVINO ignores.",
+            node=node_label(deaf),
+            tensor=deaf.input[4],
+            remedy="Use another backend for this model.",
+        )
     if graph.functions and not external_tensors(graph):
         from onnx.inliner import inline_local_functions
 

@@ -22,7 +22,7 @@ class Build(Stage[BuildStageOptions]):
     """Input `model` → output `engine`, in the backend's format."""
 
     name: ClassVar[str] = "build"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     Options = BuildStageOptions
     # A backend that is not installed adds nothing to the key; one that is, its version.
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")

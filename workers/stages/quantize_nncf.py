@@ -57,7 +57,7 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
     (None where that was done before: `reused`), dataset}, trial_run, size_bytes_before, size_bytes."""
 
     name = "quantize_nncf"
-    version = 5
+    version = 6
     Options = QuantizeNncfOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "openvino", "nncf")
 
