@@ -94,7 +94,7 @@ def _strange(value: float) -> bytes:
             id="header that lies",
         ),
         pytest.param(
-            zipped([("a.npz", npz(input=rows(9))), ("b.npz", npz(input=rows(9, 5)))]),
+            zipped([("a.npz", npz(input=rows(9))), ("b.npz", npz(input=rows(9, dtype=np.float64)))]),
             "d.zip",
             "invalid_dataset",
             "b.npz",
