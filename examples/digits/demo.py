@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -19,21 +19,20 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
+from beside import EngineFailed, Process, beside
 from service import Service, ServiceFailed, free_port
-from view import Progress, Screen, clean, number, show_report, table
+from view import Progress, Screen, clean, interval, number, shipped_speedups, show_report, table
 
 from anneal_client import AnnealError, Client, JobFailed
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8)
-BUDGET_S = 45  # the demo shall be short; the best so far ships when it runs out
-Run = Callable[[dict[str, Any]], Any]
+BUDGET_S = 12  # the demo shall be short; the best so far ships when it runs out
 
 
 class DemoFailed(Exception):
@@ -79,71 +78,55 @@ def unpack(bundle: Path, folder: Path) -> Path:
     return scripts[0].parent
 
 
-def bundled_engine(folder: Path) -> Run:
-    """The engine, loaded by the bundle's own `infer.py` with the options it was measured with, whatever its library."""
-    spec = importlib.util.spec_from_file_location("bundle_infer", folder / "infer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    _names, run = module.load()
-    loaded: Run = run
-    return loaded
-
-
-def original() -> Run:
-    """The uploaded model as its owner would run it: ONNX Runtime with default options."""
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
-    return lambda feeds: {"logits": session.run(None, feeds)[0]}
-
-
-def accuracy(run: Run, images: Any, labels: Any) -> float:
-    """Percent of the images whose largest logit is the label's; batches of 64."""
-    right = 0
-    for start in range(0, len(images), 64):
-        (logits,) = run({"image": images[start : start + 64]}).values()
-        if not np.isfinite(logits).all():
-            raise DemoFailed("an output is not finite")
-        right += int((logits.argmax(1) == labels[start : start + 64]).sum())
-    return 100.0 * right / len(images)
-
-
-def medians_ms(runs: list[Run], images: Any, batch: int, *, rounds: int = 9, per_round: int = 40) -> list[float]:
-    """Median latency of each, in turns (so that a change of the machine's clock meets all), after a warm-up."""
-    feeds = [{"image": np.ascontiguousarray(images[i * batch : (i + 1) * batch])} for i in range(16)]
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(rounds + 1):
-        for run, found in zip(runs, times, strict=True):
-            for i in range(per_round):
-                start = time.perf_counter()
-                run(feeds[i % len(feeds)])
-                if turn > 0 and i >= 10:  # the first turn, and the first calls after the other's turn, warm up
-                    found.append(1000 * (time.perf_counter() - start))
-    return [float(np.median(found)) for found in times]
-
-
-def compare(screen: Screen, folder: Path) -> None:
-    """Original and engine side by side on the held-out digits, in this process."""
-    with np.load(HERE / "validation.npz", allow_pickle=False) as arrays:
-        images, labels = arrays["image"], arrays["labels"]
-    engines = {"original": original(), "engine": bundled_engine(folder)}
-    runs = [*engines.values()]
+def compare(screen: Screen, folder: Path, report: dict[str, Any]) -> None:
+    """Original and engine side by side on the held-out digits, and what the job said of the same."""
+    sources = {"original": HERE / "model.onnx", "engine": folder}
     files = ([HERE / "model.onnx"], sorted(folder.glob("model.*")))
-    right = [accuracy(run, images, labels) for run in runs]
-    speeds = {batch: medians_ms(runs, images, batch) for batch in BATCH_SIZES}
+    with contextlib.ExitStack() as stack:
+        processes = {name: Process(source) for name, source in sources.items()}
+        for process in processes.values():
+            stack.callback(process.close)
+        screen.now("  … running both here, in turns")
+        judged = {name: process.ask(accuracy=True) for name, process in processes.items()}
+        here = {batch: beside(processes["original"], processes["engine"], batch) for batch in BATCH_SIZES}
+    right = [judged[name]["accuracy"] for name in sources]
     rows = []
-    for i, name in enumerate(engines):
+    for i, name in enumerate(sources):
+        speeds = ["1x" if i == 0 else interval(vars(here[b])) for b in BATCH_SIZES]
+        p50 = [number(here[b].p50_ms[i], 3, " ms") for b in BATCH_SIZES]
         size = sum(f.stat().st_size for f in files[i]) / 1e6
-        row = [name, f"{right[i]:.2f} %", *(number(speeds[b][i], 3, " ms") for b in BATCH_SIZES)]
-        row += [*(number(speeds[b][0] / speeds[b][i], 3, "x") for b in BATCH_SIZES), number(size, 3, " MB")]
-        rows.append(row)
-    screen.title(f"Run here: the downloaded engine beside the original, on {len(images)} held-out digits")
-    head = ["", "Accuracy", *(f"p50 b={b}" for b in BATCH_SIZES), *(f"Speed-up b={b}" for b in BATCH_SIZES), "Size"]
-    table(screen, head, rows, [(), ("bold", "green")])
+        rows.append([name, f"{right[i]:.2f} %", *p50, *speeds, number(size, 3, " MB")])
+    told = shipped_speedups(report)
+    rows.append(["", "", *("" for _ in BATCH_SIZES), *(interval(told.get(str(b))) for b in BATCH_SIZES), "by the job"])
+    screen.title(
+        f"Run here: the downloaded engine beside the original, on {judged['engine']['samples']} held-out digits"
+    )
+    head = [
+        "",
+        "Accuracy",
+        *(f"p50 b={b}" for b in BATCH_SIZES),
+        *(f"Speed-up b={b} [95 %]" for b in BATCH_SIZES),
+        "Size",
+    ]
+    table(screen, head, rows, [(), ("bold", "green"), ("dim",)])
+    screen.line("  " + agreement({str(b): vars(found) for b, found in here.items()}, told))
     if right[0] - right[1] > 1.0:
         raise DemoFailed(f"the engine loses {right[0] - right[1]:.2f} points of accuracy, over the limit of 1.0")
+
+
+def agreement(here: Mapping[str, Mapping[str, Any]], told: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether the job's speed-ups and those measured here are the same, as far as their intervals tell."""
+    sizes = [size for size in here if size in told]
+    if not sizes:
+        return "The original shipped: there is no speed-up to compare."
+    apart = [s for s in sizes if here[s]["low"] > told[s]["high"] or told[s]["low"] > here[s]["high"]]
+    if not apart:
+        return f"The job and this run agree: their intervals overlap at batch size {' and '.join(sizes)}."
+    far = max(abs(math.log(here[s]["speedup"] / told[s]["ratio"])) for s in apart)
+    return (
+        f"The job and this run differ at batch size {' and '.join(apart)} by up to {100 * math.expm1(far):.0f} %, more "
+        "than their intervals say: the machine was not the same in both moments."
+    )
 
 
 def demo(screen: Screen, client: Client, out: Path, min_seconds: float) -> None:
@@ -155,7 +138,7 @@ def demo(screen: Screen, client: Client, out: Path, min_seconds: float) -> None:
     if not engine_ids:
         raise DemoFailed("the job succeeded but names no engine")
     bundle = client.download_bundle(engine_ids[0], out / "bundle")
-    compare(screen, unpack(bundle, out / "engine"))
+    compare(screen, unpack(bundle, out / "engine"), report)
 
 
 @contextlib.contextmanager
@@ -213,7 +196,7 @@ def main() -> int:
     except KeyboardInterrupt:
         screen.line("Interrupted.")
         return 130
-    except (AnnealError, DemoFailed, ServiceFailed, OSError) as error:
+    except (AnnealError, DemoFailed, EngineFailed, ServiceFailed, OSError) as error:
         word = "The job failed" if isinstance(error, JobFailed) else "The demo failed"
         screen.line(screen.paint(f"{word}: {clean(error)}", "red"))
         return 1

@@ -152,14 +152,21 @@ def _rows(value: Any) -> list[Mapping[str, Any]]:
     return [entry for entry in value or () if isinstance(entry, Mapping)]
 
 
-def _speedup(batch: Mapping[str, Any]) -> str:
-    value = batch.get("speedup")
+def interval(value: Any) -> str:
+    """A speed-up with its interval: an object with `ratio` (or `speedup`), `low` and `high`, or a bare number."""
     if not isinstance(value, Mapping):
         return number(value, 3, "x")
-    text = number(value.get("ratio"), 3, "x")
+    text = number(value.get("ratio", value.get("speedup")), 3, "x")
     if value.get("low") is None or value.get("high") is None:
         return text
     return f"{text} [{number(value['low'], 3)}, {number(value['high'], 3)}]"
+
+
+def shipped_speedups(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Batch size → {ratio, low, high} of what ships; nothing where that is the original."""
+    shipped = next((c for c in _rows(report.get("candidates")) if c.get("id") == report.get("picked")), {})
+    found = {size: _mapping(at).get("speedup") for size, at in _mapping(shipped.get("batches")).items()}
+    return {size: ratio for size, ratio in found.items() if isinstance(ratio, Mapping)}
 
 
 def _batches(entries: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -230,7 +237,7 @@ def _candidates(screen: Screen, report: Mapping[str, Any]) -> None:
                 name,
                 clean(entry.get("precision") or ("fp32" if original else "–")),
                 *(number(b.get("p50_ms"), 3, " ms") for b in per_size),
-                *("1x" if original else _speedup(b) for b in per_size),
+                *("1x" if original else interval(b.get("speedup")) for b in per_size),
                 "–" if original else number(accuracy.get("loss_percent"), 2),
                 number(entry.get("size_mb"), 3, " MB"),
                 status,
