@@ -235,12 +235,13 @@ def test_what_a_user_calls_decides_and_the_bound_call_stands_beside(bench: Calla
     slow, baseline = (data["engines"][i]["batches"]["1"] for i in ("slow", "baseline"))
     assert slow["speedup"]["high"] < 0.5
     assert slow["p50_ms"] > 2 > slow["bound"]["p50_ms"]
-    assert slow["bound"]["speedup"]["high"] > 0.5
+    gain = slow["bound"]["speedup"]  # None where other work on the machine disturbed too many of the few windows
+    assert gain is None or gain["high"] > 0.5
     assert baseline["bound"]["speedup"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
     assert slow["bound"]["samples"] >= 11
     assert "infer.py" in data["method"]["call"]
     with np.load(tmp_path / "out/samples/samples.npz", allow_pickle=False) as raw:
-        assert len(raw["slow|1|bound_ns"]) == slow["bound"]["samples"]
+        assert len(raw["slow|1|bound_ns"]) >= slow["bound"]["samples"]
     assert "bound" not in bench({"a": {}}, screening=True)["engines"]["a"]["batches"]["1"]
 
 
