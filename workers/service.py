@@ -120,6 +120,7 @@ class WorkerService:
         self.isolated.start()
         self._sign_on()
         self._background.start("housekeeping", self._housekeep)
+        self._background.start("sweeper", self._sweep)
         self._background.start("errands", self._run_errands)
 
     def give_up(self, reason: str) -> None:
@@ -176,17 +177,22 @@ class WorkerService:
         )
 
     def _housekeep(self) -> None:
-        """Every worker sweeps, also while it runs a job: as long as one lives, nothing stays lost. A thread of its own,
-        not a Celery task: it must not wait behind a long job, nor depend on the broker whose losses it mends."""
-        sweep = Regularly(self.settings.worker.sweep_s)
+        """The heartbeat, and nothing that may take long."""
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 if not self.capabilities.heartbeat(self.id):
                     self._report_self()
-                if sweep.due():
-                    self.ledger.sweep()
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("housekeeping_failed", error=str(error)[:300])
+
+    def _sweep(self) -> None:
+        """Every worker sweeps, also while it runs a job: as long as one lives, nothing stays lost. A thread of its own,
+        not a Celery task: it must not wait behind a long job, nor depend on the broker whose losses it mends."""
+        while not self.shutdown.wait(self.settings.worker.sweep_s):
+            try:
+                self.ledger.sweep()
+            except (SQLAlchemyError, AppError, OSError) as error:
+                log.warning("sweep_failed", error=str(error)[:300])
 
     def _run_errands(self) -> None:
         """What may take long and must not hold up the heartbeat: webhooks, and collecting what nobody needs."""

@@ -27,6 +27,8 @@ from app.storage.content import ContentStore
 
 log = structlog.get_logger(__name__)
 
+_SENT_AT_ONCE = 200  # by one sweep, which has leases to look after as well
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -317,14 +319,9 @@ class JobLedger:
     def _sweep_undispatched(self) -> int:
         now = utcnow()
         with self.db.read() as session:
-            first_due = now - timedelta(seconds=self.settings.redispatch_s)
-            waiting = JobRepository(session).undispatched(first_due, limit=1000)
+            waiting = JobRepository(session).undispatched(now, self.settings.redispatch_s, limit=_SENT_AT_ONCE)
         sent = 0
         for job in waiting:
-            # A message is seldom lost and a queue may be long: each further one waits twice as long, at most an hour.
-            wait = min(self.settings.redispatch_s * 2 ** min(max(job.dispatches - 1, 0), 8), 3600)
-            if job.dispatched_at is not None and job.dispatched_at > now - timedelta(seconds=wait):
-                continue
             # Sent first and noted then: twice is harmless. Where the broker is away nothing counts and the rest waits.
             if not self.dispatch(job):
                 break

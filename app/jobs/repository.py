@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from app.db.base import utcnow
@@ -21,6 +21,10 @@ _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_i
 
 # What sweeps look at: without what a client may have made large.
 _LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
+
+
+_DOUBLINGS = 9
+_LONGEST_S = 3600.0
 
 
 class JobRepository:
@@ -155,13 +159,24 @@ class JobRepository:
         query = select(Job).options(*_LEAN).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
 
-    def undispatched(self, first_due: datetime, limit: int) -> list[Job]:
-        """Queued jobs whose message may be lost; `first_due` is when a message sent then counts as late."""
+    def undispatched(self, now: datetime, first_s: float, limit: int) -> list[Job]:
+        """Queued jobs whose message may be lost: it was sent `first_s` ago, and twice as long for every further one, at
+        most an hour. Those of which the fewest were sent come first: what waits for a worker that never comes holds up
+        nobody's lost message."""
+        late = [
+            and_(_nth_message(n), Job.dispatched_at < now - timedelta(seconds=min(first_s * 2 ** (n - 1), _LONGEST_S)))
+            for n in range(1, _DOUBLINGS + 1)
+        ]
         query = (
             select(Job)
             .options(*_LEAN)
-            .where(
-                Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), Job.dispatched_at < first_due)
-            )
+            .where(Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), *late))
+            .order_by(Job.dispatched_at.is_not(None), Job.dispatches, Job.dispatched_at, Job.id)
         )
-        return [*self.session.scalars(query.order_by(Job.id).limit(limit))]
+        return [*self.session.scalars(query.limit(limit))]
+
+
+def _nth_message(n: int) -> ColumnElement[bool]:
+    if n == 1:
+        return Job.dispatches <= 1
+    return Job.dispatches >= n if n == _DOUBLINGS else Job.dispatches == n

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from app.db.base import utcnow
 from app.db.ids import new_id
@@ -311,3 +312,25 @@ def test_a_job_taken_up_again_has_spent_what_its_lost_attempts_took(desk: Desk) 
     assert second.spent_seconds == pytest.approx(40.0, abs=0.01)
     desk.ledger.release(replace(second, claimed_at=second.claimed_at - timedelta(seconds=5)), "the worker shuts down")
     assert _claim(desk, job, "w3").spent_seconds == pytest.approx(45.0, abs=0.5)
+
+
+def test_jobs_that_wait_for_absent_hardware_hold_up_no_lost_message(desk: Desk) -> None:
+    """1,100 of them, older and sent nine times; the next message of those is due in a while."""
+    first, lost = desk.submit(), desk.submit()
+    columns = {c.name: getattr(first, c.name) for c in Job.__table__.columns}
+    columns |= {"dispatches": 9, "dispatched_at": utcnow() - timedelta(seconds=10)}
+    with desk.db.write() as uow:
+        uow.session.add_all(Job(**{**columns, "id": f"job_0{n:04d}"}) for n in range(1100))
+    desk.sent.clear()
+    time.sleep(0.3)
+    desk.ledger.sweep()
+    assert {first.id, lost.id} == set(desk.sent)
+    # Those that are due come after whoever has had fewer messages, and not all at once.
+    with desk.db.write() as uow:
+        uow.session.execute(update(Job).where(Job.dispatches == 9).values(dispatched_at=utcnow() - timedelta(hours=2)))
+        uow.session.execute(update(Job).where(Job.id == lost.id).values(dispatches=1))
+    desk.sent.clear()
+    time.sleep(0.3)
+    desk.ledger.sweep()
+    assert desk.sent[0] == lost.id
+    assert 1 < len(desk.sent) < 1100
