@@ -110,7 +110,7 @@ class Optimizer:
         benchmark = self._shortly(evaluator, found) if found.out_of_reach else self._final(evaluator, found)
         baseline, verdict = self._judge(benchmark, found, found.finalists)
         wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]
-        claims = verdict.unclaimed is None  # else the machine is busy, and longer does not help
+        claims = verdict.unclaimed is None or _mostly_quiet(benchmark)  # else longer does not help
         if verdict.picked in (None, BASELINE) and wider and claims and self._time_for_more(benchmark, len(wider)):
             longer = self._final_again(evaluator, wider)
             if longer is not None:
@@ -254,6 +254,12 @@ class Optimizer:
             remedy=f"Give budget_seconds of {needs} or more, or a smaller benchmark.min_seconds.",
             cacheable=False,
         )
+
+
+def _mostly_quiet(benchmark: Outcome) -> bool:
+    """Whether little of it was disturbed: what it does not claim is for want of rounds, not for company."""
+    told = benchmark.data["disturbance"]
+    return bool(told["clean_windows"] > 4 * told["dropped_windows"])
 
 
 def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:
