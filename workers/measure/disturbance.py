@@ -21,9 +21,10 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 # Of a window's wall time, all threads of the engine added up. Alone on two cores, engines of ONNX Runtime and OpenVINO
-# waited for 0.01 of theirs (0.03 now and then); one spinning process beside them makes it 0.3 and more. What lies
-# between costs the mean about its share, and the median less.
-MOST_WAITED = 0.05
+# waited for 0.01 to 0.03 of theirs, with a server and a worker that look after a job for some 0.05; one spinning
+# process makes it 0.3 and more. What lies between costs the mean its share at most, and both sides of a ratio, the
+# median next to nothing.
+MOST_WAITED = 0.10
 # Of the usable cores' time, kept by the hypervisor. It is counted in ticks of 10 ms: a single one is no evidence.
 MOST_STOLEN = 0.03
 # Of the usable cores' time, spent by other processes where the engine need not have waited: they share caches, memory
