@@ -6,6 +6,7 @@ user calls (`infer.py`'s `run`, ONNX Runtime's `session.run`), in turns, every r
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -70,7 +71,11 @@ class Process:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was still to be written to a process that is gone
+                if pipe is not None:
+                    pipe.close()
 
 
 def beside(original: Process, engine: Process, batch: int) -> Beside:
