@@ -9,7 +9,7 @@ from app.domain.spec import OptimizationSpec
 from workers.measure.parts import judging
 from workers.pipeline import halving
 from workers.pipeline.budget import Budget
-from workers.pipeline.checks import FEWEST, confidence_of_a_look, looks
+from workers.pipeline.checks import FEWEST, confidence_of_a_look, looks, without_data
 from workers.pipeline.evaluate import CandidateRun, Evaluator, complete
 from workers.pipeline.shape_checks import ShapeChecks
 
@@ -52,7 +52,7 @@ class Checker:
                 self._few = most  # too few for one are too few for the next, and all are not many
         accuracy = run.tried.accuracy or {}
         if accuracy.get("source") == "synthetic" and not run.plan.lossless:
-            run.note("check", "cannot ship", "no validation data shows that a change of precision keeps the accuracy")
+            run.note("check", "cannot ship", without_data(run.plan.narrows))
             return False
         samples = accuracy.get("samples", 0)
         if samples < FEWEST and not accuracy.get("complete", True) and not run.plan.lossless:
@@ -79,7 +79,7 @@ class Checker:
         """For the report: why a checked candidate cannot ship."""
         accuracy = run.tried.accuracy or {}
         if accuracy.get("source") == "synthetic":
-            return "no validation data: a change of precision cannot be shown to keep its accuracy"
+            return without_data(run.plan.narrows)
         loss, samples = accuracy.get("loss_percent"), accuracy.get("samples")
         if loss is not None and not halving.over_limit(self.spec, accuracy):
             return f"the time left allowed {samples} samples: too few to show that it keeps the accuracy"

@@ -71,6 +71,13 @@ def same_bytes() -> Check:
     return Check(LOSS, 0.0, None, True, "proven: the shipped bytes are the original's", proven=True, bound=0.0)
 
 
+def without_data(narrows: str | None) -> str:
+    """Why what is not lossless cannot ship. `narrows`: why its arithmetic is not the original's, where it is not that
+    of its precision."""
+    reason = "no validation data: a change of precision cannot be shown to keep its accuracy"
+    return f"{reason} ({narrows})" if narrows else reason
+
+
 def accuracy_checks(
     spec: OptimizationSpec, accuracy: Mapping[str, Any] | None, *, lossless: bool, narrows: str | None = None
 ) -> list[Check]:
@@ -85,10 +92,7 @@ def accuracy_checks(
     if broken:
         return [finite]
     if accuracy.get("source") == "synthetic" and not lossless:
-        reason = "no validation data: a change of precision cannot be shown to keep its accuracy"
-        reason += f" ({narrows})" if narrows else ""
-        limit = spec.validation.max_accuracy_loss_percent
-        return [finite, Check(LOSS, accuracy.get("loss_percent"), limit, False, reason, proven=False)]
+        return [finite, Check(LOSS, accuracy.get("loss_percent"), limit, False, without_data(narrows), proven=False)]
     return [finite, _loss_check(spec, accuracy, lossless)]
 
 
