@@ -13,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import event
 
+from app.db.orm import LOCAL_TENANT
 from app.http.services import Services
 from app.jobs.repository import JobRepository
 from app.main import create_app
@@ -53,7 +54,10 @@ def test_a_crowd_on_one_job_reads_once(
         for stream in streams:
             read_until(stream, b'"queued"')
         polls = [stack.enter_context(open_stream(base_url, f"{path}?wait=30")) for _ in range(CROWD)]
-        time.sleep(0.5)
+        deadline = time.monotonic() + 20
+        while services.waiting._taken[LOCAL_TENANT] < 2 * CROWD:  # on a busy machine that takes a while
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         statements: list[str] = []
         event.listen(services.db.engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
         note(services, job["id"], "now")
@@ -64,7 +68,7 @@ def test_a_crowd_on_one_job_reads_once(
             read_until(stream, b'"now"')
         for poll in polls:
             assert read_until(poll, b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
         assert len([s for s in statements if "job_events" in s and s.startswith("SELECT")]) < 10
         assert len([s for s in statements if s.startswith("SELECT") and "jobs.spec" in s]) < 20
     client.post(job["links"]["cancel"])
