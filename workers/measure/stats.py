@@ -38,6 +38,7 @@ _BLOCK_CELLS = 1 << 21  # of the sums that are kept, and of the draws that are l
 _DRAWS = 2000
 _STEP = 50  # draws at a time
 _BLOCKS = 2048
+_MANY_PAIRS = 30  # from which on an interval is no longer exact; the bound is
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,9 @@ def paired_loss(
 ) -> Loss:
     """Mean of a per-sample loss: the paired differences (original − engine), which lie in `least`…`most`.
 
-    With `zero_one` (right or wrong) interval and bound are exact: of a proportion where nothing can get better, else
-    of the difference of two paired ones. The bound of other means holds for all distributions in that range; their
-    interval is by bootstrap over samples.
+    With `zero_one` (right or wrong) the bound is exact, and so is the interval where few differ: of a proportion where
+    nothing can get better, else of the difference of two paired ones. The bound of other means holds for all
+    distributions in that range; their interval is by bootstrap over samples.
     """
     values = np.asarray(per_sample, dtype=np.float64)
     n = len(values)
@@ -193,13 +194,22 @@ def paired_loss(
             low, high = proportion_from_below(worse, n, both), proportion(worse, n, both)
             upper = proportion(worse, n, level.confidence)
         else:
-            low, high = -difference(better, worse, n, both), difference(worse, better, n, both)
+            low, high = _interval_of_pairs(worse, better, n)
             upper, exact = difference(worse, better, n, level.confidence), "exact (paired proportions, Berger–Boos)"
         return Loss((worse - better) / n, low, high, upper, exact, n, (worse, better))
     columns = np.stack([values, np.ones_like(values)], axis=1)
     loss = bootstrap_statistic(columns, lambda sums: sums[:, 0] / sums[:, 1], level)
     upper = bounded_mean(values, least, most, level.confidence, level.seed)
     return replace(loss, upper=max(upper, loss.estimate), method="betting (Waudby-Smith and Ramdas)")
+
+
+def _interval_of_pairs(worse: int, better: int, samples: int) -> tuple[float, float]:
+    """95 % of p(worse) − p(better): exact for few, of the normal distribution for many."""
+    if worse + better < _MANY_PAIRS:
+        return -difference(better, worse, samples, 0.975), difference(worse, better, samples, 0.975)
+    estimate = (worse - better) / samples
+    margin = 1.96 * math.sqrt((worse + better) / samples - estimate**2) / math.sqrt(samples)
+    return max(estimate - margin, -1.0), min(estimate + margin, 1.0)
 
 
 def paired_normalized_error(squared_error: Array, squared_norm: Array, level: Level = Level()) -> Loss:

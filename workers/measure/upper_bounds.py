@@ -18,6 +18,7 @@ SHARE_UNSEEN = 0.05  # of all inputs, at most, that may be unlike any sample whe
 _NUISANCE = 0.05  # of the error that the share of differing pairs may take (Berger and Boos)
 _DISCORDANT = 8  # shares of differing pairs that are looked at
 _MOST_CELLS = 1 << 18
+_MANY = 30  # differing pairs, from which on the bound lies below that of both proportions apart
 _SPREAD = 6.5  # standard deviations: the mass beyond is below 1e-9
 _BET = 0.9  # of the largest bet that cannot ruin
 _STEPS = 48  # of a bisection
@@ -75,19 +76,21 @@ def difference(losses: int, gains: int, samples: int, confidence: float) -> floa
     error = 1 - confidence
     aside = 1 - _NUISANCE * error / 2
     most, least = proportion(differing, samples, aside), proportion_from_below(differing, samples, aside)
-    reach = int(samples * most + _SPREAD * math.sqrt(samples * most) + 12)
     half = 1 - error / 2
     apart = proportion(losses, samples, half) - proportion_from_below(gains, samples, half)
-    if min(reach, samples) ** 2 > _MOST_CELLS:
+    lowest, highest = (losses - gains) / samples, apart if differing > _MANY else max(apart, most)
+    losing = _window(samples, (least + lowest) / 2, (most + highest) / 2)
+    gaining = _window(samples, (least - highest) / 2, (most - lowest) / 2)
+    if len(losing) * len(gaining) > _MOST_CELLS:
         return apart
-    pairs = _Pairs(samples, min(reach, samples))
+    pairs = _Pairs(samples, losing, gaining)
     allowed = error * (1 - _NUISANCE)
 
     def too_large(value: float) -> bool:
         return _largest_tail(pairs, losses, gains, value, least, most) <= allowed
 
     # The tail does not fall everywhere: the last value that it holds counts.
-    steps = np.linspace((losses - gains) / samples, max(apart, most), _GRID)
+    steps = np.linspace(lowest, highest, _GRID)
     last = next((i for i in range(_GRID - 2, 0, -1) if not too_large(float(steps[i]))), 0)
     low, high = float(steps[last]), float(steps[last + 1])
     for _ in range(_COARSE):
@@ -96,14 +99,21 @@ def difference(losses: int, gains: int, samples: int, confidence: float) -> floa
     return high
 
 
-class _Pairs:
-    """All (losses, gains) up to `most` each, and the trinomial coefficients of them."""
+def _window(samples: int, low: float, high: float) -> Array:
+    """The counts that such shares make, but for a mass below 1e-9."""
+    low, high = samples * min(max(low, 0.0), 1.0), samples * min(max(high, 0.0), 1.0)
+    first, last = low - _SPREAD * math.sqrt(low) - 12, high + _SPREAD * math.sqrt(high) + 12
+    return np.arange(max(int(first), 0), min(int(last), samples) + 1)
 
-    def __init__(self, samples: int, most: int) -> None:
-        count = np.arange(most + 1)
+
+class _Pairs:
+    """All pairs of these counts that got worse and better, and the trinomial coefficients of them."""
+
+    def __init__(self, samples: int, losing: Array, gaining: Array) -> None:
         self.samples = samples
-        self.losses, self.gains = (x.ravel() for x in np.meshgrid(count, count, indexing="ij"))
+        self.losses, self.gains = (x.ravel() for x in np.meshgrid(losing, gaining, indexing="ij"))
         self.differing = self.losses + self.gains
+        most = max(losing[-1], gaining[-1])
         factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
         with np.errstate(divide="ignore"):  # more that differ than there are: −∞ from there on
             falling = np.concatenate([[0.0], np.cumsum(np.log(np.maximum(samples - np.arange(2 * most), 0)))])
