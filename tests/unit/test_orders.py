@@ -22,6 +22,7 @@ from workers.candidates import Candidate
 from workers.hardware import describe
 from workers.kernel import Reporter, StageContext, TensorSpec, backends, stages
 from workers.measure.orders import at_least
+from workers.measure.pieces import folder_digest
 from workers.measure.shapes import judged_shapes
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun
@@ -205,6 +206,18 @@ def test_a_random_original_is_compared_with_nothing(checked: Checked, tmp_path: 
     assert "random" in found["left_out"][0]["reason"]
 
 
+def test_an_original_that_takes_no_made_up_input_blames_no_engine(checked: Checked, tmp_path: Path) -> None:
+    """Ids of 0 to 9 where the table has 2 rows; no data."""
+    nodes = [helper.make_node("Gather", ["table", "sum"], ["y"]), helper.make_node("Add", ["ids", "far"], ["sum"])]
+    nodes.reverse()
+    weights = [tensor("table", np.ones((2, 3))), tensor("far", [100], np.int64)]
+    ids = value("ids", ["batch", "t"], TensorProto.INT64)
+    model = make_model(nodes, [ids], [value("y", ["batch", "t", 3])], weights)
+    found = checked(model, saved(tmp_path / "engine", model))
+    assert found["probes"] == []
+    assert "made up" in found["left_out"][0]["reason"]
+
+
 # Which shapes, and how much chance explains
 
 
@@ -318,7 +331,13 @@ def test_a_bundle_refuses_sizes_that_its_engine_was_not_seen_to_answer(tmp_path:
     manifest = {"engine": {"accepts": {"x": [None, [LENGTH, None], None]}, "precision": "fp32"}, "versions": {}}
     ranges = {"x": {"min": [1, LENGTH, 8], "opt": [1, LENGTH, 8], "max": [8, 64, 8]}}
     options = PackageOptions(
-        name="m", backend="onnxruntime", runtime={}, engine_format="onnx", manifest=manifest, shapes=ranges
+        name="m",
+        backend="onnxruntime",
+        runtime={},
+        engine_format="onnx",
+        manifest=manifest,
+        shapes=ranges,
+        engine_digest=folder_digest(engine),
     )
     ctx = StageContext({"engine": engine}, tmp_path, tmp_path / "out", Quiet(), describe())
     Package().run(ctx, options)

@@ -64,7 +64,12 @@ class Prober:
             found = self._called(shapes.typical, self._batches)
         except StageFailure:  # some models declare a free batch, and take one sample
             self._batches = self._batches[:1]
-            found = self._called(shapes.typical, self._batches)
+            try:
+                found = self._called(shapes.typical, self._batches)
+            except StageFailure as failure:
+                reason = f"the original does not take the inputs that were made up: {failure.detail[:200]}"
+                self.left_out.append({"label": "all", "reason": reason})
+                return
         if not self._answers_twice_alike(found[-1][1], found[-1][2]):
             self.left_out.append({"label": "all", "reason": "two calls of the original do not agree: it is random"})
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.domain.failures import StageFailure
+from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import TensorSpec
 from workers.measure.shapes import free_axes
 from workers.pipeline.evaluate import CandidateRun, Evaluator
@@ -16,6 +16,7 @@ class ShapeChecks:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
         self._probes: Outcome | None = None
+        self._in_vain = False
 
     @property
     def free(self) -> bool:
@@ -44,8 +45,10 @@ class ShapeChecks:
         known than before."""
         if self._evaluator.budget.over(until):
             return
+        probes = self._probed(until)
+        if probes is None:
+            return
         try:
-            probes = self._probed(until)
             inputs = {"engine": run.engine, "probes": probes.outputs["probes"]}
             options = {"backend": run.plan.backend, "runtime": run.runtime, "thorough": thorough}
             found = self._evaluator.call("check_shapes", inputs, options, run.plan.id, until)
@@ -55,10 +58,16 @@ class ShapeChecks:
             return
         run.tried.shapes = {**found.data, "left_out": probes.data["left_out"], "why": probes.data["why"]}
 
-    def _probed(self, until: float) -> Outcome:
-        if self._probes is None:
+    def _probed(self, until: float) -> Outcome | None:
+        """None where the original itself did not get through it: no engine is to blame for that."""
+        if self._probes is None and not self._in_vain:
             inputs = {"model": self._evaluator.export.outputs["model"]}
             options = self._evaluator.selection(inputs, 1, "select")
             inputs.pop("calibration", None)  # whether the order of calls counts, any sample shows
-            self._probes = self._evaluator.call("shape_probes", inputs, options, None, until)
+            try:
+                self._probes = self._evaluator.call("shape_probes", inputs, options, None, until)
+            except StageFailure as failure:
+                if failure.kind is not FailureKind.MODEL:
+                    raise
+                self._in_vain = True
         return self._probes
