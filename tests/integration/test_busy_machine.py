@@ -27,7 +27,7 @@ def test_a_job_beside_spinning_processes_claims_nothing(tmp_path: Path) -> None:
             spec = {
                 "model_id": client.upload_model(model, "mlp")["id"],
                 "benchmark": {"batch_sizes": [1], "min_seconds": 0.2},
-                "budget_seconds": 20,
+                "budget_seconds": 40,
             }
             job = client.wait(client.submit(spec)["id"])
             report = client.report(job["id"])
