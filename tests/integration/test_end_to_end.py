@@ -95,6 +95,12 @@ def _check_report(report: dict[str, Any]) -> None:
             assert (batch["p99_ms"] is None) == ("p99_ms" in batch["reasons"])
     assert report["method"]["aa"]
     final = report["final_metrics"]
+    assert final["accuracy_verdict"] in ("proven", "unproven")
+    assert final["accuracy_verdict"] in final["accuracy_verdict_reason"]
+    for name in report["search"]["finalists"]:
+        judged, searched = candidates[name]["accuracy"], candidates[name]["accuracy_in_search"]
+        assert (judged["part"], searched["part"]) == ("confirm", "select"), "on samples that nobody chose by"
+        assert judged["samples"] > searched["samples"] > 0
     if report["picked"] == "baseline":
         assert final["speedup"] == "1.0x"
     else:
