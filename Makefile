@@ -32,8 +32,14 @@ demo: $(VENV)/.run
 serve: $(VENV)/.run
 	@ANNEAL_PORT=$(PORT) exec $(BIN)/python -m app serve
 
+# All tests: what may run side by side first, then what needs the machine for itself. With PYTEST_ARGS, just those.
 test: $(VENV)/.dev
+ifeq ($(PYTEST_ARGS),)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	@$(BIN)/python -m pytest -m alone
+else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

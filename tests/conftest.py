@@ -43,6 +43,43 @@ def machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+# Modules whose tests measure, or load the machine: nothing else may run there meanwhile. `make test` runs all others
+# side by side first (`-m "not alone"`), then these one by one.
+_ALONE = (
+    "unit/test_benchmark.py",
+    "unit/test_disturbance.py",
+    "unit/test_isolated.py",
+    "unit/test_machine.py",
+    "unit/test_measure_again.py",
+    "unit/test_never_slower.py",
+    "unit/test_profile.py",
+    "unit/test_shapes.py",
+    "unit/test_sweep.py",
+    "integration/test_bad_input.py",
+    "integration/test_busy_machine.py",
+    "integration/test_cases.py",
+    "integration/test_database_away.py",
+    "integration/test_end_to_end.py",
+    "integration/test_explanations.py",
+    "integration/test_hostile_connections.py",
+    "integration/test_hostile_load.py",
+    "integration/test_hostile_requests.py",
+    "integration/test_killed_api.py",
+    "integration/test_kills.py",
+    "integration/test_machine.py",
+    "integration/test_serve.py",
+    "integration/test_tensorrt_job.py",
+    "integration/test_worker_faults.py",
+    "integration/test_worker_health.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.as_posix().endswith(_ALONE):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A PostgreSQL server: the URL of its maintenance database, as a superuser. Tests take `fresh_postgres`."""
