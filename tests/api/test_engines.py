@@ -190,8 +190,8 @@ def test_s3(s3_app: tuple[Any, str], model_bytes: bytes, settings: Settings) -> 
         assert model.status_code == 201, model.text
 
         lie = client.post("/v1/uploads", json={"filename": "c.onnx", "size_bytes": len(big) + 1}).json()
-        httpx.put(lie["part_urls"][0], content=big)
-        assert_problem(client.post(lie["links"]["complete"]), 422, "part_size_mismatch")
+        assert httpx.put(lie["part_urls"][0], content=big).status_code == 403, "the length is signed"
+        assert_problem(client.post(lie["links"]["complete"]), 409, "upload_incomplete")
         assert client.delete(lie["links"]["self"]).status_code == 204
         assert client.get("/readyz").json()["checks"]["storage"]["ok"] is True
     assert not list(settings.temp_dir.rglob("*"))
