@@ -19,7 +19,7 @@ def over_size(constraints: Constraints, size_bytes: int) -> Check | None:
     limit, size_mb = constraints.max_size_mb, size_bytes / 1e6
     if limit is None or size_mb <= limit:
         return None
-    return Check("size_mb", size_mb, limit, False, f"size {size_mb:.3f} MB over the limit of {limit} MB")
+    return Check("size_mb", size_mb, limit, False, f"size_mb {size_mb:.3f} over the limit of {limit}")
 
 
 def out_of_reach(
