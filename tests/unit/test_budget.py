@@ -42,7 +42,18 @@ def test_the_search_ends_earlier_where_the_final_measurement_takes_longer() -> N
     assert 20 < budget.search_until <= budget.end - 54  # it takes more than there is: the search keeps its part
     clock.now += 70
     budget.keep_for_final(0.0)
-    assert budget.search_until < 90, "it is never made longer"
+    assert budget.search_until < 90, "what has ended does not begin again"
+
+
+def test_the_search_gets_of_the_time_that_a_short_final_leaves() -> None:
+    clock = Clock()
+    budget = Budget(15.0, clock)
+    budget.share(fixed=28.0, engine_bytes=0)  # as it was thought to take
+    clock.now += 5.0
+    assert budget.search_until == 6.5
+    budget.keep_for_final(3.0)
+    assert budget.search_until == 9.0
+    assert budget.end - budget.search_until >= 3.0 / 0.75
 
 
 def test_a_long_final_measurement_takes_the_time_of_what_explains() -> None:

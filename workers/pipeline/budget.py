@@ -15,6 +15,7 @@ _SEARCH_SHARE = 0.5  # of what is left after the export
 _FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
 _JUDGE_SHARE = 0.25  # of the final measurement, at least, for the accuracy on all samples
 _LEAST_SEARCH = 0.3  # of what is left when the first timings are known
+_MOST_SEARCH = 0.5  # likewise, where the final measurement turns out to be short
 _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
 
 
@@ -48,11 +49,16 @@ class Budget:
 
     def keep_for_final(self, seconds: float) -> None:
         """Let the search end so early that a final measurement of `seconds` fits; once it is known how long that takes.
-        A part of what is left stays the search's, for without a checked candidate there is nothing to measure."""
+        A part of what is left stays the search's, for without a checked candidate there is nothing to measure. Where
+        the final takes less than was thought, a search that still goes on gets of it, up to half of what is left."""
         self.final_seconds = seconds
         now = self.elapsed()
-        least = now + _LEAST_SEARCH * max(self.end - now, 0.0)
-        self.search_until = min(self.search_until, max(self.end - seconds / _FINAL_SHARE, least))
+        left = max(self.end - now, 0.0)
+        fits = self.end - seconds / _FINAL_SHARE
+        until = min(self.search_until, max(fits, now + _LEAST_SEARCH * left))
+        if now < until:
+            until = max(until, min(fits, now + _MOST_SEARCH * left))
+        self.search_until = until
 
     def elapsed(self) -> float:
         return self.clock() - self._started
