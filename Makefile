@@ -35,8 +35,10 @@ serve: $(VENV)/.run
 # All tests: what may run side by side first, then what needs the machine for itself. With PYTEST_ARGS, just those.
 test: $(VENV)/.dev
 ifeq ($(PYTEST_ARGS),)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	@$(BIN)/python -m pytest -m alone
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone" || status=$$?; \
+	$(BIN)/python -m pytest -m alone || status=$$?; \
+	exit $$status
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif

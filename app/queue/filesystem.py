@@ -23,13 +23,13 @@ _TRIES = 50
 
 
 class Channel(filesystem.Channel):
-    """Messages are files `<priority>_<milliseconds>_<uuid>.<queue>.msg` in one folder: by priority, oldest first."""
+    """Messages are files `<priority>_<nanoseconds>_<uuid>.<queue>.msg` in one folder: by priority, oldest first."""
 
     # The stubs of kombu's own class and of its base disagree on the name of the second parameter.
     def _put(self, queue: str, payload: Any, **_: Any) -> None:  # type: ignore[override]
         folder = Path(self.data_folder_out)
         priority = self._get_message_priority(payload, reverse=False)
-        name = f"{priority}_{time.monotonic_ns() // 1_000_000:015d}_{uuid.uuid4()}"
+        name = f"{priority}_{time.monotonic_ns():020d}_{uuid.uuid4()}"
         partial = folder / f"{name}.partial"
         partial.write_bytes(dumps(payload).encode())
         partial.rename(folder / f"{name}.{queue}.msg")
