@@ -24,7 +24,7 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
 def about() -> dict:
     """What the manifest says of the engine."""
     manifest = HERE / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8"))["engine"] if manifest.exists() else {}
+    return json.loads(manifest.read_text(encoding="utf-8")).get("engine", {}) if manifest.exists() else {}
 
 
 def as_expected(outputs: dict) -> bool:
