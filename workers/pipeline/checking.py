@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from app.domain.failures import StageFailure
@@ -127,13 +128,14 @@ def confirm(
     finalists: Sequence[CandidateRun],
     until: float,
     *,
-    hurried: bool = False,
+    spare: float = math.inf,
 ) -> None:
     """The last word on the accuracy of the finalists, on samples that nobody chose by. How many looks at them there
-    will be is known before the first, and each is as much surer. `hurried`: what was checked is not looked at again."""
+    will be is known before the first, and each is as much surer. `spare`: seconds that a look may take; what was
+    checked and takes longer is not looked at again."""
     sure = confidence_of_a_look(spec, looks([(r.plan.lossless, r.tried.accuracy) for r in finalists]))
     for run in finalists:
-        if run.validate is not None and hurried:
+        if run.validate is not None and evaluator.expected_check_seconds(run, spec.validation.max_samples) > spare:
             run.note("final", "not confirmed", "the time left hardly holds the final measurement")
         else:
             evaluator.confirm(run, sure, until)

@@ -4,6 +4,7 @@ last finished one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain 
 _LONGEST_MIN_S = 600.0
 _NO_ROOM = "not measured: the worker's memory does not hold it beside the others"
 _EXPLAINED = 3 * WEIGHTS["build"] + 4.0 + WEIGHTS["sweep"] + WEIGHTS["profile"]  # weights, about
+_LOOK_SHARE = 0.1  # of the time left, that a look at the confirming samples may take where that hardly holds the rest
 _RESUMED_S = 10.0  # beside the final measurement: what is left at least to a job that is taken up again
 _START_S = 2.0  # per engine: two processes, cold start
 
@@ -179,7 +181,8 @@ class Optimizer:
         until = self.budget.final_until()
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
-        confirm(self.spec, evaluator, found.finalists, judged_until, hurried=hurried)
+        spare = _LOOK_SHARE * self.budget.left(until) if hurried else math.inf
+        confirm(self.spec, evaluator, found.finalists, judged_until, spare=spare)
         shapes = ShapeChecks(evaluator)
         for run in [r for r in found.finalists if r.tried.failed is None]:
             shapes.every_order(run, judged_until)
