@@ -9,6 +9,8 @@ from workers.pipeline.child import children_of
 
 _CLOSE = 0.8  # of the limit: from there on it is worth counting exactly
 _EXACT_EVERY_S = 0.25
+_COST = 0.02  # of a core, at most: whoever looks must not disturb what is measured
+_LONGEST_S = 0.5  # between two looks
 
 
 class TreeMemory:
@@ -24,8 +26,18 @@ class TreeMemory:
         self._near = _CLOSE * limit_bytes
         self._exact = 0
         self._again = 0.0
+        self._last, self._due = 0, 0.0
 
     def used(self, pid: int) -> int:
+        """As of the last look, which is made anew the more seldom the longer it takes (many processes and threads)."""
+        began = time.monotonic()
+        if began >= self._due:
+            self._last = self._look(pid)
+            took = time.monotonic() - began
+            self._due = began + min(took / _COST, _LONGEST_S)
+        return self._last
+
+    def _look(self, pid: int) -> int:
         family = descendants(pid)
         bound = sum(_resident(p) for p in family)
         if bound <= self._near:

@@ -38,6 +38,7 @@ _TRIES = 3  # of one stage call, when its process is lost or storage is away
 _CRASHES = frozenset({"runtime_crashed", "engine_crashed"})
 _AT_ONCE_IN_VAIN = frozenset({"storage_full", "blob_corrupted", MACHINE_BUSY})
 _PROGRESS_EVERY_S = 0.5
+_PROGRESS_OF_MEASURING_S = 2.0  # telling of it takes the worker, the database and the API some time on the same cores
 _HOLDERS_GRACE_S = 60.0  # a stage call that holds the machine ends within its limit, about
 _LEAST_S = 1.0  # that a stage call has for itself, however long it waited for the machine
 
@@ -355,10 +356,11 @@ class StageRunner:
 
     def _progress(self, call: _Call) -> Callable[[float, str], None]:
         last = time.monotonic()
+        every = _PROGRESS_OF_MEASURING_S if call.stage_type.exclusive_device else _PROGRESS_EVERY_S
 
         def on_progress(fraction: float, message: str) -> None:
             nonlocal last
-            if time.monotonic() - last >= _PROGRESS_EVERY_S:
+            if time.monotonic() - last >= every:
                 last = time.monotonic()
                 self._publish(call, fraction, message)
 
