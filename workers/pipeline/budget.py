@@ -14,6 +14,7 @@ _BYTES_PER_S = 200e6  # at which a large engine is hashed, packed and stored, ab
 _SEARCH_SHARE = 0.5  # of what is left after the export
 _FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
 _JUDGE_SHARE = 0.25  # of the final measurement, at least, for the accuracy on all samples
+LEAST_EXPLAINED_S = 3.0  # what explains is not begun in less: then the final measurement may have it
 _LEAST_SEARCH = 0.3  # of what is left when the first timings are known
 _MOST_SEARCH = 0.5  # likewise, where the final measurement turns out to be short
 _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
@@ -72,7 +73,8 @@ class Budget:
         """The end of the final measurement, seen from now: what proves comes before what explains."""
         now = self.elapsed()
         left = max(self.end - now, 0.0)
-        return now + min(left, max(_FINAL_SHARE * left, self.final_seconds / (1 - _JUDGE_SHARE)))
+        final = min(left, max(_FINAL_SHARE * left, self.final_seconds / (1 - _JUDGE_SHARE)))
+        return now + (final if left - final >= LEAST_EXPLAINED_S else left)
 
     def judged_until(self) -> float:
         """The end of the accuracy on all samples, which comes before the final benchmark: it may take what that does

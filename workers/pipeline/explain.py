@@ -18,7 +18,7 @@ from app.domain.failures import StageFailure
 from app.jobs.ledger import LeaseLost
 from workers.kernel import Backend
 from workers.pipeline.ablation import Part, parts
-from workers.pipeline.budget import Budget
+from workers.pipeline.budget import LEAST_EXPLAINED_S, Budget
 from workers.pipeline.evaluate import SEED, CandidateRun, Evaluator
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Ablated, Explanation, Proof
@@ -29,7 +29,6 @@ log = structlog.get_logger(__name__)
 _ABLATION_SHARE = 0.5  # of what the budget leaves; the sweep gets the rest
 _ABLATION_SECONDS = 1.0  # per engine, at the batch size of the final metrics
 _SWEEP_SECONDS = 1.0  # per configuration
-_LEAST_S = 3.0
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _OURS_TO_END = (LeaseLost, Interrupted, SQLAlchemyError)  # these say that the job is not ours to go on with
 
@@ -67,7 +66,7 @@ class Explainer:
         return None
 
     def _no_time(self, name: str) -> bool:
-        if self.budget.left(self.budget.end) >= _LEAST_S:
+        if self.budget.left(self.budget.end) >= LEAST_EXPLAINED_S:
             return False
         self._reasons[name] = f"not measured: the budget of {self.proof.spec.budget_seconds} s left no time for it"
         return True
@@ -96,7 +95,7 @@ class Explainer:
         if part.without is None:
             return Ablated(part, reason=part.reason)
         run = CandidateRun.of(part.without)
-        if self.budget.left(until) < _LEAST_S:
+        if self.budget.left(until) < LEAST_EXPLAINED_S:
             left = f"not measured: the budget of {self.proof.spec.budget_seconds} s left no time for it"
             return Ablated(part, reason=left)
         try:
