@@ -25,10 +25,6 @@ Array = np.ndarray[Any, Any]
 # process makes it 0.3 and more. What lies between costs the mean its share at most, and both sides of a ratio, the
 # median next to nothing.
 MOST_WAITED = 0.10
-# Below two turns of the scheduler (4 ms each) so little is no evidence: in a window of 30 ms one waking process would be
-# company, and the window's median does not move by it. There it takes this share; one that spins takes a third and more.
-LEAST_WAITED_S = 0.008
-MOST_WAITED_SHORTLY = 0.25
 # Of the usable cores' time, kept by the hypervisor. It is counted in ticks of 10 ms: a single one is no evidence.
 MOST_STOLEN = 0.03
 # Of the usable cores' time, spent by other processes where the engine need not have waited: they share caches, memory
@@ -79,7 +75,7 @@ class Disturbance:
         """Why what was measured meanwhile does not count; None where it does."""
         if self.device is not None:
             return self.device
-        if self.waited_share > (MOST_WAITED if (self.waited or 0.0) >= LEAST_WAITED_S else MOST_WAITED_SHORTLY):
+        if self.waited_share > MOST_WAITED:
             return f"the engine's threads waited {self.waited_share:.2g} s for a core in a second, added up"
         least = _LEAST_TICKS / _TICKS_PER_S
         if (self.stolen or 0.0) >= least and self.stolen_share > MOST_STOLEN:
