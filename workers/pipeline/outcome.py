@@ -22,7 +22,7 @@ from workers.pipeline.select import Tried, Verdict
 @dataclass(frozen=True)
 class Ablated:
     """One part of the shipped engine. `figures`: of the engine without it, compared with the shipped one in the same
-    run. `accuracy`: of the engine without it. `details`: what the part's stage found out without it."""
+    run. `accuracy`: of the engine without it. `reason`: why there are no figures."""
 
     part: Part
     run: CandidateRun | None = None
