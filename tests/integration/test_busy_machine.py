@@ -39,7 +39,7 @@ def test_a_job_beside_spinning_processes_claims_nothing(tmp_path: Path) -> None:
     assert report["final_metrics"]["speedup"] == "1.0x"
     assert "no speed-up is claimed" in report["final_metrics"]["reasons"]["speedup"]
     told = report["disturbance"]
-    assert told["dropped_windows"] > told["clean_windows"]
+    assert told["dropped_windows"] > 0
     assert told["waited_share"] > 0.05
     assert told["reason"] in report["warnings"][0]
     assert report["recommendations"][0] == report["warnings"][0]

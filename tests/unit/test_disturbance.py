@@ -223,6 +223,27 @@ def test_what_stops_a_claim() -> None:
     )
 
 
+def test_what_no_window_tells_by_itself_stops_a_claim_together() -> None:
+    """In 20 ms an engine of one thread may not wait at all, with the cores full: the scheduler owed it a turn."""
+    steady = timing([1.0] * 10)
+
+    def met(each: Disturbance) -> list[str]:
+        assert each.disturbed is None
+        steady.meanwhile[:] = [each] * 10
+        return claim.objections(1, steady, steady, Interval(1.0, 0.99, 1.01), windows=[each] * 20)
+
+    assert met(Disturbance(0.02, 2, 0.001, 0.0, 0.02, 0.02)) == []
+    assert "waited 0.2 s for a core" in met(Disturbance(0.02, 2, 0.004, 0.0, 0.02, 0.02))[0]
+    assert "other processes took 50 %" in met(Disturbance(0.02, 2, 0.001, 0.0, 0.02, 0.04))[0]
+    assert "stolen" in met(Disturbance(0.02, 2, 0.001, 0.01, 0.02, 0.02))[0]
+    lucky = Disturbance(0.1, 2, 0.0, 0.0, 0.1, 0.1)
+    steady.meanwhile[:] = [lucky] * 10
+    windows = [*[lucky] * 20, *[Disturbance(0.1, 2, 0.05, 0.0, 0.1, 0.1)] * 21]
+    assert claim.objections(1, steady, steady, Interval(1.0, 0.99, 1.01), windows=windows) == [
+        "batch 1: 21 of 41 windows had company"
+    ]
+
+
 def test_own_counters_exist_for_other_processes_too() -> None:
     assert thread_waits(os.getpid()) is not None
     assert thread_waits(2**22 + 7) is None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from workers.measure.disturbance import Disturbance, in_a_row, to_json
+from workers.measure.disturbance import MOST_WAITED, Disturbance, in_a_row, to_json
 from workers.measure.rounds import Timing, counting
 from workers.measure.stats import Interval
 
@@ -24,23 +24,35 @@ MOST_APART = 1.10
 MOST_WIDE = 1.20
 MOST_WIDE_MEAN = 1.3  # likewise of the means, which a few slow calls move
 # The medians of the baseline's undisturbed windows, third quartile over first: a machine whose speed drifts further
-# (clocks, a neighbour on the same memory) was not one machine during the measurement.
-MOST_DRIFT = 1.25
+# (clocks, a neighbour on the same memory) was not one machine during the measurement. Hosts that are fast and slow in
+# turns drift by a third without company, which the rounds' ratios cancel.
+MOST_DRIFT = 1.5
+# Of the windows of a batch size: where most had company, those that show none were lucky.
+MOST_DROPPED = 0.5
 # A GPU's clocks follow its load: between the turns of a small engine they fall, and a call takes half as long again.
 # That is no company (which the driver tells, as it does throttling), and the rounds' ratios cancel it.
 MOST_DRIFT_GPU = 2.0
 
 
 def objections(
-    batch: int, baseline: Timing, again: Timing, a_a: Interval, *, most_drift: float = MOST_DRIFT
+    batch: int,
+    baseline: Timing,
+    again: Timing,
+    a_a: Interval,
+    *,
+    windows: Sequence[Disturbance] = (),
+    most_drift: float = MOST_DRIFT,
 ) -> list[str]:
-    """Why nothing can be claimed at this batch size; empty where something can."""
+    """Why nothing can be claimed at this batch size; empty where something can. `windows`: all that were taken at it,
+    of every engine."""
     rounds, enough = counting(baseline, again)
     if not enough:
         reasons = Counter(reason for side in (baseline, again) for reason in side.disturbed.values())
         clean = len(rounds) - len({*baseline.disturbed, *again.disturbed})
         kind = reasons.most_common(1)[0][0] if reasons else "nothing is known of the others"
         return [f"batch {batch}: {clean} of {len(rounds)} rounds of the original were undisturbed ({kind})"]
+    if why := _company(windows, [side.meanwhile[i] for side in (baseline, again) if side.meanwhile for i in rounds]):
+        return [f"batch {batch}: {why}"]
     shown = f"batch {batch}: the original against itself is {a_a.ratio:.3f} [{a_a.low:.3f}, {a_a.high:.3f}]"
     found = []
     if a_a.low > MOST_APART or a_a.high < 1 / MOST_APART:
@@ -53,6 +65,19 @@ def objections(
             f"batch {batch}: the original's own latency drifted by {100 * (drift - 1):.0f} % during the rounds"
         )
     return found
+
+
+def _company(taken: Sequence[Disturbance], counted: Sequence[Disturbance]) -> str | None:
+    """What the windows cannot tell one by one: short ones hide a turn of the scheduler, and a tick of the kernel's."""
+    dropped = sum(w.disturbed is not None for w in taken)
+    if dropped > MOST_DROPPED * len(taken):
+        return f"{dropped} of {len(taken)} windows had company"
+    whole = in_a_row(counted)
+    if whole.waited_share > MOST_WAITED:
+        return (
+            f"in the windows that count, the engine's threads waited {whole.waited_share:.2g} s for a core in a second"
+        )
+    return whole.disturbed and f"in the windows that count, {whole.disturbed}"
 
 
 def spread(rounds: Sequence[np.ndarray[Any, Any]]) -> float:

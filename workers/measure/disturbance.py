@@ -25,6 +25,10 @@ Array = np.ndarray[Any, Any]
 # process makes it 0.3 and more. What lies between costs the mean its share at most, and both sides of a ratio, the
 # median next to nothing.
 MOST_WAITED = 0.10
+# One turn of the scheduler is no company by itself: a process that wakes up for a moment takes a tenth of a window of
+# 40 ms, and its median does not move. What counts is judged once more together (`claim.objections`), where a turn in
+# every window adds up.
+TURN_S = 0.004
 # Of the usable cores' time, kept by the hypervisor. It is counted in ticks of 10 ms: a single one is no evidence.
 MOST_STOLEN = 0.03
 # Of the usable cores' time, spent by other processes where the engine need not have waited: they share caches, memory
@@ -75,7 +79,7 @@ class Disturbance:
         """Why what was measured meanwhile does not count; None where it does."""
         if self.device is not None:
             return self.device
-        if self.waited_share > MOST_WAITED:
+        if (self.waited or 0.0) > MOST_WAITED * self.seconds + TURN_S:
             return f"the engine's threads waited {self.waited_share:.2g} s for a core in a second, added up"
         least = _LEAST_TICKS / _TICKS_PER_S
         if (self.stolen or 0.0) >= least and self.stolen_share > MOST_STOLEN:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from workers.kernel import backends
 from workers.measure.claim import MOST_APART, MOST_WIDE
-from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, MOST_WAITED
+from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, MOST_WAITED, TURN_S
 from workers.measure.instances import SETTLE_S
 from workers.measure.plan import MIN_ROUNDS
 
@@ -38,9 +38,11 @@ def benchmark_method(
         "throughput": "batch size / mean latency, in samples per second, one caller",
         "a_a": "the baseline in two processes against each other, by p50 and by throughput; nothing is claimed where "
         f"it is off by more than {100 * (MOST_APART - 1):.0f} % or wider than {100 * (MOST_WIDE - 1):.0f} %",
-        "disturbance": f"a window counts where the engine's threads waited at most {MOST_WAITED:.0%} of it for a core, "
-        f"{MOST_STOLEN:.0%} of the cores' time were stolen and other processes took {MOST_OTHERS:.0%}; else it is "
-        "taken again where the time holds that, and engines are compared over the rounds in which neither had company",
+        "disturbance": f"a window counts where the engine's threads waited at most {MOST_WAITED:.0%} of it and "
+        f"{1000 * TURN_S:.0f} ms for a core, {MOST_STOLEN:.0%} of the cores' time were stolen and other processes took "
+        f"{MOST_OTHERS:.0%}; else it is taken again where the time holds that, and engines are compared over the "
+        "rounds in which neither had company; nothing is claimed where most windows had some, or where those that "
+        "count had more than that together",
         "cold_start": "load and first inference in a fresh process, the library already imported, files in "
         "the disk cache",
         "memory": "peak resident memory of that process in MB (10⁶ bytes), interpreter and library included, after "

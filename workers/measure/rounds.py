@@ -44,6 +44,7 @@ class Timing:
     rounds: list[Array] = field(default_factory=list)
     p99_refused: str | None = None  # why the p99 was not gone for, though it was wanted
     disturbed: dict[int, str] = field(default_factory=dict)  # rounds that had company, and which
+    meanwhile: list[Disturbance] = field(default_factory=list)  # by round, what else happened
 
     def all(self) -> Array:
         """Of the rounds that count."""
@@ -178,6 +179,7 @@ class _Turns:
         if reason is not None:
             timing.disturbed[len(timing.rounds)] = reason
         timing.rounds.append(window.latencies)
+        timing.meanwhile.append(window.disturbance)
 
     def close(self, company: str | None) -> None:
         """The round is over; `company`: what disturbed the whole of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -57,7 +58,7 @@ class Benchmark(Stage[BenchmarkOptions]):
     """
 
     name = "benchmark"
-    version = 10
+    version = 11
     Options = BenchmarkOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
@@ -329,7 +330,7 @@ class _Run:
         for name, failure in found.failures.items():
             self._give_up(processes, name, failure)
         whole = {n: t for n, t in found.timings.items() if n in processes}
-        self._write_down(whole, batch)
+        self._write_down(whole, batch, found.windows)
         if not self.options.screening:
             self._bound(processes, whole, batch)
             self._profile(processes, batch)
@@ -366,7 +367,7 @@ class _Run:
             except StageFailure as failure:  # its latencies stand; what broke the profile may have broken the process
                 self.ctx.reporter.note(f"Engine {name!r} could not be profiled: {failure.detail}", code=failure.code)
 
-    def _write_down(self, timings: dict[str, Timing], batch: int) -> None:
+    def _write_down(self, timings: dict[str, Timing], batch: int, windows: Sequence[Disturbance]) -> None:
         seed = self.options.seed
         baseline = timings[BASELINE]
         again = timings.get(AGAIN, baseline)
@@ -375,7 +376,7 @@ class _Run:
             self.aa[str(batch)] = aa.to_json()
             on_cpu = backends()[self.options.baseline_backend].device == "cpu"
             most_drift = claim.MOST_DRIFT if on_cpu else claim.MOST_DRIFT_GPU
-            self.noise += claim.objections(batch, baseline, again, aa.p50, most_drift=most_drift)
+            self.noise += claim.objections(batch, baseline, again, aa.p50, windows=windows, most_drift=most_drift)
         other = self.options.compare_to
         pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None
         if pair is not None:
