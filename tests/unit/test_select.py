@@ -100,6 +100,14 @@ def test_a_regression_never_ships(candidate: Tried, why: str) -> None:
     assert any(why in reason for reason in candidate.reasons), candidate.reasons
 
 
+def test_the_next_one_ships_where_the_confirming_samples_refute_the_first() -> None:
+    first = Tried("int8", "int8", False, {**MEASURED, "loss_percent": 3.0}, _figures(3.0))
+    second = Tried("bf16", "bf16", False, MEASURED, _figures(1.5))
+    verdict = judge(_spec(), _baseline(), [first, second], QUIET)
+    assert verdict.picked == "bf16"
+    assert any("3" in reason for reason in first.reasons)
+
+
 def test_an_original_that_is_not_finite_itself_does_not_stop_its_engines() -> None:
     base = Tried(BASELINE, "fp32", True, None, _figures(1.0, width=0.02, not_finite=["mask"]))
     assert judge(_spec(), base, [_candidate(2.0, not_finite=["mask"])], QUIET).picked == "int8"
