@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-ROUNDS = 8
-WINDOW_S = 0.04
+ROUNDS = 7
+WINDOW_S = 0.035
 _UNCOUNTED = 10  # calls at the start of a window: caches and threads come back
 _INPUTS = 16
 _REST_STEP_S, _LONGEST_REST_S, _AT_REST = 0.004, 0.2, 0.25
