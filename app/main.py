@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from app.artifacts import endpoints as artifacts
 from app.artifacts.service import EngineService
+from app.background import Background
 from app.capabilities import endpoints as capabilities
 from app.capabilities.service import CapabilityService
 from app.datasets import endpoints as datasets
@@ -50,25 +51,27 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     """The ASGI application. `dispatch` sends a queued job to the workers; the default one uses the broker."""
     settings = settings or load_settings()
     metrics = Metrics()
+    background = Background()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = make_services(settings, metrics, dispatch or make_dispatch(settings))
         metrics.watch(health.CachedSnapshot(lambda: health.snapshot(services)))
         app.state.services = services
-        app.state.readiness = health.CachedReadiness(lambda: health.readiness(services))
-        services.watcher.start()
-        cleaner = asyncio.create_task(_clean(settings.temp_dir), name="cleaner")
+        app.state.readiness = health.CachedReadiness(health.Examiner(health.probes_of(services, background)))
+        background.keep("job-watcher", services.watcher.run)
+        background.keep("cleaner", lambda: _clean(settings.temp_dir))
         try:
             yield
         finally:
-            cleaner.cancel()
             services.uploads.stop()
-            await services.watcher.stop()
+            await background.stop()
+            services.watcher.wake_all()
             services.inspector.close()
             services.db.close()
 
     app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.state.background = background
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.
     for module in (jobs, source_models, datasets, uploads, artifacts, capabilities):

@@ -26,13 +26,16 @@ _GRACE_S = 8.0
 
 def run_api(settings: Settings) -> int:
     """Serve the API in this process until SIGTERM or SIGINT."""
+    from app.background import tell_of_dead_threads
     from app.http.server import make_config, raise_descriptor_limit
     from app.main import create_app
 
     refuse_open_server(settings)
     _logging(settings)
     raise_descriptor_limit()
-    server = uvicorn.Server(make_config(create_app(settings), settings))
+    app = create_app(settings)
+    tell_of_dead_threads(app.state.background.note_death)
+    server = uvicorn.Server(make_config(app, settings))
     server.run()
     return 0 if server.started else 1
 

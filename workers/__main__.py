@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from types import FrameType
 
+from app.background import tell_of_dead_threads
 from app.logging import configure_logging
 from app.settings import load_settings
 from workers.celery_app import run_worker
@@ -19,11 +23,21 @@ def main() -> int:
         service = WorkerService(settings)
     except UnknownGpu as error:
         sys.exit(str(error))
+    tell_of_dead_threads(lambda name: service.give_up(f"its thread {name!r} died"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    status = 0
     try:
-        service.start()
-        return run_worker(service) or int(service.failed is not None)
+        with contextlib.suppress(SystemExit):  # of a signal that came before Celery listens to any
+            service.start()
+            status = run_worker(service)
     finally:
         service.close()
+    return status or int(service.failed is not None)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit
 
 
 if __name__ == "__main__":

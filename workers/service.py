@@ -124,9 +124,12 @@ class WorkerService:
         self._background.start("errands", self._run_errands)
 
     def give_up(self, reason: str) -> None:
-        """End this process in order, as a failure: whoever runs it starts another."""
+        """End this process in order, as a failure: whoever runs it starts another. A job that runs is given back."""
+        if self.shutdown.is_set():
+            return
         log.error("worker_gives_up", reason=reason)
         self.failed = reason
+        self.shutdown.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:

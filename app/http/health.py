@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import structlog
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from app.background import Background
 from app.capabilities.repository import StatisticsRepository
+from app.db.migrate import check_revision
 from app.db.uow import Database
 from app.errors import AppError
 from app.http.deps import ServicesDep
 from app.http.metrics import CONTENT_TYPE, Snapshot
 from app.http.problem import problems
 from app.http.services import Services
+from app.http.threads import SharedReads
 from app.queue.producer import check_broker
 
 log = structlog.get_logger(__name__)
@@ -26,6 +31,7 @@ log = structlog.get_logger(__name__)
 router = APIRouter(tags=["operation"], responses=problems(421, 500))
 
 _CHECK_CACHE_S = 1.0
+_PATIENCE_S = 5.0  # for one check: what hangs is named, too
 
 
 class Health(BaseModel):
@@ -38,9 +44,13 @@ class Check(BaseModel):
 
 
 class Readiness(BaseModel):
-    """`ready` when every part works."""
+    """Whether this process can serve, and what the service as a whole lacks."""
 
-    ready: bool
+    ready: bool = Field(description="This process can serve; the answer's status is 200, else 503")
+    status: Literal["ready", "degraded", "unavailable"] = Field(
+        description="`degraded`: it can serve, but not everything works"
+    )
+    missing: list[str] = Field(description="Names of the checks that failed")
     checks: dict[str, Check]
 
 
@@ -50,23 +60,68 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not ready"}})
+@router.get(
+    "/readyz", response_model=Readiness, responses={503: {"model": Readiness, "description": "It cannot serve"}}
+)
 async def readyz(request: Request) -> Response:
-    """Database, queue and storage can be used, and a live worker is there; as of the last second."""
+    """503 only where this process can serve nothing (the database is away, or not migrated). What else is missing (a
+    live worker, the queue, the storage) is named with 200: polls and downloads go on. As of the last second."""
     cached: CachedReadiness = request.app.state.readiness
     result = await cached()
     return Response(result.model_dump_json(), 200 if result.ready else 503, media_type="application/json")
 
 
-def readiness(services: Services) -> Readiness:
-    """Try every part: connects to the broker and the storage, so it may take seconds."""
-    checks = {
-        "database": _check(lambda: ping(services.db)),
-        "queue": _check(lambda: check_broker(services.settings)),
-        "storage": _check(services.content.store.check),
-        "worker": _check(lambda: _live_workers(services)),
-    }
-    return Readiness(ready=all(check.ok for check in checks.values()), checks=checks)
+@dataclass(frozen=True)
+class Probe:
+    """One thing to look at. `call` may take long; it raises where something is wrong. `needed`: without it nothing can
+    be served."""
+
+    name: str
+    call: Callable[[], str | None]
+    needed: bool = False
+
+
+def probes_of(services: Services, background: Background) -> list[Probe]:
+    """The storage is not needed: it is the same for every process, and polls, streams, lists and cancels go on, while
+    what needs it says so itself."""
+    return [
+        Probe("database", lambda: ping(services.db), needed=True),
+        Probe("migrations", lambda: check_revision(services.db), needed=True),
+        Probe("queue", lambda: check_broker(services.settings)),
+        Probe("storage", services.content.store.check),
+        Probe("worker", lambda: _live_workers(services)),
+        Probe("background", lambda: _nothing_died(background)),
+    ]
+
+
+class Examiner:
+    """Runs all probes at once, each in a thread of its own. One that hangs is named, and not begun again beside
+    itself."""
+
+    def __init__(self, probes: list[Probe], patience_s: float = _PATIENCE_S) -> None:
+        self._probes = probes
+        self._patience_s = patience_s
+        self._running = SharedReads()
+        self._limiter = CapacityLimiter(len(probes))
+
+    async def __call__(self) -> Readiness:
+        tasks = {probe.name: self._start(probe) for probe in self._probes}
+        await asyncio.wait(tasks.values(), timeout=self._patience_s)
+        checks = {name: task.result() if task.done() else self._silent() for name, task in tasks.items()}
+        missing = [name for name, check in checks.items() if not check.ok]
+        ready = not any(probe.needed and probe.name in missing for probe in self._probes)
+        status: Literal["ready", "degraded", "unavailable"] = "unavailable"
+        if ready:
+            status = "degraded" if missing else "ready"
+        return Readiness(ready=ready, status=status, missing=missing, checks=checks)
+
+    def _start(self, probe: Probe) -> asyncio.Task[Check]:
+        return self._running.start(
+            probe.name, lambda: to_thread.run_sync(_check, probe.call, limiter=self._limiter, abandon_on_cancel=True)
+        )
+
+    def _silent(self) -> Check:
+        return Check(ok=False, detail=f"has not answered for {self._patience_s:g} s")
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems(503)})
@@ -90,10 +145,9 @@ def snapshot(services: Services) -> Snapshot:
 
 
 class CachedReadiness:
-    """Anyone may ask, without a key, so probes of the same second share one run; those that wait for it hold no
-    thread."""
+    """Anyone may ask, without a key, so questions of the same second share one run."""
 
-    def __init__(self, take: Callable[[], Readiness]) -> None:
+    def __init__(self, take: Callable[[], Awaitable[Readiness]]) -> None:
         self._take = take
         self._lock = asyncio.Lock()
         self._taken: tuple[float, Readiness] | None = None
@@ -101,7 +155,7 @@ class CachedReadiness:
     async def __call__(self) -> Readiness:
         async with self._lock:
             if self._taken is None or time.monotonic() - self._taken[0] > _CHECK_CACHE_S:
-                result = await to_thread.run_sync(self._take)
+                result = await self._take()
                 self._taken = (time.monotonic(), result)
             return self._taken[1]
 
@@ -126,6 +180,13 @@ def _live_workers(services: Services) -> str:
     if not count:
         raise AppError("no_worker", "No worker", 503, "No live worker.", retryable=True)
     return f"{count} live"
+
+
+def _nothing_died(background: Background) -> str:
+    if died := background.died_of_late():
+        detail = f"Died of a fault within the last minute, see the log: {', '.join(died)[:300]}."
+        raise AppError("background_died", "Background failed", 503, detail, retryable=True)
+    return "ok"
 
 
 def _check(probe: Callable[[], str | None]) -> Check:

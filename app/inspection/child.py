@@ -35,10 +35,12 @@ def main() -> None:
 
 
 def _receive(requests: SimpleQueue[bytes]) -> None:
-    """Ends the process as soon as the pool is gone, in the middle of a file too."""
-    for line in sys.stdin.buffer:
-        requests.put(line)
-    os._exit(0)
+    """Ends the process as soon as the pool is gone, in the middle of a file too, and where it can take nothing more."""
+    try:
+        for line in sys.stdin.buffer:
+            requests.put(line)
+    finally:
+        os._exit(0)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

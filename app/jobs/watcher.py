@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 
 import anyio.to_thread
 import structlog
@@ -31,17 +30,9 @@ class JobWatcher:
         self._waiting: dict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self._known: dict[asyncio.Future[None], int] = {}
         self._wanted = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="job-watcher")
-
-    async def stop(self) -> None:
-        """End the task; whoever still waits is woken."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+    def wake_all(self) -> None:
+        """At the end of the process: whoever still waits is woken."""
         self._wake(list(self._known))
 
     async def wait(self, job_id: str, version: int, timeout_s: float) -> bool:
@@ -68,7 +59,8 @@ class JobWatcher:
         if not self._waiting:
             self._wanted.clear()
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """The task; where it died, it goes on with those that wait when it is run again."""
         while True:
             await self._wanted.wait()
             ids = list(self._waiting)

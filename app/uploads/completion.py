@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.base import utcnow
 from app.db.orm import Upload
@@ -145,8 +144,8 @@ class Completion:
         try:
             with self._db.write() as uow:
                 UploadRepository(uow.session).renew(upload.id, utcnow() + timedelta(seconds=seconds))
-        except SQLAlchemyError as error:
-            log.warning("lease_not_renewed", upload_id=upload.id, error=str(error)[:200])
+        except Exception as error:  # whatever it is: the thread goes on, and tries again while the lease holds
+            log.warning("lease_not_renewed", upload_id=upload.id, exc_info=error)
 
 
 def _wrong_content(upload: Upload, size: int, sha256: str) -> AppError:
