@@ -100,7 +100,7 @@ def blob_corrupted(sha256: str) -> AppError:
         503,
         f"The stored file {sha256} is damaged: its bytes have another digest.",
         retryable=True,
-        remedy="Ask the operator to restore it from a backup, or to remove it; then upload it again.",
+        remedy="Upload the same file again: it replaces the damaged one.",
         extra={"sha256": sha256},
     )
 

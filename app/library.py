@@ -18,14 +18,14 @@ from app.db.orm import Dataset, Job, SourceModel, Upload
 from app.db.uow import Database
 from app.domain.artifact_key import digest_of
 from app.domain.upload_state import DONE, ENDED, UploadState
-from app.errors import AppError, FieldError, conflict, invalid_request, not_found
+from app.errors import AppError, FieldError, blob_corrupted, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember, resource_gone
 from app.inspection.pool import Inspector
 from app.names import forbidden_character
 from app.references import is_referenced, lock_blob
 from app.scratch import scratch_folder
 from app.settings import Settings
-from app.storage.content import ContentStore, blob_key
+from app.storage.content import ContentStore, blob_key, sha256_file
 
 Row = TypeVar("Row", SourceModel, Dataset)
 
@@ -101,10 +101,13 @@ class FileLibrary(Generic[Row]):
         name = clean_name(name, file.filename)
         idempotency = self._idempotency(key, name, file.filename, file.sha256)
         earlier = self._recall(tenant_id, idempotency)
+        trusted = self._trusted(tenant_id, file.sha256)
         if earlier is not None:
+            if not trusted:
+                self._replace(tenant_id, file)
             return earlier, False
         columns = self._inspector.inspect(tenant_id, self.kind, file.path, file.filename)
-        self._content.put(tenant_id, file.path, file.sha256, move=True)
+        self._content.put(tenant_id, file.path, file.sha256, move=True, trusted=trusted)
         row = self._row(tenant_id, name, file.filename, file.sha256, file.size_bytes, columns)
         return self._save(row, idempotency, None)
 
@@ -125,8 +128,15 @@ class FileLibrary(Generic[Row]):
             return earlier, False
         if upload.status == UploadState.CONSUMED:
             raise _consumed()
-        with local_copy(self._content, tenant_id, upload.sha256, self._settings.temp_dir) as path:
-            columns = self._inspector.inspect(tenant_id, self.kind, path, upload.filename)
+        try:
+            with local_copy(self._content, tenant_id, upload.sha256, self._settings.temp_dir) as path:
+                if not self._trusted(tenant_id, upload.sha256) and sha256_file(path) != upload.sha256:
+                    raise blob_corrupted(upload.sha256)
+                columns = self._inspector.inspect(tenant_id, self.kind, path, upload.filename)
+        except AppError as error:
+            if error.code == "blob_corrupted":
+                self._distrust(tenant_id, upload.sha256)
+            raise
         row = self._row(tenant_id, name, upload.filename, upload.sha256, upload.size_bytes, columns)
         return self._save(row, idempotency, upload_id)
 
@@ -156,6 +166,22 @@ class FileLibrary(Generic[Row]):
             row.deleted_at = utcnow()
             sha256 = row.sha256
         release_blob(self._db, self._content, tenant_id, sha256)
+
+    def _trusted(self, tenant_id: str, sha256: str) -> bool:
+        with self._db.read() as session:
+            return self._content.known(session, tenant_id, sha256)
+
+    def _distrust(self, tenant_id: str, sha256: str) -> None:
+        """Its bytes were found damaged: the next upload of this content replaces them."""
+        with self._db.write() as uow:
+            lock_blob(uow.session, tenant_id, sha256)
+            self._content.forget(uow.session, tenant_id, sha256)
+
+    def _replace(self, tenant_id: str, file: IncomingFile) -> None:
+        """What was found damaged since by what was sent again."""
+        self._content.put(tenant_id, file.path, file.sha256, move=True, trusted=False)
+        with self._db.write() as uow:
+            self._content.record(uow.session, tenant_id, file.sha256, file.size_bytes)
 
     def _idempotency(self, key: str | None, name: str, filename: str, sha256: str) -> Idempotency | None:
         return Idempotency(key, digest_of([self.kind, name, filename, sha256])) if key is not None else None

@@ -199,7 +199,8 @@ class StageResult(Base):
 
 
 class Blob(Base):
-    """A stored file of a tenant, so that storage can be collected and counted."""
+    """A stored file of a tenant, so that storage can be collected and counted. None vouches for bytes that were found
+    damaged."""
 
     __tablename__ = "blobs"
 

@@ -180,16 +180,16 @@ class JobLedger:
     def discard(self, tenant_id: str, sha256: str) -> bool:
         """Forget the stage results that hold a damaged blob, and remove it, unless it was uploaded: then it is made
         again, also for the engine of an earlier job (until then there is none to download, rather than a wrong one).
-        False where it was uploaded: only its owner has it."""
+        False where it was uploaded: only its owner has it, and replaces it by uploading it again."""
         with self.db.write() as uow:
             lock_blob(uow.session, tenant_id, sha256)
-            if is_uploaded(uow.session, tenant_id, sha256):
-                return False
-            forget_results(uow.session, tenant_id, sha256)
             self.content.forget(uow.session, tenant_id, sha256)
-            self.content.remove(tenant_id, sha256)
-        log.warning("damaged_blob_discarded", tenant_id=tenant_id, sha256=sha256)
-        return True
+            uploaded = is_uploaded(uow.session, tenant_id, sha256)
+            if not uploaded:
+                forget_results(uow.session, tenant_id, sha256)
+                self.content.remove(tenant_id, sha256)
+        log.warning("damaged_blob", tenant_id=tenant_id, sha256=sha256, discarded=not uploaded)
+        return not uploaded
 
     @_patient
     def remember(self, claim: Claim, result: StageResult) -> None:

@@ -1,4 +1,5 @@
-"""The storage contract. Keys are slash-separated ASCII paths; objects are immutable once written.
+"""The storage contract. Keys are slash-separated ASCII paths; objects are immutable once written, and only replaced
+where they are damaged.
 
 Adapters translate SDK and OS errors at this boundary: `BlobNotFound`, `app.errors.storage_full()` (ENOSPC, EDQUOT,
 EFBIG), `app.errors.storage_unavailable(...)`. Calls block; the API runs them in a thread.
@@ -38,9 +39,10 @@ class StoredObject:
 
 
 class BlobStore(Protocol):
-    def put_file(self, key: str, path: Path, *, move: bool = False) -> None:
+    def put_file(self, key: str, path: Path, *, move: bool = False, replace: bool = False) -> None:
         """Store the file under `key`, atomically and durably: a reader sees all of it or nothing. With `move` the
-        source may be consumed (a rename where the disks allow). An existing object is left as it is."""
+        source may be consumed (a rename where the disks allow). An existing object is left as it is, or with `replace`
+        gives way: whoever reads it meanwhile sees all of the one or of the other."""
 
     def fetch(self, key: str, path: Path) -> None:
         """Copy the object to `path` (atomically; hard links are allowed, so treat the file as read-only)."""
@@ -51,9 +53,9 @@ class BlobStore(Protocol):
     def size(self, key: str) -> int | None:
         """Size in bytes, or None where there is no such object."""
 
-    def copy(self, source: str, key: str) -> None:
+    def copy(self, source: str, key: str, *, replace: bool = False) -> None:
         """Have the object stand under `key` as well; its bytes do not pass through here. An existing one is left as it
-        is. Raises `BlobNotFound`."""
+        is, or with `replace` gives way. Raises `BlobNotFound`."""
 
     def delete(self, key: str) -> None:
         """Remove it; no error where there is none."""

@@ -43,13 +43,20 @@ class ContentStore:
     def __init__(self, store: BlobStore) -> None:
         self.store = store
 
-    def put(self, tenant_id: str, path: Path, sha256: str, *, move: bool = False) -> None:
-        """Store the bytes of `path`, whose digest the caller has computed."""
-        self.store.put_file(self._renewed(tenant_id, sha256), path, move=move)
+    def put(self, tenant_id: str, path: Path, sha256: str, *, move: bool = False, trusted: bool = True) -> None:
+        """Store the bytes of `path`, whose digest the caller has computed. What stands there already gives way where it
+        is damaged: its size is another, or it is not `trusted` (`known` says no)."""
+        key = self._renewed(tenant_id, sha256)
+        if not (trusted and self.store.size(key) == path.lstat().st_size):
+            self.store.put_file(key, path, move=move, replace=True)
+        elif move:
+            path.unlink(missing_ok=True)
 
-    def adopt(self, tenant_id: str, key: str, sha256: str) -> None:
-        """Store an object that is in storage already, whose digest the caller has computed."""
-        self.store.copy(key, self._renewed(tenant_id, sha256))
+    def adopt(self, tenant_id: str, key: str, sha256: str, size_bytes: int, *, trusted: bool = True) -> None:
+        """Store an object that is in storage already, whose digest the caller has computed; as `put` does."""
+        target = self._renewed(tenant_id, sha256)
+        if not (trusted and self.store.size(target) == size_bytes):
+            self.store.copy(key, target, replace=True)
 
     def _renewed(self, tenant_id: str, sha256: str) -> str:
         """The blob's key. What lies there already, left behind long ago perhaps, counts as new: the collector leaves it
@@ -100,11 +107,14 @@ class ContentStore:
             return None
 
     def forget(self, session: Session, tenant_id: str, sha256: str) -> None:
-        """Drop the row. Under the lock; `remove` then deletes the bytes, before that transaction ends."""
+        """Drop the row. Under the lock; `remove` then deletes the bytes, before that transaction ends. Where they stay,
+        the row's absence says that they are damaged."""
         session.execute(delete(Blob).where(Blob.tenant_id == tenant_id, Blob.sha256 == sha256))
 
     def remove(self, tenant_id: str, sha256: str) -> None:
         self.store.delete(blob_key(tenant_id, sha256))
 
     def known(self, session: Session, tenant_id: str, sha256: str) -> bool:
+        """Whether a row vouches for the bytes. It goes when they were found damaged, so that whoever stores the same
+        content writes it anew."""
         return session.scalar(select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256 == sha256)) is not None

@@ -58,15 +58,16 @@ class LocalStore:
 
     # Objects
 
-    def put_file(self, key: str, path: Path, *, move: bool = False) -> None:
+    def put_file(self, key: str, path: Path, *, move: bool = False, replace: bool = False) -> None:
         target = self._path(key)
         require_regular_file(path)
         with translated_os_errors("storing a file"):
-            if not target.is_file() and not (move and self._link_in(path, target)):
+            wanted = replace or not target.is_file()
+            if wanted and not (move and self._link_in(path, target, replace=replace)):
                 with self._temporary() as temporary:
                     with path.open("rb") as source, temporary.open("wb") as sink:
                         shutil.copyfileobj(source, sink, _COPY_BYTES)
-                    self._publish(temporary, target)
+                    self._publish(temporary, target, replace=replace)
             if move:
                 path.unlink(missing_ok=True)
 
@@ -112,17 +113,17 @@ class LocalStore:
                 return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
-    def copy(self, source: str, key: str) -> None:
+    def copy(self, source: str, key: str, *, replace: bool = False) -> None:
         path, target = self._path(source), self._path(key)
         with translated_os_errors("storing a file"):
-            if target.is_file():
+            if target.is_file() and not replace:
                 return
             try:
-                linked = self._link_in(path, target)
+                linked = self._link_in(path, target, replace=replace)
             except _NO_SUCH_FILE as exc:
                 raise BlobNotFound(source) from exc
         if not linked:
-            self.put_file(key, path)
+            self.put_file(key, path, replace=replace)
 
     def delete(self, key: str) -> None:
         with translated_os_errors("deleting a file"), suppress(*_NO_SUCH_FILE):
@@ -295,18 +296,18 @@ class LocalStore:
             os.close(descriptor)
             path.unlink(missing_ok=True)
 
-    def _link_in(self, path: Path, target: Path) -> bool:
+    def _link_in(self, path: Path, target: Path, *, replace: bool) -> bool:
         """Make the file itself the object, where the disk is the same; False where that is not possible."""
         try:
-            self._publish(path, target)
+            self._publish(path, target, replace=replace)
         except OSError as exc:
             if exc.errno in _NO_LINK:
                 return False
             raise
         return True
 
-    def _publish(self, path: Path, target: Path) -> None:
-        """Give the finished file its name; an object that stands there already is left as it is."""
+    def _publish(self, path: Path, target: Path, *, replace: bool = False) -> None:
+        """Give the finished file its name; an object that stands there already is left as it is, or replaced."""
         path.chmod(_READ_ONLY)
         # The source's own time may be years ago, and `list` is asked what is old.
         os.utime(path)
@@ -317,13 +318,25 @@ class LocalStore:
         except FileExistsError:
             if target.is_dir():
                 raise  # a key that is a folder of another one
-            return
+            if not replace:
+                return
+            self._link_over(path, target)
         except OSError as exc:
             # No hard links on this file system: a rename would do, but only where nothing is lost by it.
             if exc.errno not in _NO_LINK or path.parent != self._temp:
                 raise
             path.replace(target)
         _sync(target.parent)
+
+    def _link_over(self, path: Path, target: Path) -> None:
+        """Have the file stand in the place of an object, which stays whole for those that have it open or linked."""
+        _make_folders(self._temp)
+        name = self._temp / uuid4().hex
+        os.link(path, name)
+        try:
+            name.replace(target)
+        finally:
+            name.unlink(missing_ok=True)  # also where it was a link to this object: then a rename does nothing
 
 
 class _FirstBytes(io.RawIOBase):

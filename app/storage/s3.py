@@ -145,9 +145,9 @@ class S3Store:
 
     # Objects
 
-    def put_file(self, key: str, path: Path, *, move: bool = False) -> None:
+    def put_file(self, key: str, path: Path, *, move: bool = False, replace: bool = False) -> None:
         require_regular_file(path)
-        if self.size(key) is None:
+        if replace or self.size(key) is None:
             with _translated_errors(), translated_os_errors("reading the file"):
                 self._client.upload_file(str(path), self._bucket, self._key(key), Config=_TRANSFER)
         if move:
@@ -183,8 +183,8 @@ class S3Store:
         except BlobNotFound:
             return None
 
-    def copy(self, source: str, key: str) -> None:
-        if self.size(key) is None:
+    def copy(self, source: str, key: str, *, replace: bool = False) -> None:
+        if replace or self.size(key) is None:
             with _translated_errors():
                 origin: CopySourceTypeDef = {"Bucket": self._bucket, "Key": self._key(source)}
                 self._client.copy(origin, self._bucket, self._key(key), Config=_COPY)

@@ -89,7 +89,9 @@ class Completion:
         size, sha256 = self._digest(upload.storage_key)
         if size != upload.size_bytes or upload.sha256 not in (None, sha256):
             raise WrongContent(_wrong_content(upload, size, sha256))
-        self._content.adopt(upload.tenant_id, upload.storage_key, sha256)
+        with self._db.read() as session:
+            trusted = self._content.known(session, upload.tenant_id, sha256)
+        self._content.adopt(upload.tenant_id, upload.storage_key, sha256, size, trusted=trusted)
         with self._db.write() as uow:
             row = UploadRepository(uow.session).get(upload.tenant_id, upload.id, lock=True)
             if row is None or row.status not in (UploadState.COMPLETING, *DONE):
