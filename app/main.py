@@ -77,6 +77,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     for module in (jobs, source_models, datasets, uploads, artifacts, capabilities):
         app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
     app.include_router(health.router)
+    app.webhooks.include_router(jobs.webhooks)
     describe(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.limits.json_bytes)

@@ -59,12 +59,13 @@ class Server:
     def pid(self) -> int:
         return self.process.pid
 
-    def wait_for(self, path: str, timeout_s: float = 60) -> None:
-        """Until it answers 200 there."""
+    def wait_for(self, path: str, timeout_s: float = 60, expected: str = "") -> None:
+        """Until it answers 200 there, with `expected` in the body."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(self.url + path, timeout=5, trust_env=False).status_code == httpx.codes.OK:
+                answer = httpx.get(self.url + path, timeout=5, trust_env=False)
+                if answer.status_code == httpx.codes.OK and expected in answer.text:
                     return
             time.sleep(0.05)
         raise CannotMeasure(f"{self.url}{path} did not come up:\n{self.log.read_text(errors='replace')[-3000:]}")
@@ -143,7 +144,7 @@ def deployment(home: Path, extra: Mapping[str, str] | None = None) -> Iterator[S
     port = free_port()
     home.mkdir(parents=True, exist_ok=True)
     with server(["-m", "app", "serve"], environment(home, port, extra), port, home / "serve.log") as found:
-        found.wait_for("/readyz", 120)
+        found.wait_for("/readyz", 120, '"status":"ready"')
         yield found
 
 

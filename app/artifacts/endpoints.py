@@ -13,7 +13,7 @@ from app.http.deps import IdFilter, PageDep, ServicesDep, TenantId, path_id
 from app.http.downloads import Download, download_response
 from app.http.pagination import page_response
 from app.http.problem import problems
-from app.http.responses import DOWNLOAD_RESPONSES
+from app.http.responses import DOWNLOAD_RESPONSES, HEAD_RESPONSES
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
@@ -38,7 +38,7 @@ def get_engine(services: ServicesDep, tenant_id: TenantId, engine_id: EngineId) 
     return EngineOut.of(services.engines.get(tenant_id, engine_id))
 
 
-@router.head("/{engine_id}/download", include_in_schema=False)
+@router.head("/{engine_id}/download", response_class=Response, responses=HEAD_RESPONSES)
 @router.get("/{engine_id}/download", response_class=Response, responses=DOWNLOAD_RESPONSES)
 async def download_engine(
     request: Request, services: ServicesDep, tenant_id: TenantId, engine_id: EngineId
@@ -48,7 +48,7 @@ async def download_engine(
     return await download_response(request, services, Download(tenant_id, row.sha256, row.size_bytes, row.filename))
 
 
-@router.head("/{engine_id}/bundle", include_in_schema=False)
+@router.head("/{engine_id}/bundle", response_class=Response, responses=HEAD_RESPONSES)
 @router.get("/{engine_id}/bundle", response_class=Response, responses=DOWNLOAD_RESPONSES)
 async def download_bundle(
     request: Request, services: ServicesDep, tenant_id: TenantId, engine_id: EngineId

@@ -23,7 +23,7 @@ from app.http.deps import (
 from app.http.downloads import Download, download_response
 from app.http.pagination import page_response
 from app.http.problem import problems
-from app.http.responses import DOWNLOAD_RESPONSES, created
+from app.http.responses import DOWNLOAD_RESPONSES, HEAD_RESPONSES, created
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -68,7 +68,7 @@ def get_dataset(services: ServicesDep, tenant_id: TenantId, dataset_id: DatasetI
     return DatasetOut.of(services.datasets.get(tenant_id, dataset_id))
 
 
-@router.head("/{dataset_id}/download", include_in_schema=False)
+@router.head("/{dataset_id}/download", response_class=Response, responses=HEAD_RESPONSES)
 @router.get("/{dataset_id}/download", response_class=Response, responses=DOWNLOAD_RESPONSES)
 async def download_dataset(
     request: Request, services: ServicesDep, tenant_id: TenantId, dataset_id: DatasetId

@@ -48,7 +48,7 @@ async def download_response(request: Request, services: Services, file: Download
         if url is not None:
             return RedirectResponse(url, 307, {**headers, "Cache-Control": "no-store"})
     start, length, status = 0, file.size_bytes, 200
-    wanted = request.headers.get("range")
+    wanted = request.headers.get("range") if request.method == "GET" else None  # defined for GET only: RFC 9110 14.2
     if wanted is not None and request.headers.get("if-range", etag) == etag:
         found = parse_range(wanted, file.size_bytes)
         if found is not None:

@@ -24,7 +24,13 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+            document = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=DESCRIPTION,
+                routes=app.routes,
+                webhooks=app.webhooks.routes,
+            )
             document.setdefault("components", {})["securitySchemes"] = {"ApiKey": _API_KEY}
             for path, operations in document["paths"].items():
                 if path.startswith("/v1/"):

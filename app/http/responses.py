@@ -17,6 +17,11 @@ DOWNLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     307: {"description": "Where the storage serves it itself (S3, presigned)"},
     **problems(404, 416),
 }
+HEAD_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The headers of the whole file"},
+    304: DOWNLOAD_RESPONSES[304],
+    **problems(404),
+}
 
 
 def created(resource: Resource, new: bool, status: int = 201) -> Response:

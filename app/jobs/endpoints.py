@@ -30,7 +30,7 @@ from app.http.services import Services
 from app.idempotency import Idempotency
 from app.jobs.events import event_stream
 from app.jobs.report_page import PAGE_POLICY, report_page
-from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
+from app.jobs.schemas import JobEnded, JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
 from app.names import storable
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -211,6 +211,30 @@ def _seconds(value: str | None) -> float:
         message = f"must be a number of seconds from 0 to {_LONGEST_WAIT_S}"
         raise invalid_request(f"wait: {message}", [FieldError("/query/wait", message)])
     return seconds
+
+
+webhooks = APIRouter(tags=["jobs"])  # described only: it is the worker that sends them
+
+
+@webhooks.post(
+    "job-ended",
+    status_code=204,
+    responses={"default": {"description": "Anything but 2xx: it is sent again, after growing pauses"}},
+    openapi_extra={
+        "parameters": [
+            {"name": "X-Anneal-Delivery", "in": "header", "required": True, "schema": {"type": "string"}},
+            {
+                "name": "X-Anneal-Signature",
+                "in": "header",
+                "required": False,
+                "schema": {"type": "string"},
+                "description": "`sha256=` and the HMAC of the body, where the operator has set a secret",
+            },
+        ]
+    },
+)
+def job_ended(body: JobEnded) -> None:
+    """What a job's `webhook.url` gets once the job has ended: at least once, until it answers 2xx."""
 
 
 def prefers_html(accept: str) -> bool:

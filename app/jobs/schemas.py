@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,60 +40,95 @@ class JobError(BaseModel):
     remedy: str | None = None
 
 
-class JobOut(Resource):
+class JobNotice(Resource):
+    """What is told of a job where its spec and stages would be too much."""
+
     status: Status
+    error: JobError | None
+    engine_ids: list[str]
+
+    @classmethod
+    def of(cls, row: Job) -> Self:
+        # Not validated: it was, when it was stored, and a later version may have narrowed what a spec can say.
+        return cls.model_construct(**cls._values(row))
+
+    @classmethod
+    def _values(cls, row: Job) -> dict[str, Any]:
+        path = f"/v1/jobs/{row.id}"
+        links = {
+            "self": path,
+            "events": f"{path}/events",
+            "cancel": f"{path}/cancel",
+            "model": f"/v1/models/{row.model_id}",
+            "engines": f"/v1/engines?job_id={row.id}",
+        }
+        if row.report_sha256 is not None:
+            links["report"] = f"{path}/report"
+        if row.manifest_sha256 is not None:
+            links["manifest"] = f"{path}/manifest"
+        return {
+            "id": row.id,
+            "created_at": row.created_at,
+            "links": links,
+            "status": row.status,
+            "error": row.error,
+            "engine_ids": row.engine_ids,
+        }
+
+    def to_json(self) -> bytes:
+        # What is stored as JSON already (spec, stages, error) goes out as it is, which is what pydantic would warn of.
+        return self.model_dump_json(warnings=False).encode()
+
+
+class JobOut(JobNotice):
+    """A job."""
+
     stage: str | None = Field(description="The stage that runs now")
     progress: float = Field(ge=0, le=1)
     model_id: str
     spec: OptimizationSpec
     stages: list[StageOut]
-    error: JobError | None
-    engine_ids: list[str]
     started_at: datetime | None
     finished_at: datetime | None
     expected_end: datetime | None = Field(default=None, description="Of a running job, by its pace and its budget")
     cancel_requested: bool
+
+    @classmethod
+    def _values(cls, row: Job) -> dict[str, Any]:
+        return {
+            **super()._values(row),
+            "stage": row.stage,
+            "progress": row.progress,
+            "model_id": row.model_id,
+            "spec": row.spec,
+            "stages": row.stages,
+            "started_at": row.started_at,
+            "finished_at": row.finished_at,
+            "expected_end": row.expected_end if row.status == "running" else None,
+            "cancel_requested": row.cancel_requested_at is not None,
+        }
 
 
 class JobPage(ItemPage[JobOut]):
     """Jobs."""
 
 
-def job_document(row: Job) -> dict[str, Any]:
-    """`JobOut` as JSON data. By hand: a status poll is the hottest path, and the row has been validated before."""
-    path = f"/v1/jobs/{row.id}"
-    links = {
-        "self": path,
-        "events": f"{path}/events",
-        "cancel": f"{path}/cancel",
-        "model": f"/v1/models/{row.model_id}",
-        "engines": f"/v1/engines?job_id={row.id}",
-    }
-    if row.report_sha256 is not None:
-        links["report"] = f"{path}/report"
-    if row.manifest_sha256 is not None:
-        links["manifest"] = f"{path}/manifest"
-    return {
-        "id": row.id,
-        "status": row.status,
-        "stage": row.stage,
-        "progress": row.progress,
-        "model_id": row.model_id,
-        "spec": row.spec,
-        "stages": row.stages,
-        "error": row.error,
-        "engine_ids": row.engine_ids,
-        "created_at": timestamp(row.created_at),
-        "started_at": timestamp(row.started_at),
-        "finished_at": timestamp(row.finished_at),
-        "expected_end": timestamp(row.expected_end) if row.status == "running" else None,
-        "cancel_requested": row.cancel_requested_at is not None,
-        "links": links,
-    }
+class JobEnded(BaseModel):
+    """What a job's webhook is sent."""
+
+    type: Literal["job.succeeded", "job.failed", "job.cancelled"]
+    job: JobNotice
+
+    @classmethod
+    def of(cls, row: Job) -> Self:
+        return cls.model_construct(type=f"job.{row.status}", job=JobNotice.of(row))
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json(warnings=False).encode()
 
 
 def job_json(row: Job) -> bytes:
-    return json.dumps(job_document(row), separators=(",", ":"), allow_nan=False).encode()
+    return JobOut.of(row).to_json()
 
 
 def job_etag(row: Job) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import hmac
 import http.client
-import json
 import socket
 import ssl
 import threading
@@ -24,6 +23,7 @@ from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.uow import Database
 from app.jobs.repository import JobRepository
+from app.jobs.schemas import JobEnded
 from app.network import is_in, is_public
 from app.settings import Settings
 
@@ -82,7 +82,7 @@ class WebhookSender:
 
     def _post(self, job: Job) -> None:
         assert job.webhook_url is not None
-        body = json.dumps(_message(job)).encode()
+        body = JobEnded.of(job).to_json()
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "anneal-webhook/1",
@@ -186,16 +186,3 @@ def _resolve(host: str, port: int, seconds: float) -> list[str]:
     if failed:
         raise failed[0]
     return found
-
-
-def _message(job: Job) -> dict[str, object]:
-    return {
-        "type": f"job.{job.status}",
-        "job": {
-            "id": job.id,
-            "status": job.status,
-            "error": job.error,
-            "engine_ids": job.engine_ids,
-            "links": {"self": f"/v1/jobs/{job.id}", "report": f"/v1/jobs/{job.id}/report"},
-        },
-    }

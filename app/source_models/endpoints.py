@@ -22,7 +22,7 @@ from app.http.deps import (
 from app.http.downloads import Download, download_response
 from app.http.pagination import page_response
 from app.http.problem import problems
-from app.http.responses import DOWNLOAD_RESPONSES, created
+from app.http.responses import DOWNLOAD_RESPONSES, HEAD_RESPONSES, created
 from app.source_models.schemas import ModelOut, ModelPage
 
 router = APIRouter(prefix="/models", tags=["models"])
@@ -68,7 +68,7 @@ def get_model(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> 
     return ModelOut.of(services.models.get(tenant_id, model_id))
 
 
-@router.head("/{model_id}/download", include_in_schema=False)
+@router.head("/{model_id}/download", response_class=Response, responses=HEAD_RESPONSES)
 @router.get("/{model_id}/download", response_class=Response, responses=DOWNLOAD_RESPONSES)
 async def download_model(request: Request, services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> Response:
     """The file as it was uploaded."""

@@ -125,4 +125,5 @@ def check_leftovers(cluster: Cluster) -> dict[str, Any]:
 
 
 def healthy(cluster: Cluster) -> bool:
-    return all(httpx.get(f"{url}/readyz", timeout=10).status_code == 200 for url in cluster.urls)
+    """Every API serves, and nothing is missing, a live worker neither."""
+    return all(httpx.get(f"{url}/readyz", timeout=10).json()["status"] == "ready" for url in cluster.urls)

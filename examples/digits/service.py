@@ -105,7 +105,7 @@ class Service:
                 raise ServiceFailed(f"the service ended at start with exit status {self._process.returncode}")
             try:
                 response = httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False)
-                if response.status_code == httpx.codes.OK:
+                if response.status_code == httpx.codes.OK and response.json()["status"] == "ready":
                     return
                 answer = f"{response.status_code} {response.text[:300]}"
             except httpx.TransportError as error:

@@ -96,9 +96,13 @@ class Deployment:
             time.sleep(0.05)
         raise TimeoutError(self.logs())
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, timeout_s: float = 30) -> None:
         """Until a worker is live and everything else answers."""
-        self.wait_for(lambda: httpx.get(f"{self.url}/readyz").status_code == 200)
+        self.wait_for(lambda: self.readiness()["status"] == "ready", timeout_s)
+
+    def readiness(self) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{self.url}/readyz").json()
+        return found
 
     def empty_broker(self) -> None:
         """What a broker without persistence does at a restart."""

@@ -160,7 +160,7 @@ def besieged(home: Path, extra: Mapping[str, str]) -> Iterator[Besieged]:
             http = stack.enter_context(httpx.Client(base_url=deployed.url, headers=headers, timeout=60))
             tenants.append(Tenant(http, key))
         worker = deployed.start_worker()
-        deployed.wait_for(lambda: httpx.get(f"{deployed.url}/readyz").status_code == 200, timeout_s=90)
+        deployed.wait_ready(timeout_s=90)
         yield Besieged(deployed, tenants[0], tenants[1], worker)
 
 

@@ -29,7 +29,7 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     deadline = time.monotonic() + 40
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
+            if httpx.get(f"{url}/readyz").json()["status"] == "ready":
                 break
         except httpx.HTTPError:
             pass
