@@ -100,7 +100,7 @@ class Upload(Base):
     part_size: Mapped[int] = mapped_column(BigInteger)
     storage_key: Mapped[str] = mapped_column(String(512))
     storage_upload_id: Mapped[str] = mapped_column(String(1024))
-    status: Mapped[str] = mapped_column(String(16), default="open")
+    status: Mapped[str] = mapped_column(String(16))
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
     error: Mapped[Json | None] = mapped_column(JsonColumn)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)

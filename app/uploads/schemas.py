@@ -50,7 +50,7 @@ class UploadOut(Resource):
     filename: str
     size_bytes: int
     sha256: str | None = Field(description="As declared; once completed, as computed")
-    status: str = Field(examples=["open", "completing", "completed", "consumed", "aborted"])
+    status: str = Field(examples=[*dict.fromkeys(state.public.value for state in UploadState)])
     error: UploadError | None = None
     part_size: int = Field(description="Bytes of each part but the last")
     parts: int = Field(description="How many parts there are to send")

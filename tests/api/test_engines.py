@@ -133,6 +133,18 @@ def test_range_that_is_not_there(client: httpx.Client, engine: dict[str, Any]) -
         assert client.get(path, headers={"Range": "bytes=0-0", "If-Range": other}).status_code == 200
 
 
+def test_a_head_request_knows_no_range(client: httpx.Client, engine: dict[str, Any]) -> None:
+    """RFC 9110 14.2: Range is defined for GET."""
+    path = engine["links"]["download"]
+    for header in ("bytes=0-9", f"bytes={len(CONTENT)}-"):
+        head = client.head(path, headers={"Range": header})
+        assert (head.status_code, head.headers["content-length"]) == (200, str(len(CONTENT)))
+        assert "content-range" not in head.headers
+    for path in (engine["links"]["download"], engine["links"]["bundle"], f"{engine['links']['model']}/download"):
+        assert_problem(client.patch(path), 405, "method_not_allowed")
+        assert client.patch(path).headers["allow"] == "GET, HEAD"
+
+
 def test_resumed_download(client: httpx.Client, engine: dict[str, Any]) -> None:
     path = engine["links"]["download"]
     half = client.get(path, headers={"Range": "bytes=0-999999"}).content

@@ -51,7 +51,9 @@ def test_database_away(client: httpx.Client, settings: Settings, services: Servi
     # A new, empty file: every table is missing
     problem = assert_problem(client.get("/v1/models"), 503, "database_unavailable")
     assert "sqlite" not in str(problem).lower()
-    assert client.get("/readyz").status_code == 503
+    response = client.get("/readyz")
+    assert response.status_code == 503
+    assert "migrations" in response.json()["missing"]
 
 
 def test_request_ids(client: httpx.Client) -> None:

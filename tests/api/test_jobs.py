@@ -305,6 +305,20 @@ def test_stored_rows_fit_the_schema(client: httpx.Client, job: dict[str, Any], s
     body = client.get(job["links"]["self"]).json()
     document = JobOut.model_validate(body)
     assert document.finished_at is not None
+    assert set(body) == set(JobOut.model_fields)
     assert body["stages"] == stages
     with services.db.read() as session:
         assert session.get_one(Job, job["id"]).version == 3
+
+
+def test_what_an_older_version_has_stored_is_shown_as_it_is(
+    client: httpx.Client, job: dict[str, Any], services: Services
+) -> None:
+    """A spec is judged when it comes in: what could be said then stays readable."""
+    with services.db.write() as uow:
+        row = uow.session.get_one(Job, job["id"])
+        row.spec = {**row.spec, "once_possible": [1.5, "ä\u2028"], "budget_seconds": -1}
+        row.version += 1
+    spec = client.get(job["links"]["self"]).json()["spec"]
+    assert (spec["once_possible"], spec["budget_seconds"]) == ([1.5, "ä\u2028"], -1)
+    assert client.get("/v1/jobs").json()["items"] == [client.get(job["links"]["self"]).json()]

@@ -175,6 +175,14 @@ def test_idempotency(client: httpx.Client, model_bytes: bytes, npz: Callable[...
     assert_problem(bad, 422, "invalid_request")
 
 
+def test_a_key_whose_resource_was_deleted_makes_no_other(client: httpx.Client, model_bytes: bytes) -> None:
+    headers = {"Idempotency-Key": "k"}
+    first = client.post("/v1/models?filename=a.onnx", content=model_bytes, headers=headers)
+    assert client.delete(first.json()["links"]["self"]).status_code == 204
+    again = client.post("/v1/models?filename=a.onnx", content=model_bytes, headers=headers)
+    assert "new Idempotency-Key" in assert_problem(again, 409, "idempotency_resource_gone")["remedy"]
+
+
 def test_pages(client: httpx.Client, model_bytes: bytes) -> None:
     made = [client.post(f"/v1/models?name=m{i}", content=model_bytes).json()["id"] for i in range(5)]
     seen: list[str] = []

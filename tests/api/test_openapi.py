@@ -52,6 +52,28 @@ def test_described(document: dict[str, Any]) -> None:
     assert "/tmp" not in text
 
 
+def test_limits_are_told(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    assert schemas["Benchmark"]["properties"]["batch_sizes"]["uniqueItems"] is True
+    for path in ("/v1/models", "/v1/datasets"):
+        parameters = {p["name"]: p["schema"] for p in document["paths"][path]["post"]["parameters"]}
+        assert (parameters["name"]["minLength"], parameters["name"]["maxLength"]) == (1, 200)
+        assert (parameters["filename"]["minLength"], parameters["filename"]["maxLength"]) == (1, 255)
+    lists = [o for _, method, o in operations(document) if method == "get" and "Page" in json.dumps(o["responses"])]
+    assert len(lists) == 4
+    for operation in lists:
+        (cursor,) = (p["schema"] for p in operation["parameters"] if p["name"] == "cursor")
+        assert cursor["pattern"] == "^[A-Za-z0-9_-]{1,100}$"
+
+
+def test_webhooks_are_described_by_the_job_document(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    body = document["webhooks"]["job-ended"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/JobEnded"}
+    notice, job = schemas["JobNotice"]["properties"], schemas["JobOut"]["properties"]
+    assert {name: job[name] for name in notice} == notice
+
+
 def _references(value: Any) -> list[str]:
     if isinstance(value, dict):
         own = [value["$ref"].rsplit("/", 1)[1]] if isinstance(value.get("$ref"), str) else []

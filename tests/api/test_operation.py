@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from sqlalchemy import make_url, text
 
+from app import main
+from app.background import Background, tell_of_dead_threads
 from app.capabilities.service import offered
 from app.db.base import utcnow
+from app.db.migrate import upgrade
 from app.db.orm import Worker
-from app.http.health import CachedReadiness, Readiness
+from app.http.health import CachedReadiness, Examiner, Probe, Readiness
 from app.http.services import Services
+from app.jobs.watcher import JobWatcher
+from app.main import create_app
 from app.settings import Settings
-from tests.api.conftest import HARDWARE, report_worker
+from tests import servers
+from tests.api.conftest import HARDWARE, report_worker, serving
+
+READY = Readiness(ready=True, status="ready", missing=[], checks={})
 
 
 def test_capabilities(client: httpx.Client, services: Services) -> None:
@@ -55,29 +68,160 @@ def test_a_worker_comes_and_goes(services: Services) -> None:
     assert offered([])["devices"] == []
 
 
+def _readiness(client: httpx.Client, *, until: Callable[[dict[str, Any]], bool]) -> httpx.Response:
+    """Questions of the same second share one answer."""
+    deadline = time.monotonic() + 15
+    while not until((response := client.get("/readyz")).json()):
+        assert time.monotonic() < deadline, response.text
+        time.sleep(0.1)
+    return response
+
+
+def _is_ready(body: dict[str, Any]) -> bool:
+    return body["ready"] is True
+
+
+def _is_not_ready(body: dict[str, Any]) -> bool:
+    return not _is_ready(body)
+
+
 def test_health_and_readiness(client: httpx.Client, services: Services, settings: Settings) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     response = client.get("/readyz")
-    assert response.status_code == 503
-    assert response.json()["checks"]["worker"] == {"ok": False, "detail": "No live worker."}
+    assert response.status_code == 200, "polls and downloads go on without a worker"
+    body = response.json()
+    assert (body["ready"], body["status"], body["missing"]) == (True, "degraded", ["worker"])
+    assert body["checks"]["worker"] == {"ok": False, "detail": "No live worker."}
     report_worker(services)
-    deadline = time.monotonic() + 5  # probes of the same second share one answer
-    while (response := client.get("/readyz")).status_code != 200 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert response.status_code == 200, response.text
-    assert response.json()["ready"] is True
-    assert {name: check["ok"] for name, check in response.json()["checks"].items()} == dict.fromkeys(
-        ("database", "queue", "storage", "worker"), True
+    response = _readiness(client, until=lambda body: body["status"] == "ready")
+    assert response.status_code == 200
+    body = response.json()
+    assert (body["ready"], body["missing"]) == (True, [])
+    assert {name: check["ok"] for name, check in body["checks"].items()} == dict.fromkeys(
+        ("database", "migrations", "queue", "storage", "worker", "background"), True
     )
 
 
-def test_probes_at_the_same_time_share_one_run_and_one_thread() -> None:
+def test_what_the_jobs_need_is_named_and_what_nothing_works_without_is_refused(
+    worker: Services, client: httpx.Client, settings: Settings
+) -> None:
+    blobs = settings.home_dir / "blobs"
+    shutil.rmtree(blobs, ignore_errors=True)
+    blobs.write_text("a file where a folder should be")
+    response = _readiness(client, until=lambda body: bool(body["missing"]))
+    assert (response.status_code, response.json()["missing"]) == (200, ["storage"])
+    blobs.unlink()
+    _readiness(client, until=lambda body: not body["missing"])
+    for revision, ready in (("0001", False), ("9999", True)):  # an older one; one of a version to come
+        with worker.db.write() as uow:
+            uow.session.execute(text("UPDATE alembic_version SET version_num = :r"), {"r": revision})
+        response = _readiness(client, until=_is_ready if ready else _is_not_ready)
+        assert response.status_code == (200 if ready else 503)
+        assert response.json()["status"] == ("ready" if ready else "unavailable")
+        assert ("migrations" in response.json()["missing"]) is not ready
+        if not ready:
+            assert "app migrate" in response.json()["checks"]["migrations"]["detail"]
+
+
+def test_a_database_that_is_stopped_is_named(settings: Settings) -> None:
+    """Without it every request fails: nothing may be sent here."""
+    with ExitStack() as server:
+        url = server.enter_context(servers.postgres())
+        changed = settings.model_copy(update={"database_url": url, "require_keys": False})
+        upgrade(changed.database)
+        with serving(create_app(changed, dispatch=lambda job: True)) as base, httpx.Client(base_url=base) as client:
+            assert client.get("/readyz").json()["missing"] == ["worker"]
+            server.close()
+            response = _readiness(client, until=_is_not_ready)
+            assert (response.status_code, response.json()["status"]) == (503, "unavailable")
+            assert {"database", "migrations", "worker"} == set(response.json()["missing"])
+            assert "password" not in response.text
+            assert str(make_url(url).password) not in response.text
+
+
+def test_a_check_that_hangs_is_named_and_not_begun_again() -> None:
+    hanging, begun = threading.Event(), []
+
+    def hang() -> str:
+        begun.append(1)
+        hanging.wait(20)
+        return "ok"
+
+    async def ask() -> None:
+        examine = Examiner([Probe("storage", hang), Probe("database", lambda: "ok", needed=True)], patience_s=0.2)
+        for _ in range(3):
+            found = await examine()
+            assert (found.ready, found.status, found.missing) == (True, "degraded", ["storage"])
+            assert "not answered" in found.checks["storage"].detail
+        assert len(begun) == 1
+        hanging.set()
+        deadline = time.monotonic() + 10
+        while (await examine()).missing:
+            assert time.monotonic() < deadline
+
+    asyncio.run(ask())
+
+
+def test_a_task_that_dies_runs_again_and_is_named(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, model_bytes: bytes
+) -> None:
+    broken: list[str] = []
+
+    def once(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def broken_once(*arguments: Any) -> Any:
+            if name not in broken:
+                broken.append(name)
+                raise KeyError("what nobody thought of")
+            return call(*arguments)
+
+        return broken_once
+
+    monkeypatch.setattr(main, "remove_stale", once("cleaner", main.remove_stale))
+    monkeypatch.setattr(JobWatcher, "_wake", staticmethod(once("job-watcher", JobWatcher._wake)))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+        services: Services = app.state.services
+        report_worker(services)
+        model = client.post("/v1/models?filename=m.onnx", content=model_bytes).json()
+        job = client.post("/v1/jobs", json={"model_id": model["id"]}).json()
+        assert client.get(job["links"]["self"], params={"wait": 0.5}).status_code == 200  # the watcher looks, and dies
+        body = _readiness(client, until=lambda body: "background" in body["missing"]).json()
+        assert body["ready"] is True
+        detail = body["checks"]["background"]["detail"]
+        assert "cleaner" in detail
+        assert "job-watcher" in detail
+        timer = threading.Timer(0.5, services.jobs.cancel, ("tnt_local", job["id"]))
+        timer.start()
+        started = time.monotonic()
+        etag = client.get(job["links"]["self"]).headers["etag"]
+        waited = client.get(job["links"]["self"], params={"wait": 15}, headers={"If-None-Match": etag})
+        timer.join()
+        assert waited.json()["status"] == "cancelled", "it watches again"
+        assert time.monotonic() - started < 14
+    assert sorted(broken) == ["cleaner", "job-watcher"]
+
+
+def test_a_thread_that_dies_is_told() -> None:
+    before = threading.excepthook
+    background = Background()
+    tell_of_dead_threads(background.note_death)
+    try:
+        for name, target in (("fine", lambda: None), ("failing", lambda: {}["what nobody thought of"])):
+            thread = threading.Thread(target=target, name=name)
+            thread.start()
+            thread.join()
+    finally:
+        threading.excepthook = before
+    assert background.died_of_late() == ["failing"]
+    assert background.died_of_late(within_s=0) == []
+
+
+def test_questions_at_the_same_time_share_one_run() -> None:
     runs: list[int] = []
 
-    def take() -> Readiness:
-        runs.append(threading.get_ident())
-        time.sleep(0.2)
-        return Readiness(ready=True, checks={})
+    async def take() -> Readiness:
+        runs.append(1)
+        await asyncio.sleep(0.2)
+        return READY
 
     async def probe() -> list[Readiness]:
         cached = CachedReadiness(take)
@@ -87,15 +231,14 @@ def test_probes_at_the_same_time_share_one_run_and_one_thread() -> None:
         await asyncio.sleep(1.1)
         return [*first, await cached()]
 
-    results = asyncio.run(probe())
+    asyncio.run(probe())
     assert len(runs) == 2
-    assert results[-1] is not results[0]
 
 
 def test_a_run_that_breaks_is_not_kept() -> None:
-    answers = iter([RuntimeError("boom"), Readiness(ready=True, checks={})])
+    answers = iter([RuntimeError("boom"), READY])
 
-    def take() -> Readiness:
+    async def take() -> Readiness:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer

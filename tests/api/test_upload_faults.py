@@ -25,6 +25,7 @@ from app.db.orm import Upload
 from app.http.services import Services
 from app.main import create_app
 from app.settings import LimitSettings, Settings
+from app.uploads.repository import UploadRepository
 from tests.api.conftest import assert_problem, files_in, serving
 from tests.factories import onnx_models
 
@@ -237,6 +238,26 @@ def test_a_long_completion_is_answered_and_followed(
     with Client(str(client.base_url)) as own:
         model = own.upload_model(tmp_path / "net.onnx", parts_above=0)
     assert model["sha256"] == hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_the_thread_that_renews_a_lease_outlives_what_nobody_thought_of(
+    client: httpx.Client, at_completion: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewals: list[float] = []
+    renew = UploadRepository.renew
+
+    def fails_once(self: UploadRepository, *arguments: Any) -> None:
+        renewals.append(time.monotonic())
+        if len(renewals) == 1:
+            raise KeyError("what nobody thought of")
+        renew(self, *arguments)
+
+    monkeypatch.setattr(UploadRepository, "renew", fails_once)
+    path = open_upload(client)["links"]["self"]
+    at_completion("PERFORM pg_sleep(1.5)")
+    assert client.post(f"{path}/complete").status_code == 202
+    assert completed(client, path)["status"] == "completed"
+    assert len(renewals) > 1
 
 
 def test_a_wrong_digest_is_told_to_whoever_asks_later(

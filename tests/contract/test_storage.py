@@ -133,6 +133,37 @@ def test_an_existing_object_is_left_as_it_is(store: BlobStore, make_file: Callab
     assert read(store, "k") == b"first"
 
 
+@pytest.mark.parametrize("move", [False, True])
+def test_an_object_may_be_replaced(store: BlobStore, make_file: Callable[[bytes], Path], move: bool) -> None:
+    store.put_file("k", make_file(b"first, and longer"))
+    source = make_file(b"second")
+    store.put_file("k", source, move=move, replace=True)
+    assert (read(store, "k"), source.exists()) == (b"second", not move)
+    store.put_file("other", make_file(b"third"), replace=True)
+    store.copy("other", "k", replace=True)
+    store.copy("other", "k", replace=True)
+    assert (read(store, "k"), read(store, "other")) == (b"third", b"third")
+    assert {found.key for found in store.list("")} == {"k", "other"}
+
+
+@pytest.mark.parametrize("stored", [b"rig", b"wrong", b"right"])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_stored_content_of_another_size_or_without_trust_is_replaced(
+    store: BlobStore, make_file: Callable[[bytes], Path], stored: bytes, trusted: bool
+) -> None:
+    content, digest = ContentStore(store), hashlib.sha256(b"right").hexdigest()
+    key = blob_key("t", digest)
+    expected = stored if trusted and stored == b"wrong" else b"right"
+    store.put_file(key, make_file(stored))
+    source = make_file(b"right")
+    content.put("t", source, digest, move=True, trusted=trusted)
+    assert (read(store, key), source.exists()) == (expected, False)
+    store.put_file(key, make_file(stored), replace=True)
+    store.put_file("joined", make_file(b"right"))
+    content.adopt("t", "joined", digest, 5, trusted=trusted)
+    assert read(store, key) == expected
+
+
 def test_many_writers_of_one_key(store: BlobStore, make_file: Callable[[bytes], Path]) -> None:
     content = os.urandom(MIB)
     sources = [make_file(content) for _ in range(8)]

@@ -62,6 +62,21 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (sources / "large").stat().st_size == 2 * MIB
 
 
+def test_who_reads_an_object_that_is_replaced_reads_it_to_its_end(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "blobs")
+    for number, content in enumerate((b"old" * 1000, b"new" * 2000)):
+        (tmp_path / str(number)).write_bytes(content)
+    store.put_file("k", tmp_path / "0")
+    store.fetch("k", tmp_path / "fetched")
+    with store.open("k") as stream:
+        assert stream.read(3) == b"old"
+        store.put_file("k", tmp_path / "1", move=True, replace=True)
+        assert stream.read() == b"old" * 999
+    assert (tmp_path / "fetched").read_bytes() == b"old" * 1000
+    assert store.size("k") == 6000
+    assert _files(tmp_path / "blobs") == ["objects/k"]
+
+
 def test_a_killed_writer_leaves_whole_objects_only(tmp_path: Path) -> None:
     root, source = tmp_path / "blobs", tmp_path / "source"
     content = os.urandom(MIB) * 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -12,6 +13,8 @@ from app.db.uow import Database
 from app.domain.failures import StageFailure
 from app.settings import Settings
 from app.storage.content import blob_key, sha256_file
+from app.storage.factory import make_store
+from tests.conftest import S3Bucket
 from tests.factories import onnx_models
 from tests.factories.deployment import Deployment, deployment, submit_case
 from tests.factories.stages import Misbehave
@@ -65,6 +68,43 @@ def test_a_damaged_file_is_never_built_on(tmp_path: Path) -> None:
         assert sha256 in job["error"]["detail"]
         assert _blob(deployed, sha256).exists()
         db.close()
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "flipped"])
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_an_upload_that_was_damaged_is_mended_by_sending_it_again(
+    tmp_path: Path, request: pytest.FixtureRequest, storage: str, cut: bool
+) -> None:
+    bucket: S3Bucket | None = request.getfixturevalue("fresh_bucket") if storage == "s3" else None
+    source = onnx_models.save(onnx_models.mlp(seed=9), tmp_path / "net.onnx")
+    with deployment(tmp_path / "home", bucket.variables if bucket else None) as deployed, deployed.client() as client:
+        deployed.start_worker()
+        deployed.wait_ready()
+        first = client.upload_model(source)
+        db = deployed.database()
+        with db.read() as session:
+            row = session.get_one(SourceModel, first["id"])
+            key = blob_key(row.tenant_id, row.sha256)
+        db.close()
+        store = make_store(Settings(home=deployed.home, **({"storage": bucket.settings()} if bucket else {})))
+        damaged, whole = tmp_path / "damaged", tmp_path / "whole"
+        content = bytearray(source.read_bytes())
+        content[len(content) // 2] ^= 0x40
+        damaged.write_bytes(content[:-1] if cut else content)
+        store.put_file(key, damaged, replace=True)
+
+        def run(model: dict[str, Any]) -> dict[str, Any]:
+            spec = {"model_id": model["id"], "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}}
+            return client.wait(client.submit({**spec, "budget_seconds": 30})["id"], check=False)
+
+        failed = run(first)
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "blob_corrupted"), failed
+        assert "Upload the same file again" in failed["error"]["remedy"]
+        again = client.upload_model(source)
+        assert run(again)["status"] == "succeeded", deployed.logs()
+        store.fetch(key, whole)
+        assert whole.read_bytes() == source.read_bytes()
+        assert run(first)["status"] == "succeeded", "the earlier model is the same content"
 
 
 @pytest.mark.parametrize("bound", [True, False])

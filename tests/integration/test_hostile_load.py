@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +117,18 @@ def test_a_killed_process_is_told_as_such_and_replaced(inspect: Callable[..., di
     child.kill()  # while nobody asks
     child.wait()
     assert inspect(GOOD)["format"] == "onnx"
+
+
+def test_a_process_that_can_take_no_more_requests_ends(tmp_path: Path) -> None:
+    """Its main thread would wait for ever, also when the API is gone."""
+    code = (
+        "import time\nfrom app.inspection import child\n"
+        "class Full:\n    def put(self, line): raise MemoryError\n    def get(self): time.sleep(60)\n"
+        "child.SimpleQueue = Full\nchild.main()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=b"{}\n", cwd=Path(__file__).parents[2], timeout=20, check=False)
+    assert done.returncode == 0, "which the pool takes for no fault of the file"
 
 
 @contextlib.contextmanager

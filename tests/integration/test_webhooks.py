@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job
 from app.domain.spec import OptimizationSpec
+from app.jobs.schemas import JobEnded, JobNotice, job_json
 from app.jobs.webhooks import WebhookSender
 from app.settings import Settings, WebhookSettings
 from tests.integration.conftest import Desk
@@ -84,8 +85,11 @@ def test_an_ended_job_is_told_once_and_signed(desk: Desk, receiver: Receiver) ->
     assert sender.deliver_due() == 1
     assert sender.deliver_due() == 0
     ((headers, body),) = receiver.requests
-    assert json.loads(body)["type"] == "job.cancelled"
-    assert json.loads(body)["job"]["id"] == job.id
+    told = JobEnded.model_validate_json(body)
+    assert (told.type, told.job.id, told.job.status) == ("job.cancelled", job.id, "cancelled")
+    document = json.loads(job_json(desk.job(job.id)))
+    assert json.loads(body)["job"] == {name: document[name] for name in JobNotice.model_fields}
+    assert "report" not in told.job.links, "it has none"
     assert headers["X-Anneal-Signature"] == "sha256=" + hmac.new(b"s3cret", body, hashlib.sha256).hexdigest()
 
 

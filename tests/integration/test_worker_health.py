@@ -12,38 +12,77 @@ import pytest
 from app.db.orm import LOCAL_TENANT
 from app.domain.failures import StageFailure, infrastructure_failure, model_failure
 from app.settings import Settings, WorkerSettings
-from tests.factories.deployment import deployment
+from tests.factories.deployment import Deployment, deployment, submit_case
 from tests.integration.conftest import Desk
+from tests.servers import launched
 from workers import service as service_module
 from workers.service import WorkerService
 
 ROOT = Path(__file__).parents[2]
 
-# A worker whose housekeeping dies of what nobody thought of.
+# A worker with a thread that dies of what nobody thought of: as soon as it starts (before Celery listens to signals), or
+# later.
 DYING = """
 import sys, time
 from workers.__main__ import main
-from workers.service import WorkerService
-def housekeep(self):
-    time.sleep(3)
+from workers.background import Background
+name, after_s = sys.argv[1], float(sys.argv[2])
+start = Background.start
+def dies():
+    time.sleep(after_s)
     raise KeyError("what nobody thought of")
-WorkerService._housekeep = housekeep
+Background.start = lambda self, thread, target: start(self, thread, dies if thread == name else target)
+sys.exit(main())
+"""
+
+# One of the threads that keep a job's lease, as it begins.
+DYING_AT_A_JOB = """
+import sys
+from workers.__main__ import main
+from workers.pipeline.lease import LeaseKeeper
+def dies(self):
+    raise KeyError("what nobody thought of")
+setattr(LeaseKeeper, sys.argv[1], dies)
 sys.exit(main())
 """
 
 
-def test_a_thread_that_dies_ends_the_worker_in_order(tmp_path: Path) -> None:
+def _start(deployed: Deployment, code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [*launched(), sys.executable, "-c", code, *arguments]
+    log = (deployed.home / "workers-dying.log").open("wb")
+    with log:
+        process = subprocess.Popen(command, cwd=ROOT, env=deployed.environment, stdout=log, stderr=log)
+    deployed.processes.append(process)
+    return process
+
+
+def _assert_ends_in_order(process: subprocess.Popen[bytes], deployed: Deployment) -> None:
+    status = process.wait(timeout=60)
+    log = deployed.worker_log()
+    assert status == 1, log
+    assert "thread_died" in log
+    assert "what nobody thought of" in log
+    assert "worker_gives_up" in log
+    with deployed.client() as client:
+        assert client.capabilities()["workers"] == [], "it has said goodbye"
+
+
+@pytest.mark.parametrize("after_s", [0, 3])
+@pytest.mark.parametrize("name", ["housekeeping", "sweeper", "errands"])
+def test_a_thread_that_dies_ends_the_worker_in_order(tmp_path: Path, name: str, after_s: int) -> None:
     with deployment(tmp_path / "home") as deployed:
-        command = [sys.executable, "-c", DYING]
-        done = subprocess.run(
-            command, cwd=ROOT, env=deployed.environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 1
-        assert "thread_died" in done.stderr
-        assert "what nobody thought of" in done.stderr
-        assert "worker_gives_up" in done.stderr
-        with deployed.client() as client:
-            assert client.capabilities()["workers"] == [], "it has said goodbye"
+        _assert_ends_in_order(_start(deployed, DYING, name, str(after_s)), deployed)
+
+
+@pytest.mark.parametrize("method", ["_keep", "_watch"])
+def test_a_thread_of_a_lease_that_dies_gives_the_job_back(tmp_path: Path, method: str) -> None:
+    with deployment(tmp_path / "home", {"WORKER_LEASE_S": "90"}) as deployed, deployed.client() as client:
+        process = _start(deployed, DYING_AT_A_JOB, method)
+        deployed.wait_ready()
+        job = submit_case(client, tmp_path, 1)
+        _assert_ends_in_order(process, deployed)
+        found = client.job(job["id"])
+        assert found["status"] == "queued", "long before its lease would have run out"
 
 
 def _jobs(
