@@ -66,7 +66,7 @@ def tell_of_dead_threads(told: Callable[[str], None]) -> None:
 
     def died(arguments: threading.ExceptHookArgs) -> None:
         name = arguments.thread.name if arguments.thread is not None else "unknown"
-        trace = (arguments.exc_type, arguments.exc_value or arguments.exc_type(), arguments.exc_traceback)
+        trace = (arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
         log.error("thread_died", thread=name, exc_info=trace)
         told(name)
 
