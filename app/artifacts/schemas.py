@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from app.db.orm import Engine
-from app.http.schemas import ItemPage, Resource
+from app.schemas import ItemPage, Resource
 
 
 class EngineOut(Resource):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from app.db.orm import Dataset
-from app.http.schemas import ItemPage, Resource, Tensor
+from app.schemas import ItemPage, Resource, Tensor
 
 
 class DatasetOut(Resource):

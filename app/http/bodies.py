@@ -17,10 +17,10 @@ from app.db.orm import Dataset, SourceModel
 from app.errors import AppError
 from app.http.middleware import too_large
 from app.http.multipart import FormReader, boundary_of
-from app.http.schemas import FromUpload
 from app.http.services import Services
 from app.http.sink import FileSink, file_sink, incomplete_body
 from app.library import FileLibrary, IncomingFile, clean_filename
+from app.schemas import FromUpload
 
 Row = TypeVar("Row", SourceModel, Dataset)
 

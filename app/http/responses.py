@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from app.http.problem import problems
-from app.http.schemas import Resource
+from app.schemas import Resource
 
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 DOWNLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.db.orm import Job
 from app.domain.job_state import TERMINAL
 from app.domain.spec import OptimizationSpec
-from app.http.schemas import ItemPage, Resource
+from app.schemas import ItemPage, Resource
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
@@ -50,7 +50,7 @@ class JobNotice(Resource):
     @classmethod
     def of(cls, row: Job) -> Self:
         # Not validated: it was, when it was stored, and a later version may have narrowed what a spec can say.
-        return cls.model_construct(**cls._values(row))
+        return cast(Self, cls.model_construct(**cls._values(row)))
 
     @classmethod
     def _values(cls, row: Job) -> dict[str, Any]:
@@ -120,8 +120,9 @@ class JobEnded(BaseModel):
     job: JobNotice
 
     @classmethod
-    def of(cls, row: Job) -> Self:
-        return cls.model_construct(type=f"job.{row.status}", job=JobNotice.of(row))
+    def of(cls, row: Job) -> JobEnded:
+        values: dict[str, Any] = {"type": f"job.{row.status}", "job": JobNotice.of(row)}
+        return cls.model_construct(**values)
 
     def to_json(self) -> bytes:
         return self.model_dump_json(warnings=False).encode()

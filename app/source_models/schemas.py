@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from app.db.orm import SourceModel
-from app.http.schemas import ItemPage, Resource, Tensor
+from app.schemas import ItemPage, Resource, Tensor
 
 
 class ModelOut(Resource):

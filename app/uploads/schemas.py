@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.db.orm import Upload
 from app.domain.upload_state import UploadState
-from app.http.schemas import Filename, Resource
+from app.schemas import Filename, Resource
 from app.storage.base import StoredPart
 from app.uploads.parts import part_count
 

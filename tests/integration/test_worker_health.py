@@ -20,7 +20,7 @@ from workers.service import WorkerService
 
 ROOT = Path(__file__).parents[2]
 
-# A worker with a thread that dies of what nobody thought of: as soon as it starts (before Celery listens to signals), or
+# A worker with a thread that dies of what nobody thought of: as soon as it starts, before Celery listens to signals, or
 # later.
 DYING = """
 import sys, time
