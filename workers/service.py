@@ -122,6 +122,7 @@ class WorkerService:
         self._background.start("housekeeping", self._housekeep)
         self._background.start("sweeper", self._sweep)
         self._background.start("errands", self._run_errands)
+        self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
 
     def give_up(self, reason: str) -> None:
         """End this process in order, as a failure: whoever runs it starts another. A job that runs is given back."""
@@ -198,11 +199,10 @@ class WorkerService:
                 log.warning("sweep_failed", error=str(error)[:300])
 
     def _run_errands(self) -> None:
-        """What may take long and must not hold up the heartbeat: webhooks, and collecting what nobody needs."""
+        """What may take long and must not hold up the heartbeat: collecting what nobody needs."""
         collect, stale = Regularly(self.settings.collector.every_s), Regularly(_STALE_EVERY_S)
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
-                self.webhooks.deliver_due()
                 self.uploads.expire_uploads()
                 if stale.due():
                     self._remove_stale()

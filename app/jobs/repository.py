@@ -20,7 +20,7 @@ ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
 
 # What sweeps look at: without what a client may have made large.
-_LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
+LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
 
 
 _DOUBLINGS = 9
@@ -140,23 +140,9 @@ class JobRepository:
         rows = self.session.execute(select(Job.id, Job.version).where(Job.id.in_(job_ids)))
         return {row.id: row.version for row in rows}
 
-    def webhooks_due(self, now: datetime, limit: int) -> Sequence[Job]:
-        """Ended jobs whose webhook has yet to hear of it."""
-        query = (
-            select(Job)
-            .options(*_LEAN)
-            .where(
-                Job.webhook_url.is_not(None),
-                Job.webhook_done_at.is_(None),
-                Job.finished_at.is_not(None),
-                or_(Job.webhook_due_at.is_(None), Job.webhook_due_at <= now),
-            )
-        )
-        return [*self.session.scalars(query.order_by(Job.finished_at).limit(limit))]
-
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""
-        query = select(Job).options(*_LEAN).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
+        query = select(Job).options(*LEAN).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
 
     def undispatched(self, now: datetime, first_s: float, limit: int) -> list[Job]:
@@ -169,7 +155,7 @@ class JobRepository:
         ]
         query = (
             select(Job)
-            .options(*_LEAN)
+            .options(*LEAN)
             .where(Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), *late))
             .order_by(Job.dispatched_at.is_not(None), Job.dispatches, Job.dispatched_at, Job.id)
         )

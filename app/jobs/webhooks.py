@@ -1,188 +1,174 @@
 """Tells a job's webhook that the job has ended: at least once, with growing pauses, until it answers 2xx.
 
-The URL is the client's, so it is untrusted: only addresses of the public internet are connected to (unless the operator
-allows more), the address that was checked is the one connected to, no redirect is followed and no answer is read.
+Attempts run beside each other, in a bounded number of places of which no tenant and no receiver can have more than a
+share: one that keeps silent holds up its own webhooks, and nobody else's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import hmac
-import http.client
-import socket
-import ssl
+import re
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from concurrent.futures import Future
 from datetime import timedelta
-from urllib.parse import urlsplit
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.uow import Database
-from app.jobs.repository import JobRepository
 from app.jobs.schemas import JobEnded
-from app.network import is_in, is_public
+from app.jobs.webhook_repository import Passed, WebhookRepository
+from app.jobs.webhook_transport import FAILURES, WebhookTransport
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+_PLACES = 16  # attempts at once, of one process
+_OF_A_TENANT = 4
+_OF_A_RECEIVER = 2
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 3600.0
-
-
-class UndeliverableWebhook(Exception):
-    """The message says why this attempt failed."""
+_RECEIVER = re.compile(r"[^/?#]*//[^/?#]*")
 
 
 class WebhookSender:
+    """Any number of processes may have one: each attempt is taken in the database before it is made, for as long as it
+    can last, so that no two are under way for one job; one whose process dies has only lost this attempt."""
+
     def __init__(self, db: Database, settings: Settings) -> None:
         self.db = db
         self.settings = settings.webhooks
-        self.allow_private = settings.webhooks.allow_private
-        if self.allow_private is None:
-            # The embedded default: everybody is on this machine, and so may their receivers be.
-            self.allow_private = settings.embedded and not settings.keys_required
+        self.transport = WebhookTransport(settings)
+        self._places = _Places()
 
-    def deliver_due(self, limit: int = 20) -> int:
-        """One attempt for every webhook that is due; how many were delivered. Any number of workers may call it."""
+    def run(self, stopping: threading.Event, every_s: float) -> None:
+        """Deliver what is due until told to stop. A place that becomes free is given away at once."""
+        while not stopping.is_set():
+            try:
+                self.start_due()
+            except SQLAlchemyError as error:
+                log.warning("webhooks_not_looked_for", error=str(error)[:300])
+            self._places.wait(every_s)
+
+    def start_due(self) -> list[Future[bool]]:
+        """Begin an attempt for as much of what is due as there are places for, each in a thread of its own; whether
+        they delivered. Tenants take turns: next is who has the fewest attempts under way."""
+        started = []
+        while (job := self._next()) is not None:
+            attempt = self._start(job)
+            if attempt is not None:
+                started.append(attempt)
+        return started
+
+    def _next(self) -> Job | None:
+        passed = self._places.full()
+        if passed is None:
+            return None
+        now = utcnow()
         with self.db.read() as session:
-            due = JobRepository(session).webhooks_due(utcnow(), limit)
-        return sum(self._attempt(job) for job in due)
+            repository = WebhookRepository(session)
+            tenant_id = self._places.turn(repository.waiting_tenants(now, passed))
+            return repository.next_of(tenant_id, now, passed) if tenant_id is not None else None
 
-    def _attempt(self, job: Job) -> bool:
-        # Taken before it is sent: two workers do not send it at once, and one that dies has only lost this attempt.
-        pause = min(_FIRST_PAUSE_S * 4**job.webhook_attempts, _LONGEST_PAUSE_S)
-        taken = {
-            "webhook_due_at": utcnow() + timedelta(seconds=pause),
-            "webhook_attempts": job.webhook_attempts + 1,
-        }
+    def _start(self, job: Job) -> Future[bool] | None:
+        """None where another process has taken it at this moment; it is not due then."""
+        until = utcnow() + timedelta(seconds=self.transport.longest_s + _pause_s(job))
         with self.db.write() as uow:
-            if not JobRepository(uow.session).touch(job.id, [Job.webhook_attempts == job.webhook_attempts], taken):
-                return False
+            if not WebhookRepository(uow.session).take(job, until):
+                return None
+        self._places.take(job)
+        ended: Future[bool] = Future()
+
+        def deliver() -> None:
+            try:
+                ended.set_result(self._deliver(job))
+            except Exception as error:  # the database is away, say: the attempt counts, the next one comes later
+                log.warning("webhook_not_noted", job_id=job.id, error=str(error)[:300])
+                ended.set_result(False)
+            finally:
+                self._places.leave(job)
+
+        # Not a pool's: those are waited for at the end of the process, however long a receiver keeps silent.
+        threading.Thread(target=deliver, name=f"webhook-{job.id}", daemon=True).start()
+        return ended
+
+    def _deliver(self, job: Job) -> bool:
+        assert job.webhook_url is not None
+        attempt = job.webhook_attempts + 1
+        headers = {"X-Anneal-Delivery": f"{job.id}-{attempt}"}
         try:
-            self._post(job)
-        except (UndeliverableWebhook, OSError, ValueError, http.client.HTTPException) as error:
-            # ValueError: what is no URL after all (a broken IPv6 address, a port of 99999, a label of 70 letters)
-            last = job.webhook_attempts + 1 >= self.settings.max_attempts
-            log.warning("webhook_failed", job_id=job.id, attempt=job.webhook_attempts + 1, reason=str(error)[:200])
-            if last:
-                self._done(job, f"webhook given up after {self.settings.max_attempts} attempts: {error}")
+            self.transport.post(job.webhook_url, JobEnded.of(job).to_json(), headers)
+        except FAILURES as error:
+            log.warning("webhook_failed", job_id=job.id, attempt=attempt, reason=str(error)[:200])
+            with self.db.write() as uow:
+                repository = WebhookRepository(uow.session)
+                if attempt >= self.settings.max_attempts:
+                    repository.done(job, f"webhook given up after {self.settings.max_attempts} attempts: {error}")
+                else:
+                    repository.again(job, utcnow() + timedelta(seconds=_pause_s(job)))
             return False
-        self._done(job, "webhook delivered")
+        with self.db.write() as uow:
+            WebhookRepository(uow.session).done(job, "webhook delivered")
         return True
 
-    def _done(self, job: Job, message: str) -> None:
-        with self.db.write() as uow:
-            JobRepository(uow.session).update(
-                job.id, [], {"webhook_done_at": utcnow()}, "note", {"message": message[:300]}
+
+class _Places:
+    """Who has an attempt under way in this process. Threads share it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken: dict[str, tuple[str, str]] = {}  # job → tenant, receiver
+        self._freed = False
+        self._turns: dict[str, int] = {}  # of tenants that still wait: when each had its last one
+        self._turn = 0
+
+    def full(self) -> Passed | None:
+        """Whom there is no place for; None where there is none at all."""
+        with self._changed:
+            if len(self._taken) >= _PLACES:
+                return None
+            tenants = Counter(tenant for tenant, _ in self._taken.values())
+            receivers = Counter(receiver for _, receiver in self._taken.values())
+            return Passed(
+                [*self._taken],
+                [tenant for tenant, count in tenants.items() if count >= _OF_A_TENANT],
+                [receiver for receiver, count in receivers.items() if count >= _OF_A_RECEIVER],
             )
 
-    def _post(self, job: Job) -> None:
-        assert job.webhook_url is not None
-        body = JobEnded.of(job).to_json()
-        headers = {
-            "Content-Type": "application/json",
-            "User-Agent": "anneal-webhook/1",
-            "X-Anneal-Delivery": f"{job.id}-{job.webhook_attempts + 1}",
-        }
-        if self.settings.secret is not None:
-            key = self.settings.secret.get_secret_value().encode()
-            headers["X-Anneal-Signature"] = "sha256=" + hmac.new(key, body, hashlib.sha256).hexdigest()
-        parts = urlsplit(job.webhook_url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        with (
-            _Deadline(2 * self.settings.timeout_s) as deadline,
-            self._connect(parts.scheme, parts.hostname or "", parts.port, deadline) as connection,
-        ):
-            connection.request("POST", target, body, headers)
-            status = connection.getresponse().status
-        if not 200 <= status < 300:
-            raise UndeliverableWebhook(f"it answered {status}")
+    def turn(self, tenants: list[str]) -> str | None:
+        """Whose turn it is of those that wait, who has waited longest first."""
+        with self._changed:
+            held = Counter(tenant for tenant, _ in self._taken.values())
+            self._turns = {tenant: self._turns[tenant] for tenant in tenants if tenant in self._turns}
+            return min(tenants, key=lambda tenant: (held[tenant], self._turns.get(tenant, 0)), default=None)
 
-    @contextlib.contextmanager
-    def _connect(
-        self, scheme: str, host: str, port: int | None, deadline: _Deadline
-    ) -> Iterator[http.client.HTTPConnection]:
-        port = port or (443 if scheme == "https" else 80)
-        address = self._address(host, port)
-        # The name goes into the Host header and the certificate check, the checked address into the connection.
-        connection: http.client.HTTPConnection
-        if scheme == "https":
-            connection = http.client.HTTPSConnection(host, port, timeout=self.settings.timeout_s)
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=self.settings.timeout_s)
-        with contextlib.closing(connection):
-            connection.sock = socket.create_connection((address, port), timeout=self.settings.timeout_s)
-            deadline.watch(connection.sock)
-            if scheme == "https":
-                # The handshake comes after the wrapping: what is wrapped is another socket, to be watched in its turn.
-                context = ssl.create_default_context()
-                secured = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
-                connection.sock = secured
-                deadline.watch(secured)
-                secured.do_handshake()
-            yield connection
+    def take(self, job: Job) -> None:
+        with self._changed:
+            self._turn += 1
+            self._turns[job.tenant_id] = self._turn
+            self._taken[job.id] = (job.tenant_id, _receiver(job))
 
-    def _address(self, host: str, port: int) -> str:
-        for address in _resolve(host, port, self.settings.timeout_s):
-            if (self.allow_private or is_public(address)) and not is_in(address, self.settings.deny):
-                return address
-        raise UndeliverableWebhook(f"{host} has no address that webhooks may reach")
+    def leave(self, job: Job) -> None:
+        with self._changed:
+            del self._taken[job.id]
+            self._freed = True
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Until a place becomes free, or has since the last time; at most so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._freed, seconds)
+            self._freed = False
 
 
-class _Deadline:
-    """Hangs up after so many seconds, whatever the connection is doing: a socket's time-out is per operation, and a
-    receiver that trickles its answer must not hold up everybody else's."""
-
-    def __init__(self, seconds: float) -> None:
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._over = False
-        self._timer = threading.Timer(seconds, self._expire)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def watch(self, connected: socket.socket) -> None:
-        with self._lock:
-            self._socket = connected
-            if self._over:
-                raise UndeliverableWebhook("it took too long to connect")
-
-    def _expire(self) -> None:
-        with self._lock:
-            self._over = True
-            if self._socket is not None:
-                with contextlib.suppress(OSError):
-                    # Not SSLSocket's own, which takes the TLS object away from under the thread that uses it.
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+def _receiver(job: Job) -> str:
+    """The URL up to its path. Spellings of one host count as several: they share the tenant's places all the same."""
+    found = _RECEIVER.match(job.webhook_url or "")
+    return found[0] if found else ""
 
 
-def _resolve(host: str, port: int, seconds: float) -> list[str]:
-    """The host's addresses. The system's resolver knows no time-out, so it is left alone in a thread after that."""
-    found: list[str] = []
-    failed: list[Exception] = []
-
-    def look_up() -> None:
-        try:
-            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            found.extend(str(address) for *_, (address, *_rest) in answers)
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=look_up, name="webhook-dns", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise UndeliverableWebhook(f"{host} could not be looked up in {seconds:g} s")
-    if failed:
-        raise failed[0]
-    return found
+def _pause_s(job: Job) -> float:
+    """After the attempt that comes next, should it fail."""
+    return float(min(_FIRST_PAUSE_S * 4**job.webhook_attempts, _LONGEST_PAUSE_S))

@@ -1,0 +1,112 @@
+"""Receivers of webhooks, and one pass of deliveries."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from app.jobs.webhooks import WebhookSender
+
+
+@dataclass
+class Receiver:
+    """Answers `status`, after `takes_s`."""
+
+    port: int = 0
+    status: int = 200
+    takes_s: float = 0.0
+    requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook?x=1"
+
+
+@contextlib.contextmanager
+def receiving() -> Iterator[Receiver]:
+    found = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            found.requests.append((dict(self.headers), body))
+            time.sleep(found.takes_s)
+            self.send_response(found.status)
+            self.send_header("Location", "http://127.0.0.1:1/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield found
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Silent:
+    """Takes connections and never says a word; how many it has had."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self._open: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/silent"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def connections(self) -> int:
+        return len(self._open)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._open.append(self._listener.accept()[0])
+
+    def close(self) -> None:
+        self._listener.close()
+        for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
+@contextlib.contextmanager
+def delivering(sender: WebhookSender) -> Iterator[None]:
+    """As a worker's thread does it."""
+    stopping = threading.Event()
+    thread = threading.Thread(target=sender.run, args=(stopping, 0.05))
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+def deliver_due(sender: WebhookSender) -> int:
+    """One attempt for every webhook that is due; how many were delivered."""
+    delivered = 0
+    while attempts := sender.start_due():
+        delivered += sum(attempt.result(timeout=30) for attempt in attempts)
+    return delivered
+
+
+def eventually(ready: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
