@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute
 
 from app.db.base import utcnow
-from app.db.orm import Blob, IdempotencyKey, StageResult, Tenant, Worker
+from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Tenant, Worker
 from app.db.uow import Database
 from app.references import lock_blob, referenced
 from app.settings import Settings
@@ -31,6 +31,7 @@ _PAGE = 1000  # digests looked at together
 _PAGES = 20  # looked at in one pass
 _BATCH = 10  # files removed in one transaction
 _WORKER_DAYS = 7
+_REMOVAL_DAYS = 1  # longer than anybody takes from seeing a file to noting it
 # A result made before a scan is in the database this long after it was made, or never; and clocks differ a little.
 _MARGIN = timedelta(hours=1)
 
@@ -51,8 +52,8 @@ _Walk: TypeAlias = Iterator[_Batch | None]
 class Collector:
     """Any number of them may work at once, beside running jobs and uploads; each is used by one thread.
 
-    A file goes only while its lock (`lock_blob`) is held, after another look at what refers to it: whoever stores the
-    same content either has noted it by then, or takes the lock later and finds that the bytes are gone.
+    A file is condemned while its lock (`lock_blob`) is held, after another look at what refers to it: whoever stores
+    the same content either has noted it by then, or takes the lock later and finds that its bytes were taken.
     """
 
     def __init__(self, db: Database, content: ContentStore, settings: Settings) -> None:
@@ -71,6 +72,8 @@ class Collector:
         results = [StageResult.used_at < _before(settings.results_days)]
         keys = [IdempotencyKey.created_at < _before(settings.idempotency_days)]
         workers = [Worker.last_seen_at < _before(_WORKER_DAYS)]
+        removals = [BlobRemoval.removed_at < _before(_REMOVAL_DAYS)]
+        self._delete_rows([BlobRemoval.tenant_id, BlobRemoval.sha256], removals)
         # The database's own first: they do not depend on the storage.
         counts = {
             "results": self._delete_rows([StageResult.tenant_id, StageResult.key], results),
@@ -174,28 +177,28 @@ class Collector:
                 yield _Batch(tenant_id, unneeded[start : start + _BATCH], seen_at)
 
     def _remove(self, batch: _Batch) -> int:
-        """Remove what is still not needed, row and bytes, under the locks."""
-        tenant_id, content, removed = batch.tenant_id, self._content, 0
+        """Remove what is still not needed: rows under the locks, and the bytes afterwards."""
+        tenant_id, content, cutoff = batch.tenant_id, self._content, self._cutoff
+        marks = content.marks(self._db, tenant_id, batch.digests)
+        # Stored again just now, perhaps, by someone who has yet to note it. Who does so after this look is told when
+        # he comes to note it.
+        stored = {sha256: content.modified_at(tenant_id, sha256) for sha256 in marks}
+        old = [sha256 for sha256, modified_at in sorted(stored.items()) if modified_at is None or modified_at < cutoff]
+        condemned, removed = [], 0
         with self._db.write() as uow:
-            for sha256 in batch.digests:
+            for sha256 in old:
                 lock_blob(uow.session, tenant_id, sha256)
-            cutoff = self._cutoff
-            needed = referenced(uow.session, tenant_id, batch.digests, results_since=batch.seen_at - _MARGIN)
-            query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(batch.digests))
+            needed = referenced(uow.session, tenant_id, old, results_since=batch.seen_at - _MARGIN)
+            query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(old))
             needed.update(uow.session.scalars(query.where(Blob.created_at >= cutoff)))
-            for sha256 in batch.digests:
-                if sha256 in needed:
-                    continue
-                modified_at = content.modified_at(tenant_id, sha256)
-                # Stored again just now, perhaps, by someone who has yet to note it.
-                if modified_at is not None and modified_at >= cutoff:
+            for sha256 in old:
+                if sha256 in needed or not content.unchanged(uow.session, tenant_id, sha256, marks[sha256]):
                     continue
                 known = content.known(uow.session, tenant_id, sha256)
-                content.forget(uow.session, tenant_id, sha256)
-                # Inside the transaction, as in `app.library.release_blob`: a crash before the commit leaves a row
-                # without bytes, which the next pass, or whoever stores this content next, mends.
-                content.remove(tenant_id, sha256)
-                removed += known or modified_at is not None
+                if known or stored[sha256] is not None:
+                    condemned.append(content.condemn(uow.session, tenant_id, sha256))
+                    removed += 1
+        content.remove(self._db, condemned)
         return removed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -25,6 +25,7 @@ from app.names import forbidden_character
 from app.references import is_referenced, lock_blob
 from app.scratch import scratch_folder
 from app.settings import Settings
+from app.storage.base import BlobNotFound
 from app.storage.content import ContentStore, blob_key, sha256_file
 
 Row = TypeVar("Row", SourceModel, Dataset)
@@ -180,8 +181,10 @@ class FileLibrary(Generic[Row]):
     def _replace(self, tenant_id: str, file: IncomingFile) -> None:
         """What was found damaged since by what was sent again."""
         self._content.put(tenant_id, file.path, file.sha256, move=True, trusted=False)
-        with self._db.write() as uow:
-            self._content.record(uow.session, tenant_id, file.sha256, file.size_bytes)
+        with suppress(BlobNotFound):  # deleted at this very moment
+            seen = self._content.sight(self._db, tenant_id, [file.sha256])
+            with self._db.write() as uow:
+                self._content.record(uow.session, seen, {file.sha256: file.size_bytes})
 
     def _idempotency(self, key: str | None, name: str, filename: str, sha256: str) -> Idempotency | None:
         return Idempotency(key, digest_of([self.kind, name, filename, sha256])) if key is not None else None
@@ -213,15 +216,12 @@ class FileLibrary(Generic[Row]):
         )
 
     def _save(self, row: Row, idempotency: Idempotency | None, upload_id: str | None) -> tuple[Row, bool]:
-        """Commit the row. The bytes are stored before; a deletion that came in between is found under the lock."""
+        """Commit the row. The bytes were stored before; a deletion that came in between is found."""
         tenant_id, sha256 = row.tenant_id, row.sha256
         try:
+            seen = self._content.sight(self._db, tenant_id, [sha256])
             with self._db.write() as uow:
-                lock_blob(uow.session, tenant_id, sha256)
-                if not self._content.exists(tenant_id, sha256):
-                    detail = "The same content was deleted at this very moment."
-                    raise AppError("content_missing", "Try again", 503, detail, retryable=True)
-                self._content.record(uow.session, tenant_id, sha256, row.size_bytes)
+                self._content.record(uow.session, seen, {sha256: row.size_bytes})
                 if upload_id is not None:
                     # Locked and looked at again: two requests may have come this far with one upload.
                     upload = LibraryRepository(uow.session, self.table).upload(tenant_id, upload_id, lock=True)
@@ -230,6 +230,9 @@ class FileLibrary(Generic[Row]):
                     upload.status = UploadState.CONSUMED
                 uow.session.add(row)
                 remember(uow.session, tenant_id, idempotency, row.id)
+        except BlobNotFound as error:
+            detail = "The same content was deleted at this very moment."
+            raise AppError("content_missing", "Try again", 503, detail, retryable=True) from error
         except IntegrityError:
             earlier = self._recall(tenant_id, idempotency)
             if earlier is None:
@@ -254,10 +257,8 @@ def release_blob(db: Database, content: ContentStore, tenant_id: str, sha256: st
         lock_blob(uow.session, tenant_id, sha256)
         if is_referenced(uow.session, tenant_id, sha256):
             return
-        content.forget(uow.session, tenant_id, sha256)
-        # Inside the transaction: whoever stores the same content now waits for the lock, then finds it gone. A crash
-        # before the commit leaves a blob row without bytes, which the next upload of this content mends.
-        content.remove(tenant_id, sha256)
+        condemned = content.condemn(uow.session, tenant_id, sha256)
+    content.remove(db, [condemned])
 
 
 @contextmanager

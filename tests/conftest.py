@@ -15,6 +15,7 @@ from botocore.config import Config
 
 from app.settings import Settings, StorageSettings
 from tests import servers, swift_server
+from tests.factories.guards import storage_outside_of_transactions
 from tests.swift_server import S3Server
 
 # What would make the code under test use the developer's own database, broker or storage.
@@ -43,6 +44,13 @@ def machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def transactions_without_storage() -> Iterator[None]:
+    """Also where a test does not think of it."""
+    with storage_outside_of_transactions():
+        yield
+
+
 # Modules whose tests measure, or load the machine: nothing else may run there meanwhile. `make test` runs all others
 # side by side first (`-m "not alone"`), then these one by one.
 _ALONE = (
@@ -64,6 +72,7 @@ _ALONE = (
     "integration/test_kills.py",
     "integration/test_machine.py",
     "integration/test_tensorrt_job.py",
+    "integration/test_damaging_storage.py",
     "integration/test_worker_faults.py",
     "integration/test_worker_health.py",
 )

@@ -337,7 +337,8 @@ class WorkerService:
 
     def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> None:
         log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
-        if failure.code in _RETRIED_LATER and claim.attempt < self.settings.worker.max_attempts:
+        exhausted = self.ledger.exhausted(claim.attempt, claim.attempts_in_all)
+        if failure.code in _RETRIED_LATER and not exhausted:
             self.ledger.retry_later(claim, failure.detail)
             return
         self.ledger.fail(claim, failure.public(), {"stages": stages})

@@ -111,6 +111,8 @@ class Job(Base):
     """A job. `version` grows with every change and is its ETag; `stages` is the snapshot that clients see.
 
     `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
+    `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
+    was shut down gave back.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`.
     """
 
@@ -132,6 +134,7 @@ class Job(Base):
     correlation_id: Mapped[str] = mapped_column(String(128))
     version: Mapped[int] = mapped_column(BigInteger, default=1)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
+    attempts_in_all: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
     fencing_token: Mapped[int] = mapped_column(BigInteger, default=0)
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -208,6 +211,19 @@ class Blob(Base):
     sha256: Mapped[str] = mapped_column(Sha256, primary_key=True)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+
+
+class BlobRemoval(Base):
+    """The last removal of a blob's bytes from storage: under way until `ends_at`, over without. Whoever stores the same
+    content meanwhile tells by `id` that its bytes may have been taken. Kept for a day."""
+
+    __tablename__ = "blob_removals"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    sha256: Mapped[str] = mapped_column(Sha256, primary_key=True)
+    id: Mapped[str] = mapped_column(Id)
+    removed_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
+    ends_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class Engine(Base):

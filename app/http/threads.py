@@ -20,12 +20,12 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class SharedThreads:
-    """So many threads, at most half of them for one tenant. Whoever waits longer than `patience_s` for one is told that
-    the storage does not keep up (503): where it hangs, requests do not pile up behind it."""
+    """So many threads, at most `each` of them for one tenant. Whoever waits longer than `patience_s` for one is told
+    that the storage does not keep up (503): where it hangs, requests do not pile up behind it."""
 
-    def __init__(self, threads: int, patience_s: float) -> None:
+    def __init__(self, threads: int, each: int, patience_s: float) -> None:
         self._all = CapacityLimiter(threads)
-        self._each = max(1, threads // 2)
+        self._each = each
         self._tenants: dict[str, CapacityLimiter] = {}
         self._unlimited = CapacityLimiter(math.inf)  # `_all` has counted
         self._patience_s = patience_s

@@ -4,14 +4,15 @@ and comes back finds its token outdated and stops."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
 import structlog
 from sqlalchemy import ColumnElement
-from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
@@ -27,7 +28,8 @@ from app.storage.content import ContentStore
 
 log = structlog.get_logger(__name__)
 
-_SENT_AT_ONCE = 200  # by one sweep, which has leases to look after as well
+_SENT_AT_ONCE = 200  # by one sweep; fewer where the broker is slow: leases are to be looked after again soon
+_ROUNDS = 4  # so often an attempt counts anew after a finished stage, for failures of infrastructure
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,6 +49,7 @@ class Claim:
     attempt: int
     claimed_at: datetime
     spent_seconds: float  # of the job's budget, by the attempts before this one
+    attempts_in_all: int = 1  # of those, `attempt` came after a stage was finished last
 
     def holds(self) -> list[ColumnElement[bool]]:
         return [Job.fencing_token == self.token, Job.status == JobStatus.RUNNING.value]
@@ -91,6 +94,7 @@ class JobLedger:
                     "lease_owner": owner,
                     "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
                     "attempts": job.attempts + 1,
+                    "attempts_in_all": job.attempts_in_all + 1,
                     "started_at": job.started_at or now,
                     "claimed_at": now,
                 },
@@ -98,7 +102,8 @@ class JobLedger:
             )
             if taken is None:
                 return None
-            return Claim(job_id, job.tenant_id, token, owner, job.attempts + 1, now, job.spent_seconds)
+            attempt, in_all = job.attempts + 1, job.attempts_in_all + 1
+            return Claim(job_id, job.tenant_id, token, owner, attempt, now, job.spent_seconds, in_all)
 
     def renew(self, claim: Claim) -> bool:
         """Extend the lease; True when the user asked to cancel. Raises `LeaseLost`."""
@@ -112,8 +117,18 @@ class JobLedger:
 
     def release(self, claim: Claim, reason: str) -> None:
         """Give the job back at shutdown; it counts as no attempt."""
-        values = {"attempts": max(0, claim.attempt - 1), "dispatched_at": None}
+        values = {
+            "attempts": max(0, claim.attempt - 1),
+            "attempts_in_all": claim.attempts_in_all - 1,
+            "dispatched_at": None,
+        }
         self._give_back(claim, reason, values, dispatch=True)
+
+    def exhausted(self, attempts: int, in_all: int) -> bool:
+        """Whether a job has been tried often enough: without a stage finished in between, or for all it finished. What
+        it finishes may be lost each time, by a storage that damages it."""
+        most = self.settings.max_attempts
+        return attempts >= most or in_all >= _ROUNDS * most
 
     def retry_later(self, claim: Claim, reason: str) -> None:
         """Queue the job again after a failure of infrastructure; the sweeper sends it, later with every attempt."""
@@ -168,26 +183,32 @@ class JobLedger:
             row = uow.session.get(StageResult, (tenant_id, key), with_for_update=True)
             if row is None:
                 return None
-            for sha256 in _digests(row):
-                if not self.content.exists(tenant_id, sha256):
-                    log.warning("cached_blob_missing", stage=row.stage, key=key, sha256=sha256)
-                    uow.session.delete(row)
-                    return None
-            row.used_at = utcnow()
+            row.used_at = utcnow()  # from here on the collector leaves it and its files alone
+        missing = next((sha256 for sha256 in _digests(row) if not self.content.exists(tenant_id, sha256)), None)
+        if missing is None:
             return row
+        log.warning("cached_blob_missing", stage=row.stage, key=key, sha256=missing)
+        with self.db.write() as uow:
+            now = uow.session.get(StageResult, (tenant_id, key), with_for_update=True)
+            if now is not None and now.outputs == row.outputs:  # else made again by somebody else meanwhile
+                uow.session.delete(now)
+        return None
 
     @_patient
     def discard(self, tenant_id: str, sha256: str) -> bool:
         """Forget the stage results that hold a damaged blob, and remove it, unless it was uploaded: then it is made
         again, also for the engine of an earlier job (until then there is none to download, rather than a wrong one).
         False where it was uploaded: only its owner has it, and replaces it by uploading it again."""
+        condemned = []
         with self.db.write() as uow:
             lock_blob(uow.session, tenant_id, sha256)
-            self.content.forget(uow.session, tenant_id, sha256)
             uploaded = is_uploaded(uow.session, tenant_id, sha256)
-            if not uploaded:
+            if uploaded:
+                self.content.forget(uow.session, tenant_id, sha256)
+            else:
                 forget_results(uow.session, tenant_id, sha256)
-                self.content.remove(tenant_id, sha256)
+                condemned.append(self.content.condemn(uow.session, tenant_id, sha256))
+        self.content.remove(self.db, condemned)
         log.warning("damaged_blob", tenant_id=tenant_id, sha256=sha256, discarded=not uploaded)
         return not uploaded
 
@@ -195,12 +216,14 @@ class JobLedger:
     def remember(self, claim: Claim, result: StageResult) -> None:
         """Store a stage's result, its files being in storage already. Two workers may do so with the same key: the
         results are interchangeable, the later one wins."""
-        with self.db.write() as uow:
-            if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"attempts": 1}):
-                raise LeaseLost(claim.job_id)
-            files = {f["sha256"]: f["size_bytes"] for files in result.outputs.values() for f in files}
-            self._record(uow.session, claim, files)
-            uow.session.merge(result)
+        files = {f["sha256"]: f["size_bytes"] for files in result.outputs.values() for f in files}
+        with _missing_blobs_told():
+            seen = self.content.sight(self.db, claim.tenant_id, files)
+            with self.db.write() as uow:
+                if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"attempts": 1}):
+                    raise LeaseLost(claim.job_id)
+                self.content.record(uow.session, seen, files)
+                uow.session.merge(result)
 
     # The end
 
@@ -216,39 +239,37 @@ class JobLedger:
         event: dict[str, Any],
     ) -> None:
         """Engine row, report and manifest (digest and size, already stored) and the final state, in one transaction."""
-        with self.db.write() as uow:
-            self._record(uow.session, claim, dict((report, manifest, *_engine_blobs(engine))))
-            uow.session.merge(engine)
-            uow.session.flush()
-            values = {
-                "report_sha256": report[0],
-                "manifest_sha256": manifest[0],
-                "engine_ids": [engine.id],
-                "progress": 1.0,
-                "stage": None,
-                "expected_end": None,
-                **changes,
-            }
-            self._end(JobRepository(uow.session), claim, Trigger.COMPLETE, values, {"engine_ids": [engine.id], **event})
+        blobs = dict((report, manifest, *_engine_blobs(engine)))
+        values = {
+            "report_sha256": report[0],
+            "manifest_sha256": manifest[0],
+            "engine_ids": [engine.id],
+            "progress": 1.0,
+            "stage": None,
+            "expected_end": None,
+            **changes,
+        }
+        with _missing_blobs_told():
+            seen = self.content.sight(self.db, claim.tenant_id, blobs)
+            with self.db.write() as uow:
+                self.content.record(uow.session, seen, blobs)
+                uow.session.merge(engine)
+                uow.session.flush()
+                event = {"engine_ids": [engine.id], **event}
+                self._end(JobRepository(uow.session), claim, Trigger.COMPLETE, values, event)
 
     @_patient
     def fail(self, claim: Claim, error: dict[str, Any], changes: dict[str, Any]) -> None:
         """The job ends without an engine; a report of what was tried may stand in `changes`."""
-        with self.db.write() as uow:
-            changes = dict(changes)
-            names = [n for n in ("report_sha256", "manifest_sha256") if n in changes]
-            self._record(uow.session, claim, {changes[n]: changes.pop(f"{n}_size") for n in names})
-            values = {"error": error, **changes}
-            self._end(JobRepository(uow.session), claim, Trigger.FAIL, values, {"error": error})
-
-    def _record(self, session: Session, claim: Claim, blobs: dict[str, int]) -> None:
-        """Note blobs (digest → size), in one order everywhere: locks taken in turn cannot wait for each other."""
-        for sha256 in sorted(blobs):
-            try:
-                self.content.record(session, claim.tenant_id, sha256, blobs[sha256])
-            except BlobNotFound as error:
-                detail = f"A stored file was deleted in the meantime ({error})."
-                raise infrastructure_failure("blob_missing", detail, remedy="Submit the job again.") from error
+        changes = dict(changes)
+        names = [n for n in ("report_sha256", "manifest_sha256") if n in changes]
+        blobs = {changes[n]: changes.pop(f"{n}_size") for n in names}
+        values = {"error": error, **changes}
+        with _missing_blobs_told():
+            seen = self.content.sight(self.db, claim.tenant_id, blobs)
+            with self.db.write() as uow:
+                self.content.record(uow.session, seen, blobs)
+                self._end(JobRepository(uow.session), claim, Trigger.FAIL, values, {"error": error})
 
     @_patient
     def cancelled(self, claim: Claim, changes: dict[str, Any]) -> None:
@@ -284,13 +305,8 @@ class JobLedger:
             trigger, values, event = self._fate(job)
             with self.db.write() as uow:
                 jobs = JobRepository(uow.session)
-                if (
-                    jobs.apply(job.id, trigger, source=JobStatus.RUNNING, where=guard, values=values, event=event)
-                    is not None
-                ):
-                    done += 1
-                    if trigger is Trigger.LEASE_EXPIRED:
-                        self._dispatch_later(uow.session, job.id, uow.after_commit)
+                if jobs.apply(job.id, trigger, source=JobStatus.RUNNING, where=guard, values=values, event=event):
+                    done += 1  # whoever looks for lost messages finds what is queued again, and sends it
         return done
 
     def _fate(self, job: Job) -> tuple[Trigger, dict[str, Any], dict[str, Any]]:
@@ -298,15 +314,21 @@ class JobLedger:
         workers with no stage finished in between (it may be what kills them), else queued again."""
         if job.cancel_requested_at is not None:
             return Trigger.CANCEL, {}, {}
-        if job.attempts >= self.settings.max_attempts:
+        if self.exhausted(job.attempts, job.attempts_in_all):
             error = {
                 "code": "worker_lost",
-                "detail": f"{job.attempts} workers in a row were lost while they ran this job.",
+                "detail": "Worker after worker was lost while it ran this job: the last "
+                f"{job.attempts} attempts finished no stage; {job.attempts_in_all} were made in all.",
                 "stage": job.stage,
                 "remedy": "Ask the operator to look at the workers' logs; submit again once they are well.",
             }
             return Trigger.FAIL, {"error": error}, {"error": error}
-        values = {"dispatched_at": None, "spent_seconds": self._spent(job), "expected_end": None}
+        values = {
+            "dispatched_at": None,
+            "dispatches": 0,
+            "spent_seconds": self._spent(job),
+            "expected_end": None,
+        }
         return Trigger.LEASE_EXPIRED, values, {"reason": "worker_lost", "worker": job.lease_owner}
 
     def _spent(self, job: Job) -> float:
@@ -320,10 +342,10 @@ class JobLedger:
         now = utcnow()
         with self.db.read() as session:
             waiting = JobRepository(session).undispatched(now, self.settings.redispatch_s, limit=_SENT_AT_ONCE)
-        sent = 0
+        sent, until = 0, time.monotonic() + self.settings.sweep_s
         for job in waiting:
             # Sent first and noted then: twice is harmless. Where the broker is away nothing counts and the rest waits.
-            if not self.dispatch(job):
+            if time.monotonic() > until or not self.dispatch(job):
                 break
             guard = [Job.status == JobStatus.QUEUED.value, Job.dispatches == job.dispatches]
             with self.db.write() as uow:
@@ -337,6 +359,15 @@ class JobLedger:
         job = session.get_one(Job, job_id, populate_existing=True)
         job.dispatched_at, job.dispatches = utcnow(), 1
         after_commit(lambda: self.dispatch(job))
+
+
+@contextmanager
+def _missing_blobs_told() -> Iterator[None]:
+    try:
+        yield
+    except BlobNotFound as error:
+        detail = f"A stored file was deleted in the meantime ({error})."
+        raise infrastructure_failure("blob_missing", detail, remedy="Submit the job again.") from error
 
 
 def _digests(row: StageResult) -> Iterable[str]:

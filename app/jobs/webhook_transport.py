@@ -22,7 +22,7 @@ class UndeliverableWebhook(Exception):
     """The message says why this attempt failed."""
 
 
-# What `post` raises. ValueError: what is no URL after all (a broken IPv6 address, a port of 99999, a label of 70 letters)
+# What `post` raises. ValueError: what is no URL after all (a broken IPv6 address, port 99999, a label of 70 letters)
 FAILURES = (UndeliverableWebhook, OSError, ValueError, http.client.HTTPException)
 
 

@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 _PLACES = 16  # attempts at once, of one process
 _OF_A_TENANT = 4
 _OF_A_RECEIVER = 2
+_REMEMBERED = 1000  # tenants, as to when each had its last turn
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 3600.0
 _RECEIVER = re.compile(r"[^/?#]*//[^/?#]*")
@@ -121,7 +122,7 @@ class _Places:
         self._changed = threading.Condition()
         self._taken: dict[str, tuple[str, str]] = {}  # job → tenant, receiver
         self._freed = False
-        self._turns: dict[str, int] = {}  # of tenants that still wait: when each had its last one
+        self._turns: dict[str, int] = {}  # when each tenant had its last one, of those that had one of late
         self._turn = 0
 
     def full(self) -> Passed | None:
@@ -141,13 +142,15 @@ class _Places:
         """Whose turn it is of those that wait, who has waited longest first."""
         with self._changed:
             held = Counter(tenant for tenant, _ in self._taken.values())
-            self._turns = {tenant: self._turns[tenant] for tenant in tenants if tenant in self._turns}
             return min(tenants, key=lambda tenant: (held[tenant], self._turns.get(tenant, 0)), default=None)
 
     def take(self, job: Job) -> None:
         with self._changed:
             self._turn += 1
+            self._turns.pop(job.tenant_id, None)
             self._turns[job.tenant_id] = self._turn
+            if len(self._turns) > _REMEMBERED:
+                del self._turns[next(iter(self._turns))]
             self._taken[job.id] = (job.tenant_id, _receiver(job))
 
     def leave(self, job: Job) -> None:

@@ -101,12 +101,14 @@ class S3Store:
         # A session of its own: the default one is shared by the process and not safe for threads.
         self._session = boto3.session.Session()
         self._client = self._make_client(settings.s3_endpoint_url)
+        # A removal has an end (`app.storage.content`): what deletes gives up after less than a minute.
+        self._deleter = self._make_client(settings.s3_endpoint_url, attempts=2, connect_s=5, read_s=15)
         # Readiness is asked often and must answer soon: no retries.
         self._probe = self._make_client(settings.s3_endpoint_url, attempts=1, connect_s=2, read_s=5)
         self._signer = self._client
         if settings.s3_public_endpoint_url:
             self._signer = self._make_client(settings.s3_public_endpoint_url)
-        self._finalizer = weakref.finalize(self, _close, self._client, self._probe, self._signer)
+        self._finalizer = weakref.finalize(self, _close, self._client, self._deleter, self._probe, self._signer)
 
     def _make_client(
         self, endpoint_url: str | None, *, attempts: int = 4, connect_s: float = 5, read_s: float = 60
@@ -119,7 +121,7 @@ class S3Store:
             retries={"total_max_attempts": attempts, "mode": "standard"},
             connect_timeout=connect_s,
             read_timeout=read_s,
-            max_pool_connections=32,
+            max_pool_connections=64,
             tcp_keepalive=True,
             # Many S3 servers do not know the trailing checksums that newer SDKs send.
             request_checksum_calculation="when_required",
@@ -191,7 +193,7 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         with suppress(BlobNotFound), _translated_errors():
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+            self._deleter.delete_object(Bucket=self._bucket, Key=self._key(key))
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         start = self._prefix + validate_prefix(prefix)

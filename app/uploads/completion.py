@@ -92,14 +92,17 @@ class Completion:
         with self._db.read() as session:
             trusted = self._content.known(session, upload.tenant_id, sha256)
         self._content.adopt(upload.tenant_id, upload.storage_key, sha256, size, trusted=trusted)
+        seen = self._content.sight(self._db, upload.tenant_id, [sha256])
         with self._db.write() as uow:
             row = UploadRepository(uow.session).get(upload.tenant_id, upload.id, lock=True)
-            if row is None or row.status not in (UploadState.COMPLETING, *DONE):
-                self._store.delete(upload.storage_key)  # perhaps joined after the abortion had cleared up
-                raise conflict("upload_closed", "The upload was aborted.")
-            if row.status == UploadState.COMPLETING:
+            open_still = row is not None and row.status in (UploadState.COMPLETING, *DONE)
+            if row is not None and row.status == UploadState.COMPLETING:
                 row.status, row.sha256 = UploadState.COMPLETED, sha256
-            self._content.record(uow.session, upload.tenant_id, sha256, size)
+            if open_still:
+                self._content.record(uow.session, seen, {sha256: size})
+        if not open_still:
+            self._store.delete(upload.storage_key)  # perhaps joined after the abortion had cleared up
+            raise conflict("upload_closed", "The upload was aborted.")
         try:
             self.clear(upload)
         except AppError as error:  # the sweeper does it later

@@ -57,6 +57,11 @@ class UploadRepository:
         query = select(Upload).where(Upload.status.in_(_OWED), Upload.lease_expires_at < now)
         return list(self.session.scalars(query.order_by(Upload.lease_expires_at).limit(limit)))
 
+    def postpone(self, upload: Upload, until: datetime) -> bool:
+        """Keep others from what is `owed`; False where somebody else has."""
+        same = and_(Upload.status.in_(_OWED), Upload.lease_expires_at == upload.lease_expires_at)
+        return self._change(upload.id, same, lease_expires_at=until)
+
     def purge(self, before: datetime) -> None:
         """Drop the rows of sessions that ended long ago."""
         ended = Upload.status.in_((UploadState.CONSUMED, UploadState.ABORTED))

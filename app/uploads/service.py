@@ -212,7 +212,12 @@ class UploadService:
             repository = UploadRepository(session)
             expired, owed = repository.expired(now, limit), repository.owed(now, limit)
         for upload in owed:
-            self._clear(upload, stored=True)
+            # What fails comes last the next time: it holds up nobody else's.
+            later = utcnow() + timedelta(seconds=self._settings.limits.upload_lease_s)
+            with self._db.write() as uow:
+                mine = UploadRepository(uow.session).postpone(upload, later)
+            if mine:
+                self._clear(upload, stored=True)
         for upload in expired:
             self.abort(upload.tenant_id, upload.id)
         with self._db.write() as uow:

@@ -19,6 +19,7 @@ from app.http.services import Services
 from app.main import create_app
 from app.names import content_disposition
 from app.settings import Settings
+from app.storage.content import blob_key
 from tests.api.conftest import assert_problem, serving
 from tests.conftest import S3Bucket
 
@@ -153,7 +154,7 @@ def test_resumed_download(client: httpx.Client, engine: dict[str, Any]) -> None:
 
 
 def test_missing_bytes(client: httpx.Client, engine: dict[str, Any], services: Services) -> None:
-    services.content.remove(LOCAL_TENANT, engine["sha256"])
+    services.content.store.delete(blob_key(LOCAL_TENANT, engine["sha256"]))
     assert_problem(client.get(engine["links"]["download"]), 503, "content_missing")
 
 

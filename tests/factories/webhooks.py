@@ -63,7 +63,8 @@ class Silent:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
         self._open: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/silent"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     @property
     def connections(self) -> int:
@@ -75,6 +76,9 @@ class Silent:
                 self._open.append(self._listener.accept()[0])
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # closed before
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         self._listener.close()
         for connection in self._open:
             with contextlib.suppress(OSError):

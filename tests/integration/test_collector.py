@@ -56,8 +56,9 @@ def _put(desk: Desk, name: str, tenant_id: str = LOCAL_TENANT) -> str:
 
 def _record(desk: Desk, name: str) -> str:
     sha256 = _put(desk, name)
+    seen = desk.content.sight(desk.db, LOCAL_TENANT, [sha256])
     with desk.db.write() as uow:
-        desk.content.record(uow.session, LOCAL_TENANT, sha256, len(name))
+        desk.content.record(uow.session, seen, {sha256: len(name)})
     return sha256
 
 
@@ -209,9 +210,9 @@ def test_tenants_are_apart(desk: Desk) -> None:
 
 
 def test_row_without_bytes_goes(desk: Desk) -> None:
-    """A collector that died between the removal of the bytes and the commit."""
+    """Bytes that were taken from the storage by others."""
     sha256 = _record(desk, "half removed")
-    desk.content.remove(LOCAL_TENANT, sha256)
+    desk.content.store.delete(blob_key(LOCAL_TENANT, sha256))
     assert _passes(_collector(desk))["blobs"] == 1
     assert not _exists(desk, sha256)
 
@@ -337,8 +338,9 @@ def _noted(desk: Desk, count: int) -> Iterator[str]:
         desk.content.put(LOCAL_TENANT, path, sha256, move=True)
         files = [{"name": "model.onnx", "sha256": sha256, "size_bytes": len(name)}]
         try:
+            seen = desk.content.sight(desk.db, LOCAL_TENANT, [sha256])
             with desk.db.write() as uow:
-                desk.content.record(uow.session, LOCAL_TENANT, sha256, len(name))
+                desk.content.record(uow.session, seen, {sha256: len(name)})
                 uow.session.add(
                     StageResult(
                         tenant_id=LOCAL_TENANT,

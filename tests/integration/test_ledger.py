@@ -19,6 +19,7 @@ from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.idempotency import Idempotency
 from app.jobs.ledger import Claim, LeaseLost
+from app.storage.content import blob_key
 from tests.integration.conftest import Desk
 
 
@@ -251,7 +252,7 @@ def test_a_cached_result_whose_bytes_are_gone_is_no_hit(desk: Desk) -> None:
     desk.put_blob("9" * 64)
     desk.ledger.remember(claim, StageResult(**row, key="7" * 64, outputs={"model": files}))
     assert desk.ledger.recall(LOCAL_TENANT, "7" * 64) is not None
-    desk.content.remove(LOCAL_TENANT, "9" * 64)
+    desk.content.store.delete(blob_key(LOCAL_TENANT, "9" * 64))
     assert desk.ledger.recall(LOCAL_TENANT, "7" * 64) is None
     desk.ledger.remember(claim, StageResult(**row, key="8" * 64, outputs={}))
     assert desk.ledger.recall(LOCAL_TENANT, "8" * 64) is not None

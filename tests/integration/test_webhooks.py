@@ -309,6 +309,8 @@ def test_the_pause_begins_when_the_attempt_has_failed(
     receiver.status = 500
     _ended_jobs(desk, 1, receiver.url)
     with delivering(_sender(desk)):
-        assert eventually(lambda: len(receiver.requests) == 3), "long before the first attempt's place would be given up"
+        assert eventually(lambda: len(receiver.requests) == 3), (
+            "long before the first attempt's place would be given up"
+        )
         time.sleep(1)
         assert len(receiver.requests) == 3, "0.2 s, 0.8 s, 3.2 s"
