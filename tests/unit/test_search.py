@@ -14,11 +14,12 @@ from app.domain.spec import OptimizationSpec
 from workers import recipes
 from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case, Step
-from workers.pipeline import winback
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.planner import Plan
-from workers.pipeline.search import Found, Search
+from workers.search import requantized
+from workers.search.driver import Found, Search
+from workers.search.mending import sensitivity_samples
 
 BATCHES = ("1", "8")
 
@@ -57,7 +58,7 @@ class Script:
     check_s: float = 0.0
     judging: int = 0  # samples there are
     keeping_is_cheap: bool = False
-    twins: Mapping[str, str] = field(default_factory=dict)  # candidates whose engine is another one's
+    twins: Mapping[str, str] = field(default_factory=dict)  # candidates whose engine is another one's, byte for byte
     call_ms: float = 0.0  # of the original, per sample; of slow ones there is no median in a short timing
     batch: int | str = "batch"  # of the model
     searched_until: float = 0.0
@@ -67,6 +68,7 @@ class Script:
     full: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.spec = _case().spec
         calibration = SimpleNamespace(digest="c")
         self.data = SimpleNamespace(
             calibration=calibration,
@@ -99,7 +101,8 @@ class Script:
         graph: Any = SimpleNamespace(key=key, outputs=outputs, seconds=truth.cost_s / 3)
         run.graph = graph
         run.steps = [graph, graph, graph]
-        engine = SimpleNamespace(size_bytes=truth.size_bytes)
+        digest = self.twins.get(run.plan.id, run.plan.id)
+        engine = SimpleNamespace(size_bytes=truth.size_bytes, digest=digest)
         run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": engine})  # type: ignore[assignment]
         return True
 
@@ -153,16 +156,11 @@ class Script:
             }
         }
 
-    def groups_that_fit(
-        self, runs: Sequence[CandidateRun], *, baselines: int = 2
-    ) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
-        return ([list(runs)] if runs else []), []
+    def memory_bytes(self) -> float:
+        return 1e12
 
     def ranges_of(self, step: Any, graph: Any) -> None:
         return None
-
-    def same_engine(self, run: CandidateRun, others: Sequence[CandidateRun]) -> CandidateRun | None:
-        return next((r for r in others if r.plan.id == self.twins.get(run.plan.id)), None)
 
     def quantized_before(self, step: Any, graph: Any) -> bool:
         return self.keeping_is_cheap
@@ -308,9 +306,9 @@ def test_an_engine_is_a_finalist_with_the_fastest_of_its_options(search: Any) ->
 
 def test_eight_bits_for_a_gpu_are_mended_too() -> None:
     plain, step = recipes.simplify(), Step("convert", {"recipe": "fp8"})
-    assert winback.is_quantized(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
-    assert not winback.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
-    kept = winback.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
+    assert requantized.is_quantized(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
+    assert not requantized.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
+    kept = requantized.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
     assert kept.steps[1].options["exclude_nodes"] == ["/fc/MatMul"]
 
 
@@ -339,17 +337,15 @@ def test_what_has_no_options_to_tune_is_not_checked_for_what_they_might_gain(
 def test_without_calibration_data_dynamic_quantization_is_mended_too(step: str, mended: bool) -> None:
     case = replace(_case(), has_calibration=False)
     graph_step = getattr(recipes, step)(case, ["MatMul"])
-    run = CandidateRun.of(Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step)))
-    script = Script({"d": Truth(loss=4.0), "d.keep1": Truth(loss=0.5)}, Clock(), nodes=["n0", "n1", "n2", "n3"])
+    plan = Plan((Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step)),), ())
+    truths = {"d": Truth(3.0, loss=4.0), "d.keep1": Truth(2.9, loss=0.5)}
+    script = Script(truths, Clock(), nodes=["n0", "n1", "n2", "n3"])
     script.data.calibration = None
-    assert script.make(run, 1e9)
     budget = Budget(600.0, script.clock)
     budget.share(30.0, 0)
-    check = script.check
-    mending = winback.WinBack(case, script, budget, lambda r: check(r, 96, 1e9), 0.0, budget.search_until)  # type: ignore[arg-type]
-    found = mending.mend(run)
+    found = Search(case, plan, {"onnxruntime": OnnxRuntimeBackend()}, script, budget).run()  # type: ignore[arg-type]
     assert (("stage", "sensitivity") in script.calls) is mended
-    assert (found.mended is not None and found.mended.plan.id == "d.keep1") is mended
+    assert any(f.startswith("d.keep1") for f in _finalists(found)) is mended
 
 
 def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:
@@ -472,12 +468,7 @@ def test_what_was_mended_goes_by_its_engine_s_speed_where_the_time_does_not_hold
 
 
 def test_the_sensitivity_asks_for_as_many_samples_as_the_time_holds() -> None:
-    budget = Budget(600.0, Clock())
-    budget.share(30.0, 0)
-    asked = [
-        winback.WinBack(_case(), Script({}, Clock()), budget, lambda _: True, ms, budget.search_until)._samples()  # type: ignore[arg-type]
-        for ms in (0.0, 1.0, 200.0, 5000.0)
-    ]
+    asked = [sensitivity_samples(ms, 558.0) for ms in (0.0, 1.0, 200.0, 5000.0)]
     assert asked == [16, 16, 8, 2]
 
 

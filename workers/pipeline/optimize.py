@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from app.db.orm import Dataset, Job, SourceModel
@@ -17,17 +18,21 @@ from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.checking import confirm
+from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import NO_MEMORY, WEIGHTS, CandidateRun, Data, Evaluator
+from workers.pipeline.evaluate import WEIGHTS, CandidateRun, Data, Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.search import Found, Search
-from workers.pipeline.select import BASELINE, Tried, Verdict, judge, undecided
+from workers.pipeline.select import Tried, Verdict, judge, undecided
 from workers.pipeline.shape_checks import ShapeChecks
+from workers.search import recording
+from workers.search.driver import Found, Search
+from workers.search.limits import NO_MEMORY
+from workers.search.objective import BASELINE
+from workers.search.sparing import spared
 
 _WARM_UP_S = 1.0  # per engine and batch size, about
 _LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
@@ -50,7 +55,9 @@ class Optimizer:
         datasets: Mapping[str, Dataset],
         backends: Sequence[kernel.BackendInfo],
         limits: LimitSettings,
+        searches_dir: Path | None = None,
     ) -> None:
+        """`searches_dir`: where the search is recorded, if anywhere."""
         self.runner = runner
         self.job = job
         self.model = model
@@ -59,6 +66,8 @@ class Optimizer:
         known = kernel.backends()
         self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
         self.limits = limits
+        self.searches_dir = searches_dir
+        self._sure = 1.0  # of each look at the samples that confirm
         self.budget = self._budget(runner.claim.spent_seconds)
         runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = baseline_backend(self.device)
@@ -107,10 +116,16 @@ class Optimizer:
             raise self._too_small("the export")
         progress = self.runner.view.progress
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
-        found = Search(case, plan, self.backends, evaluator, self.budget).run()
+        recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.runner.claim.token}")
+        found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder).run()
         progress.enter("final", self._final_weight(len(found.finalists)) + len(found.finalists))
         benchmark = self._shortly(evaluator, found) if found.out_of_reach else self._final(evaluator, found)
         baseline, verdict = self._judge(benchmark, found, found.finalists)
+        if verdict.picked in (None, BASELINE) and found.spared and verdict.unclaimed is None:
+            runs, after_all = self._after_all(evaluator, found)
+            if after_all is not None:
+                benchmark = after_all
+                baseline, verdict = self._judge(benchmark, found, runs)
         wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]
         claims = verdict.unclaimed is None or _mostly_quiet(benchmark)  # else longer does not help
         if verdict.picked in (None, BASELINE) and wider and claims and self._time_for_more(benchmark, len(wider)):
@@ -182,16 +197,15 @@ class Optimizer:
         judged_until = self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
         spare = _LOOK_SHARE * self.budget.left(until) if hurried else math.inf
-        confirm(self.spec, evaluator, found.finalists, judged_until, spare=spare)
-        shapes = ShapeChecks(evaluator)
-        for run in [r for r in found.finalists if r.tried.failed is None]:
-            shapes.every_order(run, judged_until)
-        sound = [r for r in found.finalists if r.tried.failed is None]
-        sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
-        groups, too_large = evaluator.groups_that_fit(sound)
-        ready = groups[0] if groups else []
-        for run in [*too_large, *(r for group in groups[1:] for r in group)]:
-            run.drop("final", _NO_ROOM)
+        self._sure = confidence_of_each(self.spec, found.finalists)
+        for run in found.finalists:
+            if run not in found.spared:
+                confirm(self.spec, evaluator, [run], judged_until, self._sure, spare=spare)
+                found.spared = found.spared or self._spared(run, found, len(found.finalists))
+        self._in_every_order(evaluator, [r for r in found.finalists if r not in found.spared], judged_until)
+        if all(r.tried.failed for r in found.finalists if r not in found.spared):
+            self._take_back(evaluator, found, judged_until)
+        ready = self._ready(evaluator, [r for r in found.finalists if r not in found.spared])
         while True:
             try:
                 seconds = self.spec.benchmark.min_seconds
@@ -203,6 +217,43 @@ class Optimizer:
                     raise self._too_small("the measurement of the original") from failure
                 else:
                     raise
+
+    def _in_every_order(self, evaluator: Evaluator, runs: Sequence[CandidateRun], until: float) -> None:
+        shapes = ShapeChecks(evaluator)
+        for run in [r for r in runs if r.tried.failed is None]:
+            shapes.every_order(run, until)
+
+    def _ready(self, evaluator: Evaluator, runs: Sequence[CandidateRun]) -> list[CandidateRun]:
+        """Those that are sound, and that memory holds side by side."""
+        sound = [r for r in runs if r.tried.failed is None]
+        sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
+        groups, too_large = evaluator.groups_that_fit(sound)
+        for run in [*too_large, *(r for group in groups[1:] for r in group)]:
+            run.drop("final", _NO_ROOM)
+        return groups[0] if groups else []
+
+    def _spared(self, leader: CandidateRun, found: Found, engines: int) -> list[CandidateRun]:
+        """Who needs no full measurement after this one, as long as there is time to make up for it."""
+        enough = 2 * self._final_seconds(engines) < self.budget.left(self.budget.final_until())
+        if found.facts is None or found.state is None or leader.confirmed is None or not enough:
+            return []
+        known = found.state.candidates
+        others = [known[r.plan.id] for r in found.finalists[found.finalists.index(leader) + 1 :]]
+        ids = spared(found.facts, known[leader.plan.id], leader.confirmed.data, others)
+        runs = [r for r in found.finalists if r.plan.id in ids]
+        for run in runs:
+            run.drop("final", f"it cannot reach {leader.plan.name}, which keeps the limit and was measured in full")
+        return runs
+
+    def _take_back(self, evaluator: Evaluator, found: Found, until: float) -> list[CandidateRun]:
+        """Those that were spared for one that does not ship are finalists again."""
+        taken, found.spared = found.spared, []
+        for run in taken:
+            run.tried.failed = None
+            run.note("final", "measured after all", "the faster one does not ship")
+        confirm(self.spec, evaluator, taken, until, self._sure)
+        self._in_every_order(evaluator, taken, until)
+        return taken
 
     def _shortly(self, evaluator: Evaluator, found: Found) -> Outcome:
         """The short timing that showed that nothing meets the constraints; or one of the original, where sizes did."""
@@ -229,11 +280,23 @@ class Optimizer:
         for run in runs:
             run.note("final", "measured again", "its gain could not be told from noise")
         seconds = min(_LONGER * self.spec.benchmark.min_seconds, _LONGEST_MIN_S)
+        return self._once_more(evaluator, runs, seconds, rounds=_MORE_ROUNDS)
+
+    def _after_all(self, evaluator: Evaluator, found: Found) -> tuple[list[CandidateRun], Outcome | None]:
+        """The full method for those that were spared; None where the time did not hold it."""
+        runs = self._ready(evaluator, self._take_back(evaluator, found, self.budget.judged_until()))
+        timed = self._once_more(evaluator, runs, self.spec.benchmark.min_seconds) if runs else None
+        if timed is None:
+            for run in runs:
+                run.drop("final", "the time left did not hold its full measurement")
+        return runs, timed
+
+    def _once_more(
+        self, evaluator: Evaluator, runs: Sequence[CandidateRun], seconds: float, *, rounds: int = 10
+    ) -> Outcome | None:
         until = self.budget.final_until()
         try:
-            return evaluator.time(
-                runs, until, min_seconds=seconds, screening=False, rounds=_MORE_ROUNDS, every_shape=True
-            )
+            return evaluator.time(runs, until, min_seconds=seconds, screening=False, rounds=rounds, every_shape=True)
         except StageFailure as failure:
             if failure.code != "timed_out":
                 raise
