@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ from workers.candidates import Candidate, Case, Step
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.planner import Plan
-from workers.search import requantized
+from workers.search import requantized, requests
+from workers.search.desk import Desk
 from workers.search.driver import Found, Search
 from workers.search.mending import sensitivity_samples
+from workers.search.recording import Recorder, Recording
 
 BATCHES = ("1", "8")
 
@@ -189,6 +192,7 @@ def _candidate(cid: str, *, lossless: bool = False, int8: bool = False) -> Candi
 @pytest.fixture
 def search() -> Callable[..., tuple[Found, Script]]:
     def run(truths: dict[str, Truth], *, case: Case | None = None, **script: Any) -> tuple[Found, Script]:
+        driven = {k: script.pop(k) for k in ("answer", "recorder") if k in script}
         case = case or _case()
         clock = Clock()
         budget = Budget(float(case.spec.budget_seconds), clock)
@@ -197,7 +201,7 @@ def search() -> Callable[..., tuple[Found, Script]]:
         tops = [cid for cid in truths if "." not in cid]
         plan = Plan(tuple(_candidate(c, lossless="fp32" in c, int8="int8" in c) for c in tops), ())
         backends: Any = {"onnxruntime": OnnxRuntimeBackend()}
-        found = Search(case, plan, backends, evaluator, budget).run()  # type: ignore[arg-type]
+        found = Search(case, plan, backends, evaluator, budget, **driven).run()  # type: ignore[arg-type]
         evaluator.searched_until = budget.search_until
         return found, evaluator
 
@@ -565,3 +569,35 @@ def test_a_loss_that_few_samples_cannot_tell_is_judged_on_all(search: Any) -> No
     found, script = search({"fp32": Truth(1.2), "int8": Truth(3.0, loss=0.5)}, nodes=["n0"])
     assert script.full == []
     assert _finalists(found)[0].startswith("int8")
+
+
+def test_requests_may_be_answered_by_workers_that_hold_nothing(search: Any) -> None:
+    """Each goes as JSON to another worker, which knows the job and nothing of its search; and so does the answer."""
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=4.0), "int8.keep2": Truth(2.8, loss=0.6)}
+    nodes = [f"n{i}" for i in range(8)]
+    workers: list[Script] = []
+
+    def elsewhere(request: requests.Request) -> Any:
+        workers.append(Script(truths, Clock(), nodes=nodes))
+        sent = json.loads(json.dumps(requests.to_json(request)))
+        return json.loads(json.dumps(Desk(workers[-1]).answer(requests.from_json(sent))))  # type: ignore[arg-type]
+
+    alone, _ = search(truths, nodes=nodes)
+    found, script = search(truths, nodes=nodes, answer=elsewhere)
+    assert [r.plan.id for r in found.runs] == [r.plan.id for r in alone.runs]
+    assert [r.history for r in found.runs] == [r.history for r in alone.runs]
+    assert _finalists(found) == _finalists(alone)
+    assert [r.plan.id.split(".t1")[0] for r in found.finalists][0] == "int8.keep2"
+    assert all(r.build is not None and r.tried.accuracy for r in found.finalists)
+    assert {kind for kind, _ in script.calls} == {"make"}, "the finalists' engines, which storage has"
+    mended = next(w for w in workers if ("check", "int8.keep2") in w.calls)
+    assert mended.asked("make") == ["int8", "int8.keep2"], "its calibration is that of what it was made from"
+
+
+def test_a_search_is_recorded_as_it_was(search: Any) -> None:
+    lines: list[str] = []
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=4.0), "int8.keep2": Truth(2.8, loss=0.6)}
+    found, _ = search(truths, nodes=[f"n{i}" for i in range(8)], recorder=Recorder(lines.append))
+    steps = [*Recording.read(lines).replay()]
+    assert all(now == then for now, then, _ in steps)
+    assert list(steps[-1][0].finalists) == _finalists(found)

@@ -43,7 +43,7 @@ class Desk:
     def run_of(self, plan: Candidate) -> CandidateRun:
         return self.runs.setdefault(plan.id, CandidateRun.of(plan))
 
-    def _held(self, subject: Subject, until: float) -> CandidateRun:
+    def held(self, subject: Subject, until: float) -> CandidateRun:
         """With its engine; made here where another worker made it before: then the calls are answered from storage."""
         run = self.run_of(subject.candidate)
         if run.build is None:
@@ -53,7 +53,7 @@ class Desk:
         return run
 
     def _make(self, request: Make) -> Answer:
-        run = self._held(request.subject, request.until)
+        run = self.held(request.subject, request.until)
         if run.build is None:
             return _failed(run)
         assert run.graph is not None  # what is built has one
@@ -77,7 +77,7 @@ class Desk:
         return run.steps[index - 1] if index else self.evaluator.export
 
     def _judge(self, request: Judge) -> Answer:
-        run = self._held(request.subject, request.until)
+        run = self.held(request.subject, request.until)
         if run.build is None:
             return _failed(run)
         self.evaluator.apart = request.apart
@@ -97,7 +97,7 @@ class Desk:
         }
 
     def _try_shapes(self, request: TryShapes) -> Answer:
-        run = self._held(request.subject, request.until)
+        run = self.held(request.subject, request.until)
         if run.build is not None:
             self._shapes.shortest_first(run, request.until)
         if run.tried.failed is not None:
@@ -105,7 +105,7 @@ class Desk:
         return {"shapes": run.tried.shapes, "probes": not self._shapes.in_vain}
 
     def _time(self, request: Time) -> Answer:
-        held: Sequence[CandidateRun] = [self._held(subject, request.until) for subject in request.subjects]
+        held: Sequence[CandidateRun] = [self.held(subject, request.until) for subject in request.subjects]
         sizes = None if request.batch_sizes is None else list(request.batch_sizes)
         try:
             timed = self.evaluator.time(
@@ -120,7 +120,7 @@ class Desk:
         return {"engines": told["engines"], "batch_sizes": told.get("batch_sizes", []), "at": timed.made.get("at")}
 
     def _rank(self, request: Rank) -> Answer:
-        run = self._held(request.subject, request.until)
+        run = self.held(request.subject, request.until)
         if run.build is None:
             return {"why_not": run.tried.failed}
         _, step = quantization(run.plan)

@@ -19,7 +19,7 @@ from workers.pipeline.shape_checks import ShapeChecks
 from workers.search.desk import Desk
 from workers.search.policy import Policy
 from workers.search.recording import Recorder
-from workers.search.requests import Answer, Done, Request, Stopped
+from workers.search.requests import Answer, Done, Request, Stopped, Subject
 from workers.search.state import CandidateState, Deadlines, Facts, SearchState
 
 
@@ -115,12 +115,17 @@ class Search:
         if run.failure is None and found.failure is not None:
             run.failure = StageFailure.from_json(dict(found.failure))
         if run.validate is None and found.accuracy is not None and found.of is not None:
-            leader = self.desk.runs[found.of]  # the same engine
-            run.validate, run.tried.accuracy = leader.validate, leader.tried.accuracy
+            run.validate = self.desk.runs[found.of].validate  # of the same engine
+        if run.tried.accuracy is None:
+            run.tried.accuracy = found.accuracy
 
     def _found(self, state: SearchState, done: Done, now: float) -> Found:
         if self.recorder is not None:
             self.recorder.ends(done, now)
+        for cid in done.finalists:  # where another worker made them
+            found = state.candidates[cid]
+            base = state.candidates[found.base].plan if found.base else None
+            self.desk.held(Subject(found.plan, base), self.budget.end)
         runs = [self.desk.runs[cid] for cid in state.candidates]
         return Found(
             runs,

@@ -24,7 +24,7 @@ from workers.search.state import Deadlines, Facts, SearchState
 
 log = structlog.get_logger(__name__)
 
-_AT_A_BATCH = ("speedup", "throughput_ratio", "p50_ms", "mean_ms", "min_ms")
+_AT_A_BATCH = ("p50_ms", "mean_ms", "min_ms")
 _OF_ACCURACY = ("loss_percent", "loss_ci", "samples", "complete", "source", "broken", "outputs")
 
 
@@ -34,9 +34,11 @@ class Recorder:
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
         self._varied: set[str] = set()
+        self._ratio = "speedup"
 
     def begins(self, facts: Facts, candidates: Iterable[Candidate], deadlines: Deadlines, now: float) -> None:
-        told = {**vars(facts), "spec": facts.spec.model_dump(mode="json", exclude_defaults=True)}
+        self._ratio = "speedup" if facts.spec.objective == "latency" else "throughput_ratio"
+        told = {**vars(facts), "spec": facts.spec.model_dump(mode="json")}
         plans = [dataclasses.asdict(c) for c in candidates]
         self._line({"facts": told, "candidates": plans, "deadlines": dataclasses.asdict(deadlines), "now": now})
 
@@ -50,7 +52,7 @@ class Recorder:
 
     def told(self, request: Request, answer: Answer, asked: float, told: float) -> None:
         """`asked`, `told`: seconds of the budget."""
-        self._line({"asked": asked, "request": requests.to_json(request), "told": told, "answer": _seen(answer)})
+        self._line({"asked": asked, "request": requests.to_json(request), "told": told, "answer": self._seen(answer)})
 
     def ends(self, done: Done, now: float) -> None:
         self._line({"asked": now, "done": dataclasses.asdict(done)})
@@ -58,21 +60,19 @@ class Recorder:
     def _line(self, entry: Mapping[str, Any]) -> None:
         self._write(json.dumps(entry) + "\n")
 
+    def _seen(self, answer: Answer) -> Answer:
+        found = dict(answer)
+        if found.get("accuracy"):
+            found["accuracy"] = {k: v for k, v in found["accuracy"].items() if k in _OF_ACCURACY}
+        if found.get("engines"):
+            found["engines"] = {name: self._figures(figures) for name, figures in found["engines"].items()}
+        return found
 
-def _seen(answer: Answer) -> Answer:
-    found = dict(answer)
-    if found.get("accuracy"):
-        found["accuracy"] = {k: v for k, v in found["accuracy"].items() if k in _OF_ACCURACY}
-    if found.get("engines"):
-        found["engines"] = {name: _figures(figures) for name, figures in found["engines"].items()}
-    return found
-
-
-def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    if "failed" in figures:
-        return {"failed": figures["failed"]}
-    batches = figures.get("batches", {}).items()
-    return {"batches": {size: {k: at[k] for k in _AT_A_BATCH if k in at} for size, at in batches}}
+    def _figures(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        if "failed" in figures:
+            return {"failed": figures["failed"]}
+        batches, seen = figures.get("batches", {}).items(), (self._ratio, *_AT_A_BATCH)
+        return {"batches": {size: {k: at[k] for k in seen if k in at} for size, at in batches}}
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""Other runtime options for the best engines, and the other batch sizes for all that can still win. Pure."""
+"""Other runtime options for the best engines, and the other batch sizes for them and what ties with them. Pure."""
 
 from __future__ import annotations
 
 from workers.search import checking, halving, limits, timing
 from workers.search.draft import Draft
+from workers.search.objective import TIE
 from workers.search.requests import Answer, Judge, Make, TryShapes
 from workers.search.state import Phase
 
@@ -22,8 +23,7 @@ def begin(d: Draft) -> None:
                 d.drop(variant.id, "tuning", f"not tried: {variant.unlikely}")
             else:
                 tuned.append(variant.id)
-    low = max((d.speed(i).low for i in leaders), default=0.0)
-    others = [i for i in alive if i in leaders or halving.can_win(d.speed(i), low)]
+    others = [i for i in alive if i in leaders or _ties(d, i, leaders)]
     late = d.deadlines.search_until - _seconds(d, len(others) + len(tuned))
     d.state.tuned = tuple(i for i in tuned if not d.too_late(i, late, "tuning"))
     d.state.queue, d.state.others = d.state.tuned, tuple(others)
@@ -38,6 +38,12 @@ def _leaders(d: Draft, alive: list[str]) -> list[str]:
     low, sure = d.speed(alive[0]).low, d.beyond_doubt(alive[0])
     further = alive[1 : limits.MOST_TUNED]
     return alive[:1] + [i for i in further if not sure or halving.can_win(d.speed(i), low, gain=d.tuning_gain(i))]
+
+
+def _ties(d: Draft, cid: str, leaders: list[str]) -> bool:
+    """Whether the other batch sizes decide between it and the fastest."""
+    low, ratio = max(d.speed(i).low for i in leaders), d.speed(leaders[0]).ratio
+    return halving.can_win(d.speed(cid), low) and d.speed(cid).ratio >= TIE * ratio
 
 
 def _accuracy_of(d: Draft, leader: str) -> dict[str, object]:
