@@ -587,7 +587,7 @@ def test_requests_may_be_answered_by_workers_that_hold_nothing(search: Any) -> N
     assert [r.plan.id for r in found.runs] == [r.plan.id for r in alone.runs]
     assert [r.history for r in found.runs] == [r.history for r in alone.runs]
     assert _finalists(found) == _finalists(alone)
-    assert [r.plan.id.split(".t1")[0] for r in found.finalists][0] == "int8.keep2"
+    assert found.finalists[0].plan.id.startswith("int8.keep2")
     assert all(r.build is not None and r.tried.accuracy for r in found.finalists)
     assert {kind for kind, _ in script.calls} == {"make"}, "the finalists' engines, which storage has"
     mended = next(w for w in workers if ("check", "int8.keep2") in w.calls)

@@ -4,44 +4,32 @@ last finished one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from app.db.orm import Dataset, Job, SourceModel
 from app.domain.artifact_key import ArtifactRef, FileRef
-from app.domain.failures import FailureKind, StageFailure
+from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec, ShapeRange
 from app.settings import LimitSettings
 from workers import kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import WEIGHTS, CandidateRun, Data, Evaluator
+from workers.pipeline.evaluate import WEIGHTS, Data, Evaluator
 from workers.pipeline.explain import Explainer
+from workers.pipeline.finals import Finals, final_seconds, too_small
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.select import Tried, Verdict, judge, undecided
-from workers.pipeline.shape_checks import ShapeChecks
 from workers.search import recording
-from workers.search.driver import Found, Search
-from workers.search.limits import NO_MEMORY
-from workers.search.objective import BASELINE
-from workers.search.sparing import spared
+from workers.search.driver import Search
 
-_WARM_UP_S = 1.0  # per engine and batch size, about
-_LONGER, _MORE_ROUNDS = 3, 25  # of a measurement that has to tell a small gain from noise
-_LONGEST_MIN_S = 600.0
-_NO_ROOM = "not measured: the worker's memory does not hold it beside the others"
 _EXPLAINED = 3 * WEIGHTS["build"] + 4.0 + WEIGHTS["sweep"] + WEIGHTS["profile"]  # weights, about
-_LOOK_SHARE = 0.1  # of the time left, that a look at the confirming samples may take where that hardly holds the rest
 _RESUMED_S = 10.0  # beside the final measurement: what is left at least to a job that is taken up again
-_START_S = 2.0  # per engine: two processes, cold start
 
 
 class Optimizer:
@@ -67,7 +55,6 @@ class Optimizer:
         self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
         self.limits = limits
         self.searches_dir = searches_dir
-        self._sure = 1.0  # of each look at the samples that confirm
         self.budget = self._budget(runner.claim.spent_seconds)
         runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = baseline_backend(self.device)
@@ -87,7 +74,7 @@ class Optimizer:
         """The rest of it, where an earlier attempt was lost; always so much that something can be proven: what that one
         finished costs no time again."""
         seconds = float(self.spec.budget_seconds)
-        least = min(self._final_seconds(2) + _RESUMED_S, seconds)
+        least = min(final_seconds(self.spec, 2) + _RESUMED_S, seconds)
         return Budget(seconds, spent=min(spent, seconds - least))
 
     def run(self) -> Optimization:
@@ -111,28 +98,15 @@ class Optimizer:
         """Search, full measurement and verdict."""
         case = self._case(export)
         plan = planner.plan(case, self.backends)
-        self.budget.share(self._final_seconds(4), export.outputs["model"].size_bytes)
+        self.budget.share(final_seconds(self.spec, 4), export.outputs["model"].size_bytes)
         if self.budget.over(self.budget.end):
-            raise self._too_small("the export")
+            raise too_small(self.spec, self.budget, "the export")
         progress = self.runner.view.progress
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.runner.claim.token}")
         found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder).run()
-        progress.enter("final", self._final_weight(len(found.finalists)) + len(found.finalists))
-        benchmark = self._shortly(evaluator, found) if found.out_of_reach else self._final(evaluator, found)
-        baseline, verdict = self._judge(benchmark, found, found.finalists)
-        if verdict.picked in (None, BASELINE) and found.spared and verdict.unclaimed is None:
-            runs, after_all = self._after_all(evaluator, found)
-            if after_all is not None:
-                benchmark = after_all
-                baseline, verdict = self._judge(benchmark, found, runs)
-        wider = [r for r in found.finalists if undecided(self.spec, r.tried, verdict.primary_batch)]
-        claims = verdict.unclaimed is None or _mostly_quiet(benchmark)  # else longer does not help
-        if verdict.picked in (None, BASELINE) and wider and claims and self._time_for_more(benchmark, len(wider)):
-            longer = self._final_again(evaluator, wider)
-            if longer is not None:
-                benchmark = longer
-                baseline, verdict = self._judge(benchmark, found, wider)
+        progress.enter("final", 2.0 * (len(found.finalists) + 2) + len(found.finalists))
+        done = Finals(evaluator, found).judged()
         return Proof(
             job=self.job,
             model=self.model,
@@ -141,11 +115,11 @@ class Optimizer:
             hardware=self.runner.hardware,
             export=export,
             plan=plan,
-            baseline=baseline,
+            baseline=done.baseline,
             baseline_backend=self.baseline_backend,
             search=found,
-            benchmark=benchmark,
-            verdict=verdict,
+            benchmark=done.benchmark,
+            verdict=done.verdict,
             verdict_seconds=self.budget.elapsed(),
         )
 
@@ -168,7 +142,7 @@ class Optimizer:
             return self.runner.run("export", inputs, options, weight=WEIGHTS["export"], seconds=hard)
         except StageFailure as failure:
             if failure.code == "timed_out" and self.budget.over(self.budget.end):
-                raise self._too_small("the export") from failure
+                raise too_small(self.spec, self.budget, "the export") from failure
             raise
 
     def _case(self, export: Outcome) -> Case:
@@ -187,145 +161,6 @@ class Optimizer:
             has_calibration=self.data.calibration is not None,
             same_data=self.data.same,
         )
-
-    # The full method for those that can still win
-
-    def _final(self, evaluator: Evaluator, found: Found) -> Outcome:
-        """Full validation of the finalists, then baseline and all that passed it side by side. Those that lose too much
-        are timed too where nobody keeps the limit: their figures tell what a looser limit would buy."""
-        until = self.budget.final_until()
-        judged_until = self.budget.judged_until()
-        hurried = self.budget.left(until) < self.budget.final_seconds
-        spare = _LOOK_SHARE * self.budget.left(until) if hurried else math.inf
-        self._sure = confidence_of_each(self.spec, found.finalists)
-        for run in found.finalists:
-            if run not in found.spared:
-                confirm(self.spec, evaluator, [run], judged_until, self._sure, spare=spare)
-                found.spared = found.spared or self._spared(run, found, len(found.finalists))
-        self._in_every_order(evaluator, [r for r in found.finalists if r not in found.spared], judged_until)
-        if all(r.tried.failed for r in found.finalists if r not in found.spared):
-            self._take_back(evaluator, found, judged_until)
-        ready = self._ready(evaluator, [r for r in found.finalists if r not in found.spared])
-        while True:
-            try:
-                seconds = self.spec.benchmark.min_seconds
-                return evaluator.time(ready, until, min_seconds=seconds, screening=False, every_shape=True)
-            except StageFailure as failure:
-                if failure.code in NO_MEMORY and ready:
-                    ready.pop().drop("final", _NO_ROOM)  # the last one: activations count, and are not known before
-                elif failure.code == "timed_out" and self.budget.over(until):
-                    raise self._too_small("the measurement of the original") from failure
-                else:
-                    raise
-
-    def _in_every_order(self, evaluator: Evaluator, runs: Sequence[CandidateRun], until: float) -> None:
-        shapes = ShapeChecks(evaluator)
-        for run in [r for r in runs if r.tried.failed is None]:
-            shapes.every_order(run, until)
-
-    def _ready(self, evaluator: Evaluator, runs: Sequence[CandidateRun]) -> list[CandidateRun]:
-        """Those that are sound, and that memory holds side by side."""
-        sound = [r for r in runs if r.tried.failed is None]
-        sound = [r for r in sound if not (r.tried.accuracy or {"broken": True}).get("broken")]
-        groups, too_large = evaluator.groups_that_fit(sound)
-        for run in [*too_large, *(r for group in groups[1:] for r in group)]:
-            run.drop("final", _NO_ROOM)
-        return groups[0] if groups else []
-
-    def _spared(self, leader: CandidateRun, found: Found, engines: int) -> list[CandidateRun]:
-        """Who needs no full measurement after this one, as long as there is time to make up for it."""
-        enough = 2 * self._final_seconds(engines) < self.budget.left(self.budget.final_until())
-        if found.facts is None or found.state is None or leader.confirmed is None or not enough:
-            return []
-        known = found.state.candidates
-        others = [known[r.plan.id] for r in found.finalists[found.finalists.index(leader) + 1 :]]
-        ids = spared(found.facts, known[leader.plan.id], leader.confirmed.data, others)
-        runs = [r for r in found.finalists if r.plan.id in ids]
-        for run in runs:
-            run.drop("final", f"it cannot reach {leader.plan.name}, which keeps the limit and was measured in full")
-        return runs
-
-    def _take_back(self, evaluator: Evaluator, found: Found, until: float) -> list[CandidateRun]:
-        """Those that were spared for one that does not ship are finalists again."""
-        taken, found.spared = found.spared, []
-        for run in taken:
-            run.tried.failed = None
-            run.note("final", "measured after all", "the faster one does not ship")
-        confirm(self.spec, evaluator, taken, until, self._sure)
-        self._in_every_order(evaluator, taken, until)
-        return taken
-
-    def _shortly(self, evaluator: Evaluator, found: Found) -> Outcome:
-        """The short timing that showed that nothing meets the constraints; or one of the original, where sizes did."""
-        if found.timing is not None:
-            return found.timing
-        seconds = min(self.spec.benchmark.min_seconds, 1.0)
-        return evaluator.time([], self.budget.final_until(), min_seconds=seconds, screening=True)
-
-    def _judge(self, benchmark: Outcome, found: Found, measured: Sequence[CandidateRun]) -> tuple[Tried, Verdict]:
-        figures = benchmark.data["engines"]
-        baseline = Tried(BASELINE, "fp32", True, figures=figures[BASELINE])
-        for run in measured:
-            run.tried.figures = figures.get(run.plan.id)
-        tried, told = [r.tried for r in found.runs], benchmark.data["disturbance"]
-        return baseline, judge(self.spec, baseline, tried, benchmark.data["aa"], told)
-
-    def _time_for_more(self, benchmark: Outcome, engines: int) -> bool:
-        expected = _LONGER * max(benchmark.seconds, self._final_seconds(engines))
-        return expected < self.budget.left(self.budget.final_until())
-
-    def _final_again(self, evaluator: Evaluator, runs: Sequence[CandidateRun]) -> Outcome | None:
-        """Once more, and longer, for those whose gain could not be told from noise. What was seen before does not
-        count: to look again until something shines would find a gain where there is none."""
-        for run in runs:
-            run.note("final", "measured again", "its gain could not be told from noise")
-        seconds = min(_LONGER * self.spec.benchmark.min_seconds, _LONGEST_MIN_S)
-        return self._once_more(evaluator, runs, seconds, rounds=_MORE_ROUNDS)
-
-    def _after_all(self, evaluator: Evaluator, found: Found) -> tuple[list[CandidateRun], Outcome | None]:
-        """The full method for those that were spared; None where the time did not hold it."""
-        runs = self._ready(evaluator, self._take_back(evaluator, found, self.budget.judged_until()))
-        timed = self._once_more(evaluator, runs, self.spec.benchmark.min_seconds) if runs else None
-        if timed is None:
-            for run in runs:
-                run.drop("final", "the time left did not hold its full measurement")
-        return runs, timed
-
-    def _once_more(
-        self, evaluator: Evaluator, runs: Sequence[CandidateRun], seconds: float, *, rounds: int = 10
-    ) -> Outcome | None:
-        until = self.budget.final_until()
-        try:
-            return evaluator.time(runs, until, min_seconds=seconds, screening=False, rounds=rounds, every_shape=True)
-        except StageFailure as failure:
-            if failure.code != "timed_out":
-                raise
-            return None
-
-    def _final_seconds(self, engines: int) -> float:
-        """What the last benchmark takes as the user asked for it: measuring, warming up and starting."""
-        batches = len(self.spec.benchmark.batch_sizes)
-        return (engines + 2) * (batches * (self.spec.benchmark.min_seconds * 1.2 + _WARM_UP_S) + _START_S)
-
-    def _final_weight(self, engines: int) -> float:
-        return 2.0 * (engines + 2)
-
-    def _too_small(self, what: str) -> StageFailure:
-        needs = int(2 * max(self.budget.elapsed(), self.spec.budget_seconds)) + int(self._final_seconds(2))
-        return StageFailure(
-            "budget_too_small",
-            f"The budget of {self.spec.budget_seconds} s ended during {what}: nothing could be compared.",
-            FailureKind.REQUEST,
-            "export" if "export" in what else "benchmark",
-            remedy=f"Give budget_seconds of {needs} or more, or a smaller benchmark.min_seconds.",
-            cacheable=False,
-        )
-
-
-def _mostly_quiet(benchmark: Outcome) -> bool:
-    """Whether little of it was disturbed: what it does not claim is for want of rounds, not for company."""
-    told = benchmark.data["disturbance"]
-    return bool(told["clean_windows"] > 4 * told["dropped_windows"])
 
 
 def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:

@@ -35,7 +35,6 @@ class Found:
     timing: Outcome | None = None  # the last short timing
     facts: Facts | None = None
     state: SearchState | None = None  # as the search ended
-    spared: list[CandidateRun] = field(default_factory=list)  # finalists that need no full measurement, so far
 
 
 class Search:
