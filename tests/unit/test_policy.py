@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from app.domain.spec import OptimizationSpec
 from tests.factories.search_world import Truth, World, candidate
 from workers.search import limits, requests
-from workers.search.recording import Recorder, Recording
+from workers.search.recording import Recorder, Recording, recorder
 from workers.search.requests import Done, Make, Stopped, Subject
 from workers.search.state import SearchState, Standing
 
@@ -236,30 +236,30 @@ def test_a_request_is_the_same_after_its_way_as_json() -> None:
 def recorded(world: World) -> list[str]:
     """The lines that a driver would write of it."""
     lines: list[str] = []
-    recorder, policy = Recorder(lines.append), world.policy()
+    kept, policy = Recorder(lines.append), world.policy()
 
     def variants(plan: Any) -> Any:
         found = [*policy_variants(plan)]
-        recorder.has_variants(plan, found)
+        kept.has_variants(plan, found)
         return found
 
     def final_seconds(calls: Any) -> float:
-        recorder.final_takes(policy_final(calls))
+        kept.final_takes(policy_final(calls))
         return policy_final(calls)
 
     policy_variants, policy_final = policy.variants, policy.final_seconds
     policy.variants, policy.final_seconds = variants, final_seconds
-    recorder.begins(world.facts(), world.candidates(), world.deadlines(), world.now)
+    kept.begins(world.facts(), world.candidates(), world.deadlines(), world.now)
     state = policy.begin(world.candidates(), world.deadlines(), world.now)
     while True:
         asked = world.now
         state, request = policy.advance(state, asked)
         if isinstance(request, Done):
-            recorder.ends(request, asked)
+            kept.ends(request, asked)
             return lines
         assert not isinstance(request, Stopped)
         answer = world.answer(request)
-        recorder.told(request, answer, asked, world.now)
+        kept.told(request, answer, asked, world.now)
         state = policy.take(state, request, answer, world.now)
 
 
@@ -284,3 +284,19 @@ def test_on_a_recorded_search_the_same_is_picked(path: Path) -> None:
 
 def test_there_are_recorded_searches() -> None:
     assert RECORDED
+
+
+def test_a_recording_is_written_line_by_line_and_no_disk_fails_a_job(tmp_path: Path) -> None:
+    assert recorder(None, "job") is None
+    first = next(iter(World(GOOD, spec()).candidates()))
+    for _ in range(2):
+        kept = recorder(tmp_path / "searches", "job-1")
+        assert kept is not None
+        kept.has_variants(first, [])
+        kept.has_variants(first, [])
+    lines = (tmp_path / "searches" / "job-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["variants_of"] for line in lines] == ["fp32", "fp32"]
+    (tmp_path / "file").write_text("")
+    broken = recorder(tmp_path / "file", "job-1")
+    assert broken is not None
+    broken.final_takes(1.0)

@@ -14,7 +14,6 @@ from workers.candidates import Candidate, Step
 from workers.kernel import backends
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
-from workers.pipeline.checks import Check
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.select import Tried
 from workers.search import room
@@ -116,11 +115,6 @@ class CandidateRun:
         if self.tried.failed is None:
             self.tried.failed = reason
             self.note(phase, "dropped", reason)
-
-    def miss(self, phase: str, check: Check) -> None:
-        """Out of the race: it cannot meet this limit."""
-        self.tried.missed = check
-        self.drop(phase, check.reason or check.name)
 
     def note(self, phase: str, decision: str, reason: str | None = None, **facts: Any) -> None:
         entry = {"phase": phase, "decision": decision, "reason": reason, **facts}
@@ -378,15 +372,12 @@ class Evaluator:
         on_gpu = backends()[self.baseline_backend].device != "cpu"
         return min(limit, _GPU_SHARE * card) if on_gpu and card else limit
 
-    def groups_that_fit(
-        self, runs: Sequence[CandidateRun], *, baselines: int = 2
-    ) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
-        """All engines of a timing are kept loaded side by side, the baseline so many times: as many at once as memory
-        holds. Answers the groups, and those that do not fit even alone."""
+    def groups_that_fit(self, runs: Sequence[CandidateRun]) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
+        """Of a full measurement, which holds the baseline twice; and those that do not fit even alone."""
         by_id = {run.plan.id: run for run in runs}
         sizes = {cid: run.engine.size_bytes for cid, run in by_id.items()}
         original = self.export.outputs["model"].size_bytes
-        groups, too_large = room.groups_that_fit(sizes, self.memory_bytes(), original, baselines=baselines)
+        groups, too_large = room.groups_that_fit(sizes, self.memory_bytes(), original, baselines=2)
         return [[by_id[i] for i in group] for group in groups], [by_id[i] for i in too_large]
 
 
