@@ -43,11 +43,13 @@ def ask(d: Draft) -> Make | None:
 def take(d: Draft, request: Make, answer: Answer) -> None:
     making, cid = d.state.making, request.subject.id
     assert making is not None
-    fits = d.built(cid, answer) and _is_new(d, cid) and _is_small_enough(d, cid)
+    built = d.built(cid, answer)
+    fits = built and _is_new(d, cid) and _is_small_enough(d, cid)
+    counts = not calibrates(d[cid].plan) and (fits or not built)  # what is no use leaves the others their time
     d.state.making = replace(
         making,
         queue=tuple(i for i in making.queue if i != cid),
-        rest=making.rest if calibrates(d[cid].plan) else d.now - making.begun,
+        rest=d.now - making.begun if counts else making.rest,
         safe=making.safe or (fits and d[cid].plan.lossless),
     )
 

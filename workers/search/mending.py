@@ -125,8 +125,6 @@ def _tried(d: Draft, cid: str) -> Request | None:
     if d[cid].built is None:
         assert d.state.mending is not None
         return Make(d.subject(cid), d.state.mending.until)
-    if d[cid].accuracy is None and d.too_late(cid, d.deadlines.search_until, "check"):
-        return None
     return checking.ask(d, cid)
 
 
