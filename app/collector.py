@@ -1,9 +1,10 @@
 """Removes what nothing needs any more: old stage results, the files that they and deleted resources leave behind, files
-of workers killed between storing a file and noting it, and rows that have had their time."""
+of workers killed between storing a file and noting it, and rows that have had their time. Tallies jobs that ended."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,6 +15,7 @@ import structlog
 from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute
 
+from app.capabilities.repository import StatisticsRepository
 from app.db.base import utcnow
 from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Tenant, Worker
 from app.db.uow import Database
@@ -29,20 +31,18 @@ _ROWS = 500  # that one pass removes from each table
 _FILES = 200  # that one pass removes of each kind
 _PAGE = 1000  # digests looked at together
 _PAGES = 20  # looked at in one pass
+_PASS_S = 1.0  # that one pass goes on with each kind of file, about
 _BATCH = 10  # files removed in one transaction
 _WORKER_DAYS = 7
 _REMOVAL_DAYS = 1  # longer than anybody takes from seeing a file to noting it
-# A result made before a scan is in the database this long after it was made, or never; and clocks differ a little.
-_MARGIN = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Blobs of a tenant to which nothing referred at `seen_at`."""
+    """Blobs of a tenant to which nothing referred a moment ago."""
 
     tenant_id: str
     digests: list[str]
-    seen_at: datetime
 
 
 # One step of a walk over all blobs: some to remove, or None for a page that has been looked at.
@@ -54,39 +54,42 @@ class Collector:
 
     A file is condemned while its lock (`lock_blob`) is held, after another look at what refers to it: whoever stores
     the same content either has noted it by then, or takes the lock later and finds that its bytes were taken.
+
+    `round_over`: the last pass found nothing left to do. Every blob has been looked at since the round began.
     """
 
     def __init__(self, db: Database, content: ContentStore, settings: Settings) -> None:
         self._db = db
         self._content = content
         self._settings = settings.collector
-        # Where a walk stands is kept from pass to pass. A new collector begins at any tenant, so that one which never
+        # Where a walk stands is kept from pass to pass. Each round begins at any tenant, so that a collector that never
         # lives long does not look at the same tenants always.
-        self._recorded = self._walk_recorded()
-        self._stored = self._walk_stored()
+        self._walks: dict[str, _Walk] = {}
+        self.round_over = False
 
     def collect(self) -> dict[str, int]:
         """One pass, of bounded work: how much of each kind was removed. Raises what database and storage raise; what
         is left then is for the next pass."""
+        if not self._walks:
+            self._walks = {"blobs": self._walk_recorded(), "orphans": self._walk_stored()}
         settings = self._settings
         results = [StageResult.used_at < _before(settings.results_days)]
         keys = [IdempotencyKey.created_at < _before(settings.idempotency_days)]
         workers = [Worker.last_seen_at < _before(_WORKER_DAYS)]
         removals = [BlobRemoval.removed_at < _before(_REMOVAL_DAYS)]
-        self._delete_rows([BlobRemoval.tenant_id, BlobRemoval.sha256], removals)
+        old_removals = self._delete_rows([BlobRemoval.tenant_id, BlobRemoval.sha256], removals)
         # The database's own first: they do not depend on the storage.
         counts = {
+            "tallied": self._tally(),
             "results": self._delete_rows([StageResult.tenant_id, StageResult.key], results),
             "idempotency_keys": self._delete_rows([IdempotencyKey.tenant_id, IdempotencyKey.key], keys),
             "workers": self._delete_rows([Worker.id], workers),
-            "temporary_files": self._remove_temporary(),
         }
-        counts["blobs"], ended = self._advance(self._recorded)
-        if ended:
-            self._recorded = self._walk_recorded()
-        counts["orphans"], ended = self._advance(self._stored)
-        if ended:
-            self._stored = self._walk_stored()
+        more_rows = max(*counts.values(), old_removals) >= _ROWS
+        counts |= {"temporary_files": self._remove_temporary(), "blobs": 0, "orphans": 0}
+        for kind in [*self._walks]:
+            counts[kind] = self._advance(kind)
+        self.round_over = not self._walks and not more_rows
         if any(counts.values()):
             log.info("collected", **counts)
         return counts
@@ -110,25 +113,34 @@ class Collector:
                 )
         return len(found)
 
+    def _tally(self) -> int:
+        with self._db.write() as uow:
+            return StatisticsRepository(uow.session).tally(_ROWS)
+
     # Files
 
     def _remove_temporary(self) -> int:
         store = self._content.store
         return store.remove_stale(self._settings.grace_s) if isinstance(store, LocalStore) else 0
 
-    def _advance(self, walk: _Walk) -> tuple[int, bool]:
-        """Go on with a walk: how many files were removed, and whether it has come to its end."""
+    def _advance(self, kind: str) -> int:
+        """Go on with a walk, and forget it at its end: how many files were removed."""
+        walk, until = self._walks[kind], time.monotonic() + _PASS_S
         removed = pages = 0
-        while removed < _FILES and pages < _PAGES:
+        while removed < _FILES and pages < _PAGES and time.monotonic() < until:
             try:
                 batch = next(walk)
             except StopIteration:
-                return removed, True
+                del self._walks[kind]
+                break
+            except BaseException:
+                self._walks.clear()  # this one has ended, without having seen all
+                raise
             if batch is None:
                 pages += 1
             else:
                 removed += self._remove(batch)
-        return removed, False
+        return removed
 
     def _walk_recorded(self) -> _Walk:
         """Blobs whose row is older than the grace."""
@@ -167,14 +179,13 @@ class Collector:
     def _unreferenced(self, tenant_id: str, digests: list[str]) -> _Walk:
         """Those of a page that nothing refers to. No transaction is open while the walk rests."""
         yield None
-        seen_at = utcnow()
         if digests:
             with self._db.read() as session:
                 needed = referenced(session, tenant_id, digests)
             # In one order everywhere: locks taken in turn cannot wait for each other.
             unneeded = sorted(set(digests) - needed)
             for start in range(0, len(unneeded), _BATCH):
-                yield _Batch(tenant_id, unneeded[start : start + _BATCH], seen_at)
+                yield _Batch(tenant_id, unneeded[start : start + _BATCH])
 
     def _remove(self, batch: _Batch) -> int:
         """Remove what is still not needed: rows under the locks, and the bytes afterwards."""
@@ -188,7 +199,7 @@ class Collector:
         with self._db.write() as uow:
             for sha256 in old:
                 lock_blob(uow.session, tenant_id, sha256)
-            needed = referenced(uow.session, tenant_id, old, results_since=batch.seen_at - _MARGIN)
+            needed = referenced(uow.session, tenant_id, old)
             query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(old))
             needed.update(uow.session.scalars(query.where(Blob.created_at >= cutoff)))
             for sha256 in old:

@@ -1,18 +1,16 @@
-"""Which rows still need a tenant's blob, and the lock under which a blob comes and goes. SQL only."""
+"""Which rows still need a tenant's blob, and the lock under which a blob comes and goes. SQL only; every question is
+answered from an index, however many jobs, engines and results there are."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, cast, delete, func, select
+from sqlalchemy import ColumnElement, delete, func, insert, select
 from sqlalchemy.orm import Session
 
-from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult, Upload
+from app.db.orm import Dataset, Engine, Job, SourceModel, StageFile, StageResult, Upload
 from app.domain.upload_state import UploadState
-
-_STREAMED_ROWS = 1000
 
 
 def lock_blob(session: Session, tenant_id: str, sha256: str) -> None:
@@ -25,65 +23,76 @@ def lock_blob(session: Session, tenant_id: str, sha256: str) -> None:
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"{tenant_id}/{sha256}", 0))))
 
 
-def _columns(tenant_id: str) -> list[tuple[ColumnElement[Any], list[ColumnElement[bool]]]]:
-    """Every column that names a blob, and which of the tenant's rows count.
+_Column = tuple[ColumnElement[Any], list[ColumnElement[bool]]]
 
-    An uploaded file may be one that this service made (an engine, the output of a stage that changed nothing), so
-    those are asked as well.
-    """
+
+def _made(tenant_id: str) -> list[_Column]:
+    """The columns that name what this service made, and which of their rows count. Most files are stages' outputs."""
+    return [
+        (StageFile.sha256.expression, [StageFile.tenant_id == tenant_id]),
+        (Job.report_sha256.expression, [Job.tenant_id == tenant_id]),
+        (Job.manifest_sha256.expression, [Job.tenant_id == tenant_id]),
+        (Engine.sha256.expression, [Engine.tenant_id == tenant_id]),
+        (Engine.bundle_sha256.expression, [Engine.tenant_id == tenant_id]),
+    ]
+
+
+def _uploaded(tenant_id: str) -> list[_Column]:
+    """Those that name what a client sent."""
     return [
         (SourceModel.sha256.expression, [SourceModel.tenant_id == tenant_id, SourceModel.deleted_at.is_(None)]),
         (Dataset.sha256.expression, [Dataset.tenant_id == tenant_id, Dataset.deleted_at.is_(None)]),
         (Upload.sha256.expression, [Upload.tenant_id == tenant_id, Upload.status == UploadState.COMPLETED]),
-        (Engine.sha256.expression, [Engine.tenant_id == tenant_id]),
-        (Engine.bundle_sha256.expression, [Engine.tenant_id == tenant_id]),
-        (Job.report_sha256.expression, [Job.tenant_id == tenant_id]),
-        (Job.manifest_sha256.expression, [Job.tenant_id == tenant_id]),
     ]
 
 
 def is_referenced(session: Session, tenant_id: str, sha256: str) -> bool:
-    """Whether a live resource or a cached stage result of the tenant still needs the blob.
-
-    Stage results hold their files in JSON, and the search goes through all of the tenant's: for one blob, on deletion.
-    """
-    for column, rows in _columns(tenant_id):
-        if session.scalar(select(column).where(column == sha256, *rows).limit(1)) is not None:
-            return True
-    query = select(StageResult.key).where(*_results_with(tenant_id, sha256))
-    return session.scalar(query.limit(1)) is not None
+    """Whether a live resource or a cached stage result of the tenant still needs the blob."""
+    return bool(referenced(session, tenant_id, [sha256]))
 
 
 def is_uploaded(session: Session, tenant_id: str, sha256: str) -> bool:
     """Whether a live model or data set, or an upload that may become one, is this blob: nobody else can make it."""
-    uploads = _columns(tenant_id)[:3]
-    return any(session.scalar(select(c).where(c == sha256, *rows).limit(1)) is not None for c, rows in uploads)
+    return bool(_found(session, _uploaded(tenant_id), [sha256]))
+
+
+def referenced(session: Session, tenant_id: str, digests: Collection[str]) -> set[str]:
+    """Those of `digests` that a live resource or a cached stage result of the tenant still needs.
+
+    An uploaded file may be one that this service made (an engine, the output of a stage that changed nothing), and the
+    other way round.
+    """
+    return _found(session, [*_made(tenant_id), *_uploaded(tenant_id)], digests)
+
+
+def _found(session: Session, columns: list[_Column], digests: Collection[str]) -> set[str]:
+    wanted, found = set(digests), set[str]()
+    for column, rows in columns:
+        if wanted:
+            found.update(session.scalars(select(column).where(column.in_(wanted), *rows).distinct()))
+            wanted -= found
+    return found
+
+
+def keep_result(session: Session, result: StageResult) -> None:
+    """Add a stage's result, or put it in the place of an earlier one, together with the files that it holds.
+
+    A result that another version of this service wrote without them is none the worse for it: its files may go after
+    their grace, and then it is made again.
+    """
+    tenant_id, key = result.tenant_id, result.key
+    lock_blob(session, tenant_id, key)  # a digest like any other: two workers may come with the same key
+    session.get(StageResult, (tenant_id, key), with_for_update=True)  # or it may be collected at this moment
+    session.merge(result)
+    session.flush()
+    session.execute(delete(StageFile).where(StageFile.tenant_id == tenant_id, StageFile.key == key))
+    digests = {file["sha256"] for files in result.outputs.values() for file in files}
+    if digests:
+        rows = [{"tenant_id": tenant_id, "key": key, "sha256": sha256} for sha256 in sorted(digests)]
+        session.execute(insert(StageFile), rows)
 
 
 def forget_results(session: Session, tenant_id: str, sha256: str) -> None:
     """Drop the cached stage results that hold the blob."""
-    session.execute(delete(StageResult).where(*_results_with(tenant_id, sha256)))
-
-
-def _results_with(tenant_id: str, sha256: str) -> list[ColumnElement[bool]]:
-    return [StageResult.tenant_id == tenant_id, cast(StageResult.outputs, String).contains(sha256)]
-
-
-def referenced(
-    session: Session, tenant_id: str, digests: Collection[str], *, results_since: datetime | None = None
-) -> set[str]:
-    """Those of `digests` that `is_referenced`, in one pass over the tenant's stage results, whose rows are streamed.
-
-    With `results_since` only results used since then are looked through: for a second look at what the first one, at a
-    later time than that, has found to be unreferenced.
-    """
-    wanted = set(digests)
-    found: set[str] = set()
-    for column, rows in _columns(tenant_id):
-        found.update(sha256 for sha256 in session.scalars(select(column).where(column.in_(wanted), *rows)) if sha256)
-    query = select(StageResult.outputs).where(StageResult.tenant_id == tenant_id)
-    if results_since is not None:
-        query = query.where(StageResult.used_at >= results_since)
-    for outputs in session.scalars(query.execution_options(yield_per=_STREAMED_ROWS)):
-        found.update(file["sha256"] for files in outputs.values() for file in files if file["sha256"] in wanted)
-    return found
+    holding = select(StageFile.key).where(StageFile.tenant_id == tenant_id, StageFile.sha256 == sha256)
+    session.execute(delete(StageResult).where(StageResult.tenant_id == tenant_id, StageResult.key.in_(holding)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -39,7 +40,7 @@ from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
-from workers.pipeline.machine import MACHINE_BUSY
+from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
 from workers.pipeline.optimize import Optimizer
 from workers.pipeline.outcome import Optimization
 from workers.pipeline.protocol import Limits
@@ -61,6 +62,7 @@ _RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing", "
 _OF_THE_WORKER = frozenset({"internal", "child_lost"})
 _TOO_MANY = 3
 _STALE_EVERY_S = 60.0
+_LEAST_REST_S = 0.2
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 
@@ -123,6 +125,7 @@ class WorkerService:
         self._background.start("sweeper", self._sweep)
         self._background.start("errands", self._run_errands)
         self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
+        self._background.start("collector", self._collect)
 
     def give_up(self, reason: str) -> None:
         """End this process in order, as a failure: whoever runs it starts another. A job that runs is given back."""
@@ -199,17 +202,32 @@ class WorkerService:
                 log.warning("sweep_failed", error=str(error)[:300])
 
     def _run_errands(self) -> None:
-        """What may take long and must not hold up the heartbeat: collecting what nobody needs."""
-        collect, stale = Regularly(self.settings.collector.every_s), Regularly(_STALE_EVERY_S)
+        """What may take long and must not hold up the heartbeat."""
+        stale = Regularly(_STALE_EVERY_S)
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 self.uploads.expire_uploads()
                 if stale.due():
                     self._remove_stale()
-                if collect.due():
-                    self.collector.collect()
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("errand_failed", error=str(error)[:300])
+
+    def _collect(self) -> None:
+        """The collector, in a thread of its own: it goes on while there is work, and nothing else waits for it. No more
+        than half of the time, and no pass begins while something is measured on this machine."""
+        machine, pause = MachineLock(self.settings.worker.lock_dir, math.inf), self.settings.worker.heartbeat_s
+        while not self.shutdown.wait(pause):
+            pause = self.settings.collector.every_s
+            try:
+                with machine.hold(Place(alone=False), self.shutdown.is_set, lambda: None):
+                    began = time.monotonic()  # and let go: no measurement is to wait for a storage that hangs
+                self.collector.collect()
+                if not self.collector.round_over:
+                    pause = max(time.monotonic() - began, _LEAST_REST_S)
+            except Interrupted:
+                return
+            except (SQLAlchemyError, AppError, OSError, StageFailure) as error:
+                log.warning("collecting_failed", error=str(error)[:300])
 
     # Jobs
 
@@ -251,9 +269,7 @@ class WorkerService:
                     measure_again=job.spec.get("measure") == "again",
                 )
                 stages = runner.view.stages
-                found = Optimizer(
-                    runner, job, model, datasets, self.backends, self.settings.limits, self.settings.worker.searches_dir
-                ).run()
+                found = Optimizer(runner, job, model, datasets, self.backends, self.settings.limits).run()
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Float, ForeignKey, Index, Integer, String, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    String,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
@@ -93,7 +103,7 @@ class Upload(Base):
     __tablename__ = "uploads"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     filename: Mapped[str] = mapped_column(String(255))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str | None] = mapped_column(Sha256)
@@ -106,6 +116,8 @@ class Upload(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
+    __table_args__ = (Index("ix_uploads_tenant_id_sha256", "tenant_id", "sha256"),)
+
 
 class Job(Base):
     """A job. `version` grows with every change and is its ETag; `stages` is the snapshot that clients see.
@@ -113,14 +125,15 @@ class Job(Base):
     `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
     `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
     was shut down gave back.
-    `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`.
+    `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
+    then an ended job stands in its status's `JobTally`.
     """
 
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
-    model_id: Mapped[str] = mapped_column(ForeignKey("source_models.id"), index=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("source_models.id"))
     status: Mapped[str] = mapped_column(String(16))
     stage: Mapped[str | None] = mapped_column(String(64))
     progress: Mapped[float] = mapped_column(Float, default=0.0)
@@ -151,10 +164,24 @@ class Job(Base):
     claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     spent_seconds: Mapped[float] = mapped_column(Float, default=0.0, server_default=text("0"))
     expected_end: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    tallied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     __table_args__ = (
+        # Lists: all of a tenant's jobs, those in a status, those of a model.
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
-        Index("ix_jobs_tenant_id_status", "tenant_id", "status"),
+        Index("ix_jobs_tenant_id_status_id", "tenant_id", "status", "id"),
+        Index("ix_jobs_model_id_id", "model_id", "id"),
+        # What refers to a blob (`app.references`).
+        Index("ix_jobs_tenant_id_report_sha256", "tenant_id", "report_sha256"),
+        Index("ix_jobs_tenant_id_manifest_sha256", "tenant_id", "manifest_sha256"),
+        # What the metrics count.
+        Index(
+            "ix_jobs_untallied",
+            "status",
+            "queue",
+            sqlite_where=text("tallied_at IS NULL"),
+            postgresql_where=text("tallied_at IS NULL"),
+        ),
         # What the sweeper looks at: a small part of a table that only grows.
         Index(
             "ix_jobs_active",
@@ -171,6 +198,15 @@ class Job(Base):
         ),
         CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
     )
+
+
+class JobTally(Base):
+    """How many jobs that ended in this status bear `tallied_at`: nobody needs to count them again."""
+
+    __tablename__ = "job_tallies"
+
+    status: Mapped[str] = mapped_column(String(16), primary_key=True)
+    jobs: Mapped[int] = mapped_column(BigInteger)
 
 
 class JobEvent(Base):
@@ -199,6 +235,23 @@ class StageResult(Base):
     seconds: Mapped[float] = mapped_column(Float)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     used_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
+
+
+class StageFile(Base):
+    """A blob that a stage result holds: each is found by the other. Written by `app.references.keep_result`."""
+
+    __tablename__ = "stage_files"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(Sha256, primary_key=True)
+    sha256: Mapped[str] = mapped_column(Sha256, primary_key=True)
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["tenant_id", "key"], ["stage_results.tenant_id", "stage_results.key"], ondelete="CASCADE"
+        ),
+        Index("ix_stage_files_tenant_id_sha256", "tenant_id", "sha256"),
+    )
 
 
 class Blob(Base):
@@ -249,7 +302,11 @@ class Engine(Base):
     metrics: Mapped[Json] = mapped_column(JsonColumn)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
 
-    __table_args__ = (Index("ix_engines_tenant_id_id", "tenant_id", "id"),)
+    __table_args__ = (
+        Index("ix_engines_tenant_id_id", "tenant_id", "id"),
+        Index("ix_engines_tenant_id_sha256", "tenant_id", "sha256"),
+        Index("ix_engines_tenant_id_bundle_sha256", "tenant_id", "bundle_sha256"),
+    )
 
 
 class IdempotencyKey(Base):

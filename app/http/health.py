@@ -139,8 +139,7 @@ def ping(db: Database) -> str:
 def snapshot(services: Services) -> Snapshot:
     """The service's state for the metrics."""
     with services.db.read() as session:
-        statistics = StatisticsRepository(session)
-        jobs, queued = statistics.jobs_by_status(), statistics.queue_depth()
+        jobs, queued = StatisticsRepository(session).job_counts()
     return Snapshot(jobs=jobs, queued=queued, live_workers=len(services.capabilities.live()))
 
 
@@ -161,7 +160,7 @@ class CachedReadiness:
 
 
 class CachedSnapshot:
-    """Counting all jobs takes a while in a large table; two scrapes within a second share one count."""
+    """Anyone may ask, without a key, so scrapes of the same second share one count."""
 
     def __init__(self, take: Callable[[], Snapshot]) -> None:
         self._take = take

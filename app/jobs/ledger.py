@@ -21,7 +21,7 @@ from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
-from app.references import forget_results, is_uploaded, lock_blob
+from app.references import forget_results, is_uploaded, keep_result, lock_blob
 from app.settings import WorkerSettings
 from app.storage.base import BlobNotFound
 from app.storage.content import ContentStore
@@ -223,7 +223,7 @@ class JobLedger:
                 if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"attempts": 1}):
                     raise LeaseLost(claim.job_id)
                 self.content.record(uow.session, seen, files)
-                uow.session.merge(result)
+                keep_result(uow.session, result)
 
     # The end
 

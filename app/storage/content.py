@@ -205,15 +205,14 @@ class ContentStore:
                 self.store.delete(blob_key(blob.tenant_id, blob.sha256))
                 over.add(blob.removal_id)
         finally:
-            for blob in condemned:
-                if blob.removal_id in over:
-                    self._end_removal(db, blob)
+            self._end_removals(db, [blob for blob in condemned if blob.removal_id in over])
 
-    def _end_removal(self, db: Database, blob: Condemned) -> None:
-        mine = [
-            BlobRemoval.tenant_id == blob.tenant_id,
-            BlobRemoval.sha256 == blob.sha256,
-            BlobRemoval.id == blob.removal_id,
-        ]
+    def _end_removals(self, db: Database, ended: Sequence[Condemned]) -> None:
         with db.write() as uow:
-            uow.session.execute(update(BlobRemoval).where(*mine).values(ends_at=None))
+            for blob in ended:
+                mine = [
+                    BlobRemoval.tenant_id == blob.tenant_id,
+                    BlobRemoval.sha256 == blob.sha256,
+                    BlobRemoval.id == blob.removal_id,
+                ]
+                uow.session.execute(update(BlobRemoval).where(*mine).values(ends_at=None))

@@ -13,6 +13,7 @@ import pytest
 
 from app.db.orm import LOCAL_TENANT, Blob, Job, StageResult
 from app.http.services import Services
+from app.references import keep_result
 from app.settings import Settings
 from app.storage.content import blob_key
 from tests.api.conftest import assert_problem, files_in
@@ -230,10 +231,9 @@ def test_delete_keeps_what_the_stage_cache_needs(
     client: httpx.Client, model: dict[str, Any], services: Services
 ) -> None:
     outputs = {"model": [{"name": "model.onnx", "sha256": model["sha256"], "size_bytes": 1}]}
+    row = StageResult(tenant_id=LOCAL_TENANT, key="0" * 64, stage="export", outputs=outputs, data={}, seconds=1.0)
     with services.db.write() as uow:
-        uow.session.add(
-            StageResult(tenant_id=LOCAL_TENANT, key="0" * 64, stage="export", outputs=outputs, data={}, seconds=1.0)
-        )
+        keep_result(uow.session, row)
     assert client.delete(model["links"]["self"]).status_code == 204
     assert stored(services, model["sha256"])
 

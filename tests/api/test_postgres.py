@@ -13,6 +13,7 @@ import pytest
 from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, StageResult
 from app.http.services import Services
+from app.references import keep_result
 from app.settings import Settings
 from tests.api.conftest import assert_problem, files_in
 from tests.factories import onnx_models
@@ -46,7 +47,7 @@ def test_on_postgres(
     outputs = {"model": [{"name": "model.onnx", "sha256": model["sha256"], "size_bytes": 1}]}
     with services.db.write() as uow:
         row = StageResult(tenant_id=LOCAL_TENANT, key="0" * 64, stage="export", outputs=outputs, data={}, seconds=1.0)
-        uow.session.add(row)
+        keep_result(uow.session, row)
     assert client.delete(job["links"]["model"]).status_code == 204
     assert len(files_in(settings.home_dir / "blobs")) == 1
 
@@ -81,7 +82,7 @@ def test_text_that_postgres_refuses_is_stored_all_the_same(services: Services) -
     data = {"a\0": ["x\0y", "\ud800", "\U0001f600 \\u0000", {"\udfff": (1, None, 0.5)}]}
     with services.db.write() as uow:
         row = StageResult(tenant_id=LOCAL_TENANT, key="1" * 64, stage="export", outputs={}, data=data, seconds=1.0)
-        uow.session.add(row)
+        keep_result(uow.session, row)
     with services.db.read() as session:
         stored = session.get_one(StageResult, (LOCAL_TENANT, "1" * 64)).data
     assert stored == {"a\ufffd": ["x\ufffdy", "\ufffd", "\U0001f600 \\u0000", {"\ufffd": [1, None, 0.5]}]}

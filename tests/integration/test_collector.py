@@ -24,6 +24,7 @@ from app.inspection.pool import Inspector
 from app.jobs.ledger import JobLedger
 from app.jobs.service import JobService
 from app.library import IncomingFile
+from app.references import keep_result
 from app.settings import CollectorSettings, Settings
 from app.source_models.service import SourceModelService
 from app.storage.base import BlobNotFound
@@ -34,7 +35,8 @@ from tests.factories.onnx_models import mlp
 from tests.integration.conftest import Desk
 
 _OLD = timedelta(days=31)
-_NOTHING = {"results": 0, "idempotency_keys": 0, "workers": 0, "temporary_files": 0, "blobs": 0, "orphans": 0}
+_KINDS = ("tallied", "results", "idempotency_keys", "workers", "temporary_files", "blobs", "orphans")
+_NOTHING = dict.fromkeys(_KINDS, 0)
 
 
 def _settings(home: Path, grace_s: float) -> Settings:
@@ -75,7 +77,7 @@ def _result(desk: Desk, key: str, *digests: str, used: timedelta = timedelta()) 
         used_at=utcnow() - used,
     )
     with desk.db.write() as uow:
-        uow.session.add(row)
+        keep_result(uow.session, row)
 
 
 def _age(desk: Desk, sha256: str, seconds: float) -> None:
@@ -341,16 +343,15 @@ def _noted(desk: Desk, count: int) -> Iterator[str]:
             seen = desk.content.sight(desk.db, LOCAL_TENANT, [sha256])
             with desk.db.write() as uow:
                 desk.content.record(uow.session, seen, {sha256: len(name)})
-                uow.session.add(
-                    StageResult(
-                        tenant_id=LOCAL_TENANT,
-                        key=sha256,
-                        stage="export",
-                        outputs={"model": files},
-                        data={},
-                        seconds=1.0,
-                    )
+                row = StageResult(
+                    tenant_id=LOCAL_TENANT,
+                    key=sha256,
+                    stage="export",
+                    outputs={"model": files},
+                    data={},
+                    seconds=1.0,
                 )
+                keep_result(uow.session, row)
         except BlobNotFound:
             continue
         yield sha256
