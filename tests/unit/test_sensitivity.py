@@ -175,3 +175,24 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     bench.source = bench.out / "model"
     with fails("already_quantized"):
         run(bench)
+
+
+def test_arithmetic_of_shapes_is_not_switched(tmp_path: Path) -> None:
+    """A Concat of sizes is of a type that static quantization takes, and is never rounded."""
+    rng = np.random.default_rng(0)
+    weights = [tensor("w1", rng.normal(0, 0.3, (16, 16))), tensor("w2", rng.normal(0, 0.3, (4, 4)))]
+    sizes = [
+        numpy_helper.from_array(np.array(values, np.int64), name) for name, values in (("zero", [0]), ("rest", [4, 4]))
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["a"], name="first"),
+        helper.make_node("Shape", ["a"], ["shape"], name="shape"),
+        helper.make_node("Gather", ["shape", "zero"], ["batch_size"], name="gather"),
+        helper.make_node("Concat", ["batch_size", "rest"], ["sizes"], name="concat", axis=0),
+        helper.make_node("Reshape", ["a", "sizes"], ["b"], name="reshape"),
+        helper.make_node("MatMul", ["b", "w2"], ["y"], name="second"),
+    ]
+    model = make_model(nodes, [value("x", ["batch", 16])], [value("y", ["batch", 4, 4])], [*weights, *sizes])
+    bench = Bench(tmp_path, model, simplified=False)
+    result = run(bench, recipe="static_int8", op_types=["MatMul", "Concat"])
+    assert {n["name"] for n in result.data["nodes"]} == {"first", "second"}

@@ -74,7 +74,7 @@ class Sensitivity(Stage[SensitivityOptions]):
     """
 
     name = "sensitivity"
-    version = 2
+    version = 3
     Options = SensitivityOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
 
@@ -119,7 +119,9 @@ def _by_quantize(
     if recipe == "static_int8":
         needed = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
         found, unusable = _ranges(ctx, options, "static_int8", prepared, needed, samples)
-    without = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output}]
+    # Arithmetic of shapes among the op types (a Concat of sizes, say) is never rounded.
+    other = {v.name for v in skeleton.graph.value_info if v.type.tensor_type.elem_type != onnx.TensorProto.FLOAT}
+    without = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output} or other & {*n.output}]
     nodes = switch.switchable(skeleton, op_types, [*options.exclude_nodes, *without], recipe)
     return nodes, switch.Simulation(
         recipe,
