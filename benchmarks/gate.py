@@ -2,7 +2,7 @@
 
     python benchmarks/gate.py --runs 300
 
-Each run is a search as the service makes it (`pipeline/search.py`): candidates are checked on the samples of the
+Each run is a search as the service makes it (`workers/search`): candidates are checked on the samples of the
 search, mended where they seem to lose too much, chosen, confirmed on the other samples and judged. Only the stages are
 stood in for: an engine's errors are drawn anew for every engine that is built, which is the worst case for choosing
 among many. What ships is `pipeline/select.py`'s verdict.
@@ -30,16 +30,17 @@ from workers import recipes
 from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case
 from workers.measure.losses import bound_figures, loss_figures
-from workers.measure.parts import judging
+from workers.measure.shares import judging
 from workers.measure.stats import Level, Loss, p99_bound, paired_loss, paired_normalized_error
 from workers.measure.truth import share_figures
 from workers.pipeline.budget import Budget
-from workers.pipeline.checking import confirm
+from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.checks import LOSS, p99_check
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.planner import Plan
-from workers.pipeline.search import Search
-from workers.pipeline.select import BASELINE, Tried, judge
+from workers.pipeline.select import Tried, judge
+from workers.search.driver import Search
+from workers.search.objective import BASELINE
 
 Array = np.ndarray[Any, Any]
 Draw = Callable[[np.random.Generator, float, int], Array]
@@ -138,7 +139,7 @@ class Stages:
     def make(self, run: CandidateRun, _until: float) -> bool:
         graph: Any = SimpleNamespace(key=f"graph of {run.plan.id}", outputs=self.export.outputs, seconds=0.0)
         run.graph, run.steps = graph, [graph] * 3
-        outputs = {"engine": SimpleNamespace(size_bytes=1000)}
+        outputs = {"engine": SimpleNamespace(size_bytes=1000, digest=run.plan.id)}
         run.build = cast("Any", SimpleNamespace(data={"runtime": {}}, outputs=outputs))
         return True
 
@@ -175,16 +176,13 @@ class Stages:
         engines = {run.plan.id: _figures(_ratio(run)) for run in runs}
         return SimpleNamespace(data={"engines": {**engines, BASELINE: _figures(1.0)}, "batch_sizes": [1]}, made={})
 
-    def groups_that_fit(self, runs: Sequence[CandidateRun], **_: Any) -> tuple[list[list[CandidateRun]], list[Any]]:
-        return ([list(runs)] if runs else []), []
+    def memory_bytes(self) -> float:
+        return 1e12
 
     def expected_check_seconds(self, *_: Any) -> float:
         return 0.0
 
     def ranges_of(self, *_: Any) -> None:
-        return None
-
-    def same_engine(self, *_: Any) -> None:
         return None
 
     def quantized_before(self, *_: Any) -> bool:
@@ -216,7 +214,7 @@ def decision(metric: Metric, loss: float, samples: int, seed: int) -> tuple[bool
     budget.share(30.0, 0)
     plan = Plan(tuple(_candidate(case, name) for name in (*LOSSY, SAFE)), ())
     found = Search(case, plan, {"onnxruntime": OnnxRuntimeBackend()}, stages, budget).run()
-    confirm(spec, stages, found.finalists, budget.end)
+    confirm(spec, stages, found.finalists, budget.end, confidence_of_each(spec, found.finalists))
     for run in found.finalists:
         run.tried.figures = _figures(_ratio(run))
     picked = judge(spec, Tried(BASELINE, "fp32", True, figures=_figures(1.0)), [r.tried for r in found.runs], {}).picked

@@ -23,8 +23,9 @@ from workers.kernel import TensorSpec
 from workers.measure.arrays import LABELS, check_finite, check_input, check_labels, check_reference, is_one_hot, keyword
 from workers.measure.axes import batch_axes
 from workers.measure.npz import Member, Shard, guarded, open_shards
-from workers.measure.parts import Part, members, part_of
+from workers.measure.parts import members, part_of
 from workers.measure.rows import in_layout, in_rows, joined, sliced, taken
+from workers.measure.shares import Part
 from workers.measure.synthetic import numpy_dtype, resolved_shape, synthetic_feeds
 
 __all__ = [

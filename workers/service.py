@@ -269,7 +269,9 @@ class WorkerService:
                     measure_again=job.spec.get("measure") == "again",
                 )
                 stages = runner.view.stages
-                found = Optimizer(runner, job, model, datasets, self.backends, self.settings.limits).run()
+                found = Optimizer(
+                    runner, job, model, datasets, self.backends, self.settings.limits, self.settings.worker.searches_dir
+                ).run()
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)

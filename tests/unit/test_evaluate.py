@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from app.domain.spec import OptimizationSpec
-from workers.candidates import Candidate, Step
+from workers.candidates import Step
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun, Data, Evaluator
+from workers.pipeline.evaluate import Data, Evaluator
 
 SPEC = OptimizationSpec.model_validate({"model_id": "m", "calibration": {"dataset_id": "d"}})
 
@@ -55,17 +55,3 @@ def test_keeping_nodes_starts_from_what_was_quantized_before(stage: str, also: t
     name = "ranges 1" if given == "ranges" else "model 1"
     assert [inputs.get(given) for _, inputs, _ in runner.calls] == [None, name, name, None, None]
     assert all(inputs["calibration"] == "calibration set" for _, inputs, _ in runner.calls)
-
-
-def test_engines_are_the_same_by_their_bytes_and_by_how_they_are_loaded() -> None:
-    def run(cid: str, digest: str, **runtime: Any) -> CandidateRun:
-        made = CandidateRun.of(Candidate(cid, cid, "onnxruntime", "fp32", (), runtime=runtime))
-        engine = SimpleNamespace(to_json=lambda: [{"sha256": digest}])
-        made.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": engine})  # type: ignore[assignment]
-        return made
-
-    first, other, tuned = run("a", "1"), run("b", "2"), run("c", "1", intra_op_num_threads=1)
-    unbuilt = CandidateRun.of(first.plan)
-    made = evaluator(Runner())
-    assert made.same_engine(run("d", "1"), [unbuilt, other, tuned, first]) is first
-    assert made.same_engine(run("d", "3"), [first, other, tuned]) is None

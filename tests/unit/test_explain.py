@@ -19,8 +19,8 @@ from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.explain import Explainer
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Explanation, Proof
-from workers.pipeline.search import Found
 from workers.pipeline.select import Tried, Verdict
+from workers.search.driver import Found
 
 SPEC = OptimizationSpec.model_validate({"model_id": "m"})
 PICKED = Candidate("ort-int8", "int8", "onnxruntime", "int8", (Step("simplify", {}), Step("quantize", {"recipe": "x"})))

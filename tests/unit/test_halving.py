@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline import halving
-from workers.pipeline.halving import Speed
+from workers.search import halving, limits
+from workers.search.halving import Speed
 
 SPEC = OptimizationSpec.model_validate({"model_id": "mdl_x", "benchmark": {"batch_sizes": [8, 1]}})
 
@@ -77,7 +77,7 @@ def test_finalists_are_those_that_can_win_and_the_fastest_safe_one() -> None:
 def test_the_safe_one_has_a_seat_where_many_tie() -> None:
     ranked = [(f"t{i}", Speed(3.0, 2.0, 4.0), False) for i in range(6)] + [("safe", Speed(1.2, 1.1, 1.3), True)]
     chosen, _ = halving.finalists(ranked)
-    assert len(chosen) == halving.MOST_FINALISTS + 1
+    assert len(chosen) == limits.MOST_FINALISTS + 1
     assert chosen[-1] == "safe"
     chosen, reasons = halving.finalists(ranked[:6])
     assert chosen == ["t0", "t1"]

@@ -21,9 +21,8 @@ from tests.unit.test_quantize import Bench, Quiet, fails
 from tests.unit.test_sensitivity import normalized_error, run, with_outlier
 from workers.candidates import Case
 from workers.kernel import StageContext, backends
-from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun
-from workers.pipeline.winback import Attempt, WinBack
+from workers.search.desk import Desk
+from workers.search.requests import Rank, Subject
 from workers.stages.convert import Convert, ConvertOptions
 from workers.stages.sensitivity import SensitivityOptions
 
@@ -158,7 +157,7 @@ class _Evaluator:
     """Knows the ranges of a conversion; its sensitivity stage cannot be run."""
 
     def __init__(self) -> None:
-        self.data = SimpleNamespace(calibration="data set", shapes=None, calibrating=100)
+        self.data = SimpleNamespace(calibration="data set", shapes=None, same=False)
         self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
 
     def ranges_of(self, step: Any, graph: Any) -> str:
@@ -179,22 +178,20 @@ class _Evaluator:
     ],
 )
 def test_what_is_won_back_is_measured_as_it_was_quantized(name: str, cid: str, recipe: str) -> None:
-    """With the ranges of that very recipe; and where it cannot be measured, the candidate's history says why."""
+    """With the ranges of that very recipe; and where it cannot be measured, the answer says why."""
     spec = OptimizationSpec.model_validate(
         {"model_id": "mdl_x", "precisions": ["int8", "fp8"], "calibration": {"dataset_id": "ds_x"}}
     )
     case = Case(spec, {"MatMul": 8}, "other", hardware={"gpu": {"compute_capability": "9.0"}}, has_calibration=True)
     plan = next(c for c in backends()[name]().propose(case).candidates if c.id == cid)
-    run = CandidateRun.of(plan)
+    evaluator = _Evaluator()
+    desk = Desk(evaluator)  # type: ignore[arg-type]  # what it needs of one
+    run = desk.run_of(plan)
     run.steps = [SimpleNamespace(outputs={"model": "simplified"}, seconds=1.0)] * 2  # type: ignore[list-item]
-    evaluator, budget = _Evaluator(), Budget(600.0)
-    budget.share(30.0, 0)
-    winning = WinBack(case, evaluator, budget, lambda _: True, 1.0, budget.search_until)  # type: ignore[arg-type]
-    winning._keep_nodes(run, Attempt())
+    run.build = run.steps[-1]
+    answer = desk.answer(Rank(Subject(plan), 16, 60.0))
     ((stage, inputs, options),) = evaluator.asked
     assert (stage, options["recipe"]) == ("sensitivity", recipe)
     assert inputs["ranges"] == f"ranges of {recipe}"
     SensitivityOptions.model_validate(options)
-    assert next(n for n in run.history if n["decision"] == "no sensitivity")["reason"] == (
-        "The ranges belong to another graph."
-    )
+    assert answer == {"why_not": "The ranges belong to another graph."}

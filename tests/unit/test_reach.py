@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.domain.spec import Constraints
-from workers.pipeline.reach import out_of_reach, over_size
+from workers.search.reach import out_of_reach, over_size
 
 
 def _figures(p50: float | None, fastest: float, mean: float = 10.0) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -14,11 +15,14 @@ from app.domain.spec import OptimizationSpec
 from workers import recipes
 from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case, Step
-from workers.pipeline import winback
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.planner import Plan
-from workers.pipeline.search import Found, Search
+from workers.search import requantized, requests
+from workers.search.desk import Desk
+from workers.search.driver import Found, Search
+from workers.search.mending import sensitivity_samples
+from workers.search.recording import Recorder, Recording
 
 BATCHES = ("1", "8")
 
@@ -57,7 +61,7 @@ class Script:
     check_s: float = 0.0
     judging: int = 0  # samples there are
     keeping_is_cheap: bool = False
-    twins: Mapping[str, str] = field(default_factory=dict)  # candidates whose engine is another one's
+    twins: Mapping[str, str] = field(default_factory=dict)  # candidates whose engine is another one's, byte for byte
     call_ms: float = 0.0  # of the original, per sample; of slow ones there is no median in a short timing
     batch: int | str = "batch"  # of the model
     searched_until: float = 0.0
@@ -67,6 +71,7 @@ class Script:
     full: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.spec = _case().spec
         calibration = SimpleNamespace(digest="c")
         self.data = SimpleNamespace(
             calibration=calibration,
@@ -99,7 +104,8 @@ class Script:
         graph: Any = SimpleNamespace(key=key, outputs=outputs, seconds=truth.cost_s / 3)
         run.graph = graph
         run.steps = [graph, graph, graph]
-        engine = SimpleNamespace(size_bytes=truth.size_bytes)
+        digest = self.twins.get(run.plan.id, run.plan.id)
+        engine = SimpleNamespace(size_bytes=truth.size_bytes, digest=digest)
         run.build = SimpleNamespace(data={"runtime": {}}, outputs={"engine": engine})  # type: ignore[assignment]
         return True
 
@@ -153,16 +159,11 @@ class Script:
             }
         }
 
-    def groups_that_fit(
-        self, runs: Sequence[CandidateRun], *, baselines: int = 2
-    ) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
-        return ([list(runs)] if runs else []), []
+    def memory_bytes(self) -> float:
+        return 1e12
 
     def ranges_of(self, step: Any, graph: Any) -> None:
         return None
-
-    def same_engine(self, run: CandidateRun, others: Sequence[CandidateRun]) -> CandidateRun | None:
-        return next((r for r in others if r.plan.id == self.twins.get(run.plan.id)), None)
 
     def quantized_before(self, step: Any, graph: Any) -> bool:
         return self.keeping_is_cheap
@@ -191,6 +192,7 @@ def _candidate(cid: str, *, lossless: bool = False, int8: bool = False) -> Candi
 @pytest.fixture
 def search() -> Callable[..., tuple[Found, Script]]:
     def run(truths: dict[str, Truth], *, case: Case | None = None, **script: Any) -> tuple[Found, Script]:
+        driven = {k: script.pop(k) for k in ("answer", "recorder") if k in script}
         case = case or _case()
         clock = Clock()
         budget = Budget(float(case.spec.budget_seconds), clock)
@@ -199,7 +201,7 @@ def search() -> Callable[..., tuple[Found, Script]]:
         tops = [cid for cid in truths if "." not in cid]
         plan = Plan(tuple(_candidate(c, lossless="fp32" in c, int8="int8" in c) for c in tops), ())
         backends: Any = {"onnxruntime": OnnxRuntimeBackend()}
-        found = Search(case, plan, backends, evaluator, budget).run()  # type: ignore[arg-type]
+        found = Search(case, plan, backends, evaluator, budget, **driven).run()  # type: ignore[arg-type]
         evaluator.searched_until = budget.search_until
         return found, evaluator
 
@@ -308,9 +310,9 @@ def test_an_engine_is_a_finalist_with_the_fastest_of_its_options(search: Any) ->
 
 def test_eight_bits_for_a_gpu_are_mended_too() -> None:
     plain, step = recipes.simplify(), Step("convert", {"recipe": "fp8"})
-    assert winback.is_quantized(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
-    assert not winback.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
-    kept = winback.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
+    assert requantized.is_quantized(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
+    assert not requantized.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
+    kept = requantized.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
     assert kept.steps[1].options["exclude_nodes"] == ["/fc/MatMul"]
 
 
@@ -339,17 +341,15 @@ def test_what_has_no_options_to_tune_is_not_checked_for_what_they_might_gain(
 def test_without_calibration_data_dynamic_quantization_is_mended_too(step: str, mended: bool) -> None:
     case = replace(_case(), has_calibration=False)
     graph_step = getattr(recipes, step)(case, ["MatMul"])
-    run = CandidateRun.of(Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step)))
-    script = Script({"d": Truth(loss=4.0), "d.keep1": Truth(loss=0.5)}, Clock(), nodes=["n0", "n1", "n2", "n3"])
+    plan = Plan((Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step)),), ())
+    truths = {"d": Truth(3.0, loss=4.0), "d.keep1": Truth(2.9, loss=0.5)}
+    script = Script(truths, Clock(), nodes=["n0", "n1", "n2", "n3"])
     script.data.calibration = None
-    assert script.make(run, 1e9)
     budget = Budget(600.0, script.clock)
     budget.share(30.0, 0)
-    check = script.check
-    mending = winback.WinBack(case, script, budget, lambda r: check(r, 96, 1e9), 0.0, budget.search_until)  # type: ignore[arg-type]
-    found = mending.mend(run)
+    found = Search(case, plan, {"onnxruntime": OnnxRuntimeBackend()}, script, budget).run()  # type: ignore[arg-type]
     assert (("stage", "sensitivity") in script.calls) is mended
-    assert (found.mended is not None and found.mended.plan.id == "d.keep1") is mended
+    assert any(f.startswith("d.keep1") for f in _finalists(found)) is mended
 
 
 def test_what_loses_too_much_on_all_samples_is_no_finalist(search: Any) -> None:
@@ -472,12 +472,7 @@ def test_what_was_mended_goes_by_its_engine_s_speed_where_the_time_does_not_hold
 
 
 def test_the_sensitivity_asks_for_as_many_samples_as_the_time_holds() -> None:
-    budget = Budget(600.0, Clock())
-    budget.share(30.0, 0)
-    asked = [
-        winback.WinBack(_case(), Script({}, Clock()), budget, lambda _: True, ms, budget.search_until)._samples()  # type: ignore[arg-type]
-        for ms in (0.0, 1.0, 200.0, 5000.0)
-    ]
+    asked = [sensitivity_samples(ms, 558.0) for ms in (0.0, 1.0, 200.0, 5000.0)]
     assert asked == [16, 16, 8, 2]
 
 
@@ -574,3 +569,35 @@ def test_a_loss_that_few_samples_cannot_tell_is_judged_on_all(search: Any) -> No
     found, script = search({"fp32": Truth(1.2), "int8": Truth(3.0, loss=0.5)}, nodes=["n0"])
     assert script.full == []
     assert _finalists(found)[0].startswith("int8")
+
+
+def test_requests_may_be_answered_by_workers_that_hold_nothing(search: Any) -> None:
+    """Each goes as JSON to another worker, which knows the job and nothing of its search; and so does the answer."""
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=4.0), "int8.keep2": Truth(2.8, loss=0.6)}
+    nodes = [f"n{i}" for i in range(8)]
+    workers: list[Script] = []
+
+    def elsewhere(request: requests.Request) -> Any:
+        workers.append(Script(truths, Clock(), nodes=nodes))
+        sent = json.loads(json.dumps(requests.to_json(request)))
+        return json.loads(json.dumps(Desk(workers[-1]).answer(requests.from_json(sent))))  # type: ignore[arg-type]
+
+    alone, _ = search(truths, nodes=nodes)
+    found, script = search(truths, nodes=nodes, answer=elsewhere)
+    assert [r.plan.id for r in found.runs] == [r.plan.id for r in alone.runs]
+    assert [r.history for r in found.runs] == [r.history for r in alone.runs]
+    assert _finalists(found) == _finalists(alone)
+    assert found.finalists[0].plan.id.startswith("int8.keep2")
+    assert all(r.build is not None and r.tried.accuracy for r in found.finalists)
+    assert {kind for kind, _ in script.calls} == {"make"}, "the finalists' engines, which storage has"
+    mended = next(w for w in workers if ("check", "int8.keep2") in w.calls)
+    assert mended.asked("make") == ["int8", "int8.keep2"], "its calibration is that of what it was made from"
+
+
+def test_a_search_is_recorded_as_it_was(search: Any) -> None:
+    lines: list[str] = []
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=4.0), "int8.keep2": Truth(2.8, loss=0.6)}
+    found, _ = search(truths, nodes=[f"n{i}" for i in range(8)], recorder=Recorder(lines.append))
+    steps = [*Recording.read(lines).replay()]
+    assert all(now == then for now, then, _ in steps)
+    assert list(steps[-1][0].finalists) == _finalists(found)

@@ -3,14 +3,13 @@ the samples: equal ones never stand on two sides, whatever their order in the fi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-Part = Literal["all", "calibration", "validation", "select", "confirm"]
+from workers.measure.shares import Part, selecting
 
-SELECT_SHARE = 1 / 3  # of the distinct samples that judge; the rest confirms: the verdict takes most of the evidence
+Array = np.ndarray[Any, Any]
 
 
 def part_of(digest: str) -> Part:
@@ -35,26 +34,10 @@ def members(digests: Array, part: Part, *, shared: bool, eligible: Array) -> Arr
     if part in ("calibration", "validation") or not eligible.any():
         return eligible
     rank, distinct = _ranks(digests[eligible])
-    selects = rank < _selecting(distinct)
+    selects = rank < selecting(distinct)
     found = np.zeros(len(digests), bool)
     found[eligible] = selects if part == "select" else ~selects | (distinct == 1)
     return found
-
-
-def judging(distinct: int, part: Part) -> int:
-    """How many of so many distinct samples that judge are of this part."""
-    if part == "select":
-        return _selecting(distinct)
-    return distinct - _selecting(distinct) if part == "confirm" and distinct > 1 else distinct
-
-
-def data_set_for(confirming: int) -> int:
-    """How many samples the validation data needs for so many to confirm."""
-    return int(np.ceil(confirming / (1 - SELECT_SHARE)))
-
-
-def _selecting(distinct: int) -> int:
-    return max(int(distinct * SELECT_SHARE), 1)
 
 
 def _calibrates(digests: Array) -> Array:

@@ -20,7 +20,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, StageContext, StageOptions, TensorSpec, backends
 from workers.measure.axes import batch_axes, fixed_batch
-from workers.measure.parts import Part
+from workers.measure.shares import Part
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]

@@ -49,17 +49,10 @@ class Budget:
         self.make_until = now + _MAKE_SHARE * search
 
     def keep_for_final(self, seconds: float) -> None:
-        """Let the search end so early that a final measurement of `seconds` fits; once it is known how long that takes.
-        A part of what is left stays the search's, for without a checked candidate there is nothing to measure. Where
-        the final takes less than was thought, a search that still goes on gets of it, up to half of what is left."""
+        """Let the search end so early that a final measurement of `seconds` fits; once it is known how long that
+        takes."""
         self.final_seconds = seconds
-        now = self.elapsed()
-        left = max(self.end - now, 0.0)
-        fits = self.end - seconds / _FINAL_SHARE
-        until = min(self.search_until, max(fits, now + _LEAST_SEARCH * left))
-        if now < until:
-            until = max(until, min(fits, now + _MOST_SEARCH * left))
-        self.search_until = until
+        self.search_until = search_end(self.elapsed(), self.end, self.search_until, seconds)
 
     def elapsed(self) -> float:
         return self.clock() - self._started
@@ -95,3 +88,13 @@ class Budget:
         soft = max(self.left(until), _LEAST_CALL_S)
         late = max(_GRACE * self.seconds, _LEAST_CALL_S) + _BORROWED * max(self.end - until, 0.0)
         return soft, soft + late
+
+
+def search_end(now: float, end: float, until: float, seconds: float) -> float:
+    """When the search that was to go on until `until` ends, so that a final measurement of `seconds` fits before `end`.
+    A part of what is left stays the search's, for without a checked candidate there is nothing to measure. Where the
+    final takes less than was thought, a search that still goes on gets of it, up to half of what is left."""
+    left = max(end - now, 0.0)
+    fits = end - seconds / _FINAL_SHARE
+    found = min(until, max(fits, now + _LEAST_SEARCH * left))
+    return max(found, min(fits, now + _MOST_SEARCH * left)) if now < found else found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
-from workers.measure.parts import data_set_for
+from workers.measure.shares import data_set_for
 
 LOSS = "accuracy_loss_percent"
 # Percent. The same arithmetic in another order moves floats by so much, and no more.

@@ -12,16 +12,16 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
 from workers.kernel import backends
-from workers.measure.parts import Part
+from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
-from workers.pipeline.checks import Check
-from workers.pipeline.halving import speed_of
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.select import Tried, primary_batch
+from workers.pipeline.select import Tried
+from workers.search import room
+from workers.search.halving import speed_of
+from workers.search.limits import NO_MEMORY
+from workers.search.objective import primary_batch
 
 SEED = 20_240_229
-NO_MEMORY = ("out_of_memory", "gpu_out_of_memory")
-NO_ROOM = "not measured: the worker's memory does not hold it beside the original"
 WEIGHTS = {
     "export": 2.0,
     "simplify": 1.0,
@@ -39,7 +39,6 @@ WEIGHTS = {
     "profile": 1.0,
     "package": 1.0,
 }
-_LOADED_FACTOR = 1.6  # memory of a loaded engine over the size of its file: weights, packed copies of some, activations
 _GPU_SHARE = 0.85  # of its memory: each process has a CUDA context of its own
 _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
 
@@ -117,11 +116,6 @@ class CandidateRun:
             self.tried.failed = reason
             self.note(phase, "dropped", reason)
 
-    def miss(self, phase: str, check: Check) -> None:
-        """Out of the race: it cannot meet this limit."""
-        self.tried.missed = check
-        self.drop(phase, check.reason or check.name)
-
     def note(self, phase: str, decision: str, reason: str | None = None, **facts: Any) -> None:
         entry = {"phase": phase, "decision": decision, "reason": reason, **facts}
         self.history.append({k: v for k, v in entry.items() if v is not None})
@@ -193,14 +187,6 @@ class Evaluator:
         if step.stage == "quantize_nncf":
             self._quantized.setdefault(key, found.outputs["model"])
         return found
-
-    def same_engine(self, run: CandidateRun, others: Sequence[CandidateRun]) -> CandidateRun | None:
-        """One of the others that is the same, byte for byte, and loaded in the same way: a step changed nothing."""
-        mine = (run.plan.backend, run.engine.to_json(), run.runtime)
-        for other in others:
-            if other.build is not None and (other.plan.backend, other.engine.to_json(), other.runtime) == mine:
-                return other
-        return None
 
     def quantized_before(self, step: Step, graph: Outcome) -> bool:
         """Whether keeping further nodes of this step in higher precision takes no new calibration."""
@@ -379,40 +365,20 @@ class Evaluator:
         weight = (0.5 if screening else 2.0) * (len(runs) + 2)
         return self.call("benchmark", inputs, options, None, until, weight=weight)
 
-    def _memory_bytes(self) -> float:
+    def memory_bytes(self) -> float:
         """Of what holds the engines: the GPU's where they run there, else the worker's."""
         limit = self.runner.limits.memory_bytes
         card = (self.runner.hardware.get("gpu") or {}).get("memory_bytes")
         on_gpu = backends()[self.baseline_backend].device != "cpu"
         return min(limit, _GPU_SHARE * card) if on_gpu and card else limit
 
-    def groups_that_fit(
-        self, runs: Sequence[CandidateRun], *, baselines: int = 2
-    ) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
-        """All engines of a timing are kept loaded side by side, the baseline so many times: as many at once as memory
-        holds. Answers the groups, and those that do not fit even alone."""
-        room = self._memory_bytes() - baselines * self.export.outputs["model"].size_bytes * _LOADED_FACTOR
-        groups: list[list[CandidateRun]] = []
-        too_large: list[CandidateRun] = []
-        left = 0.0
-        for run in runs:
-            size = run.engine.size_bytes * _LOADED_FACTOR
-            if size > room:
-                too_large.append(run)
-                continue
-            if not groups or size > left:
-                groups.append([])
-                left = room
-            groups[-1].append(run)
-            left -= size
-        return groups, too_large
-
-
-def complete(run: CandidateRun, samples: int) -> bool:
-    """Whether the last check of `run` judged all samples there are, of so many that may judge."""
-    accuracy = run.tried.accuracy or {}
-    asked = run.validate.options.get("max_samples", 0) if run.validate else 0
-    return bool(accuracy.get("complete", True)) and (asked >= samples or accuracy.get("samples", 0) < asked)
+    def groups_that_fit(self, runs: Sequence[CandidateRun]) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
+        """Of a full measurement, which holds the baseline twice; and those that do not fit even alone."""
+        by_id = {run.plan.id: run for run in runs}
+        sizes = {cid: run.engine.size_bytes for cid, run in by_id.items()}
+        original = self.export.outputs["model"].size_bytes
+        groups, too_large = room.groups_that_fit(sizes, self.memory_bytes(), original, baselines=2)
+        return [[by_id[i] for i in group] for group in groups], [by_id[i] for i in too_large]
 
 
 def _fewer(accuracy: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:

@@ -10,8 +10,9 @@ from workers.kernel import TensorSpec
 from workers.measure.shapes import axis_sizes, free_axes
 from workers.pipeline.checks import LOSS, same_bytes
 from workers.pipeline.outcome import Proof
-from workers.pipeline.select import BASELINE, Tried, ratio_of
+from workers.pipeline.select import Tried
 from workers.pipeline.shape_rules import accepted, not_kept
+from workers.search.objective import BASELINE, ratio_of
 
 
 def winner(proof: Proof) -> Tried:

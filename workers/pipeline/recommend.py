@@ -9,7 +9,7 @@ from workers.candidates import BF16_FLAGS, INT8_FLAGS
 from workers.pipeline.checks import LOSS
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.outcome import Optimization
-from workers.pipeline.select import ratio_of
+from workers.search.objective import ratio_of
 
 _MEMORY_BOUND = 0.5  # of the memory's bandwidth, spent on reading the weights once
 _BEYOND_CACHES = 64_000_000  # bytes of weights, below which they may never leave the processor's caches

@@ -24,8 +24,9 @@ from workers.pipeline.final import rounded as _rounded
 from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
-from workers.pipeline.select import BASELINE, pareto
+from workers.pipeline.select import pareto
 from workers.pipeline.shape_rules import shape_table
+from workers.search.objective import BASELINE
 
 
 def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[Mapping[str, Any]]) -> Report:

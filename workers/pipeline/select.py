@@ -17,10 +17,9 @@ from workers.measure.claim import MOST_WIDE_MEAN
 from workers.measure.device_memory import limited_mb
 from workers.pipeline.checks import Check, accuracy_checks, at_most, p99_check
 from workers.pipeline.shape_rules import fails, not_kept, unfit
+from workers.search.objective import BASELINE, TIE, primary_batch, ratio_of
 
-BASELINE = "baseline"
 _SIZES = ("size_mb", "memory_mb")
-TIE = 0.95  # of the fastest, from which on what cannot be told from it at one batch size is decided by the others
 
 
 @dataclass
@@ -57,18 +56,6 @@ class Verdict:
     nearest: tuple[str, list[Check]] | None = None
     smaller: bool = False
     unclaimed: str | None = None
-
-
-def primary_batch(spec: OptimizationSpec, measured: Sequence[str]) -> str:
-    """The batch size that the objective is judged at: the first one asked for, or the largest for throughput."""
-    if spec.objective == "latency":
-        return next((str(b) for b in spec.benchmark.batch_sizes if str(b) in measured), measured[0])
-    return max(measured, key=int)
-
-
-def ratio_of(spec: OptimizationSpec, batch: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    ratio: Mapping[str, Any] | None = batch.get("speedup" if spec.objective == "latency" else "throughput_ratio")
-    return ratio
 
 
 def judge(

@@ -7,16 +7,15 @@ from workers.kernel import TensorSpec
 from workers.measure.shapes import free_axes
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.runner import Outcome
-from workers.pipeline.shape_rules import unfit
 
 
 class ShapeChecks:
-    """Of one job. What the original answers is found out once."""
+    """Of one job. What the original answers is found out once; `in_vain`: it did not get through it itself."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
         self._probes: Outcome | None = None
-        self._in_vain = False
+        self.in_vain = False
 
     @property
     def free(self) -> bool:
@@ -24,17 +23,10 @@ class ShapeChecks:
         inputs = self._evaluator.export.data["inputs"]
         return bool(free_axes([TensorSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in inputs]))
 
-    def shortest_first(self, run: CandidateRun, until: float) -> bool:
-        """A cheap look: called from the shortest shape on. Whether it answers as the original does at all that are in
-        use; dropped where it does not."""
-        if not self.free:
-            return True
-        self._check(run, until, thorough=False)
-        limit = self._evaluator.spec.validation.max_accuracy_loss_percent
-        wrong = unfit(run.tried.shapes, run.tried.accuracy, limit)
-        if wrong:
-            run.drop("check", "; ".join(wrong))
-        return run.tried.failed is None
+    def shortest_first(self, run: CandidateRun, until: float) -> None:
+        """A cheap look, for the search: called from the shortest shape on."""
+        if self.free:
+            self._check(run, until, thorough=False)
 
     def every_order(self, run: CandidateRun, until: float) -> None:
         """For the verdict."""
@@ -60,7 +52,7 @@ class ShapeChecks:
 
     def _probed(self, until: float) -> Outcome | None:
         """None where the original itself did not get through it: no engine is to blame for that."""
-        if self._probes is None and not self._in_vain:
+        if self._probes is None and not self.in_vain:
             inputs = {"model": self._evaluator.export.outputs["model"]}
             options = self._evaluator.selection(inputs, 1, "select")
             inputs.pop("calibration", None)  # whether the order of calls counts, any sample shows
@@ -69,5 +61,5 @@ class ShapeChecks:
             except StageFailure as failure:
                 if failure.kind is not FailureKind.MODEL:
                     raise
-                self._in_vain = True
+                self.in_vain = True
         return self._probes

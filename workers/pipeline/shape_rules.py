@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
+from workers.search.objective import ratio_of
 
 
 def shape_text(dims: Mapping[str, Sequence[int]]) -> str:
     """E.g. `input_ids [1, 128]`; of many inputs the first two."""
     shown = [f"{name} {list(size)}" for name, size in list(dims.items())[:2]]
     return ", ".join(shown) + (", …" if len(dims) > 2 else "")
-
-
-def gain_at(spec: OptimizationSpec, at: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ratio with its interval that the objective is judged by."""
-    ratio: Mapping[str, Any] | None = at.get("speedup" if spec.objective == "latency" else "throughput_ratio")
-    return ratio
 
 
 def not_kept(spec: OptimizationSpec, figures: Mapping[str, Any], *, in_use: bool = True) -> list[str]:
@@ -33,7 +28,7 @@ def not_kept(spec: OptimizationSpec, figures: Mapping[str, Any], *, in_use: bool
         if bool(at["in_use"]) is not in_use:
             continue
         where = f"at the {at['label']} shape ({shape_text(at['dims'])})"
-        ratio = gain_at(spec, at)
+        ratio = ratio_of(spec, at)
         if ratio is not None and ratio["high"] < 1.0:
             found.append(f"slower {where}: {ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]")
         elif in_use and not at.get("undisturbed", True) and not spec.benchmark.allow_noisy:
@@ -77,7 +72,7 @@ def shape_table(
 
 
 def _row(spec: OptimizationSpec, original: Mapping[str, Any], at: Mapping[str, Any]) -> dict[str, Any]:
-    ratio, reason = gain_at(spec, at), at.get("reason")
+    ratio, reason = ratio_of(spec, at), at.get("reason")
     holds = None if ratio is None else not ratio["high"] < 1.0
     if at.get("failed"):
         holds, reason = False, f"the engine fails here: {at['failed'].get('detail', '')}"[:300]

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
-from workers.pipeline.select import TIE, primary_batch, ratio_of
-
-MOST_FINALISTS = 2  # that can win; the fastest safe one beside them
-MOST_TUNED = 2  # engines whose runtime options are varied
-TUNING_GAIN = 1.25  # what other runtime options may still gain over a backend's defaults, at most, as measured
-WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than the best accurate one by this
-
-
-_SLOWER = 0.97  # beyond what two processes of one engine differ by, which a short timing does not know
+from workers.search.limits import MOST_FINALISTS, SLOWER
+from workers.search.objective import TIE, primary_batch, ratio_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ def slower_elsewhere(spec: OptimizationSpec, figures: Mapping[str, Any]) -> str 
     batch = primary_batch(spec, [*figures["batches"]])
     for size, at in figures["batches"].items():
         ratio = ratio_of(spec, at)
-        if size != batch and ratio is not None and ratio["high"] < _SLOWER:
+        if size != batch and ratio is not None and ratio["high"] < SLOWER:
             return f"slower at batch size {size}: {ratio['ratio']:.2f}x"
     return None
 

@@ -1,0 +1,303 @@
+"""The search's policy by itself: nothing is run. It always ends, asks nothing twice and nothing after its time, and
+changes no state that it was given; on recorded searches it asks what was asked there."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.domain.spec import OptimizationSpec
+from tests.factories.search_world import Truth, World, candidate
+from workers.search import limits, requests
+from workers.search.recording import Recorder, Recording, recorder
+from workers.search.requests import Done, Make, Stopped, Subject
+from workers.search.state import SearchState, Standing
+
+RECORDED = sorted((Path(__file__).parents[1] / "data" / "searches").glob("*.jsonl"))
+
+
+def spec(**changes: Any) -> OptimizationSpec:
+    body = {"model_id": "m", "calibration": {"dataset_id": "d"}, "benchmark": {"batch_sizes": [1, 8]}, **changes}
+    return OptimizationSpec.model_validate(body)
+
+
+def run(truths: Mapping[str, Truth], **world: Any) -> tuple[Done, SearchState, World]:
+    made = World(truths, world.pop("spec", spec()), **world)
+    done, state = made.run()
+    assert isinstance(done, Done)
+    return done, state, made
+
+
+def kinds(world: World, kind: str) -> list[str]:
+    return [a["subject"]["candidate"]["id"] for a in world.asked if a["kind"] == kind]
+
+
+# Any search
+
+
+truths = st.builds(
+    Truth,
+    ratio=st.floats(0.5, 5.0),
+    at_8=st.floats(0.5, 5.0),
+    loss=st.sampled_from([0.0, 0.4, 0.99, 1.01, 1.5, 4.0, 30.0]),
+    size=st.sampled_from([500, 1500]),
+    seconds=st.floats(0.1, 60.0),
+    fails=st.sampled_from([False, False, False, True]),
+    broken=st.sampled_from([False, False, False, True]),
+    wrong=st.sampled_from([False, False, False, True]),
+    mends=st.sampled_from([0.0, 0.7, 1.0]),
+)
+tables = st.dictionaries(
+    st.sampled_from(["fp32", "fp32-fused", "bf16-a", "bf16-b", "int8-a", "int8-b", "int8-c"]), truths, max_size=7
+)
+worlds = st.builds(
+    World,
+    tables,
+    st.sampled_from(
+        [
+            spec(),
+            spec(objective="throughput"),
+            spec(constraints={"max_size_mb": 0.001}),
+            spec(constraints={"p99_latency_ms": 0.5}),
+            spec(benchmark={"batch_sizes": [8, 1]}, quantization={"win_back": False}),
+            spec(search={"strategy": "exhaustive"}),
+        ]
+    ),
+    seconds=st.sampled_from([20.0, 60.0, 300.0, 3600.0]),
+    call_ms=st.sampled_from([0.0, 1.0, 300.0]),
+    timing_s=st.sampled_from([0.5, 5.0]),
+    check_s=st.sampled_from([0.0, 0.2, 5.0]),
+    largest=st.sampled_from([1, 3, 100]),
+    nodes=st.sampled_from([0, 3, 64]),
+    free_axes=st.booleans(),
+    probes=st.booleans(),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(worlds)
+def test_any_search_ends_and_asks_nothing_twice_and_nothing_too_late(world: World) -> None:
+    done, state = world.run()
+    assert isinstance(done, Done)
+    asked = [json.dumps({k: v for k, v in a.items() if k not in ("until", "now")}) for a in world.asked]
+    # Twice the same engines may be timed side by side, after others were mended; nothing else is asked again.
+    assert len({a for a in asked if '"kind": "time"' not in a}) == sum('"kind": "time"' not in a for a in asked)
+    exhaustive = world.spec.search.strategy == "exhaustive"
+    for request in world.asked:
+        assert request["until"] <= world.deadlines().end
+        mended = request["kind"] == "judge" and request["subject"]["base"]  # what is made is checked, a little late
+        assert exhaustive or mended or request["now"] < request["until"], "it is begun where there is time for it"
+    for cid in done.finalists:
+        found = state.candidates[cid]
+        assert found.standing is Standing.FINALIST
+        assert found.built is not None
+        assert exhaustive or found.late or world.loss(found.plan) <= 1.5
+        assert not world.truth(cid).fails
+    for found in state.candidates.values():
+        assert done.out_of_reach or found.standing in (Standing.FINALIST, Standing.REFUSED)
+        if found.standing is Standing.REFUSED:
+            assert found.refused == found.history[-1]["reason"] or found.late or found.history[-1]["phase"] != "make"
+
+
+@settings(max_examples=50, deadline=None)
+@given(worlds)
+def test_a_candidate_never_goes_back(world: World) -> None:
+    world.run()
+    order = [*Standing]
+    for before, after in zip(world.states, world.states[1:], strict=False):
+        for cid, found in before.candidates.items():
+            now = after.candidates[cid]
+            assert order.index(now.standing) >= order.index(found.standing) or found.late
+
+
+@settings(max_examples=50, deadline=None)
+@given(worlds, st.data())
+def test_the_policy_changes_nothing_that_it_was_given(world: World, data: st.DataObject) -> None:
+    policy = world.policy()
+    state = policy.begin(world.candidates(), world.deadlines(), world.now)
+    for _ in range(data.draw(st.integers(0, 12))):
+        before = copy.deepcopy(state)
+        state_then, request = policy.advance(state, world.now)
+        assert (state_then, request) == policy.advance(state, world.now), "asked twice, it answers the same"
+        assert policy.advance(state_then, world.now)[1] == request
+        assert state == before
+        if isinstance(request, Done | Stopped):
+            return
+        state = policy.take(state_then, request, world.answer(request), world.now)
+
+
+# What it saves
+
+
+GOOD = {"fp32": Truth(1.2), "int8-good": Truth(3.0, 3.0, loss=0.1)}
+
+
+def test_a_third_engine_is_checked_only_where_it_can_win_as_it_is() -> None:
+    """Its runtime options would not be tried: those of the two fastest are."""
+    truths = {"int8-a": Truth(3.0, 3.0), "bf16-b": Truth(2.9, 2.9), "bf16-c": Truth(2.6, 2.6)}
+    _, state, world = run(truths)
+    assert kinds(world, "judge") == ["int8-a", "bf16-b"]
+    assert "cannot reach int8-a" in str(state.candidates["bf16-c"].refused)
+    _, _, world = run({"int8-a": Truth(3.0, 3.0), "bf16-c": Truth(2.6, 2.6)})
+    assert kinds(world, "judge") == ["int8-a", "bf16-c"], "the second one's options may make it the fastest"
+
+
+def test_options_that_cannot_win_are_not_timed() -> None:
+    """But where the fastest may yet turn out to lose too much, those of the next one are."""
+    sure = {"int8-a": Truth(3.0, 3.0, loss=9.0, mends=0.0), "fp32": Truth(1.2, 1.2)}
+    _, state, _ = run(sure)
+    assert "fp32.t1" not in state.candidates
+    assert any(cid.startswith("int8-a") and cid.endswith(".t1") for cid in state.candidates)
+
+
+def test_windows_are_no_longer_than_enough_calls() -> None:
+    _, _, quick = run(GOOD, call_ms=0.2)
+    _, _, slow = run(GOOD, call_ms=50.0)
+    seconds = [[a["seconds"] for a in w.asked if a["kind"] == "time"] for w in (quick, slow)]
+    assert seconds[0] == [limits.SCREEN_SECONDS, pytest.approx(limits.ENOUGH_CALLS * 0.2 * 8 / 1e3)]
+    assert seconds[1] == [limits.SCREEN_SECONDS, 0.5], "a sixth of the full measurement"
+
+
+# Single decisions
+
+
+def test_engines_are_the_same_by_their_bytes_and_by_how_they_are_loaded() -> None:
+    truths = {"fp32": Truth(engine="one"), "fp32-fused": Truth(engine="one"), "bf16-b": Truth(engine="two")}
+    _, state, world = run(truths)
+    assert state.candidates["fp32-fused"].refused == "the engine of fp32, byte for byte"
+    assert state.candidates["bf16-b"].speed is not None
+    assert next(len(a["subjects"]) for a in world.asked if a["kind"] == "time") == 2
+    _, state, _ = run(truths, spec=spec(search={"strategy": "exhaustive"}))
+    assert state.candidates["fp32.t1"].refused is None, "the same bytes, loaded otherwise"
+
+
+def test_what_memory_does_not_hold_is_timed_in_groups() -> None:
+    truths = {f"bf16-{i}": Truth(1.5 + i / 10) for i in range(5)}
+    _, state, world = run(truths, largest=2)
+    assert [len(a["subjects"]) for a in world.asked if a["kind"] == "time"][:5] == [5, 2, 3, 1, 2]
+    assert all(state.candidates[cid].speed is not None for cid in truths)
+
+
+def test_an_engine_that_answers_otherwise_at_another_shape_is_out() -> None:
+    done, state, world = run({**GOOD, "bf16-wrong": Truth(4.0, 4.0, wrong=True)}, free_axes=True)
+    assert "at the short shape (x [1, 2])" in str(state.candidates["bf16-wrong"].refused)
+    assert done.finalists[0].startswith("int8-good")
+    _, _, world = run(GOOD, free_axes=True, probes=False)
+    assert len(kinds(world, "try_shapes")) == 1, "the original itself does not get through"
+
+
+def test_a_metric_that_few_samples_do_not_define_is_judged_on_all() -> None:
+    done, _, world = run(GOOD, undefined=lambda r: r.samples < 2048, call_ms=0.0)
+    assert [a["samples"] for a in world.asked if a["kind"] == "judge"] == [96, 2048]
+    assert done.finalists[0].startswith("int8-good")
+    done, _, world = run(GOOD, undefined=lambda r: r.apart, call_ms=0.0)
+    assert [(a["samples"], a["apart"]) for a in world.asked if a["kind"] == "judge"][:3] == [
+        *((96, True), (2048, True), (2048, False))
+    ]
+    stopped, _ = World(GOOD, spec(), undefined=lambda _: True).run()
+    assert stopped == Stopped({"code": "metric_undefined", "detail": "one class only", "kind": "data"})
+
+
+def test_why_there_is_no_sensitivity_is_told() -> None:
+    class Unranked(World):
+        def answer(self, request: Any) -> dict[str, Any]:
+            return {"why_not": "the ranges are gone"} if isinstance(request, requests.Rank) else super().answer(request)
+
+    _, state = Unranked({"fp32": Truth(1.2), "int8-a": Truth(3.0, loss=30.0)}, spec()).run()
+    assert "the ranges are gone" in [note.get("reason") for note in state.candidates["int8-a"].history]
+
+
+# Requests and recordings
+
+
+def test_a_request_is_the_same_after_its_way_as_json() -> None:
+    plan = candidate("int8-a")
+    variant = plan.variant("t1", "1 thread", threads=1)
+    for request in (
+        Make(Subject(variant, plan), 7.5),
+        requests.Judge(Subject(plan), 96, True, 8.0),
+        requests.TryShapes(Subject(plan), 8.0),
+        requests.Time((Subject(plan), Subject(variant, plan)), 0.4, (1,), 9.0),
+        requests.Time((), 0.4, None, 9.0),
+        requests.Rank(Subject(plan), 16, 9.0),
+    ):
+        sent = json.dumps(requests.to_json(request))
+        assert requests.from_json(json.loads(sent)) == request
+        assert json.dumps(requests.to_json(requests.from_json(json.loads(sent)))) == sent
+
+
+def recorded(world: World) -> list[str]:
+    """The lines that a driver would write of it."""
+    lines: list[str] = []
+    kept, policy = Recorder(lines.append), world.policy()
+
+    def variants(plan: Any) -> Any:
+        found = [*policy_variants(plan)]
+        kept.has_variants(plan, found)
+        return found
+
+    def final_seconds(calls: Any) -> float:
+        kept.final_takes(policy_final(calls))
+        return policy_final(calls)
+
+    policy_variants, policy_final = policy.variants, policy.final_seconds
+    policy.variants, policy.final_seconds = variants, final_seconds
+    kept.begins(world.facts(), world.candidates(), world.deadlines(), world.now)
+    state = policy.begin(world.candidates(), world.deadlines(), world.now)
+    while True:
+        asked = world.now
+        state, request = policy.advance(state, asked)
+        if isinstance(request, Done):
+            kept.ends(request, asked)
+            return lines
+        assert not isinstance(request, Stopped)
+        answer = world.answer(request)
+        kept.told(request, answer, asked, world.now)
+        state = policy.take(state, request, answer, world.now)
+
+
+@settings(max_examples=50, deadline=None)
+@given(worlds)
+def test_a_search_that_is_recorded_can_be_replayed(world: World) -> None:
+    again = replace(world, asked=[], states=[])
+    done, _ = world.run()
+    steps = [*Recording.read(recorded(again)).replay()]
+    assert all(now == then for now, then, _ in steps)
+    assert steps[-1][0] == done
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+def test_on_a_recorded_search_the_same_is_picked(path: Path) -> None:
+    steps = [*Recording.read(path.read_text().splitlines()).replay()]
+    for now, then, _ in steps:
+        assert now == then
+    assert isinstance(steps[-1][0], Done)
+    assert steps[-1][0].finalists
+
+
+def test_there_are_recorded_searches() -> None:
+    assert RECORDED
+
+
+def test_a_recording_is_written_line_by_line_and_no_disk_fails_a_job(tmp_path: Path) -> None:
+    assert recorder(None, "job") is None
+    first = next(iter(World(GOOD, spec()).candidates()))
+    for _ in range(2):
+        kept = recorder(tmp_path / "searches", "job-1")
+        assert kept is not None
+        kept.has_variants(first, [])
+        kept.has_variants(first, [])
+    lines = (tmp_path / "searches" / "job-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["variants_of"] for line in lines] == ["fp32", "fp32"]
+    (tmp_path / "file").write_text("")
+    broken = recorder(tmp_path / "file", "job-1")
+    assert broken is not None
+    broken.final_takes(1.0)

@@ -1,0 +1,55 @@
+"""The constants of the search, each with its reason. Seconds unless said otherwise."""
+
+from __future__ import annotations
+
+# Who goes on
+
+MOST_FINALISTS = 2  # that can win; the fastest safe one beside them. A third that is as fast is nothing lost
+MOST_TUNED = 2  # engines whose runtime options are varied: each costs up to four timings
+TUNING_GAIN = 1.25  # what other runtime options may still gain over a backend's defaults, at most, as measured
+SLOWER = 0.97  # beyond what two processes of one engine differ by, which a short timing does not know
+# The lower end of a short timing, from which on the full one is not expected to turn it around. Where it does, those
+# that were spared are measured after all.
+CLEARLY_FASTER = 1.10
+
+# Short timings, per engine and batch size
+
+SCREEN_SECONDS = 0.4  # six windows that hold hundreds of calls of a small model, and one each of a large one
+TUNE_SECONDS = 0.6  # runtime options differ by less than engines do
+OF_THE_FULL = 1 / 6  # no short timing takes more than this part of what the full one takes
+ENOUGH_CALLS = 120  # twenty in each of six windows: their median hardly moves with more
+LEAST_SCREEN_SECONDS = 0.15  # with less the pauses between the windows take most of the time
+NO_ROOM = "not measured: the worker's memory does not hold it beside the original"
+NO_MEMORY = ("out_of_memory", "gpu_out_of_memory")
+LOADED_FACTOR = 1.6  # memory of a loaded engine over the size of its file: weights, packed copies of some, activations
+
+# Accuracy
+
+FEW = 96  # samples of the small check: a loss of a few percent shows, and a small model is through in a second
+AT_ONCE = 4 * FEW  # so few in all that the next candidate is judged on all of them from the start
+FULL_SHARE = 0.5  # of the time left to the search, at most, for a check on all samples
+CHEAP = 0.02  # of the budget: a check on all samples that takes less is made at once
+CHEAP_OF_LEFT = 0.05  # of the time left to the search, likewise
+CALL_S = 1.0  # of a check: starting it, loading the engine
+CHECK_SHARE = 0.15  # of the time left to the search, beyond which a check is only made of what is faster
+SHORT = 0.25  # of the budget: where less is left to the search after the first timing, time is short
+
+# Winning accuracy back
+
+WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than the best accurate one by this
+MENDING = 2.0  # of what making an engine took: equalizing its graph and quantizing that
+KEEPING = 0.5  # likewise, where keeping nodes in higher precision takes no new calibration
+MENDED = 0.95  # of the speed of the engine that it was made from, about, is what a mended one keeps
+METHODS = ("percentile", "entropy", "mse")  # of calibration, tried after the one that missed, in this order
+ALPHAS = (0.8, 0.5)  # of the equalization; the first helped real embedding models, the second helps with outliers
+REMAKING = 3.0  # times what the quantization took: else there is no time to calibrate anew, and to judge that
+HOPELESS = 10.0  # times the limit: other ranges do not mend that, some nodes do
+FIRST_KEPT = 1 / 32  # of the quantized nodes, where the search for their number begins
+FEW_KEPT = 1 / 24  # likewise: to keep fewer than that gains nothing that could be measured
+MOST_KEPT = 0.5  # of the quantized nodes: beyond that the gain is gone
+SENSITIVITY_SAMPLES = 16  # each costs an inference per node and group of nodes
+FEWEST_SAMPLES = 2
+SENSITIVITY_CALLS = 45  # about how many nodes and groups of them are measured
+SIMULATED = 1.5  # what a call takes there, over the original's
+SENSITIVITY_SHARE = 0.2  # of the time left, which the number of samples goes by
+TIMINGS_KEPT = 3  # of one engine: what mending leaves of the search's time to time what it mends

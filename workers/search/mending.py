@@ -1,0 +1,233 @@
+"""Winning accuracy back where a quantized candidate loses more than the job allows: other calibration, equalization,
+and the most sensitive nodes in higher precision, until the limit holds or the time is over. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from workers.candidates import Candidate
+from workers.search import checking, halving, limits, requantized
+from workers.search.draft import Draft
+from workers.search.requests import Answer, Judge, Make, Rank, Request, TryShapes
+from workers.search.state import Mending, Phase
+from workers.search.timing import shall_shrink
+
+PHASE = "win back"
+
+
+def begin(d: Draft) -> None:
+    """Those that are faster than the best accurate one and lose too much."""
+    best = d.best()
+    lost = [i for i in d.by_speed(d.alive()) if d[i].accuracy is not None and requantized.is_quantized(d[i].plan)]
+    lost = [i for i in lost if halving.over_limit(d.spec, d[i].loss) and not d[i].mending_tried]
+    d.state.queue, d.state.mended = tuple(lost), ()
+    d.state.reached = best[1].low if best else 0.0
+    d.state.phase = Phase.MENDING
+
+
+def ask(d: Draft) -> Request | None:
+    """None where nobody is left to mend."""
+    while d.state.mending is not None or d.state.queue:
+        if d.state.mending is None:
+            cid, d.state.queue = d.state.queue[0], d.state.queue[1:]
+            if _worth_it(d, cid):
+                _start(d, cid)
+            continue
+        request = _next(d)
+        if request is not None:
+            return request
+        _finish(d)
+    return None
+
+
+def _worth_it(d: Draft, cid: str) -> bool:
+    found, reached = d[cid], d.state.reached
+    floor = reached * limits.WIN_BACK_GAIN if reached else 0.0 if shall_shrink(d) else 1.0
+    if d.speed(cid).high < floor or not d.spec.quantization.win_back:
+        return False
+    if d.over(d.deadlines.search_until) or found.loss.get("source") == "synthetic":
+        return False
+    whose = d.state.in_vain.get(_graph(d, cid))
+    if whose is not None:
+        d.note(cid, PHASE, "not tried", f"it is the graph of {whose}, which could not be mended")
+        return False
+    assert found.built is not None
+    share = limits.KEEPING if found.built.reuses else limits.MENDING
+    if d.search_left < share * sum(found.built.seconds):
+        d.state.exhausted = True
+        d.note(cid, PHASE, "not tried", "the time left does not hold making its graph once more")
+        return False
+    return True
+
+
+def _start(d: Draft, cid: str) -> None:
+    found = d.put(cid, mending_tried=True)
+    assert found.built is not None
+    index, step = requantized.quantization(found.plan)
+    # What quantizing anew takes: as it did, or an inference a sample where the first came from the cache.
+    samples = min(int(step.options.get("max_samples", 0)), d.facts.calibrating)
+    remaking = limits.REMAKING * max(found.built.seconds[index], samples * d.state.sample_ms / 1e3)
+    ways = requantized.other_ways(d.facts, found.plan, found.loss.get("loss_percent") or 0.0)
+    # Until there is just the time left to time what it mends.
+    until = d.deadlines.search_until - limits.TIMINGS_KEPT * d.state.seconds_each
+    d.state.mending = Mending(cid, until, ways, remaking)
+
+
+def _next(d: Draft) -> Request | None:
+    """The next request for the one that is being mended; None where it is over."""
+    while True:
+        mending = d.state.mending
+        assert mending is not None
+        if mending.trying is not None:
+            request = _tried(d, mending.trying)
+            if request is not None:
+                return request
+            _judged(d, mending.trying)
+        elif mending.ways is not None:
+            _next_way(d, mending)
+        elif mending.ranked is None:
+            return _rank(d, mending)
+        elif not mending.keep or d.over(mending.until):
+            return None
+        else:
+            _try(d, requantized.kept(d[mending.of].plan, mending.ranked[: mending.keep]))
+
+
+def _change(d: Draft, **changes: object) -> Mending:
+    assert d.state.mending is not None
+    found = d.state.mending = replace(d.state.mending, **changes)  # type: ignore[arg-type]  # names of its fields
+    return found
+
+
+def _next_way(d: Draft, mending: Mending) -> None:
+    if mending.ways and d.left(mending.until) < mending.remaking:
+        why = f"{mending.ways[0].name}: the time left does not hold calibrating anew"
+        d.note(mending.of, PHASE, "not tried", why)
+    elif mending.ways and not d.over(mending.until):
+        _change(d, ways=mending.ways[1:])
+        _try(d, mending.ways[0])
+        return
+    _change(d, ways=None)
+
+
+def _try(d: Draft, candidate: Candidate) -> None:
+    mending = _change(d, trying=candidate.id)
+    d.add(candidate, base=mending.of)
+
+
+def _tried(d: Draft, cid: str) -> Request | None:
+    """What is still to be asked of the one that is tried."""
+    if d[cid].refused is not None:
+        return None
+    if d[cid].built is None:
+        assert d.state.mending is not None
+        return Make(d.subject(cid), d.state.mending.until)
+    return checking.ask(d, cid)
+
+
+def _judged(d: Draft, cid: str) -> None:
+    mending = _change(d, trying=None)
+    limit = d.spec.validation.max_accuracy_loss_percent
+    keeps = checking.keeps(d, cid) and d[cid].loss.get("loss_percent", 100.0) <= limit
+    if keeps:
+        if mending.best is not None:
+            why = f"{d[cid].plan.name} keeps the limit, too, and is quantized further"
+            d.drop(mending.best, PHASE, why)
+        d.note(cid, PHASE, "keeps the limit")
+        mending = _change(d, best=cid)
+    if mending.ranked is None:
+        if keeps:  # another way to quantize the same nodes
+            _change(d, ways=None, ranked=(), keep=0)
+        return
+    _number(d, mending, keeps=keeps)
+
+
+def _number(d: Draft, mending: Mending, *, keeps: bool) -> None:
+    """Of the nodes that are kept next: twice as many, until so many hold; then between a number that was too small and
+    one that holds: fewer nodes kept are faster."""
+    assert mending.ranked is not None
+    count, most = len(mending.ranked), int(len(mending.ranked) * limits.MOST_KEPT)
+    failed = mending.failed if keeps else mending.keep
+    held = mending.keep if keeps else mending.held
+    if not held:
+        keep = min(2 * mending.keep, most) if mending.keep < most else 0
+    else:
+        enough = held <= count * limits.FEW_KEPT and not mending.held
+        keep = (failed + held) // 2 if held - failed > max(1, held // 4) and not enough else 0
+    _change(d, failed=failed, held=held, keep=keep)
+
+
+def _rank(d: Draft, mending: Mending) -> Rank | None:
+    """Dynamic quantization needs no data: without any it is measured on random inputs, and the check on real ones
+    tells."""
+    _, step = requantized.quantization(d[mending.of].plan)
+    needs_data = step.options.get("recipe") != "dynamic_int8"
+    if d.over(mending.until) or (needs_data and not d.facts.has_calibration):
+        return None
+    half = d.now + d.left(mending.until) / 2
+    return Rank(d.subject(mending.of), sensitivity_samples(d.state.sample_ms, d.left(mending.until)), half)
+
+
+def sensitivity_samples(sample_ms: float, left: float) -> int:
+    """As many as the time holds, a power of two: the same job asks for the same ones again."""
+    call_s = limits.SENSITIVITY_CALLS * limits.SIMULATED * sample_ms / 1e3
+    if not call_s:
+        return limits.SENSITIVITY_SAMPLES
+    held = limits.SENSITIVITY_SHARE * left / call_s
+    return int(2 ** math.floor(math.log2(min(max(held, limits.FEWEST_SAMPLES), limits.SENSITIVITY_SAMPLES))))
+
+
+def _finish(d: Draft) -> None:
+    mending = d.state.mending
+    assert mending is not None
+    d.state.mending = None
+    if mending.best is None:
+        d.state.in_vain = {**d.state.in_vain, _graph(d, mending.of): mending.of}
+        return
+    d.state.mended = (*d.state.mended, mending.best)
+    d.state.reached = max(d.state.reached, limits.MENDED * d.speed(mending.of).ratio)
+
+
+def take(d: Draft, request: Make | Judge | TryShapes | Rank, answer: Answer) -> None:
+    if isinstance(request, Make):
+        d.built(request.subject.id, answer)
+    elif isinstance(request, Rank):
+        _ranked(d, answer)
+    else:
+        checking.take(d, request, answer)
+
+
+def _ranked(d: Draft, answer: Answer) -> None:
+    mending = d.state.mending
+    assert mending is not None
+    if "why_not" in answer:
+        d.note(mending.of, PHASE, "no sensitivity", str(answer["why_not"]))
+        _change(d, ranked=())
+        return
+    nodes = answer["nodes"]
+    worst = [{"node": n["name"], "error": n["error"]} for n in nodes[:10]]
+    d.note(mending.of, PHASE, "sensitivity", worst=worst)
+    ranked = tuple(str(n["name"]) for n in nodes if n["error"])
+    first, most = max(1, int(len(ranked) * limits.FIRST_KEPT)), int(len(ranked) * limits.MOST_KEPT)
+    _change(d, ranked=ranked, keep=first if first <= most else 0)
+
+
+def _graph(d: Draft, cid: str) -> tuple[str, str]:
+    built = d[cid].built
+    assert built is not None
+    return built.graph, json.dumps(built.runtime, sort_keys=True)
+
+
+def untimed(d: Draft, mended: Sequence[str]) -> None:
+    """What the time did not hold a timing of, though it keeps the accuracy, goes by the speed of the engine that it was
+    made from: the final measurement tells."""
+    for cid in mended:
+        found = d[cid]
+        if found.late and found.speed is None and found.base is not None:
+            expected = d.speed(found.base).scaled(limits.MENDED)
+            d.put(cid, refused=None, speed=expected)
+            ratio = round(expected.ratio, 4)
+            d.note(cid, "timing of the mended ones", "expected", "by the engine it was made from", ratio=ratio)

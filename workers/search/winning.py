@@ -1,0 +1,74 @@
+"""Who is checked, in which order, as long as somebody can still win. Pure."""
+
+from __future__ import annotations
+
+from workers.search import checking, halving, limits
+from workers.search.draft import Draft
+from workers.search.requests import Judge, TryShapes
+from workers.search.state import Phase
+
+
+def begin(d: Draft) -> None:
+    """A round of checks, of those that had none."""
+    for cid in [i for i, c in d.state.candidates.items() if c.passed is not None]:
+        d.put(cid, passed=None)
+    d.state.queue = tuple(i for i in _order(d) if d[i].accuracy is None)
+    d.state.accurate, d.state.took, d.state.check_asked = (), 0.0, None
+    d.state.phase = Phase.CHECKING
+
+
+def ask(d: Draft) -> Judge | TryShapes | None:
+    """In the order of speed, until no faster one is left that could win; None where that is over."""
+    while d.state.queue:
+        cid = d.state.queue[0]
+        if d.state.check_asked is not None or not _passed_over(d, cid):
+            if d.state.check_asked is None:
+                d.state.check_asked = d.now
+            request = checking.ask(d, cid)
+            if request is not None:
+                return request
+            d.state.took, d.state.check_asked = d.now - d.state.check_asked, None
+            if checking.keeps(d, cid):
+                d.state.accurate = (*d.state.accurate, cid)
+        d.state.queue = d.state.queue[1:]
+    d.phase_ends("accuracy of those that can win", len(d.state.accurate))
+    return None
+
+
+def _passed_over(d: Draft, cid: str) -> bool:
+    speed, best = d.speed(cid), d.best()
+    if best is not None:
+        name = d[best[0]].plan.name
+        dear = d.state.took > limits.CHECK_SHARE * d.search_left
+        if dear and speed.ratio <= best[1].ratio:
+            d.state.exhausted = True
+            reason = f"not faster than {name}, and the time left hardly holds its check"
+            d.put(cid, passed=("check", reason))
+            return True
+        if not halving.can_win(speed, best[1].low, gain=_gain(d, cid)):
+            d.put(cid, passed=("short timing", halving.dropped_as_slow(speed, name, best[1])))
+            return True
+    return d.too_late(cid, d.deadlines.search_until, "check")
+
+
+def _gain(d: Draft, cid: str) -> float:
+    """Other runtime options are tried for the fastest accurate ones only: a further one has to win as it is."""
+    faster = sum(d.speed(i).ratio >= d.speed(cid).ratio for i in d.state.accurate)
+    return d.tuning_gain(cid) if faster < limits.MOST_TUNED else 1.0
+
+
+def _order(d: Draft) -> list[str]:
+    """The fastest first. Where time is short, the fastest that is not quantized comes before: it seldom loses accuracy,
+    and then there is something to ship."""
+    ids = d.by_speed(d.alive())
+    if d.search_left > limits.SHORT * d.deadlines.seconds:
+        return ids
+    safe = next((i for i in ids if d[i].plan.precision != "int8"), None)
+    return ids if safe is None else [safe, *(i for i in ids if i != safe)]
+
+
+def anybody_left(d: Draft) -> bool:
+    """Whether those that were the fastest at the batch size that counts turned out to be slower at another one, and
+    others were passed over for them."""
+    passed = any(c.passed is not None for c in d.state.candidates.values())
+    return passed and not any(d[i].refused is None for i in d.state.accurate)
