@@ -121,7 +121,7 @@ class Narrowing:
 @dataclass(frozen=True)
 class Case:
     """What is known of the job before anything is tried. `ops`: op type → count in the exported graph. `kind`: as in
-    `workers.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.onnx_arithmetic`. `size_bytes`: of the
+    `workers.graph.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.graph.onnx_arithmetic`. `size_bytes`: of the
     exported model. `same_data`: one data set for calibration and validation, which is split. `random`: the original
     does not answer the same twice."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from workers import gpus
+from workers.devices import gpus
 
 # Instruction sets that decide which kernels an inference library takes (x86 and Arm).
 ISA_FLAGS = (
@@ -31,7 +31,7 @@ def describe(gpu: str = "") -> dict[str, Any]:
     affinity, gpu.
 
     `memory_bytes` is the smaller of the machine's memory and the container's limit; `cpu_quota` is the container's
-    limit of CPU time in CPUs (2.5), None without one. `gpu` is the one GPU of this worker (`workers.gpus`), chosen as
+    limit of CPU time in CPUs (2.5), None without one. `gpu` is the one GPU of this worker (`workers.devices.gpus`), chosen as
     `gpus.selected(gpu)`; with one, `kind` is "gpu" and the id is the GPU's. Never raises: what cannot be read is None.
     """
     card = gpus.selected(gpu)

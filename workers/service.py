@@ -34,7 +34,7 @@ from app.storage.factory import make_store
 from app.uploads.service import UploadService
 from workers import kernel
 from workers.background import Background, InARow, Regularly
-from workers.gpus import UnknownGpu
+from workers.devices.gpus import UnknownGpu
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults

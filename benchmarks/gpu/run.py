@@ -26,9 +26,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import models
 from timing import Contender, contest, cosine
 
-from workers import gpus, hardware, kernel
-from workers.backends._cuda import Cuda, Stream
-from workers.backends._ortcuda_session import OnnxRuntimeCudaSession, RuntimeOptions
+from workers import hardware, kernel
+from workers.devices import gpus
+from workers.devices.cuda_runtime import Cuda, Stream
+from workers.backends.onnxruntime_cuda.session import OnnxRuntimeCudaSession, RuntimeOptions
 from workers.kernel import Reporter, StageContext
 from workers.stages.convert import Convert, ConvertOptions
 from workers.stages.simplify import Simplify, SimplifyOptions

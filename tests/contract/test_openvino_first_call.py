@@ -1,5 +1,5 @@
 """OpenVINO's fused attention against orders of calls: what the installed version of the plug-in gets wrong where the
-first call has keys of length 1, the backend recognises and builds without (`workers.backends._openvino_faults`)."""
+first call has keys of length 1, the backend recognises and builds without (`workers.graph.ir.faults`)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests.factories import onnx_models as models
 from tests.factories.architectures import GraphBuilder
-from workers.backends import _nncf_quantize as nncf_quantize
-from workers.backends import _openvino_faults as faults
-from workers.backends import _openvino_ir as ir
-from workers.backends._openvino_library import compile_model, fuse_common, read_model
+from workers.graph.nncf import quantize as nncf_quantize
+from workers.graph.ir import faults
+from workers.graph.ir import files as ir
+from workers.graph.ir.library import compile_model, fuse_common, read_model
 from workers.backends.openvino import OpenVinoBackend
 from workers.hardware import describe
 from workers.kernel import Reporter

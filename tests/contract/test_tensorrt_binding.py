@@ -21,10 +21,10 @@ import pytest
 
 from tests.contract import make_tensorrt_typings as typings
 from tests.factories import tensorrt_standin
-from workers.backends._trt_script import infer_script
+from workers.backends.tensorrt.script import infer_script
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted([*(ROOT / "workers" / "backends").glob("_trt_*.py"), ROOT / "workers" / "backends" / "tensorrt.py"])
+SOURCES = sorted((ROOT / "workers" / "backends" / "tensorrt").glob("*.py"))
 _CALLBACKS = {"reallocate_output", "reallocate_output_async", "notify_shape"}  # overridden, not part of the surface
 
 

@@ -121,29 +121,29 @@ class Cuda:
 
 def install() -> None:
     """Put the stand-ins in the place of TensorRT, the CUDA layer and the driver, in this process and its forks."""
-    from workers.backends import _trt_probe
+    from workers.backends.tensorrt import probe as trt_probe
     from workers.backends import tensorrt as backend
 
     sys.modules["tensorrt"] = tensorrt_standin  # type: ignore[assignment]
-    _trt_probe.ask_driver = lambda: dict(GPU)
-    _trt_probe.probe_gpu.cache_clear()
+    trt_probe.ask_driver = lambda: dict(GPU)
+    trt_probe.probe_gpu.cache_clear()
     backend.open_cuda = Cuda
 
 
 @contextmanager
 def installed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tensorrt_standin.Behaviour]:
     """The stand-ins for the length of a test, with a signing key and a folder for timing caches."""
-    from workers.backends import _trt_probe
+    from workers.backends.tensorrt import probe as trt_probe
     from workers.backends import tensorrt as backend
 
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_standin)
-    monkeypatch.setattr(_trt_probe, "ask_driver", lambda: dict(GPU))
+    monkeypatch.setattr(trt_probe, "ask_driver", lambda: dict(GPU))
     monkeypatch.setattr(backend, "open_cuda", Cuda)
     behaviour = tensorrt_standin.Behaviour()
     monkeypatch.setattr(tensorrt_standin, "behaviour", behaviour)
     monkeypatch.setattr(Cuda, "depth", 0)
     monkeypatch.setattr(Buffer, "live", 0)
-    _trt_probe.probe_gpu.cache_clear()
+    trt_probe.probe_gpu.cache_clear()
     with installation.using(installation.Installation(b"k" * installation.KEY_BYTES, folder)):
         yield behaviour
-    _trt_probe.probe_gpu.cache_clear()
+    trt_probe.probe_gpu.cache_clear()

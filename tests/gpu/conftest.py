@@ -11,7 +11,7 @@ import pytest
 from app.domain.failures import StageFailure
 from tests.gpu.models import Case, make_case
 from workers import kernel
-from workers.backends import _cuda
+from workers.devices import cuda_runtime
 from workers.hardware import describe
 
 
@@ -19,17 +19,17 @@ from workers.hardware import describe
 def gpu() -> dict[str, Any]:
     """The hardware description of this machine; skips without a usable GPU."""
     try:
-        _cuda.probe()
+        cuda_runtime.probe()
     except StageFailure as failure:
         pytest.skip(failure.detail)
     return describe()
 
 
 @pytest.fixture(params=["pycuda", "cuda-bindings"])
-def cuda(request: pytest.FixtureRequest, gpu: dict[str, Any]) -> Iterator[_cuda.Cuda]:
+def cuda(request: pytest.FixtureRequest, gpu: dict[str, Any]) -> Iterator[cuda_runtime.Cuda]:
     """The CUDA interface by each of its libraries, with the context current."""
     try:
-        opened = _cuda.Cuda(library=request.param)
+        opened = cuda_runtime.Cuda(library=request.param)
     except StageFailure as failure:
         pytest.skip(failure.detail)
     with opened.context():

@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 
 from tests.factories import architectures
-from workers.backends import _ort_quantize as quantization
+from workers.graph import quantizable as quantization
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.convert import Convert, ConvertOptions
 from workers.stages.simplify import Simplify, SimplifyOptions

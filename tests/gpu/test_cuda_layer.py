@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from app.domain.failures import StageFailure
-from workers.backends import _cuda
+from workers.devices import cuda_runtime
 
 
-def test_bytes_come_back_as_they_went(cuda: _cuda.Cuda) -> None:
+def test_bytes_come_back_as_they_went(cuda: cuda_runtime.Cuda) -> None:
     stream = cuda.stream()
     up = cuda.pinned((1000, 33), np.float32)
     up[...] = np.random.default_rng(0).normal(size=up.shape)
@@ -30,7 +30,7 @@ def test_bytes_come_back_as_they_went(cuda: _cuda.Cuda) -> None:
     stream.close()
 
 
-def test_ordinary_arrays_can_be_copied_too(cuda: _cuda.Cuda) -> None:
+def test_ordinary_arrays_can_be_copied_too(cuda: cuda_runtime.Cuda) -> None:
     stream = cuda.stream()
     up = np.arange(7, dtype=np.int64)
     down = np.zeros_like(up)
@@ -41,7 +41,7 @@ def test_ordinary_arrays_can_be_copied_too(cuda: _cuda.Cuda) -> None:
     assert down.tolist() == up.tolist()
 
 
-def test_a_pinned_array_lives_as_long_as_a_view_of_it(cuda: _cuda.Cuda) -> None:
+def test_a_pinned_array_lives_as_long_as_a_view_of_it(cuda: cuda_runtime.Cuda) -> None:
     view = cuda.pinned((4, 4), np.float16)[1:3]
     view[...] = 2
     gc.collect()
@@ -49,7 +49,7 @@ def test_a_pinned_array_lives_as_long_as_a_view_of_it(cuda: _cuda.Cuda) -> None:
     assert cuda.pinned((0, 3), np.float32).shape == (0, 3)
 
 
-def test_what_does_not_fit_is_refused(cuda: _cuda.Cuda) -> None:
+def test_what_does_not_fit_is_refused(cuda: cuda_runtime.Cuda) -> None:
     stream = cuda.stream()
     buffer = cuda.alloc(16)
     with pytest.raises(ValueError, match="do not fit"):
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused(cuda: _cuda.Cuda) -> None:
         buffer.copy_from_host(np.zeros(1, np.float32), stream)
 
 
-def test_events_tell_the_time_of_a_copy(cuda: _cuda.Cuda) -> None:
+def test_events_tell_the_time_of_a_copy(cuda: cuda_runtime.Cuda) -> None:
     stream, start, end = cuda.stream(), cuda.event(), cuda.event()
     host = cuda.pinned((64 << 20,), np.uint8)
     buffer = cuda.alloc(host.nbytes)
@@ -72,7 +72,7 @@ def test_events_tell_the_time_of_a_copy(cuda: _cuda.Cuda) -> None:
     assert 0.5 < elapsed < 500  # 64 MiB at between 0.1 and 130 GB/s
 
 
-def test_a_captured_copy_runs_at_every_launch(cuda: _cuda.Cuda) -> None:
+def test_a_captured_copy_runs_at_every_launch(cuda: cuda_runtime.Cuda) -> None:
     stream = cuda.stream()
     up, down = cuda.pinned((256,), np.int32), cuda.pinned((256,), np.int32)
     buffer = cuda.alloc(up.nbytes)
@@ -93,7 +93,7 @@ def test_a_captured_copy_runs_at_every_launch(cuda: _cuda.Cuda) -> None:
         graph.launch(stream)
 
 
-def test_a_capture_that_fails_leaves_the_stream_usable(cuda: _cuda.Cuda) -> None:
+def test_a_capture_that_fails_leaves_the_stream_usable(cuda: cuda_runtime.Cuda) -> None:
     stream = cuda.stream()
     buffer = cuda.alloc(64)
     with pytest.raises(RuntimeError, match="on purpose"), cuda.capture(stream):
@@ -110,7 +110,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda: _cuda.Cuda) -> None
     assert back.sum() == 80
 
 
-def test_memory_is_told_and_its_lack_is_typed(cuda: _cuda.Cuda) -> None:
+def test_memory_is_told_and_its_lack_is_typed(cuda: cuda_runtime.Cuda) -> None:
     free, total = cuda.mem_info()
     assert 0 < free <= total
     with pytest.raises(StageFailure) as caught:
@@ -123,7 +123,7 @@ def test_memory_is_told_and_its_lack_is_typed(cuda: _cuda.Cuda) -> None:
     assert cuda.mem_info()[0] >= free - (1 << 28)
 
 
-def test_a_second_thread_has_the_context_of_its_own_block(cuda: _cuda.Cuda) -> None:
+def test_a_second_thread_has_the_context_of_its_own_block(cuda: cuda_runtime.Cuda) -> None:
     seen: list[int] = []
 
     def work() -> None:
@@ -139,7 +139,7 @@ def test_a_second_thread_has_the_context_of_its_own_block(cuda: _cuda.Cuda) -> N
     assert seen[0]
 
 
-def test_the_context_is_the_one_that_other_libraries_use(cuda: _cuda.Cuda) -> None:
+def test_the_context_is_the_one_that_other_libraries_use(cuda: cuda_runtime.Cuda) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA here")
@@ -156,5 +156,5 @@ def test_the_context_is_the_one_that_other_libraries_use(cuda: _cuda.Cuda) -> No
 
 def test_a_device_that_is_not_there(gpu: dict[str, object]) -> None:
     with pytest.raises(StageFailure) as caught:
-        _cuda.Cuda(device=99)
+        cuda_runtime.Cuda(device=99)
     assert caught.value.code == "cuda_unavailable"

@@ -16,7 +16,8 @@ import pytest
 from tests.factories import architectures
 from tests.factories.deployment import Deployment, deployment
 from tests.gpu.models import make_case
-from workers import gpus, kernel
+from workers import kernel
+from workers.devices import gpus
 
 NAME = "vit"
 SIZES = {"hidden": 384, "layers": 6}

@@ -19,9 +19,9 @@ from tests.factories import onnx_models as models
 from tests.factories import tensorrt_standin
 from tests.gpu.models import Case
 from workers import installation
-from workers.backends import _trt_probe
-from workers.backends._trt_cuda import open_cuda
-from workers.backends._trt_runner import TensorRtSession
+from workers.backends.tensorrt import probe as trt_probe
+from workers.backends.tensorrt.cuda import open_cuda
+from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt import TensorRtBackend
 from workers.kernel import Reporter
 
@@ -44,10 +44,10 @@ def _has(module: str) -> bool:
 @pytest.fixture
 def signed(tmp_path: Path) -> Iterator[None]:
     """A machine with a GPU and a CUDA library; with a key to sign engines."""
-    found = _trt_probe.probe_gpu()
+    found = trt_probe.probe_gpu()
     if isinstance(found, str):
         pytest.skip(found)
-    if not all(map(_has, ("workers.backends._cuda", "cuda.bindings"))):
+    if not all(map(_has, ("workers.devices.cuda_runtime", "cuda.bindings"))):
         pytest.skip("cuda-bindings is not installed")
     with installation.using(installation.Installation(b"k" * installation.KEY_BYTES, tmp_path / "cache")):
         yield
@@ -126,7 +126,7 @@ def test_what_cannot_be_captured_runs_eagerly(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("make", [models.conv_net, models.transformer_block], ids=["cnn", "transformer"])
 def test_a_real_plan(make: Any, graph: bool, tmp_path: Path) -> None:
-    if not _trt_probe.installed():
+    if not trt_probe.installed():
         pytest.skip("TensorRT is not installed")
     model = make()
     session = session_of(model, tmp_path, {"cuda_graph": graph}, tf32=False, batch_sizes=[1, 8])
@@ -144,7 +144,7 @@ def test_a_real_plan(make: Any, graph: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("signed")
 @pytest.mark.parametrize(("recipe", "least"), [("fp16", 0.999), ("bf16", 0.99), ("int8", 0.99), ("fp8", 0.98)])
 def test_a_real_plan_in_explicit_precision(recipe: str, least: float, case: Case, tmp_path: Path) -> None:
-    if not _trt_probe.installed():
+    if not trt_probe.installed():
         pytest.skip("TensorRT is not installed")
     high = {"high_precision": "fp16"} if recipe in ("int8", "fp8") else {}
     folder, _ = case.converted(recipe, {}, **high)

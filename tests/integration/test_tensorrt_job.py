@@ -281,14 +281,15 @@ print(json.dumps(found))
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workers.backends import _trt_cuda, _trt_probe
+    from workers.backends.tensorrt import cuda as trt_cuda
+    from workers.backends.tensorrt import probe as trt_probe
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert not _trt_probe.installed()
-    monkeypatch.setitem(sys.modules, "workers.backends._cuda", None)
+    assert not trt_probe.installed()
+    monkeypatch.setitem(sys.modules, "workers.devices.cuda_runtime", None)
     for needs, code in (
-        (_trt_probe.require_tensorrt, "tensorrt_unavailable"),
-        (_trt_cuda.open_cuda, "cuda_unavailable"),
+        (trt_probe.require_tensorrt, "tensorrt_unavailable"),
+        (trt_cuda.open_cuda, "cuda_unavailable"),
     ):
         with pytest.raises(StageFailure) as caught:
             needs()

@@ -20,7 +20,7 @@ from onnx import ModelProto, helper
 
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
-from workers.backends._infer_script import CHECK
+from workers.backends.bundle_script import CHECK
 from workers.hardware import describe
 from workers.kernel import Reporter, StageContext, backends
 from workers.measure.pieces import folder_digest

@@ -14,8 +14,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures, onnx_models
 from tests.gpu.models import Case, make_case
-from workers.backends import _precision_awq, _precision_float, _precision_int4
-from workers.backends import _precision_graph as graphs
+from workers.graph.precision import awq, floats, int4
+from workers.graph import rewriting as graphs
 
 
 @pytest.fixture(scope="module", params=["residual_cnn", "bert", "vit", "gpt2"])
@@ -91,7 +91,7 @@ def test_a_layer_norm_is_converted_although_its_unused_outputs_are_float32() -> 
     weights = [numpy_helper.from_array(np.ones(4, np.float32), n) for n in "sb"]
     graph = helper.make_graph([node], "g", values[:1], values[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    assert _precision_float.to_low(model, "fp16").by_op == {"LayerNormalization": 1}
+    assert floats.to_low(model, "fp16").by_op == {"LayerNormalization": 1}
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
@@ -114,11 +114,11 @@ def test_fused_operators_compute_in_float16_too(name: str, tmp_path: Path) -> No
 def test_a_skipped_optional_output_does_not_keep_a_node_in_float32() -> None:
     """The fourth output of SkipLayerNormalization is the sum; the second and third, float32, are left out."""
     node = helper.make_node("SkipLayerNormalization", ["x", "s", "g"], ["y", "", "", "z"], domain="com.microsoft")
-    assert _precision_float._low_slots(node, 17, "fp16") == {0: True, 1: True, 2: True}
+    assert floats._low_slots(node, 17, "fp16") == {0: True, 1: True, 2: True}
     node.output[1] = "mean"
-    assert _precision_float._low_slots(node, 17, "fp16") == {}
+    assert floats._low_slots(node, 17, "fp16") == {}
     assert (
-        _precision_float._low_slots(helper.make_node("NoSuch", ["x"], ["y"], domain="com.microsoft"), 17, "fp16") == {}
+        floats._low_slots(helper.make_node("NoSuch", ["x"], ["y"], domain="com.microsoft"), 17, "fp16") == {}
     )
 
 
@@ -128,7 +128,7 @@ def test_a_constant_beyond_float16_is_clamped() -> None:
     mask = numpy_helper.from_array(np.array([0, -np.inf], np.float32), "mask")
     graph = helper.make_graph([node], "g", values[:1], values[1:], [mask])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    made = _precision_float.to_low(model, "fp16")
+    made = floats.to_low(model, "fp16")
     assert made.clamped == 1
     stored = {i.name: numpy_helper.to_array(i) for i in made.model.graph.initializer}
     assert stored["mask_fp16"].tolist() == [0, -30_000]
@@ -240,7 +240,7 @@ def test_branches_and_loops_stay_as_they_are(tmp_path: Path) -> None:
 def test_int4_values_and_scales_of_blocks() -> None:
     rng = np.random.default_rng(3)
     weight = rng.normal(size=(64, 5)).astype(np.float32)
-    values, scales = _precision_int4.quantize(weight, 0, 32, np.ones(64))
+    values, scales = int4.quantize(weight, 0, 32, np.ones(64))
     assert values.shape == (64, 5)
     assert scales.shape == (2, 5)
     assert values.min() >= -8
@@ -257,7 +257,7 @@ def test_the_scale_search_protects_the_channels_that_matter() -> None:
     importance[0] = 1e-4
 
     def loss(cost: Any) -> float:
-        values, scales = _precision_int4.quantize(weight, 0, 32, cost)
+        values, scales = int4.quantize(weight, 0, 32, cost)
         error = values * np.repeat(scales, 32, axis=0) - weight
         return float((error**2 * importance[:, None]).sum())
 
@@ -297,9 +297,9 @@ def test_channels_with_large_activations_are_scaled_where_it_costs_no_node() -> 
     gamma = numpy_helper.to_array(_spread(True).graph.initializer[0])
     squares = {"h": gamma**2}  # of a normalized input
     plain, scaled = _spread(True), _spread(True)
-    wanted = _precision_int4.targets(plain, 32, ())
+    wanted = int4.targets(plain, 32, ())
     assert sorted(wanted) == [1, 2]
-    known = _precision_awq.scale_channels(scaled, wanted, squares)
+    known = awq.scale_channels(scaled, wanted, squares)
     assert known["h"].max() < squares["h"].max()
     assert [n.op_type for n in scaled.graph.node] == [n.op_type for n in plain.graph.node]
     exact = _answers(plain, x)
@@ -307,7 +307,7 @@ def test_channels_with_large_activations_are_scaled_where_it_costs_no_node() -> 
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
     def loss(model: ModelProto, importance: Any) -> float:
-        placed = _precision_int4.place(model, wanted, importance)
+        placed = int4.place(model, wanted, importance)
         return float(((_answers(placed.model, x)[0] - exact[0]) ** 2).mean())
 
     assert loss(scaled, known) < 0.5 * loss(plain, squares)
@@ -317,7 +317,7 @@ def test_where_the_division_would_cost_a_node_the_channels_stay() -> None:
     model = _spread(False)
     before = model.SerializeToString()
     squares = {"h": np.linspace(0.01, 9.0, 64, dtype=np.float32)}
-    known = _precision_awq.scale_channels(model, _precision_int4.targets(model, 32, ()), squares)
+    known = awq.scale_channels(model, int4.targets(model, 32, ()), squares)
     assert known["h"] is squares["h"]
     assert model.SerializeToString() == before
 

@@ -14,9 +14,9 @@ from tests.factories import architectures
 from tests.unit.test_equalize import folder as equalized_folder
 from tests.unit.test_equalize import run as equalize
 from tests.unit.test_quantize import Bench, Quiet
-from workers.backends import _ort_quantize as quantization
+from workers.graph import quantizable as quantization
 from workers.kernel import StageContext
-from workers.onnx_files import MODEL_FILE, load_model
+from workers.graph.onnx_files import MODEL_FILE, load_model
 from workers.stages import equalize as equalize_stage
 from workers.stages import simplify as simplify_stage
 from workers.stages.simplify import Simplify, SimplifyOptions

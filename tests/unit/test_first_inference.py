@@ -21,7 +21,7 @@ from workers.data import Samples
 from workers.kernel import StageContext, TensorSpec, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.synthetic import synthetic_feeds, synthetic_shapes
-from workers.onnx_graph import model_specs
+from workers.graph.onnx_graph import model_specs
 from workers.stages.export import Export, ExportOptions
 from workers.stages.export._values import value_bounds
 

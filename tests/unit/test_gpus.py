@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from app.domain.failures import FailureKind, StageFailure
-from workers import gpus, hardware
-from workers.backends import _cuda, _cuda_apis
+from workers import hardware
+from workers.devices import cuda_apis, cuda_runtime, gpus
 from workers.measure.device_company import DeviceCompany
 
 SMI = """#!/bin/sh
@@ -123,10 +123,10 @@ def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_where_there_is_none_is_a_typed_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda_apis, "PyCudaApi", _Absent)
-    monkeypatch.setattr(_cuda_apis, "BindingsApi", _Absent)
+    monkeypatch.setattr(cuda_apis, "PyCudaApi", _Absent)
+    monkeypatch.setattr(cuda_apis, "BindingsApi", _Absent)
     with pytest.raises(StageFailure) as caught:
-        _cuda.Cuda()
+        cuda_runtime.Cuda()
     assert (caught.value.code, caught.value.kind) == ("cuda_unavailable", FailureKind.INFRASTRUCTURE)
     assert "`gpu`" in (caught.value.remedy or "")
 
@@ -139,17 +139,17 @@ class _Absent:
 
 
 def test_probing_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    _cuda._probed.cache_clear()
-    monkeypatch.setattr(_cuda_apis, "installed", lambda: False)
+    cuda_runtime._probed.cache_clear()
+    monkeypatch.setattr(cuda_apis, "installed", lambda: False)
     with pytest.raises(StageFailure, match="Neither PyCUDA nor cuda-bindings"):
-        _cuda.probe()
-    assert not _cuda.available()
-    _cuda._probed.cache_clear()
-    monkeypatch.setattr(_cuda_apis, "installed", lambda: True)
-    monkeypatch.setattr(_cuda, "_PROBE", "import os; os.abort()")  # a driver that takes the process down
+        cuda_runtime.probe()
+    assert not cuda_runtime.available()
+    cuda_runtime._probed.cache_clear()
+    monkeypatch.setattr(cuda_apis, "installed", lambda: True)
+    monkeypatch.setattr(cuda_runtime, "_PROBE", "import os; os.abort()")  # a driver that takes the process down
     with pytest.raises(StageFailure, match="its process ended with -6"):
-        _cuda.probe()
-    _cuda._probed.cache_clear()
+        cuda_runtime.probe()
+    cuda_runtime._probed.cache_clear()
 
 
 class _Nvml:

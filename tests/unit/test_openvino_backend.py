@@ -19,7 +19,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import architectures
 from tests.factories import onnx_models as models
-from workers.backends._openvino_library import clean_message, unsupported_ops
+from workers.graph.ir.library import clean_message, unsupported_ops
 from workers.backends.openvino import OpenVinoBackend
 from workers.candidates import BF16_FLAGS, Candidate, Case
 from workers.data import synthetic_feeds
@@ -482,8 +482,8 @@ def refuse(*args, **kwargs):
     raise SystemExit("a socket was opened")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import workers.backends.openvino as backend
-from workers.backends._openvino_library import library
-from workers.backends import _nncf_quantize
+from workers.graph.ir.library import library
+from workers.graph.nncf import quantize as nncf_quantize
 assert backend.OpenVinoBackend().probe({}) is not None
 import numpy as np
 ov = library()
@@ -495,7 +495,7 @@ x.output(0).set_names({"x"})
 data = [{"x": np.ones((1, 8), np.float32)}]
 options = {"preset": "mixed", "model_type": None, "method": "auto", "smooth_quant_alpha": None}
 options |= {"fast_bias_correction": True, "excluded": (), "progress": lambda fraction: None}
-_nncf_quantize.quantize(model, lambda: data, 1, **options)
+nncf_quantize.quantize(model, lambda: data, 1, **options)
 loaded = [n for n in sys.modules if n.split(".")[0] == "openvino_telemetry" and sys.modules[n] is not None]
 assert not loaded, loaded
 assert "torch" not in sys.modules

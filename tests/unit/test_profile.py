@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.factories import onnx_models as models
-from workers.backends._onnxruntime_profile import layer_times
+from workers.backends.onnxruntime.profile import layer_times
 from workers.hardware import describe
 from workers.kernel import LayerTime, Reporter, StageContext, backends
 from workers.measure.layers import median_times

@@ -20,9 +20,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures
-from workers.backends import _ort_calibrate as calibration
-from workers.backends import _ort_int8 as int8
-from workers.backends import _ort_quantize as quantization
+from workers.graph.calibrate import statistics as calibration
+from workers.graph import int8
+from workers.graph import quantizable as quantization
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.quantize import Quantize, QuantizeOptions
 from workers.stages.simplify import Simplify, SimplifyOptions

@@ -19,9 +19,9 @@ from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures
 from tests.factories import onnx_models as models
 from tests.unit.test_quantize import dataset, fails
-from workers.backends import _nncf_quantize
-from workers.backends import _openvino_ir as ir
-from workers.backends._openvino_library import library
+from workers.graph.nncf import quantize as nncf_quantize
+from workers.graph.ir import files as ir
+from workers.graph.ir.library import library
 from workers.kernel import Reporter, Session, StageContext, StageResult, backends
 from workers.stages.quantize_nncf import QuantizeNncf, QuantizeNncfOptions
 from workers.stages.simplify import Simplify, SimplifyOptions
@@ -176,7 +176,7 @@ def test_nodes_are_put_back_without_calibrating_anew(
     base, error = bench.out / "model", bench.error()
     types = {n.name: n.op_type for n in onnx.load(bench.source / "model.onnx").graph.node}
     products = [n for n in everything.data["quantized_onnx_nodes"] if types[n] in ("Conv", "MatMul", "Gemm")]
-    monkeypatch.setattr(_nncf_quantize, "quantize", lambda *_, **__: pytest.fail("it was calibrated again"))
+    monkeypatch.setattr(nncf_quantize, "quantize", lambda *_, **__: pytest.fail("it was calibrated again"))
 
     half = bench.run(method="minmax", quantized=base, exclude_nodes=products[::2], **options).data
     assert not set(products[::2]) & set(half["quantized_onnx_nodes"])
@@ -321,7 +321,7 @@ class Counted:
 def test_every_sample_is_read_once_in_each_pass(tmp_path: Path) -> None:
     model, _, _ = ir.read_onnx(models.folder(models.mlp(), tmp_path))
     data = Counted()
-    _nncf_quantize.quantize(
+    nncf_quantize.quantize(
         model,
         data,
         7,

@@ -20,7 +20,7 @@ from tests.unit.test_quantize import dataset
 SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
-from workers.backends import _ort_quantize as quantization
+from workers.graph import quantizable as quantization
 from workers.kernel import Reporter, StageContext, stages
 
 class Quiet(Reporter):

@@ -12,7 +12,7 @@ from app.errors import storage_unavailable
 from app.storage.local import LocalStore
 from tests.factories import cuda_standin, tensorrt_standin
 from tests.factories.tensorrt_standin import Behaviour
-from workers.backends import _trt_timing as timing
+from workers.backends.tensorrt import timing
 from workers.pipeline.shared_caches import PREFIX, SharedCaches
 
 NAME = "tensorrt-timing-0123"

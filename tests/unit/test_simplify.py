@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.factories import architectures
-from workers.backends import _ort_fusion
+from workers.graph.fuse import transformers as fusion
 from workers.kernel import Reporter, StageContext, backends
 from workers.stages import simplify
 from workers.stages.simplify import Simplify, SimplifyOptions
@@ -105,8 +105,8 @@ def test_masks_keep_their_meaning_in_a_fused_bert(tmp_path: Path) -> None:
 
 
 def test_other_architectures_are_not_recognised() -> None:
-    assert _ort_fusion.recognise(architectures.residual_cnn()) is None
-    assert _ort_fusion.recognise(architectures.lstm()) is None
+    assert fusion.recognise(architectures.residual_cnn()) is None
+    assert fusion.recognise(architectures.lstm()) is None
 
 
 def test_dead_nodes_and_constants_are_folded(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_broken_fusions_leave_the_slimmed_graph(tmp_path: Path, monkeypatch: pyt
     def broken(model: ModelProto, architecture: object) -> ModelProto:
         raise AssertionError("unexpected pattern")
 
-    monkeypatch.setattr(_ort_fusion, "fuse", broken)
+    monkeypatch.setattr(fusion, "fuse", broken)
     made, data, _ = run(architectures.bert(), tmp_path, fusions=True)
     assert data["fell_back"] == "transformer fusions: AssertionError: unexpected pattern"
     assert data["steps"] == ["onnxslim"]

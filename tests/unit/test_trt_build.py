@@ -17,12 +17,12 @@ from tests.factories import cuda_standin, tensorrt_standin
 from tests.factories import onnx_models as models
 from tests.factories.tensorrt_standin import Behaviour, BuilderFlag
 from workers import installation
-from workers.backends import _trt_probe
-from workers.backends import _trt_timing as timing
-from workers.backends._options import parsed
-from workers.backends._trt_build import build
-from workers.backends._trt_options import BuildOptions
-from workers.backends._trt_progress import Progress
+from workers.backends.tensorrt import probe as trt_probe
+from workers.backends.tensorrt import timing
+from workers.backends.options import parsed
+from workers.backends.tensorrt.build import build
+from workers.backends.tensorrt.options import BuildOptions
+from workers.backends.tensorrt.progress import Progress
 from workers.backends.tensorrt import TensorRtBackend
 from workers.kernel import Reporter, StageContext
 from workers.stages.build import Build, BuildStageOptions
@@ -189,8 +189,8 @@ def test_a_missing_driver_is_found_before_tensorrt_is_touched(
     failure = refused(models.mlp(), tmp_path)
     assert (failure.code, failure.kind) == ("gpu_unavailable", FailureKind.INFRASTRUCTURE)
     assert "35" in failure.detail
-    monkeypatch.setattr(_trt_probe, "ask_driver", lambda: {"error": "no NVIDIA driver: libcuda.so.1"})
-    _trt_probe.probe_gpu.cache_clear()
+    monkeypatch.setattr(trt_probe, "ask_driver", lambda: {"error": "no NVIDIA driver: libcuda.so.1"})
+    trt_probe.probe_gpu.cache_clear()
     monkeypatch.delattr(tensorrt_standin, "Builder")
     assert "no NVIDIA driver" in refused(models.mlp(), tmp_path).detail
     assert TensorRtBackend().probe({}) is None
@@ -330,8 +330,8 @@ def test_double_tensors_are_computed_in_float32_and_said(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("behaviour")
 def test_a_precision_that_the_gpu_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_trt_probe, "ask_driver", lambda: {**cuda_standin.GPU, "compute_capability": "8.6"})
-    _trt_probe.probe_gpu.cache_clear()
+    monkeypatch.setattr(trt_probe, "ask_driver", lambda: {**cuda_standin.GPU, "compute_capability": "8.6"})
+    trt_probe.probe_gpu.cache_clear()
     assert refused(models.mlp(), tmp_path, precision="fp8").code == "precision_unsupported"
     info = TensorRtBackend().probe({})
     assert info is not None

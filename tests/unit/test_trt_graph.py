@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models as models
-from workers.backends import _trt_recipes
-from workers.backends._trt_graph import GraphFacts, check_gpu, read_graph
-from workers.backends._trt_options import BuildOptions
-from workers.backends._trt_probe import Gpu, capability, gpu_from
+from workers.backends.tensorrt import recipes as trt_recipes
+from workers.backends.tensorrt.graph import GraphFacts, check_gpu, read_graph
+from workers.backends.tensorrt.options import BuildOptions
+from workers.backends.tensorrt.probe import Gpu, capability, gpu_from
 from workers.candidates import Case
 
 H100 = Gpu("H100", "9.0", 80 << 30, "13.1", "590")
@@ -144,7 +144,7 @@ def case(*, cc: str | None = "9.0", kind: str = "cnn", ops: dict[str, int] | Non
 def test_the_jobs_build_options_reach_every_candidate() -> None:
     profiles = [{"x": {"min": [1, 4], "opt": [b, 4], "max": [b, 4]}} for b in (1, 8)]
     asked = {"workspace_mb": 512, "optimization_level": 5, "profiles": profiles}
-    for candidate in _trt_recipes.propose(case(spec={"tensorrt": asked})).candidates:
+    for candidate in trt_recipes.propose(case(spec={"tensorrt": asked})).candidates:
         options = BuildOptions.model_validate(candidate.build_options)
         assert (options.workspace_mb, options.optimization_level) == (512, 5)
         assert options.profiles == profiles
@@ -157,12 +157,12 @@ def test_the_jobs_build_options_reach_every_candidate() -> None:
 
 def test_convolutions_like_int8_and_products_fp8() -> None:
     for kind, first in (("cnn", "trt-int8"), ("transformer", "trt-fp8")):
-        found = _trt_recipes.propose(case(kind=kind)).candidates
+        found = trt_recipes.propose(case(kind=kind)).candidates
         assert min(found, key=lambda c: c.prior).id == first
 
 
 def test_candidates_by_compute_capability() -> None:
-    found = {c.id: c for c in _trt_recipes.propose(case()).candidates}
+    found = {c.id: c for c in trt_recipes.propose(case()).candidates}
     assert set(found) == {"trt-fp32", "trt-tf32", "trt-fp16", "trt-bf16", "trt-int8", "trt-fp8"}
     assert found["trt-fp32"].lossless
     assert not found["trt-tf32"].lossless
@@ -171,7 +171,7 @@ def test_candidates_by_compute_capability() -> None:
     assert (int8.stage, int8.options["recipe"], int8.options["high_precision"]) == ("convert", "int8", "fp16")
     assert int8.extra == ("calibration",)
     assert found["trt-int8"].name == "TensorRT int8, the rest fp16"
-    (graph,) = _trt_recipes.variants(found["trt-fp16"])
+    (graph,) = trt_recipes.variants(found["trt-fp16"])
     assert (graph.id, graph.runtime) == ("trt-fp16.graph", {"cuda_graph": True})
 
 
@@ -186,7 +186,7 @@ def test_candidates_by_compute_capability() -> None:
     ],
 )
 def test_what_is_not_tried_says_why(changes: dict[str, Any], missing: dict[str, str]) -> None:
-    proposal = _trt_recipes.propose(case(**changes))
+    proposal = trt_recipes.propose(case(**changes))
     reasons = {s.name: s.reason for s in proposal.skipped}
     for name, words in missing.items():
         assert words in reasons[name]
@@ -194,14 +194,14 @@ def test_what_is_not_tried_says_why(changes: dict[str, Any], missing: dict[str, 
 
 
 def test_only_what_the_job_lets_it_use() -> None:
-    proposal = _trt_recipes.propose(case(spec={"precisions": ["fp16", "int4"]}))
+    proposal = trt_recipes.propose(case(spec={"precisions": ["fp16", "int4"]}))
     assert [c.id for c in proposal.candidates] == ["trt-fp16", "trt-int4"]
-    unasked = {s.name: s.reason for s in _trt_recipes.propose(case()).skipped}
+    unasked = {s.name: s.reason for s in trt_recipes.propose(case()).skipped}
     assert set(unasked) == {"trt-int4"}
-    assert not _trt_recipes.propose(case(spec={"target": {"device": "cpu"}})).candidates
+    assert not trt_recipes.propose(case(spec={"target": {"device": "cpu"}})).candidates
 
 
 def test_no_gpu_proposes_nothing() -> None:
-    proposal = _trt_recipes.propose(case(cc=None))
+    proposal = trt_recipes.propose(case(cc=None))
     assert not proposal.candidates
     assert "NVIDIA" in proposal.skipped[0].reason

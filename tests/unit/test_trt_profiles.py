@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.backends._options import parsed
-from workers.backends._trt_options import BuildOptions
-from workers.backends._trt_profiles import best_profile, fits, profiles_for, to_json
+from workers.backends.options import parsed
+from workers.backends.tensorrt.options import BuildOptions
+from workers.backends.tensorrt.profiles import best_profile, fits, profiles_for, to_json
 from workers.kernel import TensorSpec
 from workers.measure.synthetic import synthetic_feeds
 

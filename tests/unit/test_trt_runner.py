@@ -19,9 +19,9 @@ from tests.factories import onnx_models as models
 from tests.factories.tensorrt_standin import Behaviour
 from tests.unit.test_trt_build import Recorder
 from workers import installation
-from workers.backends import _trt_probe
-from workers.backends._trt_runner import TensorRtSession
-from workers.backends._trt_sidecar import read_verified
+from workers.backends.tensorrt import probe as trt_probe
+from workers.backends.tensorrt.runner import TensorRtSession
+from workers.backends.tensorrt.sidecar import read_verified
 from workers.backends.tensorrt import TensorRtBackend
 
 
@@ -347,8 +347,8 @@ def test_another_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, runtime = engine_of(models.mlp(), tmp_path, **options)
-    monkeypatch.setattr(_trt_probe, "ask_driver", lambda: {**cuda_standin.GPU, **gpu})
-    _trt_probe.probe_gpu.cache_clear()
+    monkeypatch.setattr(trt_probe, "ask_driver", lambda: {**cuda_standin.GPU, **gpu})
+    trt_probe.probe_gpu.cache_clear()
     monkeypatch.setattr(tensorrt_standin, "__version__", version or tensorrt_standin.__version__)
     if words is None:
         load(engine, runtime).close()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from workers import gpus
+from workers.devices import gpus
 from workers.kernel import backends
 
 # Of the GPU's time, by the largest sample: what an idle server's heartbeat does not reach.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers import gpus
+from workers.devices import gpus
 from workers.kernel import backends
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
-from workers.onnx_files import size_of
+from workers.graph.onnx_files import size_of
 
 
 class BuildStageOptions(StageOptions):

@@ -21,26 +21,22 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
-from workers.backends import _ort_calibrate as calibration
-from workers.backends import _ort_fusion as fusion
-from workers.backends import _ort_quantize as quantization
-from workers.backends import (
-    _precision_awq,
-    _precision_float,
-    _precision_graph,
-    _precision_int4,
-    _precision_qdq,
-)
-from workers.backends import _precision_measure as measure
-from workers.backends import _quantize_inputs as shared
-from workers.backends import _ranges as ranges
-from workers.backends._onnxruntime_messages import runtime_failure
+from workers.graph.calibrate import statistics as calibration
+from workers.graph.fuse import transformers as fusion
+from workers.graph import quantizable as quantization
+from workers.graph import rewriting
+from workers.graph.precision import awq, floats, int4
+from workers.graph.qdq import placement
+from workers.graph.precision import measure
+from workers.graph import preconditions as shared
+from workers.graph.calibrate import ranges
+from workers.graph.onnxruntime_messages import runtime_failure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import count
-from workers.onnx_files import MODEL_FILE, read_skeleton, size_of
-from workers.onnx_graph import keep_values
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton, size_of
+from workers.graph.onnx_graph import keep_values
 
 _TRIAL_SAMPLES = 8
 
@@ -95,7 +91,7 @@ class Convert(Stage[ConvertOptions]):
         data |= {
             "trial_run": _trial_run(ctx, options, model, out, work.samples),
             "recipe": options.recipe,
-            "opset": _precision_graph.opset_of(model),
+            "opset": rewriting.opset_of(model),
             "quantized_nodes": sum(data["qdq_by_op"].values()),
             "excluded_nodes": sorted(options.exclude_nodes),
             "size_bytes_before": size_of(ctx.inputs["model"]),
@@ -106,10 +102,10 @@ class Convert(Stage[ConvertOptions]):
 
 def _opset_for(options: ConvertOptions) -> int:
     """What the recipe needs."""
-    needed = {"int8": _precision_qdq.OPSET, "fp8": _precision_qdq.OPSET, "int4": _precision_int4.OPSET}
+    needed = {"int8": placement.OPSET, "fp8": placement.OPSET, "int4": int4.OPSET}
     minimum = needed.get(options.recipe, 0)
     if "bf16" in (options.recipe, options.high_precision):
-        minimum = max(minimum, _precision_float.BF16_OPSET)
+        minimum = max(minimum, floats.BF16_OPSET)
     return minimum
 
 
@@ -133,8 +129,8 @@ class _Work:
         if recipe in ("fp16", "bf16"):
             low: Literal["fp16", "bf16"] = "fp16" if recipe == "fp16" else "bf16"
             self._keep_out_of_range(model, low, data)
-            made = _precision_float.to_low(model, low, self.keep)
-            if not set(made.by_op) & {*_precision_graph.WEIGHTED_OPS, "LSTM", "GRU", "RNN", "Attention", "Einsum"}:
+            made = floats.to_low(model, low, self.keep)
+            if not set(made.by_op) & {*rewriting.WEIGHTED_OPS, "LSTM", "GRU", "RNN", "Attention", "Einsum"}:
                 raise _nothing(f"no product or convolution has a form in {recipe}")
             return made.model, data | _told(made) | {"qdq_by_op": dict(made.by_op), "computes_in": recipe}
         if high == "fp16":
@@ -150,15 +146,15 @@ class _Work:
         model = placed.model
         data |= {"qdq_by_op": dict(placed.by_op), "pairs": placed.pairs}
         if high != "fp32":
-            made = _precision_float.to_low(model, high, self.keep)
+            made = floats.to_low(model, high, self.keep)
             model, data = made.model, data | _told(made)
         return model, data
 
     def _eight_bits(
         self, model: ModelProto, eight: Literal["int8", "fp8"], data: dict[str, Any]
-    ) -> _precision_qdq.Placed:
+    ) -> placement.Placed:
         options = self.options
-        wanted = _precision_qdq.targets(model, eight, options.op_types, options.exclude_nodes)
+        wanted = placement.targets(model, eight, options.op_types, options.exclude_nodes)
         if not wanted.nodes:
             raise _nothing(f"no product or convolution that {eight} suits")
         if "ranges" in self.ctx.inputs:
@@ -174,14 +170,14 @@ class _Work:
             "reused": "ranges" in self.ctx.inputs,
         }
         self.ctx.reporter.progress(0.75, "Q/DQ nodes")
-        return _precision_qdq.place(model, eight, wanted, ranges.limits(known), options.high_precision)
+        return placement.place(model, eight, wanted, ranges.limits(known), options.high_precision)
 
-    def _int4(self, model: ModelProto, data: dict[str, Any]) -> _precision_qdq.Placed:
-        wanted = _precision_int4.targets(model, self.options.block_size, self.options.exclude_nodes)
+    def _int4(self, model: ModelProto, data: dict[str, Any]) -> placement.Placed:
+        wanted = int4.targets(model, self.options.block_size, self.options.exclude_nodes)
         importance: Mapping[str, Any] = {}
         if self.samples is not None and wanted:
             self.ctx.reporter.progress(0.1, "importance of channels")
-            tensors = sorted({model.graph.node[i].input[0] for i in wanted} & _precision_graph.float_tensors(model))
+            tensors = sorted({model.graph.node[i].input[0] for i in wanted} & rewriting.float_tensors(model))
             try:
                 importance = measure.mean_squares(self.prepared, tensors, ranges.batches_of(self.samples))
             except (StageFailure, MemoryError):
@@ -190,18 +186,18 @@ class _Work:
                 remedy = "Check that the model runs on this data."
                 raise runtime_failure("calibration_failed", error, remedy=remedy) from error
         self.ctx.reporter.progress(0.3, "scales of channels")
-        scaled = _precision_awq.scale_channels(model, wanted, importance)
+        scaled = awq.scale_channels(model, wanted, importance)
         data["channels_scaled"] = sum(scaled[name] is not importance[name] for name in importance)
         self.ctx.reporter.progress(0.5, "scales of blocks")
-        return _precision_int4.place(model, wanted, scaled, self.options.high_precision)
+        return int4.place(model, wanted, scaled, self.options.high_precision)
 
     def _keep_out_of_range(self, model: ModelProto, low: str, data: dict[str, Any]) -> None:
         """Where there are data: nodes whose values go beyond float16 stay in float32."""
         if low != "fp16" or self.samples is None:
             return
-        floats = _precision_graph.float_tensors(model) - set(_precision_graph.float_weights(model))
-        found = self._calibrated(sorted(floats), "minmax")
-        limit = _precision_float.USABLE_FP16
+        activations = rewriting.float_tensors(model) - set(rewriting.float_weights(model))
+        found = self._calibrated(sorted(activations), "minmax")
+        limit = floats.USABLE_FP16
         wide = {t for t, (lowest, highest) in found.tensors.items() if max(-lowest, highest) > limit}
         wide |= set(found.unusable)
         names = [n.name for n in model.graph.node if wide & {*n.input, *n.output} and n.op_type != "Constant"]
@@ -222,7 +218,7 @@ class _Work:
         )
 
 
-def _told(made: _precision_float.Converted) -> dict[str, Any]:
+def _told(made: floats.Converted) -> dict[str, Any]:
     return {"kept_fp32": dict(made.kept), "clamped": made.clamped, "low_precision_nodes": sum(made.by_op.values())}
 
 
@@ -264,7 +260,7 @@ def _trial_run(
     if emulate:
         made = ctx.workspace / "emulated"
         made.mkdir()
-        quantization.save_model(_precision_float.emulated(model, low), made)
+        quantization.save_model(floats.emulated(model, low), made)
     try:
         wanted = backend.load(ctx.inputs["model"], {}).run(feeds)
     except StageFailure as failure:

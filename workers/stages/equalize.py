@@ -2,7 +2,7 @@
 
 Inputs `model` (float32) and `calibration` (a data set); output `model`, the same function in float32. Composes as
 simplify → equalize → quantize. The result is compared with the input on random inputs; where it differs, it is undone.
-Source of the method: see `workers.backends._ort_equalize`.
+Source of the method: see `workers.graph.equalize`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import onnx
 from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.backends import _ort_calibrate as calibration
-from workers.backends import _ort_equalize as smoothing
-from workers.backends import _ort_quantize as quantization
-from workers.backends import _quantize_inputs as shared
-from workers.backends._onnxruntime_messages import runtime_failure
-from workers.backends._ort_equivalence import EquivalenceCheck
-from workers.backends._ranges import batches_of
+from workers.graph.calibrate import statistics as calibration
+from workers.graph import equalize as smoothing
+from workers.graph import quantizable as quantization
+from workers.graph import preconditions as shared
+from workers.graph.onnxruntime_messages import runtime_failure
+from workers.graph.equivalence import EquivalenceCheck
+from workers.graph.calibrate.ranges import batches_of
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, size_of
+from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, size_of
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; original and result are held and compared
 

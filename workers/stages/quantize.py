@@ -19,18 +19,18 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
-from workers.backends import _ort_calibrate as calibration
-from workers.backends import _ort_int8 as int8
-from workers.backends import _ort_precision as precision
-from workers.backends import _ort_quantize as quantization
-from workers.backends import _quantize_inputs as shared
-from workers.backends import _ranges as ranges
-from workers.backends._onnxruntime_messages import clean_message
+from workers.graph.calibrate import statistics as calibration
+from workers.graph import int8
+from workers.graph.precision import weights as precision
+from workers.graph import quantizable as quantization
+from workers.graph import preconditions as shared
+from workers.graph.calibrate import ranges
+from workers.graph.onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import fixed_batch
-from workers.onnx_files import MODEL_FILE, load_model, read_skeleton, size_of
-from workers.onnx_graph import keep_values
+from workers.graph.onnx_files import MODEL_FILE, load_model, read_skeleton, size_of
+from workers.graph.onnx_graph import keep_values
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -18,14 +18,14 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
-from workers.backends import _nncf_quantize as nncf_quantize
-from workers.backends import _nncf_revert as nncf_revert
-from workers.backends import _openvino_ir as ir
+from workers.graph.nncf import quantize as nncf_quantize
+from workers.graph.nncf import revert as nncf_revert
+from workers.graph.ir import files as ir
 from workers.data import Samples
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import fixed_batch
-from workers.onnx_files import size_of
-from workers.onnx_graph import all_nodes, describe_structure
+from workers.graph.onnx_files import size_of
+from workers.graph.onnx_graph import all_nodes, describe_structure
 
 _FEWEST_SAMPLES = 16  # that a calibration takes whatever the deadline
 
@@ -35,7 +35,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 class QuantizeNncfOptions(StageOptions):
     """`preset`: activations symmetric (`performance`) or asymmetric (`mixed`). `model_type`: `transformer` keeps what
     is sensitive there in floating point and equalizes channels (SmoothQuant) before products. `method`: how ranges
-    follow from the samples, see `workers.backends._nncf_quantize`. `max_samples` and `part` say what to calibrate on.
+    follow from the samples, see `workers.graph.nncf.quantize`. `max_samples` and `part` say what to calibrate on.
     `smooth_quant_alpha`: of the products, 0…1; -1 switches it off, None is NNCF's own. `exclude_nodes`: ONNX node names
     that stay in floating point. `shapes`: as in the job's spec; the trial run is on samples, which have theirs."""
 

@@ -20,20 +20,20 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from workers.backends import _ort_calibrate as calibration
-from workers.backends import _ort_quantize as quantization
-from workers.backends import _precision_qdq as qdq
-from workers.backends import _qdq_switch as switch
-from workers.backends import _quantize_inputs as shared
-from workers.backends import _ranges as ranges
-from workers.backends._onnxruntime_messages import runtime_failure
+from workers.graph.calibrate import statistics as calibration
+from workers.graph import quantizable as quantization
+from workers.graph.qdq import placement as qdq
+from workers.graph.qdq import switch
+from workers.graph import preconditions as shared
+from workers.graph.calibrate import ranges
+from workers.graph.onnxruntime_messages import runtime_failure
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.losses import rounded
 from workers.measure.rows import count
-from workers.onnx_files import MODEL_FILE, read_skeleton
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 
 BATCH = 8
 BATCH_BYTES = 16 << 20

@@ -18,16 +18,16 @@ from typing import Any, ClassVar
 import onnx
 from onnx import ModelProto
 
-from workers.backends import _ort_fusion as fusion
-from workers.backends._ort_equivalence import (
+from workers.graph.fuse import transformers as fusion
+from workers.graph.equivalence import (
     ABSOLUTE_TOLERANCE,
     RELATIVE_TOLERANCE,
     EquivalenceCheck,
     restore_symbolic_shapes,
 )
-from workers.backends._ort_quantize import save_model
+from workers.graph.quantizable import save_model
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.onnx_files import MODEL_FILE, files_of, load_model, size_of
+from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, size_of
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
 LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one

@@ -10,7 +10,7 @@ from onnx import GraphProto, ModelProto, ValueInfoProto
 
 from app.domain.axes import PLACEHOLDER
 from workers.kernel import TensorSpec
-from workers.onnx_graph import all_nodes, nodes_of, subgraphs, tensor_spec
+from workers.graph.onnx_graph import all_nodes, nodes_of, subgraphs, tensor_spec
 
 
 def name_nodes(model: ModelProto) -> list[str]:

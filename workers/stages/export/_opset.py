@@ -10,7 +10,7 @@ import onnx
 from onnx import ModelProto, version_converter
 
 from app.domain.failures import StageFailure
-from workers.onnx_graph import external_tensors, opset_of
+from workers.graph.onnx_graph import external_tensors, opset_of
 from workers.stages.export._trial import TrialInputs, batch_sizes, compare, open_session
 from workers.stages.export._write import write_model
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
-from workers.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
+from workers.graph.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
 from workers.stages.export._first_inference import Exported
 from workers.stages.export._names import rename_symbol
 from workers.stages.export._pt2_guard import clean_copy

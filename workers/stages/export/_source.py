@@ -13,8 +13,8 @@ from onnx import GraphProto, ModelProto, TensorProto, helper
 from app.archives import extract
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from app.errors import AppError
-from workers.onnx_files import INLINE_LIMIT_BYTES, read_skeleton
-from workers.onnx_graph import all_nodes, all_tensors, external_tensors, subgraphs
+from workers.graph.onnx_files import INLINE_LIMIT_BYTES, read_skeleton
+from workers.graph.onnx_graph import all_nodes, all_tensors, external_tensors, subgraphs
 
 _FOUR_BIT = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1})
 _PROTOBUF_LIMIT = 2**31 - 1

@@ -16,7 +16,7 @@ from workers.data import synthetic_feeds
 from workers.kernel import Session, TensorSpec, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import first_samples, stored_shapes, taken
-from workers.onnx_graph import all_nodes, node_label
+from workers.graph.onnx_graph import all_nodes, node_label
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays

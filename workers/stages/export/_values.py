@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from workers.onnx_graph import STANDARD_DOMAINS, real_inputs, subgraphs, tensor_spec
+from workers.graph.onnx_graph import STANDARD_DOMAINS, real_inputs, subgraphs, tensor_spec
 
 Bounds = tuple[int, int | str]  # lowest, highest; a symbol: below its size (where the lowest is 1: up to its size)
 _Dim = int | str | None

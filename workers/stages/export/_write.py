@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 from onnx import ModelProto, TensorProto
 
-from workers.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE
-from workers.onnx_graph import all_tensors, external_tensors
+from workers.graph.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE
+from workers.graph.onnx_graph import all_tensors, external_tensors
 from workers.stages.export._source import External, copy_range, point_to
 
 _ALIGNMENT = 4096  # a page: ONNX Runtime maps the file into memory

@@ -1,0 +1,128 @@
+"""TensorRT on NVIDIA GPUs: an engine is a plan, native code for one GPU and one version, with a signed sidecar."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from app.domain.failures import StageFailure
+from workers.backends.tensorrt import messages
+from workers.backends.tensorrt import recipes as trt_recipes
+from workers.backends.options import parsed
+from workers.backends.tensorrt.build import build
+from workers.backends.tensorrt.cuda import open_cuda
+from workers.backends.tensorrt.graph import NEEDS
+from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
+from workers.backends.tensorrt.probe import installed, probe_gpu, require_gpu, require_tensorrt
+from workers.backends.tensorrt.runner import TensorRtSession
+from workers.backends.tensorrt.script import infer_script
+from workers.backends.tensorrt.sidecar import check_compatible, read_verified
+from workers.candidates import Candidate, Case, Proposal
+from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
+
+
+class TensorRtBackend(Backend):
+    """Engine = `engine.plan`, and `engine.json` that says what it was built with and for."""
+
+    name: ClassVar[str] = "tensorrt"
+    # One of the first three is the distribution; what is not installed is no part of a key.
+    libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "numpy")
+    engine_format: ClassVar[str] = "tensorrt-plan"
+    device: ClassVar[str] = "cuda"
+    signed: ClassVar[bool] = True
+    shares_cache: ClassVar[bool] = True
+    stops: ClassVar[bool] = True
+    script_libraries: ClassVar[tuple[str, ...]] = ("pycuda", "ml-dtypes")
+
+    def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:  # noqa: ARG002  (it asks the driver itself)
+        """None without the library, a driver or a GPU. Asks the driver in a child process, so that the worker may go on
+        forking, and makes no TensorRT object."""
+        if not installed():
+            return None
+        gpu = probe_gpu()
+        if isinstance(gpu, str):
+            return None
+        try:
+            version = require_tensorrt()
+        except Exception:  # a broken installation must not take the worker down
+            return None
+        precisions = ("fp32", *(p for p in ("fp16", "bf16", "int8", "fp8", "int4") if gpu.supports(*NEEDS[p])))
+        versions = {"tensorrt": version, "cuda": gpu.cuda, "driver": gpu.driver}
+        return BackendInfo(self.name, {k: v for k, v in versions.items() if v}, ("cuda",), precisions)
+
+    def propose(self, case: Case) -> Proposal:
+        return trt_recipes.propose(case)
+
+    def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:  # noqa: ARG002
+        return trt_recipes.variants(candidate)
+
+    def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:  # noqa: ARG002
+        """As it is: the work does not run on CPU threads."""
+        return dict(runtime)
+
+    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+        """`options`: `BuildOptions`; the failures and what is returned are `build.build`'s."""
+        return build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
+
+    def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
+        """Verify, then load. Raises StageFailure: `engine_untrusted`, `engine_incompatible`, `load_failed`,
+        `gpu_unavailable`, `tensorrt_unavailable`, `cuda_unavailable`, `gpu_out_of_memory`,
+        `invalid_backend_options`."""
+        return self._load(engine, runtime)
+
+    def _load(self, engine: Path, runtime: Mapping[str, Any]) -> TensorRtSession:
+        options = parsed(RuntimeOptions, runtime, "TensorRT")
+        sidecar, content = read_verified(engine)  # before anything of the engine is looked at
+        gpu = require_gpu()  # before TensorRT's runtime is made: without a driver it takes the process down
+        check_compatible(sidecar, require_tensorrt(), gpu)
+        import tensorrt as trt
+
+        specs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in _io_of(sidecar)}
+        cuda = open_cuda()
+        with ExitStack() as opening:
+            opening.callback(cuda.close)
+            opening.enter_context(cuda.context())
+            log = messages.Log()
+            logger = messages.make_logger(log)
+            made = messages.guarded("start its runtime", log, lambda: trt.Runtime(logger))
+            # Plans of this service hold no host code (no plugins, no lean runtime): TensorRT shall refuse it.
+            made.engine_host_code_allowed = False
+            plan = made.deserialize_cuda_engine(content)
+            if plan is None:
+                raise messages.load_failure(log)
+            opened = ExitStack()
+            try:
+                session = TensorRtSession(made, plan, cuda, log, options, specs, opened)
+            except StageFailure as failure:
+                # TensorRT's objects go before their CUDA context, and a traceback would keep them longer.
+                del plan, made
+                traceback.clear_frames(failure.__traceback__)
+                gc.collect()
+                raise
+            del plan, made
+            opened.callback(id, logger)  # kept until then: TensorRT's objects hold no reference to their logger
+            opened.push(opening.pop_all())
+            opened.callback(gc.collect)  # runs first: what is freed after its context was left may crash
+            return session
+
+    def layer_times(self, engine: Path, runtime: Mapping[str, Any], feeds: Arrays, runs: int) -> list[LayerTime] | None:
+        session = self._load(engine, {**runtime, "cuda_graph": False})  # a replayed graph tells nothing of its layers
+        try:
+            return session.layer_times(feeds, runs)
+        finally:
+            session.close()
+
+    def infer_script(self, runtime: Mapping[str, Any]) -> str:
+        info = self.probe({})
+        return infer_script(runtime, info.versions["tensorrt"] if info else "any version")
+
+
+def _io_of(sidecar: Mapping[str, Any]) -> list[tuple[str, str, list[int | str]]]:
+    return [(name, dtype, shape) for name, dtype, shape in (*sidecar["inputs"], *sidecar["outputs"])]

@@ -1,0 +1,302 @@
+"""Building a TensorRT plan: parse, profiles, flags, timing cache, progress, and what became of the graph.
+
+Written against TensorRT 11, where precision lives in the ONNX alone; on 10.x the network is made strongly typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.domain.failures import StageFailure, model_failure
+from workers.backends.tensorrt import graph as graphs
+from workers.backends.tensorrt import messages
+from workers.backends.tensorrt import profiles
+from workers.backends.tensorrt import timing
+from workers.backends.tensorrt.inspect import inspection_of, read_inspection, weights_bytes
+from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
+from workers.backends.tensorrt.probe import Gpu, require_gpu, require_tensorrt
+from workers.backends.tensorrt.progress import BUILDING, Progress, make_monitor
+from workers.backends.tensorrt.sidecar import PLAN_FILE, require_key, write_sidecar
+from workers.kernel import Reporter
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton
+from workers.graph.onnx_graph import all_nodes
+
+if TYPE_CHECKING:
+    import tensorrt
+
+
+@dataclass
+class _Building:
+    """What one build holds; TensorRT's objects must be freed after what was made from them, so they stay here."""
+
+    version: str
+    gpu: Gpu
+    log: messages.Log
+    logger: tensorrt.ILogger
+    builder: tensorrt.Builder
+    network: tensorrt.INetworkDefinition
+    config: tensorrt.IBuilderConfig
+    options: BuildOptions
+
+
+def build(model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> dict[str, Any]:
+    """Build the plan of folder `model` into folder `out`, with its signed sidecar.
+
+    Raises StageFailure: `gpu_unavailable`, `tensorrt_unavailable`, `engine_key_missing`, `precision_unsupported`,
+    `gpu_out_of_memory`, `invalid_profile`, `unsupported_op`, `parse_failed`, `engine_build_failed`, `build_cancelled`,
+    `timing_cache_miss`, and what `read_graph` finds. Returns JSON: runtime, precision, profiles, layers, fused, memory,
+    timing_cache, parser warnings.
+    """
+    gpu = require_gpu()  # before TensorRT is touched
+    require_key()  # before minutes are spent
+    facts = graphs.read_graph(model)
+    graphs.check_gpu(facts, gpu)
+    if options.precision:
+        _check_asked(options.precision, gpu)
+    wanted = profiles.profiles_for(facts.inputs, options)
+    reporter.progress(0.02, "TensorRT: parsing")
+    state = _start(require_tensorrt(), gpu, options)
+    _parse(state, model)
+    _tell_types(reporter, facts)
+    _configure(state)
+    _add_profiles(state, wanted)
+    path = timing.cache_path(state.version, gpu) if options.timing_cache else None
+    cache_facts: dict[str, Any] = {"used": False, "stored": False}
+    if options.timing_cache:
+        kept, filled = timing.attach(state.config, path)
+        cache_facts = {"used": filled}
+    plan = _build_plan(state, Progress(reporter, options.max_seconds))
+    with (out / PLAN_FILE).open("wb") as file:
+        file.write(memoryview(plan))
+    if options.timing_cache:
+        cache_facts |= _cache_kept(state, path, reporter)
+        del kept
+    reporter.progress(BUILDING[1], "TensorRT: reading the plan")
+    found = _inspect(state, plan, _ops(model))
+    del plan
+    return _result(state, out, facts, wanted, found, cache_facts)
+
+
+def _start(version: str, gpu: Gpu, options: BuildOptions) -> _Building:
+    import tensorrt as trt
+
+    log = messages.Log()
+    logger = messages.make_logger(log)
+    try:
+        builder = trt.Builder(logger)
+    except Exception as error:  # pybind11: "factory function returned nullptr"
+        raise messages.driver_failure(log.errors[-1] if log.errors else str(error)) from error
+    # 11 has no other networks; on 10 it is a flag, whose number differs between versions.
+    old = int(version.split(".", maxsplit=1)[0]) < 11
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if old else 0
+    network, config = builder.create_network(flags), builder.create_builder_config()
+    if network is None or config is None:
+        raise messages.driver_failure(log.last())
+    return _Building(version, gpu, log, logger, builder, network, config, options)
+
+
+def _parse(state: _Building, model: Path) -> None:
+    import tensorrt as trt
+
+    parser = trt.OnnxParser(state.network, state.logger)
+    # From the file, not from bytes: weights beside it are then found.
+    if not parser.parse_from_file(str(model / MODEL_FILE)) or parser.num_errors:
+        raise messages.parse_failure(messages.parser_errors(parser), state.log)
+    if state.network.num_inputs == 0 or state.network.num_outputs == 0:
+        raise StageFailure("parse_failed", "TensorRT found no inputs or no outputs in the model.")
+
+
+def _configure(state: _Building) -> None:
+    import tensorrt as trt
+
+    config, options = state.config, state.options
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    config.builder_optimization_level = options.optimization_level
+    config.avg_timing_iterations = options.avg_timing_iterations
+    if options.max_tactics is not None:
+        config.max_num_tactics = options.max_tactics
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # Named only where asked for: early versions of 10 lack the last.
+    if options.hardware_compatibility == "ampere_plus":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif options.hardware_compatibility == "same_compute_capability":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    flag = trt.BuilderFlag
+    switches = [
+        (flag.TF32, options.tf32),
+        (flag.SPARSE_WEIGHTS, options.sparsity),
+        (flag.VERSION_COMPATIBLE, options.version_compatible),
+        # A version-compatible plan would carry a runtime, which is host code: it stays out, and the loader needs none.
+        (flag.EXCLUDE_LEAN_RUNTIME, options.version_compatible),
+        (flag.EDITABLE_TIMING_CACHE, options.timing_cache),
+        (flag.DISABLE_TIMING_CACHE, not options.timing_cache),
+        (flag.ERROR_ON_TIMING_CACHE_MISS, options.exact_timing),
+    ]
+    for which, on in switches:
+        if on:
+            config.set_flag(which)
+        else:
+            config.clear_flag(which)
+
+
+def _add_profiles(state: _Building, wanted: list[profiles.Profile]) -> None:
+    """Set the profiles on the network's inputs, shape inputs by their values; raises `invalid_profile`."""
+    values = state.options.shape_values or {}
+    tensors = (state.network.get_input(i) for i in range(state.network.num_inputs))
+    shape_inputs = [t.name for t in tensors if t is not None and t.is_shape_tensor]
+    for name in shape_inputs:
+        if name not in values:
+            raise model_failure(
+                "invalid_profile",
+                f"Input {name!r} sets the shape of other tensors; TensorRT needs the range of its values.",
+                tensor=name,
+                remedy="Make it a constant of the model, so that shapes follow from the other inputs.",
+            )
+    if wanted or shape_inputs:
+        for shapes in wanted or [{}]:
+            _add_profile(state, shapes, {name: values[name] for name in shape_inputs})
+
+
+def _add_profile(state: _Building, shapes: profiles.Profile, values: Mapping[str, Mapping[str, list[int]]]) -> None:
+    import tensorrt as trt
+
+    profile = state.builder.create_optimization_profile()
+    if profile is None:
+        raise _refused_profile(None, state.log.last())
+    for name, allowed in shapes.items():
+        low, opt, high = (trt.Dims(list(shape)) for shape in allowed)
+        try:
+            profile.set_shape(name, low, opt, high)
+        except Exception as error:  # the binding checks min ≤ opt ≤ max and raises ValueError
+            raise _refused_profile(name, str(error)) from error
+    for name, given in values.items():
+        profile.set_shape_input(name, given["min"], given["opt"], given["max"])
+    if not profile or state.config.add_optimization_profile(profile) < 0:
+        raise _refused_profile(None, state.log.last())
+
+
+def _refused_profile(name: str | None, why: str) -> StageFailure:
+    """Of kind MODEL, unlike what contradicts the job's own shapes: other backends may take the model."""
+    return model_failure(
+        "invalid_profile",
+        f"TensorRT refuses the optimization profile: {why}",
+        tensor=name,
+        remedy="Give every dynamic input min ≤ opt ≤ max that agree with the model.",
+    )
+
+
+def _build_plan(state: _Building, progress: Progress) -> tensorrt.IHostMemory:
+    monitor = make_monitor(progress)
+    state.config.progress_monitor = monitor
+    try:
+        plan = state.builder.build_serialized_network(state.network, state.config)
+    except MemoryError:
+        raise
+    except Exception as error:
+        state.log.add(True, str(error))
+        plan = None
+    if progress.cancelled:
+        raise model_failure(
+            "build_cancelled",
+            "The TensorRT build was ended before it was finished.",
+            remedy="Give the job a larger budget, or a lower optimization level.",
+            cacheable=False,
+        )
+    if plan is None:
+        raise messages.build_failure(state.log, state.gpu.name)
+    return plan
+
+
+def _cache_kept(state: _Building, path: Path | None, reporter: Reporter) -> dict[str, Any]:
+    """What became of the timing cache. A full disk or a folder without rights costs the next build time, not this
+    one its plan."""
+    try:
+        return timing.merge(state.config, path)
+    except Exception as error:  # the binding's own kinds, too
+        reporter.note("TensorRT's timing cache was not kept.", reason=str(error)[:300])
+        return {"stored": False}
+
+
+def _inspect(state: _Building, plan: tensorrt.IHostMemory, ops: Mapping[str, str]) -> dict[str, Any]:
+    """Load the plan that was just built, from memory, and read what it is made of and what memory it takes."""
+    import tensorrt as trt
+
+    runtime = trt.Runtime(state.logger)
+    engine = runtime.deserialize_cuda_engine(memoryview(plan))
+    if engine is None:
+        raise messages.load_failure(state.log)
+    found = read_inspection(inspection_of(engine), ops)
+    found["memory"] = engine_memory(engine)
+    return found
+
+
+def engine_memory(engine: tensorrt.ICudaEngine) -> dict[str, Any]:
+    """Bytes of weights and, per profile, of activations."""
+    count = int(engine.num_optimization_profiles)
+    return {
+        "weights_bytes": weights_bytes(engine),
+        "activation_bytes": int(engine.device_memory_size_v2),
+        "activation_bytes_by_profile": [int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(count)],
+    }
+
+
+def _result(
+    state: _Building,
+    out: Path,
+    facts: graphs.GraphFacts,
+    wanted: list[profiles.Profile],
+    found: dict[str, Any],
+    cache_facts: dict[str, Any],
+) -> dict[str, Any]:
+    options, gpu = state.options, state.gpu
+    told = profiles.to_json(wanted)
+    precision = options.precision or "+".join(facts.precisions) or ("tf32" if options.tf32 else "fp32")
+    write_sidecar(
+        out,
+        {
+            "tensorrt": state.version,
+            "gpu": gpu.to_json(),
+            "precision": precision,
+            "profiles": told,
+            "inputs": [[s.name, s.dtype, list(s.shape)] for s in facts.inputs],
+            "outputs": [[s.name, s.dtype, list(s.shape)] for s in facts.outputs],
+            "version_compatible": options.version_compatible,
+            "hardware_compatibility": options.hardware_compatibility,
+        },
+    )
+    runtime = RuntimeOptions(cuda_graph=options.cuda_graph, declared=facts.declared)
+    return {
+        "runtime": runtime.to_json(),
+        "precision": precision,
+        "precisions_in_graph": list(facts.precisions),
+        "tf32": options.tf32,
+        "profiles": told,
+        "profiles_derived": bool(told) and not (options.shapes or options.profiles),
+        "timing_cache": cache_facts,
+        "warnings": state.log.warnings[:20],
+        **found,
+    }
+
+
+def _check_asked(precision: str, gpu: Gpu) -> None:
+    if precision in graphs.NEEDS and not gpu.supports(*graphs.NEEDS[precision]):
+        raise graphs.precision_unsupported(precision, gpu.name, gpu.compute_capability)
+
+
+def _tell_types(reporter: Reporter, facts: graphs.GraphFacts) -> None:
+    if facts.declared or facts.float64_tensors:
+        reporter.note(
+            "TensorRT computes float64 in float32; inputs and outputs keep the model's type.",
+            tensors=sorted(facts.declared),
+            float64_tensors=facts.float64_tensors,
+        )
+
+
+def _ops(model: Path) -> dict[str, str]:
+    return {n.name: n.op_type for n in all_nodes(read_skeleton(model / MODEL_FILE)) if n.name}

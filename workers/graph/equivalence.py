@@ -1,0 +1,146 @@
+"""Whether a rewritten graph computes the same function as the original: compared on random inputs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from app.domain.failures import StageFailure
+from workers.graph.fuse import transformers as fusion
+from workers.graph.quantizable import graph_inputs, interface, save_model
+from workers.data import synthetic_feeds
+from workers.kernel import Session, backends
+from workers.graph.onnx_graph import keep_values
+
+RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
+ABSOLUTE_TOLERANCE = 1e-6
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class EquivalenceCheck:
+    """The original's outputs on random inputs, and whether another graph gives the same."""
+
+    def __init__(self, original: ModelProto, shapes: Mapping[str, Any] | None, workspace: Path) -> None:
+        self.original = original
+        self._workspace = workspace
+        self.feeds: list[Arrays] = []
+        self.batch_sizes: list[int] = []
+        self._expected: list[Arrays] = []
+        self._why_none = ""
+        try:
+            session = _load(original, workspace)
+        except (StageFailure, ValueError) as failure:
+            self._why_none = _reason(failure)
+            return
+        for seed, batch in enumerate(_batch_sizes(original)):
+            try:
+                feeds = _with_gaps_in_masks(synthetic_feeds(graph_inputs(original), batch, shapes, seed), seed)
+                expected = session.run(feeds)
+            except StageFailure as failure:
+                self._why_none = _reason(failure)
+                continue
+            self.feeds.append(feeds)
+            self.batch_sizes.append(batch)
+            self._expected.append(expected)
+        session.close()
+
+    def compare(self, model: ModelProto) -> tuple[float, str | None]:
+        """The largest absolute difference over all inputs and outputs, and why `model` may not be used (or None)."""
+        changed = _interface_change(self.original, model)
+        if changed:
+            return 0.0, changed
+        if not self.feeds:
+            return 0.0, f"it could not be compared: the original does not run on random inputs ({self._why_none})"
+        largest = 0.0
+        try:
+            session = _load(model, self._workspace)
+            for feeds, expected in zip(self.feeds, self._expected, strict=True):
+                actual = session.run(feeds)
+                for name, reference in expected.items():
+                    difference, limit = _difference(reference, actual[name])
+                    if not difference <= limit:
+                        return 0.0, f"output {name!r} differs by {difference:.3g}, more than {limit:.3g}"
+                    largest = max(largest, difference)
+            session.close()
+        except (StageFailure, ValueError) as failure:
+            return 0.0, f"the result does not run: {_reason(failure)}"
+        return largest, None
+
+
+def _load(model: ModelProto, workspace: Path) -> Session:
+    folder = workspace / "compared"
+    shutil.rmtree(folder, ignore_errors=True)  # a new file: a session still open may have mapped the old one
+    folder.mkdir()
+    save_model(model, folder)
+    return backends()["onnxruntime"]().load(folder, {})
+
+
+def _reason(failure: StageFailure | ValueError) -> str:
+    """What to say of a failure that is a fact about the model; another one (memory, time) is raised."""
+    if isinstance(failure, StageFailure) and not failure.cacheable:
+        raise failure
+    return str(failure)[:300]
+
+
+def _batch_sizes(model: ModelProto) -> list[int]:
+    """Two inputs: at the model's fixed batch size, or at 1 and 2."""
+    fixed = [spec.shape[0] for spec in graph_inputs(model) if spec.shape and isinstance(spec.shape[0], int)]
+    return [fixed[0], fixed[0]] if fixed and fixed[0] > 0 else [1, 2]
+
+
+def _with_gaps_in_masks(feeds: Arrays, seed: int) -> Arrays:
+    """Masks of ones would hide a fusion that ignores the mask, or that assumes padding at the right."""
+    rng = np.random.default_rng(seed)
+    for name, value in feeds.items():
+        if "mask" in name.lower() and value.ndim >= 2 and value.dtype.kind in "iub" and value.shape[-1] > 2:
+            value[..., 1:] = rng.integers(0, 2, size=(*value.shape[:-1], value.shape[-1] - 1))
+    return feeds
+
+
+def restore_symbolic_shapes(model: ModelProto, original: ModelProto) -> None:
+    """Inputs and outputs as they came, where only dimensions changed: shape inference renames and narrows them."""
+    weights = {i.name for i in model.graph.initializer}
+    inputs = [i for i in original.graph.input if i.name not in weights]
+    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
+        kinds = [[(v.name, v.type.tensor_type.elem_type) for v in values] for values in (made, wanted)]
+        if kinds[0] == kinds[1]:
+            del made[:]
+            made.extend(wanted)
+    keep_values(model, original)
+
+
+def _interface_change(before: ModelProto, after: ModelProto) -> str | None:
+    if graph_inputs(before) != graph_inputs(after):
+        return "it changes the inputs"
+    if interface(before.graph.output) != interface(after.graph.output):
+        return "it changes the outputs"
+    opsets = [
+        {o.domain: o.version for o in m.opset_import if o.domain != fusion.CONTRIB_DOMAIN} for m in (before, after)
+    ]
+    if any(opsets[1].get(domain, version) != version for domain, version in opsets[0].items()):
+        return "it changes the opset"
+    return None
+
+
+def _difference(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Largest absolute difference and its limit. NaN and infinities must stand in the same places."""
+    if reference.shape != actual.shape or reference.dtype != actual.dtype:
+        return math.inf, 0.0
+    if reference.dtype.kind not in "fc":
+        same = bool(np.array_equal(reference, actual))
+        return (0.0 if same else math.inf), 0.0
+    a, b = reference.astype(np.float64).reshape(-1), actual.astype(np.float64).reshape(-1)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf, 0.0
+    if not finite.any():
+        return 0.0, 0.0
+    limit = RELATIVE_TOLERANCE * float(np.abs(a[finite]).max()) + ABSOLUTE_TOLERANCE
+    return float(np.abs(a[finite] - b[finite]).max()), limit

@@ -1,0 +1,1 @@
+"""Fusions: patterns of nodes that become one node of the same function."""

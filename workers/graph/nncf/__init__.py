@@ -1,0 +1,1 @@
+"""int8 by NNCF, on graphs that OpenVINO has read."""

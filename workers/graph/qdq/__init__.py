@@ -1,0 +1,1 @@
+"""Q/DQ nodes: where they go, how they are repaired, and how single ones are switched off."""
