@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 
 from tests.factories import architectures
-from workers.graph import quantizable as quantization
+from workers.graph.onnx_graph import model_specs
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.convert import Convert, ConvertOptions
 from workers.stages.simplify import Simplify, SimplifyOptions
@@ -91,7 +91,7 @@ def make_case(name: str, root: Path, model: ModelProto | None = None) -> Case:
     onnx.save(model, folder / "model.onnx")
     rng = np.random.default_rng(7)
     arrays: Arrays = {}
-    for spec in quantization.graph_inputs(model):
+    for spec in model_specs(model)[0]:
         shape = [32, *(d if isinstance(d, int) else DIMS[d] for d in spec.shape[1:])]
         if spec.name == "input_ids":
             arrays[spec.name] = rng.integers(0, 64, shape)

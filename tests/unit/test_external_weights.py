@@ -14,7 +14,7 @@ from tests.factories import architectures
 from tests.unit.test_equalize import folder as equalized_folder
 from tests.unit.test_equalize import run as equalize
 from tests.unit.test_quantize import Bench, Quiet
-from workers.graph import quantizable as quantization
+from workers.graph import onnx_files
 from workers.kernel import StageContext
 from workers.graph.onnx_files import MODEL_FILE, load_model
 from workers.stages import equalize as equalize_stage
@@ -62,7 +62,7 @@ def test_every_step_takes_what_the_one_before_writes(
     recipe: str, limit: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a model of over 2 GB goes: simplified and equalized as it is, quantized into an external file."""
-    monkeypatch.setattr(quantization, "INLINE_LIMIT_BYTES", limit)
+    monkeypatch.setattr(onnx_files, "INLINE_LIMIT_BYTES", limit)
     monkeypatch.setattr(simplify_stage, "LARGEST_IN_MEMORY", 0)
     monkeypatch.setattr(equalize_stage, "LARGEST_IN_MEMORY", 0)
     workspace = bench.root / "simplify"

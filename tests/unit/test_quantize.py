@@ -22,7 +22,9 @@ from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures
 from workers.graph.calibrate import statistics as calibration
 from workers.graph import int8
-from workers.graph import quantizable as quantization
+from workers.graph import onnx_files
+from workers.graph.onnx_graph import model_specs
+from workers.graph.prepare import prepare
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.quantize import Quantize, QuantizeOptions
 from workers.stages.simplify import Simplify, SimplifyOptions
@@ -41,7 +43,7 @@ class Quiet(Reporter):
 def dataset(model: ModelProto, samples: int = 32, seed: int = 1) -> dict[str, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for spec in quantization.graph_inputs(model):
+    for spec in model_specs(model)[0]:
         shape = [samples, *(d if isinstance(d, int) else DIMS[d] for d in spec.shape[1:])]
         if spec.name == "input_ids":
             arrays[spec.name] = rng.integers(0, 64, shape)
@@ -90,7 +92,7 @@ class Bench:
     def made(self) -> ModelProto:
         model = onnx.load(self.out / "model" / "model.onnx")
         onnx.checker.check_model(model)
-        assert quantization.graph_inputs(model) == quantization.graph_inputs(self.model)
+        assert model_specs(model)[0] == model_specs(self.model)[0]
         assert list(model.graph.output) == list(self.model.graph.output)
         return model
 
@@ -295,7 +297,7 @@ def test_min_max_is_exact_and_independent_of_batches(tmp_path: Path) -> None:
     folder.mkdir()
     model = architectures.residual_cnn()
     onnx.save(model, folder / "model.onnx")
-    prepared = quantization.prepare(folder / "model.onnx", folder)
+    prepared = prepare(folder / "model.onnx", folder)
     values = dataset(model, 13)["input"]
     found = calibration.calibrate(
         prepared,
@@ -315,7 +317,7 @@ def test_min_max_is_exact_and_independent_of_batches(tmp_path: Path) -> None:
 def test_calibration_holds_one_batch_at_a_time(method: Any, tmp_path: Path) -> None:
     model = architectures.residual_cnn()
     onnx.save(model, tmp_path / "model.onnx")
-    prepared = quantization.prepare(tmp_path / "model.onnx", tmp_path)
+    prepared = prepare(tmp_path / "model.onnx", tmp_path)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most, passes = 0, 0
 
@@ -563,7 +565,7 @@ def test_what_the_quantizer_raises_is_typed(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("recipe", ["dynamic_int8", "static_int8", "fp16", "bf16"])
 def test_large_models_go_through_external_data(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(tmp_path, architectures.bert())
-    monkeypatch.setattr(quantization, "INLINE_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(onnx_files, "INLINE_LIMIT_BYTES", 20_000)
     bench.run(recipe)
     assert sorted(p.name for p in (bench.out / "model").iterdir()) == ["model.onnx", "model.onnx.data"]
     assert bench.error() < 0.1

@@ -20,7 +20,7 @@ from tests.unit.test_quantize import dataset
 SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
-from workers.graph import quantizable as quantization
+from workers.graph import onnx_files
 from workers.kernel import Reporter, StageContext, stages
 
 class Quiet(Reporter):
@@ -30,7 +30,7 @@ class Quiet(Reporter):
 root, chains, label = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 known, found = stages(), {}
 for chain, (steps, limit) in chains.items():
-    quantization.INLINE_LIMIT_BYTES = limit
+    onnx_files.INLINE_LIMIT_BYTES = limit
     folder, seen = root / chain, found.setdefault(chain, {})
     model = folder / "model"
     for index, (name, options) in enumerate(steps):

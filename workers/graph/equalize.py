@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from workers.graph.qdq.surgery import all_nodes, drop_unread, reads
+from workers.graph.onnx_graph import nodes_of, reads
+from workers.graph.qdq.surgery import drop_unread
 
 Array = np.ndarray[Any, Any]
 
@@ -252,7 +253,7 @@ class _Graph:
 
     def _fresh(self, name: str) -> str:
         taken = {*self.weights, *self.producers, *self.readers, *(i.name for i in self.graph.input)}
-        taken |= {name for node in all_nodes(self.graph) for name in node.output}
+        taken |= {name for node in nodes_of(self.graph.node) for name in node.output}
         taken |= {i.name for i in self.graph.initializer}
         return _unlike(name, taken)
 

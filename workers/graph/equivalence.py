@@ -12,11 +12,10 @@ import numpy as np
 from onnx import ModelProto
 
 from app.domain.failures import StageFailure
-from workers.graph.fuse import transformers as fusion
-from workers.graph.quantizable import graph_inputs, interface, save_model
+from workers.graph.onnx_files import save_model
 from workers.data import synthetic_feeds
 from workers.kernel import Session, backends
-from workers.graph.onnx_graph import keep_values
+from workers.graph.onnx_graph import CONTRIB_DOMAIN, model_specs
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
 ABSOLUTE_TOLERANCE = 1e-6
@@ -41,7 +40,7 @@ class EquivalenceCheck:
             return
         for seed, batch in enumerate(_batch_sizes(original)):
             try:
-                feeds = _with_gaps_in_masks(synthetic_feeds(graph_inputs(original), batch, shapes, seed), seed)
+                feeds = _with_gaps_in_masks(synthetic_feeds(model_specs(original)[0], batch, shapes, seed), seed)
                 expected = session.run(feeds)
             except StageFailure as failure:
                 self._why_none = _reason(failure)
@@ -91,7 +90,7 @@ def _reason(failure: StageFailure | ValueError) -> str:
 
 def _batch_sizes(model: ModelProto) -> list[int]:
     """Two inputs: at the model's fixed batch size, or at 1 and 2."""
-    fixed = [spec.shape[0] for spec in graph_inputs(model) if spec.shape and isinstance(spec.shape[0], int)]
+    fixed = [spec.shape[0] for spec in model_specs(model)[0] if spec.shape and isinstance(spec.shape[0], int)]
     return [fixed[0], fixed[0]] if fixed and fixed[0] > 0 else [1, 2]
 
 
@@ -104,26 +103,13 @@ def _with_gaps_in_masks(feeds: Arrays, seed: int) -> Arrays:
     return feeds
 
 
-def restore_symbolic_shapes(model: ModelProto, original: ModelProto) -> None:
-    """Inputs and outputs as they came, where only dimensions changed: shape inference renames and narrows them."""
-    weights = {i.name for i in model.graph.initializer}
-    inputs = [i for i in original.graph.input if i.name not in weights]
-    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
-        kinds = [[(v.name, v.type.tensor_type.elem_type) for v in values] for values in (made, wanted)]
-        if kinds[0] == kinds[1]:
-            del made[:]
-            made.extend(wanted)
-    keep_values(model, original)
-
-
 def _interface_change(before: ModelProto, after: ModelProto) -> str | None:
-    if graph_inputs(before) != graph_inputs(after):
+    (inputs, outputs), (inputs_after, outputs_after) = model_specs(before), model_specs(after)
+    if inputs != inputs_after:
         return "it changes the inputs"
-    if interface(before.graph.output) != interface(after.graph.output):
+    if outputs != outputs_after:
         return "it changes the outputs"
-    opsets = [
-        {o.domain: o.version for o in m.opset_import if o.domain != fusion.CONTRIB_DOMAIN} for m in (before, after)
-    ]
+    opsets = [{o.domain: o.version for o in m.opset_import if o.domain != CONTRIB_DOMAIN} for m in (before, after)]
     if any(opsets[1].get(domain, version) != version for domain, version in opsets[0].items()):
         return "it changes the opset"
     return None

@@ -11,6 +11,8 @@ import onnx
 from onnx import TensorProto
 
 from workers.graph import quantizable as quantization
+from workers.graph.onnx_files import save_model
+from workers.graph.prepare import has_external_weights
 from workers.graph.qdq import surgery
 
 
@@ -42,7 +44,7 @@ def dynamic_int8(
         reduce_range=reduce_range,
         weight_type=QuantType.QInt8,
         nodes_to_exclude=sorted(skip),
-        use_external_data_format=quantization.has_external_weights(source),
+        use_external_data_format=has_external_weights(source),
         extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True},
     )
     if any(n.op_type == surgery.DQ for n in onnx.load(out, load_external_data=False).graph.node):
@@ -51,7 +53,7 @@ def dynamic_int8(
         surgery.drop_unread(made)
         for old in out.parent.glob(f"{out.name}*"):
             old.unlink()  # external data would be appended to the old file
-        quantization.save_model(made, out.parent)
+        save_model(made, out.parent)
 
 
 def static_int8(
@@ -100,4 +102,4 @@ def static_int8(
     )
     quantizer.quantize_model()
     surgery.keep_float(quantizer.model.model, source, op_types, excluded, rounded_outputs=convolutional)
-    quantizer.model.save_model_to_file(str(out), quantization.has_external_weights(source))
+    quantizer.model.save_model_to_file(str(out), has_external_weights(source))

@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from onnx import ModelProto, TensorProto
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -61,3 +63,23 @@ def read_external(tensor: TensorProto, folder: Path) -> None:
         tensor.raw_data = data.read(int(place["length"]) if "length" in place else -1)
     tensor.ClearField("data_location")
     del tensor.external_data[:]
+
+
+def save_model(model: ModelProto, folder: Path) -> Path:
+    """Write `model.onnx`, with `model.onnx.data` beside it where the model is large; the same model, the same bytes.
+
+    A graph whose references to external data were not loaded is written as it is.
+    """
+    path = folder / MODEL_FILE
+    if _is_large(model):
+        onnx.save_model(model, str(path), save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+    else:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    return path
+
+
+def _is_large(model: ModelProto) -> bool:
+    """By the loaded weights: protobuf cannot tell the size of a message over 2 GiB."""
+    loaded = [i for i in model.graph.initializer if i.data_location != TensorProto.EXTERNAL]
+    sizes = (int(np.prod(i.dims)) * helper.tensor_dtype_to_np_dtype(i.data_type).itemsize for i in loaded)
+    return sum(sizes) > INLINE_LIMIT_BYTES

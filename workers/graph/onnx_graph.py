@@ -28,6 +28,7 @@ from workers.kernel import TensorSpec
 
 VALUES_KEY = "anneal.values"
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
+CONTRIB_DOMAIN = "com.microsoft"  # of the ops that ONNX Runtime fuses
 
 _QUANTIZED_OPS = frozenset(
     {
@@ -100,6 +101,15 @@ def all_nodes(model: ModelProto) -> Iterator[NodeProto]:
     yield from nodes_of(model.graph.node)
     for function in model.functions:
         yield from nodes_of(function.node)
+
+
+def reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads, those in its bodies included (also those that the bodies make themselves)."""
+    yield from node.input
+    for body in subgraphs(node):
+        for inner in body.node:
+            yield from reads(inner)
+        yield from (output.name for output in body.output)
 
 
 def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:

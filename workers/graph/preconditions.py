@@ -15,7 +15,9 @@ from workers.graph.precision import weights as precision
 from workers.graph import quantizable as quantization
 from workers.graph import rewriting as graphs
 from workers.data import Samples
-from workers.graph.onnx_files import read_skeleton
+from workers.graph.onnx_files import read_skeleton, save_model
+from workers.graph.onnx_graph import model_specs, opset_of
+from workers.graph.prepare import node_names, prepare
 
 OLDEST_OPSET = 13  # QuantizeLinear with an axis, and Cast to bfloat16
 
@@ -36,7 +38,7 @@ def check_source(model: ModelProto, exclude_nodes: Sequence[str]) -> None:
             "The model's weights are already in float16 or bfloat16.",
             remedy="Upload the float32 model.",
         )
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = opset_of(model)
     if opset < OLDEST_OPSET:
         raise model_failure(
             "opset_too_old",
@@ -48,7 +50,7 @@ def check_source(model: ModelProto, exclude_nodes: Sequence[str]) -> None:
 
 def check_names(model: ModelProto, names: Sequence[str]) -> None:
     """Raises `unknown_node` for the first name that no node has, at any depth; it tells the closest ones."""
-    known = quantization.node_names(model)
+    known = node_names(model)
     unknown = sorted(set(names) - known)
     if not unknown:
         return
@@ -89,15 +91,15 @@ def nothing_to_quantize(reason: str) -> StageFailure:
 def calibration_samples(data: Path, model: Path, part: Part, max_samples: int) -> Samples:
     """The calibration data set at `data` for the model file `model`."""
     graph = read_skeleton(model)
-    inputs, outputs = quantization.graph_inputs(graph), quantization.interface(graph.graph.output)
+    inputs, outputs = model_specs(graph)
     return Samples(data, inputs, outputs, part=part, max_samples=max_samples)
 
 
 def in_opset(prepared: Path, minimum: int, workspace: Path) -> Path:
     """The prepared model in at least this opset, with the types inferred anew; raises `opset_conversion_failed`."""
     model = onnx.load(prepared)
-    if graphs.opset_of(model) >= minimum:
+    if opset_of(model) >= minimum:
         return prepared
     folder = workspace / "raised"
     folder.mkdir()
-    return quantization.prepare(quantization.save_model(graphs.raise_opset(model, minimum), folder), folder)
+    return prepare(save_model(graphs.raise_opset(model, minimum), folder), folder)

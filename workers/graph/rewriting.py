@@ -12,15 +12,11 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from app.domain.failures import model_failure
-from workers.graph.fuse.transformers import CONTRIB_DOMAIN
+from workers.graph.onnx_graph import CONTRIB_DOMAIN, keep_values, opset_of, reads, real_inputs, subgraphs
 
 Array = np.ndarray[Any, Any]
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _LARGEST_CONVERTED = 1_900_000_000  # bytes; a protobuf message cannot pass 2 GiB
-
-
-def opset_of(model: ModelProto) -> int:
-    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
 
 
 def raise_opset(model: ModelProto, minimum: int) -> ModelProto:
@@ -132,21 +128,8 @@ def captured(graph: GraphProto) -> set[str]:
     """Names that nested graphs (branches, loop bodies) read, and that may come from outside of them."""
     names: set[str] = set()
     for node in graph.node:
-        for inner in subgraphs(node):
-            names |= _names(inner)
-    return names
-
-
-def subgraphs(node: NodeProto) -> list[GraphProto]:
-    return [g for a in node.attribute for g in (*([a.g] if a.HasField("g") else []), *a.graphs)]
-
-
-def _names(graph: GraphProto) -> set[str]:
-    names = {o.name for o in graph.output}
-    for node in graph.node:
-        names |= set(node.input)
-        for inner in subgraphs(node):
-            names |= _names(inner)
+        for body in subgraphs(node):
+            names |= {name for inner in body.node for name in reads(inner)} | {o.name for o in body.output}
     return names
 
 
@@ -163,6 +146,22 @@ def drop_unused(graph: GraphProto) -> None:
     if len(kept) < len(graph.initializer):
         del graph.initializer[:]
         graph.initializer.extend(kept)
+
+
+def restore_interface(model: ModelProto, original: ModelProto) -> None:
+    """Inputs and outputs with the names, types, symbolic shapes and order that they came with, where a pass lost or
+    renamed no more than dimensions or types; and the values that inputs may hold."""
+    for made, wanted in (
+        (model.graph.input, real_inputs(original.graph)),
+        (model.graph.output, list(original.graph.output)),
+    ):
+        types = {v.name: v.type.tensor_type.elem_type for v in wanted}
+        if {v.name for v in made} == set(types) and all(
+            v.type.tensor_type.elem_type in (TensorProto.UNDEFINED, types[v.name]) for v in made
+        ):
+            del made[:]
+            made.extend(wanted)
+    keep_values(model, original)
 
 
 def forget_inferred(model: ModelProto, changed: Mapping[str, Any] | None = None) -> None:

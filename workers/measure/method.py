@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 
 from workers.kernel import backends
+from workers.libraries import installed_versions
 from workers.measure.claim import MOST_APART, MOST_WIDE
 from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, MOST_WAITED, TURN_S
 from workers.measure.instances import SETTLE_S
@@ -81,12 +81,4 @@ def sweep_method(*, inputs: str, pinned: bool, min_seconds: float, passes: int) 
 def versions(names: Iterable[str]) -> dict[str, str]:
     """Installed versions of the distributions behind these backends, under the name they are installed by."""
     known = backends()
-    found: dict[str, str] = {}
-    for library in sorted({lib for name in names if name in known for lib in known[name].libraries}):
-        for distribution in (library, f"{library}-gpu"):
-            try:
-                found[distribution] = importlib.metadata.version(distribution)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found
+    return installed_versions(sorted({lib for name in names if name in known for lib in known[name].libraries}))

@@ -3,7 +3,6 @@ database, so the stages need not know it."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from app.storage.base import BlobNotFound
 from workers import kernel
 from workers.hardware import lock_name
 from workers.installation import Installation
+from workers.libraries import installed_versions
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
@@ -178,7 +178,7 @@ class StageRunner:
         stage_type = kernel.stages()[stage]
         full: BaseModel = stage_type.Options.model_validate(dict(options))
         complete = full.model_dump(mode="json")
-        libraries = library_versions((*stage_type.libraries, *_backend_libraries(complete)))
+        libraries = installed_versions((*stage_type.libraries, *_backend_libraries(complete)))
         key = stage_key(
             stage=stage,
             version=stage_type.version,
@@ -416,19 +416,6 @@ def _devices(options: Mapping[str, Any]) -> set[str]:
 def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:
     """The libraries of those backends."""
     return tuple(library for backend in _backends(options) for library in backend.libraries)
-
-
-def library_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions of distributions; one that is missing is left out (its stage then fails by itself)."""
-    versions = {}
-    for name in names:
-        for distribution in (name, f"{name}-gpu"):
-            try:
-                versions[distribution] = importlib.metadata.version(distribution)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return versions
 
 
 def _reproduce(call: _Call) -> str:

@@ -23,7 +23,6 @@ from pydantic import Field
 from app.domain.failures import StageFailure, model_failure
 from workers.graph.calibrate import statistics as calibration
 from workers.graph.fuse import transformers as fusion
-from workers.graph import quantizable as quantization
 from workers.graph import rewriting
 from workers.graph.precision import awq, floats, int4
 from workers.graph.qdq import placement
@@ -35,8 +34,9 @@ from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import count
-from workers.graph.onnx_files import MODEL_FILE, read_skeleton, size_of
-from workers.graph.onnx_graph import keep_values
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton, save_model, size_of
+from workers.graph.onnx_graph import model_specs, opset_of
+from workers.graph.prepare import prepare
 
 _TRIAL_SAMPLES = 8
 
@@ -80,18 +80,18 @@ class Convert(Stage[ConvertOptions]):
         original = read_skeleton(source)
         shared.check_source(original, options.exclude_nodes)
         ctx.reporter.progress(0.02, "shape inference")
-        prepared = quantization.prepare(source, ctx.workspace)
+        prepared = prepare(source, ctx.workspace)
         prepared = shared.in_opset(prepared, _opset_for(options), ctx.workspace)
         work = _Work(ctx, options, prepared)
         model, data = work.converted()
-        _restore_interface(model, original)
+        rewriting.restore_interface(model, original)
         out = ctx.output("model")
-        quantization.save_model(model, out)
+        save_model(model, out)
         ctx.reporter.progress(0.9, "trial run")
         data |= {
             "trial_run": _trial_run(ctx, options, model, out, work.samples),
             "recipe": options.recipe,
-            "opset": rewriting.opset_of(model),
+            "opset": opset_of(model),
             "quantized_nodes": sum(data["qdq_by_op"].values()),
             "excluded_nodes": sorted(options.exclude_nodes),
             "size_bytes_before": size_of(ctx.inputs["model"]),
@@ -230,24 +230,13 @@ def _nothing(reason: str) -> StageFailure:
     )
 
 
-def _restore_interface(model: ModelProto, original: ModelProto) -> None:
-    """Inputs and outputs with the names, types and symbolic shapes that they came with."""
-    weights = {i.name for i in original.graph.initializer}
-    inputs = [i for i in original.graph.input if i.name not in weights]
-    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
-        if {v.name for v in made} == {v.name for v in wanted}:
-            del made[:]
-            made.extend(wanted)
-    keep_values(model, original)
-
-
 def _trial_run(
     ctx: StageContext, options: ConvertOptions, model: ModelProto, made: Path, samples: Samples | None
 ) -> dict[str, Any] | None:
     """Run the result and the original once on the CPU: how alike their outputs are. None where the original does not
     take the generated inputs either."""
     backend = backends()["onnxruntime"]()
-    inputs = quantization.graph_inputs(read_skeleton(made / MODEL_FILE))
+    inputs = model_specs(read_skeleton(made / MODEL_FILE))[0]
     fixed = fixed_batch(inputs)
     if samples is not None:
         found = next(samples.batches(fixed or _TRIAL_SAMPLES))
@@ -260,7 +249,7 @@ def _trial_run(
     if emulate:
         made = ctx.workspace / "emulated"
         made.mkdir()
-        quantization.save_model(floats.emulated(model, low), made)
+        save_model(floats.emulated(model, low), made)
     try:
         wanted = backend.load(ctx.inputs["model"], {}).run(feeds)
     except StageFailure as failure:

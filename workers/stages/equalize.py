@@ -16,13 +16,13 @@ from pydantic import Field
 from app.domain.failures import FailureKind, StageFailure
 from workers.graph.calibrate import statistics as calibration
 from workers.graph import equalize as smoothing
-from workers.graph import quantizable as quantization
 from workers.graph import preconditions as shared
 from workers.graph.onnxruntime_messages import runtime_failure
 from workers.graph.equivalence import EquivalenceCheck
 from workers.graph.calibrate.ranges import batches_of
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, size_of
+from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, save_model, size_of
+from workers.graph.prepare import named, prepare
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; original and result are held and compared
 
@@ -63,7 +63,7 @@ class Equalize(Stage[EqualizeOptions]):
         size = size_of(ctx.inputs["model"])
         if size > LARGEST_IN_MEMORY:
             return _unchanged(ctx, options, f"larger than 2 GB ({size} bytes): it is not rewritten in memory")
-        prepared = quantization.prepare(source, ctx.workspace)
+        prepared = prepare(source, ctx.workspace)
         found = smoothing.sites(onnx.load(prepared, load_external_data=False))
         if not found:
             return _unchanged(ctx, options, "no MatMul or Gemm with constant weights")
@@ -80,7 +80,7 @@ class Equalize(Stage[EqualizeOptions]):
             remedy = "Check that the model runs on this data."
             raise runtime_failure("calibration_failed", error, remedy=remedy) from error
         original = load_model(source)
-        model = quantization.named(source)
+        model = named(source)
         smoothed = smoothing.equalize(
             model, maxima, options.alpha, options.exclude_nodes, insert_mul=options.insert_mul
         )
@@ -91,7 +91,7 @@ class Equalize(Stage[EqualizeOptions]):
         if reason is not None:
             ctx.reporter.note("Equalization was undone.", reason=reason)
             return _unchanged(ctx, options, reason)
-        quantization.save_model(model, ctx.output("model"))
+        save_model(model, ctx.output("model"))
         data: dict[str, Any] = {
             "nodes": [name for entry in smoothed for name in entry.site.nodes],
             "smoothed": [entry.to_json() for entry in smoothed],

@@ -6,7 +6,6 @@ Both archives are deterministic (sorted names, fixed times): the same engine giv
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import shutil
@@ -24,6 +23,7 @@ from workers import kernel
 from workers.bundle_readme import readme
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
+from workers.libraries import installed_version
 from workers.measure.axes import fixed_batch
 from workers.measure.method import versions
 
@@ -194,12 +194,5 @@ def _requirements(options: PackageOptions) -> str:
     """What `infer.py` imports and nothing else, in the versions that were measured; what is not installed here, without
     one."""
     found: dict[str, str | None] = dict(versions([options.backend]))
-    found |= {name: _installed(name) for name in kernel.backends()[options.backend].script_libraries}
+    found |= {name: installed_version(name) for name in kernel.backends()[options.backend].script_libraries}
     return "".join(f"{n}=={v}\n" if v else f"{n}\n" for n, v in sorted(found.items()))
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

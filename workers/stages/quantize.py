@@ -29,8 +29,10 @@ from workers.graph.onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import fixed_batch
-from workers.graph.onnx_files import MODEL_FILE, load_model, read_skeleton, size_of
-from workers.graph.onnx_graph import keep_values
+from workers.graph.onnx_files import MODEL_FILE, load_model, read_skeleton, save_model, size_of
+from workers.graph.onnx_graph import model_specs
+from workers.graph.prepare import prepare
+from workers.graph.rewriting import restore_interface
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -69,16 +71,16 @@ class Quantize(Stage[QuantizeOptions]):
             data_set = ctx.only_file("calibration")
             samples = shared.calibration_samples(data_set, source, options.part, options.max_samples)
         ctx.reporter.progress(0.02, "shape inference")
-        prepared = quantization.prepare(source, ctx.workspace)
+        prepared = prepare(source, ctx.workspace)
         if options.recipe == "static_int8":
             model, data = _static(ctx, options, prepared, samples)
         elif options.recipe == "dynamic_int8":
             model, data = _dynamic(ctx, options, prepared)
         else:
             model, data = _low_precision(options, prepared)
-        _restore_interface(model, read_skeleton(source))
+        restore_interface(model, read_skeleton(source))
         out = ctx.output("model")
-        quantization.save_model(model, out)
+        save_model(model, out)
         del model
         ctx.reporter.progress(0.9, "trial run")
         data |= _trial_run(ctx, options, out, samples)
@@ -198,22 +200,11 @@ def _counted(model: ModelProto, op_types: Collection[str], excluded: Collection[
     return counts
 
 
-def _restore_interface(model: ModelProto, original: ModelProto) -> None:
-    """Names, types and symbolic shapes of inputs and outputs as they came: quantizers drop some of them."""
-    weights = {i.name for i in original.graph.initializer}
-    inputs = [i for i in original.graph.input if i.name not in weights]
-    for made, wanted in ((model.graph.input, inputs), (model.graph.output, list(original.graph.output))):
-        if {v.name for v in made} == {v.name for v in wanted}:
-            del made[:]
-            made.extend(wanted)
-    keep_values(model, original)
-
-
 def _trial_run(ctx: StageContext, options: QuantizeOptions, made: Path, samples: Samples | None) -> dict[str, Any]:
     """Load the artifact and run it once. Where the original does not take the same inputs either, nothing is known."""
     backend = backends()["onnxruntime"]()
     graph = read_skeleton(made / MODEL_FILE)
-    inputs = quantization.graph_inputs(graph)
+    inputs = model_specs(graph)[0]
     batch = fixed_batch(inputs) or 1
     if samples is not None:
         feeds = next(samples.batches(batch)).filled(batch)

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from workers.graph.calibrate import statistics as calibration
 from workers.graph import quantizable as quantization
+from workers.graph.interpreter import open_session
 from workers.graph.qdq import placement as qdq
 from workers.graph.qdq import switch
 from workers.graph import preconditions as shared
@@ -34,6 +35,8 @@ from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.losses import rounded
 from workers.measure.rows import count
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
+from workers.graph.onnx_graph import model_specs
+from workers.graph.prepare import prepare
 
 BATCH = 8
 BATCH_BYTES = 16 << 20
@@ -86,7 +89,7 @@ class Sensitivity(Stage[SensitivityOptions]):
             data_set = ctx.only_file("calibration")
             samples = shared.calibration_samples(data_set, source, options.part, options.max_samples)
         ctx.reporter.progress(0.02, "shape inference")
-        prepared = quantization.prepare(source, ctx.workspace)
+        prepared = prepare(source, ctx.workspace)
         skeleton = onnx.load(prepared, load_external_data=False)
         if options.recipe in ("int8", "fp8"):
             prepared = shared.in_opset(prepared, qdq.OPSET, ctx.workspace)
@@ -180,13 +183,13 @@ class _Engine:
         self, path: Path, model: onnx.ModelProto, samples: Samples | None, options: SensitivityOptions
     ) -> None:
         try:
-            self._session = calibration.open_session(path)
+            self._session = open_session(path)
         except Exception as error:  # the runtime raises its own classes, RuntimeError and ValueError
             raise runtime_failure(
                 "sensitivity_failed", error, remedy="Check that ONNX Runtime runs the model."
             ) from error
         self.names = [o.name for o in model.graph.output]
-        self._inputs = quantization.graph_inputs(model)
+        self._inputs = model_specs(model)[0]
         self._samples, self._options = samples, options
         self._axes, self._fixed = batch_axes(self._inputs), fixed_batch(self._inputs)
         self.runs = 0

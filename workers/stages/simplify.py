@@ -23,11 +23,10 @@ from workers.graph.equivalence import (
     ABSOLUTE_TOLERANCE,
     RELATIVE_TOLERANCE,
     EquivalenceCheck,
-    restore_symbolic_shapes,
 )
-from workers.graph.quantizable import save_model
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
-from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, size_of
+from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_model, size_of
+from workers.graph.rewriting import restore_interface
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
 LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one
@@ -165,7 +164,7 @@ class _Steps:
             return
         reasons = []
         for candidate in candidates:
-            restore_symbolic_shapes(candidate, self.check.original)
+            restore_interface(candidate, self.check.original)
             difference, reason = self.check.compare(candidate)
             if reason is None:
                 self.model = candidate

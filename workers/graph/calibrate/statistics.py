@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import count, taken
+from workers.graph.interpreter import open_session
 from workers.graph.onnx_graph import model_specs
 
 Array = np.ndarray[Any, Any]
@@ -201,18 +202,6 @@ def _session(augmented: ModelProto, outputs: Sequence[str], model: Path) -> tupl
     path.unlink()
     inputs, _ = model_specs(augmented)
     return session, _Batching(batch_axes(inputs), fixed_batch(inputs))
-
-
-def open_session(path: Path, *, optimize: bool = False) -> Any:
-    """A CPU session. `optimize`: basic optimizations only: they keep the named tensors and do not depend on the
-    hardware; without, the nodes run one by one as they stand."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimize else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def histogram(values: Array, limit: float) -> Array:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from workers.graph.onnx_graph import CONTRIB_DOMAIN
+
 FUSIONS = ("conv+bn", "conv+relu", "attention", "gelu", "layernorm", "skip_layernorm")
-CONTRIB_DOMAIN = "com.microsoft"
 
 _ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention")
 _GELU = ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")

@@ -19,6 +19,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from workers.graph import rewriting as graphs
+from workers.graph.onnx_graph import opset_of, subgraphs
 
 Low = Literal["fp16", "bf16"]
 BF16_OPSET = 22  # Conv, pooling and others take bfloat16 from here on
@@ -60,7 +61,7 @@ class _Conversion:
         self.model = model
         self.graph = model.graph
         self.low = low
-        self.opset = graphs.opset_of(model)
+        self.opset = opset_of(model)
         self.floats = graphs.float_tensors(model)
         self.weights = graphs.float_weights(model)
         self.keep = set(keep)
@@ -100,7 +101,7 @@ class _Conversion:
                 and node.name not in self.keep
                 and node.op_type not in (*RANGE_CRITICAL, "Constant", "Cast")
                 and not follows
-                and not graphs.subgraphs(node)
+                and not list(subgraphs(node))
                 and bool(_low_slots(node, self.opset, self.low))
             ):
                 chosen.add(index)

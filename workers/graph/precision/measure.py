@@ -13,6 +13,7 @@ from onnx import ModelProto, helper, numpy_helper
 
 from workers.graph.calibrate import statistics as calibration
 from workers.graph import rewriting as graphs
+from workers.graph.interpreter import open_session
 
 Array = np.ndarray[Any, Any]
 Batches = Callable[[int], Iterable[Mapping[str, Array]]]
@@ -20,8 +21,6 @@ Batches = Callable[[int], Iterable[Mapping[str, Array]]]
 
 def mean_squares(model: Path, tensors: Sequence[str], batches: Batches) -> dict[str, Array]:
     """Mean square of every channel (the last axis) of `tensors` over the data. Tensors of unknown rank are left out."""
-    import onnxruntime as ort
-
     augmented: ModelProto = onnx.load(model, load_external_data=False)
     shapes = graphs.shapes(augmented)
     usable = [t for t in tensors if len(shapes.get(t, ())) >= 2]
@@ -35,10 +34,7 @@ def mean_squares(model: Path, tensors: Sequence[str], batches: Batches) -> dict[
     augmented.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     path = model.with_name(f"importance-{model.name}")  # external data is found beside it
     onnx.save(augmented, path)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 4
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, optimize=True)
     path.unlink()
     fixed = next((i.shape[0] for i in session.get_inputs() if i.shape and isinstance(i.shape[0], int)), None)
     sums: list[Any] = [0.0] * len(names)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import heapq
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import ml_dtypes
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from workers.graph.onnx_graph import reads
 
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "Attention")
 _LOW_PRECISION = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -81,7 +83,7 @@ def sort_nodes(model: ModelProto) -> None:
     """Bring the graph's nodes into topological order, stable; converters append nodes at the end."""
     nodes = list(model.graph.node)
     producer = {output: index for index, node in enumerate(nodes) for output in node.output if output}
-    needs = [{producer[name] for name in _reads(node) if name in producer} for node in nodes]
+    needs = [{producer[name] for name in reads(node) if name in producer} for node in nodes]
     readers: dict[int, list[int]] = {}
     for index, sources in enumerate(needs):
         for source in sources:
@@ -101,10 +103,3 @@ def sort_nodes(model: ModelProto) -> None:
         model.graph.node.extend(nodes[index] for index in order)
 
 
-def _reads(node: NodeProto) -> Iterable[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for sub in (attribute.g, *attribute.graphs):
-            for inner in sub.node:
-                yield from _reads(inner)
-            yield from (output.name for output in sub.output)

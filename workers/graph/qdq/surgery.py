@@ -7,36 +7,19 @@ pair between two float nodes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, load, numpy_helper
 
 from workers.graph.onnx_files import read_external
+from workers.graph.onnx_graph import reads
+from workers.graph.rewriting import captured, drop_unused
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 _TRANSPOSED = "_Transposed"  # what it appends to the weight of a Gemm that it rewrites to MatMul
 _DEQUANTIZED = "_DequantizeLinear_Output"  # what the quantizer appends to a weight's name
-
-
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes of `graph` and of all graphs inside it."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for sub in (attribute.g, *attribute.graphs):
-                yield from all_nodes(sub)
-
-
-def reads(node: NodeProto) -> Iterator[str]:
-    """Names that a node reads, those of the graphs inside it included."""
-    yield from node.input
-    for attribute in node.attribute:
-        for sub in (attribute.g, *attribute.graphs):
-            for inner in sub.node:
-                yield from reads(inner)
-            yield from (output.name for output in sub.output)
 
 
 def keep_float(
@@ -101,7 +84,7 @@ def drop_unread(model: ModelProto) -> None:
             break
         del graph.node[:]
         graph.node.extend(kept)
-    _keep_initializers(graph, used)
+    drop_unused(graph)
 
 
 def load_weight(tensor: TensorProto, folder: Path) -> TensorProto:
@@ -143,7 +126,7 @@ def _restore_weights(model: ModelProto, source: Path, op_types: Collection[str],
             if name in rounded:
                 weight, node.input[index] = rounded[name]
                 wanted[node.input[index]] = weight
-    for name in _inner_reads(graph):
+    for name in captured(graph):
         if name in weights and name not in present | produced:
             wanted[name] = name
     for name, weight in sorted(wanted.items()):
@@ -153,16 +136,3 @@ def _restore_weights(model: ModelProto, source: Path, op_types: Collection[str],
             graph.initializer.append(tensor)
 
 
-def _inner_reads(graph: GraphProto) -> Iterable[str]:
-    for node in graph.node:
-        for attribute in node.attribute:
-            for sub in (attribute.g, *attribute.graphs):
-                yield from (name for inner in all_nodes(sub) for name in inner.input)
-                yield from (output.name for output in sub.output)
-
-
-def _keep_initializers(graph: GraphProto, used: Collection[str]) -> None:
-    kept = [i for i in graph.initializer if i.name in used]
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept)

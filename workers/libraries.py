@@ -1,0 +1,27 @@
+"""Versions of the libraries that are installed here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+
+
+def installed_version(distribution: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Of these distributions, under the name they are installed by (`-gpu` of some packages); what is missing is left
+    out."""
+    found: dict[str, str] = {}
+    for name in names:
+        for distribution in (name, f"{name}-gpu"):
+            version = installed_version(distribution)
+            if version is not None:
+                found[distribution] = version
+                break
+    return found
