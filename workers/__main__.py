@@ -11,7 +11,7 @@ from app.background import tell_of_dead_threads
 from app.logging import configure_logging
 from app.settings import load_settings
 from workers.celery_app import run_worker
-from workers.devices.gpus import UnknownGpu
+from workers.devices.cuda import UnknownGpu
 from workers.service import WorkerService
 
 

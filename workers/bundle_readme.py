@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from workers.kernel import backends
+from workers import devices
 
 
 def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable: Sequence[str] = ()) -> str:
@@ -36,9 +36,8 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
 
 def _machine(backend: str, manifest: Mapping[str, Any]) -> str:
     hardware = manifest.get("hardware", {})
-    on_gpu = backends()[backend].device != "cpu"
-    card = (hardware.get("gpu") or {}).get("name") if on_gpu else None
-    return str(card or hardware.get("cpu_model") or hardware.get("id", "one machine"))
+    label = devices.of_backend(backend).label(hardware) or devices.HOST.label(hardware)
+    return label or str(hardware.get("id", "one machine"))
 
 
 def _told(title: str, items: Iterator[str]) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from workers.devices import gpus
+from workers.devices import ACCELERATORS
+from workers.devices.cuda import gpus
 
 # Instruction sets that decide which kernels an inference library takes (x86 and Arm).
 ISA_FLAGS = (
@@ -31,8 +32,9 @@ def describe(gpu: str = "") -> dict[str, Any]:
     affinity, gpu.
 
     `memory_bytes` is the smaller of the machine's memory and the container's limit; `cpu_quota` is the container's
-    limit of CPU time in CPUs (2.5), None without one. `gpu` is the one GPU of this worker (`workers.devices.gpus`), chosen as
-    `gpus.selected(gpu)`; with one, `kind` is "gpu" and the id is the GPU's. Never raises: what cannot be read is None.
+    limit of CPU time in CPUs (2.5), None without one. `gpu` is the one GPU of this worker, chosen as
+    `devices.cuda.gpus.selected(gpu)`; with one, `kind` is "gpu" and the id is the GPU's. Never raises: what cannot be
+    read is None.
     """
     card = gpus.selected(gpu)
     cpu = _cpuinfo()
@@ -68,15 +70,14 @@ def fingerprint(description: Mapping[str, Any]) -> str:
     Two machines of the same kind share it; memory, kernel version and governor are not part of it."""
     names = ("kind", "cpu_model", "cpu_family", "machine", "isa", "cores", "cpu_quota")
     parts = {k: description.get(k) for k in names}
-    if description.get("gpu"):
-        parts["gpu"] = gpus.facts_of_speed(description["gpu"])
+    for accelerator in ACCELERATORS:
+        parts |= accelerator.facts_of_speed(description)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def conditions(description: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What could explain a difference, as it stands now: load, affinity, governor, clock in MHz, memory in MB (10⁶
-    bytes), quotas; and the GPU's state (`gpus.state`), where `description` has one."""
-    card = (description or {}).get("gpu")
+    bytes), quotas; and those of the accelerators that `description` has (a GPU's clocks, say)."""
     memory = psutil.virtual_memory()
     try:
         frequency = psutil.cpu_freq()
@@ -91,14 +92,8 @@ def conditions(description: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "cgroup_cpu_quota": _cgroup_cpu_quota(),
         "cgroup_memory_limit_mb": None if (limit := _cgroup_memory_limit()) is None else round(limit / 1e6),
         "processes_running": _processes_running(),
-        **({"gpu": gpus.state(str(card["uuid"]))} if card else {}),
+        **{k: v for a in ACCELERATORS for k, v in a.conditions(description or {}).items()},
     }
-
-
-def lock_name(description: Mapping[str, Any]) -> str:
-    """The device that builds and measurements of this worker share with others on the machine, as a file name."""
-    card = description.get("gpu")
-    return re.sub(r"[^A-Za-z0-9-]+", "-", str(card["uuid"])) if card else "cpu"
 
 
 def _cpuinfo() -> dict[str, Any]:

@@ -32,9 +32,9 @@ from app.settings import Settings
 from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
-from workers import kernel
+from workers import devices, kernel
 from workers.background import Background, InARow, Regularly
-from workers.devices.gpus import UnknownGpu
+from workers.devices.cuda import confine
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.pipeline.faults import infrastructure_faults
@@ -92,15 +92,8 @@ class WorkerService:
             settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"
         )
         self.shared_caches = SharedCaches(self.content.store, settings.home_dir / "cache")
-        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA's numbers are nvidia-smi's
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
-        card = self.hardware["gpu"]
-        if settings.worker.gpu and not card:
-            raise UnknownGpu(
-                f"WORKER_GPU={settings.worker.gpu} names no GPU of this machine: `nvidia-smi -L` lists them."
-            )
-        # Its stages, children of this process, see this one and no other; or none, for which it holds no lock.
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(card["uuid"]) if card else "-1"
+        confine(self.hardware, settings.worker.gpu)
         self.fingerprint = fingerprint(self.hardware)
         infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]
@@ -110,11 +103,11 @@ class WorkerService:
 
     @property
     def queues(self) -> list[str]:
-        devices = sorted({d for b in self.backends for d in b.devices} | {"cpu"})
+        offered = sorted({d for b in self.backends for d in b.devices} | {devices.HOST.name})
         return [
             queue_for(device, hardware, model_format)
             for model_format in ("onnx", *(f for f in SPECIAL_FORMATS if f in _formats()))
-            for device, hardware in (*((d, None) for d in devices), ("", str(self.hardware["id"])))
+            for device, hardware in (*((d, None) for d in offered), ("", str(self.hardware["id"])))
         ]
 
     def start(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from workers.devices.cuda_runtime import Cuda, Stream
+from workers.devices.cuda.runtime import Cuda, Stream
 
 WARM_UP_S = 0.3
 ROUNDS = 10

@@ -11,7 +11,7 @@ import pytest
 from app.domain.failures import StageFailure
 from tests.gpu.models import Case, make_case
 from workers import kernel
-from workers.devices import cuda_runtime
+from workers.devices.cuda import runtime as cuda_runtime
 from workers.hardware import describe
 
 

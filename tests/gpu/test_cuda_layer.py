@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from app.domain.failures import StageFailure
-from workers.devices import cuda_runtime
+from workers.devices.cuda import runtime as cuda_runtime
 
 
 def test_bytes_come_back_as_they_went(cuda: cuda_runtime.Cuda) -> None:

@@ -17,7 +17,7 @@ from tests.factories import architectures
 from tests.factories.deployment import Deployment, deployment
 from tests.gpu.models import make_case
 from workers import kernel
-from workers.devices import gpus
+from workers.devices.cuda import gpus
 
 NAME = "vit"
 SIZES = {"hidden": 384, "layers": 6}

@@ -47,7 +47,7 @@ def signed(tmp_path: Path) -> Iterator[None]:
     found = trt_probe.probe_gpu()
     if isinstance(found, str):
         pytest.skip(found)
-    if not all(map(_has, ("workers.devices.cuda_runtime", "cuda.bindings"))):
+    if not all(map(_has, ("workers.devices.cuda.runtime", "cuda.bindings"))):
         pytest.skip("cuda-bindings is not installed")
     with installation.using(installation.Installation(b"k" * installation.KEY_BYTES, tmp_path / "cache")):
         yield

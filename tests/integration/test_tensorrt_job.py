@@ -286,7 +286,7 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert not trt_probe.installed()
-    monkeypatch.setitem(sys.modules, "workers.devices.cuda_runtime", None)
+    monkeypatch.setitem(sys.modules, "workers.devices.cuda.runtime", None)
     for needs, code in (
         (trt_probe.require_tensorrt, "tensorrt_unavailable"),
         (trt_cuda.open_cuda, "cuda_unavailable"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.devices import gpus
+from workers.devices.cuda import gpus
 from workers.measure.deployment import choose
 from workers.measure.device_memory import DeviceMemory, limited_mb
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from app.domain.failures import FailureKind, StageFailure
-from workers import hardware
-from workers.devices import cuda_apis, cuda_runtime, gpus
+from workers import devices, hardware
+from workers.devices.cuda import apis as cuda_apis
+from workers.devices.cuda import gpus
+from workers.devices.cuda import runtime as cuda_runtime
 from workers.measure.device_company import DeviceCompany
 
 SMI = """#!/bin/sh
@@ -59,7 +61,7 @@ def test_the_gpu_makes_the_workers_hardware(smi: None) -> None:
         "cuda": "13.0",
         "tensorrt": machine["gpu"]["tensorrt"],
     }
-    assert hardware.lock_name(machine) == "GPU-aa11"
+    assert devices.named("cuda").lock(machine) == "GPU-aa11"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus._machine_gpus.cache_clear()
     assert machine["gpu"] is None
     assert machine["kind"] == "cpu"
-    assert hardware.lock_name(machine) == "cpu"
+    assert devices.HOST.lock(machine) is None
     assert "gpu" not in hardware.conditions(machine)
     assert gpus.state("GPU-aa11") == {}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from workers.devices import HOST
 from workers.measure.disturbance import MOST_WAITED, Disturbance, in_a_row, to_json
 from workers.measure.rounds import Timing, counting
 from workers.measure.stats import Interval
@@ -23,15 +24,8 @@ MOST_APART = 1.10
 # High over low of the interval, that is 10 % to either side: a claim off by 15 % lies outside.
 MOST_WIDE = 1.20
 MOST_WIDE_MEAN = 1.3  # likewise of the means, which a few slow calls move
-# The medians of the baseline's undisturbed windows, third quartile over first: a machine whose speed drifts further
-# (clocks, a neighbour on the same memory) was not one machine during the measurement. Hosts that are fast and slow in
-# turns drift by a third without company, which the rounds' ratios cancel.
-MOST_DRIFT = 1.5
 # Of the windows of a batch size: where most had company, those that show none were lucky.
 MOST_DROPPED = 0.5
-# A GPU's clocks follow its load: between the turns of a small engine they fall, and a call takes half as long again.
-# That is no company (which the driver tells, as it does throttling), and the rounds' ratios cancel it.
-MOST_DRIFT_GPU = 2.0
 
 
 def objections(
@@ -41,10 +35,11 @@ def objections(
     a_a: Interval,
     *,
     windows: Sequence[Disturbance] = (),
-    most_drift: float = MOST_DRIFT,
+    most_drift: float = HOST.most_drift,
 ) -> list[str]:
     """Why nothing can be claimed at this batch size; empty where something can. `windows`: all that were taken at it,
-    of every engine."""
+    of every engine. `most_drift`: of the medians of the baseline's undisturbed windows, third quartile over first
+    (`devices.Accelerator`)."""
     rounds, enough = counting(baseline, again)
     if not enough:
         reasons = Counter(reason for side in (baseline, again) for reason in side.disturbed.values())

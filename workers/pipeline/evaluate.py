@@ -10,8 +10,8 @@ from typing import Any
 from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
+from workers import devices
 from workers.candidates import Candidate, Step
-from workers.kernel import backends
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.runner import Outcome, StageRunner
@@ -39,7 +39,6 @@ WEIGHTS = {
     "profile": 1.0,
     "package": 1.0,
 }
-_GPU_SHARE = 0.85  # of its memory: each process has a CUDA context of its own
 _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
 
 
@@ -366,11 +365,9 @@ class Evaluator:
         return self.call("benchmark", inputs, options, None, until, weight=weight)
 
     def memory_bytes(self) -> float:
-        """Of what holds the engines: the GPU's where they run there, else the worker's."""
+        """Of what holds the engines: the device's own, or the worker's."""
         limit = self.runner.limits.memory_bytes
-        card = (self.runner.hardware.get("gpu") or {}).get("memory_bytes")
-        on_gpu = backends()[self.baseline_backend].device != "cpu"
-        return min(limit, _GPU_SHARE * card) if on_gpu and card else limit
+        return devices.of_backend(self.baseline_backend).memory_bytes(self.runner.hardware, limit)
 
     def groups_that_fit(self, runs: Sequence[CandidateRun]) -> tuple[list[list[CandidateRun]], list[CandidateRun]]:
         """Of a full measurement, which holds the baseline twice; and those that do not fit even alone."""

@@ -13,7 +13,7 @@ from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec, ShapeRange
 from app.settings import LimitSettings
-from workers import kernel
+from workers import devices, kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
@@ -57,7 +57,7 @@ class Optimizer:
         self.searches_dir = searches_dir
         self.budget = self._budget(runner.claim.spent_seconds)
         runner.view.progress = JobProgress(self.budget, job.progress)
-        self.baseline_backend = baseline_backend(self.device)
+        self.baseline_backend = devices.named(self.device).baseline_backend
         calibration_id = self.spec.calibration.dataset_id if self.spec.calibration else None
         judging_id = self.spec.validation.dataset_id or calibration_id
         calibration = _dataset_ref(calibration_id, datasets)
@@ -164,16 +164,11 @@ class Optimizer:
 
 
 def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:
-    """Where the job's engines run: what it asks for, else a GPU where this worker has one that the job may use."""
+    """Where the job's engines run: what it asks for, else the preferred one of this worker that the job may use."""
     if spec.target.device != "auto":
         return spec.target.device
     usable = [b for b in backends if spec.target.backends is None or b.name in spec.target.backends]
-    return "cuda" if any("cuda" in b.devices for b in usable) else "cpu"
-
-
-def baseline_backend(device: str) -> str:
-    """The original as its owner would run it on this device."""
-    return "onnxruntime-cuda" if device == "cuda" else "onnxruntime"
+    return devices.preferred({d for b in usable for d in b.devices}).name
 
 
 def spanned(profiles: Sequence[Mapping[str, ShapeRange]]) -> dict[str, Any] | None:

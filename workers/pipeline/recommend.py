@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from workers.candidates import BF16_FLAGS, INT8_FLAGS
+from workers import devices
 from workers.pipeline.checks import LOSS
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.outcome import Optimization
@@ -87,17 +87,8 @@ def _next_precision(found: Optimization) -> Iterator[str]:
     """The precision that was not tried, and what it would need."""
     if any("calibration data" in s.reason for s in found.plan.skipped):
         yield "Give calibration data (some hundred typical samples): static int8 could then be tried."
-    isa = set(found.hardware.get("isa") or ())
-    if found.hardware.get("kind") != "cpu" or found.case.quantized:
-        return
-    if not isa & INT8_FLAGS and found.case.wants("int8"):
-        yield (
-            "Try a machine with VNNI or AMX (x86) or dot-product instructions (Arm) for int8: this one "
-            f"({found.hardware.get('cpu_model')}) has none."
-        )
-    if not isa & BF16_FLAGS and found.case.wants("bf16"):
-        model = found.hardware.get("cpu_model")
-        yield f"Try a machine with AVX512-BF16 or AMX for bf16: this one ({model}) has neither."
+    if not found.case.quantized:
+        yield from devices.of_backend(found.baseline_backend).wanted(found.hardware, found.case)
 
 
 def _sensitive(found: Optimization) -> Iterator[str]:

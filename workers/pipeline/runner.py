@@ -20,8 +20,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger
 from app.storage.base import BlobNotFound
-from workers import kernel
-from workers.hardware import lock_name
+from workers import devices, kernel
 from workers.installation import Installation
 from workers.libraries import installed_versions
 from workers.pipeline.faults import infrastructure_faults
@@ -310,14 +309,17 @@ class StageRunner:
         return folders
 
     def _place(self, call: _Call) -> Place:
-        """What measures on the CPU has the machine for itself. What measures on a GPU has that GPU, and shares the rest
-        with the other GPUs' workers; builds measure there, too: TensorRT times its tactics."""
-        stage, devices = call.stage_type, _devices(call.options)
-        if "cuda" not in devices:
+        """What measures on the machine's own processor has the machine for itself. What measures on a device with a lock
+        of its own has that, and shares the rest with the other devices' workers; builds measure there, too: TensorRT
+        times its tactics."""
+        stage, used = call.stage_type, {devices.named(b.device) for b in _backends(call.options)}
+        locks = {accelerator: accelerator.lock(self.hardware) for accelerator in used}
+        apart = next((lock for lock in locks.values() if lock is not None), None)
+        if apart is None:
             return Place(alone=stage.exclusive_device)
         measures = stage.exclusive_device or stage.hardware_bound
-        alone = stage.exclusive_device and "cpu" in devices
-        return Place(alone, gpu=lock_name(self.hardware) if measures else None)
+        alone = stage.exclusive_device and None in locks.values()
+        return Place(alone, gpu=apart if measures else None)
 
     def _limits_of(self, call: _Call, waited: float) -> Limits:
         """Waiting for the machine is time of the job's budget: it goes off what the call may take before it stops by
@@ -407,10 +409,6 @@ def _lasting(call: _Call, failure: StageFailure) -> bool:
     fact of this machine: only a key that holds the machine may say so."""
     of_this_machine = failure.code in _CRASHES and not call.stage_type.hardware_bound
     return failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE and not of_this_machine
-
-
-def _devices(options: Mapping[str, Any]) -> set[str]:
-    return {backend.device for backend in _backends(options)}
 
 
 def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure
-from workers import hardware
+from workers import devices, hardware
 from workers.kernel import Stage, StageContext, StageResult, backends
 from workers.measure import claim, figures
 from workers.measure.axes import fixed_batch
@@ -357,10 +357,10 @@ class _Run:
         return self.ctx.seconds_left() * (1 - (SHARE if self.kept_s else 0)) * weights[0] / sum(weights)
 
     def _profile(self, processes: dict[str, EngineProcess], batch: int) -> None:
-        """Engines on a GPU also tell transfers, compute and submission apart, in a pass of its own after the timing."""
+        """Engines on some devices also tell transfers, compute and submission apart, in a pass of its own after the timing."""
         for name, process in list(processes.items()):
             spec = self.specs.get(name)  # none: a second process of an engine that is there already
-            if spec is None or backends()[spec.backend].device == "cpu":
+            if spec is None or not devices.of_backend(spec.backend).tells_parts:
                 continue
             try:
                 self.figures[name].batches[str(batch)]["profile"] = process.profile(batch)
@@ -374,8 +374,7 @@ class _Run:
         if again is not baseline:
             aa = figures.a_a(baseline, again, seed)
             self.aa[str(batch)] = aa.to_json()
-            on_cpu = backends()[self.options.baseline_backend].device == "cpu"
-            most_drift = claim.MOST_DRIFT if on_cpu else claim.MOST_DRIFT_GPU
+            most_drift = devices.of_backend(self.options.baseline_backend).most_drift
             self.noise += claim.objections(batch, baseline, again, aa.p50, windows=windows, most_drift=most_drift)
         other = self.options.compare_to
         pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from workers import devices
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import WARM_UP_RUNS, LayerTime, Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import fixed_batch
@@ -66,8 +67,8 @@ class Profile(Stage[ProfileOptions]):
         ctx.reporter.progress(0.4, "layer by layer")
         layers = backend.layer_times(ctx.inputs["engine"], options.runtime, feeds, runs)
         ctx.reporter.progress(0.8, "memory bandwidth")
-        on_cpu = backend.device == "cpu"  # a GPU reads its weights from its own memory, whose speed is not measured
-        bandwidth = copy_bandwidth(int(ctx.hardware.get("cores") or 1)) if on_cpu else None
+        ours = devices.of_backend(options.backend).reads_machine_memory  # the speed of no other memory is measured
+        bandwidth = copy_bandwidth(int(ctx.hardware.get("cores") or 1)) if ours else None
         size = size_of(ctx.inputs["engine"])
         data: dict[str, Any] = {
             "batch": batch,

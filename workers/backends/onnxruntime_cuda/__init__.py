@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from app.domain.failures import StageFailure
-from workers.devices import cuda_runtime
+from workers.devices.cuda import runtime as cuda_runtime
 from workers.backends.onnxruntime_cuda import recipes as cuda_recipes
 from workers.backends.options import parsed
 from workers.backends.onnxruntime_cuda.script import infer_script

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.graph import onnxruntime_messages as messages
-from workers.devices.cuda_runtime import Cuda, DeviceBuffer, Event, Stream
+from workers.devices.cuda.runtime import Cuda, DeviceBuffer, Event, Stream
 from workers.kernel import Session, TensorSpec
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 from workers.graph.onnx_graph import with_values

@@ -76,7 +76,7 @@ class Cuda(Protocol):
 def open_cuda() -> Cuda:
     """Raises StageFailure(`cuda_unavailable`) where PyCUDA is not installed or there is no driver."""
     try:
-        layer = importlib.import_module("workers.devices.cuda_runtime")
+        layer = importlib.import_module("workers.devices.cuda.runtime")
         return cast("Cuda", layer.Cuda())
     except StageFailure:
         raise

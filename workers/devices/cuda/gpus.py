@@ -42,10 +42,6 @@ _THROTTLED = {
 }
 
 
-class UnknownGpu(Exception):
-    """The GPU that this worker was given is none of the machine's."""
-
-
 def selected(wanted: str = "") -> dict[str, Any] | None:
     """The one GPU that this worker uses, or None. `wanted`: an index or a UUID (or its beginning); empty = the first of
     `CUDA_VISIBLE_DEVICES`, or the machine's first."""

@@ -1,6 +1,6 @@
 """One small interface over CUDA: device and pinned memory, streams, events, graph capture.
 
-PyCUDA where it is installed, the driver API of cuda-bindings otherwise (`cuda_apis`); graph capture is always
+PyCUDA where it is installed, the driver API of cuda-bindings otherwise (`apis`); graph capture is always
 cuda-bindings', which PyCUDA lacks, on the same stream handles. Everything works in the device's **primary** context,
 which TensorRT, ONNX Runtime and PyTorch use too: memory and streams can be handed over as plain integers.
 
@@ -24,15 +24,15 @@ from typing import Any, Literal
 import numpy as np
 
 from app.domain.failures import StageFailure
-from workers.devices import cuda_apis as apis
-from workers.devices.cuda_graph import Capture, cuda_unavailable
+from workers.devices.cuda import apis
+from workers.devices.cuda.graphs import Capture, cuda_unavailable
 
 Array = np.ndarray[Any, Any]
 Library = Literal["auto", "pycuda", "cuda-bindings"]
 _PROBE_LIMIT_S = 60.0
 _PROBE = """
 import json
-from workers.devices.cuda_runtime import Cuda
+from workers.devices.cuda.runtime import Cuda
 cuda = Cuda()
 with cuda.context():
     free, total = cuda.mem_info()

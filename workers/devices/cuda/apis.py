@@ -1,4 +1,4 @@
-"""The two CUDA libraries that `cuda_runtime` can work with, brought to one shape.
+"""The two CUDA libraries that `runtime` can work with, brought to one shape.
 
 Handles are whatever the library uses; `…_handle` and `mem_pointer` give the plain integers that others take.
 """
@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from app.domain.failures import StageFailure
-from workers.devices.cuda_graph import bindings, cuda_error, cuda_unavailable, gpu_out_of_memory
+from workers.devices.cuda.graphs import bindings, cuda_error, cuda_unavailable, gpu_out_of_memory
 
 Array = np.ndarray[Any, Any]
 
 
 class Api(ABC):
-    """What `cuda_runtime` needs of a library. All methods but `device_count` and `retain` need the context to be current."""
+    """What `runtime` needs of a library. All methods but `device_count` and `retain` need the context to be current."""
 
     name: ClassVar[str]
 
