@@ -16,6 +16,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models as models
 from workers.backends import onnxruntime as backend_module
+from workers.backends.onnxruntime.session import RuntimeOptions, session_options
 from workers.graph.onnxruntime_messages import runtime_failure, where_of
 from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case
@@ -110,7 +111,7 @@ def test_memory_and_denormal_options(backend: OnnxRuntimeBackend, tmp_path: Path
     options = {"enable_cpu_mem_arena": False, "enable_mem_pattern": False, "denormal_as_zero": True}
     built, engine, _ = build(backend, models.mlp(), tmp_path, **options)
     assert built["runtime"] == {"graph_optimization_level": "disable", **options}
-    made = backend_module._session_options(backend_module.RuntimeOptions(**options))
+    made = session_options(RuntimeOptions(**options))
     assert (made.enable_cpu_mem_arena, made.enable_mem_pattern) == (False, False)
     assert made.get_session_config_entry("session.set_denormal_as_zero") == "1"
     session = backend.load(engine, built["runtime"])
@@ -126,7 +127,7 @@ def test_variants_fit_the_case(backend: OnnxRuntimeBackend) -> None:
         candidate = Candidate("ort-fp32", "fp32", "onnxruntime", "fp32", ())
         found = backend.variants(case, candidate)
         for variant in found:
-            backend_module.RuntimeOptions.model_validate(variant.runtime)
+            RuntimeOptions.model_validate(variant.runtime)
         return [v.id.split(".")[1] for v in found]
 
     assert ids("cnn", 1) == []

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.graph import onnxruntime_messages as messages
+from workers.devices.cuda.graphs import gpu_out_of_memory
 from workers.devices.cuda.runtime import Cuda, DeviceBuffer, Event, Stream
 from workers.kernel import Session, TensorSpec
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
@@ -91,13 +92,7 @@ def gpu_failure(code: str, error: BaseException, *, remedy: str | None = None) -
     signs = ("CUDA error 2", "CUDA failure 2", "out of memory", "BFCArena", "smaller than requested bytes")
     short = any(sign in str(error) for sign in signs)
     if failure.code == "out_of_memory" or short:
-        return StageFailure(
-            "gpu_out_of_memory",
-            f"The GPU has not enough free memory: {messages.clean_message(error)}",
-            node=failure.node,
-            remedy="Use smaller shapes or batch sizes, a lower precision, or a GPU with more memory.",
-            cacheable=False,
-        )
+        return gpu_out_of_memory(messages.clean_message(error), failure.node)
     return failure
 
 

@@ -13,7 +13,7 @@ from app.domain.failures import StageFailure
 from workers.backends.tensorrt import messages
 from workers.backends.tensorrt import recipes as trt_recipes
 from workers.backends.options import parsed
-from workers.backends.tensorrt.build import build
+from workers.backends.tensorrt import build as building
 from workers.backends.tensorrt.cuda import open_cuda
 from workers.backends.tensorrt.graph import NEEDS
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
@@ -68,8 +68,8 @@ class TensorRtBackend(Backend):
         return dict(runtime)
 
     def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
-        """`options`: `BuildOptions`; the failures and what is returned are `build.build`'s."""
-        return build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
+        """`options`: `BuildOptions`; the failures and what is returned are `building.build`'s."""
+        return building.build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Verify, then load. Raises StageFailure: `engine_untrusted`, `engine_incompatible`, `load_failed`,

@@ -20,10 +20,11 @@ def cuda_error(what: str) -> StageFailure:
     )
 
 
-def gpu_out_of_memory(what: str) -> StageFailure:
+def gpu_out_of_memory(what: str, node: str | None = None) -> StageFailure:
     return StageFailure(
         "gpu_out_of_memory",
         f"The GPU has not enough free memory: {what[:400]}",
+        node=node,
         remedy="Use smaller shapes or batch sizes, a lower precision, or a GPU with more memory.",
         cacheable=False,
     )
