@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
+from workers.artifacts import ONNX
 
 # Instructions with which int8 gains: dot products of bytes (x86 VNNI and AMX, Arm dot product).
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
@@ -121,9 +122,10 @@ class Narrowing:
 @dataclass(frozen=True)
 class Case:
     """What is known of the job before anything is tried. `ops`: op type → count in the exported graph. `kind`: as in
-    `workers.graph.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.graph.onnx_arithmetic`. `size_bytes`: of the
-    exported model. `same_data`: one data set for calibration and validation, which is split. `random`: the original
-    does not answer the same twice."""
+    `workers.graph.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.graph.onnx_arithmetic`.
+    `size_bytes`: of the exported model. `same_data`: one data set for calibration and validation, which is split.
+    `random`: the original does not answer the same twice. `kinds`: of the artifacts that the export gave
+    (`workers.artifacts`)."""
 
     spec: OptimizationSpec
     ops: Mapping[str, int]
@@ -137,6 +139,7 @@ class Case:
     has_calibration: bool = False
     same_data: bool = False
     random: bool = False
+    kinds: Sequence[str] = (ONNX,)
 
     @property
     def int8_pays(self) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class Reporter(ABC):
 class StageContext:
     """What a running stage sees.
 
-    `inputs`: name → read-only folder with the artifact's files. `workspace`: an empty folder for scratch files on the
-    same disk. `output(name)` makes the folder of one output artifact. `hardware` is `workers.hardware.describe()`.
+    `inputs`: name → read-only folder with the artifact's files; `kinds`: what they are, of those that a stage made.
+    `workspace`: an empty folder for scratch files on the same disk. `output(name)` makes the folder of one output
+    artifact. `hardware` is `workers.hardware.describe()`.
     """
 
     inputs: Mapping[str, Path]
@@ -61,6 +63,7 @@ class StageContext:
     reporter: Reporter
     hardware: Mapping[str, Any]
     soft_deadline: float | None = None  # `time.monotonic()` by which a stage that can stop earlier should
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def seconds_left(self) -> float:
         """Until the soft deadline; infinite without one. A stage that cuts its work short because of it answers with
@@ -90,8 +93,17 @@ class StageResult:
     reusable: bool = True
 
 
+@dataclass(frozen=True)
+class StepPart:
+    """What a step is called where its gain is told. `instead`: its options in the engine without that part; None: the
+    step is left out."""
+
+    name: str
+    instead: Mapping[str, Any] | None = None
+
+
 class Stage(ABC, Generic[OptionsT]):
-    """One step of the pipeline. A subclass in `workers/stages/` registers itself under `name`.
+    """One step of the pipeline. A subclass registers itself under `name`.
 
     `version` goes up whenever the code's output for the same inputs may change. `libraries` are the distributions whose
     versions are part of the key. `hardware_bound` says that the result depends on the machine.
@@ -103,10 +115,44 @@ class Stage(ABC, Generic[OptionsT]):
     libraries: ClassVar[tuple[str, ...]] = ()
     hardware_bound: ClassVar[bool] = False
     exclusive_device: ClassVar[bool] = False  # a measurement: one at a time on a device
+    # What it is to the rest: nobody asks for its name.
+    takes: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds that its input `model` may be, the preferred one first
+    gives: ClassVar[Mapping[str, str]] = {}  # kinds of its outputs, by name
+    weight: ClassVar[float] = 1.0  # its share of a job's progress; a build has 1
+    makes_engine: ClassVar[bool] = False  # its options name the backend that builds
+    rounds: ClassVar[bool] = False  # what comes out stores or computes in fewer bits
+    serves_rounding: ClassVar[bool] = False  # it is of use only to a later step that rounds
+    # Input → output of an earlier call with the same options but for `exclude_nodes`, which saves it a calibration.
+    reuses: ClassVar[Mapping[str, str]] = {}
+    calibrations: ClassVar[tuple[str, ...]] = ()  # values of its option `method`, those worth a try after another
+    reported: ClassVar[tuple[str, ...]] = ()  # of its `data`, what the report shows of a candidate's step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _register(_STAGES, cls.name, cls)
+
+    @classmethod
+    def accepts(cls, options: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG003
+        """`takes` of a call with these options."""
+        return cls.takes
+
+    @classmethod
+    def kinds(cls, options: Mapping[str, Any]) -> Mapping[str, str]:  # noqa: ARG003
+        """`gives` of a call with these options."""
+        return cls.gives
+
+    @classmethod
+    def quantizes(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        """Whether a call with these options rounds to integers or other few levels: keeping nodes out of it wins
+        accuracy back."""
+        return False
+
+    @classmethod
+    def part(cls, options: Mapping[str, Any]) -> StepPart:
+        """What a candidate's step with these options is called where its gain is told, and what stands in its place
+        when it is left out."""
+        told = str(options.get("recipe", cls.name)).replace("_", " ")
+        return StepPart(f"{cls.name} ({told})")
 
     @abstractmethod
     def run(self, ctx: StageContext, options: OptionsT) -> StageResult:
@@ -183,7 +229,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
-    engine_format: ClassVar[str]  # e.g. "onnx", "tensorrt-plan", "openvino-ir"
+    accepts: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds of artifacts that it builds from, the preferred one first
+    engine_format: ClassVar[str]  # the kind of artifact that an engine is
     signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
@@ -214,8 +261,10 @@ class Backend(ABC):
         whose work does not run on CPU threads answers it as it is."""
 
     @abstractmethod
-    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
-        """Make the engine for this hardware from folder `model` (holding `model.onnx`) into folder `out`.
+    def build(
+        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX
+    ) -> dict[str, Any]:
+        """Make the engine for this hardware from folder `model`, an artifact of this `kind`, into folder `out`.
         Returns JSON: at least `{"runtime": {...}}`, the options that `load` needs (session options, threads)."""
 
     @abstractmethod
@@ -271,3 +320,9 @@ def backends() -> Mapping[str, type[Backend]]:
     """All backends by name; imports every file of `workers/backends` (their libraries only when used)."""
     _load_all("workers.backends")
     return _BACKENDS
+
+
+def runner_of(kind: str) -> Backend:
+    """The backend that loads an artifact of this kind as it is, on the machine's own processor: what a graph is tried
+    with. Of several the first that is built in."""
+    return next(b for b in backends().values() if b.engine_format == kind and b.device == Backend.device)()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -36,9 +36,11 @@ class FileRef:
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """A small folder of stored files, e.g. `model.onnx` and its external data; sorted by name."""
+    """A small folder of stored files, e.g. `model.onnx` and its external data; sorted by name. `kind`: what they are, as
+    the stage that made them declares it; it follows from them, so it is no part of what they are told apart by."""
 
     files: tuple[FileRef, ...]
+    kind: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", tuple(sorted(self.files)))

@@ -22,7 +22,7 @@ def _names(found: list[Part]) -> list[str]:
 
 def test_every_part_is_left_out_once() -> None:
     picked = _candidate((SIMPLIFY, Step("equalize", {}), QUANTIZE), runtime={"intra_op_num_threads": 1})
-    found = parts(picked, [], {})
+    found = parts(picked, [], {}, "onnxruntime")
     assert _names(found) == [
         "ONNX simplification",
         "equalization of activations and weights",
@@ -46,7 +46,7 @@ def test_every_part_is_left_out_once() -> None:
 
 
 def test_fusions_are_a_part_of_their_own() -> None:
-    (part,) = parts(_candidate((Step("simplify", {"fusions": True}),)), [], {})
+    (part,) = parts(_candidate((Step("simplify", {"fusions": True}),)), [], {}, "onnxruntime")
     assert part.name == "transformer fusions"
     assert part.without is not None
     assert part.without.steps == (SIMPLIFY,)
@@ -55,7 +55,7 @@ def test_fusions_are_a_part_of_their_own() -> None:
 def test_another_backend_is_held_against_the_nearest_that_onnxruntime_runs() -> None:
     picked = _candidate((SIMPLIFY, NNCF), "openvino", runtime={"inference_precision": "bf16"})
     theirs = _candidate((SIMPLIFY, QUANTIZE))
-    found = parts(picked, [picked, theirs], {"inference_precision": "f32"})
+    found = parts(picked, [picked, theirs], {"inference_precision": "f32"}, "onnxruntime")
     backend = next(p for p in found if "in place of" in p.name)
     assert backend.without is not None
     assert backend.without.steps == theirs.steps
@@ -63,6 +63,6 @@ def test_another_backend_is_held_against_the_nearest_that_onnxruntime_runs() -> 
     arithmetic = next(p for p in found if "arithmetic" in p.name)
     assert arithmetic.without is not None
     assert arithmetic.without.runtime == {"inference_precision": "f32"}
-    alone = next(p for p in parts(picked, [picked], {}) if "in place of" in p.name)
+    alone = next(p for p in parts(picked, [picked], {}, "onnxruntime") if "in place of" in p.name)
     assert alone.without is None
     assert "no int8 configuration" in str(alone.reason)

@@ -14,7 +14,8 @@ from onnx import ModelProto
 from app.domain.failures import StageFailure
 from workers.graph.onnx_files import save_model
 from workers.data import synthetic_feeds
-from workers.kernel import Session, backends
+from workers.artifacts import ONNX
+from workers.kernel import Session, runner_of
 from workers.graph.onnx_graph import CONTRIB_DOMAIN, model_specs
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
@@ -78,7 +79,7 @@ def _load(model: ModelProto, workspace: Path) -> Session:
     shutil.rmtree(folder, ignore_errors=True)  # a new file: a session still open may have mapped the old one
     folder.mkdir()
     save_model(model, folder)
-    return backends()["onnxruntime"]().load(folder, {})
+    return runner_of(ONNX).load(folder, {})
 
 
 def _reason(failure: StageFailure | ValueError) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.candidates import Candidate, Step
+from workers.kernel import stages
 
 
 @dataclass(frozen=True)
@@ -20,44 +21,39 @@ class Part:
     stage: str | None = None  # the graph step that this part is, for its details
 
 
-def parts(picked: Candidate, others: Sequence[Candidate], defaults: dict[str, Any]) -> list[Part]:
+def parts(
+    picked: Candidate, others: Sequence[Candidate], defaults: dict[str, Any], baseline_backend: str
+) -> list[Part]:
     """The parts of `picked`, in the order they are applied. `others`: the configurations that were built, for a
-    stand-in where the backend is left out. `defaults`: the backend's runtime options for plain float32."""
+    stand-in where the backend is left out, and `baseline_backend` is in its place. `defaults`: the backend's runtime
+    options for plain float32."""
     found = [p for i in range(len(picked.steps)) for p in _step_parts(picked, i)]
-    found += _backend_part(picked, others)
+    found += _backend_part(picked, others, baseline_backend)
     found += _runtime_parts(picked, defaults)
     return [replace(p, without=_renamed(p.without, i)) if p.without else p for i, p in enumerate(found)]
 
 
 def _step_parts(picked: Candidate, index: int) -> list[Part]:
     step = picked.steps[index]
+    stage = stages()[step.stage]
     kept = [*step.options.get("exclude_nodes", ())]
-    found = []
-    if step.stage == "simplify":
-        if step.options.get("fusions"):
-            plain = replace(step, options={**step.options, "fusions": False})
-            found.append(Part("transformer fusions", _with(picked, index, plain), stage=step.stage))
-        else:
-            found.append(Part("ONNX simplification", _with(picked, index, None), stage=step.stage))
-    elif step.stage == "equalize":
-        found.append(Part("equalization of activations and weights", _with(picked, index, None), stage=step.stage))
-    else:
-        name = f"quantization ({_recipe(step)})" if "quantize" in step.stage else f"{step.stage} ({_recipe(step)})"
-        found.append(Part(name, _unquantized(picked, index), stage=step.stage))
-        if kept:
-            everything = replace(step, options={**step.options, "exclude_nodes": []})
-            name = f"{len(kept)} sensitive nodes kept in higher precision"
-            found.append(Part(name, _with(picked, index, everything)))
+    told = stage.part(step.options)
+    if told.instead is not None:
+        return [Part(told.name, _with(picked, index, replace(step, options=told.instead)), stage=step.stage)]
+    if not stage.rounds:
+        return [Part(told.name, _with(picked, index, None), stage=step.stage)]
+    found = [Part(told.name, _unrounded(picked, index), stage=step.stage)]
+    if kept:
+        everything = replace(step, options={**step.options, "exclude_nodes": []})
+        name = f"{len(kept)} sensitive nodes kept in higher precision"
+        found.append(Part(name, _with(picked, index, everything)))
     return found
 
 
-def _recipe(step: Step) -> str:
-    return str(step.options.get("recipe", step.stage)).replace("_", " ").replace("quantize ", "")
-
-
-def _unquantized(picked: Candidate, index: int) -> Candidate:
-    """Without the quantization, and without the steps that only serve it."""
-    steps = [s for i, s in enumerate(picked.steps) if i != index and s.stage != "equalize"]
+def _unrounded(picked: Candidate, index: int) -> Candidate:
+    """Without the step that rounds, and without those that only serve it."""
+    known = stages()
+    steps = [s for i, s in enumerate(picked.steps) if i != index and not known[s.stage].serves_rounding]
     return replace(picked, steps=tuple(steps), lossless=False)
 
 
@@ -67,18 +63,18 @@ def _with(picked: Candidate, index: int, step: Step | None) -> Candidate:
     return replace(picked, steps=tuple(steps))
 
 
-def _backend_part(picked: Candidate, others: Sequence[Candidate]) -> list[Part]:
-    """The backend left out: ONNX Runtime on the same graph, or on its own graph of the same precision where this
-    one is the backend's alone."""
-    if picked.backend.startswith("onnxruntime"):
+def _backend_part(picked: Candidate, others: Sequence[Candidate], baseline: str) -> list[Part]:
+    """The backend left out: the baseline's on the same graph, or on its own graph of the same precision where this one
+    is the backend's alone."""
+    if picked.backend == baseline:
         return []
-    name = f"{picked.backend} in place of onnxruntime"
-    theirs = [c for c in others if c.backend == "onnxruntime"]
+    name = f"{picked.backend} in place of {baseline}"
+    theirs = [c for c in others if c.backend == baseline]
     same_steps = next((c for c in theirs if c.steps == picked.steps and not c.runtime), None)
     stand_in = same_steps or next((c for c in theirs if c.precision == picked.precision and not c.runtime), None)
     if stand_in is None:
-        return [Part(name, None, f"no {picked.precision} configuration of onnxruntime was built to compare with")]
-    note = None if stand_in is same_steps else f"against {stand_in.name} on onnxruntime, the nearest that it runs"
+        return [Part(name, None, f"no {picked.precision} configuration of {baseline} was built to compare with")]
+    note = None if stand_in is same_steps else f"against {stand_in.name} on {baseline}, the nearest that it runs"
     return [Part(name, stand_in, note)]
 
 

@@ -133,6 +133,7 @@ def _run(request: StageRequest, reporter: kernel.Reporter) -> kernel.StageResult
         reporter=reporter,
         hardware=request.hardware,
         soft_deadline=time.monotonic() + soft if (soft := request.limits.soft_seconds) is not None else None,
+        kinds=request.kinds,
     )
     return stage_type().run(context, stage_type.Options.model_validate(request.options))
 

@@ -12,6 +12,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers import devices
 from workers.candidates import Candidate, Step
+from workers.kernel import backends, stages
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.runner import Outcome, StageRunner
@@ -22,23 +23,6 @@ from workers.search.limits import NO_MEMORY
 from workers.search.objective import primary_batch
 
 SEED = 20_240_229
-WEIGHTS = {
-    "export": 2.0,
-    "simplify": 1.0,
-    "equalize": 2.0,
-    "quantize": 2.0,
-    "quantize_nncf": 3.0,
-    "convert": 1.0,
-    "build": 1.0,
-    "reference_outputs": 1.0,
-    "shape_probes": 0.5,
-    "check_shapes": 0.5,
-    "validate": 1.0,
-    "sensitivity": 3.0,
-    "sweep": 3.0,
-    "profile": 1.0,
-    "package": 1.0,
-}
 _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
 
 
@@ -141,8 +125,8 @@ class Evaluator:
         self._made: dict[str, tuple[list[Outcome], Outcome]] = {}
         self.apart = True  # the search and the verdict look at samples of their own
         self._references: dict[tuple[str, int], Outcome] = {}  # the original's outputs, by part and number of samples
-        self._ranges: dict[str, ArtifactRef] = {}  # what static quantization found, by graph and calibration
-        self._quantized: dict[str, ArtifactRef] = {}  # what NNCF made first, likewise
+        # What an earlier calibration found or made, by graph and calibration, and the input that takes it up.
+        self._reusable: dict[tuple[str, str], ArtifactRef] = {}
 
     # Making
 
@@ -168,33 +152,32 @@ class Evaluator:
             steps.append(graph)
         shapes = {"shapes": self.data.shapes} if self.data.shapes else {}
         options = {"backend": plan.backend, "options": {**plan.build_options, **shapes}}
-        return steps, self.call("build", {"model": graph.outputs["model"]}, options, plan.id, until)
+        model = graph.of_kind(*backends()[plan.backend].accepts)
+        return steps, self.call("build", {"model": model}, options, plan.id, until)
 
     def graph_step(self, step: Step, graph: Outcome, candidate: str, until: float) -> Outcome:
         """One step on the graph that `graph` put out."""
-        inputs = {"model": graph.outputs["model"]}
+        stage = stages()[step.stage]
+        inputs = {"model": graph.of_kind(*stage.takes)}
         key, excluded = _calibration_key(step, graph), step.options.get("exclude_nodes")
         if "calibration" in step.extra and self.data.calibration is not None:
             inputs["calibration"] = self.data.calibration
-            if excluded and key in self._ranges:
-                inputs["ranges"] = self._ranges[key]  # the same statistics: only which nodes use them differs
-            if excluded and key in self._quantized:
-                inputs["quantized"] = self._quantized[key]  # these nodes are put back there
+            if excluded:
+                inputs |= {name: ref for name in stage.reuses if (ref := self._reusable.get((key, name))) is not None}
         found = self.call(step.stage, inputs, {**step.options, "shapes": self.data.shapes}, candidate, until)
-        if "ranges" in found.outputs:
-            self._ranges.setdefault(key, found.outputs["ranges"])
-        if step.stage == "quantize_nncf":
-            self._quantized.setdefault(key, found.outputs["model"])
+        for name, output in stage.reuses.items():
+            if output in found.outputs:
+                self._reusable.setdefault((key, name), found.outputs[output])
         return found
 
     def quantized_before(self, step: Step, graph: Outcome) -> bool:
         """Whether keeping further nodes of this step in higher precision takes no new calibration."""
         key = _calibration_key(step, graph)
-        return key in self._ranges or key in self._quantized
+        return any((key, name) in self._reusable for name in stages()[step.stage].reuses)
 
     def ranges_of(self, step: Step, graph: Outcome) -> ArtifactRef | None:
         """What an earlier calibration of the same kind found on this graph, whichever nodes it was for."""
-        return self._ranges.get(_calibration_key(step, graph))
+        return self._reusable.get((_calibration_key(step, graph), "ranges"))
 
     def call(
         self,
@@ -212,7 +195,7 @@ class Evaluator:
             inputs,
             options,
             candidate=candidate,
-            weight=WEIGHTS[stage] if weight is None else weight,
+            weight=weight,
             seconds=hard,
             soft_seconds=soft,
         )

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.domain.failures import StageFailure
 from app.jobs.ledger import LeaseLost
-from workers.kernel import Backend
+from workers.kernel import Backend, stages
 from workers.pipeline.ablation import Part, parts
 from workers.pipeline.budget import LEAST_EXPLAINED_S, Budget
 from workers.pipeline.evaluate import SEED, CandidateRun, Evaluator
@@ -81,7 +81,7 @@ class Explainer:
         until = self.budget.elapsed() + _ABLATION_SHARE * self.budget.left(self.budget.end)
         others = [r.plan for r in self.proof.runs if r.build is not None]
         defaults = dict(self.backends[picked.plan.backend].plain_runtime)
-        wanted = parts(picked.plan, others, defaults)
+        wanted = parts(picked.plan, others, defaults, self.proof.baseline_backend)
         tried = {
             i: self._without(wanted[i], until) for i in sorted(range(len(wanted)), key=lambda i: _urgency(wanted[i]))
         }
@@ -181,4 +181,4 @@ def _urgency(part: Part) -> int:
     """Where the time does not hold all of them, what usually matters most is measured: it comes first."""
     if part.stage is None:  # the backend, its runtime options, nodes kept
         return 1
-    return 0 if "quantize" in part.stage or part.stage == "convert" else 2
+    return 0 if stages()[part.stage].rounds else 2

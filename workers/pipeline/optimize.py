@@ -18,7 +18,7 @@ from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import WEIGHTS, Data, Evaluator
+from workers.pipeline.evaluate import Data, Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.finals import Finals, final_seconds, too_small
 from workers.pipeline.outcome import Explanation, Optimization, Proof
@@ -28,7 +28,6 @@ from workers.pipeline.runner import Outcome, StageRunner
 from workers.search import recording
 from workers.search.driver import Search
 
-_EXPLAINED = 3 * WEIGHTS["build"] + 4.0 + WEIGHTS["sweep"] + WEIGHTS["profile"]  # weights, about
 _RESUMED_S = 10.0  # beside the final measurement: what is left at least to a job that is taken up again
 
 
@@ -85,9 +84,10 @@ class Optimizer:
         proof = self._prove(export, evaluator)
         made, explanation = None, Explanation()
         if proof.verdict.picked is not None:
-            self.runner.view.progress.enter("package", WEIGHTS["package"])
+            self.runner.view.progress.enter("package", _weight("package"))
             made = package(self.runner, proof, self.data)
-            self.runner.view.progress.enter("explain", _EXPLAINED)
+            explained = 3 * _weight("build") + 4.0 + _weight("sweep") + _weight("profile")  # about
+            self.runner.view.progress.enter("explain", explained)
             explanation = Explainer(proof, evaluator, self.backends, self.budget).explain()
             if explanation.deployment is not None:
                 deployment = deployment_of(proof, explanation)
@@ -139,7 +139,7 @@ class Optimizer:
             inputs["data"] = self.data.validation  # the model is tried on what it is for
         _, hard = self.budget.limits(self.budget.end)
         try:
-            return self.runner.run("export", inputs, options, weight=WEIGHTS["export"], seconds=hard)
+            return self.runner.run("export", inputs, options, seconds=hard)
         except StageFailure as failure:
             if failure.code == "timed_out" and self.budget.over(self.budget.end):
                 raise too_small(self.spec, self.budget, "the export") from failure
@@ -158,9 +158,14 @@ class Optimizer:
             hardware=self.runner.hardware,
             arithmetic=structure["arithmetic"],
             random=not export.data["checks"]["repeats_itself"]["passed"],
+            kinds=tuple(ref.kind for ref in export.outputs.values() if ref.kind is not None),
             has_calibration=self.data.calibration is not None,
             same_data=self.data.same,
         )
+
+
+def _weight(stage: str) -> float:
+    return kernel.stages()[stage].weight
 
 
 def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) -> str:

@@ -12,9 +12,10 @@ import structlog
 from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import StageFailure
 from app.domain.report import DeploymentConfig
+from workers import kernel
 from workers.measure.method import versions
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import SEED, WEIGHTS, Data
+from workers.pipeline.evaluate import SEED, Data
 from workers.pipeline.final import accepts, final_metrics, winner
 from workers.pipeline.outcome import Proof, nodes_kept
 from workers.pipeline.runner import Outcome, StageRunner
@@ -41,7 +42,7 @@ def package(runner: StageRunner, proof: Proof, data: Data, deployment: Deploymen
         "shapes": data.shapes,
         "seed": SEED,
     }
-    return runner.run("package", inputs, options, weight=WEIGHTS["package"])
+    return runner.run("package", inputs, options)
 
 
 def completed(
@@ -110,8 +111,7 @@ def _files(ref: ArtifactRef | None) -> list[dict[str, Any]] | None:
 
 
 def _format(proof: Proof) -> str:
-    built = proof.picked.build if proof.picked else None
-    return str(built.data["engine_format"]) if built else "onnx"
+    return kernel.backends()[proof.backend].engine_format
 
 
 def slug(name: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.candidates import Candidate, Case, Skipped
-from workers.kernel import Backend
+from workers.kernel import Backend, stages
 
 RANDOM = (
     "the original is random: it answers differently when it is asked the same twice (dropout in training mode, or "
@@ -37,8 +37,10 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
     skipped: list[Skipped] = []
     for backend in allowed:
         proposal = backend.propose(case)
-        candidates += proposal.candidates
+        reasons = [(c, _misfit(c, case.kinds, backend.accepts)) for c in proposal.candidates]
+        candidates += [c for c, reason in reasons if reason is None]
         skipped += proposal.skipped
+        skipped += [Skipped(c.name, reason) for c, reason in reasons if reason is not None]
     tried = {c.precision for c in candidates} | {"fp32"}
     named = " ".join(s.name for s in skipped)
     skipped += [
@@ -47,3 +49,19 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
         if precision not in tried and precision not in named
     ]
     return Plan(tuple(sorted(candidates, key=lambda c: c.prior)), tuple(skipped))
+
+
+def _misfit(candidate: Candidate, kinds: Sequence[str], accepts: Sequence[str]) -> str | None:
+    """Why its steps and its backend do not fit together, by the kinds that each takes and gives; None where they do.
+    A backend from another package may err."""
+    known, given = stages(), [*kinds]
+    for step in candidate.steps:
+        stage = known.get(step.stage)
+        if stage is None:
+            return f"this worker has no stage {step.stage!r}"
+        if not set(given) & set(stage.takes):
+            return f"{step.stage} takes {' or '.join(stage.takes)}, and there is {', '.join(given)}"
+        given = [stage.gives["model"]] if "model" in stage.gives else []
+    if not set(given) & set(accepts):
+        return f"{candidate.backend} builds from {' or '.join(accepts)}, and there is {', '.join(given) or 'nothing'}"
+    return None

@@ -40,6 +40,7 @@ class StageRequest:
     hardware: dict[str, Any]
     limits: Limits
     installation: dict[str, Any] = field(default_factory=dict)  # `workers.installation.Installation` as JSON
+    kinds: dict[str, str] = field(default_factory=dict)  # what the inputs are, of those that a stage made
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -14,6 +14,7 @@ from app.domain.report import (
     ShapeReport,
     StageReport,
 )
+from workers.kernel import stages
 from workers.pipeline.checks import same_bytes
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import CandidateRun
@@ -181,25 +182,9 @@ def _impact(ratio: float, interval: list[float] | None) -> str:
     return f"{percent}% latency reduction" if percent > 0 else f"{-percent}% latency increase"
 
 
-_DETAILS = {
-    "build": (
-        *("precision", "fused", "layer_count", "layers", "profiles", "timing_cache"),
-        *("memory", "warnings", "cpu_nodes"),
-    ),
-    "simplify": ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back"),
-    "convert": (
-        *("recipe", "computes_in", "qdq_by_op", "kept_fp32", "clamped"),
-        *("calibration", "range_check", "channels_scaled", "trial_run"),
-    ),
-    "equalize": ("alpha", "smoothed", "max_abs_diff"),
-}
-_QUANTIZE_DETAILS = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")
-
-
 def _details(outcome: Outcome) -> dict[str, Any]:
     """What a graph step found out, for the report."""
-    names = _QUANTIZE_DETAILS if "quantize" in outcome.stage else _DETAILS.get(outcome.stage, ())
-    return {k: outcome.data[k] for k in names if k in outcome.data}
+    return {k: outcome.data[k] for k in stages()[outcome.stage].reported if k in outcome.data}
 
 
 def _shapes(found: Optimization, batch: str) -> list[dict[str, Any]]:
@@ -234,7 +219,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         gpu_memory_mb=_rounded(figures.get("gpu_memory_mb"), 1),
         cold_start_ms=_rounded(figures.get("cold_start_ms"), 2),
         checks=[c.to_json() for c in tried.checks],
-        details={s.stage: told for s in run.steps if (told := _details(s)) or s.stage != "build"},
+        details={s.stage: told for s in run.steps if (told := _details(s)) or not stages()[s.stage].makes_engine},
         failure=run.failure.public() if run.failure else None,
         runtime=run.runtime if run.build else dict(run.plan.runtime),
         prior=run.plan.prior,

@@ -56,6 +56,14 @@ class Outcome:
     cached: bool
     seconds: float  # the stage's own work, 0 where cached
 
+    def of_kind(self, *kinds: str) -> ArtifactRef:
+        """The output that is of the first of these kinds that there is. Raises `LookupError`."""
+        found = (ref for kind in kinds for ref in self.outputs.values() if ref.kind == kind)
+        ref = next(found, None)
+        if ref is None:
+            raise LookupError(f"{self.stage} gave nothing of {', '.join(kinds)}")
+        return ref
+
     @property
     def made(self) -> dict[str, Any]:
         """{at, worker, [hardware]}: of the run that made this result, which may be an earlier job's."""
@@ -83,8 +91,10 @@ class _Call:
     def outcome(
         self, outputs: dict[str, ArtifactRef], data: dict[str, Any], *, cached: bool, seconds: float
     ) -> Outcome:
+        kinds = self.stage_type.kinds(self.options)
+        typed = {name: replace(ref, kind=kinds.get(name)) for name, ref in outputs.items()}
         return Outcome(
-            self.stage_type.name, self.key, self.inputs, self.options, outputs, data, self.libraries, cached, seconds
+            self.stage_type.name, self.key, self.inputs, self.options, typed, data, self.libraries, cached, seconds
         )
 
 
@@ -138,12 +148,12 @@ class StageRunner:
         options: Mapping[str, Any],
         *,
         candidate: str | None = None,
-        weight: float = 1.0,
+        weight: float | None = None,
         seconds: float | None = None,
         soft_seconds: float | None = None,
     ) -> Outcome:
-        """One stage call; `weight` is its share of the job's progress. It is ended after `seconds`, and asked to end
-        by itself after `soft_seconds`. Raises StageFailure, Interrupted, LeaseLost."""
+        """One stage call; `weight` is its share of the job's progress, where that is not the stage's usual one. It is
+        ended after `seconds`, and asked to end by itself after `soft_seconds`. Raises StageFailure, Interrupted, LeaseLost."""
         call = self._call(stage, inputs, options, candidate, weight, seconds, soft_seconds)
         self.view.stages.append(call.entry)
         try:
@@ -154,12 +164,12 @@ class StageRunner:
                 outcome = self._execute(call)
         except StageFailure as failure:
             call.entry.update(status="failed", finished_at=_now(), detail=failure.detail)
-            self.view.progress.done(weight)
+            self.view.progress.done(call.weight)
             self._publish(call)
             raise
         seconds = round(outcome.seconds, 3)
         call.entry.update(status="succeeded", cached=outcome.cached, finished_at=_now(), seconds=seconds)
-        self.view.progress.done(weight)
+        self.view.progress.done(call.weight)
         self._publish(call)
         self.calls.append(outcome)
         return outcome
@@ -170,13 +180,15 @@ class StageRunner:
         inputs: Mapping[str, ArtifactRef],
         options: Mapping[str, Any],
         candidate: str | None,
-        weight: float,
+        weight: float | None,
         seconds: float | None,
         soft_seconds: float | None,
     ) -> _Call:
         stage_type = kernel.stages()[stage]
+        weight = stage_type.weight if weight is None else weight
         full: BaseModel = stage_type.Options.model_validate(dict(options))
         complete = full.model_dump(mode="json")
+        _check_kind(stage_type, inputs, complete)
         libraries = installed_versions((*stage_type.libraries, *_backend_libraries(complete)))
         key = stage_key(
             stage=stage,
@@ -273,8 +285,9 @@ class StageRunner:
             hardware=dict(self.hardware),
             limits=self._limits_of(call, 0.0),
             installation=self.installation.to_json(),
+            kinds={name: ref.kind for name, ref in call.inputs.items() if ref.kind is not None},
         )
-        sharing = stage == "build" and any(b.shares_cache for b in _backends(call.options))
+        sharing = call.stage_type.makes_engine and any(b.shares_cache for b in _backends(call.options))
         builds = self.shared_caches if sharing else None
         if builds is not None:
             builds.pull()
@@ -389,6 +402,21 @@ class StageRunner:
             "message": message or entry["detail"] or "",
         }
         self.ledger.progress(self.claim, changes, "progress" if message or fraction else "stage", event)
+
+
+def _check_kind(
+    stage_type: type[kernel.Stage[Any]], inputs: Mapping[str, ArtifactRef], options: Mapping[str, Any]
+) -> None:
+    """Who wires steps together has seen to it that they fit; here it ends, where a plug-in did not."""
+    accepted, given = stage_type.accepts(options), inputs.get("model")
+    if given is not None and given.kind is not None and given.kind not in accepted:
+        raise StageFailure(
+            "wrong_artifact",
+            f"Stage {stage_type.name} takes {' or '.join(accepted)}, and was given {given.kind}.",
+            FailureKind.MODEL,
+            stage_type.name,
+            remedy="Report this to whoever maintains the backend that proposed it.",
+        )
 
 
 def _allowed(call: _Call) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -27,6 +28,21 @@ class Build(Stage[BuildStageOptions]):
     # A backend that is not installed adds nothing to the key; one that is, its version.
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound: ClassVar[bool] = True
+    makes_engine: ClassVar[bool] = True
+    reported: ClassVar[tuple[str, ...]] = (
+        *("precision", "fused", "layer_count", "layers", "profiles", "timing_cache"),
+        *("memory", "warnings", "cpu_nodes"),
+    )
+
+    @classmethod
+    def accepts(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        backend = backends().get(options["backend"])
+        return cls.takes if backend is None else backend.accepts
+
+    @classmethod
+    def kinds(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        backend = backends().get(options["backend"])
+        return {} if backend is None else {"engine": backend.engine_format}
 
     def run(self, ctx: StageContext, options: BuildStageOptions) -> StageResult:
         """Raises StageFailure: `unknown_backend`, `backend_unavailable` and `invalid_backend_options` (kind REQUEST),
@@ -55,7 +71,7 @@ class Build(Stage[BuildStageOptions]):
         asked = dict(options.options)
         if backend.stops and ctx.soft_deadline is not None:  # what a deadline stops has failed, and is not kept
             asked.setdefault("max_seconds", max(ctx.seconds_left(), 1.0))
-        built = backend.build(ctx.inputs["model"], out, asked, ctx.reporter)
+        built = backend.build(ctx.inputs["model"], out, asked, ctx.reporter, ctx.kinds.get("model", backend.accepts[0]))
         ctx.reporter.progress(1.0, "built")
         data = {
             **built,

@@ -31,6 +31,7 @@ class CheckShapes(Stage[CheckShapesOptions]):
     Options = CheckShapesOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
+    weight: ClassVar[float] = 0.5
 
     def run(self, ctx: StageContext, options: CheckShapesOptions) -> StageResult:
         folder = ctx.inputs["engine"]

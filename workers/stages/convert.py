@@ -31,7 +31,8 @@ from workers.graph import preconditions as shared
 from workers.graph.calibrate import ranges
 from workers.graph.onnxruntime_messages import runtime_failure
 from workers.data import Samples, synthetic_feeds
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.artifacts import ONNX
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, runner_of
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import count
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton, save_model, size_of
@@ -74,6 +75,18 @@ class Convert(Stage[ConvertOptions]):
     version = 6
     Options = ConvertOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
+    gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
+    rounds: ClassVar[bool] = True
+    reuses: ClassVar[Mapping[str, str]] = {"ranges": "ranges"}
+    calibrations: ClassVar[tuple[str, ...]] = ("percentile", "entropy", "mse")
+    reported: ClassVar[tuple[str, ...]] = (
+        *("recipe", "computes_in", "qdq_by_op", "kept_fp32", "clamped"),
+        *("calibration", "range_check", "channels_scaled", "trial_run"),
+    )
+
+    @classmethod
+    def quantizes(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("recipe") in ("int8", "fp8")
 
     def run(self, ctx: StageContext, options: ConvertOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE
@@ -235,7 +248,7 @@ def _trial_run(
 ) -> dict[str, Any] | None:
     """Run the result and the original once on the CPU: how alike their outputs are. None where the original does not
     take the generated inputs either."""
-    backend = backends()["onnxruntime"]()
+    backend = runner_of(ONNX)
     inputs = model_specs(read_skeleton(made / MODEL_FILE))[0]
     fixed = fixed_batch(inputs)
     if samples is not None:

@@ -8,6 +8,7 @@ Source of the method: see `workers.graph.equalize`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import onnx
@@ -20,7 +21,8 @@ from workers.graph import preconditions as shared
 from workers.graph.onnxruntime_messages import runtime_failure
 from workers.graph.equivalence import EquivalenceCheck
 from workers.graph.calibrate.ranges import batches_of
-from workers.kernel import Stage, StageContext, StageOptions, StageResult
+from workers.artifacts import ONNX
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, save_model, size_of
 from workers.graph.prepare import named, prepare
 
@@ -48,6 +50,14 @@ class Equalize(Stage[EqualizeOptions]):
     version = 1
     Options = EqualizeOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
+    gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
+    weight: ClassVar[float] = 2.0
+    serves_rounding: ClassVar[bool] = True
+    reported: ClassVar[tuple[str, ...]] = ("alpha", "smoothed", "max_abs_diff")
+
+    @classmethod
+    def part(cls, options: Mapping[str, Any]) -> StepPart:  # noqa: ARG003
+        return StepPart("equalization of activations and weights")
 
     def run(self, ctx: StageContext, options: EqualizeOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE

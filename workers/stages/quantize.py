@@ -9,7 +9,7 @@ does not run, is a failure of the candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +27,8 @@ from workers.graph import preconditions as shared
 from workers.graph.calibrate import ranges
 from workers.graph.onnxruntime_messages import clean_message
 from workers.data import Samples, synthetic_feeds
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.artifacts import ONNX
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
 from workers.measure.axes import fixed_batch
 from workers.graph.onnx_files import MODEL_FILE, load_model, read_skeleton, save_model, size_of
 from workers.graph.onnx_graph import model_specs
@@ -62,6 +63,20 @@ class Quantize(Stage[QuantizeOptions]):
     version = 3
     Options = QuantizeOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
+    gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
+    weight: ClassVar[float] = 2.0
+    rounds: ClassVar[bool] = True
+    reuses: ClassVar[Mapping[str, str]] = {"ranges": "ranges"}
+    calibrations: ClassVar[tuple[str, ...]] = ("percentile", "entropy", "mse")
+    reported: ClassVar[tuple[str, ...]] = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")
+
+    @classmethod
+    def quantizes(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        return True
+
+    @classmethod
+    def part(cls, options: Mapping[str, Any]) -> StepPart:
+        return StepPart(f"quantization ({str(options['recipe']).replace('_', ' ')})")
 
     def run(self, ctx: StageContext, options: QuantizeOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE
@@ -202,7 +217,7 @@ def _counted(model: ModelProto, op_types: Collection[str], excluded: Collection[
 
 def _trial_run(ctx: StageContext, options: QuantizeOptions, made: Path, samples: Samples | None) -> dict[str, Any]:
     """Load the artifact and run it once. Where the original does not take the same inputs either, nothing is known."""
-    backend = backends()["onnxruntime"]()
+    backend = runner_of(ONNX)
     graph = read_skeleton(made / MODEL_FILE)
     inputs = model_specs(graph)[0]
     batch = fixed_batch(inputs) or 1
@@ -231,7 +246,7 @@ def _trial_run(ctx: StageContext, options: QuantizeOptions, made: Path, samples:
 
 def _original_runs(ctx: StageContext, feeds: Arrays) -> bool:
     try:
-        backends()["onnxruntime"]().load(ctx.inputs["model"], {}).run(feeds)
+        runner_of(ONNX).load(ctx.inputs["model"], {}).run(feeds)
     except StageFailure:
         return False
     return True

@@ -22,7 +22,8 @@ from workers.graph.nncf import quantize as nncf_quantize
 from workers.graph.nncf import revert as nncf_revert
 from workers.graph.ir import files as ir
 from workers.data import Samples
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.artifacts import OPENVINO_IR
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
 from workers.measure.axes import fixed_batch
 from workers.graph.onnx_files import size_of
 from workers.graph.onnx_graph import all_nodes, describe_structure
@@ -60,6 +61,20 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
     version = 6
     Options = QuantizeNncfOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "openvino", "nncf")
+    gives: ClassVar[Mapping[str, str]] = {"model": OPENVINO_IR}
+    weight: ClassVar[float] = 3.0
+    rounds: ClassVar[bool] = True
+    reuses: ClassVar[Mapping[str, str]] = {"quantized": "model"}  # these nodes are put back there
+    calibrations: ClassVar[tuple[str, ...]] = ("histogram", "percentile")
+    reported: ClassVar[tuple[str, ...]] = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")
+
+    @classmethod
+    def quantizes(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        return True
+
+    @classmethod
+    def part(cls, options: Mapping[str, Any]) -> StepPart:  # noqa: ARG003
+        return StepPart("quantization (nncf)")
 
     def run(self, ctx: StageContext, options: QuantizeNncfOptions) -> StageResult:
         """Raises StageFailure: `already_quantized`, `calibration_data_missing`, `unknown_node`, `nothing_to_quantize`,
@@ -121,7 +136,7 @@ def _check_available(ctx: StageContext) -> None:
             FailureKind.REQUEST,
             remedy="Name a data set under calibration.dataset_id.",
         )
-    if backends()["openvino"]().probe(ctx.hardware) is None:
+    if runner_of(OPENVINO_IR).probe(ctx.hardware) is None:
         raise StageFailure(
             "backend_unavailable",
             "OpenVINO is not installed on this worker.",
@@ -211,7 +226,7 @@ def _checked(counts: dict[str, int]) -> dict[str, int]:
 
 def _trial_run(made: Path, feeds: Arrays) -> dict[str, Any]:
     """Load the artifact and run it once on real samples."""
-    backend = backends()["openvino"]()
+    backend = runner_of(OPENVINO_IR)
     try:
         session = backend.load(made, {})
         try:

@@ -80,6 +80,7 @@ class Sensitivity(Stage[SensitivityOptions]):
     version = 3
     Options = SensitivityOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
+    weight: ClassVar[float] = 3.0
 
     def run(self, ctx: StageContext, options: SensitivityOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE

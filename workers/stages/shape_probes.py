@@ -30,6 +30,7 @@ class ShapeProbes(Stage[ShapeProbesOptions]):
     Options = ShapeProbesOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     hardware_bound = True
+    weight: ClassVar[float] = 0.5
 
     def run(self, ctx: StageContext, options: ShapeProbesOptions) -> StageResult:
         session = load_session(ctx.inputs["model"], options.baseline_backend, options.baseline_runtime)

@@ -24,7 +24,8 @@ from workers.graph.equivalence import (
     RELATIVE_TOLERANCE,
     EquivalenceCheck,
 )
-from workers.kernel import Stage, StageContext, StageOptions, StageResult
+from workers.artifacts import ONNX
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_model, size_of
 from workers.graph.rewriting import restore_interface
 
@@ -46,6 +47,14 @@ class Simplify(Stage[SimplifyOptions]):
     version = 2
     Options = SimplifyOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
+    gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
+    reported: ClassVar[tuple[str, ...]] = ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back")
+
+    @classmethod
+    def part(cls, options: Mapping[str, Any]) -> StepPart:
+        if options.get("fusions"):
+            return StepPart("transformer fusions", {**options, "fusions": False})
+        return StepPart("ONNX simplification")
 
     def run(self, ctx: StageContext, options: SimplifyOptions) -> StageResult:
         source = ctx.inputs["model"]

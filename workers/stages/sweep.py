@@ -150,6 +150,7 @@ class Sweep(Stage[SweepOptions]):
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
     exclusive_device = True
+    weight: ClassVar[float] = 3.0
 
     def run(self, ctx: StageContext, options: SweepOptions) -> StageResult:
         known = backends()

@@ -19,6 +19,7 @@ from workers.backends.onnxruntime.session import (
     session_options,
 )
 from workers.backends.options import parsed
+from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session
 from workers.graph.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
@@ -32,7 +33,7 @@ class OnnxRuntimeBackend(Backend):
 
     name: ClassVar[str] = "onnxruntime"
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
-    engine_format: ClassVar[str] = "onnx"
+    engine_format: ClassVar[str] = ONNX
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """None where ONNX Runtime is not installed."""
@@ -59,7 +60,9 @@ class OnnxRuntimeBackend(Backend):
     def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:
         return {**runtime, "intra_op_num_threads": threads}
 
-    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+    def build(
+        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
+    ) -> dict[str, Any]:
         """Write the optimized model; its memory layout is made for this machine's instruction set.
 
         `options`: `BuildOptions`. Where the optimized file does not load or run, the engine is the plain model with

@@ -19,6 +19,7 @@ from workers.backends.onnxruntime_cuda.session import (
     fallen_nodes,
     refuse_fallback,
 )
+from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session
 from workers.graph.onnx_files import MODEL_FILE, files_of, link_or_copy
@@ -30,7 +31,7 @@ class OnnxRuntimeCudaBackend(Backend):
 
     name: ClassVar[str] = "onnxruntime-cuda"
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
-    engine_format: ClassVar[str] = "onnx"
+    engine_format: ClassVar[str] = ONNX
     device: ClassVar[str] = "cuda"
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
@@ -55,7 +56,9 @@ class OnnxRuntimeCudaBackend(Backend):
     def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:  # noqa: ARG002
         return dict(runtime)
 
-    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+    def build(
+        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
+    ) -> dict[str, Any]:
         """Copy the model and try it on the GPU; `cpu_nodes` tells what runs on the CPU by op type (only where
         `cpu_fallback` is `report`). Where it cannot be captured as a CUDA graph, a note says so and it runs without."""
         from workers.data import synthetic_feeds

@@ -19,8 +19,9 @@ from workers.graph.ir.library import compile_model, library
 from workers.backends.openvino.script import infer_script
 from workers.backends.openvino.session import OpenVinoSession
 from workers.backends.options import parsed
+from workers.artifacts import ONNX, OPENVINO_IR
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, backends
+from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, runner_of
 from workers.graph.onnx_files import link_or_copy
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class OpenVinoBackend(Backend):
 
     name: ClassVar[str] = "openvino"
     libraries: ClassVar[tuple[str, ...]] = ("openvino", "numpy")
-    engine_format: ClassVar[str] = "openvino-ir"
+    accepts: ClassVar[tuple[str, ...]] = (ONNX, OPENVINO_IR)
+    engine_format: ClassVar[str] = OPENVINO_IR
     plain_runtime: ClassVar[Mapping[str, Any]] = {"inference_precision": "f32"}
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
@@ -111,10 +113,12 @@ class OpenVinoBackend(Backend):
         wanted = {"num_streams": 1, "inference_num_threads": threads, "enable_cpu_pinning": False}
         return {**runtime, **wanted}
 
-    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+    def build(
+        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX
+    ) -> dict[str, Any]:
         """Write the IR, compile it and run it once.
 
-        `model`: a folder with `model.onnx`, or with an IR as `quantize_nncf` writes it. `options`: `BuildOptions`.
+        `model`: an ONNX model, or an IR as `quantize_nncf` writes it. `options`: `BuildOptions`.
         Returns `runtime`; `compiled`: the properties that OpenVINO chose; `layers`: executed layers by precision;
         `trial_run`: {"batch"}, or None where nothing is known because the generated inputs do not suit the model.
         """
@@ -122,7 +126,7 @@ class OpenVinoBackend(Backend):
         assert isinstance(wanted, BuildOptions)
         runtime = RuntimeOptions(**wanted.model_dump(exclude={"shapes"}))
         graph = None
-        if ir.is_ir(model):
+        if kind == OPENVINO_IR:
             for name in (ir.XML_FILE, ir.BIN_FILE, ir.INTERFACE_FILE):
                 if (model / name).is_file():
                     link_or_copy(model / name, out / name)
@@ -139,7 +143,7 @@ class OpenVinoBackend(Backend):
         del model_read
         try:
             facts = {"compiled": session.properties(), "layers": session.layers()}
-            trial = self._try(session, model, wanted.shapes, reporter)
+            trial = self._try(session, None if kind == OPENVINO_IR else model, wanted.shapes, reporter)
         finally:
             session.close()
         return {"runtime": runtime.to_json(), **facts, "trial_run": trial}
@@ -164,7 +168,7 @@ class OpenVinoBackend(Backend):
         return infer_script(wanted.properties(), info.versions["openvino"] if info else "any version")
 
     def _try(
-        self, session: OpenVinoSession, model: Path, shapes: Mapping[str, Any] | None, reporter: Reporter
+        self, session: OpenVinoSession, original: Path | None, shapes: Mapping[str, Any] | None, reporter: Reporter
     ) -> dict[str, Any] | None:
         """Run once on random inputs. Where the original does not take them either, nothing is known."""
         from workers.data import synthetic_feeds
@@ -176,7 +180,7 @@ class OpenVinoBackend(Backend):
             feeds = synthetic_feeds(session.inputs, batch, shapes, 0)
             session.run(feeds)
         except StageFailure as failure:
-            ours = failure.code != "out_of_memory" and not (feeds and _runs(model, feeds))
+            ours = failure.code != "out_of_memory" and not (feeds and original and _runs(original, feeds))
             if not ours:
                 raise
             reporter.note("The trial run tells nothing: generated inputs do not suit the model.", reason=failure.detail)
@@ -201,10 +205,8 @@ def _compiled(
 
 def _runs(model: Path, feeds: dict[str, Any]) -> bool:
     """Whether ONNX Runtime runs the original on these inputs."""
-    if ir.is_ir(model):
-        return False
     try:
-        backends()["onnxruntime"]().load(model, {}).run(feeds)
+        runner_of(ONNX).load(model, {}).run(feeds)
     except StageFailure:
         return False
     return True

@@ -21,6 +21,7 @@ from workers.backends.tensorrt.probe import installed, probe_gpu, require_gpu, r
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.script import infer_script
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
+from workers.artifacts import ONNX, TENSORRT_PLAN
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 
@@ -34,7 +35,7 @@ class TensorRtBackend(Backend):
     name: ClassVar[str] = "tensorrt"
     # One of the first three is the distribution; what is not installed is no part of a key.
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "numpy")
-    engine_format: ClassVar[str] = "tensorrt-plan"
+    engine_format: ClassVar[str] = TENSORRT_PLAN
     device: ClassVar[str] = "cuda"
     signed: ClassVar[bool] = True
     shares_cache: ClassVar[bool] = True
@@ -67,7 +68,9 @@ class TensorRtBackend(Backend):
         """As it is: the work does not run on CPU threads."""
         return dict(runtime)
 
-    def build(self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+    def build(
+        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
+    ) -> dict[str, Any]:
         """`options`: `BuildOptions`; the failures and what is returned are `building.build`'s."""
         return building.build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
 

@@ -72,10 +72,6 @@ def _from_json(entries: Any) -> tuple[TensorSpec, ...]:
     )
 
 
-def is_ir(folder: Path) -> bool:
-    return (folder / XML_FILE).is_file()
-
-
 def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:
     """`model.onnx` as an `openvino.Model` with stable node names, its interface, and the ONNX graph without weights.
 

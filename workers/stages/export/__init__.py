@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from app.domain.spec import ShapeRange
+from workers.artifacts import EXPORTED_PROGRAM, ONNX, PROGRAM_FILE
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, TensorSpec
 from workers.graph.onnx_arithmetic import describe_arithmetic
 from workers.graph.onnx_files import size_of
@@ -32,12 +34,15 @@ class ExportOptions(StageOptions):
 
 class Export(Stage[ExportOptions]):
     """Inputs `source` (one file) and, where the job has a data set, `data` (one file, on whose samples the model is
-    tried) → output `model` (`model.onnx`; large weights in `model.onnx.data`)."""
+    tried) → outputs `model` (`model.onnx`; large weights in `model.onnx.data`) and, of a `.pt2` upload, `program`: the
+    exported program itself, cleaned of what could run code."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     Options = ExportOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
+    gives: ClassVar[Mapping[str, str]] = {"model": ONNX, "program": EXPORTED_PROGRAM}
+    weight: ClassVar[float] = 2.0
 
     def run(self, ctx: StageContext, options: ExportOptions) -> StageResult:
         """Raises StageFailure: `invalid_model`, `invalid_graph`, `unsupported_op`, `unsupported_opset`,
@@ -60,7 +65,7 @@ class Export(Stage[ExportOptions]):
         elif options.format == "pt2":
             from workers.stages.export._pt2 import Program
 
-            program = Program.load(source, ctx.workspace)
+            program = Program.load(source, ctx.output("program") / PROGRAM_FILE)
             source = program.to_onnx(ctx.workspace / "from_pt2", max(18, options.min_opset))
         exported = export_onnx(
             source,
@@ -80,7 +85,7 @@ class Export(Stage[ExportOptions]):
         for note in exported.notes:
             reporter.note(note)
         reporter.progress(1.0, "exported")
-        return StageResult(("model",), _data(exported))
+        return StageResult(("model", "program") if program else ("model",), _data(exported))
 
 
 def _data(exported: Exported) -> dict[str, Any]:

@@ -73,12 +73,12 @@ class Program:
         self.notes: list[str] = []
 
     @classmethod
-    def load(cls, path: Path, workspace: Path) -> Program:
-        """Load from a cleaned copy. Raises StageFailure `missing_extra`, `unsafe_program`, `invalid_model`."""
+    def load(cls, path: Path, copy: Path) -> Program:
+        """Load from a cleaned copy, which stays at `copy`. Raises StageFailure `missing_extra`, `unsafe_program`,
+        `invalid_model`."""
         torch = _import_torch()
         nothing = io.BytesIO()
         torch.save(((), {}), nothing)
-        copy = workspace / "program.pt2"
         clean_copy(path, copy, nothing.getvalue())
         try:
             with _quiet():
@@ -91,8 +91,6 @@ class Program:
                 remedy="Save it again with torch.export.save and a torch version up to this worker's "
                 f"{torch.__version__}.",
             ) from None
-        finally:
-            copy.unlink(missing_ok=True)
         return cls(program)
 
     def to_onnx(self, folder: Path, opset: int) -> Path:

@@ -90,9 +90,9 @@ def _copy(archive: Archive, out: zipfile.ZipFile, sample_inputs: bytes) -> None:
             if member.size > _GRAPH_LIMIT_BYTES:
                 raise model_failure("invalid_model", f"{name} has {member.size} bytes.")
             text = json.dumps(_checked_json(name, _read(archive, member.name)))
-            out.writestr(member.name, text)
+            out.writestr(zipfile.ZipInfo(member.name), text)
         elif name == _SAMPLES:
-            out.writestr(member.name, sample_inputs)
+            out.writestr(zipfile.ZipInfo(member.name), sample_inputs)
         elif _PLAIN.fullmatch(name):
             stream = archive.verified(member.name)
             with out.open(zipfile.ZipInfo(member.name), "w", force_zip64=True) as copy:

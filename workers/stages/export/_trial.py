@@ -13,7 +13,8 @@ from onnx import ModelProto
 
 from app.domain.failures import StageFailure
 from workers.data import synthetic_feeds
-from workers.kernel import Session, TensorSpec, backends
+from workers.artifacts import ONNX
+from workers.kernel import Session, TensorSpec, runner_of
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import first_samples, stored_shapes, taken
 from workers.graph.onnx_graph import all_nodes, node_label
@@ -35,7 +36,7 @@ RELATIVE_TOLERANCE = 1e-3
 
 def open_session(folder: Path) -> Session:
     """The model with the defaults of ONNX Runtime, as its owner would run it."""
-    return backends()["onnxruntime"]().load(folder, {})
+    return runner_of(ONNX).load(folder, {})
 
 
 def with_node(failure: StageFailure, model: ModelProto) -> StageFailure:
