@@ -11,7 +11,7 @@ import math
 import pkgutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -129,7 +129,7 @@ class Stage(ABC, Generic[OptionsT]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _register(_STAGES, cls.name, cls)
+        _register(_STAGES, cls)
 
     @classmethod
     def accepts(cls, options: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG003
@@ -240,7 +240,7 @@ class Backend(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _register(_BACKENDS, cls.name, cls)
+        _register(_BACKENDS, cls)
 
     @abstractmethod
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
@@ -298,10 +298,27 @@ class AlreadyRegistered(Exception):
     """Two stages or two backends claim the same name."""
 
 
-def _register(table: dict[str, type[T]], name: str, cls: type[T]) -> None:
-    if name in table and table[name].__qualname__ != cls.__qualname__:
-        raise AlreadyRegistered(f"{name!r} is already registered by {table[name].__module__}")
+def _register(table: dict[str, type[T]], cls: type[T]) -> None:
+    name = vars(cls).get("name")
+    if not isinstance(name, str):
+        return  # a base of others
+    there = table.get(name)
+    if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise AlreadyRegistered(f"{name!r} is already registered by {there.__module__}")
     table[name] = cls
+
+
+def registered() -> set[type[Any]]:
+    """All stages and backends that are known so far."""
+    return {*_STAGES.values(), *_BACKENDS.values()}
+
+
+def unregister(classes: Iterable[Any]) -> None:
+    """Forget stages and backends that turned out to be of no use."""
+    unwanted = {*classes}
+    for table in (_STAGES, _BACKENDS):
+        for name in [name for name, there in table.items() if there in unwanted]:
+            del table[name]
 
 
 def _load_all(package: str) -> None:
@@ -310,15 +327,22 @@ def _load_all(package: str) -> None:
         importlib.import_module(f"{package}.{info.name}")
 
 
+def _load_plugins(group: str) -> None:
+    importlib.import_module("workers.plugins").load(group)  # it imports this module
+
+
 def stages() -> Mapping[str, type[Stage[Any]]]:
-    """All stages by name; imports every file of `workers/stages`."""
+    """All stages by name: every one of `workers/stages`, and those of other packages (`workers.plugins`)."""
     _load_all("workers.stages")
+    _load_plugins("anneal.stages")
     return _STAGES
 
 
 def backends() -> Mapping[str, type[Backend]]:
-    """All backends by name; imports every file of `workers/backends` (their libraries only when used)."""
+    """All backends by name: every one of `workers/backends`, and those of other packages (`workers.plugins`). Their
+    libraries are imported only when used."""
     _load_all("workers.backends")
+    _load_plugins("anneal.backends")
     return _BACKENDS
 
 

@@ -32,7 +32,7 @@ from app.settings import Settings
 from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
-from workers import devices, kernel
+from workers import devices, kernel, plugins
 from workers.background import Background, InARow, Regularly
 from workers.devices.cuda import confine
 from workers.hardware import describe, fingerprint
@@ -95,7 +95,10 @@ class WorkerService:
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
         confine(self.hardware, settings.worker.gpu)
         self.fingerprint = fingerprint(self.hardware)
-        infos = [backend().probe(self.hardware) for backend in kernel.backends().values()]
+        for plugin in plugins.found():
+            if plugin.problem is not None:
+                log.warning("plugin_left_out", **plugin.to_json())
+        infos = [_probed(backend, self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]
         self._background = Background(self.shutdown, self.give_up)
         self._unwell = InARow(_TOO_MANY)
@@ -174,6 +177,7 @@ class WorkerService:
             ],
             formats=_formats(),
             queues=self.queues,
+            plugins=[plugin.to_json() for plugin in plugins.found()],
         )
 
     def _housekeep(self) -> None:
@@ -365,6 +369,16 @@ class WorkerService:
                 self.ledger.release(claim, "the worker shuts down")
         except LeaseLost:
             log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
+
+
+def _probed(backend: type[kernel.Backend], hardware: Mapping[str, Any]) -> kernel.BackendInfo | None:
+    """What it offers here. One that breaks its contract and raises takes the worker down no more than one that is not
+    there."""
+    try:
+        return backend().probe(hardware)
+    except Exception:
+        log.exception("probe_failed", backend=backend.name)
+        return None
 
 
 def _formats() -> list[str]:

@@ -20,6 +20,16 @@ class BackendOut(BaseModel):
     precisions: list[str] = []
 
 
+class PluginOut(BaseModel):
+    """A backend or stage from another package. `problem`: why the worker cannot use it; null where it can."""
+
+    group: str
+    name: str
+    distribution: str
+    version: str
+    problem: str | None
+
+
 class WorkerOut(BaseModel):
     id: str
     hostname: str
@@ -27,6 +37,7 @@ class WorkerOut(BaseModel):
     backends: list[BackendOut]
     formats: list[str]
     queues: list[str]
+    plugins: list[PluginOut] = []
     started_at: datetime
     last_seen_at: datetime
 
@@ -50,10 +61,11 @@ class CapabilitiesOut(BaseModel):
                 WorkerOut(
                     id=row.id,
                     hostname=row.hostname,
-                    hardware=row.hardware,
+                    hardware={k: v for k, v in row.hardware.items() if k != "plugins"},
                     backends=[BackendOut.model_validate(backend) for backend in row.backends],
                     formats=row.formats,
                     queues=row.queues,
+                    plugins=[PluginOut.model_validate(plugin) for plugin in row.hardware.get("plugins", ())],
                     started_at=row.started_at,
                     last_seen_at=row.last_seen_at,
                 )

@@ -32,11 +32,13 @@ class CapabilityService:
         backends: Sequence[Mapping[str, Any]],
         formats: Sequence[str],
         queues: Sequence[str],
+        plugins: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}."""
+        """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}. `plugins`:
+        list of {group, name, distribution, version, problem}, those that cannot be used among them."""
         fields = {
             "hostname": hostname[:255],
-            "hardware": dict(hardware),
+            "hardware": {**hardware, "plugins": [dict(plugin) for plugin in plugins]},
             "backends": [dict(backend) for backend in backends],
             "formats": [*formats],
             "queues": [*queues],

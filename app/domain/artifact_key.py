@@ -36,8 +36,8 @@ class FileRef:
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """A small folder of stored files, e.g. `model.onnx` and its external data; sorted by name. `kind`: what they are, as
-    the stage that made them declares it; it follows from them, so it is no part of what they are told apart by."""
+    """A small folder of stored files, e.g. `model.onnx` and its external data; sorted by name. `kind`: what they are,
+    as the stage that made them declares it; it follows from them, so it is no part of what they are told apart by."""
 
     files: tuple[FileRef, ...]
     kind: str | None = field(default=None, compare=False)

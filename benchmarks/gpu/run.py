@@ -27,9 +27,9 @@ import models
 from timing import Contender, contest, cosine
 
 from workers import hardware, kernel
+from workers.backends.onnxruntime_cuda.session import OnnxRuntimeCudaSession, RuntimeOptions
 from workers.devices.cuda import gpus
 from workers.devices.cuda.runtime import Cuda, Stream
-from workers.backends.onnxruntime_cuda.session import OnnxRuntimeCudaSession, RuntimeOptions
 from workers.kernel import Reporter, StageContext
 from workers.stages.convert import Convert, ConvertOptions
 from workers.stages.simplify import Simplify, SimplifyOptions

@@ -14,11 +14,11 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests.factories import onnx_models as models
 from tests.factories.architectures import GraphBuilder
-from workers.graph.nncf import quantize as nncf_quantize
+from workers.backends.openvino import OpenVinoBackend
 from workers.graph.ir import faults
 from workers.graph.ir import files as ir
 from workers.graph.ir.library import compile_model, fuse_common, read_model
-from workers.backends.openvino import OpenVinoBackend
+from workers.graph.nncf import quantize as nncf_quantize
 from workers.hardware import describe
 from workers.kernel import Reporter
 

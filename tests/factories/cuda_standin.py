@@ -121,8 +121,8 @@ class Cuda:
 
 def install() -> None:
     """Put the stand-ins in the place of TensorRT, the CUDA layer and the driver, in this process and its forks."""
-    from workers.backends.tensorrt import probe as trt_probe
     from workers.backends import tensorrt as backend
+    from workers.backends.tensorrt import probe as trt_probe
 
     sys.modules["tensorrt"] = tensorrt_standin  # type: ignore[assignment]
     trt_probe.ask_driver = lambda: dict(GPU)
@@ -133,8 +133,8 @@ def install() -> None:
 @contextmanager
 def installed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tensorrt_standin.Behaviour]:
     """The stand-ins for the length of a test, with a signing key and a folder for timing caches."""
-    from workers.backends.tensorrt import probe as trt_probe
     from workers.backends import tensorrt as backend
+    from workers.backends.tensorrt import probe as trt_probe
 
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_standin)
     monkeypatch.setattr(trt_probe, "ask_driver", lambda: dict(GPU))

@@ -19,10 +19,10 @@ from tests.factories import onnx_models as models
 from tests.factories import tensorrt_standin
 from tests.gpu.models import Case
 from workers import installation
+from workers.backends.tensorrt import TensorRtBackend
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt.cuda import open_cuda
 from workers.backends.tensorrt.runner import TensorRtSession
-from workers.backends.tensorrt import TensorRtBackend
 from workers.kernel import Reporter
 
 

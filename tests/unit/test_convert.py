@@ -14,8 +14,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures, onnx_models
 from tests.gpu.models import Case, make_case
-from workers.graph.precision import awq, floats, int4
 from workers.graph import rewriting as graphs
+from workers.graph.precision import awq, floats, int4
 
 
 @pytest.fixture(scope="module", params=["residual_cnn", "bert", "vit", "gpt2"])
@@ -117,9 +117,7 @@ def test_a_skipped_optional_output_does_not_keep_a_node_in_float32() -> None:
     assert floats._low_slots(node, 17, "fp16") == {0: True, 1: True, 2: True}
     node.output[1] = "mean"
     assert floats._low_slots(node, 17, "fp16") == {}
-    assert (
-        floats._low_slots(helper.make_node("NoSuch", ["x"], ["y"], domain="com.microsoft"), 17, "fp16") == {}
-    )
+    assert floats._low_slots(helper.make_node("NoSuch", ["x"], ["y"], domain="com.microsoft"), 17, "fp16") == {}
 
 
 def test_a_constant_beyond_float16_is_clamped() -> None:

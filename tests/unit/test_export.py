@@ -17,8 +17,8 @@ from onnx import ModelProto, TensorProto, helper
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from workers.graph import onnx_files
-from workers.kernel import Reporter, StageContext, StageResult
 from workers.graph.onnx_graph import describe_structure
+from workers.kernel import Reporter, StageContext, StageResult
 from workers.stages.export import Export, ExportOptions, _source
 
 

@@ -14,10 +14,10 @@ from onnx import ModelProto, TensorProto, helper
 from tests.factories import cases
 from tests.factories import onnx_models as models
 from tests.unit.test_export import Notes, export_model
+from workers.graph.onnx_graph import all_nodes
 from workers.graph.precision.floats import to_low
 from workers.kernel import StageContext
 from workers.measure.stored import OutputWriter, StoredOutputs
-from workers.graph.onnx_graph import all_nodes
 from workers.stages.quantize import Quantize, QuantizeOptions
 
 

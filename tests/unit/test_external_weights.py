@@ -15,8 +15,8 @@ from tests.unit.test_equalize import folder as equalized_folder
 from tests.unit.test_equalize import run as equalize
 from tests.unit.test_quantize import Bench, Quiet
 from workers.graph import onnx_files
-from workers.kernel import StageContext
 from workers.graph.onnx_files import MODEL_FILE, load_model
+from workers.kernel import StageContext
 from workers.stages import equalize as equalize_stage
 from workers.stages import simplify as simplify_stage
 from workers.stages.simplify import Simplify, SimplifyOptions

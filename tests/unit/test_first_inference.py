@@ -18,10 +18,10 @@ from tests.factories import onnx_models as models
 from tests.factories.architectures import GraphBuilder
 from tests.unit.test_export import Notes
 from workers.data import Samples
+from workers.graph.onnx_graph import model_specs
 from workers.kernel import StageContext, TensorSpec, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.synthetic import synthetic_feeds, synthetic_shapes
-from workers.graph.onnx_graph import model_specs
 from workers.stages.export import Export, ExportOptions
 from workers.stages.export._values import value_bounds
 

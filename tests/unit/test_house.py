@@ -24,7 +24,9 @@ def _compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Compare):
             for side in (node.left, *node.comparators):
                 items = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
-                yield from ((node.lineno, i.value) for i in items if isinstance(i, ast.Constant) and isinstance(i.value, str))
+                yield from (
+                    (node.lineno, i.value) for i in items if isinstance(i, ast.Constant) and isinstance(i.value, str)
+                )
 
 
 @pytest.mark.parametrize("path", _sources("devices", "backends"), ids=lambda p: str(p.relative_to(WORKERS)))

@@ -18,8 +18,8 @@ from tests.factories.architectures import GraphBuilder
 from tests.unit.test_trt_build import Recorder
 from workers.backends.openvino import OpenVinoBackend
 from workers.candidates import Case
-from workers.kernel import backends
 from workers.graph.onnx_arithmetic import describe_arithmetic
+from workers.kernel import backends
 
 F, D, I32, I64, U8, B = (
     *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8),

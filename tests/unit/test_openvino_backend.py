@@ -19,10 +19,10 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import architectures
 from tests.factories import onnx_models as models
-from workers.graph.ir.library import clean_message, unsupported_ops
 from workers.backends.openvino import OpenVinoBackend
 from workers.candidates import BF16_FLAGS, Candidate, Case
 from workers.data import synthetic_feeds
+from workers.graph.ir.library import clean_message, unsupported_ops
 from workers.hardware import describe
 from workers.kernel import Reporter, Session, StageContext, TensorSpec, backends
 from workers.measure.engine_process import EngineProcess

@@ -16,13 +16,13 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models as models
 from workers.backends import onnxruntime as backend_module
-from workers.backends.onnxruntime.session import RuntimeOptions, session_options
-from workers.graph.onnxruntime_messages import runtime_failure, where_of
 from workers.backends.onnxruntime import OnnxRuntimeBackend
+from workers.backends.onnxruntime.session import RuntimeOptions, session_options
 from workers.candidates import Candidate, Case
 from workers.data import synthetic_feeds
-from workers.kernel import Reporter, TensorSpec
 from workers.graph.onnx_files import read_skeleton
+from workers.graph.onnxruntime_messages import runtime_failure, where_of
+from workers.kernel import Reporter, TensorSpec
 
 
 class Notes(Reporter):

@@ -16,9 +16,9 @@ from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import onnx_models
 from workers import kernel
-from workers.backends.options import parsed
-from workers.backends.onnxruntime_cuda.session import PROVIDER, RuntimeOptions, fallen_nodes, gpu_failure
 from workers.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from workers.backends.onnxruntime_cuda.session import PROVIDER, RuntimeOptions, fallen_nodes, gpu_failure
+from workers.backends.options import parsed
 from workers.candidates import Case
 from workers.graph.onnx_files import MODEL_FILE
 

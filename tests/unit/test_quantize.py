@@ -20,9 +20,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures
+from workers.graph import int8, onnx_files
 from workers.graph.calibrate import statistics as calibration
-from workers.graph import int8
-from workers.graph import onnx_files
 from workers.graph.onnx_graph import model_specs
 from workers.graph.prepare import prepare
 from workers.kernel import Reporter, StageContext, StageResult, backends

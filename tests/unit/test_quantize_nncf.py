@@ -19,9 +19,9 @@ from app.domain.failures import FailureKind, StageFailure
 from tests.factories import architectures
 from tests.factories import onnx_models as models
 from tests.unit.test_quantize import dataset, fails
-from workers.graph.nncf import quantize as nncf_quantize
 from workers.graph.ir import files as ir
 from workers.graph.ir.library import library
+from workers.graph.nncf import quantize as nncf_quantize
 from workers.kernel import Reporter, Session, StageContext, StageResult, backends
 from workers.stages.quantize_nncf import QuantizeNncf, QuantizeNncfOptions
 from workers.stages.simplify import Simplify, SimplifyOptions

@@ -17,13 +17,12 @@ from tests.factories import cuda_standin, tensorrt_standin
 from tests.factories import onnx_models as models
 from tests.factories.tensorrt_standin import Behaviour, BuilderFlag
 from workers import installation
-from workers.backends.tensorrt import probe as trt_probe
-from workers.backends.tensorrt import timing
 from workers.backends.options import parsed
+from workers.backends.tensorrt import TensorRtBackend, timing
+from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt.build import build
 from workers.backends.tensorrt.options import BuildOptions
 from workers.backends.tensorrt.progress import Progress
-from workers.backends.tensorrt import TensorRtBackend
 from workers.kernel import Reporter, StageContext
 from workers.stages.build import Build, BuildStageOptions
 

@@ -19,10 +19,10 @@ from tests.factories import onnx_models as models
 from tests.factories.tensorrt_standin import Behaviour
 from tests.unit.test_trt_build import Recorder
 from workers import installation
+from workers.backends.tensorrt import TensorRtBackend
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.sidecar import read_verified
-from workers.backends.tensorrt import TensorRtBackend
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import numpy as np
 from onnx import ModelProto
 
 from app.domain.failures import StageFailure
-from workers.graph.onnx_files import save_model
-from workers.data import synthetic_feeds
 from workers.artifacts import ONNX
-from workers.kernel import Session, runner_of
+from workers.data import synthetic_feeds
+from workers.graph.onnx_files import save_model
 from workers.graph.onnx_graph import CONTRIB_DOMAIN, model_specs
+from workers.kernel import Session, runner_of
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest magnitude of the output
 ABSOLUTE_TOLERANCE = 1e-6

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from workers.intervals import ANY, LONGEST, Interval, beyond, both, computed, outside
 from workers.graph.onnx_graph import node_label, real_inputs, subgraphs
+from workers.intervals import ANY, LONGEST, Interval, beyond, both, computed, outside
 
 FLOAT32_EXACT = 1 << 24  # float32 holds every integer up to here
 INT32_MOST = (1 << 31) - 1

@@ -11,12 +11,12 @@ import onnx
 from onnx import ModelProto
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
-from workers.graph.precision import weights as precision
+from workers.data import Samples
 from workers.graph import quantizable as quantization
 from workers.graph import rewriting as graphs
-from workers.data import Samples
 from workers.graph.onnx_files import read_skeleton, save_model
 from workers.graph.onnx_graph import model_specs, opset_of
+from workers.graph.precision import weights as precision
 from workers.graph.prepare import node_names, prepare
 
 OLDEST_OPSET = 13  # QuantizeLinear with an axis, and Cast to bfloat16

@@ -1,4 +1,4 @@
-"""A model as the quantizing passes want it: names on all nodes, constants and weights as initializers, inferred types."""
+"""A model as the quantizing passes want it: names on all nodes, weights as initializers, inferred types."""
 
 from __future__ import annotations
 

@@ -90,5 +90,3 @@ def count_quantized(model: ModelProto, op_types: Collection[str], excluded: Coll
 def computes_on_integers(counts: Mapping[str, int]) -> bool:
     """Whether a node that does real work is among the counted ones (a quantized Flatten alone is worth nothing)."""
     return any(op in counts for op in (*COMPUTE_OPS, *_INTEGER_OPS)) or bool(counts.get("Gather"))
-
-

@@ -266,7 +266,8 @@ def _spawn(fd: int, extra: Sequence[str]) -> subprocess.Popen[bytes]:
     # A shell-free way to place the socket at a fixed number in the child, whatever its number is here.
     code = f"import os; os.dup2({fd}, {SOCKET_FD}); from workers.pipeline.zygote import serve; serve({extra!r})"
     root = str(Path(__file__).resolve().parents[2])
-    env = {**child_environment(), "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join((root, *filter(None, [os.environ.get("PYTHONPATH")])))  # where plug-ins may lie
+    env = {**child_environment(), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], env=env, pass_fds=[fd], stdin=subprocess.DEVNULL, start_new_session=True
     )

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from workers.candidates import Candidate, Case, Skipped
 from workers.kernel import Backend, stages
+
+log = structlog.get_logger(__name__)
 
 RANDOM = (
     "the original is random: it answers differently when it is asked the same twice (dropout in training mode, or "
@@ -36,7 +40,12 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
     for backend in allowed:
-        proposal = backend.propose(case)
+        try:
+            proposal = backend.propose(case)
+        except Exception as error:  # of a plug-in, say: the others go on
+            log.exception("proposal_failed", backend=backend.name)
+            skipped.append(Skipped(backend.name, f"its proposal failed: {type(error).__name__}: {error}"[:300]))
+            continue
         reasons = [(c, _misfit(c, case.kinds, backend.accepts)) for c in proposal.candidates]
         candidates += [c for c, reason in reasons if reason is None]
         skipped += proposal.skipped

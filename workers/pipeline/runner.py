@@ -153,7 +153,8 @@ class StageRunner:
         soft_seconds: float | None = None,
     ) -> Outcome:
         """One stage call; `weight` is its share of the job's progress, where that is not the stage's usual one. It is
-        ended after `seconds`, and asked to end by itself after `soft_seconds`. Raises StageFailure, Interrupted, LeaseLost."""
+        ended after `seconds`, and asked to end by itself after `soft_seconds`. Raises StageFailure, Interrupted,
+        LeaseLost."""
         call = self._call(stage, inputs, options, candidate, weight, seconds, soft_seconds)
         self.view.stages.append(call.entry)
         try:
@@ -322,9 +323,9 @@ class StageRunner:
         return folders
 
     def _place(self, call: _Call) -> Place:
-        """What measures on the machine's own processor has the machine for itself. What measures on a device with a lock
-        of its own has that, and shares the rest with the other devices' workers; builds measure there, too: TensorRT
-        times its tactics."""
+        """What measures on the machine's own processor has the machine for itself. What measures on a device with a
+        lock of its own has that, and shares the rest with the other devices' workers; builds measure there, too:
+        TensorRT times its tactics."""
         stage, used = call.stage_type, {devices.named(b.device) for b in _backends(call.options)}
         locks = {accelerator: accelerator.lock(self.hardware) for accelerator in used}
         apart = next((lock for lock in locks.values() if lock is not None), None)

@@ -357,7 +357,7 @@ class _Run:
         return self.ctx.seconds_left() * (1 - (SHARE if self.kept_s else 0)) * weights[0] / sum(weights)
 
     def _profile(self, processes: dict[str, EngineProcess], batch: int) -> None:
-        """Engines on some devices also tell transfers, compute and submission apart, in a pass of its own after the timing."""
+        """Some devices tell transfers, compute and submission apart, in a pass of its own after the timing."""
         for name, process in list(processes.items()):
             spec = self.specs.get(name)  # none: a second process of an engine that is there already
             if spec is None or not devices.of_backend(spec.backend).tells_parts:

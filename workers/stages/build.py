@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 from workers.graph.onnx_files import size_of
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 
 
 class BuildStageOptions(StageOptions):

@@ -21,23 +21,22 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
+from workers.artifacts import ONNX
+from workers.data import Samples, synthetic_feeds
+from workers.graph import preconditions as shared
+from workers.graph import rewriting
+from workers.graph.calibrate import ranges
 from workers.graph.calibrate import statistics as calibration
 from workers.graph.fuse import transformers as fusion
-from workers.graph import rewriting
-from workers.graph.precision import awq, floats, int4
-from workers.graph.qdq import placement
-from workers.graph.precision import measure
-from workers.graph import preconditions as shared
-from workers.graph.calibrate import ranges
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton, save_model, size_of
+from workers.graph.onnx_graph import model_specs, opset_of
 from workers.graph.onnxruntime_messages import runtime_failure
-from workers.data import Samples, synthetic_feeds
-from workers.artifacts import ONNX
+from workers.graph.precision import awq, floats, int4, measure
+from workers.graph.prepare import prepare
+from workers.graph.qdq import placement
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, runner_of
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import count
-from workers.graph.onnx_files import MODEL_FILE, read_skeleton, save_model, size_of
-from workers.graph.onnx_graph import model_specs, opset_of
-from workers.graph.prepare import prepare
 
 _TRIAL_SAMPLES = 8
 
@@ -163,9 +162,7 @@ class _Work:
             model, data = made.model, data | _told(made)
         return model, data
 
-    def _eight_bits(
-        self, model: ModelProto, eight: Literal["int8", "fp8"], data: dict[str, Any]
-    ) -> placement.Placed:
+    def _eight_bits(self, model: ModelProto, eight: Literal["int8", "fp8"], data: dict[str, Any]) -> placement.Placed:
         options = self.options
         wanted = placement.targets(model, eight, options.op_types, options.exclude_nodes)
         if not wanted.nodes:

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from workers import devices
 from workers.data import Samples, synthetic_feeds
+from workers.graph.onnx_files import size_of
 from workers.kernel import WARM_UP_RUNS, LayerTime, Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import fixed_batch
-from workers.graph.onnx_files import size_of
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays

@@ -19,21 +19,21 @@ from onnx import ModelProto
 from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
-from workers.graph.calibrate import statistics as calibration
-from workers.graph import int8
-from workers.graph.precision import weights as precision
-from workers.graph import quantizable as quantization
-from workers.graph import preconditions as shared
-from workers.graph.calibrate import ranges
-from workers.graph.onnxruntime_messages import clean_message
-from workers.data import Samples, synthetic_feeds
 from workers.artifacts import ONNX
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
-from workers.measure.axes import fixed_batch
+from workers.data import Samples, synthetic_feeds
+from workers.graph import int8
+from workers.graph import preconditions as shared
+from workers.graph import quantizable as quantization
+from workers.graph.calibrate import ranges
+from workers.graph.calibrate import statistics as calibration
 from workers.graph.onnx_files import MODEL_FILE, load_model, read_skeleton, save_model, size_of
 from workers.graph.onnx_graph import model_specs
+from workers.graph.onnxruntime_messages import clean_message
+from workers.graph.precision import weights as precision
 from workers.graph.prepare import prepare
 from workers.graph.rewriting import restore_interface
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
+from workers.measure.axes import fixed_batch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -20,23 +20,23 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from workers.graph.calibrate import statistics as calibration
+from workers.data import Samples, synthetic_feeds
+from workers.graph import preconditions as shared
 from workers.graph import quantizable as quantization
+from workers.graph.calibrate import ranges
+from workers.graph.calibrate import statistics as calibration
 from workers.graph.interpreter import open_session
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton
+from workers.graph.onnx_graph import model_specs
+from workers.graph.onnxruntime_messages import runtime_failure
+from workers.graph.prepare import prepare
 from workers.graph.qdq import placement as qdq
 from workers.graph.qdq import switch
-from workers.graph import preconditions as shared
-from workers.graph.calibrate import ranges
-from workers.graph.onnxruntime_messages import runtime_failure
-from workers.data import Samples, synthetic_feeds
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.losses import rounded
 from workers.measure.rows import count
-from workers.graph.onnx_files import MODEL_FILE, read_skeleton
-from workers.graph.onnx_graph import model_specs
-from workers.graph.prepare import prepare
 
 BATCH = 8
 BATCH_BYTES = 16 << 20

@@ -18,16 +18,16 @@ from typing import Any, ClassVar
 import onnx
 from onnx import ModelProto
 
-from workers.graph.fuse import transformers as fusion
+from workers.artifacts import ONNX
 from workers.graph.equivalence import (
     ABSOLUTE_TOLERANCE,
     RELATIVE_TOLERANCE,
     EquivalenceCheck,
 )
-from workers.artifacts import ONNX
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
+from workers.graph.fuse import transformers as fusion
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_model, size_of
 from workers.graph.rewriting import restore_interface
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
 LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one

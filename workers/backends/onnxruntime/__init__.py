@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from app.domain.failures import StageFailure
+from workers.artifacts import ONNX
 from workers.backends.onnxruntime import profile as profiling
 from workers.backends.onnxruntime import recipes as ort_recipes
 from workers.backends.onnxruntime.script import infer_script
@@ -19,10 +20,9 @@ from workers.backends.onnxruntime.session import (
     session_options,
 )
 from workers.backends.options import parsed
-from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal
-from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session
 from workers.graph.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
+from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -61,7 +61,12 @@ class OnnxRuntimeBackend(Backend):
         return {**runtime, "intra_op_num_threads": threads}
 
     def build(
-        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
+        self,
+        model: Path,
+        out: Path,
+        options: Mapping[str, Any],
+        reporter: Reporter,
+        kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
     ) -> dict[str, Any]:
         """Write the optimized model; its memory layout is made for this machine's instruction set.
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from app.domain.failures import StageFailure
-from workers.devices.cuda import runtime as cuda_runtime
+from workers.artifacts import ONNX
 from workers.backends.onnxruntime_cuda import recipes as cuda_recipes
-from workers.backends.options import parsed
 from workers.backends.onnxruntime_cuda.script import infer_script
 from workers.backends.onnxruntime_cuda.session import (
     PROVIDER,
@@ -19,10 +18,11 @@ from workers.backends.onnxruntime_cuda.session import (
     fallen_nodes,
     refuse_fallback,
 )
-from workers.artifacts import ONNX
+from workers.backends.options import parsed
 from workers.candidates import Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, Reporter, Session
+from workers.devices.cuda import runtime as cuda_runtime
 from workers.graph.onnx_files import MODEL_FILE, files_of, link_or_copy
+from workers.kernel import Backend, BackendInfo, Reporter, Session
 
 
 class OnnxRuntimeCudaBackend(Backend):
@@ -57,7 +57,12 @@ class OnnxRuntimeCudaBackend(Backend):
         return dict(runtime)
 
     def build(
-        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
+        self,
+        model: Path,
+        out: Path,
+        options: Mapping[str, Any],
+        reporter: Reporter,
+        kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
     ) -> dict[str, Any]:
         """Copy the model and try it on the GPU; `cpu_nodes` tells what runs on the CPU by op type (only where
         `cpu_fallback` is `report`). Where it cannot be captured as a CUDA graph, a note says so and it runs without."""

@@ -17,12 +17,12 @@ import onnx.shape_inference
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.graph import onnxruntime_messages as messages
 from workers.devices.cuda.graphs import gpu_out_of_memory
 from workers.devices.cuda.runtime import Cuda, DeviceBuffer, Event, Stream
-from workers.kernel import Session, TensorSpec
+from workers.graph import onnxruntime_messages as messages
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 from workers.graph.onnx_graph import with_values
+from workers.kernel import Session, TensorSpec
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays

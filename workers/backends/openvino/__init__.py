@@ -12,17 +12,17 @@ from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.graph.ir import faults
-from workers.graph.ir import files as ir
+from workers.artifacts import ONNX, OPENVINO_IR
 from workers.backends.openvino import recipes
-from workers.graph.ir.library import compile_model, library
 from workers.backends.openvino.script import infer_script
 from workers.backends.openvino.session import OpenVinoSession
 from workers.backends.options import parsed
-from workers.artifacts import ONNX, OPENVINO_IR
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Candidate, Case, Proposal
-from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, runner_of
+from workers.graph.ir import faults
+from workers.graph.ir import files as ir
+from workers.graph.ir.library import compile_model, library
 from workers.graph.onnx_files import link_or_copy
+from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, runner_of
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -35,7 +35,8 @@ class RuntimeOptions(BaseModel):
     processor has it. `performance_hint`: `latency` is one stream over all cores, `throughput` several streams, which
     serve parallel requests. `num_streams`, `inference_num_threads` (of all streams together; 0 = all cores),
     `enable_cpu_pinning` and `enable_hyper_threading` override what the hint decides. `snippets`: False switches off the
-    plug-in's compiler of fused kernels, whose attention is not to be trusted in some models (`workers.graph.ir.faults`).
+    plug-in's compiler of fused kernels, whose attention is not to be trusted in some models (see
+    `workers.graph.ir.faults`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from app.domain.failures import StageFailure
-from workers.backends.tensorrt import messages
-from workers.backends.tensorrt import recipes as trt_recipes
+from workers.artifacts import ONNX, TENSORRT_PLAN
 from workers.backends.options import parsed
 from workers.backends.tensorrt import build as building
+from workers.backends.tensorrt import messages
+from workers.backends.tensorrt import recipes as trt_recipes
 from workers.backends.tensorrt.cuda import open_cuda
 from workers.backends.tensorrt.graph import NEEDS
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
@@ -21,7 +22,6 @@ from workers.backends.tensorrt.probe import installed, probe_gpu, require_gpu, r
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.script import infer_script
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
-from workers.artifacts import ONNX, TENSORRT_PLAN
 from workers.candidates import Candidate, Case, Proposal
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 
@@ -69,7 +69,12 @@ class TensorRtBackend(Backend):
         return dict(runtime)
 
     def build(
-        self, model: Path, out: Path, options: Mapping[str, Any], reporter: Reporter, kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
+        self,
+        model: Path,
+        out: Path,
+        options: Mapping[str, Any],
+        reporter: Reporter,
+        kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
     ) -> dict[str, Any]:
         """`options`: `BuildOptions`; the failures and what is returned are `building.build`'s."""
         return building.build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from app.domain.failures import StageFailure, model_failure
 from workers.backends.tensorrt import graph as graphs
-from workers.backends.tensorrt import messages
-from workers.backends.tensorrt import profiles
-from workers.backends.tensorrt import timing
+from workers.backends.tensorrt import messages, profiles, timing
 from workers.backends.tensorrt.inspect import inspection_of, read_inspection, weights_bytes
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
 from workers.backends.tensorrt.probe import Gpu, require_gpu, require_tensorrt
 from workers.backends.tensorrt.progress import BUILDING, Progress, make_monitor
 from workers.backends.tensorrt.sidecar import PLAN_FILE, require_key, write_sidecar
-from workers.kernel import Reporter
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 from workers.graph.onnx_graph import all_nodes
+from workers.kernel import Reporter
 
 if TYPE_CHECKING:
     import tensorrt

@@ -10,9 +10,9 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helpe
 
 from app.domain.failures import StageFailure, model_failure
 from workers.backends.tensorrt.probe import Gpu, capability
-from workers.kernel import TensorSpec
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton, size_of
 from workers.graph.onnx_graph import all_nodes, all_tensors, dtype_name, node_label, real_inputs, tensor_spec
+from workers.kernel import TensorSpec
 
 # Types of inputs and outputs that a plan can have and numpy (with ml_dtypes) can hold.
 IO_TYPES = frozenset({"float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int32", "int64", "uint8", "bool"})

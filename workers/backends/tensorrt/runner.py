@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure
-from workers.backends.tensorrt import messages
-from workers.backends.tensorrt import profiles
+from workers.backends.tensorrt import messages, profiles
 from workers.backends.tensorrt.buffers import Binding, IoTensor, io_tensors, may_be, profiles_of, spec_of
 from workers.backends.tensorrt.context import Execution
 from workers.backends.tensorrt.cuda import Cuda

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from onnx import ModelProto
 
 from app.domain.failures import FailureKind, StageFailure, data_failure
-from workers.graph.calibrate import statistics as calibration
-from workers.graph.qdq import placement as qdq
-from workers.graph.onnxruntime_messages import runtime_failure
 from workers.data import Samples
+from workers.graph.calibrate import statistics as calibration
+from workers.graph.onnxruntime_messages import runtime_failure
+from workers.graph.qdq import placement as qdq
 
 Recipe = Literal["static_int8", "int8", "fp8"]
 RANGES_FILE = "ranges.json"

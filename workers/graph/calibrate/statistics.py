@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from workers.measure.axes import batch_axes, fixed_batch
-from workers.measure.rows import count, taken
 from workers.graph.interpreter import open_session
 from workers.graph.onnx_graph import model_specs
+from workers.measure.axes import batch_axes, fixed_batch
+from workers.measure.rows import count, taken
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]

@@ -19,9 +19,9 @@ from onnx import ModelProto
 from app.domain.failures import StageFailure
 from workers.graph.ir.faults import ignores_lengths
 from workers.graph.ir.library import fuse_common, library, read_model
-from workers.kernel import TensorSpec
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 from workers.graph.onnx_graph import all_nodes, external_tensors, model_specs, node_label
+from workers.kernel import TensorSpec
 
 XML_FILE = "model.xml"
 BIN_FILE = "model.bin"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from workers.graph.nncf.quantize import COMPUTE, MOVES, PASSIVE, QUANTIZERS, is_quantized_value
 from workers.graph.ir.library import library
+from workers.graph.nncf.quantize import COMPUTE, MOVES, PASSIVE, QUANTIZERS, is_quantized_value
 
 Array = np.ndarray[Any, Any]
 _DEEPEST = 8

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, helper, numpy_helper
 
-from workers.graph.calibrate import statistics as calibration
 from workers.graph import rewriting as graphs
+from workers.graph.calibrate import statistics as calibration
 from workers.graph.interpreter import open_session
 
 Array = np.ndarray[Any, Any]

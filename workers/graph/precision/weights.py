@@ -101,5 +101,3 @@ def sort_nodes(model: ModelProto) -> None:
     if len(order) == len(nodes):
         del model.graph.node[:]
         model.graph.node.extend(nodes[index] for index in order)
-
-

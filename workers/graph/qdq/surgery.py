@@ -134,5 +134,3 @@ def _restore_weights(model: ModelProto, source: Path, op_types: Collection[str],
             tensor = load_weight(weights[weight], source.parent)
             tensor.name = name
             graph.initializer.append(tensor)
-
-

@@ -18,8 +18,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from workers.graph.qdq import placement as qdq
-from workers.graph.quantizable import computes_on_weights, follows_its_input
 from workers.graph.qdq.surgery import load_weight
+from workers.graph.quantizable import computes_on_weights, follows_its_input
 
 Array = np.ndarray[Any, Any]
 Ranges = dict[str, tuple[float, float]]  # lowest and highest value by tensor

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from app.domain.spec import ShapeRange
 from workers.artifacts import EXPORTED_PROGRAM, ONNX, PROGRAM_FILE
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, TensorSpec
 from workers.graph.onnx_arithmetic import describe_arithmetic
 from workers.graph.onnx_files import size_of
 from workers.graph.onnx_graph import describe_structure, opset_of
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, TensorSpec
 from workers.stages.export._first_inference import Exported
 from workers.stages.export._pipeline import export_onnx
 from workers.stages.export._source import unpack

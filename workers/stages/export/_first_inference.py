@@ -11,9 +11,9 @@ from typing import Any
 from onnx import ModelProto
 
 from app.domain.failures import FailureKind, StageFailure
+from workers.graph.onnx_graph import model_specs, set_values
 from workers.kernel import Session, TensorSpec
 from workers.measure.axes import axes_to_try, batch_axes, told_by_sizes, with_axes
-from workers.graph.onnx_graph import model_specs, set_values
 from workers.stages.export import _graph_checks as checks
 from workers.stages.export._names import write_symbols
 from workers.stages.export._trial import (

@@ -13,8 +13,16 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from app.domain.spec import ShapeRange
+from workers.graph.onnx_graph import (
+    STANDARD_DOMAINS,
+    all_nodes,
+    dtype_name,
+    node_label,
+    opset_of,
+    real_inputs,
+    subgraphs,
+)
 from workers.kernel import TensorSpec
-from workers.graph.onnx_graph import STANDARD_DOMAINS, all_nodes, dtype_name, node_label, opset_of, real_inputs, subgraphs
 
 # Domains whose ops ONNX Runtime brings along; whether it has the op itself shows when it loads the model.
 _RUNTIME_DOMAINS = ("com.microsoft", "com.ms.", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview")

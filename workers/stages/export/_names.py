@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from onnx import GraphProto, ModelProto, ValueInfoProto
 
 from app.domain.axes import PLACEHOLDER
-from workers.kernel import TensorSpec
 from workers.graph.onnx_graph import all_nodes, nodes_of, subgraphs, tensor_spec
+from workers.kernel import TensorSpec
 
 
 def name_nodes(model: ModelProto) -> list[str]:

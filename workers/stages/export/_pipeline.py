@@ -9,9 +9,9 @@ from typing import Any
 from onnx import ModelProto
 
 from app.domain.spec import ShapeRange
-from workers.measure.axes import with_axes
 from workers.graph.onnx_files import read_skeleton
 from workers.graph.onnx_graph import model_specs, opset_of, real_inputs, set_values, tensor_spec
+from workers.measure.axes import with_axes
 from workers.stages.export import _graph_checks as checks
 from workers.stages.export._first_inference import Exported, FirstInference
 from workers.stages.export._names import forget_placeholders, make_room, name_nodes, rename_apart, write_symbols

@@ -12,12 +12,12 @@ import numpy as np
 from onnx import ModelProto
 
 from app.domain.failures import StageFailure
-from workers.data import synthetic_feeds
 from workers.artifacts import ONNX
+from workers.data import synthetic_feeds
+from workers.graph.onnx_graph import all_nodes, node_label
 from workers.kernel import Session, TensorSpec, runner_of
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.rows import first_samples, stored_shapes, taken
-from workers.graph.onnx_graph import all_nodes, node_label
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
