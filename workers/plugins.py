@@ -61,9 +61,10 @@ def _loaded(point: importlib.metadata.EntryPoint) -> Plugin:
     return Plugin(point.group, point.name, dist.name if dist else "", dist.version if dist else "", problem)
 
 
-def _why_not(cls: Any, base: Any) -> str | None:
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        return f"it names {cls!r}, which is no {base.__name__}"[:_LONGEST_PROBLEM]
+def _why_not(named: Any, base: Any) -> str | None:
+    if not (isinstance(named, type) and issubclass(named, base)):
+        return f"it names {named!r}, which is no {base.__name__}"[:_LONGEST_PROBLEM]
+    cls: Any = named
     if inspect.isabstract(cls):
         return f"{cls.__name__} lacks {', '.join(sorted(cls.__abstractmethods__))}"
     needed = ("name", "engine_format") if base is kernel.Backend else ("name", "Options")
