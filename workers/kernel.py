@@ -112,6 +112,9 @@ class Stage(ABC, Generic[OptionsT]):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     Options: ClassVar[type[StageOptions]]
+    distribution: ClassVar[str] = (
+        ""  # that it comes from, where that is another package; its version is part of the key
+    )
     libraries: ClassVar[tuple[str, ...]] = ()
     hardware_bound: ClassVar[bool] = False
     exclusive_device: ClassVar[bool] = False  # a measurement: one at a time on a device
@@ -228,6 +231,7 @@ class Backend(ABC):
     """An inference library. The only home of that library's import, made inside the methods."""
 
     name: ClassVar[str]
+    distribution: ClassVar[str] = ""  # as a stage's
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     accepts: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds of artifacts that it builds from, the preferred one first
     engine_format: ClassVar[str]  # the kind of artifact that an engine is

@@ -49,7 +49,8 @@ def found() -> list[Plugin]:
 
 
 def _loaded(point: importlib.metadata.EntryPoint) -> Plugin:
-    before, named = kernel.registered(), None
+    named: Any = None
+    before = kernel.registered()
     try:
         named = point.load()
         problem = _why_not(named, _BASES[point.group])
@@ -58,6 +59,8 @@ def _loaded(point: importlib.metadata.EntryPoint) -> Plugin:
     if problem is not None:
         kernel.unregister({*(kernel.registered() - before), named})
     dist = point.dist
+    if problem is None and dist is not None:
+        named.distribution = dist.name
     return Plugin(point.group, point.name, dist.name if dist else "", dist.version if dist else "", problem)
 
 

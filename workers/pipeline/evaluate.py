@@ -164,7 +164,8 @@ class Evaluator:
             inputs["calibration"] = self.data.calibration
             if excluded:
                 inputs |= {name: ref for name in stage.reuses if (ref := self._reusable.get((key, name))) is not None}
-        found = self.call(step.stage, inputs, {**step.options, "shapes": self.data.shapes}, candidate, until)
+        shapes = {"shapes": self.data.shapes} if "shapes" in stage.Options.model_fields else {}
+        found = self.call(step.stage, inputs, {**step.options, **shapes}, candidate, until)
         for name, output in stage.reuses.items():
             if output in found.outputs:
                 self._reusable.setdefault((key, name), found.outputs[output])

@@ -190,7 +190,7 @@ class StageRunner:
         full: BaseModel = stage_type.Options.model_validate(dict(options))
         complete = full.model_dump(mode="json")
         _check_kind(stage_type, inputs, complete)
-        libraries = installed_versions((*stage_type.libraries, *_backend_libraries(complete)))
+        libraries = installed_versions(_libraries(stage_type, _backends(complete)))
         key = stage_key(
             stage=stage,
             version=stage_type.version,
@@ -440,9 +440,10 @@ def _lasting(call: _Call, failure: StageFailure) -> bool:
     return failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE and not of_this_machine
 
 
-def _backend_libraries(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The libraries of those backends."""
-    return tuple(library for backend in _backends(options) for library in backend.libraries)
+def _libraries(stage: type[kernel.Stage[Any]], backends: list[type[kernel.Backend]]) -> list[str]:
+    """The distributions whose versions have a part in the result; of a plug-in also its own."""
+    of_backends = [name for backend in backends for name in (*backend.libraries, backend.distribution)]
+    return [name for name in (*stage.libraries, stage.distribution, *of_backends) if name]
 
 
 def _reproduce(call: _Call) -> str:

@@ -1,0 +1,102 @@
+"""A backend and a stage from a package of their own (`examples/plugin`): installed beside a worker they take a whole
+job, with nothing of them in this repository's code. What cannot be used is told, and the worker lives."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.factories.deployment import Deployment, deployment
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
+BROKEN = {"anneal.backends": {"broken": "anneal_broken:Nothing", "none": "anneal_toy:TOY_SUM"}}
+_ADDS = 300
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def install(folder: Path, name: str, version: str, points: dict[str, dict[str, str]], *modules: Path) -> None:
+    """What `pip install` leaves of a package without dependencies: its modules, and its metadata."""
+    for module in modules:
+        shutil.copy(module, folder)
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = [line for group, at in points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in at.items()))]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Iterator[Deployment]:
+    site = tmp_path / "site"
+    site.mkdir()
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    install(site, project["name"], project["version"], project["entry-points"], EXAMPLE / "anneal_toy.py")
+    (tmp_path / "anneal_broken.py").write_text("import no_such_library\n")
+    install(site, "anneal-broken", "1.0", BROKEN, tmp_path / "anneal_broken.py")
+    with deployment(tmp_path / "home", {"PYTHONPATH": str(site)}) as found:
+        found.start_worker()
+        found.wait_ready()
+        yield found
+
+
+def sum_of_constants(path: Path) -> Path:
+    """`input` [batch, 16] and 300 constants, one after the other: exact in float32, and slow node by node."""
+    rng = np.random.default_rng(7)
+    nodes, constants, value = [], [], "input"
+    for index in range(_ADDS):
+        constants.append(numpy_helper.from_array(rng.integers(-4, 5, 16).astype(np.float32), f"c{index}"))
+        following = "output" if index == _ADDS - 1 else f"v{index}"
+        nodes.append(helper.make_node("Add", [value, f"c{index}"], [following], name=f"add{index}"))
+        value = following
+    shape = ["batch", 16]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("input", "output")]
+    graph = helper.make_graph(nodes, "sum", tensors[:1], tensors[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return path
+
+
+def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tmp_path: Path) -> None:
+    (worker,) = httpx.get(f"{deployed.url}/v1/capabilities").json()["workers"]
+    assert "toy" in [b["name"] for b in worker["backends"]]
+    assert "plugins" not in worker["hardware"]
+    told = {p["name"]: p for p in worker["plugins"]}
+    assert {n for n, p in told.items() if p["problem"] is None} == {"toy", "toy_fold"}
+    assert (told["toy"]["distribution"], told["toy"]["version"]) == ("anneal-toy", "0.1.0")
+    assert "No module named 'no_such_library'" in told["broken"]["problem"]
+    assert "no Backend" in told["none"]["problem"]
+    assert "plugin_left_out" in deployed.worker_log()
+
+    spec: dict[str, Any] = {
+        "benchmark": {"batch_sizes": [1], "min_seconds": 0.2, "allow_noisy": True},
+        "target": {"backends": ["toy"]},
+        "budget_seconds": 60,
+    }
+    with deployed.client() as client:
+        model = client.upload_model(sum_of_constants(tmp_path / "sum.onnx"), "sum")
+        job = client.wait(client.submit({"model_id": model["id"], **spec})["id"])
+        report, manifest = client.report(job["id"]), client.manifest(job["id"])
+        assert report["picked"] == "toy-sum", report
+        (applied, *_) = report["optimizations_applied"]
+        assert applied["details"] == {"added": _ADDS}
+        fold = next(s for s in manifest["stages"] if s["stage"] == "toy_fold")
+        assert fold["libraries"]["anneal-toy"] == "0.1.0", "its version is part of the key"
+        bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(tmp_path / "bundle")
+    command = [sys.executable, "-I", "infer.py"]
+    done = subprocess.run(command, cwd=tmp_path / "bundle", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "anneal" not in (tmp_path / "bundle" / "requirements.txt").read_text()
