@@ -132,7 +132,7 @@ class Stage(ABC, Generic[OptionsT]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _register(_STAGES, cls)
+        register(cls)
 
     @classmethod
     def accepts(cls, options: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG003
@@ -244,7 +244,7 @@ class Backend(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _register(_BACKENDS, cls)
+        register(cls)
 
     @abstractmethod
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
@@ -295,14 +295,12 @@ class Backend(ABC):
 _STAGES: dict[str, type[Stage[Any]]] = {}
 _BACKENDS: dict[str, type[Backend]] = {}
 
-T = TypeVar("T")
-
 
 class AlreadyRegistered(Exception):
     """Two stages or two backends claim the same name."""
 
 
-def _register(table: dict[str, type[T]], cls: type[T]) -> None:
+def _register(table: dict[str, type[Any]], cls: type[Any]) -> None:
     name = vars(cls).get("name")
     if not isinstance(name, str):
         return  # a base of others
@@ -310,6 +308,12 @@ def _register(table: dict[str, type[T]], cls: type[T]) -> None:
     if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
         raise AlreadyRegistered(f"{name!r} is already registered by {there.__module__}")
     table[name] = cls
+
+
+def register(cls: type[Any]) -> None:
+    """Known from now on; a subclass of `Stage` or `Backend` that has a name is when it is made. Raises
+    `AlreadyRegistered`."""
+    _register(_STAGES if issubclass(cls, Stage) else _BACKENDS, cls)
 
 
 def registered() -> set[type[Any]]:

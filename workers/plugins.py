@@ -49,18 +49,17 @@ def found() -> list[Plugin]:
 
 
 def _loaded(point: importlib.metadata.EntryPoint) -> Plugin:
-    named: Any = None
     before = kernel.registered()
     try:
         named = point.load()
         problem = _why_not(named, _BASES[point.group])
     except (Exception, SystemExit) as error:  # whatever it is that runs at its import
-        problem = f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
-    if problem is not None:
-        kernel.unregister({*(kernel.registered() - before), named})
+        named, problem = None, f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
+    kernel.unregister(kernel.registered() - before)  # what else its module defines: each has an entry point of its own
     dist = point.dist
-    if problem is None and dist is not None:
-        named.distribution = dist.name
+    if problem is None:
+        named.distribution = dist.name if dist else ""
+        kernel.register(named)
     return Plugin(point.group, point.name, dist.name if dist else "", dist.version if dist else "", problem)
 
 

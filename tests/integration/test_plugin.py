@@ -89,10 +89,13 @@ def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tm
         job = client.wait(client.submit({"model_id": model["id"], **spec})["id"])
         report, manifest = client.report(job["id"]), client.manifest(job["id"])
         assert report["picked"] == "toy-sum", report
-        (applied, *_) = report["optimizations_applied"]
-        assert applied["details"] == {"added": _ADDS}
-        fold = next(s for s in manifest["stages"] if s["stage"] == "toy_fold")
-        assert fold["libraries"]["anneal-toy"] == "0.1.0", "its version is part of the key"
+        assert not report["not_explained"], report["not_explained"]
+        fold, backend = report["optimizations_applied"]
+        assert fold["details"] == {"added": _ADDS}
+        assert "It takes toy-sum, and there is onnx" in fold["reason"], "an engine without that step cannot be"
+        assert backend["name"] == "toy in place of onnxruntime"
+        made = next(s for s in manifest["stages"] if s["stage"] == "toy_fold")
+        assert made["libraries"]["anneal-toy"] == "0.1.0", "its version is part of the key"
         bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(tmp_path / "bundle")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ class Outcome:
     seconds: float  # the stage's own work, 0 where cached
 
     def of_kind(self, *kinds: str) -> ArtifactRef:
-        """The output that is of the first of these kinds that there is. Raises `LookupError`."""
-        found = (ref for kind in kinds for ref in self.outputs.values() if ref.kind == kind)
-        ref = next(found, None)
-        if ref is None:
-            raise LookupError(f"{self.stage} gave nothing of {', '.join(kinds)}")
-        return ref
+        """The output that is of the first of these kinds that there is. Raises StageFailure (`wrong_artifact`)."""
+        found = {ref.kind: ref for ref in self.outputs.values() if ref.kind is not None}
+        kind = next((kind for kind in kinds if kind in found), None)
+        if kind is None:
+            raise _wrong_artifact(kinds, [*found])
+        return found[kind]
 
     @property
     def made(self) -> dict[str, Any]:
@@ -411,13 +411,17 @@ def _check_kind(
     """Who wires steps together has seen to it that they fit; here it ends, where a plug-in did not."""
     accepted, given = stage_type.accepts(options), inputs.get("model")
     if given is not None and given.kind is not None and given.kind not in accepted:
-        raise StageFailure(
-            "wrong_artifact",
-            f"Stage {stage_type.name} takes {' or '.join(accepted)}, and was given {given.kind}.",
-            FailureKind.MODEL,
-            stage_type.name,
-            remedy="Report this to whoever maintains the backend that proposed it.",
-        )
+        raise _wrong_artifact(accepted, [given.kind], stage_type.name)
+
+
+def _wrong_artifact(wanted: Sequence[str], there: Sequence[str], stage: str | None = None) -> StageFailure:
+    return StageFailure(
+        "wrong_artifact",
+        f"It takes {' or '.join(wanted)}, and there is {', '.join(there) or 'nothing'}.",
+        FailureKind.MODEL,
+        stage,
+        remedy="Report this to whoever maintains the backend that proposed it.",
+    )
 
 
 def _allowed(call: _Call) -> float:
