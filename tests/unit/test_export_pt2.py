@@ -17,7 +17,7 @@ import pytest
 
 from app.domain.failures import StageFailure
 from tests.unit.test_export import export
-from workers.stages.export import _pt2
+from workers.stages.export import Export, _pt2
 from workers.stages.export._pt2_guard import clean_copy
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra `torch`")
@@ -86,6 +86,27 @@ def test_dynamic_program(program: Path, tmp_path: Path) -> None:
     assert (comparison["inputs"], comparison["batch_sizes"]) == (6, [1, 2])
     assert comparison["max_abs_diff"] < 1e-5
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+
+
+def test_the_program_is_kept_beside_the_onnx(program: Path, tmp_path: Path) -> None:
+    """As an artifact of its own: what computes as the source does, the same bytes every time, with sample inputs of our
+    own in place of those that it came with (pickles)."""
+    import torch
+
+    kept = []
+    for run in ("1", "2"):
+        (tmp_path / run).mkdir()
+        result, folder = export(program, tmp_path / run, format="pt2")
+        assert set(result.outputs) == {"model", "program"}
+        kept.append((folder.parent / "program" / "program.pt2").read_bytes())
+    assert kept[0] == kept[1]
+    path = tmp_path / "kept.pt2"
+    path.write_bytes(kept[0])
+    image, scale = torch.randn(3, 1, 8, 8), torch.randn(3, 4)
+    with _pt2._quiet(), torch.no_grad():
+        wanted, found = (torch.export.load(str(p)).module()(image, scale) for p in (program, path))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert Export.kinds({}) == {"model": "onnx", "program": "exported-program"}
 
 
 def test_static_program_stays_static(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from app.db.orm import StageResult
 from app.domain.artifact_key import ArtifactRef
+from app.domain.failures import StageFailure
 from workers import kernel
 from workers.pipeline.isolated import StageOutcome
 from workers.pipeline.protocol import Limits
@@ -72,3 +75,13 @@ def test_only_timings_of_other_jobs_are_left() -> None:
     assert run("e", "profile", again=True) == (False, 3)
     assert run("a", "build") == (False, 4)
     assert run("f", "build", again=True) == (True, 4)
+
+
+def test_a_stage_is_not_run_on_another_kind_of_artifact() -> None:
+    ledger = Ledger()
+    plan_file = ArtifactRef((), kind="tensorrt-plan")
+    with pytest.raises(StageFailure, match="takes onnx or openvino-ir, and there is tensorrt-plan") as caught:
+        runner(ledger, "a").run("build", {"model": plan_file}, {"backend": "openvino"})
+    assert caught.value.code == "wrong_artifact"
+    built = runner(ledger, "a").run("build", {"model": ArtifactRef((), kind="onnx")}, {"backend": "openvino"})
+    assert not built.cached

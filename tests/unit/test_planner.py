@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from app.domain.spec import OptimizationSpec
 from workers.backends.onnxruntime import OnnxRuntimeBackend
-from workers.candidates import Case
+from workers.candidates import Candidate, Case, Proposal, Step
 from workers.pipeline.planner import Plan, plan
 
 CNN = {"Conv": 20, "Relu": 18, "Add": 8, "Gemm": 1, "GlobalAveragePool": 1}
@@ -73,3 +75,34 @@ def test_only_the_wanted_precisions_are_tried() -> None:
 def test_candidates_are_unique() -> None:
     ids = _ids(_plan(TRANSFORMER, "transformer"))
     assert len(set(ids)) == len(ids)
+
+
+class _Proposing(OnnxRuntimeBackend):
+    """As a backend of another package may be."""
+
+    name = "test-proposing"
+
+    def __init__(self, *steps: Step) -> None:
+        self.steps = steps
+
+    def propose(self, case: Case) -> Proposal:
+        if not self.steps:
+            raise ZeroDivisionError("a fault of its own")
+        return Proposal((Candidate("x", "theirs", self.name, "fp32", self.steps),))
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ([Step("quantize_nncf", {}), Step("simplify", {})], "simplify takes onnx, and there is openvino-ir"),
+        ([Step("quantize_nncf", {})], "test-proposing builds from onnx, and there is openvino-ir"),
+        ([Step("validate", {})], "test-proposing builds from onnx, and there is nothing"),
+        ([Step("no_such", {})], "this worker has no stage 'no_such'"),
+        ([], "its proposal failed: ZeroDivisionError: a fault of its own"),
+    ],
+)
+def test_what_does_not_fit_together_is_not_tried(steps: list[Step], reason: str) -> None:
+    case = Case(OptimizationSpec.model_validate({"model_id": "mdl_x"}), CNN, "cnn")
+    found = plan(case, {"onnxruntime": OnnxRuntimeBackend(), "test-proposing": _Proposing(*steps)})
+    assert reason in [s.reason for s in found.skipped]
+    assert _ids(found) == ["ort-fp32"], "the others go on"

@@ -65,7 +65,8 @@ class Export(Stage[ExportOptions]):
         elif options.format == "pt2":
             from workers.stages.export._pt2 import Program
 
-            program = Program.load(source, ctx.output("program") / PROGRAM_FILE)
+            program = Program.load(source, ctx.workspace)
+            program.keep(source, ctx.output("program") / PROGRAM_FILE)
             source = program.to_onnx(ctx.workspace / "from_pt2", max(18, options.min_opset))
         exported = export_onnx(
             source,

@@ -73,13 +73,11 @@ class Program:
         self.notes: list[str] = []
 
     @classmethod
-    def load(cls, path: Path, copy: Path) -> Program:
-        """Load from a cleaned copy, which stays at `copy`. Raises StageFailure `missing_extra`, `unsafe_program`,
-        `invalid_model`."""
+    def load(cls, path: Path, workspace: Path) -> Program:
+        """Load from a cleaned copy. Raises StageFailure `missing_extra`, `unsafe_program`, `invalid_model`."""
         torch = _import_torch()
-        nothing = io.BytesIO()
-        torch.save(((), {}), nothing)
-        clean_copy(path, copy, nothing.getvalue())
+        copy = workspace / "program.pt2"
+        clean_copy(path, copy, cls._saved(((), {})))
         try:
             with _quiet():
                 program = torch.export.load(str(copy))
@@ -91,7 +89,21 @@ class Program:
                 remedy="Save it again with torch.export.save and a torch version up to this worker's "
                 f"{torch.__version__}.",
             ) from None
+        finally:
+            copy.unlink(missing_ok=True)
         return cls(program)
+
+    @staticmethod
+    def _saved(value: Any) -> bytes:
+        import torch
+
+        content = io.BytesIO()
+        torch.save(value, content)
+        return content.getvalue()
+
+    def keep(self, source: Path, target: Path) -> None:
+        """Write the cleaned program to `target`, with sample inputs of ones: `torch.export.load` needs nothing more."""
+        clean_copy(source, target, self._saved(self._program.example_inputs))
 
     def to_onnx(self, folder: Path, opset: int) -> Path:
         """Write the ONNX model to `folder`; its dynamic first axis is named `batch`. Raises `export_failed`."""
