@@ -9,5 +9,6 @@ ONNX: Final = "onnx"  # `model.onnx`, and `model.onnx.data` where the weights ar
 OPENVINO_IR: Final = "openvino-ir"  # `model.xml`, `model.bin`, `interface.json`
 EXPORTED_PROGRAM: Final = "exported-program"  # `program.pt2`, as `torch.export.save` writes it, without pickles
 TENSORRT_PLAN: Final = "tensorrt-plan"  # `engine.plan`, `engine.json`
+TENSORRT_RTX_PLAN: Final = "tensorrt-rtx-plan"  # the same, of TensorRT for RTX
 
 PROGRAM_FILE: Final = "program.pt2"

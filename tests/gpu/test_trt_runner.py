@@ -22,6 +22,7 @@ from workers import installation
 from workers.backends.tensorrt import TensorRtBackend
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt.cuda import open_cuda
+from workers.backends.tensorrt.library import TENSORRT
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.kernel import Reporter
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_captured_runs_eagerly(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("make", [models.conv_net, models.transformer_block], ids=["cnn", "transformer"])
 def test_a_real_plan(make: Any, graph: bool, tmp_path: Path) -> None:
-    if not trt_probe.installed():
+    if not TENSORRT.installed():
         pytest.skip("TensorRT is not installed")
     model = make()
     session = session_of(model, tmp_path, {"cuda_graph": graph}, tf32=False, batch_sizes=[1, 8])
@@ -144,7 +145,7 @@ def test_a_real_plan(make: Any, graph: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("signed")
 @pytest.mark.parametrize(("recipe", "least"), [("fp16", 0.999), ("bf16", 0.99), ("int8", 0.99), ("fp8", 0.98)])
 def test_a_real_plan_in_explicit_precision(recipe: str, least: float, case: Case, tmp_path: Path) -> None:
-    if not trt_probe.installed():
+    if not TENSORRT.installed():
         pytest.skip("TensorRT is not installed")
     high = {"high_precision": "fp16"} if recipe in ("int8", "fp8") else {}
     folder, _ = case.converted(recipe, {}, **high)

@@ -282,13 +282,13 @@ print(json.dumps(found))
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from workers.backends.tensorrt import cuda as trt_cuda
-    from workers.backends.tensorrt import probe as trt_probe
+    from workers.backends.tensorrt.library import TENSORRT
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert not trt_probe.installed()
+    assert not TENSORRT.installed()
     monkeypatch.setitem(sys.modules, "workers.devices.cuda.runtime", None)
     for needs, code in (
-        (trt_probe.require_tensorrt, "tensorrt_unavailable"),
+        (TENSORRT.version, "tensorrt_unavailable"),
         (trt_cuda.open_cuda, "cuda_unavailable"),
     ):
         with pytest.raises(StageFailure) as caught:

@@ -21,6 +21,7 @@ from workers.backends.options import parsed
 from workers.backends.tensorrt import TensorRtBackend, timing
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt.build import build
+from workers.backends.tensorrt.library import TENSORRT
 from workers.backends.tensorrt.options import BuildOptions
 from workers.backends.tensorrt.progress import Progress
 from workers.kernel import Reporter, StageContext
@@ -351,5 +352,5 @@ def test_the_same_facts_for_the_same_build(tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        found.append(build(source, tmp_path / name, options, Recorder()))
+        found.append(build(TENSORRT, source, tmp_path / name, options, Recorder()))
     assert found[0] == found[1]

@@ -1,4 +1,5 @@
-"""TensorRT on NVIDIA GPUs: an engine is a plan, native code for one GPU and one version, with a signed sidecar."""
+"""TensorRT and TensorRT for RTX on NVIDIA GPUs: an engine is a plan, native code for one version and one GPU or compute
+capability, with a signed sidecar. What differs between the two libraries stands in `library`."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from app.domain.failures import StageFailure
-from workers.artifacts import ONNX, TENSORRT_PLAN
+from workers.artifacts import ONNX
 from workers.backends.options import parsed
 from workers.backends.tensorrt import build as building
 from workers.backends.tensorrt import messages
 from workers.backends.tensorrt import recipes as trt_recipes
+from workers.backends.tensorrt.compiled import Compiled
 from workers.backends.tensorrt.cuda import open_cuda
 from workers.backends.tensorrt.graph import NEEDS
+from workers.backends.tensorrt.library import RTX, TENSORRT, Library
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
-from workers.backends.tensorrt.probe import installed, probe_gpu, require_gpu, require_tensorrt
+from workers.backends.tensorrt.probe import probe_gpu, require_gpu
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.script import infer_script
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
@@ -29,29 +32,25 @@ if TYPE_CHECKING:
     from workers.kernel import Arrays
 
 
-class TensorRtBackend(Backend):
+class _Plans(Backend):
     """Engine = `engine.plan`, and `engine.json` that says what it was built with and for."""
 
-    name: ClassVar[str] = "tensorrt"
-    # One of the first three is the distribution; what is not installed is no part of a key.
-    libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "numpy")
-    engine_format: ClassVar[str] = TENSORRT_PLAN
+    library: ClassVar[Library]
     device: ClassVar[str] = "cuda"
     signed: ClassVar[bool] = True
-    shares_cache: ClassVar[bool] = True
     stops: ClassVar[bool] = True
     script_libraries: ClassVar[tuple[str, ...]] = ("pycuda", "ml-dtypes")
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:  # noqa: ARG002  (it asks the driver itself)
         """None without the library, a driver or a GPU. Asks the driver in a child process, so that the worker may go on
         forking, and makes no TensorRT object."""
-        if not installed():
+        if not self.library.installed():
             return None
         gpu = probe_gpu()
-        if isinstance(gpu, str):
+        if isinstance(gpu, str) or not self.library.builds_for(gpu.compute_capability):
             return None
         try:
-            version = require_tensorrt()
+            version = self.library.version()
         except Exception:  # a broken installation must not take the worker down
             return None
         precisions = ("fp32", *(p for p in ("fp16", "bf16", "int8", "fp8", "int4") if gpu.supports(*NEEDS[p])))
@@ -59,7 +58,7 @@ class TensorRtBackend(Backend):
         return BackendInfo(self.name, {k: v for k, v in versions.items() if v}, ("cuda",), precisions)
 
     def propose(self, case: Case) -> Proposal:
-        return trt_recipes.propose(case)
+        return trt_recipes.propose(case, self.library)
 
     def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:  # noqa: ARG002
         return trt_recipes.variants(candidate)
@@ -77,7 +76,7 @@ class TensorRtBackend(Backend):
         kind: str = ONNX,  # noqa: ARG002  (the one that it accepts)
     ) -> dict[str, Any]:
         """`options`: `BuildOptions`; the failures and what is returned are `building.build`'s."""
-        return building.build(model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
+        return building.build(self.library, model, out, parsed(BuildOptions, options, "TensorRT"), reporter)
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Verify, then load. Raises StageFailure: `engine_untrusted`, `engine_incompatible`, `load_failed`,
@@ -89,17 +88,16 @@ class TensorRtBackend(Backend):
         options = parsed(RuntimeOptions, runtime, "TensorRT")
         sidecar, content = read_verified(engine)  # before anything of the engine is looked at
         gpu = require_gpu()  # before TensorRT's runtime is made: without a driver it takes the process down
-        check_compatible(sidecar, require_tensorrt(), gpu)
-        import tensorrt as trt
-
+        library, version = self.library, self.library.version()
+        check_compatible(sidecar, version, gpu, library)
         specs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in _io_of(sidecar)}
         cuda = open_cuda()
         with ExitStack() as opening:
             opening.callback(cuda.close)
             opening.enter_context(cuda.context())
             log = messages.Log()
-            logger = messages.make_logger(log)
-            made = messages.guarded("start its runtime", log, lambda: trt.Runtime(logger))
+            logger = messages.make_logger(library, log)
+            made = messages.guarded("start its runtime", log, lambda: library.load().Runtime(logger))
             # Plans of this service hold no host code (no plugins, no lean runtime): TensorRT shall refuse it.
             made.engine_host_code_allowed = False
             plan = made.deserialize_cuda_engine(content)
@@ -107,7 +105,8 @@ class TensorRtBackend(Backend):
                 raise messages.load_failure(log)
             opened = ExitStack()
             try:
-                session = TensorRtSession(made, plan, cuda, log, options, specs, opened)
+                compiled = Compiled.of(library, version, gpu)
+                session = TensorRtSession(library, made, plan, cuda, log, options, specs, opened, compiled)
             except StageFailure as failure:
                 # TensorRT's objects go before their CUDA context, and a traceback would keep them longer.
                 del plan, made
@@ -129,7 +128,24 @@ class TensorRtBackend(Backend):
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})
-        return infer_script(runtime, info.versions["tensorrt"] if info else "any version")
+        return infer_script(runtime, info.versions["tensorrt"] if info else "any version", self.library)
+
+
+class TensorRtBackend(_Plans):
+    library: ClassVar[Library] = TENSORRT
+    name: ClassVar[str] = TENSORRT.name
+    # What is not installed of these is no part of a key.
+    libraries: ClassVar[tuple[str, ...]] = (*TENSORRT.distributions, "numpy")
+    engine_format: ClassVar[str] = TENSORRT.engine_format
+    shares_cache: ClassVar[bool] = TENSORRT.keeps_timings
+
+
+class TensorRtRtxBackend(_Plans):
+    library: ClassVar[Library] = RTX
+    name: ClassVar[str] = RTX.name
+    libraries: ClassVar[tuple[str, ...]] = (*RTX.distributions, "numpy")
+    engine_format: ClassVar[str] = RTX.engine_format
+    shares_cache: ClassVar[bool] = RTX.keeps_timings
 
 
 def _io_of(sidecar: Mapping[str, Any]) -> list[tuple[str, str, list[int | str]]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from app.domain.failures import StageFailure
 from workers.backends.tensorrt.cuda import Cuda
+from workers.backends.tensorrt.library import Library
 from workers.backends.tensorrt.options import RuntimeOptions
 from workers.backends.tensorrt.profiles import Range
 from workers.kernel import TensorSpec
@@ -43,10 +44,9 @@ class IoTensor:
     host: bool
 
 
-def io_tensors(engine: tensorrt.ICudaEngine) -> list[IoTensor]:
+def io_tensors(library: Library, engine: tensorrt.ICudaEngine) -> list[IoTensor]:
     """All inputs and outputs, in the engine's order; raises StageFailure(`unsupported_io`) for what numpy has not."""
-    import tensorrt as trt
-
+    trt = library.load()
     found = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -149,11 +149,13 @@ class Buffers:
         self._host.clear()
 
 
-def make_allocator(buffers: Buffers, host: Collection[str]) -> Any:
+def make_allocator(library: Library, buffers: Buffers, host: Collection[str]) -> Any:
     """A `trt.IOutputAllocator` that allocates in `buffers` (for tensors of `host`, where the dimensions are an output,
     in host memory) and keeps the shapes that it was told, by tensor name."""
-
-    import tensorrt as trt
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = library.load()
 
     class Allocator(trt.IOutputAllocator):
         def __init__(self) -> None:
@@ -185,9 +187,9 @@ class Binding:
     """Feeds with memory of their own: what one call needs, so that calls on several feeds can alternate. It lives as
     long as its call: a benchmark binds many, one batch size after the other."""
 
-    def __init__(self, cuda: Cuda, host: Collection[str]) -> None:
+    def __init__(self, library: Library, cuda: Cuda, host: Collection[str]) -> None:
         self.buffers = Buffers(cuda)
-        self.allocator = make_allocator(self.buffers, host)
+        self.allocator = make_allocator(library, self.buffers, host)
         self.arrays: dict[str, Any] = {}  # inputs, pinned, in the engine's types
         self.profile = 0
         self.outputs: dict[str, tuple[int, ...] | None] = {}  # None: known once it ran

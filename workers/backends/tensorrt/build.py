@@ -1,6 +1,7 @@
 """Building a TensorRT plan: parse, profiles, flags, timing cache, progress, and what became of the graph.
 
 Written against TensorRT 11, where precision lives in the ONNX alone; on 10.x the network is made strongly typed.
+TensorRT for RTX builds without a GPU: its plan is then not loaded, and what it is made of not read.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.domain.failures import StageFailure, model_failure
+from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.backends.tensorrt import graph as graphs
 from workers.backends.tensorrt import messages, profiles, timing
 from workers.backends.tensorrt.inspect import inspection_of, read_inspection, weights_bytes
+from workers.backends.tensorrt.library import Library
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
-from workers.backends.tensorrt.probe import Gpu, require_gpu, require_tensorrt
+from workers.backends.tensorrt.probe import Gpu, probe_gpu, require_gpu
 from workers.backends.tensorrt.progress import BUILDING, Progress, make_monitor
 from workers.backends.tensorrt.sidecar import PLAN_FILE, require_key, write_sidecar
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 class _Building:
     """What one build holds; TensorRT's objects must be freed after what was made from them, so they stay here."""
 
+    library: Library
     version: str
-    gpu: Gpu
+    gpu: Gpu  # that is built for
     log: messages.Log
     logger: tensorrt.ILogger
     builder: tensorrt.Builder
@@ -40,15 +43,15 @@ class _Building:
     options: BuildOptions
 
 
-def build(model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> dict[str, Any]:
+def build(library: Library, model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> dict[str, Any]:
     """Build the plan of folder `model` into folder `out`, with its signed sidecar.
 
-    Raises StageFailure: `gpu_unavailable`, `tensorrt_unavailable`, `engine_key_missing`, `precision_unsupported`,
-    `gpu_out_of_memory`, `invalid_profile`, `unsupported_op`, `parse_failed`, `engine_build_failed`, `build_cancelled`,
+    Raises StageFailure: `gpu_unavailable`, `gpu_unsupported`, `tensorrt_unavailable`, `engine_key_missing`,
+    `precision_unsupported`, `gpu_out_of_memory`, `invalid_profile`, `unsupported_op`, `parse_failed`, `engine_build_failed`, `build_cancelled`,
     `timing_cache_miss`, and what `read_graph` finds. Returns JSON: runtime, precision, profiles, layers, fused, memory,
     timing_cache, parser warnings.
     """
-    gpu = require_gpu()  # before TensorRT is touched
+    gpu = _target(library, options)  # before TensorRT is touched
     require_key()  # before minutes are spent
     facts = graphs.read_graph(model)
     graphs.check_gpu(facts, gpu)
@@ -56,20 +59,21 @@ def build(model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> 
         _check_asked(options.precision, gpu)
     wanted = profiles.profiles_for(facts.inputs, options)
     reporter.progress(0.02, "TensorRT: parsing")
-    state = _start(require_tensorrt(), gpu, options)
+    state = _start(library, gpu, options)
     _parse(state, model)
     _tell_types(reporter, facts)
     _configure(state)
     _add_profiles(state, wanted)
-    path = timing.cache_path(state.version, gpu) if options.timing_cache else None
+    keeps = options.timing_cache and library.keeps_timings
+    path = timing.cache_path(state.version, gpu) if keeps else None
     cache_facts: dict[str, Any] = {"used": False, "stored": False}
-    if options.timing_cache:
+    if keeps:
         kept, filled = timing.attach(state.config, path)
         cache_facts = {"used": filled}
     plan = _build_plan(state, Progress(reporter, options.max_seconds))
     with (out / PLAN_FILE).open("wb") as file:
         file.write(memoryview(plan))
-    if options.timing_cache:
+    if keeps:
         cache_facts |= _cache_kept(state, path, reporter)
         del kept
     reporter.progress(BUILDING[1], "TensorRT: reading the plan")
@@ -78,28 +82,44 @@ def build(model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> 
     return _result(state, out, facts, wanted, found, cache_facts)
 
 
-def _start(version: str, gpu: Gpu, options: BuildOptions) -> _Building:
-    import tensorrt as trt
+def _target(library: Library, options: BuildOptions) -> Gpu:
+    """The GPU that is built for: this machine's, or any of the compute capability that is asked for."""
+    asked, here = options.target, probe_gpu()
+    if asked is None or library.needs_gpu:
+        gpu = require_gpu()
+    else:
+        gpu = here if isinstance(here, Gpu) and here.compute_capability == asked else Gpu.elsewhere(asked)
+    if not library.builds_for(gpu.compute_capability) or (asked or gpu.compute_capability) != gpu.compute_capability:
+        raise StageFailure(
+            "gpu_unsupported",
+            f"{library.title} does not build for compute capability {asked or gpu.compute_capability} here; it does "
+            f"for {', '.join(library.capabilities) or 'the GPU at hand'}.",
+            FailureKind.INFRASTRUCTURE,
+            remedy="Use a GPU that it supports, or the backend onnxruntime-cuda.",
+            cacheable=False,
+        )
+    return gpu
 
+
+def _start(library: Library, gpu: Gpu, options: BuildOptions) -> _Building:
+    trt, version = library.load(), library.version()
     log = messages.Log()
-    logger = messages.make_logger(log)
+    logger = messages.make_logger(library, log)
     try:
         builder = trt.Builder(logger)
     except Exception as error:  # pybind11: "factory function returned nullptr"
         raise messages.driver_failure(log.errors[-1] if log.errors else str(error)) from error
-    # 11 has no other networks; on 10 it is a flag, whose number differs between versions.
+    # 11 has no other networks; on 10 it is a flag, whose number differs between versions; and so for RTX (1.x).
     old = int(version.split(".", maxsplit=1)[0]) < 11
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if old else 0
     network, config = builder.create_network(flags), builder.create_builder_config()
     if network is None or config is None:
         raise messages.driver_failure(log.last())
-    return _Building(version, gpu, log, logger, builder, network, config, options)
+    return _Building(library, version, gpu, log, logger, builder, network, config, options)
 
 
 def _parse(state: _Building, model: Path) -> None:
-    import tensorrt as trt
-
-    parser = trt.OnnxParser(state.network, state.logger)
+    parser: tensorrt.OnnxParser = state.library.load().OnnxParser(state.network, state.logger)
     # From the file, not from bytes: weights beside it are then found.
     if not parser.parse_from_file(str(model / MODEL_FILE)) or parser.num_errors:
         raise messages.parse_failure(messages.parser_errors(parser), state.log)
@@ -108,8 +128,7 @@ def _parse(state: _Building, model: Path) -> None:
 
 
 def _configure(state: _Building) -> None:
-    import tensorrt as trt
-
+    trt, library = state.library.load(), state.library
     config, options = state.config, state.options
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
@@ -125,16 +144,18 @@ def _configure(state: _Building) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     elif options.hardware_compatibility == "same_compute_capability":
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    library.set_target(config, state.gpu.compute_capability)
     flag = trt.BuilderFlag
+    keeps = options.timing_cache and library.keeps_timings
     switches = [
         (flag.TF32, options.tf32),
         (flag.SPARSE_WEIGHTS, options.sparsity),
         (flag.VERSION_COMPATIBLE, options.version_compatible),
         # A version-compatible plan would carry a runtime, which is host code: it stays out, and the loader needs none.
         (flag.EXCLUDE_LEAN_RUNTIME, options.version_compatible),
-        (flag.EDITABLE_TIMING_CACHE, options.timing_cache),
-        (flag.DISABLE_TIMING_CACHE, not options.timing_cache),
-        (flag.ERROR_ON_TIMING_CACHE_MISS, options.exact_timing),
+        (flag.EDITABLE_TIMING_CACHE, keeps),
+        (flag.DISABLE_TIMING_CACHE, not keeps),
+        (flag.ERROR_ON_TIMING_CACHE_MISS, options.exact_timing and library.keeps_timings),
     ]
     for which, on in switches:
         if on:
@@ -162,8 +183,7 @@ def _add_profiles(state: _Building, wanted: list[profiles.Profile]) -> None:
 
 
 def _add_profile(state: _Building, shapes: profiles.Profile, values: Mapping[str, Mapping[str, list[int]]]) -> None:
-    import tensorrt as trt
-
+    trt = state.library.load()
     profile = state.builder.create_optimization_profile()
     if profile is None:
         raise _refused_profile(None, state.log.last())
@@ -190,7 +210,7 @@ def _refused_profile(name: str | None, why: str) -> StageFailure:
 
 
 def _build_plan(state: _Building, progress: Progress) -> tensorrt.IHostMemory:
-    monitor = make_monitor(progress)
+    monitor = make_monitor(state.library, progress)
     state.config.progress_monitor = monitor
     try:
         plan = state.builder.build_serialized_network(state.network, state.config)
@@ -223,22 +243,22 @@ def _cache_kept(state: _Building, path: Path | None, reporter: Reporter) -> dict
 
 def _inspect(state: _Building, plan: tensorrt.IHostMemory, ops: Mapping[str, str]) -> dict[str, Any]:
     """Load the plan that was just built, from memory, and read what it is made of and what memory it takes."""
-    import tensorrt as trt
-
-    runtime = trt.Runtime(state.logger)
+    if not state.gpu.here:
+        return read_inspection("", ops) | {"memory": None, "reason": "the plan was not loaded: its GPU is not here"}
+    runtime: tensorrt.Runtime = state.library.load().Runtime(state.logger)
     engine = runtime.deserialize_cuda_engine(memoryview(plan))
     if engine is None:
         raise messages.load_failure(state.log)
-    found = read_inspection(inspection_of(engine), ops)
-    found["memory"] = engine_memory(engine)
+    found = read_inspection(inspection_of(state.library, engine), ops)
+    found["memory"] = engine_memory(state.library, engine)
     return found
 
 
-def engine_memory(engine: tensorrt.ICudaEngine) -> dict[str, Any]:
+def engine_memory(library: Library, engine: tensorrt.ICudaEngine) -> dict[str, Any]:
     """Bytes of weights and, per profile, of activations."""
     count = int(engine.num_optimization_profiles)
     return {
-        "weights_bytes": weights_bytes(engine),
+        "weights_bytes": weights_bytes(library, engine),
         "activation_bytes": int(engine.device_memory_size_v2),
         "activation_bytes_by_profile": [int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(count)],
     }
@@ -258,6 +278,7 @@ def _result(
     write_sidecar(
         out,
         {
+            "library": state.library.name,
             "tensorrt": state.version,
             "gpu": gpu.to_json(),
             "precision": precision,

@@ -81,7 +81,7 @@ def check_gpu(facts: GraphFacts, gpu: Gpu) -> None:
         least = NEEDS.get(precision, (0, 0))
         if capability(gpu.compute_capability) < least:
             raise precision_unsupported(precision, gpu.name, gpu.compute_capability)
-    if facts.weights_bytes > gpu.memory_bytes:
+    if gpu.here and facts.weights_bytes > gpu.memory_bytes:
         raise gpu_out_of_memory(
             f"the weights take {facts.weights_bytes / 1e9:.1f} GB, and {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB"
         )

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from workers.backends.tensorrt.library import Library
+
 if TYPE_CHECKING:
     import tensorrt
 
@@ -30,28 +32,28 @@ _PATTERNS = {
 }
 
 
-def inspection_of(engine: tensorrt.ICudaEngine) -> str:
+def inspection_of(library: Library, engine: tensorrt.ICudaEngine) -> str:
     """The engine inspector's JSON; empty where it gives none."""
-    import tensorrt as trt
-
+    trt = library.load()
     inspector = engine.create_engine_inspector()
     return inspector.get_engine_information(trt.LayerInformationFormat.JSON) if inspector is not None else ""
 
 
-def weights_bytes(engine: tensorrt.ICudaEngine) -> int | None:
+def weights_bytes(library: Library, engine: tensorrt.ICudaEngine) -> int | None:
     """What the engine's weights take; None where this TensorRT (early versions of 10) does not tell."""
-    import tensorrt as trt
-
+    trt = library.load()
     if not hasattr(trt, "EngineStat"):
         return None
     return int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
 
 
-def profile_layers(context: tensorrt.IExecutionContext) -> dict[str, float]:
+def profile_layers(library: Library, context: tensorrt.IExecutionContext) -> dict[str, float]:
     """Have every enqueue of `context` from now on add its layers' milliseconds to what is returned, by layer name.
     Such an enqueue waits for the GPU."""
-    import tensorrt as trt
-
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = library.load()
     times: dict[str, float] = {}
 
     class Times(trt.IProfiler):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.backends.tensorrt.graph import gpu_out_of_memory
+from workers.backends.tensorrt.library import Library
 
 if TYPE_CHECKING:
     import tensorrt
@@ -48,10 +49,12 @@ class Log:
         return "\n".join(self.errors)
 
 
-def make_logger(log: Log) -> tensorrt.ILogger:
+def make_logger(library: Library, log: Log) -> tensorrt.ILogger:
     """A `trt.ILogger` that collects; must outlive every object it was given to."""
-    import tensorrt as trt
-
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = library.load()
     errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
     class Collecting(trt.ILogger):

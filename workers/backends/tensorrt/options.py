@@ -16,6 +16,8 @@ class BuildOptions(TensorRtBuild):
     `shapes`: min/opt/max by input, as in the job's spec. `profiles`: several of those, one optimization profile each.
     `batch_sizes`: what is measured; profiles are derived from it where no shapes are given. `shape_values`: min/opt/max
     of the *values* of inputs that set shapes. `max_seconds`: give the build up after this time.
+    `target`: the compute capability to build for ("8.9") where that is not this machine's GPU's; TensorRT for RTX alone
+    can.
     """
 
     precision: str | None = None
@@ -26,6 +28,7 @@ class BuildOptions(TensorRtBuild):
     tf32: bool = True
     max_seconds: float | None = Field(default=None, gt=0)
     cuda_graph: bool = False
+    target: str | None = None
 
 
 class RuntimeOptions(BaseModel):

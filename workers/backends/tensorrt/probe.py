@@ -7,7 +7,6 @@ it is freed; and a process that has started CUDA must not fork any more.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -59,7 +58,8 @@ out(name=name.value.decode(errors="replace"), compute_capability=".".join(capabi
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first visible GPU. `compute_capability` as "9.0"; `cuda`: the newest version that the driver knows."""
+    """The first visible GPU. `compute_capability` as "9.0"; `cuda`: the newest version that the driver knows.
+    `devices`: 0 for one that is built for and is not here; its memory is not known (0)."""
 
     name: str
     compute_capability: str
@@ -67,6 +67,14 @@ class Gpu:
     cuda: str
     driver: str
     devices: int = 1
+
+    @classmethod
+    def elsewhere(cls, compute_capability: str) -> Gpu:
+        return cls(f"any GPU of compute capability {compute_capability}", compute_capability, 0, "", "", 0)
+
+    @property
+    def here(self) -> bool:
+        return self.devices > 0
 
     def supports(self, major: int, minor: int = 0) -> bool:
         return capability(self.compute_capability) >= (major, minor)
@@ -124,27 +132,3 @@ def require_gpu() -> Gpu:
             cacheable=False,
         )
     return found
-
-
-def installed() -> bool:
-    """Whether TensorRT's Python package is there; imports nothing."""
-    try:
-        return importlib.util.find_spec("tensorrt") is not None
-    except (ImportError, ValueError):
-        return "tensorrt" in sys.modules
-
-
-def require_tensorrt() -> str:
-    """Import the library and return its version; raises StageFailure(`tensorrt_unavailable`) that names the extra to
-    install."""
-    try:
-        import tensorrt as trt
-    except Exception as error:  # a missing libnvinfer is an ImportError or an OSError
-        raise StageFailure(
-            "tensorrt_unavailable",
-            f"TensorRT cannot be imported: {type(error).__name__}: {str(error)[:300]}",
-            FailureKind.INFRASTRUCTURE,
-            remedy="Install it with pip install 'anneal[tensorrt]' (docs/gpu.md says which versions fit each other).",
-            cacheable=False,
-        ) from error
-    return str(trt.__version__)

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from workers.backends.tensorrt.library import Library
 from workers.kernel import Reporter
 
 if TYPE_CHECKING:
@@ -68,8 +69,11 @@ class Progress:
         return min(1.0, (done + (max(inner) if inner else 0.0)) / steps)
 
 
-def make_monitor(progress: Progress) -> tensorrt.IProgressMonitor:
-    import tensorrt as trt
+def make_monitor(library: Library, progress: Progress) -> tensorrt.IProgressMonitor:
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = library.load()
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from workers import recipes
 from workers.backends.tensorrt.graph import NEEDS, least_capability
+from workers.backends.tensorrt.library import TENSORRT, Library
 from workers.backends.tensorrt.probe import capability
 from workers.candidates import Candidate, Case, Narrowing, Proposal, Skipped, Step
 
-_NAME = "tensorrt"
 # Large integers are held to be narrowed until a run on a GPU shows which of its layers keep int64.
 ARITHMETIC = Narrowing("float32", "int32, or in float32", "TensorRT 11's documentation; never run here")
 CONVERTED_OPS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -25,7 +25,7 @@ _PRIORS = {"fp32": 0.85, "tf32": 0.7, "fp16": 0.4, "bf16": 0.45, "int8": 0.3, "f
 _PRIORS_BY_KIND = {"cnn": {"int8": 0.25, "fp8": 0.42}, "transformer": {"int8": 0.38, "fp8": 0.28}}
 
 
-def propose(case: Case) -> Proposal:
+def propose(case: Case, library: Library = TENSORRT) -> Proposal:
     if case.spec.target.device == "cpu":
         return Proposal()
     candidates: list[Candidate] = []
@@ -33,24 +33,30 @@ def propose(case: Case) -> Proposal:
     gpu = case.hardware.get("gpu") or {}
     found = str(gpu.get("compute_capability", ""))
     if capability(found) == (0, 0):
-        return Proposal((), (Skipped(_NAME, "this worker knows of no NVIDIA GPU"),))
+        return Proposal((), (Skipped(library.name, "this worker knows of no NVIDIA GPU"),))
+    if not library.builds_for(found):
+        known = ", ".join(library.capabilities)
+        lacks = f"{library.title} runs on compute capability {known}; this GPU has {found}"
+        return Proposal((), (Skipped(library.name, lacks),))
+    short, title = library.prefix, library.title
     if case.wants("fp32"):
         plain = [recipes.simplify()]
-        candidates.append(_candidate(case, "trt-fp32", "TensorRT fp32", "fp32", plain, tf32=False))
+        candidates.append(_candidate(library, case, f"{short}-fp32", f"{title} fp32", "fp32", plain, tf32=False))
         if capability(found) >= (8, 0):
-            candidates.append(_candidate(case, "trt-tf32", "TensorRT fp32 with TF32", "fp32", plain, tf32=True))
+            name = f"{title} fp32 with TF32"
+            candidates.append(_candidate(library, case, f"{short}-tf32", name, "fp32", plain, tf32=True))
         else:
-            skipped.append(Skipped("trt-tf32", f"TF32 needs compute capability 8.0, this GPU has {found}"))
+            skipped.append(Skipped(f"{short}-tf32", f"TF32 needs compute capability 8.0, this GPU has {found}"))
     for precision in ("fp16", "bf16", "int8", "fp8", "int4"):
         if not case.wants(precision):
             continue
         reason = _why_not(case, precision, found)
         if reason:
-            skipped.append(Skipped(f"trt-{precision}", reason))
+            skipped.append(Skipped(f"{short}-{precision}", reason))
         else:
             steps = [recipes.simplify(), _step(case, precision)]
-            name = f"TensorRT {precision}{_REST[precision]}"
-            candidates.append(_candidate(case, f"trt-{precision}", name, precision, steps, tf32=True))
+            name = f"{title} {precision}{_REST[precision]}"
+            candidates.append(_candidate(library, case, f"{short}-{precision}", name, precision, steps, tf32=True))
     return Proposal(tuple(candidates), tuple(skipped))
 
 
@@ -88,7 +94,9 @@ def _step(case: Case, precision: str) -> Step:
     return Step("convert", {**options, **recipes.calibration_options(case)}, ("calibration",))
 
 
-def _candidate(case: Case, cid: str, name: str, precision: str, steps: list[Step], *, tf32: bool) -> Candidate:
+def _candidate(
+    library: Library, case: Case, cid: str, name: str, precision: str, steps: list[Step], *, tf32: bool
+) -> Candidate:
     options = {
         **case.spec.tensorrt.model_dump(exclude_defaults=True),
         "precision": precision,
@@ -101,5 +109,5 @@ def _candidate(case: Case, cid: str, name: str, precision: str, steps: list[Step
     narrows = ARITHMETIC.of(case)
     lossless = precision == "fp32" and not tf32 and narrows is None
     return Candidate(
-        cid, name, _NAME, precision, tuple(steps), options, lossless=lossless, prior=prior, narrows=narrows
+        cid, name, library.name, precision, tuple(steps), options, lossless=lossless, prior=prior, narrows=narrows
     )

@@ -17,9 +17,11 @@ import numpy as np
 from app.domain.failures import FailureKind, StageFailure
 from workers.backends.tensorrt import messages, profiles
 from workers.backends.tensorrt.buffers import Binding, IoTensor, io_tensors, may_be, profiles_of, spec_of
+from workers.backends.tensorrt.compiled import Compiled
 from workers.backends.tensorrt.context import Execution
 from workers.backends.tensorrt.cuda import Cuda
 from workers.backends.tensorrt.inspect import inspection_of, profile_layers, read_inspection, weights_bytes
+from workers.backends.tensorrt.library import Library
 from workers.backends.tensorrt.options import RuntimeOptions
 from workers.kernel import WARM_UP_RUNS, LayerTime, Session, TensorSpec
 from workers.measure.layers import median_times
@@ -38,6 +40,7 @@ class TensorRtSession(Session):
 
     def __init__(
         self,
+        library: Library,
         runtime: tensorrt.Runtime,
         engine: tensorrt.ICudaEngine,
         cuda: Cuda,
@@ -45,14 +48,16 @@ class TensorRtSession(Session):
         options: RuntimeOptions,
         specs: Mapping[str, TensorSpec],
         opened: ExitStack,
+        compiled: Compiled,
     ) -> None:
         """`opened` is what `close` ends last: the CUDA context. Raises StageFailure: `gpu_out_of_memory`,
         `load_failed`, `unsupported_io`."""
+        self._library, self._compiled = library, compiled
         self._cuda, self._log, self._options, self._opened = cuda, log, options, opened
         # Freed in this order's reverse: context, engine, runtime.
         self._runtime: tensorrt.Runtime | None = runtime
         self._engine: tensorrt.ICudaEngine | None = engine
-        io = io_tensors(engine)
+        io = io_tensors(library, engine)
         self._inputs = [t for t in io if t.is_input]
         self._outputs = [t for t in io if not t.is_input]
         self._host = frozenset(t.name for t in io if t.host)
@@ -62,7 +67,7 @@ class TensorRtSession(Session):
         self.graph_status: str | None = None
         self._stream = cuda.stream()
         self._live: Execution | None = self._execution()
-        self._own = Binding(cuda, self._host)
+        self._own = Binding(library, cuda, self._host)
         self._made = [weakref.ref(self._own)]
 
     @property
@@ -78,9 +83,14 @@ class TensorRtSession(Session):
     def _execution(self) -> Execution:
         """A new context of the engine; raises StageFailure: `gpu_out_of_memory`, `load_failed`."""
         assert self._engine is not None, "the session is open"
-        context = messages.guarded("make a context", self._log, self._engine.create_execution_context)
+        engine, graph = self._engine, self._options.cuda_graph
+        make = self._library.new_context
+        context, cache = messages.guarded(
+            "make a context", self._log, lambda: make(engine, cuda_graph=graph, cached=self._compiled.read())
+        )
         if context is None:
             raise messages.load_failure(self._log)
+        self._compiled.hold(cache)
         return Execution(context, self._stream, self._log, self._outputs, self._host)
 
     def run(self, feeds: Arrays) -> Arrays:
@@ -154,11 +164,11 @@ class TensorRtSession(Session):
         """Median milliseconds by layer, the slowest first, by TensorRT's own profiler. The session is of no other use
         afterwards: every call of it is profiled from then on."""
         assert self._engine is not None, "the session is open"
-        found = read_inspection(inspection_of(self._engine), {})
+        found = read_inspection(inspection_of(self._library, self._engine), {})
         types = {layer["name"]: str(layer["type"] or "") for layer in found["layers"]}
         for _ in range(WARM_UP_RUNS):
             self.run(feeds)
-        times = profile_layers(self._main.context)
+        times = profile_layers(self._library, self._main.context)
         each: list[dict[tuple[str, str], float]] = []
         for _ in range(runs):
             times.clear()
@@ -172,7 +182,7 @@ class TensorRtSession(Session):
         assert engine is not None, "the session is open"
         free, total = self._cuda.mem_info()
         return {
-            "weights_bytes": weights_bytes(engine),
+            "weights_bytes": weights_bytes(self._library, engine),
             "activation_bytes": int(engine.get_device_memory_size_for_profile_v2(self._main.profile)),
             "io_bytes": sum(b.buffers.total_bytes() for b in self._bindings),
             "gpu_free_bytes": free,
@@ -189,6 +199,7 @@ class TensorRtSession(Session):
             binding.free()
         self._made.clear()
         self._live = None
+        self._compiled.keep()
         self._engine = None
         self._runtime = None
         self._stream.close()
@@ -196,7 +207,7 @@ class TensorRtSession(Session):
 
     def _bound(self, feeds: Arrays) -> Binding:
         """A binding of its own that ran once: TensorRT does its lazy work, and says why where it does not run."""
-        binding = Binding(self._cuda, self._host)
+        binding = Binding(self._library, self._cuda, self._host)
         self._made = [weakref.ref(b) for b in [*self._bindings, binding]]
         self._fill(binding, feeds)
         self._copy_in(binding)
@@ -280,6 +291,9 @@ class TensorRtSession(Session):
             self._main.enqueue(binding)
 
         if not self._options.cuda_graph:
+            return eager
+        if self._library.compiles_when_loaded:
+            self.graph_status = "left to the runtime"
             return eager
         if any(shape is None for shape in binding.outputs.values()):
             self.graph_status = "not captured: an output's shape depends on the data"

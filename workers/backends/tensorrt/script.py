@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workers.backends.bundle_script import COMMON
+from workers.backends.tensorrt.library import TENSORRT, Library
 
 _TEMPLATE = '''#!/usr/bin/env python3
 """Run the TensorRT engine beside this file on the arrays of an .npz.
@@ -20,7 +21,7 @@ expected_output.npz, where that stands beside this file; the exit code is 1 wher
 An engine is native code for the GPU and the TensorRT version in engine.json. Load only what you got from your own
 Anneal service.
 
-Needs: an NVIDIA GPU with its driver, numpy, tensorrt (__VERSION__ was measured), pycuda; ml_dtypes for bfloat16.
+Needs: an NVIDIA GPU with its driver, numpy, __LIBRARY__ (__VERSION__ was measured), pycuda; ml_dtypes for bfloat16.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import pycuda.autoprimaryctx  # TensorRT uses the primary context too
 import pycuda.driver as cuda
-import tensorrt as trt
+import __MODULE__ as trt
 
 HERE = Path(__file__).resolve().parent
 PRIMARY = pycuda.autoprimaryctx.context
@@ -81,6 +82,8 @@ def read_engine(logger):
         raise SystemExit(f"The engine needs TensorRT {facts['tensorrt']}, here is {trt.__version__}.")
     device, built = pycuda.autoprimaryctx.device, facts["gpu"]
     found, level = ".".join(map(str, device.compute_capability())), facts["hardware_compatibility"]
+    if facts.get("library") == "tensorrt-rtx":
+        level = "same_compute_capability"  # it is compiled here, when it is loaded
     other_model = level == "none" and device.name() != built["name"]
     if other_model or (level != "ampere_plus" and found != built["compute_capability"]):
         raise SystemExit(f"The engine is for {built['name']}, here is {device.name()}.")
@@ -242,7 +245,8 @@ if __name__ == "__main__" and (code := guarded(main)):
 '''
 
 
-def infer_script(runtime: Mapping[str, Any], version: str) -> str:
+def infer_script(runtime: Mapping[str, Any], version: str, library: Library = TENSORRT) -> str:
     """Source of a standalone script for this engine; `version` is the TensorRT that was measured."""
     told = json.dumps(dict(runtime), indent=4, sort_keys=True).replace('"""', r"\"\"\"")
-    return _TEMPLATE.replace("__CHECK__", COMMON).replace("__RUNTIME__", told).replace("__VERSION__", version)
+    named = _TEMPLATE.replace("__MODULE__", library.module).replace("__LIBRARY__", library.distributions[0])
+    return named.replace("__CHECK__", COMMON).replace("__RUNTIME__", told).replace("__VERSION__", version)

@@ -15,6 +15,7 @@ from typing import Any
 
 from app.domain.failures import FailureKind, StageFailure
 from workers import installation
+from workers.backends.tensorrt.library import TENSORRT, Library
 from workers.backends.tensorrt.probe import Gpu, capability
 
 PLAN_FILE = "engine.plan"
@@ -80,18 +81,22 @@ def read_verified(folder: Path) -> tuple[dict[str, Any], bytes]:
     return body, content
 
 
-def check_compatible(body: Mapping[str, Any], tensorrt: str, gpu: Gpu) -> None:
+def check_compatible(body: Mapping[str, Any], tensorrt: str, gpu: Gpu, library: Library = TENSORRT) -> None:
     """Whether this TensorRT on this GPU may load the plan; raises StageFailure(`engine_incompatible`).
 
     A plan needs the very version that built it, unless it was built version-compatible: then any later one of at least
     the same major version. It needs the same GPU model (NVIDIA's rule without hardware compatibility), the same compute
-    capability, or Ampere and later, as it was built; and a driver of the same branch or a later one.
+    capability, or Ampere and later, as it was built; and a driver of the same branch or a later one. A plan of TensorRT
+    for RTX is compiled where it is loaded: it needs the compute capability that it was built for, and no more.
     """
     built = str(body["tensorrt"])
+    made_by = str(body.get("library", TENSORRT.name))
+    if made_by != library.name:
+        raise _incompatible(f"it was built by {made_by}, which is another library than {library.name}")
     if built != tensorrt and not (body["version_compatible"] and _version(tensorrt) >= _version(built)):
         raise _incompatible(f"it was built with TensorRT {built}, and this machine has {tensorrt}")
     there, here = body["gpu"], gpu
-    level = str(body["hardware_compatibility"])
+    level = "same_compute_capability" if library.compiles_when_loaded else str(body["hardware_compatibility"])
     same = there["compute_capability"] == here.compute_capability
     if level == "ampere_plus":
         fits = capability(here.compute_capability) >= (8, 0)
@@ -104,6 +109,8 @@ def check_compatible(body: Mapping[str, Any], tensorrt: str, gpu: Gpu) -> None:
             f"it was built on {there['name']} (compute capability {there['compute_capability']}), and this machine has "
             f"{here.name} ({here.compute_capability})"
         )
+    if library.compiles_when_loaded:
+        return
     if _version(here.cuda)[:1] < _version(str(there["cuda"]))[:1]:
         raise _incompatible(f"it was built for CUDA {there['cuda']}, and this machine's driver knows {here.cuda}")
     known = str(there.get("driver") or "")
