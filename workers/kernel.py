@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from app.domain.failures import FailureKind, StageFailure
 from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal
+from workers.examined import Examined, Refused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -286,6 +288,25 @@ class Backend(ABC):
         profiler, after some to warm up; None where it has none. Profiling slows the engine: shares are of use as long
         as the sum is not much more than what the engine takes without."""
         return None
+
+    def examines(self, hardware: Mapping[str, Any]) -> bool:
+        """Whether `examine` answers on this machine: where the backend runs on the machine's own processor. One whose
+        engines need a device that is not here may know a way without. Never raises."""
+        return self.device == Backend.device and self.probe(hardware) is not None
+
+    def examine(self, model: Path, scratch: Path, reporter: Reporter) -> Examined:
+        """What it takes of the ONNX model in this folder: here by building and loading it plainly. What it refuses is
+        an answer; StageFailure of kind INFRASTRUCTURE is raised. `scratch`: an empty folder."""
+        out = scratch / "engine"
+        out.mkdir()
+        how = f"built and loaded by {self.name}"
+        try:
+            self.load(out, self.build(model, out, {}, reporter)["runtime"]).close()
+        except StageFailure as failure:
+            if failure.kind is FailureKind.INFRASTRUCTURE:
+                raise
+            return Examined(False, how, [Refused.of(failure)])
+        return Examined(True, how)
 
     @abstractmethod
     def infer_script(self, runtime: Mapping[str, Any]) -> str:

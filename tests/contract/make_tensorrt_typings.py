@@ -96,6 +96,11 @@ def dump() -> str:
         "__version__: str",
         "",
         "def nptype(trt_type: DataType) -> typing.Any: ...",
+        *(
+            ["def init_libnvinfer_plugins(logger: ILogger, namespace: builtins.str) -> builtins.bool: ..."]
+            if callable(getattr(package, "init_libnvinfer_plugins", None))
+            else []
+        ),
         "",
     ]
     for name, cls in sorted(classes.items()):

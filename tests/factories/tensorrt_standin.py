@@ -46,6 +46,7 @@ class Behaviour:
     old_inspector: bool = False
     builds: list[Any] = field(default_factory=list)
     enqueued: int = 0
+    plugins_registered: bool = False
 
 
 behaviour = Behaviour()
@@ -132,6 +133,11 @@ def nptype(trt_type: DataType) -> Any:
     return next(dtype.type for kind, dtype in _TYPES.values() if kind == trt_type)
 
 
+def init_libnvinfer_plugins(logger: ILogger, namespace: str) -> bool:
+    behaviour.plugins_registered = True
+    return True
+
+
 class IProgressMonitor:
     def __init__(self) -> None:
         self.made = True
@@ -211,6 +217,9 @@ class ParserError:
 
     def node(self) -> int:
         return self._index
+
+    def func(self) -> str:
+        return f"check{self._node.op_type}"
 
     def node_name(self) -> str:
         return self._node.name

@@ -14,7 +14,7 @@ from app.domain.failures import StageFailure
 from workers.artifacts import ONNX
 from workers.backends.options import parsed
 from workers.backends.tensorrt import build as building
-from workers.backends.tensorrt import messages
+from workers.backends.tensorrt import examine, messages
 from workers.backends.tensorrt import recipes as trt_recipes
 from workers.backends.tensorrt.compiled import Compiled
 from workers.backends.tensorrt.cuda import open_cuda
@@ -26,6 +26,7 @@ from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.script import infer_script
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
 from workers.candidates import Candidate, Case, Proposal
+from workers.examined import Examined
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class _Plans(Backend):
             opening.enter_context(cuda.context())
             log = messages.Log()
             logger = messages.make_logger(library, log)
+            library.register_plugins(logger)
             made = messages.guarded("start its runtime", log, lambda: library.load().Runtime(logger))
             # Plans of this service hold no host code (no plugins, no lean runtime): TensorRT shall refuse it.
             made.engine_host_code_allowed = False
@@ -125,6 +127,13 @@ class _Plans(Backend):
             return session.layer_times(feeds, runs)
         finally:
             session.close()
+
+    def examines(self, hardware: Mapping[str, Any]) -> bool:  # noqa: ARG002  (it asks the driver itself)
+        """Where its parser can be asked: that of TensorRT for RTX without a GPU."""
+        return examine.possible(self.library)
+
+    def examine(self, model: Path, scratch: Path, reporter: Reporter) -> Examined:  # noqa: ARG002
+        return examine.examine(self.library, model, reporter)
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Building:
+class Building:
     """What one build holds; TensorRT's objects must be freed after what was made from them, so they stay here."""
 
     library: Library
@@ -42,14 +42,29 @@ class _Building:
     config: tensorrt.IBuilderConfig
     options: BuildOptions
 
+    @property
+    def keeps_timings(self) -> bool:
+        return self.options.timing_cache and self.library.keeps_timings
+
+
+@dataclass
+class Made:
+    """`kept`: the timing cache, which the builder's objects need."""
+
+    state: Building
+    plan: tensorrt.IHostMemory
+    wanted: list[profiles.Profile]
+    cache_used: bool
+    kept: tensorrt.ITimingCache | None
+
 
 def build(library: Library, model: Path, out: Path, options: BuildOptions, reporter: Reporter) -> dict[str, Any]:
     """Build the plan of folder `model` into folder `out`, with its signed sidecar.
 
     Raises StageFailure: `gpu_unavailable`, `gpu_unsupported`, `tensorrt_unavailable`, `engine_key_missing`,
-    `precision_unsupported`, `gpu_out_of_memory`, `invalid_profile`, `unsupported_op`, `parse_failed`, `engine_build_failed`, `build_cancelled`,
-    `timing_cache_miss`, and what `read_graph` finds. Returns JSON: runtime, precision, profiles, layers, fused, memory,
-    timing_cache, parser warnings.
+    `precision_unsupported`, `gpu_out_of_memory`, `invalid_profile`, `unsupported_op`, `parse_failed`,
+    `engine_build_failed`, `build_cancelled`, `timing_cache_miss`, and what `read_graph` finds. Returns JSON: runtime,
+    precision, profiles, layers, fused, memory, timing_cache, parser warnings.
     """
     gpu = _target(library, options)  # before TensorRT is touched
     require_key()  # before minutes are spent
@@ -57,29 +72,51 @@ def build(library: Library, model: Path, out: Path, options: BuildOptions, repor
     graphs.check_gpu(facts, gpu)
     if options.precision:
         _check_asked(options.precision, gpu)
-    wanted = profiles.profiles_for(facts.inputs, options)
+    profiles.profiles_for(facts.inputs, options)  # what contradicts itself is refused before anything is parsed
     reporter.progress(0.02, "TensorRT: parsing")
-    state = _start(library, gpu, options)
-    _parse(state, model)
+    state = _parsed(library, gpu, options, model)
     _tell_types(reporter, facts)
-    _configure(state)
-    _add_profiles(state, wanted)
-    keeps = options.timing_cache and library.keeps_timings
-    path = timing.cache_path(state.version, gpu) if keeps else None
-    cache_facts: dict[str, Any] = {"used": False, "stored": False}
-    if keeps:
-        kept, filled = timing.attach(state.config, path)
-        cache_facts = {"used": filled}
-    plan = _build_plan(state, Progress(reporter, options.max_seconds))
+    path = timing.cache_path(state.version, gpu) if state.keeps_timings else None
+    made = make_plan(state, model, facts, path, Progress(reporter, options.max_seconds))
+    state, plan = made.state, made.plan
     with (out / PLAN_FILE).open("wb") as file:
         file.write(memoryview(plan))
-    if keeps:
+    cache_facts: dict[str, Any] = {"used": made.cache_used, "stored": False}
+    if state.keeps_timings:
         cache_facts |= _cache_kept(state, path, reporter)
-        del kept
     reporter.progress(BUILDING[1], "TensorRT: reading the plan")
     found = _inspect(state, plan, _ops(model))
-    del plan
-    return _result(state, out, facts, wanted, found, cache_facts)
+    del plan, made.plan
+    return _result(state, out, facts, made.wanted, found, cache_facts)
+
+
+def _parsed(library: Library, gpu: Gpu, options: BuildOptions, model: Path) -> Building:
+    state = start(library, gpu, options)
+    if errors := parse(state, model):
+        raise messages.parse_failure(errors, state.log)
+    return state
+
+
+def make_plan(
+    state: Building, model: Path, facts: graphs.GraphFacts, path: Path | None, progress: Progress
+) -> Made:
+    """Build; where the builder refuses a profile that was derived, with shorter ones."""
+    options, longest = state.options, profiles.LONGEST
+    given = options.shapes or options.profiles or options.shape_values
+    while True:
+        wanted = profiles.profiles_for(facts.inputs, options, longest)
+        _configure(state)
+        _add_profiles(state, wanted)
+        kept, filled = timing.attach(state.config, path) if state.keeps_timings else (None, False)
+        try:
+            return Made(state, _build_plan(state, progress), wanted, filled, kept)
+        except StageFailure as failure:
+            shorter = profiles.shorter(longest, failure.detail)
+            if failure.code != "invalid_profile" or given or not wanted or shorter is None:
+                raise
+            longest = shorter
+        del kept
+        state = _parsed(state.library, state.gpu, options, model)
 
 
 def _target(library: Library, options: BuildOptions) -> Gpu:
@@ -101,10 +138,11 @@ def _target(library: Library, options: BuildOptions) -> Gpu:
     return gpu
 
 
-def _start(library: Library, gpu: Gpu, options: BuildOptions) -> _Building:
+def start(library: Library, gpu: Gpu, options: BuildOptions) -> Building:
     trt, version = library.load(), library.version()
     log = messages.Log()
     logger = messages.make_logger(library, log)
+    library.register_plugins(logger)
     try:
         builder = trt.Builder(logger)
     except Exception as error:  # pybind11: "factory function returned nullptr"
@@ -115,19 +153,23 @@ def _start(library: Library, gpu: Gpu, options: BuildOptions) -> _Building:
     network, config = builder.create_network(flags), builder.create_builder_config()
     if network is None or config is None:
         raise messages.driver_failure(log.last())
-    return _Building(library, version, gpu, log, logger, builder, network, config, options)
+    return Building(library, version, gpu, log, logger, builder, network, config, options)
 
 
-def _parse(state: _Building, model: Path) -> None:
+def parse(state: Building, model: Path) -> list[dict[str, Any]]:
+    """Take in the model; every error of the parser, `messages.parser_errors`."""
     parser: tensorrt.OnnxParser = state.library.load().OnnxParser(state.network, state.logger)
     # From the file, not from bytes: weights beside it are then found.
-    if not parser.parse_from_file(str(model / MODEL_FILE)) or parser.num_errors:
-        raise messages.parse_failure(messages.parser_errors(parser), state.log)
-    if state.network.num_inputs == 0 or state.network.num_outputs == 0:
-        raise StageFailure("parse_failed", "TensorRT found no inputs or no outputs in the model.")
+    parsed = parser.parse_from_file(str(model / MODEL_FILE))
+    errors = messages.parser_errors(parser)
+    if not errors and not parsed:
+        errors = [messages.parser_error("INTERNAL_ERROR", state.log.last())]
+    if not errors and (state.network.num_inputs == 0 or state.network.num_outputs == 0):
+        errors = [messages.parser_error("INVALID_GRAPH", "it found no inputs or no outputs in the model")]
+    return errors
 
 
-def _configure(state: _Building) -> None:
+def _configure(state: Building) -> None:
     trt, library = state.library.load(), state.library
     config, options = state.config, state.options
     if options.workspace_mb is not None:
@@ -146,7 +188,7 @@ def _configure(state: _Building) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     library.set_target(config, state.gpu.compute_capability)
     flag = trt.BuilderFlag
-    keeps = options.timing_cache and library.keeps_timings
+    keeps = state.keeps_timings
     switches = [
         (flag.TF32, options.tf32),
         (flag.SPARSE_WEIGHTS, options.sparsity),
@@ -164,7 +206,7 @@ def _configure(state: _Building) -> None:
             config.clear_flag(which)
 
 
-def _add_profiles(state: _Building, wanted: list[profiles.Profile]) -> None:
+def _add_profiles(state: Building, wanted: list[profiles.Profile]) -> None:
     """Set the profiles on the network's inputs, shape inputs by their values; raises `invalid_profile`."""
     values = state.options.shape_values or {}
     tensors = (state.network.get_input(i) for i in range(state.network.num_inputs))
@@ -182,7 +224,7 @@ def _add_profiles(state: _Building, wanted: list[profiles.Profile]) -> None:
             _add_profile(state, shapes, {name: values[name] for name in shape_inputs})
 
 
-def _add_profile(state: _Building, shapes: profiles.Profile, values: Mapping[str, Mapping[str, list[int]]]) -> None:
+def _add_profile(state: Building, shapes: profiles.Profile, values: Mapping[str, Mapping[str, list[int]]]) -> None:
     trt = state.library.load()
     profile = state.builder.create_optimization_profile()
     if profile is None:
@@ -209,7 +251,7 @@ def _refused_profile(name: str | None, why: str) -> StageFailure:
     )
 
 
-def _build_plan(state: _Building, progress: Progress) -> tensorrt.IHostMemory:
+def _build_plan(state: Building, progress: Progress) -> tensorrt.IHostMemory:
     monitor = make_monitor(state.library, progress)
     state.config.progress_monitor = monitor
     try:
@@ -231,7 +273,7 @@ def _build_plan(state: _Building, progress: Progress) -> tensorrt.IHostMemory:
     return plan
 
 
-def _cache_kept(state: _Building, path: Path | None, reporter: Reporter) -> dict[str, Any]:
+def _cache_kept(state: Building, path: Path | None, reporter: Reporter) -> dict[str, Any]:
     """What became of the timing cache. A full disk or a folder without rights costs the next build time, not this
     one its plan."""
     try:
@@ -241,7 +283,7 @@ def _cache_kept(state: _Building, path: Path | None, reporter: Reporter) -> dict
         return {"stored": False}
 
 
-def _inspect(state: _Building, plan: tensorrt.IHostMemory, ops: Mapping[str, str]) -> dict[str, Any]:
+def _inspect(state: Building, plan: tensorrt.IHostMemory, ops: Mapping[str, str]) -> dict[str, Any]:
     """Load the plan that was just built, from memory, and read what it is made of and what memory it takes."""
     if not state.gpu.here:
         return read_inspection("", ops) | {"memory": None, "reason": "the plan was not loaded: its GPU is not here"}
@@ -265,7 +307,7 @@ def engine_memory(library: Library, engine: tensorrt.ICudaEngine) -> dict[str, A
 
 
 def _result(
-    state: _Building,
+    state: Building,
     out: Path,
     facts: graphs.GraphFacts,
     wanted: list[profiles.Profile],

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Library:
     """`name`: of the backend, and of the extra that installs it. `module`: its import name. `prefix`: of its
-    candidates' ids. `distributions`: their versions are part of a stage's key. `capabilities`: compute capability → its member of `ComputeCapability`, of those that it builds for; empty: it builds on the GPU and
-    for it."""
+    candidates' ids. `distributions`: their versions are part of a stage's key. `capabilities`: compute capability → its
+    member of `ComputeCapability`, of those that it builds for; empty: it builds on the GPU and for it."""
 
     name: str
     title: str
@@ -75,6 +75,11 @@ class Library:
     def version(self) -> str:
         """Raises StageFailure(`tensorrt_unavailable`)."""
         return str(self.load().__version__)
+
+    def register_plugins(self, logger: tensorrt.ILogger) -> None:
+        """Those that come with the library: its parser makes some operators of them (NonZero, ROI pooling), and loads
+        their plans with them. Once per process; again costs nothing."""
+        self.load().init_libnvinfer_plugins(logger, "")
 
     def builds_for(self, capability: str) -> bool:
         return self.needs_gpu or capability in self.capabilities

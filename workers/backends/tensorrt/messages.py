@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
@@ -19,6 +19,13 @@ T = TypeVar("T")
 INSTEAD = "onnxruntime-cuda and onnxruntime"
 _MOST_LINES = 200
 _MOST_NAMED = 8
+# The parser's own words are often the C++ condition that did not hold.
+_QUOTED = re.compile(r'&&\s*"([^"]+)"')
+_ASSERTION = re.compile(r"Assertion failed: .*?: (.+)$", re.DOTALL)
+_API_ERROR = re.compile(r"Error Code \d+: [\w ]+ \((.+?)(?: In \w+ at [^)]*)?\)", re.DOTALL)
+_CONDITION = re.compile(r"^(?:Assertion failed: )?(?:false|[\w:.()!<>=&| ]*[(=!<>].*)$")
+_NO_PLUGIN = re.compile(r"plugin (?:not found|creator .*not found)", re.IGNORECASE)
+_REFUSED = re.compile(r"not supported|unsupported|only .* (?:is|are) supported", re.IGNORECASE)
 _NOT_A_NODE_LIST = re.compile(r"ForeignNode\[(\S+?)[\].]")
 _NODE = re.compile(r"(?:implementation for node|node name:?|layer) ['\"]?([^'\",\s\]]+)", re.IGNORECASE)
 _MEMORY = re.compile(
@@ -79,15 +86,43 @@ def parser_errors(parser: tensorrt.OnnxParser) -> list[dict[str, Any]]:
                 "code": str(error.code().name),
                 "node": name or (f"#{node}" if node >= 0 else None),
                 "op": op or None,
-                "reason": str(error.desc())[:1000],
+                "reason": _reason(str(error.desc()), str(error.func() or "")),
             }
         )
     return found
 
 
+def parser_error(code: str, reason: str) -> dict[str, Any]:
+    """One that the parser did not tell of by itself."""
+    return {"code": code, "node": None, "op": None, "reason": reason[:1000]}
+
+
+def _reason(said: str, function: str) -> str:
+    """What the parser said, without its C++; "false", in the check of an operator, means that it has none."""
+    if _NO_PLUGIN.search(said):
+        return "TensorRT's ONNX parser knows no such operator"
+    if said.strip() == "false" and function.startswith("check"):
+        return "TensorRT's ONNX parser does not support this operator"
+    for pattern in (_API_ERROR, _QUOTED, _ASSERTION):
+        if found := pattern.search(said):
+            return found.group(1).strip()[:1000]
+    if _CONDITION.match(said):
+        return f"it does not hold that {said.removeprefix('Assertion failed: ').strip()[:900]} ({function})"
+    return said[:1000]
+
+
+def refuses(error: Mapping[str, Any]) -> bool:
+    """Whether TensorRT cannot take what is there, rather than that the graph is not valid."""
+    code, reason = str(error["code"]), str(error["reason"])
+    names = code.startswith("UNSUPPORTED") and (
+        error["node"] or error["op"]
+    )  # else it is what the parser could not read
+    return bool(names or reason.startswith("TensorRT's ONNX parser") or _REFUSED.search(reason))
+
+
 def parse_failure(errors: Sequence[dict[str, Any]], log: Log) -> StageFailure:
     """The failure of a parse: `unsupported_op` with every node named, `gpu_out_of_memory`, or `parse_failed`."""
-    unsupported = [e for e in errors if e["code"].startswith("UNSUPPORTED")]
+    unsupported = [e for e in errors if refuses(e)]
     if unsupported:
         first = unsupported[0]
         named = [f"{e['node'] or '?'} ({e['op'] or 'op unknown'}): {e['reason']}" for e in unsupported[:_MOST_NAMED]]

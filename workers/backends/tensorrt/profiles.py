@@ -5,6 +5,7 @@ TensorRT takes shapes between min and max of a profile and is fastest at opt; a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,18 +22,22 @@ Triple = tuple[int, int, int]
 LEAST_MAX_BATCH = 16
 MAX_DERIVED = 3
 _DEFAULT_BATCHES = (1, 8)
+LONGEST = 512
 # Where nothing is known of an axis; they hold what `workers.measure.synthetic` feeds.
 _SEQUENCE: Triple = (1, 128, 512)
 _IMAGE: Triple = (32, 224, 512)
 _CHANNELS: Triple = (3, 3, 3)
 _OTHER: Triple = (1, 32, 512)
+_SHORTEST = 8
+_DIFFER = re.compile(r"(\d+) != (\d+)")
 
 
-def profiles_for(inputs: Sequence[TensorSpec], options: BuildOptions) -> list[Profile]:
+def profiles_for(inputs: Sequence[TensorSpec], options: BuildOptions, longest: int = LONGEST) -> list[Profile]:
     """The profiles to build with; none for a model whose shapes are all fixed. Raises StageFailure(`invalid_profile`).
 
     Shapes that the job gives are taken as they are, the axes of other inputs follow by their symbolic names. Without
-    any, one profile is derived for each batch size that is measured (3 at most), so that each is tuned for.
+    any, one profile is derived for each batch size that is measured (3 at most), so that each is tuned for. `longest`:
+    the largest size of an axis of which nothing is known.
     """
     given: list[Mapping[str, Any]] = list(options.profiles or ([options.shapes] if options.shapes else []))
     if options.profiles and options.shapes:
@@ -40,10 +45,21 @@ def profiles_for(inputs: Sequence[TensorSpec], options: BuildOptions) -> list[Pr
     for i, shapes in enumerate(given):
         _check_names(inputs, shapes, i)
     _check_against_each_other(given)
-    made = [_profile(inputs, shapes, _given_batch(inputs, shapes)) for shapes in given]
+    made = [_profile(inputs, shapes, _given_batch(inputs, shapes), longest) for shapes in given]
     if not any(isinstance(d, str) for spec in inputs for d in spec.shape):
         return []
-    return made or [_profile(inputs, {}, triple) for triple in _batch_triples(options.batch_sizes or _DEFAULT_BATCHES)]
+    return made or [
+        _profile(inputs, {}, triple, longest) for triple in _batch_triples(options.batch_sizes or _DEFAULT_BATCHES)
+    ]
+
+
+def shorter(longest: int, said: str) -> int | None:
+    """The next `longest` to try where the builder refuses what was derived, since the graph takes no axis that long (a
+    table of positions has 64 rows, say): the size that it names, else the half. None where it makes no sense to go on.
+    """
+    named = [min(int(a), int(b)) for a, b in _DIFFER.findall(said)]
+    found = max((n for n in named if _SHORTEST <= n < longest), default=longest // 2)
+    return found if found >= _SHORTEST else None
 
 
 def best_profile(profiles: Sequence[Mapping[str, Range]], shapes: Mapping[str, Shape]) -> int | None:
@@ -155,7 +171,7 @@ def _given_batch(inputs: Sequence[TensorSpec], shapes: Mapping[str, Any]) -> Tri
     return 1, 1, LEAST_MAX_BATCH
 
 
-def _profile(inputs: Sequence[TensorSpec], shapes: Mapping[str, Any], batch: Triple) -> Profile:
+def _profile(inputs: Sequence[TensorSpec], shapes: Mapping[str, Any], batch: Triple, longest: int) -> Profile:
     symbols: dict[str, Triple] = {}
     for spec in inputs:
         if spec.name in shapes:
@@ -166,13 +182,13 @@ def _profile(inputs: Sequence[TensorSpec], shapes: Mapping[str, Any], batch: Tri
     for spec in inputs:
         if not any(isinstance(d, str) for d in spec.shape):
             continue
-        triples = [_triple(spec, axis, symbols, batch) for axis in range(len(spec.shape))]
+        triples = [_triple(spec, axis, symbols, batch, longest) for axis in range(len(spec.shape))]
         low, opt, high = (tuple(t[k] for t in triples) for k in range(3))
         profile[spec.name] = (low, opt, high)
     return profile
 
 
-def _triple(spec: TensorSpec, axis: int, symbols: dict[str, Triple], batch: Triple) -> Triple:
+def _triple(spec: TensorSpec, axis: int, symbols: dict[str, Triple], batch: Triple, longest: int) -> Triple:
     dim = spec.shape[axis]
     if isinstance(dim, int):
         return dim, dim, dim
@@ -185,6 +201,9 @@ def _triple(spec: TensorSpec, axis: int, symbols: dict[str, Triple], batch: Trip
         default = _SEQUENCE
     else:
         default = _OTHER
+    if axis != 0:
+        low, opt, high = default
+        default = (min(low, longest), min(opt, longest), min(high, longest))
     return symbols.setdefault(dim, default)
 
 

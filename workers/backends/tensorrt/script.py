@@ -108,6 +108,7 @@ class Engine:
     def __init__(self):
         self.lock = threading.Lock()
         self.logger = trt.Logger(trt.Logger.WARNING)
+        trt.init_libnvinfer_plugins(self.logger, "")
         self.runtime, self.engine = read_engine(self.logger)
         self.context = self.engine.create_execution_context()
         check(self.context is not None, "make a context: is there enough memory?")

@@ -1,0 +1,119 @@
+"""Will TensorRT take this model? Asked of the real parser, and of the builder where that needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.domain.failures import FailureKind, StageFailure
+from workers.backends.tensorrt import build as building
+from workers.backends.tensorrt import messages
+from workers.backends.tensorrt.graph import NEEDS, GraphFacts, least_capability, read_graph
+from workers.backends.tensorrt.library import Library
+from workers.backends.tensorrt.options import BuildOptions
+from workers.backends.tensorrt.probe import Gpu, probe_gpu
+from workers.backends.tensorrt.progress import Progress
+from workers.backends.tensorrt.recipes import CONVERTED_OPS
+from workers.examined import Examined, Precision, Refused
+from workers.graph.onnx_files import MODEL_FILE, read_skeleton
+from workers.graph.onnx_graph import all_nodes
+from workers.kernel import Reporter
+
+# RTX 40, L4 and L40S: the least that has all of its precisions.
+TARGET = "8.9"
+LONGEST_S = 60.0
+_PRODUCTS = ("MatMul", "Gemm")
+
+
+def possible(library: Library) -> bool:
+    """Whether it can be asked here; makes no object of it."""
+    return library.installed() and (not library.needs_gpu or isinstance(probe_gpu(), Gpu))
+
+
+def examine(library: Library, model: Path, reporter: Reporter) -> Examined:
+    """Every node that the parser refuses. What it takes is built for compute capability 8.9, where no GPU is needed for
+    that: not loaded, not run, and kept nowhere. Raises StageFailure of kind INFRASTRUCTURE only."""
+    versions = {library.name: library.version()}
+    nodes = [*all_nodes(read_skeleton(model / MODEL_FILE))]
+    precisions, refused, facts = _precisions(library, {n.op_type for n in nodes}), [], None
+    reporter.progress(0.05, f"{library.title}: reading the graph")
+    try:
+        facts = read_graph(model)
+    except StageFailure as failure:
+        refused.append(replace(_refused(failure), op=next((n.op_type for n in nodes if n.name == failure.node), None)))
+    gpu = Gpu.elsewhere(TARGET) if not library.needs_gpu else _gpu()
+    state = building.start(library, gpu, BuildOptions())
+    errors = building.parse(state, model)
+    ops = {n.name: n.op_type for n in nodes if n.name}
+    refused += [_of_parser(error, ops) for error in errors if error["node"] not in {r.node for r in refused}]
+    how = f"parsed by {library.title} {state.version}"
+    notes = _notes(facts)
+    if refused or facts is None or library.needs_gpu:
+        return Examined(not refused, how, refused, precisions, notes, versions)
+    how = f"{how}, and built for compute capability {TARGET}, on no GPU"
+    try:
+        accepted = _builds(state, model, facts, reporter)
+    except StageFailure as failure:
+        accepted, refused = False, [_refused(failure)]
+    if accepted is None:
+        notes.append(f"The build did not end within {LONGEST_S:.0f} s.")
+    return Examined(accepted, how, refused, precisions, notes, versions)
+
+
+def _builds(state: building.Building, model: Path, facts: GraphFacts, reporter: Reporter) -> bool | None:
+    """None where the time was over before it was built."""
+    try:
+        building.make_plan(state, model, facts, None, Progress(reporter, LONGEST_S))
+    except StageFailure as failure:
+        if failure.code == "build_cancelled":
+            return None
+        raise
+    return True
+
+
+def _gpu() -> Gpu:
+    found = probe_gpu()
+    assert isinstance(found, Gpu), "it is possible here"
+    return found
+
+
+def _refused(failure: StageFailure) -> Refused:
+    if failure.kind is FailureKind.INFRASTRUCTURE:
+        raise failure
+    return Refused.of(failure)
+
+
+def _of_parser(error: Mapping[str, Any], ops: Mapping[str, str]) -> Refused:
+    """With the remedy of the failure that the same error would end a build with."""
+    failure = messages.parse_failure([dict(error)], messages.Log())
+    op = error["op"] or ops.get(str(error["node"]))
+    return replace(Refused.of(failure), op=op, node=error["node"], reason=str(error["reason"]))
+
+
+def _precisions(library: Library, ops: set[str]) -> list[Precision]:
+    """Of the graph as it is: a quantized one holds its own."""
+    quantized = bool(ops & {"QuantizeLinear", "DequantizeLinear"})
+    found = [Precision("fp32", True)]
+    for name in ("fp16", "bf16", "int8", "fp8", "int4"):
+        wanted = _PRODUCTS if name == "int4" else CONVERTED_OPS
+        reason = None
+        if quantized:
+            reason = "the model is quantized already: its own Q/DQ nodes decide"
+        elif not ops & set(wanted):
+            reason = f"no operator that {name} speeds up ({', '.join(wanted)})"
+        least = next((c for c in library.capabilities if _at_least(c, name)), least_capability(name))
+        found.append(Precision(name, reason is None, reason, f"compute capability {least} or later"))
+    return found
+
+
+def _at_least(capability: str, precision: str) -> bool:
+    major, minor = capability.split(".")
+    return (int(major), int(minor)) >= NEEDS[precision]
+
+
+def _notes(facts: GraphFacts | None) -> list[str]:
+    if facts is None or not (facts.declared or facts.float64_tensors):
+        return []
+    return ["TensorRT computes float64 in float32; inputs and outputs keep the model's type."]
