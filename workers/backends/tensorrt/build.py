@@ -97,9 +97,7 @@ def _parsed(library: Library, gpu: Gpu, options: BuildOptions, model: Path) -> B
     return state
 
 
-def make_plan(
-    state: Building, model: Path, facts: graphs.GraphFacts, path: Path | None, progress: Progress
-) -> Made:
+def make_plan(state: Building, model: Path, facts: graphs.GraphFacts, path: Path | None, progress: Progress) -> Made:
     """Build; where the builder refuses a profile that was derived, with shorter ones."""
     options, longest = state.options, profiles.LONGEST
     given = options.shapes or options.profiles or options.shape_values

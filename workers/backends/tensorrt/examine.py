@@ -24,6 +24,7 @@ from workers.kernel import Reporter
 # RTX 40, L4 and L40S: the least that has all of its precisions.
 TARGET = "8.9"
 LONGEST_S = 60.0
+_EXPORT_AGAIN = "Export the model again, and check it with onnx.checker."
 _PRODUCTS = ("MatMul", "Gemm")
 
 
@@ -36,7 +37,11 @@ def examine(library: Library, model: Path, reporter: Reporter) -> Examined:
     """Every node that the parser refuses. What it takes is built for compute capability 8.9, where no GPU is needed for
     that: not loaded, not run, and kept nowhere. Raises StageFailure of kind INFRASTRUCTURE only."""
     versions = {library.name: library.version()}
-    nodes = [*all_nodes(read_skeleton(model / MODEL_FILE))]
+    try:
+        nodes = [*all_nodes(read_skeleton(model / MODEL_FILE))]
+    except Exception as error:  # protobuf's DecodeError, which has no published types
+        damaged = Refused("invalid_model", f"{MODEL_FILE} is no ONNX file: {error}", remedy=_EXPORT_AGAIN)
+        return Examined(False, "read", [damaged], (), (), versions)
     precisions, refused, facts = _precisions(library, {n.op_type for n in nodes}), [], None
     reporter.progress(0.05, f"{library.title}: reading the graph")
     try:

@@ -80,16 +80,24 @@ def parser_errors(parser: tensorrt.OnnxParser) -> list[dict[str, Any]]:
     found = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        name, op, node = str(error.node_name() or ""), str(error.node_operator() or ""), int(error.node())
+        name, op, node = _text(error.node_name), _text(error.node_operator), int(error.node())
         found.append(
             {
                 "code": str(error.code().name),
                 "node": name or (f"#{node}" if node >= 0 else None),
                 "op": op or None,
-                "reason": _reason(str(error.desc()), str(error.func() or "")),
+                "reason": _reason(_text(error.desc), _text(error.func)),
             }
         )
     return found
+
+
+def _text(call: Callable[[], str | None]) -> str:
+    """Names come from the file as they are; the binding raises where that is no UTF-8."""
+    try:
+        return str(call() or "")
+    except UnicodeDecodeError as error:
+        return bytes(error.object).decode(errors="replace")
 
 
 def parser_error(code: str, reason: str) -> dict[str, Any]:
