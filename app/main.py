@@ -16,6 +16,7 @@ from app.artifacts.service import EngineService
 from app.background import Background
 from app.capabilities import endpoints as capabilities
 from app.capabilities.service import CapabilityService
+from app.compatibility.service import CompatibilityService
 from app.datasets import endpoints as datasets
 from app.datasets.service import DatasetService
 from app.db.base import make_engine
@@ -101,6 +102,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
     content = ContentStore(make_store(settings))
     reads = SharedReads()
     inspector = Inspector(settings.limits)
+    capability_service = CapabilityService(db, settings)
     jobs_service = JobService(db, content, dispatch, settings)
     return Services(
         settings=settings,
@@ -114,7 +116,8 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         jobs=jobs_service,
         job_documents=JobDocuments(jobs_service),
         engines=EngineService(db),
-        capabilities=CapabilityService(db, settings),
+        capabilities=capability_service,
+        compatibility=CompatibilityService(db, capability_service),
         watcher=JobWatcher(jobs_service.versions),
         files=CapacityLimiter(16),
         storage=SharedThreads(24, each=12, patience_s=10),

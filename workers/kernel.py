@@ -292,11 +292,12 @@ class Backend(ABC):
     def examines(self, hardware: Mapping[str, Any]) -> bool:
         """Whether `examine` answers on this machine: where the backend runs on the machine's own processor. One whose
         engines need a device that is not here may know a way without. Never raises."""
-        return self.device == Backend.device and self.probe(hardware) is not None
+        return ONNX in self.accepts and self.device == Backend.device and self.probe(hardware) is not None
 
-    def examine(self, model: Path, scratch: Path, reporter: Reporter) -> Examined:
+    def examine(self, model: Path, scratch: Path, reporter: Reporter, seconds: float) -> Examined:  # noqa: ARG002
         """What it takes of the ONNX model in this folder: here by building and loading it plainly. What it refuses is
-        an answer; StageFailure of kind INFRASTRUCTURE is raised. `scratch`: an empty folder."""
+        an answer; StageFailure of kind INFRASTRUCTURE is raised. `scratch`: an empty folder.
+        `seconds`: after which one that can answer with less does."""
         out = scratch / "engine"
         out.mkdir()
         how = f"built and loaded by {self.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -25,3 +26,9 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
                 found[distribution] = version
                 break
     return found
+
+
+def model_formats() -> list[str]:
+    """The model formats that this worker can export."""
+    has_torch = all(importlib.util.find_spec(name) is not None for name in ("torch", "onnxscript"))
+    return ["onnx", "archive", *(["pt2"] if has_torch else [])]

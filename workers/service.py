@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.capabilities.service import CapabilityService
 from app.collector import Collector
+from app.compatibility.service import CompatibilityService
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
 from app.db.orm import Engine
@@ -35,8 +36,10 @@ from app.uploads.service import UploadService
 from workers import devices, kernel, plugins
 from workers.background import Background, InARow, Regularly
 from workers.devices.cuda import confine
+from workers.examiner import Examiner
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
+from workers.libraries import model_formats
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
@@ -100,6 +103,10 @@ class WorkerService:
                 log.warning("plugin_left_out", **plugin.to_json())
         infos = [_probed(backend, self.hardware) for backend in kernel.backends().values()]
         self.backends = [info for info in infos if info is not None]
+        compatibility = CompatibilityService(self.db, self.capabilities)
+        self.examiner = Examiner(
+            compatibility, self.content, self.isolated, settings, self.id, self.hardware, self._limits(), self.shutdown
+        )
         self._background = Background(self.shutdown, self.give_up)
         self._unwell = InARow(_TOO_MANY)
         self.failed: str | None = None
@@ -109,7 +116,7 @@ class WorkerService:
         offered = sorted({d for b in self.backends for d in b.devices} | {devices.HOST.name})
         return [
             queue_for(device, hardware, model_format)
-            for model_format in ("onnx", *(f for f in SPECIAL_FORMATS if f in _formats()))
+            for model_format in ("onnx", *(f for f in SPECIAL_FORMATS if f in model_formats()))
             for device, hardware in (*((d, None) for d in offered), ("", str(self.hardware["id"])))
         ]
 
@@ -122,6 +129,7 @@ class WorkerService:
         self._background.start("errands", self._run_errands)
         self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
         self._background.start("collector", self._collect)
+        self._background.start("examiner", self.examiner.run)
 
     def give_up(self, reason: str) -> None:
         """End this process in order, as a failure: whoever runs it starts another. A job that runs is given back."""
@@ -175,9 +183,10 @@ class WorkerService:
                 }
                 for b in self.backends
             ],
-            formats=_formats(),
+            formats=model_formats(),
             queues=self.queues,
             plugins=[plugin.to_json() for plugin in plugins.found()],
+            examines=self.examiner.backends,
         )
 
     def _housekeep(self) -> None:
@@ -230,6 +239,10 @@ class WorkerService:
 
     def run_job(self, job_id: str) -> None:
         """Claim the job and take it to its end; nothing where it is not there to take."""
+        with self.examiner.jobs_first():
+            self._run_claimed(job_id)
+
+    def _run_claimed(self, job_id: str) -> None:
         asked = time.monotonic()
         claim = self.ledger.claim(job_id, self.id)
         if claim is None:
@@ -379,11 +392,3 @@ def _probed(backend: type[kernel.Backend], hardware: Mapping[str, Any]) -> kerne
     except Exception:
         log.exception("probe_failed", backend=backend.name)
         return None
-
-
-def _formats() -> list[str]:
-    """The model formats that this worker can export."""
-    import importlib.util
-
-    has_torch = all(importlib.util.find_spec(name) is not None for name in ("torch", "onnxscript"))
-    return ["onnx", "archive", *(["pt2"] if has_torch else [])]

@@ -10,6 +10,9 @@ from pydantic import BaseModel, Field
 from app.capabilities.service import offered
 from app.db.orm import Worker
 
+# What a worker reports beside its hardware, in the same column.
+_APART = ("plugins", "examines")
+
 
 class BackendOut(BaseModel):
     """An inference library of a worker, and the precisions that it gains by on that worker's hardware."""
@@ -38,6 +41,7 @@ class WorkerOut(BaseModel):
     formats: list[str]
     queues: list[str]
     plugins: list[PluginOut] = []
+    examines: dict[str, str] = Field({}, description="Backends that it can ask what they take of a model: version")
     started_at: datetime
     last_seen_at: datetime
 
@@ -61,11 +65,12 @@ class CapabilitiesOut(BaseModel):
                 WorkerOut(
                     id=row.id,
                     hostname=row.hostname,
-                    hardware={k: v for k, v in row.hardware.items() if k != "plugins"},
+                    hardware={k: v for k, v in row.hardware.items() if k not in _APART},
                     backends=[BackendOut.model_validate(backend) for backend in row.backends],
                     formats=row.formats,
                     queues=row.queues,
                     plugins=[PluginOut.model_validate(plugin) for plugin in row.hardware.get("plugins", ())],
+                    examines=row.hardware.get("examines") or {},
                     started_at=row.started_at,
                     last_seen_at=row.last_seen_at,
                 )

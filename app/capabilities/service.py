@@ -33,12 +33,15 @@ class CapabilityService:
         formats: Sequence[str],
         queues: Sequence[str],
         plugins: Sequence[Mapping[str, Any]] = (),
+        examines: Mapping[str, str] | None = None,
     ) -> None:
         """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}. `plugins`:
-        list of {group, name, distribution, version, problem}, those that cannot be used among them."""
+        list of {group, name, distribution, version, problem}, those that cannot be used among them. `examines`:
+        backend → version, of those that it can ask what they take of a model.
+        """
         fields = {
             "hostname": hostname[:255],
-            "hardware": {**hardware, "plugins": [dict(plugin) for plugin in plugins]},
+            "hardware": {**hardware, "plugins": [dict(plugin) for plugin in plugins], "examines": dict(examines or {})},
             "backends": [dict(backend) for backend in backends],
             "formats": [*formats],
             "queues": [*queues],

@@ -335,3 +335,35 @@ class Worker(Base):
     started_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     last_seen_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
     stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Examination(Base):
+    """Whether a backend takes a model: the question, and a worker's answer. `version`: of the backend's libraries
+    on the workers that were asked. `status`: asked, answered, failed. `lease_owner` holds it until
+    `lease_expires_at`."""
+
+    __tablename__ = "examinations"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("source_models.id"), primary_key=True)
+    backend: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    version: Mapped[str] = mapped_column(String(200))
+    status: Mapped[str] = mapped_column(String(16))
+    answer: Mapped[Json | None] = mapped_column(JsonColumn)
+    error: Mapped[Json | None] = mapped_column(JsonColumn)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    asked_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    answered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    __table_args__ = (
+        # What waits for a worker: a small part of a table that only grows.
+        Index(
+            "ix_examinations_asked",
+            "asked_at",
+            sqlite_where=text("status = 'asked'"),
+            postgresql_where=text("status = 'asked'"),
+        ),
+        CheckConstraint("status IN ('asked', 'answered', 'failed')", name="status"),
+    )

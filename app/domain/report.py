@@ -190,7 +190,8 @@ class StageReport(_Part):
 
 class Report(_Part):
     """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`), and why: the engine
-    was proven before."""
+    was proven before. `compatibility`: of backends that the worker could ask but not run, whether they take the model:
+    {backend, accepted, how, refused, precisions, changes, …}."""
 
     analysis: Analysis
     optimizations_applied: list[AppliedOptimization]
@@ -218,3 +219,4 @@ class Report(_Part):
     shapes: list[ShapeReport] = []
     profile: dict[str, Any] | None = None
     not_explained: dict[str, str] = {}
+    compatibility: list[dict[str, Any]] = []

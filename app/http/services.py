@@ -8,6 +8,7 @@ from anyio import CapacityLimiter
 
 from app.artifacts.service import EngineService
 from app.capabilities.service import CapabilityService
+from app.compatibility.service import CompatibilityService
 from app.datasets.service import DatasetService
 from app.db.uow import Database
 from app.http.auth import Authenticator
@@ -41,6 +42,7 @@ class Services:
     job_documents: JobDocuments
     engines: EngineService
     capabilities: CapabilityService
+    compatibility: CompatibilityService
     watcher: JobWatcher
     files: CapacityLimiter
     storage: SharedThreads

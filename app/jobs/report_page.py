@@ -24,6 +24,13 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 svg text{font:12px system-ui,sans-serif;fill:currentColor}
 """
 _MAX_ROWS = 200
+_COMPATIBILITY = {
+    "backend": "backend",
+    "accepted": "takes the model",
+    "how": "found out by",
+    "refused_count": "refused",
+    "changes": "what to change",
+}
 _SENSITIVITY = {"name": "node", "op_type": "operator", "error": "error of the outputs"}
 _LAYERS = {"name": "layer", "op_type": "operator", "ms": "ms", "share": "share of the time"}
 _SWEEP = {
@@ -71,6 +78,7 @@ def report_page(report: _Json, job_id: str) -> str:
         _section("Deployment", _deployment(report)),
         _section("Layers that quantization hurts most", _rows(report.get("sensitivity"), _SENSITIVITY, 10)),
         _section("Where the time goes", _profile(_object(report, "profile"))),
+        _section("Backends that did not run here", _rows(report.get("compatibility"), _COMPATIBILITY, 8)),
         _section("Recommendations", _list(report.get("recommendations"))),
         _section("Method", _facts(_object(report, "method"))),
         _section("Environment", _facts(_object(report, "environment"))),

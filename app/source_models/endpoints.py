@@ -7,6 +7,7 @@ from typing import Annotated
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
+from app.compatibility.schemas import CompatibilityOut
 from app.db.orm import SourceModel
 from app.http.bodies import BODY_DESCRIPTION, create_from_request
 from app.http.deps import (
@@ -26,6 +27,8 @@ from app.http.responses import DOWNLOAD_RESPONSES, HEAD_RESPONSES, created
 from app.source_models.schemas import ModelOut, ModelPage
 
 router = APIRouter(prefix="/models", tags=["models"])
+
+_RETRY_S = "2"
 
 ModelId = Annotated[str, path_id("model")]
 
@@ -74,6 +77,22 @@ async def download_model(request: Request, services: ServicesDep, tenant_id: Ten
     """The file as it was uploaded."""
     row = await anyio.to_thread.run_sync(services.models.get, tenant_id, model_id)
     return await download_response(request, services, Download(tenant_id, row.sha256, row.size_bytes, row.filename))
+
+
+@router.get(
+    "/{model_id}/compatibility",
+    response_model=CompatibilityOut,
+    responses={202: {"description": "Not every backend has answered yet", "model": CompatibilityOut}, **problems(404)},
+)
+def get_compatibility(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> Response:
+    """Which backends take this model: the nodes that each refuses, the precisions that the graph admits, what to
+    change. The first call asks; idle workers answer within seconds, and their answers stay."""
+    model = services.models.get(tenant_id, model_id)
+    found = CompatibilityOut.of(model_id, services.compatibility.ask(model))
+    body = found.model_dump_json()
+    if found.status == "complete":
+        return Response(body, media_type="application/json")
+    return Response(body, 202, {"Retry-After": _RETRY_S}, "application/json")
 
 
 @router.delete("/{model_id}", status_code=204, responses=problems(404, 409, 413, 507))

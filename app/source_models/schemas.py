@@ -36,7 +36,12 @@ class ModelOut(Resource):
             outputs=[Tensor.model_validate(tensor) for tensor in row.outputs],
             opset=row.opset,
             detail=row.detail,
-            links={"self": self, "download": f"{self}/download", "jobs": f"/v1/jobs?model_id={row.id}"},
+            links={
+                "self": self,
+                "download": f"{self}/download",
+                "compatibility": f"{self}/compatibility",
+                "jobs": f"/v1/jobs?model_id={row.id}",
+            },
         )
 
 

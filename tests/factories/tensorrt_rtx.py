@@ -23,11 +23,13 @@ TARGET = "8.9"
 class Recorder(Reporter):
     def __init__(self) -> None:
         self.told: list[tuple[float, str]] = []
+        self.notes: list[str] = []
 
     def progress(self, fraction: float, message: str = "") -> None:
         self.told.append((fraction, message))
 
-    def note(self, message: str, **facts: Any) -> None: ...
+    def note(self, message: str, **facts: Any) -> None:
+        self.notes.append(message)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Building with the TensorRT backend, on a stand-in whose surface the contract tests check against the real binding."""
+"""What a build needs a GPU for: tactics and their cache, loading the plan, the driver. On a stand-in whose surface the
+contract tests check against the real binding; parser and builder themselves run for real in `test_trt_rtx.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from typing import Any
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import cuda_standin, tensorrt_standin
@@ -120,42 +120,6 @@ def test_options_reach_the_builder(tmp_path: Path, behaviour: Behaviour) -> None
     assert config.profiling_verbosity == tensorrt_standin.ProfilingVerbosity.DETAILED
 
 
-@pytest.mark.usefixtures("behaviour")
-def test_external_weights(tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    source.mkdir()
-    models.save_external(models.mlp(), source / "model.onnx")
-    assert make(source, tmp_path)["layer_count"] == 3
-
-
-@pytest.mark.usefixtures("behaviour")
-def test_the_jobs_shapes_become_the_profile(tmp_path: Path) -> None:
-    shapes = {"input": {"min": [1, 8], "opt": [4, 8], "max": [9, 8]}}
-    data = make(models.mlp(), tmp_path, shapes=shapes)
-    assert data["profiles"] == [shapes]
-    assert not data["profiles_derived"]
-    assert refused(models.mlp(), tmp_path, shapes={"input": {"min": [1, 7], "opt": [4, 7], "max": [9, 7]}}).code == (
-        "invalid_profile"
-    )
-
-
-def test_ops_that_tensorrt_does_not_know_are_named(tmp_path: Path, behaviour: Behaviour) -> None:
-    behaviour.unknown_ops = frozenset({"Relu", "BatchNormalization"})
-    failure = refused(models.conv_net(), tmp_path)
-    assert (failure.code, failure.kind, failure.node) == ("unsupported_op", FailureKind.MODEL, "bn1")
-    for words in ("bn1 (BatchNormalization)", "relu2 (Relu)", "No importer registered"):
-        assert words in failure.detail
-    assert "onnxruntime-cuda" in (failure.remedy or "")
-
-
-@pytest.mark.usefixtures("behaviour")
-def test_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_standin.onnx, "load", lambda _path: (_ for _ in ()).throw(ValueError("bad magic")))
-    failure = refused(models.mlp(), tmp_path)
-    assert failure.code == "parse_failed"
-    assert "bad magic" in failure.detail
-
-
 @pytest.mark.parametrize(
     ("logged", "code", "kind"),
     [
@@ -194,13 +158,6 @@ def test_a_missing_driver_is_found_before_tensorrt_is_touched(
     monkeypatch.delattr(tensorrt_standin, "Builder")
     assert "no NVIDIA driver" in refused(models.mlp(), tmp_path).detail
     assert TensorRtBackend().probe({}) is None
-
-
-def test_the_build_is_cancelled_by_its_own_flag(tmp_path: Path, behaviour: Behaviour) -> None:
-    behaviour.step_seconds = 0.02
-    failure = refused(models.conv_net(), tmp_path, max_seconds=0.03)
-    assert (failure.code, failure.kind) == ("build_cancelled", FailureKind.MODEL)
-    assert not failure.cacheable
 
 
 def test_a_build_ends_when_the_jobs_time_for_it_is_over(tmp_path: Path, behaviour: Behaviour) -> None:
@@ -306,28 +263,6 @@ def test_without_a_folder_or_without_a_cache(tmp_path: Path, behaviour: Behaviou
     assert not (tmp_path / "cache").exists()
 
 
-def test_inputs_that_set_shapes_need_a_range(tmp_path: Path, behaviour: Behaviour) -> None:
-    behaviour.shape_inputs = frozenset({"shape"})
-    node = helper.make_node("Reshape", ["x", "shape"], ["y"], name="reshape")
-    inputs = [models.value("x", ["b", 4]), models.value("shape", [2], TensorProto.INT64)]
-    model = models.make_model([node], inputs, [models.value("y", ["m", "n"])])
-    failure = refused(model, tmp_path)
-    assert (failure.code, failure.tensor) == ("invalid_profile", "shape")
-    values = {"shape": {"min": [1, 1], "opt": [2, 2], "max": [4, 16]}}
-    make(model, tmp_path, shape_values=values)
-    assert behaviour.builds[-1]._profiles[0]._values["shape"][1] == [2, 2]
-
-
-@pytest.mark.usefixtures("behaviour")
-def test_double_tensors_are_computed_in_float32_and_said(tmp_path: Path) -> None:
-    node = helper.make_node("Abs", ["x"], ["y"], name="n")
-    ends = [models.value(n, ["b", 4], TensorProto.DOUBLE) for n in "xy"]
-    reporter = Recorder()
-    data = make(models.make_model([node], ends[:1], ends[1:]), tmp_path, reporter)
-    assert data["runtime"] == {"declared": {"x": "float64", "y": "float64"}}
-    assert any("float64" in message for message, _ in reporter.notes)
-
-
 @pytest.mark.usefixtures("behaviour")
 def test_a_precision_that_the_gpu_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_probe, "ask_driver", lambda: {**cuda_standin.GPU, "compute_capability": "8.6"})
@@ -336,13 +271,6 @@ def test_a_precision_that_the_gpu_lacks(tmp_path: Path, monkeypatch: pytest.Monk
     info = TensorRtBackend().probe({})
     assert info is not None
     assert info.precisions == ("fp32", "fp16", "bf16", "int8", "int4")
-
-
-@pytest.mark.usefixtures("behaviour")
-def test_no_key_no_build(tmp_path: Path) -> None:
-    with installation.using(installation.Installation()):
-        failure = refused(models.mlp(), tmp_path)
-    assert (failure.code, failure.kind) == ("engine_key_missing", FailureKind.INFRASTRUCTURE)
 
 
 @pytest.mark.usefixtures("behaviour")

@@ -18,6 +18,7 @@ from tests.factories import cuda_standin
 from tests.factories import onnx_models as models
 from tests.factories.tensorrt_rtx import TARGET, Recorder, built, refused, signing
 from tests.gpu.models import Case, make_case
+from workers import installation
 from workers.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt import recipes as trt_recipes
@@ -211,6 +212,30 @@ def test_several_profiles(tmp_path: Path) -> None:
     profiles = [{"input": {"min": [1, 8], "opt": [b, 8], "max": [b, 8]}} for b in (1, 4, 16)]
     told, _ = built(models.mlp(), tmp_path, profiles=profiles)
     assert told["profiles"] == profiles
+
+
+def test_the_jobs_shapes_become_the_profile(tmp_path: Path) -> None:
+    shapes = {"input": {"min": [1, 8], "opt": [4, 8], "max": [9, 8]}}
+    told, _ = built(models.mlp(), tmp_path, shapes=shapes)
+    assert told["profiles"] == [shapes]
+    assert not told["profiles_derived"]
+    wrong = {"input": {"min": [1, 7], "opt": [4, 7], "max": [9, 7]}}
+    assert refused(models.mlp(), tmp_path / "wrong", shapes=wrong).code == "invalid_profile"
+
+
+def test_double_tensors_are_computed_in_float32_and_said(tmp_path: Path) -> None:
+    ends = [models.value(n, ["b", 4], TensorProto.DOUBLE) for n in "xy"]
+    reporter = Recorder()
+    told, _ = built(models.make_model([node("Abs", ["x"], ["y"])], ends[:1], ends[1:]), tmp_path, reporter)
+    assert told["runtime"] == {"declared": {"x": "float64", "y": "float64"}}
+    assert any("float64" in message for message in reporter.notes)
+
+
+def test_no_key_no_build(tmp_path: Path) -> None:
+    source = models.folder(models.mlp(), tmp_path / "model")
+    with installation.using(installation.Installation()), pytest.raises(StageFailure) as caught:
+        TensorRtRtxBackend().build(source, tmp_path, {"target": TARGET}, Recorder())
+    assert (caught.value.code, caught.value.kind) == ("engine_key_missing", FailureKind.INFRASTRUCTURE)
 
 
 def test_external_weights(tmp_path: Path) -> None:

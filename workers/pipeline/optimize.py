@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.db.orm import Dataset, Job, SourceModel
-from app.domain.artifact_key import ArtifactRef, FileRef
+from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec, ShapeRange
 from app.settings import LimitSettings
@@ -17,6 +17,7 @@ from workers import devices, kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
+from workers.pipeline.compatibility import compatibility_of
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import Data, Evaluator
 from workers.pipeline.explain import Explainer
@@ -25,6 +26,7 @@ from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.source import dataset_ref, source_ref
 from workers.search import recording
 from workers.search.driver import Search
 
@@ -52,6 +54,7 @@ class Optimizer:
         self.device = device_of(self.spec, backends)
         known = kernel.backends()
         self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
+        self.offered = frozenset(b.name for b in backends)
         self.limits = limits
         self.searches_dir = searches_dir
         self.budget = self._budget(runner.claim.spent_seconds)
@@ -92,7 +95,9 @@ class Optimizer:
             if explanation.deployment is not None:
                 deployment = deployment_of(proof, explanation)
                 made = completed(self.runner, proof, self.data, made, deployment, self.budget)
-        return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=self.budget.elapsed())
+        told = compatibility_of(self.runner, export, self.offered, self.budget)
+        spent = self.budget.elapsed()
+        return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=spent, compatibility=told)
 
     def _prove(self, export: Outcome, evaluator: Evaluator) -> Proof:
         """Search, full measurement and verdict."""
@@ -124,8 +129,6 @@ class Optimizer:
         )
 
     def _export(self) -> Outcome:
-        extension = {"onnx": ".onnx", "pt2": ".pt2"}.get(self.model.format, _archive_suffix(self.model.filename))
-        source = ArtifactRef((FileRef(f"source{extension}", self.model.sha256, self.model.size_bytes),))
         options = {
             "format": self.model.format,
             "shapes": self.data.shapes,
@@ -134,7 +137,7 @@ class Optimizer:
             "max_members": self.limits.archive_members,
             "max_ratio": self.limits.compression_ratio,
         }
-        inputs = {"source": source}
+        inputs = {"source": source_ref(self.model)}
         if self.data.validation is not None:
             inputs["data"] = self.data.validation  # the model is tried on what it is for
         _, hard = self.budget.limits(self.budget.end)
@@ -186,14 +189,7 @@ def spanned(profiles: Sequence[Mapping[str, ShapeRange]]) -> dict[str, Any] | No
     return found or None
 
 
-def _archive_suffix(filename: str) -> str:
-    lower = filename.lower()
-    return next((s for s in (".tar.gz", ".tgz", ".tar", ".zip") if lower.endswith(s)), ".zip")
-
-
 def _dataset_ref(dataset_id: str | None, datasets: Mapping[str, Dataset]) -> ArtifactRef | None:
     if dataset_id is None:
         return None
-    row = datasets[dataset_id]
-    suffix = ".npz" if row.format == "npz" else _archive_suffix(row.filename)
-    return ArtifactRef((FileRef(f"data{suffix}", row.sha256, row.size_bytes),))
+    return dataset_ref(datasets[dataset_id])

@@ -3,7 +3,7 @@ the report and the manifest are made from. Each is built once and frozen: who ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -119,18 +119,31 @@ class Explanation:
 @dataclass(frozen=True)
 class Optimization(Proof):
     """All of it. `package`: the engine's file and its bundle; None where nothing ships. `spent_seconds`: of the
-    budget."""
+    budget. `compatibility`: `workers.pipeline.compatibility`."""
 
     explanation: Explanation
     package: Outcome | None
     spent_seconds: float
+    compatibility: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def of(
-        cls, proof: Proof, *, explanation: Explanation, package: Outcome | None, spent_seconds: float
+        cls,
+        proof: Proof,
+        *,
+        explanation: Explanation,
+        package: Outcome | None,
+        spent_seconds: float,
+        compatibility: Sequence[Mapping[str, Any]] = (),
     ) -> Optimization:
         proven = {f.name: getattr(proof, f.name) for f in fields(proof)}
-        return cls(**proven, explanation=explanation, package=package, spent_seconds=spent_seconds)
+        return cls(
+            **proven,
+            explanation=explanation,
+            package=package,
+            spent_seconds=spent_seconds,
+            compatibility=compatibility,
+        )
 
 
 def nodes_kept(run: CandidateRun | None) -> list[str]:

@@ -80,6 +80,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         nodes_kept=nodes_kept(found.picked),
         profile=dict(found.explanation.profile.data) if found.explanation.profile else None,
         not_explained=dict(found.explanation.reasons),
+        compatibility=[dict(told) for told in found.compatibility],
         sensitivity=_sensitivity(found),
         shapes=[ShapeReport(**row) for row in _shapes(found, batch)],
     )

@@ -7,6 +7,8 @@ from typing import ClassVar
 from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
 
+_LONGEST_S = 60.0
+
 
 class CompatibilityOptions(StageOptions):
     """`backend`: name of a registered backend that examines graphs on this worker."""
@@ -36,6 +38,6 @@ class Compatibility(Stage[CompatibilityOptions]):
                 remedy="Install its extra on a worker.",
                 cacheable=False,
             )
-        found = backend.examine(ctx.inputs["model"], ctx.workspace, ctx.reporter)
+        found = backend.examine(ctx.inputs["model"], ctx.workspace, ctx.reporter, min(ctx.seconds_left(), _LONGEST_S))
         # In what time a large model builds is a matter of the machine: worth another try, elsewhere.
         return StageResult(data={"backend": options.backend, **found.to_json()}, reusable=found.accepted is not None)

@@ -192,6 +192,16 @@ class Client:
         """The deployment bundle (engine, manifest, `infer.py` in one archive) into the file `path`, verified."""
         return download(self._http, f"/v1/engines/{quote(engine_id, safe='')}/bundle", Path(path), None)
 
+    def compatibility(self, model_id: str, *, timeout_s: float = 60.0) -> Json:
+        """Which backends take the model. Waits for the workers' answers, as long as `timeout_s`; what has not answered
+        by then is `pending`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = self._json("GET", f"/v1/models/{model_id}/compatibility")
+            if found["status"] == "complete" or time.monotonic() > deadline:
+                return found
+            time.sleep(0.5)
+
     def capabilities(self) -> Json:
         """The live workers, their hardware, backends and versions."""
         return self._json("GET", "/v1/capabilities")

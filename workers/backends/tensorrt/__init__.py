@@ -132,8 +132,8 @@ class _Plans(Backend):
         """Where its parser can be asked: that of TensorRT for RTX without a GPU."""
         return examine.possible(self.library)
 
-    def examine(self, model: Path, scratch: Path, reporter: Reporter) -> Examined:  # noqa: ARG002
-        return examine.examine(self.library, model, reporter)
+    def examine(self, model: Path, scratch: Path, reporter: Reporter, seconds: float) -> Examined:  # noqa: ARG002
+        return examine.examine(self.library, model, reporter, seconds)
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

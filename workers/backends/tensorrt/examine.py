@@ -23,7 +23,6 @@ from workers.kernel import Reporter
 
 # RTX 40, L4 and L40S: the least that has all of its precisions.
 TARGET = "8.9"
-LONGEST_S = 60.0
 _EXPORT_AGAIN = "Export the model again, and check it with onnx.checker."
 _PRODUCTS = ("MatMul", "Gemm")
 
@@ -33,7 +32,7 @@ def possible(library: Library) -> bool:
     return library.installed() and (not library.needs_gpu or isinstance(probe_gpu(), Gpu))
 
 
-def examine(library: Library, model: Path, reporter: Reporter) -> Examined:
+def examine(library: Library, model: Path, reporter: Reporter, seconds: float) -> Examined:
     """Every node that the parser refuses. What it takes is built for compute capability 8.9, where no GPU is needed for
     that: not loaded, not run, and kept nowhere. Raises StageFailure of kind INFRASTRUCTURE only."""
     versions = {library.name: library.version()}
@@ -59,18 +58,18 @@ def examine(library: Library, model: Path, reporter: Reporter) -> Examined:
         return Examined(not refused, how, refused, precisions, notes, versions)
     how = f"{how}, and built for compute capability {TARGET}, on no GPU"
     try:
-        accepted = _builds(state, model, facts, reporter)
+        accepted = _builds(state, model, facts, Progress(reporter, seconds))
     except StageFailure as failure:
         accepted, refused = False, [_refused(failure)]
     if accepted is None:
-        notes.append(f"The build did not end within {LONGEST_S:.0f} s.")
+        notes.append(f"The build did not end within {seconds:.0f} s.")
     return Examined(accepted, how, refused, precisions, notes, versions)
 
 
-def _builds(state: building.Building, model: Path, facts: GraphFacts, reporter: Reporter) -> bool | None:
+def _builds(state: building.Building, model: Path, facts: GraphFacts, progress: Progress) -> bool | None:
     """None where the time was over before it was built."""
     try:
-        building.make_plan(state, model, facts, None, Progress(reporter, LONGEST_S))
+        building.make_plan(state, model, facts, None, progress)
     except StageFailure as failure:
         if failure.code == "build_cancelled":
             return None

@@ -1,0 +1,188 @@
+"""Answers which backends take a model (`GET /v1/models/{id}/compatibility`) while this worker has no job.
+
+A job goes first: one that arrives ends the examination, which is given back and taken up again later. What is measured
+on this machine by another worker is not disturbed: an examination holds its share of the machine like a build.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.compatibility.service import LEASE, CompatibilityService, Question
+from app.db.orm import SourceModel
+from app.domain.failures import FailureKind, StageFailure
+from app.errors import AppError
+from app.settings import LimitSettings, Settings
+from app.storage.content import ContentStore
+from workers import kernel
+from workers.libraries import installed_versions, model_formats
+from workers.pipeline.faults import infrastructure_faults
+from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
+from workers.pipeline.machine import MachineLock, Place
+from workers.pipeline.protocol import Limits, StageRequest
+from workers.pipeline.source import source_ref
+from workers.pipeline.workspace import Workspace, open_workspace
+
+log = structlog.get_logger(__name__)
+
+_LONGEST_S = 300.0  # of one stage
+_RENEW_S = LEASE.total_seconds() / 3
+
+
+def examined_by(hardware: Mapping[str, Any]) -> dict[str, str]:
+    """Backend → the version of its library, of those that can say on this machine what they take of a model."""
+    found = {}
+    for name, backend in sorted(kernel.backends().items()):
+        try:
+            if backend().examines(hardware):
+                told = installed_versions(backend.libraries)
+                found[name] = ", ".join(f"{library} {version}" for library, version in sorted(told.items()))[:200]
+        except Exception:  # a plug-in that breaks its contract
+            log.exception("examines_failed", backend=name)
+    return found
+
+
+class Examiner:
+    """Runs in a thread of its own; `jobs_first` is what a job runs inside of."""
+
+    def __init__(
+        self,
+        service: CompatibilityService,
+        content: ContentStore,
+        isolated: IsolatedRunner,
+        settings: Settings,
+        worker_id: str,
+        hardware: Mapping[str, Any],
+        limits: Limits,
+        shutdown: threading.Event,
+    ) -> None:
+        self.backends = examined_by(hardware)
+        self._service, self._content, self._isolated, self._settings = service, content, isolated, settings
+        self._worker_id, self._hardware, self._formats = worker_id, hardware, model_formats()
+        self._limits = Limits(min(_LONGEST_S, limits.seconds), limits.memory_bytes, limits.file_bytes)
+        self._machine = MachineLock(settings.worker.lock_dir, limits.seconds)
+        self._shutdown = shutdown
+        self._turn = threading.Lock()
+        self._wanted = threading.Event()
+
+    def run(self) -> None:
+        while not self._shutdown.wait(self._settings.worker.heartbeat_s):
+            try:
+                while self.answer_one():
+                    pass
+            except (SQLAlchemyError, AppError, OSError) as error:
+                log.warning("examining_failed", error=str(error)[:300])
+
+    @contextmanager
+    def jobs_first(self) -> Iterator[None]:
+        """Nothing is examined inside; what is being examined ends now."""
+        self._wanted.set()
+        with self._turn:
+            self._wanted.clear()
+            yield
+
+    def answer_one(self) -> bool:
+        """Take the oldest question on, if this worker is idle; whether there was one that it came to the end of."""
+        if self._shutdown.is_set() or not self.backends or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            question = self._service.take(self._worker_id, self.backends, self._formats)
+            return question is not None and self._answer(question)
+        finally:
+            self._turn.release()
+
+    def _answer(self, question: Question) -> bool:
+        left = list(question.backends)
+        held = _Held(self._service, question, (self._shutdown, self._wanted))
+        name = f"examine-{question.model.id}-{self._worker_id}".replace("/", "-")
+        model = question.model
+        try:
+            with (
+                infrastructure_faults(),
+                open_workspace(self._settings.home_dir, name, model.tenant_id, self._content) as workspace,
+            ):
+                exported = self._export(workspace, model, held)
+                while left:
+                    self._ask(workspace, exported, question, left[0], held)
+                    left.pop(0)
+        except Interrupted:
+            if not held.lost:
+                self._service.give_back(question, left)
+            return False
+        except StageFailure as failure:
+            log.info("not_examined", model_id=model.id, code=failure.code, detail=failure.detail)
+            if failure.kind is FailureKind.INFRASTRUCTURE:
+                self._service.retry_later(question, left)
+                return False
+            self._service.fail(question, left, failure.public())
+        return True
+
+    def _ask(self, workspace: Workspace, exported: Path, question: Question, backend: str, held: _Held) -> None:
+        """One backend. That it crashes on the model or takes too long says nothing of the others."""
+        try:
+            told = self._call(workspace, "compatibility", {"model": exported}, {"backend": backend}, held)
+        except StageFailure as failure:
+            if failure.kind is FailureKind.INFRASTRUCTURE:
+                raise
+            self._service.fail(question, (backend,), failure.public())
+        else:
+            self._service.answer(question, backend, told.data)
+
+    def _export(self, workspace: Workspace, model: SourceModel, held: _Held) -> Path:
+        """The folder of the checked ONNX model."""
+        source = workspace.fetch(source_ref(model))
+        limits: LimitSettings = self._settings.limits
+        options = {
+            "format": model.format,
+            "max_unpacked_bytes": limits.unpacked_bytes,
+            "max_members": limits.archive_members,
+            "max_ratio": limits.compression_ratio,
+        }
+        return self._call(workspace, "export", {"source": source}, options, held).folder / "model"
+
+    def _call(
+        self, workspace: Workspace, stage: str, inputs: Mapping[str, Path], options: Mapping[str, Any], held: _Held
+    ) -> _Done:
+        folder = workspace.new_call(stage)
+        request = StageRequest(
+            stage=stage,
+            options=dict(options),
+            inputs={name: str(path) for name, path in inputs.items()},
+            workspace=str(folder / "work"),
+            outputs=str(folder / "out"),
+            hardware=dict(self._hardware),
+            limits=self._limits,
+        )
+        with self._machine.hold(Place(alone=False), held.should_stop, lambda: None):
+            result = self._isolated.run(request, on_progress=lambda *_: None, should_stop=held.should_stop)
+        return _Done(result, folder / "out")
+
+
+class _Done:
+    def __init__(self, outcome: StageOutcome, folder: Path) -> None:
+        self.data, self.folder = outcome.data, folder
+
+
+class _Held:
+    """The hold on a question, renewed as long as somebody asks whether to stop."""
+
+    def __init__(
+        self, service: CompatibilityService, question: Question, stops: tuple[threading.Event, threading.Event]
+    ) -> None:
+        self._service, self._question, self._stops = service, question, stops
+        self._due = time.monotonic() + _RENEW_S
+        self.lost = False
+
+    def should_stop(self) -> bool:
+        if time.monotonic() > self._due and not self.lost:
+            self._due = time.monotonic() + _RENEW_S
+            self.lost = not self._service.renew(self._question)
+        return self.lost or any(stop.is_set() for stop in self._stops)

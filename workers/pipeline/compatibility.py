@@ -1,0 +1,48 @@
+"""What a job's report says of backends that this worker can ask but not run: whether they would take the model, before
+somebody rents a device for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from app.domain.failures import StageFailure
+from workers import kernel
+from workers.pipeline.budget import Budget
+from workers.pipeline.runner import Outcome, StageRunner
+
+_ENOUGH_S, _LONGEST_S = 10.0, 30.0  # it is beside the point of the job
+
+
+def compatibility_of(
+    runner: StageRunner, export: Outcome, offered: Collection[str], budget: Budget
+) -> list[dict[str, Any]]:
+    """`workers.examined.Examined` as JSON, with `backend`, of each. `offered`: what this worker runs. `accepted` is
+    None where it could not be told, with a `reason`."""
+    found: list[dict[str, Any]] = []
+    for name in asked(runner, offered):
+        left = budget.left(budget.end)
+        if left < _ENOUGH_S:
+            found.append({"backend": name, "accepted": None, "reason": "the budget was over"})
+            continue
+        inputs, options = {"model": export.outputs["model"]}, {"backend": name}
+        try:
+            done = runner.run("compatibility", inputs, options, seconds=min(_LONGEST_S, left), soft_seconds=_ENOUGH_S)
+        except StageFailure as failure:
+            found.append({"backend": name, "accepted": None, "reason": failure.detail})
+        else:
+            found.append({k: v for k, v in done.data.items() if k not in ("made", "notes_of_stage")})
+    return found
+
+
+def asked(runner: StageRunner, offered: Collection[str]) -> list[str]:
+    """Backends that this worker can ask, and not run."""
+    known = kernel.backends()
+    return sorted(n for n, backend in known.items() if n not in offered and _examines(backend, runner))
+
+
+def _examines(backend: type[kernel.Backend], runner: StageRunner) -> bool:
+    try:
+        return backend().examines(runner.hardware)
+    except Exception:  # a plug-in that breaks its contract is left out where the worker starts, and told there
+        return False
