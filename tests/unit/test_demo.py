@@ -30,6 +30,8 @@ def test_both_speed_ups_stand_beside_each_other(digits: tuple[Any, Any]) -> None
     far = {**near, "1": {"speedup": 1.47, "low": 1.4, "high": 1.5}}
     assert demo.agreement(near, told).startswith("The job and this run agree")
     assert "differ at batch size 1 by up to 50 %" in demo.agreement(far, told)
+    beside_it = {**near, "8": {"speedup": 3.2, "low": 3.17, "high": 3.3}}
+    assert "agree within 2.3 %" in demo.agreement(beside_it, told)
     assert "no speed-up to compare" in demo.agreement(near, {})
     report = {"picked": "a", "candidates": [{"id": "a", "batches": {"1": {"speedup": told["1"]}}}, {"id": "b"}]}
     assert demo.shipped_speedups(report) == {"1": told["1"]}

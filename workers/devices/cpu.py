@@ -15,6 +15,7 @@ class Cpu(Accelerator):
     # A machine whose speed drifts further (clocks, a neighbour on the same memory) was not one machine meanwhile. Hosts
     # that are fast and slow in turns drift by a third without company, which the rounds' ratios cancel.
     most_drift: ClassVar[float] = 1.5
+    most_wide: ClassVar[float] = 1.2
     reads_machine_memory: ClassVar[bool] = True
 
     def label(self, hardware: Hardware) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from workers.devices import HOST
+from workers.devices import HOST, Accelerator
 from workers.measure.disturbance import MOST_WAITED, Disturbance, in_a_row, to_json
 from workers.measure.rounds import Timing, counting
 from workers.measure.stats import Interval
@@ -21,9 +21,7 @@ from workers.measure.stats import Interval
 # Two processes of one engine differ by a few percent (where their memory lies); the verdict asks a gain to lie beyond
 # that. More than this is no such difference.
 MOST_APART = 1.10
-# High over low of the interval, that is 10 % to either side: a claim off by 15 % lies outside.
-MOST_WIDE = 1.20
-MOST_WIDE_MEAN = 1.3  # likewise of the means, which a few slow calls move
+MOST_WIDE_MEAN = 1.3  # high over low of the baseline's means against themselves, which a few slow calls move
 # Of the windows of a batch size: where most had company, those that show none were lucky.
 MOST_DROPPED = 0.5
 
@@ -35,11 +33,10 @@ def objections(
     a_a: Interval,
     *,
     windows: Sequence[Disturbance] = (),
-    most_drift: float = HOST.most_drift,
+    device: Accelerator = HOST,
 ) -> list[str]:
     """Why nothing can be claimed at this batch size; empty where something can. `windows`: all that were taken at it,
-    of every engine. `most_drift`: of the medians of the baseline's undisturbed windows, third quartile over first
-    (`devices.Accelerator`)."""
+    of every engine. `device`: what it all ran on."""
     rounds, enough = counting(baseline, again)
     if not enough:
         reasons = Counter(reason for side in (baseline, again) for reason in side.disturbed.values())
@@ -52,10 +49,10 @@ def objections(
     found = []
     if a_a.low > MOST_APART or a_a.high < 1 / MOST_APART:
         found.append(f"{shown}, which does not hold 1.0")
-    elif a_a.high > MOST_WIDE * a_a.low:
+    elif a_a.high > device.most_wide * a_a.low:
         found.append(f"{shown}, which is too wide to tell a gain from noise")
     drift = max(spread([side.rounds[i] for i in rounds]) for side in (baseline, again))
-    if drift > most_drift:
+    if drift > device.most_drift:
         found.append(
             f"batch {batch}: the original's own latency drifted by {100 * (drift - 1):.0f} % during the rounds"
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from workers import devices
 from workers.kernel import backends
 from workers.libraries import installed_versions
-from workers.measure.claim import MOST_APART, MOST_WIDE
+from workers.measure.claim import MOST_APART
 from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, MOST_WAITED, TURN_S
 from workers.measure.instances import SETTLE_S
 from workers.measure.plan import MIN_ROUNDS
@@ -20,6 +21,7 @@ def benchmark_method(
     """How the benchmark stage measures. `inputs`: where the inputs come from, in words."""
     session = "default options" if default_options else "the given options"
     warm_up = "until three windows agree within 10 %, after at least 50 iterations or 1 s; a few uncounted "
+    most_wide = devices.of_backend(baseline_backend).most_wide
     against = "one baseline process" if screening else "both baseline processes"
     words = {
         "baseline": f"the original model, exported to ONNX, on {baseline_backend} with {session}, "
@@ -37,7 +39,7 @@ def benchmark_method(
         f"rounds; 95 % interval by bootstrap over rounds, against {against}",
         "throughput": "batch size / mean latency, in samples per second, one caller",
         "a_a": "the baseline in two processes against each other, by p50 and by throughput; nothing is claimed where "
-        f"it is off by more than {100 * (MOST_APART - 1):.0f} % or wider than {100 * (MOST_WIDE - 1):.0f} %",
+        f"it is off by more than {100 * (MOST_APART - 1):.0f} % or wider than {100 * (most_wide - 1):.0f} %",
         "disturbance": f"a window counts where the engine's threads waited at most {MOST_WAITED:.0%} of it and "
         f"{1000 * TURN_S:.0f} ms for a core, {MOST_STOLEN:.0%} of the cores' time were stolen and other processes took "
         f"{MOST_OTHERS:.0%}; else it is taken again where the time holds that, and engines are compared over the "

@@ -374,8 +374,8 @@ class _Run:
         if again is not baseline:
             aa = figures.a_a(baseline, again, seed)
             self.aa[str(batch)] = aa.to_json()
-            most_drift = devices.of_backend(self.options.baseline_backend).most_drift
-            self.noise += claim.objections(batch, baseline, again, aa.p50, windows=windows, most_drift=most_drift)
+            device = devices.of_backend(self.options.baseline_backend)
+            self.noise += claim.objections(batch, baseline, again, aa.p50, windows=windows, device=device)
         other = self.options.compare_to
         pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None
         if pair is not None:
