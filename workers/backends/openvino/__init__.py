@@ -18,6 +18,7 @@ from workers.backends.openvino.script import infer_script
 from workers.backends.openvino.session import OpenVinoSession
 from workers.backends.options import parsed
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Candidate, Case, Proposal
+from workers.graph.interface import INTERFACE_FILE, Interface
 from workers.graph.ir import faults
 from workers.graph.ir import files as ir
 from workers.graph.ir.library import compile_model, library
@@ -128,7 +129,7 @@ class OpenVinoBackend(Backend):
         runtime = RuntimeOptions(**wanted.model_dump(exclude={"shapes"}))
         graph = None
         if kind == OPENVINO_IR:
-            for name in (ir.XML_FILE, ir.BIN_FILE, ir.INTERFACE_FILE):
+            for name in (ir.XML_FILE, ir.BIN_FILE, INTERFACE_FILE):
                 if (model / name).is_file():
                     link_or_copy(model / name, out / name)
         else:
@@ -190,7 +191,7 @@ class OpenVinoBackend(Backend):
 
 
 def _compiled(
-    model: Any, interface: ir.Interface, runtime: RuntimeOptions, graph: ModelProto | None
+    model: Any, interface: Interface, runtime: RuntimeOptions, graph: ModelProto | None
 ) -> OpenVinoSession:
     session = OpenVinoSession(compile_model(model, runtime.properties(), graph=graph), interface)
     computes_in = session.properties()["inference_precision"]

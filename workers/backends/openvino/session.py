@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.domain.failures import StageFailure
-from workers.graph.ir.files import Interface
+from workers.graph.interface import Interface
 from workers.graph.ir.library import library, runtime_failure
 from workers.kernel import WARM_UP_RUNS, LayerTime, Session, TensorSpec
 from workers.measure.layers import median_times

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.backends import signing
 from workers.backends.tensorrt import graph as graphs
 from workers.backends.tensorrt import messages, profiles, timing
 from workers.backends.tensorrt.inspect import inspection_of, read_inspection, weights_bytes
@@ -19,7 +20,7 @@ from workers.backends.tensorrt.library import Library
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
 from workers.backends.tensorrt.probe import Gpu, probe_gpu, require_gpu
 from workers.backends.tensorrt.progress import BUILDING, Progress, make_monitor
-from workers.backends.tensorrt.sidecar import PLAN_FILE, require_key, write_sidecar
+from workers.backends.tensorrt.sidecar import PLAN_FILE, write_sidecar
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 from workers.graph.onnx_graph import all_nodes
 from workers.kernel import Reporter
@@ -67,7 +68,7 @@ def build(library: Library, model: Path, out: Path, options: BuildOptions, repor
     precision, profiles, layers, fused, memory, timing_cache, parser warnings.
     """
     gpu = _target(library, options)  # before TensorRT is touched
-    require_key()  # before minutes are spent
+    signing.require_key()  # before minutes are spent
     facts = graphs.read_graph(model)
     graphs.check_gpu(facts, gpu)
     if options.precision:

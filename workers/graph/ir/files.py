@@ -7,9 +7,7 @@ name.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from onnx import ModelProto
 
 from app.domain.failures import StageFailure
+from workers.graph.interface import Interface
 from workers.graph.ir.faults import ignores_lengths
 from workers.graph.ir.library import fuse_common, library, read_model
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
@@ -25,51 +24,8 @@ from workers.kernel import TensorSpec
 
 XML_FILE = "model.xml"
 BIN_FILE = "model.bin"
-INTERFACE_FILE = "interface.json"
-_FORMAT = 1
 _READINGS = 8
 _MERGED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "Mul", "Add")
-
-
-@dataclass(frozen=True)
-class Interface:
-    """Inputs and outputs in the model's order, as ONNX Runtime shows them."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    def write(self, folder: Path) -> None:
-        document = {"format": _FORMAT, "inputs": _to_json(self.inputs), "outputs": _to_json(self.outputs)}
-        (folder / INTERFACE_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> Interface:
-        """Raises StageFailure (`load_failed`)."""
-        try:
-            document = json.loads((folder / INTERFACE_FILE).read_bytes())
-            if document["format"] != _FORMAT:
-                raise ValueError(f"format {document['format']}")
-            return cls(_from_json(document["inputs"]), _from_json(document["outputs"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StageFailure(
-                "load_failed",
-                f"The engine's {INTERFACE_FILE} is missing or damaged ({type(error).__name__}).",
-                remedy="Build the engine again.",
-            ) from error
-
-
-def _to_json(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-    return [
-        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} | ({"values": [*s.values]} if s.values else {})
-        for s in specs
-    ]
-
-
-def _from_json(entries: Any) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(str(e["name"]), str(e["dtype"]), tuple(e["shape"]), tuple(e["values"]) if e.get("values") else None)
-        for e in entries
-    )
 
 
 def read_onnx(folder: Path) -> tuple[Any, Interface, ModelProto]:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from app.domain.spec import ShapeRange
 from workers.artifacts import EXPORTED_PROGRAM, ONNX, PROGRAM_FILE
+from workers.graph.interface import Interface
 from workers.graph.onnx_arithmetic import describe_arithmetic
 from workers.graph.onnx_files import size_of
 from workers.graph.onnx_graph import describe_structure, opset_of
@@ -35,10 +36,10 @@ class ExportOptions(StageOptions):
 class Export(Stage[ExportOptions]):
     """Inputs `source` (one file) and, where the job has a data set, `data` (one file, on whose samples the model is
     tried) → outputs `model` (`model.onnx`; large weights in `model.onnx.data`) and, of a `.pt2` upload, `program`: the
-    exported program itself, cleaned of what could run code."""
+    exported program itself, cleaned of what could run code, with `interface.json`."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     Options = ExportOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX, "program": EXPORTED_PROGRAM}
@@ -83,6 +84,7 @@ class Export(Stage[ExportOptions]):
             shapes = {n: r.model_dump() for n, r in options.shapes.items()} if options.shapes else None
             exported.checks["source_comparison"] = program.check(exported, TrialInputs(data, shapes), shapes)
             exported.notes += program.notes
+            Interface(tuple(exported.inputs), tuple(exported.outputs)).write(ctx.output("program"))
         for note in exported.notes:
             reporter.note(note)
         reporter.progress(1.0, "exported")

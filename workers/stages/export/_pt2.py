@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.graph.exported_program import load_program, message_of, quiet
 from workers.graph.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
 from workers.stages.export._first_inference import Exported
 from workers.stages.export._names import rename_symbol
@@ -28,29 +25,9 @@ if TYPE_CHECKING:
 _ATTEMPTS = 3  # inputs at each batch size
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch warns of its own deprecations and of libraries it could use; none of it is about the user's model. Within,
-    `torch.load` never unpickles objects (the archive was cleaned before: this is the second lock on the door)."""
-    name, force = "torch.onnx", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    level, before = logging.getLogger(name).level, os.environ.get(force)
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[force] = "1"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger(name).setLevel(level)
-        if before is None:
-            del os.environ[force]
-        else:
-            os.environ[force] = before
-
-
 def _import_torch() -> Any:
     try:
-        with _quiet():
+        with quiet():
             import onnxscript  # noqa: F401  (torch.onnx needs it; better to miss it here than in the middle)
             import torch
             import torch.export
@@ -79,16 +56,7 @@ class Program:
         copy = workspace / "program.pt2"
         clean_copy(path, copy, cls._saved(((), {})))
         try:
-            with _quiet():
-                program = torch.export.load(str(copy))
-                program.example_inputs = _example_inputs(torch, program)
-        except Exception as error:  # damaged content shows as any kind of error
-            raise model_failure(
-                "invalid_model",
-                f"torch cannot load the program: {_line(error)}",
-                remedy="Save it again with torch.export.save and a torch version up to this worker's "
-                f"{torch.__version__}.",
-            ) from None
+            program = load_program(copy)
         finally:
             copy.unlink(missing_ok=True)
         return cls(program)
@@ -114,12 +82,12 @@ class Program:
         tensors = [*self._program.state_dict.values(), *self._program.constants.values()]
         size = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
         try:
-            with _quiet():
+            with quiet():
                 converted = torch.onnx.export(self._program, dynamo=True, opset_version=opset, verbose=False)
                 assert converted is not None
                 converted.save(str(path), external_data=size > INLINE_LIMIT_BYTES // 2)
         except Exception as error:  # the exporter's own errors, and whatever a pass of it trips over
-            text = _line(error, deepest=True)
+            text = message_of(error, deepest=True)
             op = re.search(r"op='([\w.]+)'|\b(aten\.\w+)", text)
             raise model_failure(
                 "export_failed",
@@ -170,18 +138,18 @@ class Program:
         if not compared:
             raise model_failure(
                 "export_failed",
-                f"The program does not run on inputs of its own shapes: {_line(refused)}",
+                f"The program does not run on inputs of its own shapes: {message_of(refused)}",
                 remedy="Give `shapes` inside the ranges that the program was exported for.",
             )
         if refused is not None:
-            self.notes.append(f"Source and ONNX were compared at batch {sizes} only: {_line(refused)[:160]}")
+            self.notes.append(f"Source and ONNX were compared at batch {sizes} only: {message_of(refused)[:160]}")
         return {"passed": True, "inputs": compared, "batch_sizes": sizes, "max_abs_diff": worst}
 
     def _run(self, feeds: Arrays, names: list[str]) -> Arrays:
         import torch
         from torch.utils import _pytree as pytree
 
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             flat = [
                 torch.from_numpy(np.array(feeds[name])) if isinstance(name, str) and name in feeds else name
                 for name in self._program.graph_signature.user_inputs
@@ -194,22 +162,6 @@ class Program:
         return {name: leaf.detach().numpy() for name, leaf in zip(names, leaves, strict=True)}
 
 
-def _example_inputs(torch: Any, program: Any) -> Any:
-    """Arguments as the exporter's passes need them, in place of the archive's own, which are pickles: ones, of the
-    sizes that the program was traced with."""
-    from torch.utils import _pytree as pytree
-
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    flat = []
-    for name in program.graph_signature.user_inputs:
-        value = values.get(name) if isinstance(name, str) else name
-        if isinstance(value, torch.Tensor):
-            sizes = [d if isinstance(d, int) else d.node.hint or 2 for d in value.shape]
-            value = torch.ones(sizes, dtype=value.dtype)
-        flat.append(value)
-    return pytree.tree_unflatten(flat, program.call_spec.in_spec)
-
-
 def _mismatch(tensor: str, error: float, batch: int) -> StageFailure:
     return model_failure(
         "export_mismatch",
@@ -217,11 +169,3 @@ def _mismatch(tensor: str, error: float, batch: int) -> StageFailure:
         tensor=tensor,
         remedy="Call model.eval() before torch.export.export, or convert the model to ONNX yourself.",
     )
-
-
-def _line(error: BaseException | None, *, deepest: bool = False) -> str:
-    """The error's message in one line without paths; `deepest`: that of the error which caused it all."""
-    while deepest and error is not None and error.__cause__ is not None:
-        error = error.__cause__
-    text = re.sub(r"\S*/(?:[\w.+-]+/)+", "", " ".join(str(error).split()))
-    return (text or type(error).__name__)[:400]

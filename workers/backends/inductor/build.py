@@ -1,0 +1,225 @@
+"""From an exported program to an engine: lowered, compiled by AOTInductor, tried in a process of its own, signed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.domain.failures import FailureKind, StageFailure, model_failure
+from app.settings import child_environment
+from workers.backends import signing
+from workers.backends.inductor import caching
+from workers.backends.inductor.library import contained, failure, library, target
+from workers.backends.inductor.lowering import lowered
+from workers.backends.inductor.options import BuildOptions, RuntimeOptions
+from workers.backends.inductor.session import load_session
+from workers.backends.inductor.sidecar import PACKAGE_FILE, Sidecar
+from workers.graph.exported_program import ProgramFolder, message_of, quiet
+from workers.graph.interface import Interface
+from workers.kernel import Reporter
+
+_TYPES = frozenset({"float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "bool"})
+_COMPILERS = ("g++", "clang++")
+# Loads a package and does nothing else: a loader that crashes takes this process down, and no other.
+_LOADS = "import sys, torch, torch._inductor; torch._inductor.aoti_load_package(sys.argv[1])"
+_LOADS_WITHIN_S = 120.0
+
+
+def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: Reporter) -> dict[str, Any]:
+    """Compile `model`, an exported program, into `out`.
+
+    Raises StageFailure: `backend_unavailable`, `compiler_missing`, `invalid_model`, `unsupported_io`,
+    `compile_failed`, `out_of_memory`, `gpu_out_of_memory`, `engine_key_missing`, `load_failed`, `inference_failed`.
+    Returns `runtime`, `form`, `precision`, `fused` (batch norms), `compiler`, `trial_run`.
+    """
+    signing.require_key()  # before a minute is spent
+    compiler = require_compiler()
+    torch = library()
+    with contained(), quiet(), torch.no_grad():
+        source = ProgramFolder.read(model)
+        _check_types(source.interface)
+        reporter.progress(0.1, "lowering")
+        graph, fused = _lowered(torch, source, options, device)
+        reporter.progress(0.2, "compiling")
+        form = options.form or "package"
+        if form == "package":
+            _compile(torch, graph, source, out / PACKAGE_FILE, settings(options, device), compiler)
+            reporter.progress(0.8, "loading")
+            why = _refused(out / PACKAGE_FILE)
+            if why is not None:
+                if options.form is not None:
+                    raise _unloadable(why)
+                reporter.note("AOTInductor's package cannot be loaded here; the engine is its cache.", reason=why)
+                (out / PACKAGE_FILE).unlink()
+                form = "cache"
+        if form == "cache":
+            try:
+                caching.write(graph, source, out, options, device)
+            except StageFailure:
+                raise
+            except Exception as error:  # as in `_compile`
+                raise _cannot(error) from error
+        source.interface.write(out)
+        sidecar = Sidecar(form, source.order, source.ranges, (), options.precision, target(device))
+        sidecar.write(out)
+        trial, fixed = _tried(source, out, RuntimeOptions(form=form), device, options, reporter)
+        if fixed:
+            Sidecar(**{**vars(sidecar), "fixed": fixed}).write(out)
+    return {
+        "runtime": RuntimeOptions(form=form).to_json(),
+        "form": form,
+        "precision": options.precision,
+        "fused": {"batch_norm": fused} if fused else {},
+        "compiler": Path(compiler).name,
+        "trial_run": trial,
+    }
+
+
+def require_compiler() -> str:
+    """The C++ compiler that Inductor calls. Raises StageFailure(`compiler_missing`)."""
+    found = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    if found is None:
+        raise StageFailure(
+            "compiler_missing",
+            "Inductor compiles with a C++ compiler, and this worker has none.",
+            FailureKind.MODEL,  # of this engine alone: the job has others
+            remedy="Ask the operator to install g++ (12 or newer); engines that were built run without it.",
+            cacheable=False,
+        )
+    return found
+
+
+def _check_types(interface: Interface) -> None:
+    for spec in (*interface.inputs, *interface.outputs):
+        if spec.dtype not in _TYPES:
+            raise model_failure(
+                "unsupported_io",
+                f"Tensor {spec.name!r} is {spec.dtype}, which cannot be handed to torch as an array.",
+                tensor=spec.name,
+                remedy="Use another backend for this model, or export it with float32 inputs and outputs.",
+            )
+
+
+def _lowered(torch: Any, source: ProgramFolder, options: BuildOptions, device: str) -> tuple[Any, int]:
+    try:
+        return lowered(torch, source.program, options.precision, device)
+    except StageFailure:
+        raise
+    except Exception as error:  # whatever a graph of another making trips over
+        raise _cannot(error) from error
+
+
+def settings(options: BuildOptions, device: str) -> dict[str, Any]:
+    """Inductor's own names and values. On a CPU weights are constants ("freezing"), which packs them for oneDNN and
+    lets it lay convolutions out with channels last; threads are torch's at the time of the call, not of the build."""
+    found: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1}
+    if device == "cpu":
+        found["freezing"] = True
+    if options.channels_last:
+        found["force_layout_optimization"] = True
+    return found
+
+
+def _compile(
+    torch: Any, graph: Any, source: ProgramFolder, package: Path, configured: Mapping[str, Any], compiler: str
+) -> None:
+    from torch._inductor.package import package_aoti
+
+    args, kwargs = source.program.example_inputs
+    if "freezing" not in configured:
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), (args, kwargs))
+    wanted = {**configured, "aot_inductor.package": True, "cpp.cxx": (compiler,)}
+    try:
+        files = torch._inductor.aot_compile(graph, args, kwargs, options=wanted)
+        package_aoti(str(package), files)
+    except Exception as error:  # Dynamo's, Inductor's, the C++ compiler's, and of any pass in between
+        raise _cannot(error) from error
+
+
+def _refused(package: Path) -> str | None:
+    """Why a fresh process does not load the package, or ends while it does; None where it does. With some builds of
+    torch (2.11 of one vendor) every load ends in a segmentation fault."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _LOADS, str(package)],
+            env=child_environment() | {"TMPDIR": str(package.parent.parent), "HOME": str(package.parent.parent)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_LOADS_WITHIN_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"its loader did not end within {_LOADS_WITHIN_S:.0f} s"
+    if done.returncode < 0:
+        return f"its loader crashed (signal {-done.returncode})"
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        return f"its loader failed: {' '.join(last)[:300]}"
+    return None
+
+
+def _tried(
+    source: ProgramFolder, out: Path, runtime: RuntimeOptions, device: str, options: BuildOptions, reporter: Reporter
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Load it and run it twice on random inputs: the batch size, and the outputs that lie in memory of the engine's
+    own. Where generated inputs do not suit the model, nothing is known of the first, and all outputs are copied."""
+    from workers.data import synthetic_feeds
+    from workers.measure.axes import fixed_batch
+
+    session = load_session(out, runtime, device)
+    names = [spec.name for spec in session.outputs]
+    batch = fixed_batch(session.inputs) or 1
+    feeds: dict[str, Any] = {}
+    try:
+        feeds = synthetic_feeds(session.inputs, batch, options.shapes, 0)
+        first, second = session.raw(feeds), session.raw(feeds)
+        return {"batch": batch}, tuple(n for n in names if np.may_share_memory(first[n], second[n]))
+    except StageFailure as refused:
+        if refused.code in ("out_of_memory", "gpu_out_of_memory") or (feeds and _runs(source, feeds)):
+            raise
+        reporter.note("The trial run tells nothing: generated inputs do not suit the model.", reason=refused.detail)
+        return None, tuple(names)
+    finally:
+        session.close()
+
+
+def _runs(source: ProgramFolder, feeds: Mapping[str, Any]) -> bool:
+    """Whether torch runs the program itself on these inputs."""
+    torch = library()
+    given = {name: torch.from_numpy(np.array(feeds[name])) for name in source.order}
+    flat = [given.get(name, name) for name in source.program.graph_signature.user_inputs]
+    args, kwargs = torch.utils._pytree.tree_unflatten(flat, source.program.call_spec.in_spec)
+    try:
+        source.program.module()(*args, **kwargs)
+    except Exception:  # whatever its operators say of such inputs
+        return False
+    return True
+
+
+def _cannot(error: Exception) -> StageFailure:
+    found = failure("compile_failed", error)
+    if found.code != "compile_failed":
+        return found
+    return model_failure(
+        "compile_failed",
+        f"Inductor cannot compile the program: {message_of(error, deepest=True)}",
+        remedy="The job's other engines come from its ONNX model; to use Inductor, export the program with standard "
+        "ATen operators on tensors.",
+    )
+
+
+def _unloadable(why: str) -> StageFailure:
+    return StageFailure(
+        "load_failed",
+        f"AOTInductor's package cannot be loaded here: {why}.",
+        FailureKind.MODEL,
+        remedy="Use the form `cache`, or another build of torch.",
+        cacheable=False,
+    )
+

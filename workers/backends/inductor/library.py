@@ -1,0 +1,84 @@
+"""Torch, as the engines here use it: its import, its caches in the stage's own folder, and what code is compiled for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from app.domain.failures import FailureKind, StageFailure
+from workers.graph.exported_program import message_of, quiet
+from workers.libraries import installed_version
+
+_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def torch_version() -> str | None:
+    """Without importing it: a process that forks must not hold its threads."""
+    return installed_version("torch")
+
+
+def library() -> Any:
+    """Torch with Inductor's modules. Raises StageFailure(`backend_unavailable`)."""
+    try:
+        with quiet():
+            import torch
+            import torch._inductor
+    except Exception as error:  # a broken installation shows as any kind of error
+        raise StageFailure(
+            "backend_unavailable",
+            f"Torch cannot be imported: {message_of(error)}",
+            FailureKind.REQUEST,
+            remedy="Ask the operator to install the extra `torch` (pip install 'anneal[torch]').",
+            cacheable=False,
+        ) from None
+    return torch
+
+
+@contextmanager
+def contained() -> Iterator[Path]:
+    """A folder for all caches of Inductor and Triton, below the stage's workspace and gone afterwards; and no compile
+    workers, which would live in process groups of their own."""
+    folder = Path(tempfile.mkdtemp(prefix="inductor-", dir=os.environ.get("TMPDIR")))
+    ours = {**dict.fromkeys(_CACHES, str(folder)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield folder
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def target(device: str) -> dict[str, Any]:
+    """What compiled code depends on here: torch's version, and the instruction set or the GPU."""
+    torch = library()
+    told = {"torch": str(torch.__version__)}
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        gpu = {"GPU": torch.cuda.get_device_name(), "compute capability": f"{major}.{minor}"}
+        return {**told, **gpu, "CUDA": str(torch.version.cuda)}
+    return {**told, "instruction set": str(torch.backends.cpu.get_cpu_capability())}
+
+
+def failure(code: str, error: BaseException, **where: Any) -> StageFailure:
+    """Of what torch raised; `out_of_memory` where that is what it says."""
+    text = message_of(error, deepest=True)
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
+        code = "gpu_out_of_memory" if "cuda" in text.lower() else "out_of_memory"
+        return StageFailure(code, f"Torch needs more memory: {text}", FailureKind.MODEL, cacheable=False)
+    return StageFailure(code, f"Torch: {text}", FailureKind.MODEL, **where)
+
+
+def facts_of(hardware: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the compiled code beside libraries and processor."""
+    return {"cxx": hardware.get("cxx")}
