@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ ISA_FLAGS = (
     "avx_vnni", "avx_vnni_int8", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
+CXX = ("g++", "clang++")  # whose code can be loaded beside torch's, the preferred one first
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -29,7 +32,7 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 def describe(gpu: str = "") -> dict[str, Any]:
     """This machine: id, kind, cpu_model, isa, cores (that this process may use), cpu_quota, memory_bytes, os, governor,
-    affinity, gpu.
+    affinity, gpu, cxx (the C++ compiler that engines are compiled with).
 
     `memory_bytes` is the smaller of the machine's memory and the container's limit; `cpu_quota` is the container's
     limit of CPU time in CPUs (2.5), None without one. `gpu` is the one GPU of this worker, chosen as
@@ -60,6 +63,7 @@ def describe(gpu: str = "") -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()}",
         "hypervisor": cpu["hypervisor"],
         "python": platform.python_version(),
+        "cxx": _cxx(),
     }
 
 
@@ -96,6 +100,11 @@ def conditions(description: Mapping[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
+def instruction_sets() -> list[str]:
+    """Those of `ISA_FLAGS` that the processor has."""
+    return list(_cpuinfo()["isa"])
+
+
 def _cpuinfo() -> dict[str, Any]:
     text = _read(_CPUINFO) or ""
     first = text.split("\n\n", 1)[0]
@@ -108,6 +117,18 @@ def _cpuinfo() -> dict[str, Any]:
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "hypervisor": "hypervisor" in flags,
     }
+
+
+def _cxx() -> str | None:
+    """The first line of what the compiler says of itself; None where there is none."""
+    path = next((found for name in CXX if (found := shutil.which(name))), None)
+    if path is None:
+        return None
+    try:
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.splitlines()[0].strip() if told else None
 
 
 def _affinity() -> list[int]:

@@ -252,6 +252,16 @@ class Backend(ABC):
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """What it offers on this machine, or None where its library or device is missing. Never raises."""
 
+    def import_library(self) -> None:
+        """Import it, so that what a load takes can be timed without."""
+        self.probe({})
+
+    @classmethod
+    def facts_of_build(cls, hardware: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
+        """What else of the machine decides what it builds (a compiler, say), beside `workers.hardware.fingerprint`. It
+        becomes part of the key."""
+        return {}
+
     @abstractmethod
     def propose(self, case: Case) -> Proposal:
         """What is worth trying for this case, in this backend's recipes. Pure: imports no library. Ids are unique over

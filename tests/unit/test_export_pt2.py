@@ -17,6 +17,7 @@ import pytest
 
 from app.domain.failures import StageFailure
 from tests.unit.test_export import export
+from workers.graph.exported_program import quiet
 from workers.stages.export import Export, _pt2
 from workers.stages.export._pt2_guard import clean_copy
 
@@ -41,7 +42,7 @@ def save_program(path: Path, *, dynamic: bool = True) -> Path:
     torch.manual_seed(0)
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = ({0: batch}, {0: batch}) if dynamic else None
-    with _pt2._quiet():
+    with quiet():
         program = torch.export.export(Net().eval(), (torch.randn(2, 1, 8, 8), torch.randn(2, 4)), dynamic_shapes=shapes)
         torch.export.save(program, str(path))
     return path
@@ -103,7 +104,7 @@ def test_the_program_is_kept_beside_the_onnx(program: Path, tmp_path: Path) -> N
     path = tmp_path / "kept.pt2"
     path.write_bytes(kept[0])
     image, scale = torch.randn(3, 1, 8, 8), torch.randn(3, 4)
-    with _pt2._quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         wanted, found = (torch.export.load(str(p)).module()(image, scale) for p in (program, path))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert Export.kinds({}) == {"model": "onnx", "program": "exported-program"}

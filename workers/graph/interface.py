@@ -1,5 +1,5 @@
-"""`interface.json`: the inputs and outputs of a model under their ONNX names, types and symbolic shapes, by position, for
-engines whose own files do not hold them."""
+"""`interface.json`: the inputs and outputs of a model under their ONNX names, types and symbolic shapes, by position,
+for engines whose own files do not hold them."""
 
 from __future__ import annotations
 

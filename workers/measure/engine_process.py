@@ -234,7 +234,7 @@ class _Engine:
 
     def load(self) -> Loaded:
         backend = kernel.backends()[self._backend_name]()
-        backend.probe({})  # imports the library
+        backend.import_library()
         start = time.perf_counter_ns()
         self._session = backend.load(self._folder, self._runtime)
         elapsed = time.perf_counter_ns() - start

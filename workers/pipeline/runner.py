@@ -215,8 +215,11 @@ class StageRunner:
 
     def _hardware(self, options: Mapping[str, Any]) -> str:
         """The machine as a key says it; with the key's id where engines are signed: those of another are built anew."""
-        signed = any(backend.signed for backend in _backends(options))
-        return f"{self.fingerprint}/{self.installation.key_id}" if signed else self.fingerprint
+        used = _backends(options)
+        facts = {b.name: dict(b.facts_of_build(self.hardware)) for b in used}
+        told = {name: found for name, found in facts.items() if found}
+        parts = [self.fingerprint, *([digest_of(told)] if told else [])]
+        return "/".join([*parts, *([self.installation.key_id] if any(b.signed for b in used) else [])])
 
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id

@@ -15,6 +15,7 @@ from workers.backends.inductor.script import infer_script
 from workers.backends.inductor.session import load_session
 from workers.backends.options import parsed
 from workers.candidates import BF16_FLAGS, Candidate, Case, Proposal
+from workers.devices.cuda import compute_capability
 from workers.devices.cuda import runtime as cuda_runtime
 from workers.kernel import Backend, BackendInfo, Reporter, Session
 
@@ -91,11 +92,11 @@ class InductorCudaBackend(_Inductor):
         version = torch_version()
         if version is None or version.endswith("+cpu") or not cuda_runtime.available():
             return None
-        precisions = ("fp32", "fp16", "bf16") if _capability(hardware) >= 8.0 else ("fp32", "fp16")
+        precisions = ("fp32", "fp16", "bf16") if compute_capability(hardware) >= 8.0 else ("fp32", "fp16")
         return BackendInfo(self.name, {"torch": version}, ("cuda",), precisions)
 
     def propose(self, case: Case) -> Proposal:
-        return inductor_recipes.propose_cuda(case, _capability(case.hardware))
+        return inductor_recipes.propose_cuda(case, compute_capability(case.hardware))
 
     def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:  # noqa: ARG002
         return inductor_recipes.variants_cuda(candidate)
@@ -103,11 +104,3 @@ class InductorCudaBackend(_Inductor):
     def with_threads(self, runtime: Mapping[str, Any], threads: int) -> dict[str, Any]:  # noqa: ARG002
         """As it is: the work does not run on CPU threads."""
         return dict(runtime)
-
-
-def _capability(hardware: Mapping[str, Any]) -> float:
-    """Of the worker's GPU, e.g. 9.0; 0 where there is none."""
-    try:
-        return float((hardware.get("gpu") or {}).get("compute_capability") or 0)
-    except (TypeError, ValueError, AttributeError):
-        return 0.0

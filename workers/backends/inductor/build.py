@@ -18,14 +18,14 @@ from workers.backends.inductor import caching
 from workers.backends.inductor.library import contained, failure, library, target
 from workers.backends.inductor.lowering import lowered
 from workers.backends.inductor.options import BuildOptions, RuntimeOptions
-from workers.backends.inductor.session import load_session
+from workers.backends.inductor.session import exact_products, load_session
 from workers.backends.inductor.sidecar import PACKAGE_FILE, Sidecar
 from workers.graph.exported_program import ProgramFolder, message_of, quiet
 from workers.graph.interface import Interface
+from workers.hardware import CXX
 from workers.kernel import Reporter
 
 _TYPES = frozenset({"float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "bool"})
-_COMPILERS = ("g++", "clang++")
 # Loads a package and does nothing else: a loader that crashes takes this process down, and no other.
 _LOADS = "import sys, torch, torch._inductor; torch._inductor.aoti_load_package(sys.argv[1])"
 _LOADS_WITHIN_S = 120.0
@@ -41,7 +41,8 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
     signing.require_key()  # before a minute is spent
     compiler = require_compiler()
     torch = library()
-    with contained(), quiet(), torch.no_grad():
+    exact_products(torch, options.precision)
+    with contained() as folder, quiet(), torch.no_grad():
         source = ProgramFolder.read(model)
         _check_types(source.interface)
         reporter.progress(0.1, "lowering")
@@ -49,15 +50,15 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
         reporter.progress(0.2, "compiling")
         form = options.form or "package"
         if form == "package":
-            _compile(torch, graph, source, out / PACKAGE_FILE, settings(options, device), compiler)
+            _compile(graph, source, out / PACKAGE_FILE, options, device)
             reporter.progress(0.8, "loading")
-            why = _refused(out / PACKAGE_FILE)
+            why = _refused(out / PACKAGE_FILE, folder)
             if why is not None:
                 if options.form is not None:
                     raise _unloadable(why)
                 reporter.note("AOTInductor's package cannot be loaded here; the engine is its cache.", reason=why)
                 (out / PACKAGE_FILE).unlink()
-                form = "cache"
+                form, (graph, _) = "cache", _lowered(torch, source, options, device)  # compiling rewrote the first
         if form == "cache":
             try:
                 caching.write(graph, source, out, options, device)
@@ -83,7 +84,7 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
 
 def require_compiler() -> str:
     """The C++ compiler that Inductor calls. Raises StageFailure(`compiler_missing`)."""
-    found = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    found = next((path for name in CXX if (path := shutil.which(name))), None)
     if found is None:
         raise StageFailure(
             "compiler_missing",
@@ -126,15 +127,13 @@ def settings(options: BuildOptions, device: str) -> dict[str, Any]:
     return found
 
 
-def _compile(
-    torch: Any, graph: Any, source: ProgramFolder, package: Path, configured: Mapping[str, Any], compiler: str
-) -> None:
-    from torch._inductor.package import package_aoti
+def _compile(graph: Any, source: ProgramFolder, package: Path, options: BuildOptions, device: str) -> None:
+    torch = library()
+    from torch._inductor.package.package import package_aoti
 
     args, kwargs = source.program.example_inputs
-    if "freezing" not in configured:
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), (args, kwargs))
-    wanted = {**configured, "aot_inductor.package": True, "cpp.cxx": (compiler,)}
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+    wanted = {**settings(options, device), "aot_inductor.package": True, "cpp.cxx": (require_compiler(),)}
     try:
         files = torch._inductor.aot_compile(graph, args, kwargs, options=wanted)
         package_aoti(str(package), files)
@@ -142,13 +141,13 @@ def _compile(
         raise _cannot(error) from error
 
 
-def _refused(package: Path) -> str | None:
+def _refused(package: Path, folder: Path) -> str | None:
     """Why a fresh process does not load the package, or ends while it does; None where it does. With some builds of
     torch (2.11 of one vendor) every load ends in a segmentation fault."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _LOADS, str(package)],
-            env=child_environment() | {"TMPDIR": str(package.parent.parent), "HOME": str(package.parent.parent)},
+            env=child_environment() | {"TMPDIR": str(folder), "HOME": str(folder)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_LOADS_WITHIN_S,
@@ -222,4 +221,3 @@ def _unloadable(why: str) -> StageFailure:
         remedy="Use the form `cache`, or another build of torch.",
         cacheable=False,
     )
-

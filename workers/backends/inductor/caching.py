@@ -1,5 +1,5 @@
-"""The other form of an engine: the lowered program, and what Inductor left in its caches while it compiled it. At load it
-is compiled again, which finds every kernel there; kernels for a CPU are compiled anew, and need the C++ compiler."""
+"""The other form of an engine: the lowered program, and what Inductor left in its caches while it compiled that. At
+load it is compiled again and finds every kernel there; those for a CPU are compiled anew, which takes the compiler."""
 
 from __future__ import annotations
 

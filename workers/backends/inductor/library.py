@@ -1,4 +1,4 @@
-"""Torch, as the engines here use it: its import, its caches in the stage's own folder, and what code is compiled for."""
+"""Torch, as the engines here use it: its import, its caches in the stage's own folder, what code is compiled for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.graph.exported_program import message_of, quiet
+from workers.hardware import instruction_sets
 from workers.libraries import installed_version
 
 _MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
@@ -60,14 +61,15 @@ def contained() -> Iterator[Path]:
 
 
 def target(device: str) -> dict[str, Any]:
-    """What compiled code depends on here: torch's version, and the instruction set or the GPU."""
+    """What compiled code depends on here: torch's version, and the GPU or the processor's instructions, all of which
+    it may use."""
     torch = library()
-    told = {"torch": str(torch.__version__)}
+    told: dict[str, Any] = {"torch": str(torch.__version__)}
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         gpu = {"GPU": torch.cuda.get_device_name(), "compute capability": f"{major}.{minor}"}
         return {**told, **gpu, "CUDA": str(torch.version.cuda)}
-    return {**told, "instruction set": str(torch.backends.cpu.get_cpu_capability())}
+    return {**told, "instructions": instruction_sets()}
 
 
 def failure(code: str, error: BaseException, **where: Any) -> StageFailure:

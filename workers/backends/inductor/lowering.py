@@ -1,9 +1,9 @@
 """What is done to an exported program's graph before Inductor compiles it: batch norms folded into convolutions, and
 products computed in fewer bits.
 
-The rules of mixed precision are those of `torch.autocast`: matrix products and convolutions in the lower type, what sums
-or exponentiates beyond them in float32. Here they are written into the graph, which keeps the ranges of its dynamic
-sizes; tracing the program again under autocast loses them.
+The rules of mixed precision are those of `torch.autocast`: matrix products and convolutions in the lower type, what
+sums or exponentiates beyond them in float32. Here they are written into the graph, which keeps the ranges of its
+dynamic sizes; tracing the program again under autocast loses them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ def lowered(torch: Any, program: Any, precision: str, device: str) -> tuple[Grap
 
         program = move_to_device_pass(program, "cuda")
     graph = program.module()
-    for node in graph.graph.find_nodes(op="call_module", target="_guards_fn"):  # sizes are checked by the session
-        graph.graph.erase_node(node)
+    if hasattr(graph, "_guards_fn"):  # sizes are checked by the session
+        for node in graph.graph.find_nodes(op="call_module", target="_guards_fn"):
+            graph.graph.erase_node(node)
+        delattr(graph, "_guards_fn")
     folded = fold_batch_norms(graph)
     if precision != "fp32" and not lower(graph, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]):
         raise model_failure(
@@ -62,7 +64,7 @@ def fold_batch_norms(graph: GraphModule) -> int:
 
     folded = 0
     for node in list(graph.graph.nodes):
-        conv = node.args[0] if _op(node) == "batch_norm" and node.args else None
+        conv: Any = node.args[0] if _op(node) == "batch_norm" and node.args else None
         if not _is_node(conv) or not _op(conv).startswith("conv") or "transpose" in _op(conv) or len(conv.users) > 1:
             continue
         x, weight, bias, *rest = [*conv.args, None, None][: max(len(conv.args), 3)]

@@ -84,9 +84,7 @@ def _products(case: Case) -> bool:
     return not case.quantized and bool(case.has("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention"))
 
 
-def _candidate(
-    backend: str, cid: str, precision: str, prior: float, *, channels_last: bool = False
-) -> Candidate:
+def _candidate(backend: str, cid: str, precision: str, prior: float, *, channels_last: bool = False) -> Candidate:
     where = "CUDA, " if backend.endswith("cuda") else ""
     layout = ", channels last" if channels_last else ""
     return Candidate(

@@ -22,11 +22,24 @@ def checked(feeds):
     for spec in INTERFACE["inputs"]:
         name, array = spec["name"], np.asarray(feeds[spec["name"]])
         if str(array.dtype) != spec["dtype"] or array.ndim != len(spec["shape"]):
-            raise ValueError(f"input {name} is {array.dtype} {list(array.shape)}; wanted: {spec['dtype']} {spec['shape']}")
+            given, wanted = f"{array.dtype} {list(array.shape)}", f"{spec['dtype']} {spec['shape']}"
+            raise ValueError(f"input {name} is {given}, the model's is {wanted}")
         for axis, (size, dim, (least, most)) in enumerate(zip(array.shape, spec["shape"], ENGINE["ranges"][name])):
             inside = (least is None or size >= least) and (most is None or size <= most)
             if not inside or (isinstance(dim, str) and sizes.setdefault(dim, size) != size):
                 raise ValueError(f"input {name} has size {size} on axis {axis}; the engine does not take it")
+
+
+def fitting():
+    """Compiled code ends a process on a processor that lacks one of its instructions: say so before."""
+    wanted, cpuinfo = set(ENGINE["target"].get("instructions", ())), Path("/proc/cpuinfo")
+    if wanted and cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        there = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+        if wanted - there:
+            sys.exit(f"this processor lacks {', '.join(sorted(wanted - there))}, for which the engine was compiled")
+    if ENGINE["target"]["torch"] != torch.__version__:
+        print(f"compiled with torch {ENGINE['target']['torch']}, loaded with {torch.__version__}", file=sys.stderr)
 
 
 def tensors_of(feeds):
@@ -41,10 +54,10 @@ def unpacked(found):
     return {name: array.copy() if name in ENGINE["fixed"] else array for name, array in arrays.items()}
 '''
 
-_PACKAGE = '''
+_PACKAGE = """
 def make_runner():
     return torch._inductor.aoti_load_package(str(HERE / "model.pt2"), run_single_threaded=True).loader.run
-'''
+"""
 
 _CACHE = '''
 def make_runner():
@@ -74,6 +87,7 @@ def make_runner():
 _CPU = '''
 def load():
     """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+    fitting()
     if RUNTIME.get("threads"):
         torch.set_num_threads(RUNTIME["threads"])
     runner, alone = make_runner(), threading.Lock()
@@ -90,6 +104,7 @@ def load():
 _CUDA = '''
 def load():
     """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+    fitting()
     torch.backends.cudnn.allow_tf32 = ENGINE["precision"] != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = False
     runner, alone, captured = make_runner(), threading.Lock(), {}

@@ -66,15 +66,21 @@ def require_compatible(sidecar: Sidecar, here: Mapping[str, Any]) -> None:
     """Raises StageFailure(`engine_incompatible`): compiled code needs the torch, and the instruction set or the GPU,
     that it was compiled for."""
     for name, built in sidecar.target.items():
-        if here.get(name) != built:
+        known = here.get(name)
+        fits = set(built) <= set(known or ()) if isinstance(built, list) else known == built
+        if not fits:
             raise StageFailure(
                 "engine_incompatible",
-                f"The engine cannot be loaded here: it was compiled for {name} {built}, and this machine has "
-                f"{here.get(name)}.",
+                f"The engine cannot be loaded here: it was compiled for {name} {_told(built)}, and this machine has "
+                f"{_told(known)}.",
                 FailureKind.MODEL,
                 remedy="Run the job again on this machine: the engine is then built for what is installed here.",
                 cacheable=False,
             )
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -8,17 +8,10 @@ from typing import Any
 
 from workers import recipes
 from workers.candidates import Candidate, Case, Proposal, Skipped, Step
+from workers.devices.cuda import compute_capability
 
 _NAME = "onnxruntime-cuda"
 _RANGE_SAMPLES = 32  # each is an inference on the CPU
-
-
-def compute_capability(hardware: Mapping[str, Any]) -> float:
-    """Of the worker's GPU, e.g. 9.0; 0 where there is none."""
-    try:
-        return float((hardware.get("gpu") or {}).get("compute_capability") or 0)
-    except (TypeError, ValueError, AttributeError):
-        return 0.0
 
 
 def precisions(hardware: Mapping[str, Any]) -> tuple[str, ...]:

@@ -190,9 +190,7 @@ class OpenVinoBackend(Backend):
         return {"batch": batch}
 
 
-def _compiled(
-    model: Any, interface: Interface, runtime: RuntimeOptions, graph: ModelProto | None
-) -> OpenVinoSession:
+def _compiled(model: Any, interface: Interface, runtime: RuntimeOptions, graph: ModelProto | None) -> OpenVinoSession:
     session = OpenVinoSession(compile_model(model, runtime.properties(), graph=graph), interface)
     computes_in = session.properties()["inference_precision"]
     if computes_in != runtime.inference_precision:

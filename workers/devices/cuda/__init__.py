@@ -22,6 +22,14 @@ class UnknownGpu(Exception):
     """The GPU that this worker was given is none of the machine's."""
 
 
+def compute_capability(hardware: Hardware) -> float:
+    """Of the worker's GPU, e.g. 9.0; 0 where there is none."""
+    try:
+        return float((hardware.get("gpu") or {}).get("compute_capability") or 0)
+    except (TypeError, ValueError, AttributeError):
+        return 0.0
+
+
 class Cuda(Accelerator):
     """The worker's one GPU, `hardware["gpu"]`."""
 

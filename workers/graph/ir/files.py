@@ -20,7 +20,6 @@ from workers.graph.ir.faults import ignores_lengths
 from workers.graph.ir.library import fuse_common, library, read_model
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton
 from workers.graph.onnx_graph import all_nodes, external_tensors, model_specs, node_label
-from workers.kernel import TensorSpec
 
 XML_FILE = "model.xml"
 BIN_FILE = "model.bin"
