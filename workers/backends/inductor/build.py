@@ -27,7 +27,7 @@ from workers.kernel import Reporter
 
 _TYPES = frozenset({"float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "bool"})
 # Loads a package and does nothing else: a loader that crashes takes this process down, and no other.
-_LOADS = "import sys, torch, torch._inductor; torch._inductor.aoti_load_package(sys.argv[1])"
+_LOADS = "import sys, torch; torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], 'model', True, 1, -1)"
 _LOADS_WITHIN_S = 120.0
 
 
@@ -40,7 +40,7 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
     """
     signing.require_key()  # before a minute is spent
     compiler = require_compiler()
-    torch = library()
+    torch = library(compiles=True)
     exact_products(torch, options.precision)
     with contained() as folder, quiet(), torch.no_grad():
         source = ProgramFolder.read(model)

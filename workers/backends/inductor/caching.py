@@ -23,7 +23,7 @@ def write(graph: Any, source: ProgramFolder, out: Path, options: BuildOptions, d
     from workers.data import synthetic_feeds
     from workers.measure.axes import fixed_batch
 
-    torch = library()
+    torch = library(compiles=True)
     _save(torch, graph, source, out / PROGRAM_FILE, device)
     torch._dynamo.reset()
     runner = _compiled(torch, out)
@@ -41,7 +41,7 @@ def write(graph: Any, source: ProgramFolder, out: Path, options: BuildOptions, d
 def load(engine: Path) -> Callable[[list[Any]], Sequence[Any]]:
     """The compiled program of a verified engine. Its caches stay until the process ends: each shape's first call looks
     there. The same steps as in `script`."""
-    torch = library()
+    torch = library(compiles=True)
     held = ExitStack()
     held.enter_context(contained())
     atexit.register(held.close)

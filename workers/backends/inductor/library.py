@@ -24,12 +24,16 @@ def torch_version() -> str | None:
     return installed_version("torch")
 
 
-def library() -> Any:
-    """Torch with Inductor's modules. Raises StageFailure(`backend_unavailable`)."""
+def library(*, compiles: bool = False) -> Any:
+    """Torch; `compiles`: with Inductor's modules, whose import takes several times as long and which a package does not
+    need. Raises StageFailure(`backend_unavailable`)."""
     try:
         with quiet():
             import torch
-            import torch._inductor
+
+            if compiles:
+                import torch._inductor
+                import torch.export
     except Exception as error:  # a broken installation shows as any kind of error
         raise StageFailure(
             "backend_unavailable",
@@ -58,6 +62,13 @@ def contained() -> Iterator[Path]:
             else:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_package(path: Path) -> Any:
+    """AOTInductor's own loader, which `torch._inductor.aoti_load_package` wraps: without the imports of that, and
+    without its lock, for one thread at a time (a CUDA graph is captured without a lock). Unpacks below $TMPDIR."""
+    torch = library()
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
 
 def target(device: str) -> dict[str, Any]:

@@ -56,12 +56,16 @@ def unpacked(found):
 
 _PACKAGE = """
 def make_runner():
-    return torch._inductor.aoti_load_package(str(HERE / "model.pt2"), run_single_threaded=True).loader.run
+    # What torch._inductor.aoti_load_package wraps, without the seconds that importing it takes; one thread at a time.
+    return torch._C._aoti.AOTIModelPackageLoader(str(HERE / "model.pt2"), "model", True, 1, -1).run
 """
 
 _CACHE = '''
 def make_runner():
     """The program, compiled again: Inductor finds the kernels in its cache. Each shape's first call takes seconds."""
+    import torch._inductor
+    import torch.export
+
     torch.compiler.load_cache_artifacts((HERE / "cache.bin").read_bytes())
     program = torch.export.load(str(HERE / "program.pt2"))
     compiled = torch.compile(program.module(), fullgraph=True)
@@ -154,6 +158,6 @@ def infer_script(runtime: Mapping[str, Any], device: str, version: str) -> str:
     return bundle_script.infer_script(
         library="torch",
         version=version,
-        imports="import threading\n\nimport torch\nimport torch._inductor",
+        imports="import threading\n\nimport torch",
         loader="\n\n".join(part.strip("\n") + "\n" for part in parts).replace("__DEVICE__", device),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from app.domain.failures import StageFailure
 from workers.backends.inductor import caching
 from workers.backends.inductor.graphs import OnGpu
-from workers.backends.inductor.library import failure, library, target
+from workers.backends.inductor.library import failure, library, open_package, target
 from workers.backends.inductor.options import RuntimeOptions
 from workers.backends.inductor.sidecar import PACKAGE_FILE, Sidecar, read_verified, require_compatible
 from workers.graph.exported_program import quiet
@@ -40,9 +40,7 @@ def load_session(engine: Path, runtime: RuntimeOptions, device: str) -> Inductor
     try:
         with quiet():
             if runtime.form == "package":
-                # Without the loader's own lock: a session serves one thread, and a graph is captured without it.
-                package = torch._inductor.aoti_load_package(str(engine / PACKAGE_FILE), run_single_threaded=True)
-                runner: Runner = package.loader.run
+                runner: Runner = open_package(engine / PACKAGE_FILE).run
             else:
                 runner = caching.load(engine)
     except StageFailure:
