@@ -269,7 +269,7 @@ def test_nodes_to_keep_that_the_model_has_not(service: Besieged) -> None:
 def test_what_nobody_offers(service: Besieged, model_id: str) -> None:
     for fields in ({"target": {"device": "cuda"}}, {"precisions": ["fp8"]}, {"target": {"backends": ["../x"]}}):
         problem = service.assert_problem(service.acme.submit(model_id, **fields), 422, "unavailable_target")
-        assert problem["offered"]["backends"] == ["onnxruntime", "openvino"]
+        assert {"onnxruntime", "openvino"} <= {*problem["offered"]["backends"]}
 
 
 @pytest.mark.parametrize(

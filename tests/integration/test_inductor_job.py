@@ -59,10 +59,9 @@ def test_a_program_is_compiled_judged_and_timed(tmp_path: Path) -> None:
             found = {c["id"]: c for c in report["candidates"]}[f"ti-{precision}"]
             assert found["batches"]["1"]["samples"] > 0, found
             assert found["accuracy"]["samples"] > 0
-            assert found["cold_start_ms"] > 0
             assert found["details"]["build"]["fused"] == {"batch_norm": 2}
-            versions = {v for s in client.manifest(job["id"])["stages"] for v in s.get("libraries", {})}
-            assert "torch" in versions
+            (made,) = [s for s in client.manifest(job["id"])["stages"] if s["stage"] == "build"]
+            assert "torch" in made["libraries"]
             if report["picked"] == f"ti-{precision}":  # whoever is faster here: its bundle runs by itself
                 bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
                 _check_bundle(bundle, tmp_path / "bundle")

@@ -307,6 +307,34 @@ def test_lowering_keeps_what_bears_no_narrower_type() -> None:
     assert [n for n in graph.graph.nodes if "to.dtype" in str(n.target)]
 
 
+def test_lowering_refuses_what_it_cannot_keep() -> None:
+    """An operation in place that needs float32, and texts that would become source."""
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            y.exp_()
+            return torch.div(y, 2.0, rounding_mode="floor")
+
+    program = torch.export.export(Net().eval(), (torch.randn(2, 8),))
+    assert lowering.lowered(torch, program, "fp32", "cpu")
+    with pytest.raises(StageFailure, match="in place") as caught:
+        lowering.lowered(torch, program, "bf16", "cpu")
+    assert caught.value.code == "unsupported_op"
+    graph = program.module()
+    (node,) = [n for n in graph.graph.nodes if "rounding_mode" in n.kwargs]
+    node.kwargs = {"rounding_mode": 'floor"); system("true'}
+    with pytest.raises(StageFailure, match="not compiled") as caught:
+        lowering.check_texts(graph)
+    assert caught.value.code == "unsafe_program"
+
+
 def case(**changes: Any) -> Case:
     spec = OptimizationSpec.model_validate({"model_id": "m", "budget_seconds": 300, **changes.pop("spec", {})})
     known = Case(spec, {"Conv": 3}, "cnn", kinds=(ONNX, EXPORTED_PROGRAM), isa=("avx512_bf16",), cores=2)

@@ -20,7 +20,7 @@ from workers.backends.inductor.lowering import lowered
 from workers.backends.inductor.options import BuildOptions, RuntimeOptions
 from workers.backends.inductor.session import exact_products, load_session
 from workers.backends.inductor.sidecar import PACKAGE_FILE, Sidecar
-from workers.graph.exported_program import ProgramFolder, message_of, quiet
+from workers.graph.exported_program import ProgramFolder, quiet
 from workers.graph.interface import Interface
 from workers.hardware import CXX
 from workers.kernel import Reporter
@@ -35,7 +35,8 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
     """Compile `model`, an exported program, into `out`.
 
     Raises StageFailure: `backend_unavailable`, `compiler_missing`, `invalid_model`, `unsupported_io`,
-    `compile_failed`, `out_of_memory`, `gpu_out_of_memory`, `engine_key_missing`, `load_failed`, `inference_failed`.
+    `unsafe_program`, `unsupported_op`, `nothing_to_convert`, `compile_failed`, `out_of_memory`, `gpu_out_of_memory`,
+    `storage_full`, `engine_key_missing`, `load_failed`, `inference_failed`.
     Returns `runtime`, `form`, `precision`, `fused` (batch norms), `compiler`, `trial_run`.
     """
     signing.require_key()  # before a minute is spent
@@ -207,7 +208,7 @@ def _cannot(error: Exception) -> StageFailure:
         return found
     return model_failure(
         "compile_failed",
-        f"Inductor cannot compile the program: {message_of(error, deepest=True)}",
+        f"Inductor cannot compile the program: {found.detail.removeprefix('Torch: ')}",
         remedy="The job's other engines come from its ONNX model; to use Inductor, export the program with standard "
         "ATen operators on tensors.",
     )

@@ -15,7 +15,9 @@ from workers.graph.exported_program import message_of, quiet
 from workers.hardware import instruction_sets
 from workers.libraries import installed_version
 
-_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
+_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "killed signal")
+_NO_SPACE = "No space left on device"
+_PRINTED = "Output:\n"
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
@@ -84,11 +86,17 @@ def target(device: str) -> dict[str, Any]:
 
 
 def failure(code: str, error: BaseException, **where: Any) -> StageFailure:
-    """Of what torch raised; `out_of_memory` where that is what it says."""
-    text = message_of(error, deepest=True)
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
-        code = "gpu_out_of_memory" if "cuda" in text.lower() else "out_of_memory"
+    """Of what torch raised; `out_of_memory` or `storage_full` where that is what it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    whole = str(error)
+    # Of a C++ compiler that failed: what it printed, without the pages of its command line.
+    text = message_of(RuntimeError(whole.rpartition(_PRINTED)[2] or type(error).__name__))
+    if isinstance(error, MemoryError) or any(words in whole.lower() for words in _MEMORY):
+        code = "gpu_out_of_memory" if "cuda" in whole.lower() else "out_of_memory"
         return StageFailure(code, f"Torch needs more memory: {text}", FailureKind.MODEL, cacheable=False)
+    if _NO_SPACE in whole:
+        return StageFailure("storage_full", f"Torch: {text}", FailureKind.INFRASTRUCTURE, cacheable=False)
     return StageFailure(code, f"Torch: {text}", FailureKind.MODEL, **where)
 
 

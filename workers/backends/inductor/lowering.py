@@ -8,6 +8,7 @@ dynamic sizes; tracing the program again under autocast loses them.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from app.domain.failures import model_failure
@@ -32,6 +33,7 @@ _FOLLOWERS = (
     *("clone", "dropout", "alias", "detach", "constant_pad_nd", "pad", "upsample_nearest2d", "upsample_bilinear2d"),
     *("pixel_shuffle", "roll", "flip", "narrow", "movedim", "expand_as", "view_as", "repeat", "maximum", "minimum"),
 )
+_TEXT = re.compile(r"[\w ,.>:/-]{0,1000}", re.ASCII)
 _LISTS = ("unbind", "split", "split_with_sizes", "chunk")
 
 
@@ -47,6 +49,7 @@ def lowered(torch: Any, program: Any, precision: str, device: str) -> tuple[Grap
         for node in graph.graph.find_nodes(op="call_module", target="_guards_fn"):
             graph.graph.erase_node(node)
         delattr(graph, "_guards_fn")
+    check_texts(graph)
     folded = fold_batch_norms(graph)
     if precision != "fp32" and not lower(graph, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]):
         raise model_failure(
@@ -55,6 +58,24 @@ def lowered(torch: Any, program: Any, precision: str, device: str) -> tuple[Grap
             remedy="Use fp32 for this model.",
         )
     return graph, folded
+
+
+def check_texts(graph: GraphModule) -> None:
+    """Texts among the arguments (a rounding mode, an equation) are pasted into the source that is compiled: refuse
+    what could be more than that. Raises StageFailure(`unsafe_program`)."""
+    from torch.utils import _pytree as pytree
+
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            texts = (a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, str))
+            odd = next((text for text in texts if not _TEXT.fullmatch(text)), None)
+            if odd is not None:
+                raise model_failure(
+                    "unsafe_program",
+                    f"Node {node.name!r} has the text {odd[:60]!r} among its arguments, which is not compiled.",
+                    node=node.name,
+                    remedy="Export a model of plain tensors and standard ATen operators.",
+                )
 
 
 def fold_batch_norms(graph: GraphModule) -> int:
@@ -72,7 +93,7 @@ def fold_batch_norms(graph: GraphModule) -> int:
         stored = (weight, bias, gamma, beta, mean, variance)
         tensors = [_stored(graph, n) for n in stored]
         missing = any(t is None and n is not None for t, n in zip(tensors, stored, strict=True))
-        if training or missing or conv.kwargs or None in (tensors[0], tensors[4], tensors[5]):
+        if training or missing or conv.kwargs or any(tensors[i] is None for i in (0, 4, 5)):
             continue
         w, b, g, s, m, v = tensors
         fused = fuse_conv_bn_weights(w, b, m, v, eps, g, s)
@@ -102,6 +123,13 @@ def lower(graph: GraphModule, to: dtype) -> int:
     products = 0
     for node in list(graph.graph.nodes):
         if node.op == "output" or (node.op == "call_function" and _rule(node) == "float32"):
+            if _in_place(node) and any(n in lowered for n in node.all_input_nodes):
+                raise model_failure(
+                    "unsupported_op",
+                    f"{_op(node)} changes a tensor in place, which is not computed in a lower type.",
+                    node=node.name,
+                    remedy="Use fp32 for this model, or export it without the operation in place.",
+                )
             _replace(graph, node, lambda n: n in lowered, cast, torch.float32)
         elif _rule(node) == "lower":
             _replace(graph, node, _is_float32, cast, to)
@@ -129,6 +157,11 @@ def _rule(node: Node) -> str:
     if op in _PRODUCTS and _is_float32(node):
         return "lower"
     return "follow" if op in _FOLLOWERS and not _casts(node) else "float32"
+
+
+def _in_place(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
 
 
 def _casts(node: Node) -> bool:

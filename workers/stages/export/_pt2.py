@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 _ATTEMPTS = 3  # inputs at each batch size
 
 
-def _import_torch() -> Any:
+def _require_torch() -> None:
     try:
         with quiet():
             import onnxscript  # noqa: F401  (torch.onnx needs it; better to miss it here than in the middle)
-            import torch
-            import torch.export
+            import torch  # noqa: F401
     except ImportError as error:
         raise StageFailure(
             "missing_extra",
@@ -39,7 +38,6 @@ def _import_torch() -> Any:
             remedy="Upload ONNX, or ask the operator to install the extra `torch` (pip install 'anneal[torch]').",
             cacheable=False,
         ) from None
-    return torch
 
 
 class Program:
@@ -52,7 +50,7 @@ class Program:
     @classmethod
     def load(cls, path: Path, workspace: Path) -> Program:
         """Load from a cleaned copy. Raises StageFailure `missing_extra`, `unsafe_program`, `invalid_model`."""
-        torch = _import_torch()
+        _require_torch()
         copy = workspace / "program.pt2"
         clean_copy(path, copy, cls._saved(((), {})))
         try:
