@@ -55,8 +55,13 @@ def built(kind: str, root: Path, **options: Any) -> tuple[dict[str, Any], Path]:
     notes, start = Notes(), time.perf_counter()
     data = GPU.build(model, root / "engine", options, notes, EXPORTED_PROGRAM)
     took = time.perf_counter() - start
-    print(f"\n{kind} {options}: form {data['form']}, built in {took:.1f} s {[*getattr(notes, 'messages', [])]}")
+    tell(f"\n{kind} {options}: form {data['form']}, built in {took:.1f} s {[*getattr(notes, 'messages', [])]}")
     return data, root / "engine"
+
+
+def tell(text: str) -> None:
+    """With `-s`, on the terminal."""
+    sys.stdout.write(f"{text}\n")
 
 
 def feeds_of(kind: str, batch: int) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def test_the_gpu_computes_what_torch_does(kind: str, precision: str, most: float
         session.close()
         assert profile["compute_ms"] > 0
         told = f"load {loaded:.2f} s, first call {first:.2f} s, b=8 bound {1e3 * float(np.median(times)):.3f} ms"
-        print(f"  {'graph' if graph else 'plain'}: {told}, compute {profile['compute_ms']} ms")
+        tell(f"  {'graph' if graph else 'plain'}: {told}, compute {profile['compute_ms']} ms")
 
 
 @pytest.mark.parametrize("form", ["package", "cache"])
@@ -115,7 +120,9 @@ def test_infer_in_a_fresh_process(form: str, tmp_path: Path) -> None:
     np.savez(engine / "sample_input.npz", **feeds)
     np.savez(engine / "expected_output.npz", **expected)
     (tmp_path / "home").mkdir()
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")}
+    kept = {
+        k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
+    }
     home = str(tmp_path / "home")
     start = time.perf_counter()
     done = subprocess.run(
@@ -126,7 +133,7 @@ def test_infer_in_a_fresh_process(form: str, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    print(f"  infer.py ({data['form']}): {time.perf_counter() - start:.1f} s in all\n{done.stdout}")
+    tell(f"  infer.py ({data['form']}): {time.perf_counter() - start:.1f} s in all\n{done.stdout}")
     assert done.returncode == 0, done.stderr
     with np.load(engine / "output.npz") as found:
         assert np.array_equal(found["logits"], expected["logits"])

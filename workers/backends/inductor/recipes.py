@@ -6,11 +6,11 @@ from workers import recipes
 from workers.artifacts import EXPORTED_PROGRAM
 from workers.candidates import Candidate, Case, Proposal, Skipped
 
-# Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16. Guesses, beside OpenVINO's measured ones: few models
-# have been timed, and the order of trying is all that they decide.
+# Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16. Guesses beside OpenVINO's measured ones; they
+# decide the order of trying and nothing else.
 _CPU_PRIORS = {"cnn": (1.0, 0.6), "transformer": (1.0, 0.6), "rnn": (1.2, 1.0), "other": (1.0, 0.8)}
-# Over the CUDA provider's fp32, whose own fp16 is at 0.4: on one H200 `torch.compile` with a CUDA graph took 0.46 to 0.70
-# of the best that other libraries took in fp16 (ResNet-50, ViT-B/16).
+# Over the CUDA provider's fp32, whose own fp16 is at 0.4. On one H200 `torch.compile` with a CUDA graph took 0.46 to
+# 0.70 of the best that other libraries took in fp16 (ResNet-50, ViT-B/16).
 _CUDA_PRIORS = {"fp32": 0.9, "bf16": 0.3, "fp16": 0.28}
 # Compiling takes a minute of a small budget, in which several other engines are built and timed.
 LEAST_BUDGET_S = 60
