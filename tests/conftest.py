@@ -69,6 +69,7 @@ _ALONE = (
     "integration/test_explanations.py",
     "integration/test_hostile_connections.py",
     "integration/test_hostile_load.py",
+    "integration/test_inductor_job.py",
     "integration/test_kills.py",
     "integration/test_machine.py",
     "integration/test_tensorrt_job.py",
