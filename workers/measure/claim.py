@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from workers.devices import HOST, Accelerator
+from workers.devices import HOST
+from workers.devices.accelerator import Accelerator
 from workers.measure.disturbance import MOST_WAITED, Disturbance, in_a_row, to_json
 from workers.measure.rounds import Timing, counting
 from workers.measure.stats import Interval
