@@ -19,12 +19,24 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Of a step that quantizes, so that its accuracy may be won back: by other `calibrations` (values of its option
+    `method`, those worth a try after another) or by nodes that it leaves out (`exclude_nodes`). `in_onnx`: it writes
+    the rounding into an ONNX graph, so that what comes before may be equalized, and its effect be simulated."""
+
+    calibrations: tuple[str, ...] = ()
+    in_onnx: bool = False
+
+
+@dataclass(frozen=True)
 class Step:
-    """One stage call of a candidate; `extra` names further inputs beside the graph that flows from step to step."""
+    """One stage call of a candidate; `extra` names further inputs beside the graph that flows from step to step.
+    `rounding`: what the stage says of it (`kernel.Stage.rounding`), once it is planned."""
 
     stage: str
     options: Mapping[str, Any]
     extra: tuple[str, ...] = ()
+    rounding: Rounding | None = None
 
     def describe(self) -> str:
         """For the report: the stage and the options that tell recipes apart."""

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.artifacts import ONNX
-from workers.candidates import Candidate, Case, Proposal
+from workers.candidates import Candidate, Case, Proposal, Rounding
 from workers.examined import Examined, Refused
 
 if TYPE_CHECKING:
@@ -129,7 +129,6 @@ class Stage(ABC, Generic[OptionsT]):
     serves_rounding: ClassVar[bool] = False  # it is of use only to a later step that rounds
     # Input → output of an earlier call with the same options but for `exclude_nodes`, which saves it a calibration.
     reuses: ClassVar[Mapping[str, str]] = {}
-    calibrations: ClassVar[tuple[str, ...]] = ()  # values of its option `method`, those worth a try after another
     reported: ClassVar[tuple[str, ...]] = ()  # of its `data`, what the report shows of a candidate's step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -147,10 +146,9 @@ class Stage(ABC, Generic[OptionsT]):
         return cls.gives
 
     @classmethod
-    def quantizes(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
-        """Whether a call with these options rounds to integers or other few levels: keeping nodes out of it wins
-        accuracy back."""
-        return False
+    def rounding(cls, options: Mapping[str, Any]) -> Rounding | None:  # noqa: ARG003
+        """How accuracy may be won back where a call with these options rounds to few levels; None where it does not."""
+        return None
 
     @classmethod
     def part(cls, options: Mapping[str, Any]) -> StepPart:

@@ -9,6 +9,7 @@ from typing import Any
 
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Candidate, Step
+from workers.pipeline.planner import planned
 from workers.search import requests
 from workers.search.policy import Policy
 from workers.search.requests import Done, Judge, Make, Rank, Request, Stopped, Time, TryShapes
@@ -191,4 +192,4 @@ def candidate(cid: str) -> Candidate:
         options = {"recipe": "static_int8", "method": "minmax", "max_samples": 100, "exclude_nodes": []}
         steps.append(Step("quantize", options, ("calibration",)))
     precision = "int8" if cid.startswith("int8") else cid.split("-", maxsplit=1)[0]
-    return Candidate(cid, cid, "onnxruntime", precision, tuple(steps), lossless=cid.startswith("fp32"))
+    return planned(Candidate(cid, cid, "onnxruntime", precision, tuple(steps), lossless=cid.startswith("fp32")))

@@ -21,6 +21,7 @@ from tests.unit.test_quantize import Bench, Quiet, fails
 from tests.unit.test_sensitivity import normalized_error, run, with_outlier
 from workers.candidates import Case
 from workers.kernel import StageContext, backends
+from workers.pipeline.planner import planned
 from workers.search.desk import Desk
 from workers.search.requests import Rank, Subject
 from workers.stages.convert import Convert, ConvertOptions
@@ -183,7 +184,7 @@ def test_what_is_won_back_is_measured_as_it_was_quantized(name: str, cid: str, r
         {"model_id": "mdl_x", "precisions": ["int8", "fp8"], "calibration": {"dataset_id": "ds_x"}}
     )
     case = Case(spec, {"MatMul": 8}, "other", hardware={"gpu": {"compute_capability": "9.0"}}, has_calibration=True)
-    plan = next(c for c in backends()[name]().propose(case).candidates if c.id == cid)
+    plan = next(planned(c) for c in backends()[name]().propose(case).candidates if c.id == cid)
     evaluator = _Evaluator()
     desk = Desk(evaluator)  # type: ignore[arg-type]  # what it needs of one
     run = desk.run_of(plan)

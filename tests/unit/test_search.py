@@ -17,7 +17,7 @@ from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case, Step
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun
-from workers.pipeline.planner import Plan
+from workers.pipeline.planner import Plan, planned
 from workers.search import requantized, requests
 from workers.search.desk import Desk
 from workers.search.driver import Found, Search
@@ -186,7 +186,7 @@ def _case(**spec: Any) -> Case:
 def _candidate(cid: str, *, lossless: bool = False, int8: bool = False) -> Candidate:
     case = _case()
     steps = (recipes.simplify(), recipes.static_int8(case, ["MatMul"])) if int8 else (recipes.simplify(),)
-    return Candidate(cid, cid, "onnxruntime", "int8" if int8 else "fp32", steps, lossless=lossless)
+    return planned(Candidate(cid, cid, "onnxruntime", "int8" if int8 else "fp32", steps, lossless=lossless))
 
 
 @pytest.fixture
@@ -310,9 +310,11 @@ def test_an_engine_is_a_finalist_with_the_fastest_of_its_options(search: Any) ->
 
 def test_eight_bits_for_a_gpu_are_mended_too() -> None:
     plain, step = recipes.simplify(), Step("convert", {"recipe": "fp8"})
-    assert requantized.is_quantized(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
-    assert not requantized.is_quantized(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
-    kept = requantized.kept(Candidate("a", "a", "tensorrt", "fp8", (plain, step)), ["/fc/MatMul"])
+    eight = planned(Candidate("a", "a", "tensorrt", "fp8", (plain, step)))
+    sixteen = planned(Candidate("a", "a", "tensorrt", "fp16", (Step("convert", {"recipe": "fp16"}),)))
+    assert requantized.is_quantized(eight)
+    assert not requantized.is_quantized(sixteen)
+    kept = requantized.kept(eight, ["/fc/MatMul"])
     assert kept.steps[1].options["exclude_nodes"] == ["/fc/MatMul"]
 
 
@@ -341,7 +343,7 @@ def test_what_has_no_options_to_tune_is_not_checked_for_what_they_might_gain(
 def test_without_calibration_data_dynamic_quantization_is_mended_too(step: str, mended: bool) -> None:
     case = replace(_case(), has_calibration=False)
     graph_step = getattr(recipes, step)(case, ["MatMul"])
-    plan = Plan((Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step)),), ())
+    plan = Plan((planned(Candidate("d", "d", "onnxruntime", "int8", (recipes.simplify(), graph_step))),), ())
     truths = {"d": Truth(3.0, loss=4.0), "d.keep1": Truth(2.9, loss=0.5)}
     script = Script(truths, Clock(), nodes=["n0", "n1", "n2", "n3"])
     script.data.calibration = None

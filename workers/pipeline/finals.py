@@ -93,7 +93,7 @@ class Finals:
                 if failure.code in NO_MEMORY and ready:
                     ready.pop().drop("final", _NO_ROOM)  # the last one: activations count, and are not known before
                 elif failure.code == "timed_out" and self.budget.over(until):
-                    raise too_small(self.spec, self.budget, "the measurement of the original") from failure
+                    raise too_small(self.spec, self.budget, "the measurement of the original", "benchmark") from failure
                 else:
                     raise
 
@@ -197,13 +197,13 @@ def final_seconds(spec: OptimizationSpec, engines: int) -> float:
     return (engines + 2) * (batches * (spec.benchmark.min_seconds * 1.2 + _WARM_UP_S) + _START_S)
 
 
-def too_small(spec: OptimizationSpec, budget: Budget, what: str) -> StageFailure:
+def too_small(spec: OptimizationSpec, budget: Budget, what: str, stage: str) -> StageFailure:
     needs = int(2 * max(budget.elapsed(), spec.budget_seconds)) + int(final_seconds(spec, 2))
     return StageFailure(
         "budget_too_small",
         f"The budget of {spec.budget_seconds} s ended during {what}: nothing could be compared.",
         FailureKind.REQUEST,
-        "export" if "export" in what else "benchmark",
+        stage,
         remedy=f"Give budget_seconds of {needs} or more, or a smaller benchmark.min_seconds.",
         cacheable=False,
     )

@@ -105,7 +105,7 @@ class Optimizer:
         plan = planner.plan(case, self.backends)
         self.budget.share(final_seconds(self.spec, 4), export.outputs["model"].size_bytes)
         if self.budget.over(self.budget.end):
-            raise too_small(self.spec, self.budget, "the export")
+            raise too_small(self.spec, self.budget, "the export", "export")
         progress = self.runner.view.progress
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.runner.claim.token}")
@@ -145,7 +145,7 @@ class Optimizer:
             return self.runner.run("export", inputs, options, seconds=hard)
         except StageFailure as failure:
             if failure.code == "timed_out" and self.budget.over(self.budget.end):
-                raise too_small(self.spec, self.budget, "the export") from failure
+                raise too_small(self.spec, self.budget, "the export", "export") from failure
             raise
 
     def _case(self, export: Outcome) -> Case:

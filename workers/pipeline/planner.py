@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -47,7 +47,7 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
             skipped.append(Skipped(backend.name, f"its proposal failed: {type(error).__name__}: {error}"[:300]))
             continue
         reasons = [(c, _misfit(c, case.kinds, backend.accepts)) for c in proposal.candidates]
-        candidates += [c for c, reason in reasons if reason is None]
+        candidates += [planned(c) for c, reason in reasons if reason is None]
         skipped += proposal.skipped
         skipped += [Skipped(c.name, reason) for c, reason in reasons if reason is not None]
     tried = {c.precision for c in candidates} | {"fp32"}
@@ -58,6 +58,12 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
         if precision not in tried and precision not in named
     ]
     return Plan(tuple(sorted(candidates, key=lambda c: c.prior)), tuple(skipped))
+
+
+def planned(candidate: Candidate) -> Candidate:
+    """With what the stages say of its steps: the search goes by that, and knows no stage."""
+    steps = [replace(s, rounding=stages()[s.stage].rounding(s.options)) for s in candidate.steps]
+    return replace(candidate, steps=tuple(steps))
 
 
 def _misfit(candidate: Candidate, kinds: Sequence[str], accepts: Sequence[str]) -> str | None:

@@ -132,7 +132,7 @@ class Desk:
         if ranges is not None:
             inputs["ranges"] = ranges
         # NNCF's own quantizers are not simulated: static int8 stands for them.
-        known = step.options if step.stage in ("quantize", "convert") else {}
+        known = step.options if step.rounding is not None and step.rounding.in_onnx else {}
         options = {
             "recipe": "static_int8",
             "part": "calibration" if data.same else "all",

@@ -40,7 +40,6 @@ WIN_BACK_GAIN = 1.05  # an inaccurate engine is mended where it is faster than t
 MENDING = 2.0  # of what making an engine took: equalizing its graph and quantizing that
 KEEPING = 0.5  # likewise, where keeping nodes in higher precision takes no new calibration
 MENDED = 0.95  # of the speed of the engine that it was made from, about, is what a mended one keeps
-METHODS = ("percentile", "entropy", "mse")  # of calibration, tried after the one that missed, in this order
 ALPHAS = (0.8, 0.5)  # of the equalization; the first helped real embedding models, the second helps with outliers
 REMAKING = 3.0  # times what the quantization took: else there is no time to calibrate anew, and to judge that
 HOPELESS = 10.0  # times the limit: other ranges do not mend that, some nodes do

@@ -7,42 +7,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from workers.candidates import Candidate, Step
-from workers.search.limits import ALPHAS, HOPELESS, METHODS
+from workers.search.limits import ALPHAS, HOPELESS
 from workers.search.state import Facts
 
 
 def is_quantized(plan: Candidate) -> bool:
     """Whether there is a step to mend: what only computes in another precision has none."""
-    return any(_quantizes(step) for step in plan.steps)
+    return any(step.rounding is not None for step in plan.steps)
 
 
 def quantization(plan: Candidate) -> tuple[int, Step]:
     """The step that quantizes, and where it stands."""
-    return next((i, s) for i, s in enumerate(plan.steps) if _quantizes(s))
-
-
-def _quantizes(step: Step) -> bool:
-    return "quantize" in step.stage or (step.stage == "convert" and step.options.get("recipe") in ("int8", "fp8"))
+    return next((i, s) for i, s in enumerate(plan.steps) if s.rounding is not None)
 
 
 def other_ways(facts: Facts, plan: Candidate, loss: float) -> tuple[Candidate, ...]:
     """To quantize the same nodes. `loss`: percent, of the candidate as it is."""
     index, step = quantization(plan)
+    assert step.rounding is not None
     found: list[Candidate] = []
-    if step.stage in ("quantize", "convert") and facts.products and facts.has_calibration:
+    if step.rounding.in_onnx and facts.products and facts.has_calibration:
         found += [_equalized(plan, index, alpha, same_data=facts.same_data) for alpha in ALPHAS]
     spec = facts.spec
     free = spec.calibration is not None and spec.calibration.method == "auto"
     if "method" in step.options and free and loss <= HOPELESS * max(spec.validation.max_accuracy_loss_percent, 0.1):
-        for method in (m for m in methods_of(step) if m != step.options["method"]):
+        for method in (m for m in step.rounding.calibrations if m != step.options["method"]):
             other = replace(step, options={**step.options, "method": method})
             found.append(_changed(plan, index, other, method, f"{method} calibration"))
     return tuple(found)
-
-
-def methods_of(step: Step) -> tuple[str, ...]:
-    """Calibration methods that this step's stage takes."""
-    return ("histogram", "percentile") if step.stage == "quantize_nncf" else METHODS
 
 
 def kept(plan: Candidate, nodes: Sequence[str]) -> Candidate:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workers.candidates import Candidate, Step
+from workers.candidates import Candidate, Rounding, Step
 
 Answer = Mapping[str, Any]
 
@@ -136,5 +136,10 @@ def _subject(data: Mapping[str, Any]) -> Subject:
 
 
 def candidate_from_json(data: Mapping[str, Any]) -> Candidate:
-    steps = tuple(Step(s["stage"], s["options"], tuple(s["extra"])) for s in data["steps"])
-    return Candidate(**{**data, "steps": steps})
+    return Candidate(**{**data, "steps": tuple(map(_step_from_json, data["steps"]))})
+
+
+def _step_from_json(data: Mapping[str, Any]) -> Step:
+    told = data["rounding"]
+    rounding = None if told is None else Rounding(tuple(told["calibrations"]), told["in_onnx"])
+    return Step(data["stage"], data["options"], tuple(data["extra"]), rounding)

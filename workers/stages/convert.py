@@ -22,6 +22,7 @@ from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
 from workers.artifacts import ONNX
+from workers.candidates import Rounding
 from workers.data import Samples, synthetic_feeds
 from workers.graph import preconditions as shared
 from workers.graph import rewriting
@@ -77,15 +78,18 @@ class Convert(Stage[ConvertOptions]):
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
     rounds: ClassVar[bool] = True
     reuses: ClassVar[Mapping[str, str]] = {"ranges": "ranges"}
-    calibrations: ClassVar[tuple[str, ...]] = ("percentile", "entropy", "mse")
     reported: ClassVar[tuple[str, ...]] = (
         *("recipe", "computes_in", "qdq_by_op", "kept_fp32", "clamped"),
         *("calibration", "range_check", "channels_scaled", "trial_run"),
     )
 
     @classmethod
-    def quantizes(cls, options: Mapping[str, Any]) -> bool:
-        return options.get("recipe") in ("int8", "fp8")
+    def rounding(cls, options: Mapping[str, Any]) -> Rounding | None:
+        return (
+            Rounding(("percentile", "entropy", "mse"), in_onnx=True)
+            if options.get("recipe") in ("int8", "fp8")
+            else None
+        )
 
     def run(self, ctx: StageContext, options: ConvertOptions) -> StageResult:
         source = ctx.inputs["model"] / MODEL_FILE

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
 from workers.artifacts import ONNX
+from workers.candidates import Rounding
 from workers.data import Samples, synthetic_feeds
 from workers.graph import int8
 from workers.graph import preconditions as shared
@@ -67,12 +68,11 @@ class Quantize(Stage[QuantizeOptions]):
     weight: ClassVar[float] = 2.0
     rounds: ClassVar[bool] = True
     reuses: ClassVar[Mapping[str, str]] = {"ranges": "ranges"}
-    calibrations: ClassVar[tuple[str, ...]] = ("percentile", "entropy", "mse")
     reported: ClassVar[tuple[str, ...]] = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")
 
     @classmethod
-    def quantizes(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
-        return True
+    def rounding(cls, options: Mapping[str, Any]) -> Rounding | None:  # noqa: ARG003
+        return Rounding(("percentile", "entropy", "mse"), in_onnx=True)
 
     @classmethod
     def part(cls, options: Mapping[str, Any]) -> StepPart:

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.artifacts import OPENVINO_IR
+from workers.candidates import Rounding
 from workers.data import Samples
 from workers.graph.ir import files as ir
 from workers.graph.nncf import quantize as nncf_quantize
@@ -65,12 +66,11 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
     weight: ClassVar[float] = 3.0
     rounds: ClassVar[bool] = True
     reuses: ClassVar[Mapping[str, str]] = {"quantized": "model"}  # these nodes are put back there
-    calibrations: ClassVar[tuple[str, ...]] = ("histogram", "percentile")
     reported: ClassVar[tuple[str, ...]] = ("qdq_by_op", "quantized_nodes", "excluded_nodes", "calibration")
 
     @classmethod
-    def quantizes(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
-        return True
+    def rounding(cls, options: Mapping[str, Any]) -> Rounding | None:  # noqa: ARG003
+        return Rounding(("histogram", "percentile"))
 
     @classmethod
     def part(cls, options: Mapping[str, Any]) -> StepPart:  # noqa: ARG003
