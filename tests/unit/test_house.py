@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from workers import kernel
+
 WORKERS = Path(__file__).parents[2] / "workers"
 DEVICES = {"cpu", "cuda", "gpu"}
 
@@ -33,6 +35,13 @@ def _compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def test_only_devices_know_which_device_it_is(path: Path) -> None:
     asked = [(line, text) for line, text in _compared(ast.parse(path.read_text())) if text in DEVICES]
     assert not asked, f"ask workers.devices instead: {asked}"
+
+
+@pytest.mark.parametrize("path", _sources("backends"), ids=lambda p: str(p.relative_to(WORKERS)))
+def test_nobody_asks_a_stage_s_or_a_backend_s_name(path: Path) -> None:
+    names = {*kernel.stages(), *kernel.backends()}
+    asked = [(line, text) for line, text in _compared(ast.parse(path.read_text())) if text in names]
+    assert not asked, f"what a stage or a backend is stands on it: {asked}"
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(WORKERS)))

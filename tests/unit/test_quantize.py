@@ -23,6 +23,7 @@ from tests.factories import architectures
 from workers.graph import int8, onnx_files
 from workers.graph.calibrate import statistics as calibration
 from workers.graph.onnx_graph import model_specs
+from workers.graph.precision import floats
 from workers.graph.prepare import prepare
 from workers.kernel import Reporter, StageContext, StageResult, backends
 from workers.stages.quantize import Quantize, QuantizeOptions
@@ -443,36 +444,6 @@ def _run_proto(model: ModelProto, feeds: dict[str, Any]) -> np.ndarray[Any, Any]
     return np.asarray(values)
 
 
-# Half precision
-
-
-@pytest.mark.parametrize("name", ["bert", "residual_cnn", "lstm"])
-def test_fp16_keeps_inputs_outputs_and_accuracy(name: str, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, getattr(architectures, name)())
-    result = bench.run("fp16")
-    made = bench.made()
-    assert {i.data_type for i in made.graph.initializer if len(i.dims) == 2} <= {TensorProto.FLOAT16}
-    assert result.data["quantized_nodes"] > 0
-    assert result.data["calibration"] is None
-    assert bench.error() < 0.005
-
-
-@pytest.mark.parametrize("name", ["bert", "residual_cnn", "lstm"])
-def test_bf16_rounds_the_weights(name: str, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, getattr(architectures, name)())
-    result = bench.run("bf16")
-    made = bench.made()
-    rounded = [i for i in made.graph.initializer if i.data_type == TensorProto.BFLOAT16]
-    assert rounded
-    assert all(i.name.endswith("_bf16") for i in rounded)
-    original = initializers(onnx.load(bench.source / "model.onnx"))
-    for tensor in rounded:
-        exact = numpy_helper.to_array(original[tensor.name.removesuffix("_bf16")])
-        np.testing.assert_allclose(numpy_helper.to_array(tensor).astype(np.float32), exact, rtol=2**-8)
-    assert result.data["computes_in"] == "float32"
-    assert 1e-5 < bench.error() < 0.02
-
-
 # What is refused
 
 
@@ -480,15 +451,13 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     bench = Bench(tmp_path, architectures.residual_cnn())
     bench.run("static_int8")
     bench.source = bench.out / "model"
-    for recipe in ("static_int8", "dynamic_int8", "fp16", "bf16"):
+    for recipe in ("static_int8", "dynamic_int8"):
         with fails("already_quantized"):
             bench.run(recipe)
 
 
 def test_a_half_precision_model_is_refused(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, architectures.residual_cnn())
-    bench.run("fp16")
-    bench.source = bench.out / "model"
+    bench = Bench(tmp_path, floats.to_low(architectures.residual_cnn(), "fp16").model, simplified=False)
     with fails("not_float32"):
         bench.run("static_int8")
 
@@ -498,7 +467,7 @@ def test_nothing_to_quantize(tmp_path: Path) -> None:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     bench = Bench(tmp_path, model, simplified=False)
-    for recipe in ("static_int8", "dynamic_int8", "fp16", "bf16"):
+    for recipe in ("static_int8", "dynamic_int8"):
         with fails("nothing_to_quantize"):
             bench.run(recipe)
 
@@ -561,7 +530,7 @@ def test_what_the_quantizer_raises_is_typed(tmp_path: Path, monkeypatch: pytest.
 # Files
 
 
-@pytest.mark.parametrize("recipe", ["dynamic_int8", "static_int8", "fp16", "bf16"])
+@pytest.mark.parametrize("recipe", ["dynamic_int8", "static_int8"])
 def test_large_models_go_through_external_data(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(tmp_path, architectures.bert())
     monkeypatch.setattr(onnx_files, "INLINE_LIMIT_BYTES", 20_000)
@@ -578,7 +547,7 @@ def test_weights_listed_as_inputs_do_not_become_inputs(tmp_path: Path) -> None:
     )
     bench = Bench(tmp_path, model, simplified=False)
     bench.model = plain
-    for recipe in ("dynamic_int8", "static_int8", "fp16"):
+    for recipe in ("dynamic_int8", "static_int8"):
         bench.run(recipe)
         assert [i.name for i in bench.made().graph.input] == ["sequence"]
 
@@ -605,7 +574,7 @@ print(digest_of_runs(Path(sys.argv[1])))
 def digest_of_runs(root: Path) -> str:
     sha = hashlib.sha256()
     bench = Bench(root, architectures.residual_cnn())
-    for options in ({"recipe": "static_int8", "method": "entropy"}, {"recipe": "dynamic_int8"}, {"recipe": "fp16"}):
+    for options in ({"recipe": "static_int8", "method": "entropy"}, {"recipe": "dynamic_int8"}):
         bench.run(**options)
         for file in sorted(bench.out.rglob("*.*")):
             sha.update(file.read_bytes())

@@ -59,8 +59,6 @@ CHAINS: dict[str, tuple[Any, list[Any], int]] = {
     "bert-embedding": (architectures.bert, [["simplify", {"fusions": True}], EMBEDDING], INLINE),
     "bert-equalized": (architectures.bert, [SIMPLIFY, ["equalize", {}], STATIC], INLINE),
     "cnn-entropy": (architectures.depthwise_cnn, [SIMPLIFY, ENTROPY], INLINE),
-    "cnn-fp16": (architectures.residual_cnn, [SIMPLIFY, ["quantize", {"recipe": "fp16"}]], INLINE),
-    "cnn-bf16": (architectures.residual_cnn, [SIMPLIFY, ["quantize", {"recipe": "bf16"}]], INLINE),
     "gpt2-sensitivity": (architectures.gpt2, [SIMPLIFY, ["sensitivity", {}]], INLINE),
     "external-dynamic": (architectures.bert, [DYNAMIC], EXTERNAL),
     "external-static": (architectures.bert, [STATIC], EXTERNAL),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.data import Samples
@@ -16,10 +16,11 @@ from workers.graph import quantizable as quantization
 from workers.graph import rewriting as graphs
 from workers.graph.onnx_files import read_skeleton, save_model
 from workers.graph.onnx_graph import model_specs, opset_of
-from workers.graph.precision import weights as precision
 from workers.graph.prepare import node_names, prepare
 
 OLDEST_OPSET = 13  # QuantizeLinear with an axis, and Cast to bfloat16
+
+_LOW_PRECISION = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 Part = Literal["all", "calibration"]
 
@@ -32,7 +33,7 @@ def check_source(model: ModelProto, exclude_nodes: Sequence[str]) -> None:
             "The model already holds quantized operators.",
             remedy="Upload the float32 model, or ask for no further precision.",
         )
-    if precision.has_low_precision_weights(model):
+    if any(i.data_type in _LOW_PRECISION for i in model.graph.initializer):
         raise model_failure(
             "not_float32",
             "The model's weights are already in float16 or bfloat16.",

@@ -1,7 +1,7 @@
 """quantize: a copy of the model in fewer bits.
 
 Inputs `model`, and for static int8 `calibration` (a data set) or `ranges` (what an earlier calibration found). Outputs
-`model`, and for static int8 `ranges`. Recipes: dynamic_int8, static_int8 (Q/DQ), fp16, bf16 (weights only).
+`model`, and for static int8 `ranges`. Recipes: dynamic_int8, static_int8 (Q/DQ).
 
 The result is loaded and run once, and its quantized nodes are counted: a "quantized" model without any, or one that
 does not run, is a failure of the candidate.
@@ -30,7 +30,6 @@ from workers.graph.calibrate import statistics as calibration
 from workers.graph.onnx_files import MODEL_FILE, load_model, read_skeleton, save_model, size_of
 from workers.graph.onnx_graph import model_specs
 from workers.graph.onnxruntime_messages import clean_message
-from workers.graph.precision import weights as precision
 from workers.graph.prepare import prepare
 from workers.graph.rewriting import restore_interface
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
@@ -44,7 +43,7 @@ class QuantizeOptions(StageOptions):
     `activations` is uint8 on x86 and int8 (symmetric) for TensorRT; `reduce_range` gives weights seven bits, for CPUs
     without VNNI. `exclude_nodes` stay as they are. `shapes`: min/opt/max by input, for the trial run."""
 
-    recipe: Literal["dynamic_int8", "static_int8", "fp16", "bf16"]
+    recipe: Literal["dynamic_int8", "static_int8"]
     method: calibration.Method = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
     op_types: list[str] | None = Field(default=None, min_length=1)
@@ -89,10 +88,8 @@ class Quantize(Stage[QuantizeOptions]):
         prepared = prepare(source, ctx.workspace)
         if options.recipe == "static_int8":
             model, data = _static(ctx, options, prepared, samples)
-        elif options.recipe == "dynamic_int8":
-            model, data = _dynamic(ctx, options, prepared)
         else:
-            model, data = _low_precision(options, prepared)
+            model, data = _dynamic(ctx, options, prepared)
         restore_interface(model, read_skeleton(source))
         out = ctx.output("model")
         save_model(model, out)
@@ -172,19 +169,6 @@ def _static(
     facts |= {"tensors": len(known["tensors"]), "reused": "ranges" in ctx.inputs}
     data = {"op_types": sorted(op_types), "excluded_nodes": excluded, "calibration": facts}
     return model, data | {"qdq_by_op": _counted(model, op_types, excluded)}
-
-
-def _low_precision(options: QuantizeOptions, prepared: Path) -> tuple[ModelProto, dict[str, Any]]:
-    model = load_model(prepared)
-    if options.recipe == "fp16":
-        model = precision.to_float16(model, options.exclude_nodes)
-    else:
-        precision.to_bfloat16(model, options.exclude_nodes)
-    counts = precision.count_low_precision(model)
-    if not counts:
-        raise shared.nothing_to_quantize("no float32 weights")
-    data = {"op_types": sorted(counts), "excluded_nodes": sorted(options.exclude_nodes), "calibration": None}
-    return model, data | {"qdq_by_op": counts, "computes_in": "float16" if options.recipe == "fp16" else "float32"}
 
 
 def _made(workspace: Path, make: Callable[[Path], None]) -> ModelProto:
