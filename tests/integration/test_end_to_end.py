@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,10 +168,12 @@ def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: De
     job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
     with deployed.client() as client:
         client.wait(job["id"])
-    lines = [json.loads(x) for x in deployed.worker_log().splitlines() if x.startswith("{")]
-    mine = [line["event"] for line in lines if line.get("correlation_id") == "trace-me-through"]
-    assert "job_started" in mine
-    assert "job_ended" in mine
+    deadline, mine = time.monotonic() + 20, set[str]()
+    while not {"job_started", "job_ended"} <= mine and time.monotonic() < deadline:  # logged after the commit
+        lines = [json.loads(x) for x in deployed.worker_log().splitlines() if x.startswith("{") and x.endswith("}")]
+        mine = {line["event"] for line in lines if line.get("correlation_id") == "trace-me-through"}
+        time.sleep(0.2)
+    assert {"job_started", "job_ended"} <= mine
     page = httpx.get(f"{deployed.url}/v1/jobs/{job['id']}/report", headers={**deployed.headers, "Accept": "text/html"})
     assert page.status_code == 200
     assert "<svg" in page.text

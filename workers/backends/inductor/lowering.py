@@ -49,6 +49,10 @@ def lowered(torch: Any, program: Any, precision: str, device: str) -> tuple[Grap
         for node in graph.graph.find_nodes(op="call_module", target="_guards_fn"):
             graph.graph.erase_node(node)
         delattr(graph, "_guards_fn")
+    for node in list(graph.graph.nodes):  # what the trace knew of types and devices: "cuda" is not "cuda:0"
+        if _op(node) == "_assert_tensor_metadata":
+            graph.graph.erase_node(node)
+    _cleaned(graph)
     check_texts(graph)
     folded = fold_batch_norms(graph)
     if precision != "fp32" and not lower(graph, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]):
@@ -137,9 +141,6 @@ def lower(graph: GraphModule, to: dtype) -> int:
             products += 1
         elif _rule(node) == "follow" and any(n in lowered for n in node.all_input_nodes):
             lowered.add(node)
-    for node in list(graph.graph.nodes):  # what the trace knew of types
-        if _op(node) == "_assert_tensor_metadata":
-            graph.graph.erase_node(node)
     _cleaned(graph)
     return products
 
