@@ -235,6 +235,7 @@ class Backend(ABC):
     libraries: ClassVar[tuple[str, ...]] = ()  # distributions whose versions change what it builds or measures
     accepts: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds of artifacts that it builds from, the preferred one first
     engine_format: ClassVar[str]  # the kind of artifact that an engine is
+    reference: ClassVar[bool] = False  # graphs of its format are tried with it while they are made (`runner_of`)
     signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
@@ -244,6 +245,7 @@ class Backend(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.reference = vars(cls).get("reference", False)  # not inherited: a variant of a reference is none
         register(cls)
 
     @abstractmethod
@@ -327,7 +329,7 @@ _BACKENDS: dict[str, type[Backend]] = {}
 
 
 class AlreadyRegistered(Exception):
-    """Two stages or two backends claim the same name."""
+    """Two stages or two backends claim the same name, or to be the reference for one kind of artifact."""
 
 
 def _register(table: dict[str, type[Any]], cls: type[Any]) -> None:
@@ -337,6 +339,10 @@ def _register(table: dict[str, type[Any]], cls: type[Any]) -> None:
     there = table.get(name)
     if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
         raise AlreadyRegistered(f"{name!r} is already registered by {there.__module__}")
+    if getattr(cls, "reference", False):
+        for other in table.values():
+            if other.reference and other.engine_format == cls.engine_format and other is not there:
+                raise AlreadyRegistered(f"{other.name!r} is already the reference for {cls.engine_format!r}")
     table[name] = cls
 
 
@@ -386,5 +392,6 @@ def backends() -> Mapping[str, type[Backend]]:
 
 def runner_of(kind: str) -> Backend:
     """The backend that loads an artifact of this kind as it is, on the machine's own processor: what a graph is tried
-    with. Of several the first that is built in."""
-    return next(b for b in backends().values() if b.engine_format == kind and b.device == Backend.device)()
+    with. It says so itself (`reference`): the order of registration, which a plug-in may come first in, decides
+    nothing."""
+    return next(b for b in backends().values() if b.reference and b.engine_format == kind)()

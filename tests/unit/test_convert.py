@@ -61,15 +61,7 @@ def test_each_precision_runs_on_the_cpu_and_keeps_the_outputs(
     data = result.data
     assert data["quantized_nodes"] == sum(data["qdq_by_op"].values()) > 0
     assert data["trial_run"]["finite"]
-    found = data["trial_run"]["cosine"]
-    if found < least:
-        # Seen twice, on a crowded machine: 0.87 for the float8 CNN, 0.9996 in hundreds of runs; the cause is not known.
-        # Another graph would be a fault of ours and fails here; the same one is run once more.
-        again, result = case.converted(recipe, {}, **options)
-        same = (again / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
-        assert same, f"{found}, then {result.data['trial_run']} by another graph"
-        found = result.data["trial_run"]["cosine"]
-    assert found >= least
+    assert data["trial_run"]["cosine"] >= least
     original = onnx.load(case.model / "model.onnx")
     assert list(model.graph.output) == list(original.graph.output)
     assert [i.name for i in model.graph.input] == [i.name for i in original.graph.input]

@@ -34,6 +34,7 @@ class OnnxRuntimeBackend(Backend):
     name: ClassVar[str] = "onnxruntime"
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     engine_format: ClassVar[str] = ONNX
+    reference: ClassVar[bool] = True
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """None where ONNX Runtime is not installed."""

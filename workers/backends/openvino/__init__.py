@@ -86,6 +86,7 @@ class OpenVinoBackend(Backend):
     libraries: ClassVar[tuple[str, ...]] = ("openvino", "numpy")
     accepts: ClassVar[tuple[str, ...]] = (ONNX, OPENVINO_IR)
     engine_format: ClassVar[str] = OPENVINO_IR
+    reference: ClassVar[bool] = True
     plain_runtime: ClassVar[Mapping[str, Any]] = {"inference_precision": "f32"}
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
