@@ -95,6 +95,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A kind of device that need not be here to build for it. `precisions`: that it gains by. `hardware`: what of
+    `workers.hardware.describe()` tells of it, on a machine that has one."""
+
+    name: str
+    precisions: tuple[str, ...]
+    hardware: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Something the user asked for, or would expect, that is not tried; and why."""
 

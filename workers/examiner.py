@@ -6,20 +6,15 @@ on this machine by another worker is not disturbed: an examination holds its sha
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.compatibility.service import LEASE, CompatibilityService, Question
 from app.db.orm import SourceModel
 from app.domain.failures import FailureKind, StageFailure
-from app.errors import AppError
 from app.settings import LimitSettings, Settings
 from app.storage.content import ContentStore
 from workers import kernel
@@ -30,6 +25,7 @@ from workers.pipeline.machine import MachineLock, Place
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.source import source_ref
 from workers.pipeline.workspace import Workspace, open_workspace
+from workers.spare import Held, SpareTime
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +47,7 @@ def examined_by(hardware: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Examiner:
-    """Runs in a thread of its own; `jobs_first` is what a job runs inside of."""
+    """An errand of the worker's spare time."""
 
     def __init__(
         self,
@@ -62,46 +58,26 @@ class Examiner:
         worker_id: str,
         hardware: Mapping[str, Any],
         limits: Limits,
-        shutdown: threading.Event,
+        spare: SpareTime,
     ) -> None:
         self.backends = examined_by(hardware)
         self._service, self._content, self._isolated, self._settings = service, content, isolated, settings
         self._worker_id, self._hardware, self._formats = worker_id, hardware, model_formats()
         self._limits = Limits(min(_LONGEST_S, limits.seconds), limits.memory_bytes, limits.file_bytes)
         self._machine = MachineLock(settings.worker.lock_dir, limits.seconds)
-        self._shutdown = shutdown
-        self._turn = threading.Lock()
-        self._wanted = threading.Event()
-
-    def run(self) -> None:
-        while not self._shutdown.wait(self._settings.worker.heartbeat_s):
-            try:
-                while self.answer_one():
-                    pass
-            except (SQLAlchemyError, AppError, OSError) as error:
-                log.warning("examining_failed", error=str(error)[:300])
-
-    @contextmanager
-    def jobs_first(self) -> Iterator[None]:
-        """Nothing is examined inside; what is being examined ends now."""
-        self._wanted.set()
-        with self._turn:
-            self._wanted.clear()
-            yield
+        self._spare = spare
 
     def answer_one(self) -> bool:
         """Take the oldest question on, if this worker is idle; whether there was one that it came to the end of."""
-        if self._shutdown.is_set() or not self.backends or not self._turn.acquire(blocking=False):
+        if not self.backends:
             return False
-        try:
-            question = self._service.take(self._worker_id, self.backends, self._formats)
+        with self._spare.turn() as mine:
+            question = self._service.take(self._worker_id, self.backends, self._formats) if mine else None
             return question is not None and self._answer(question)
-        finally:
-            self._turn.release()
 
     def _answer(self, question: Question) -> bool:
         left = list(question.backends)
-        held = _Held(self._service, question, (self._shutdown, self._wanted))
+        held = Held(self._spare, lambda: self._service.renew(question), _RENEW_S)
         name = f"examine-{question.model.id}-{self._worker_id}".replace("/", "-")
         model = question.model
         try:
@@ -125,7 +101,7 @@ class Examiner:
             self._service.fail(question, left, failure.public())
         return True
 
-    def _ask(self, workspace: Workspace, exported: Path, question: Question, backend: str, held: _Held) -> None:
+    def _ask(self, workspace: Workspace, exported: Path, question: Question, backend: str, held: Held) -> None:
         """One backend. That it crashes on the model or takes too long says nothing of the others."""
         try:
             told = self._call(workspace, "compatibility", {"model": exported}, {"backend": backend}, held)
@@ -136,7 +112,7 @@ class Examiner:
         else:
             self._service.answer(question, backend, told.data)
 
-    def _export(self, workspace: Workspace, model: SourceModel, held: _Held) -> Path:
+    def _export(self, workspace: Workspace, model: SourceModel, held: Held) -> Path:
         """The folder of the checked ONNX model."""
         source = workspace.fetch(source_ref(model))
         limits: LimitSettings = self._settings.limits
@@ -149,7 +125,7 @@ class Examiner:
         return self._call(workspace, "export", {"source": source}, options, held).folder / "model"
 
     def _call(
-        self, workspace: Workspace, stage: str, inputs: Mapping[str, Path], options: Mapping[str, Any], held: _Held
+        self, workspace: Workspace, stage: str, inputs: Mapping[str, Path], options: Mapping[str, Any], held: Held
     ) -> _Done:
         folder = workspace.new_call(stage)
         request = StageRequest(
@@ -169,20 +145,3 @@ class Examiner:
 class _Done:
     def __init__(self, outcome: StageOutcome, folder: Path) -> None:
         self.data, self.folder = outcome.data, folder
-
-
-class _Held:
-    """The hold on a question, renewed as long as somebody asks whether to stop."""
-
-    def __init__(
-        self, service: CompatibilityService, question: Question, stops: tuple[threading.Event, threading.Event]
-    ) -> None:
-        self._service, self._question, self._stops = service, question, stops
-        self._due = time.monotonic() + _RENEW_S
-        self.lost = False
-
-    def should_stop(self) -> bool:
-        if time.monotonic() > self._due and not self.lost:
-            self._due = time.monotonic() + _RENEW_S
-            self.lost = not self._service.renew(self._question)
-        return self.lost or any(stop.is_set() for stop in self._stops)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.artifacts import ONNX
-from workers.candidates import Candidate, Case, Proposal, Rounding
+from workers.candidates import Candidate, Case, Proposal, Rounding, Target
 from workers.examined import Examined, Refused
 
 if TYPE_CHECKING:
@@ -261,6 +261,16 @@ class Backend(ABC):
         """What else of the machine decides what it builds (a compiler, say), beside `workers.hardware.fingerprint`. It
         becomes part of the key."""
         return {}
+
+    def targets(self, hardware: Mapping[str, Any]) -> Sequence[Target]:  # noqa: ARG002
+        """What it builds for on this machine without having it. Never raises."""
+        return ()
+
+    @classmethod
+    def built_for(cls, options: Mapping[str, Any]) -> str | None:  # noqa: ARG003
+        """The target of a build with these options, where it alone decides what is built, and what is told of it,
+        whatever machine builds. None: it is built for this machine."""
+        return None
 
     @abstractmethod
     def propose(self, case: Case) -> Proposal:

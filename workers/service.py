@@ -27,19 +27,20 @@ from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
 from app.jobs.webhooks import WebhookSender
 from app.logging import bind_correlation_id
-from app.queue.messages import SPECIAL_FORMATS, queue_for
+from app.prebuilds.service import PrebuildService
 from app.queue.producer import make_dispatch
 from app.settings import Settings
 from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
-from workers import devices, kernel, plugins
+from workers import plugins
 from workers.background import Background, InARow, Regularly
 from workers.devices.cuda import confine
 from workers.examiner import Examiner
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.libraries import model_formats
+from workers.offer import backends_of, queues_of
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
@@ -52,6 +53,8 @@ from workers.pipeline.results import Published, no_feasible_candidate, publish
 from workers.pipeline.runner import StageRunner
 from workers.pipeline.shared_caches import SharedCaches
 from workers.pipeline.workspace import Workspace, open_workspace, remove_stale
+from workers.prebuilder import Prebuilder
+from workers.spare import SpareTime
 
 log = structlog.get_logger(__name__)
 
@@ -101,24 +104,29 @@ class WorkerService:
         for plugin in plugins.found():
             if plugin.problem is not None:
                 log.warning("plugin_left_out", **plugin.to_json())
-        infos = [_probed(backend, self.hardware) for backend in kernel.backends().values()]
-        self.backends = [info for info in infos if info is not None]
+        self.backends = backends_of(self.hardware)
+        self.queues = queues_of(self.backends, self.hardware)
+        self.spare = SpareTime(self.shutdown)
         compatibility = CompatibilityService(self.db, self.capabilities)
         self.examiner = Examiner(
-            compatibility, self.content, self.isolated, settings, self.id, self.hardware, self._limits(), self.shutdown
+            compatibility, self.content, self.isolated, settings, self.id, self.hardware, self._limits(), self.spare
+        )
+        self.prebuilder = Prebuilder(
+            PrebuildService(self.db),
+            self.ledger,
+            self.content,
+            self.isolated,
+            settings,
+            self.id,
+            self.hardware,
+            self.fingerprint,
+            self._limits(),
+            self._installation,
+            self.spare,
         )
         self._background = Background(self.shutdown, self.give_up)
         self._unwell = InARow(_TOO_MANY)
         self.failed: str | None = None
-
-    @property
-    def queues(self) -> list[str]:
-        offered = sorted({d for b in self.backends for d in b.devices} | {devices.HOST.name})
-        return [
-            queue_for(device, hardware, model_format)
-            for model_format in ("onnx", *(f for f in SPECIAL_FORMATS if f in model_formats()))
-            for device, hardware in (*((d, None) for d in offered), ("", str(self.hardware["id"])))
-        ]
 
     def start(self) -> None:
         self._remove_stale()
@@ -129,7 +137,8 @@ class WorkerService:
         self._background.start("errands", self._run_errands)
         self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
         self._background.start("collector", self._collect)
-        self._background.start("examiner", self.examiner.run)
+        errands = [self.examiner.answer_one, self.prebuilder.build_one]
+        self._background.start("spare time", lambda: self.spare.run(errands, self.settings.worker.heartbeat_s))
 
     def give_up(self, reason: str) -> None:
         """End this process in order, as a failure: whoever runs it starts another. A job that runs is given back."""
@@ -187,6 +196,7 @@ class WorkerService:
             queues=self.queues,
             plugins=[plugin.to_json() for plugin in plugins.found()],
             examines=self.examiner.backends,
+            builds=self.prebuilder.offers,
         )
 
     def _housekeep(self) -> None:
@@ -239,7 +249,7 @@ class WorkerService:
 
     def run_job(self, job_id: str) -> None:
         """Claim the job and take it to its end; nothing where it is not there to take."""
-        with self.examiner.jobs_first():
+        with self.spare.jobs_first():
             self._run_claimed(job_id)
 
     def _run_claimed(self, job_id: str) -> None:
@@ -382,13 +392,3 @@ class WorkerService:
                 self.ledger.release(claim, "the worker shuts down")
         except LeaseLost:
             log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
-
-
-def _probed(backend: type[kernel.Backend], hardware: Mapping[str, Any]) -> kernel.BackendInfo | None:
-    """What it offers here. One that breaks its contract and raises takes the worker down no more than one that is not
-    there."""
-    try:
-        return backend().probe(hardware)
-    except Exception:
-        log.exception("probe_failed", backend=backend.name)
-        return None

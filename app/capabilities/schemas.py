@@ -11,7 +11,7 @@ from app.capabilities.service import offered
 from app.db.orm import Worker
 
 # What a worker reports beside its hardware, in the same column.
-_APART = ("plugins", "examines")
+_APART = ("plugins", "examines", "builds")
 
 
 class BackendOut(BaseModel):
@@ -42,6 +42,9 @@ class WorkerOut(BaseModel):
     queues: list[str]
     plugins: list[PluginOut] = []
     examines: dict[str, str] = Field({}, description="Backends that it can ask what they take of a model: version")
+    builds: dict[str, dict[str, list[str]]] = Field(
+        {}, description="Backends that it builds with for devices that it need not have: target: precisions"
+    )
     started_at: datetime
     last_seen_at: datetime
 
@@ -71,6 +74,7 @@ class CapabilitiesOut(BaseModel):
                     queues=row.queues,
                     plugins=[PluginOut.model_validate(plugin) for plugin in row.hardware.get("plugins", ())],
                     examines=row.hardware.get("examines") or {},
+                    builds=row.hardware.get("builds") or {},
                     started_at=row.started_at,
                     last_seen_at=row.last_seen_at,
                 )

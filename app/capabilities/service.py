@@ -34,14 +34,21 @@ class CapabilityService:
         queues: Sequence[str],
         plugins: Sequence[Mapping[str, Any]] = (),
         examines: Mapping[str, str] | None = None,
+        builds: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     ) -> None:
         """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}. `plugins`:
         list of {group, name, distribution, version, problem}, those that cannot be used among them. `examines`:
-        backend → version, of those that it can ask what they take of a model.
+        backend → version, of those that it can ask what they take of a model. `builds`: backend → target → precisions,
+        of those that it builds for without having one.
         """
+        apart = {
+            "plugins": [dict(plugin) for plugin in plugins],
+            "examines": dict(examines or {}),
+            "builds": {backend: {k: [*v] for k, v in targets.items()} for backend, targets in (builds or {}).items()},
+        }
         fields = {
             "hostname": hostname[:255],
-            "hardware": {**hardware, "plugins": [dict(plugin) for plugin in plugins], "examines": dict(examines or {})},
+            "hardware": {**hardware, **apart},
             "backends": [dict(backend) for backend in backends],
             "formats": [*formats],
             "queues": [*queues],

@@ -367,3 +367,18 @@ class Examination(Base):
         ),
         CheckConstraint("status IN ('asked', 'answered', 'failed')", name="status"),
     )
+
+
+class Prebuild(Base):
+    """A job whose engines a worker without the job's device may build, as long as it is queued: by this backend, for
+    this target. `lease_owner` does so until `lease_expires_at`; `ended_at`: there is no more to build."""
+
+    __tablename__ = "prebuilds"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    backend: Mapped[str] = mapped_column(String(64), primary_key=True)
+    target: Mapped[str] = mapped_column(String(64))
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -33,11 +33,29 @@ class _Strict(BaseModel):
 
 
 class Target(_Strict):
-    """Where the engine shall run. `hardware` names one of the hardware ids in `GET /v1/capabilities`."""
+    """Where the engine shall run. `hardware` names one of the hardware ids in `GET /v1/capabilities`;
+    `compute_capability` any NVIDIA GPU of it ("8.9"), whichever worker has one."""
 
     device: Device = "auto"
     hardware: Name | None = None
+    compute_capability: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
     backends: list[Name] | None = Field(default=None, min_length=1, max_length=16)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _device_of_kind(cls, data: Any) -> Any:
+        """Who names a compute capability asks for such a GPU."""
+        if isinstance(data, dict) and data.get("compute_capability") is not None and data.get("device") == "auto":
+            return {**data, "device": "cuda"}
+        if isinstance(data, dict) and data.get("compute_capability") is not None:
+            return {"device": "cuda", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Target:
+        if self.compute_capability is not None and self.device == "cpu":
+            raise ValueError("a compute capability is a GPU's, and the device asked for is cpu")
+        return self
 
 
 def _check_order(low: list[int], opt: list[int], high: list[int], length: str, place: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from app.capabilities.service import offered
@@ -11,7 +11,7 @@ from app.db.orm import Worker
 from app.domain.spec import OptimizationSpec, ShapeRange
 from app.errors import AppError, FieldError, invalid_request
 from app.jobs.data_admission import MOST_ERRORS, axes_of
-from app.queue.messages import queue_for
+from app.queue.messages import device_of_kind, queue_for
 
 
 def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str, Any]]) -> None:
@@ -66,10 +66,12 @@ def fit_batch_sizes(spec: OptimizationSpec, inputs: Sequence[Mapping[str, Any]])
 
 @dataclass(frozen=True)
 class Queue:
-    """Where a job waits; `waiting_for` says what for, where no worker that would take it lives now."""
+    """Where a job waits; `waiting_for` says what for, where no worker that would take it lives now. `builds`: by
+    backend, the target that live workers can build its engines for until then."""
 
     name: str
     waiting_for: str | None = None
+    builds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -80,17 +82,75 @@ class Queue:
 
 
 def find_queue(spec: OptimizationSpec, model_format: str, live: Iterable[Worker], known: Iterable[Worker]) -> Queue:
-    """As `choose_queue`: live workers decide; where none of them would do, the job waits for one that was `known`."""
+    """As `choose_queue`: live workers decide; where none of them would do, the job waits for one that was `known`, or
+    for one that nobody has seen yet, where the GPU that it is to have can be built for here."""
     live, known = list(live), list(known)
-    if any(not _lacks(spec, model_format, w) for w in live) or not any(
-        not _lacks(spec, model_format, w) for w in known
-    ):
-        return Queue(choose_queue(spec, model_format, live or known))
+    fitting = [w for w in live if not _lacks(spec, model_format, w)]
+    if fitting:
+        name = choose_queue(spec, model_format, fitting)
+        return Queue(name, builds=_builds(spec, model_format, name, fitting, live))
     fitting = [w for w in known if not _lacks(spec, model_format, w)]
-    wanted = spec.target.hardware or (spec.target.device if spec.target.device != "auto" else "this job")
-    seen = max(w.last_seen_at for w in fitting).isoformat(timespec="seconds").replace("+00:00", "Z")
-    detail = f"No worker for {wanted} is live; one was last seen at {seen}. The job starts when one comes back."
-    return Queue(choose_queue(spec, model_format, fitting), detail)
+    if fitting:
+        name = choose_queue(spec, model_format, fitting)
+        builds = _builds(spec, model_format, name, fitting, live)
+        seen = max(w.last_seen_at for w in fitting).isoformat(timespec="seconds").replace("+00:00", "Z")
+        detail = f"one was last seen at {seen}. The job starts when one comes back."
+        return Queue(name, f"No worker for {_wanted(spec)} is live; {detail}{_meanwhile(builds)}", builds)
+    kind = spec.target.compute_capability
+    built = _precisions_built(spec, model_format, kind, live) if kind and not spec.target.hardware else {}
+    if kind is None or not built:
+        return Queue(choose_queue(spec, model_format, live or known))  # which says what is lacking
+    lacking = [p for p in spec.precisions or () if not any(p in precisions for precisions in built.values())]
+    if lacking:
+        raise _unavailable([f"precision {p!r} on compute capability {kind}" for p in lacking], live)
+    builds = dict.fromkeys(built, kind)
+    detail = "nor was one seen lately. The job starts when one comes."
+    name = queue_for(device_of_kind("cuda", kind), None, model_format)
+    return Queue(name, f"No worker for {_wanted(spec)} is live, {detail}{_meanwhile(builds)}", builds)
+
+
+def _wanted(spec: OptimizationSpec) -> str:
+    target = spec.target
+    if target.hardware is None and target.compute_capability is not None:
+        return f"a GPU of compute capability {target.compute_capability}"
+    return target.hardware or (target.device if target.device != "auto" else "this job")
+
+
+def _meanwhile(builds: Mapping[str, str]) -> str:
+    if not builds:
+        return ""
+    told = ", ".join(f"{backend} for {target}" for backend, target in sorted(builds.items()))
+    return f" Engines are built meanwhile ({told}); there they are proven and measured."
+
+
+def _builds(
+    spec: OptimizationSpec, model_format: str, queue: str, fitting: Sequence[Worker], live: Sequence[Worker]
+) -> dict[str, str]:
+    """Backend → the target that live workers build for, ahead of the workers of this queue, where those are of one
+    kind and run the backend. `fitting`: workers that would take the job."""
+    takers = [w for w in fitting if queue in w.queues]
+    kinds, runs = {_capability(w) for w in takers}, {b["name"] for w in takers for b in w.backends}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        return {}
+    return {b: kind for b in _precisions_built(spec, model_format, kind, live) if b in runs}
+
+
+def _precisions_built(
+    spec: OptimizationSpec, model_format: str, kind: str, live: Sequence[Worker]
+) -> dict[str, set[str]]:
+    """Backend → precisions that live workers build for this kind of GPU without having one."""
+    wanted, found = spec.target.backends, dict[str, set[str]]()
+    for worker in (w for w in live if model_format in w.formats):
+        for backend, targets in (worker.hardware.get("builds") or {}).items():
+            if kind in targets and (wanted is None or backend in wanted):
+                found.setdefault(backend, set()).update(targets[kind])
+    return found
+
+
+def _capability(worker: Worker) -> str | None:
+    found = (worker.hardware.get("gpu") or {}).get("compute_capability")
+    return None if found is None else str(found)
 
 
 def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Worker]) -> str:
@@ -99,29 +159,35 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
     Where no worker was ever seen, a job that asks for nothing special waits for the first one.
     """
     workers = list(workers)
-    on_offer = offered(workers)
     target = spec.target
-    special = target.hardware or target.backends or spec.precisions or target.device == "cuda"
+    kind = target.hardware or target.compute_capability
+    special = kind or target.backends or spec.precisions or target.device == "cuda"
     if not workers and not special:
         return queue_for("cpu", None, model_format)
     fitting = [w for w in workers if not _lacks(spec, model_format, w)]
     if not fitting:
         lacks = sorted({reason for w in workers for reason in _lacks(spec, model_format, w)}) or ["no worker is known"]
-        raise AppError(
-            "unavailable_target",
-            "Not on offer here",
-            422,
-            f"No worker can do what the job asks: {'; '.join(lacks)}.",
-            remedy="Ask for what GET /v1/capabilities offers, or start a worker that has it.",
-            extra={"offered": on_offer},
-        )
+        raise _unavailable(lacks, workers)
     if target.hardware:
         return queue_for("", target.hardware, model_format)
+    if target.compute_capability:
+        return queue_for(device_of_kind("cuda", target.compute_capability), None, model_format)
     usable = [b for w in fitting for b in w.backends if target.backends is None or b["name"] in target.backends]
     devices = {d for b in usable for d in b["devices"]}
     if target.device != "auto":
         return queue_for(target.device, None, model_format)
     return queue_for("cuda" if "cuda" in devices else "cpu", None, model_format)
+
+
+def _unavailable(lacks: Sequence[str], workers: Sequence[Worker]) -> AppError:
+    return AppError(
+        "unavailable_target",
+        "Not on offer here",
+        422,
+        f"No worker can do what the job asks: {'; '.join(lacks)}.",
+        remedy="Ask for what GET /v1/capabilities offers, or start a worker that has it.",
+        extra={"offered": offered(workers)},
+    )
 
 
 def _lacks(spec: OptimizationSpec, model_format: str, worker: Worker) -> list[str]:
@@ -130,6 +196,8 @@ def _lacks(spec: OptimizationSpec, model_format: str, worker: Worker) -> list[st
     target = spec.target
     if target.hardware and worker.hardware.get("id") != target.hardware:
         reasons.append(f"hardware {target.hardware!r}")
+    if target.compute_capability and _capability(worker) != target.compute_capability:
+        reasons.append(f"a GPU of compute capability {target.compute_capability}")
     usable = [
         b
         for b in worker.backends

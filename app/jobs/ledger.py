@@ -19,6 +19,7 @@ from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database, patiently
 from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
+from app.jobs.holds import Hold
 from app.jobs.repository import JobRepository
 from app.queue.producer import Dispatch
 from app.references import forget_results, is_uploaded, keep_result, lock_blob
@@ -53,6 +54,12 @@ class Claim:
 
     def holds(self) -> list[ColumnElement[bool]]:
         return [Job.fencing_token == self.token, Job.status == JobStatus.RUNNING.value]
+
+    def with_a_result(self) -> dict[str, Any]:
+        return {"attempts": 1}
+
+    def seen(self, changes: dict[str, Any], event: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return changes, event
 
 
 def _patient(write: F) -> F:
@@ -156,7 +163,7 @@ class JobLedger:
     # Progress
 
     @_patient
-    def load(self, claim: Claim) -> tuple[Job, SourceModel, dict[str, Dataset]]:
+    def load(self, claim: Hold) -> tuple[Job, SourceModel, dict[str, Dataset]]:
         """The job, its model and its data sets by id."""
         with self.db.read() as session:
             job = session.get_one(Job, claim.job_id)
@@ -167,8 +174,9 @@ class JobLedger:
             return job, model, datasets
 
     @_patient
-    def progress(self, claim: Claim, changes: dict[str, Any], event_type: str, event: dict[str, Any]) -> None:
-        """Change what clients see of a running job (stage, progress, stages) and leave an event."""
+    def progress(self, claim: Hold, changes: dict[str, Any], event_type: str, event: dict[str, Any]) -> None:
+        """Change what clients see of a job that is worked on (stage, progress, stages) and leave an event."""
+        changes, event = claim.seen(changes, event)
         with self.db.write() as uow:
             version = JobRepository(uow.session).update(claim.job_id, claim.holds(), changes, event_type, event)
             if version is None:
@@ -213,14 +221,14 @@ class JobLedger:
         return not uploaded
 
     @_patient
-    def remember(self, claim: Claim, result: StageResult) -> None:
+    def remember(self, claim: Hold, result: StageResult) -> None:
         """Store a stage's result, its files being in storage already. Two workers may do so with the same key: the
         results are interchangeable, the later one wins."""
         files = {f["sha256"]: f["size_bytes"] for files in result.outputs.values() for f in files}
         with _missing_blobs_told():
             seen = self.content.sight(self.db, claim.tenant_id, files)
             with self.db.write() as uow:
-                if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"attempts": 1}):
+                if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), claim.with_a_result()):
                     raise LeaseLost(claim.job_id)
                 self.content.record(uow.session, seen, files)
                 keep_result(uow.session, result)

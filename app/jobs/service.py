@@ -21,6 +21,7 @@ from app.jobs.admission import check_shapes, find_queue, fit_batch_sizes
 from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
+from app.prebuilds.repository import PrebuildRepository
 from app.queue.producer import Dispatch
 from app.settings import Settings
 from app.storage.content import ContentStore
@@ -98,6 +99,8 @@ class JobService:
                 created_at=utcnow(),
             )
             jobs.add(job)
+            for backend, built_for in queue.builds.items():
+                PrebuildRepository(session).add(job.id, backend, built_for)
             if idempotency is not None:
                 remember(session, tenant_id, idempotency, job.id)
             uow.after_commit(lambda: self.dispatch(job))

@@ -12,6 +12,11 @@ USUAL = 3
 SPECIAL_FORMATS = ("pt2",)  # model formats that only some workers read: each has queues of its own
 
 
+def device_of_kind(device: str, kind: str) -> str:
+    """What jobs for any device of this kind ask for: GPUs of one compute capability, say."""
+    return f"{device}-{kind}"
+
+
 def queue_for(device: str, hardware: str | None = None, model_format: str = "onnx") -> str:
     """The queue that jobs for this device, or for this very hardware, wait in."""
     base = f"{QUEUE_PREFIX}.hw.{hardware}" if hardware else f"{QUEUE_PREFIX}.{device}"

@@ -3,6 +3,8 @@ share. `tests/unit/test_trt_rtx_runtime.py` checks them against the real library
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 
 from tests.factories import cuda_standin, tensorrt_standin
+from workers import installation
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt.library import RTX
 
@@ -67,7 +71,10 @@ class ICudaEngine(tensorrt_standin.ICudaEngine):
 
 class Runtime(tensorrt_standin.Runtime):
     def deserialize_cuda_engine(self, serialized_engine: bytes | memoryview) -> ICudaEngine | None:
-        found = super().deserialize_cuda_engine(serialized_engine)
+        """Also plans of the real builder, as long as the model of each was written down (`write_down`)."""
+        found = _written_down(bytes(serialized_engine), self._logger) or super().deserialize_cuda_engine(
+            serialized_engine
+        )
         if found is not None:
             found.__class__ = ICudaEngine
         return found  # type: ignore[return-value]
@@ -98,16 +105,49 @@ OWN = (
 )
 
 
+def _folder() -> Path | None:
+    cache = installation.current().cache_dir
+    return None if cache is None else cache / "standin-plans"
+
+
+def any_written_down() -> bool:
+    folder = _folder()
+    return folder is not None and folder.exists()
+
+
+def write_down(plan: bytes, model: Path, profiles: list[dict[str, Any]]) -> None:
+    """Keep what a plan of the real builder was made of, for the stand-in's runtime."""
+    folder = _folder()
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(plan).hexdigest()
+    (folder / f"{name}.json").write_text(json.dumps(profiles))
+    onnx.save(onnx.load(model), folder / f"{name}.onnx")
+
+
+def _written_down(plan: bytes, logger: tensorrt_standin.ILogger) -> tensorrt_standin.ICudaEngine | None:
+    folder, name = _folder(), hashlib.sha256(plan).hexdigest()
+    if folder is None or not (folder / f"{name}.onnx").exists():
+        return None
+    shapes = json.loads((folder / f"{name}.json").read_text())
+    ranges = [{k: [v["min"], v["opt"], v["max"]] for k, v in profile.items()} for profile in shapes]
+    return tensorrt_standin.ICudaEngine(onnx.load(folder / f"{name}.onnx"), ranges, logger)
+
+
+def module() -> ModuleType:
+    made = ModuleType(RTX.module)
+    vars(made).update({k: v for k, v in vars(tensorrt_standin).items() if not k.startswith("__")})
+    vars(made).update({cls.__name__: cls for cls in OWN})
+    made.__version__ = VERSION  # type: ignore[attr-defined]
+    return made
+
+
 @contextmanager
 def installed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tensorrt_standin.Behaviour]:
     """A machine with an L4 and TensorRT for RTX."""
-    module = ModuleType(RTX.module)
-    vars(module).update({k: v for k, v in vars(tensorrt_standin).items() if not k.startswith("__")})
-    vars(module).update({cls.__name__: cls for cls in OWN})
-    module.__version__ = VERSION  # type: ignore[attr-defined]
     seen.clear()
     with cuda_standin.installed(monkeypatch, folder) as behaviour:
-        monkeypatch.setitem(sys.modules, RTX.module, module)
+        monkeypatch.setitem(sys.modules, RTX.module, module())
         monkeypatch.setattr(trt_probe, "ask_driver", lambda: dict(GPU))
         trt_probe.probe_gpu.cache_clear()
         yield behaviour

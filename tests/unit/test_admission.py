@@ -107,6 +107,90 @@ def test_before_any_worker_was_seen_plain_jobs_wait_and_special_ones_are_refused
         choose_queue(_spec(target={"device": "cuda"}), "onnx", [])
 
 
+def _l4(**changes: Any) -> Worker:
+    rtx = {"name": "tensorrt-rtx", "versions": {}, "devices": ["cuda"], "precisions": ["fp32", "fp16", "fp8"]}
+    hardware = {"id": "gpu-nvidia-l4", "gpu": {"compute_capability": "8.9"}}
+    queues = ["anneal.cuda", "anneal.cuda-8.9", "anneal.hw.gpu-nvidia-l4"]
+    seen = datetime(2026, 11, 24, tzinfo=UTC)
+    fields = {"id": "l4", "hardware": hardware, "backends": [rtx], "formats": ["onnx"], "queues": queues}
+    return Worker(**{**fields, "last_seen_at": seen, **changes})
+
+
+def _builder() -> Worker:
+    found = _worker()
+    found.hardware = {"id": "cpu-x", "builds": {"tensorrt-rtx": {"8.6": ["fp32", "fp16"], "8.9": ["fp32", "fp8"]}}}
+    return found
+
+
+RTX = {"tensorrt-rtx": "8.9"}
+
+
+def test_a_job_for_a_kind_of_gpu_goes_to_whoever_has_one() -> None:
+    spec = _spec(target={"compute_capability": "8.9"})
+    assert spec.target.device == "cuda"
+    assert find_queue(spec, "onnx", [_worker(), _l4()], []).name == "anneal.cuda-8.9"
+    with pytest.raises(AppError, match=r"a GPU of compute capability 8\.6"):
+        find_queue(_spec(target={"compute_capability": "8.6"}), "onnx", [_worker(), _l4()], [])
+    with pytest.raises(ValueError, match="cpu"):
+        _spec(target={"device": "cpu", "compute_capability": "8.9"})
+    for text in ("8", "8.x", "80.99", "8.9; drop"):
+        with pytest.raises(ValueError):
+            _spec(target={"compute_capability": text})
+
+
+@pytest.mark.parametrize(
+    ("target", "queue"),
+    [
+        ({"compute_capability": "8.9"}, "anneal.cuda-8.9"),
+        ({"hardware": "gpu-nvidia-l4"}, "anneal.hw.gpu-nvidia-l4"),
+        ({"device": "cuda"}, "anneal.cuda"),
+    ],
+)
+def test_a_live_builder_builds_for_a_worker_that_is_known(target: dict[str, Any], queue: str) -> None:
+    found = find_queue(_spec(target=target), "onnx", [_builder()], [_builder(), _l4()])
+    assert (found.name, found.builds) == (queue, RTX)
+    assert "Engines are built meanwhile (tensorrt-rtx for 8.9)" in found.stages[0]["detail"]
+    assert "2026-11-24T00:00:00Z" in found.stages[0]["detail"]
+    busy = find_queue(_spec(target=target), "onnx", [_builder(), _l4()], [])
+    assert (busy.name, busy.builds, busy.stages) == (queue, RTX, []), "it may have to wait for its turn"
+
+
+def test_a_job_waits_for_a_gpu_that_nobody_has_seen_where_it_can_be_built_for() -> None:
+    spec = _spec(target={"compute_capability": "8.9"}, precisions=["fp32", "fp8"])
+    found = find_queue(spec, "onnx", [_builder()], [_builder()])
+    assert (found.name, found.builds) == ("anneal.cuda-8.9", RTX)
+    assert "nor was one seen lately" in found.stages[0]["detail"]
+    with pytest.raises(AppError) as caught:
+        find_queue(spec, "onnx", [_worker()], [_builder()])
+    assert caught.value.code == "unavailable_target", "nobody builds for it now"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lacks"),
+    [
+        ({"target": {"compute_capability": "8.6"}, "precisions": ["fp16", "fp8"]}, "'fp8' on compute capability 8.6"),
+        ({"target": {"compute_capability": "9.0"}}, "a GPU of compute capability 9.0"),
+        ({"target": {"compute_capability": "8.9", "backends": ["tensorrt"]}}, "backend 'tensorrt'"),
+        ({"target": {"compute_capability": "8.9", "hardware": "gpu-nvidia-l40"}}, "gpu-nvidia-l40"),
+    ],
+)
+def test_what_the_target_lacks_is_refused(wanted: dict[str, Any], lacks: str) -> None:
+    with pytest.raises(AppError, match=lacks) as caught:
+        find_queue(_spec(**wanted), "onnx", [_builder()], [_builder()])
+    assert caught.value.code == "unavailable_target"
+    assert caught.value.status == 422
+
+
+def test_nobody_builds_for_several_kinds_nor_for_what_is_not_run_there() -> None:
+    spec, live = _spec(target={"device": "cuda"}), [_builder(), _l4()]
+    other = _l4(id="a10", hardware={"id": "gpu-a10", "gpu": {"compute_capability": "8.6"}})
+    assert find_queue(spec, "onnx", [*live, other], []).builds == {}, "who knows which of them takes it"
+    without = [{"name": "onnxruntime-cuda", "versions": {}, "devices": ["cuda"], "precisions": ["fp32"]}]
+    assert find_queue(spec, "onnx", [_builder(), _l4(backends=without)], []).builds == {}
+    assert find_queue(_spec(target={"device": "cpu"}), "onnx", live, []).builds == {}
+    assert find_queue(_spec(target={"backends": ["onnxruntime"]}), "onnx", live, []).builds == {}
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

@@ -11,6 +11,7 @@ import pytest
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from workers.kernel import Reporter, StageContext, StageResult, backends
+from workers.pipeline import keys
 from workers.stages.build import Build, BuildStageOptions
 
 
@@ -56,6 +57,7 @@ def test_wrong_options(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.kind) == ("invalid_backend_options", FailureKind.REQUEST)
 
 
-def test_build_is_hardware_bound() -> None:
+def test_build_is_hardware_bound_and_its_key_holds_the_backends_own_libraries() -> None:
     assert Build.hardware_bound
-    assert "onnxruntime" in Build.libraries
+    assert "onnxruntime" in keys.libraries(Build, {"backend": "onnxruntime"})
+    assert "onnxruntime" not in keys.libraries(Build, {"backend": "openvino"}), "which has no part in it"

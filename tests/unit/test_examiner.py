@@ -18,6 +18,7 @@ from workers import examiner as module
 from workers.examiner import Examiner
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.protocol import Limits
+from workers.spare import SpareTime
 
 MODEL = SimpleNamespace(id="mdl_1", tenant_id="tnt", format="onnx", filename="m.onnx", sha256="0" * 64, size_bytes=1)
 
@@ -65,7 +66,8 @@ def made(
     monkeypatch.setenv("WORKER_LOCK_DIR", str(tmp_path / "locks"))
     settings = Settings(home=tmp_path)
     anything: Any = service
-    return Examiner(anything, anything, cast("Any", Isolated()), settings, "me", {}, Limits(9, 9, 9), threading.Event())
+    spare = SpareTime(threading.Event())
+    return Examiner(anything, anything, cast("Any", Isolated()), settings, "me", {}, Limits(9, 9, 9), spare)
 
 
 def test_a_job_that_arrives_ends_it_and_it_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +85,7 @@ def test_a_job_that_arrives_ends_it_and_it_is_given_back(tmp_path: Path, monkeyp
     thread = threading.Thread(target=examiner.answer_one)
     thread.start()
     assert running.wait(10)
-    with examiner.jobs_first():
+    with examiner._spare.jobs_first():
         assert service.told == [("answer", "a"), ("back", ["b"])], "what was answered stays"
         assert not examiner.answer_one(), "nothing is examined beside a job"
     thread.join()

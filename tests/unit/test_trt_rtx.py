@@ -65,7 +65,7 @@ def test_a_plan_is_signed_and_its_sidecar_says_what_it_is_for(tmp_path: Path) ->
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert sorted(p.name for p in engine.iterdir()) == ["engine.json", "engine.plan"]
     assert told["layers"] == []
-    assert "its GPU is not here" in told["reason"], "what only a GPU tells is not made up"
+    assert "built without its GPU" in told["reason"], "what only a GPU tells is not made up"
     assert told["timing_cache"] == {"used": False, "stored": False}
     with signing():
         sidecar, plan = read_verified(engine)

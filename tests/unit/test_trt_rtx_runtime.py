@@ -82,6 +82,31 @@ def test_a_gpu_that_it_does_not_run_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert "8.9" in caught.value.detail
 
 
+@pytest.mark.usefixtures("behaviour")
+def test_a_plan_for_another_target_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    told, engine = build(tmp_path, target="8.6")
+    assert "built without its GPU" in told["reason"]
+    with pytest.raises(StageFailure, match=r"compute capability 8\.6.*\(8\.9\)") as caught:
+        TensorRtRtxBackend().load(engine, told["runtime"])
+    assert caught.value.code == "engine_incompatible"
+    assert not standin.seen
+
+
+def test_what_is_built_for_a_target_tells_the_same_with_its_gpu_and_without(
+    tmp_path: Path, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.backends.tensorrt import probe as trt_probe
+
+    told = []
+    for name, answer in (("with", dict(standin.GPU)), ("without", {"error": "no NVIDIA driver"})):
+        monkeypatch.setattr(trt_probe, "ask_driver", lambda answer=answer: answer)
+        trt_probe.probe_gpu.cache_clear()
+        (tmp_path / name).mkdir()
+        found, engine = build(tmp_path / name, target="8.9")
+        told.append((found, (engine / "engine.json").read_bytes()))
+    assert told[0] == told[1]
+
+
 def test_the_bundles_script_imports_the_library() -> None:
     source = infer_script({}, "1.7", RTX)
     assert "import tensorrt_rtx_bindings as trt" in source

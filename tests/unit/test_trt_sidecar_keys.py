@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
+from workers import kernel
 from workers.installation import KEY_BYTES, Installation
+from workers.pipeline import keys as of_call
 from workers.pipeline.protocol import Limits, StageRequest
-from workers.pipeline.runner import StageRunner
 
 
-def keys(letter: bytes, options: dict[str, Any]) -> str:
-    """How a runner with such an installation key names the machine in a stage key."""
-    runner = StageRunner(
-        claim=cast("Any", SimpleNamespace(job_id="j", tenant_id="t")),
-        ledger=cast("Any", None),
-        isolated=cast("Any", None),
-        workspace=cast("Any", None),
-        hardware={},
-        fingerprint="machine",
-        limits=Limits(1, 1, 1),
-        lock_dir=Path(),
-        should_stop=lambda: False,
-        installation=Installation(letter * KEY_BYTES),
-    )
-    return runner._hardware(options)
+def keys(letter: bytes, options: dict[str, Any], stage: str = "benchmark", machine: str = "machine") -> str:
+    """How a machine with such an installation key is named in a stage key."""
+    key_id = Installation(letter * KEY_BYTES).key_id
+    return of_call.hardware(kernel.stages()[stage], options, {}, machine, key_id)
 
 
 def test_the_key_counts_where_engines_are_signed() -> None:
@@ -33,6 +22,17 @@ def test_the_key_counts_where_engines_are_signed() -> None:
     assert keys(b"a", plans) == keys(b"a", plans) != keys(b"b", plans)
     assert keys(b"a", {"engines": [{"backend": "tensorrt"}]}) != keys(b"b", {"engines": [{"backend": "tensorrt"}]})
     assert keys(b"a", {"backend": "onnxruntime"}) == keys(b"b", {"backend": "onnxruntime"}) == "machine"
+
+
+def test_what_is_built_for_a_target_has_the_key_of_no_machine() -> None:
+    """So that the worker with the GPU finds what another built; unless that one signs with another key."""
+    rtx = {"backend": "tensorrt-rtx", "options": {"target": "8.9"}}
+    assert keys(b"a", rtx, "build") == keys(b"a", rtx, "build", machine="another")
+    assert keys(b"a", rtx, "build") != keys(b"b", rtx, "build")
+    assert keys(b"a", rtx, "build") != keys(b"a", {**rtx, "options": {"target": "8.6"}}, "build")
+    for options in ({"backend": "tensorrt-rtx"}, {"backend": "tensorrt", "options": {"target": "8.9"}}):
+        assert keys(b"a", options, "build") != keys(b"a", options, "build", machine="another")
+    assert keys(b"a", {"backend": "tensorrt-rtx"}) != keys(b"a", {"backend": "tensorrt-rtx"}, machine="another")
 
 
 def test_a_request_hands_it_over() -> None:

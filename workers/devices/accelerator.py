@@ -47,6 +47,11 @@ class Accelerator(ABC):
         """Advice: what another machine's device of this kind would have for precisions that this one does not gain
         by."""
 
+    def kind(self, hardware: Hardware) -> str | None:  # noqa: ARG002
+        """Of this machine's device, as jobs may ask for it (`target.compute_capability`) and engines be built for it
+        elsewhere; None where jobs do not."""
+        return None
+
     def facts_of_speed(self, hardware: Hardware) -> dict[str, Any]:  # noqa: ARG002
         """What decides an engine's speed beside the processor, for the machine's fingerprint."""
         return {}

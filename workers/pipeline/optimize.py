@@ -19,7 +19,7 @@ from workers.pipeline import planner
 from workers.pipeline.budget import Budget
 from workers.pipeline.compatibility import compatibility_of
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import Data, Evaluator
+from workers.pipeline.evaluate import CandidateRun, Data, Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.finals import Finals, final_seconds, too_small
 from workers.pipeline.outcome import Explanation, Optimization, Proof
@@ -45,12 +45,15 @@ class Optimizer:
         backends: Sequence[kernel.BackendInfo],
         limits: LimitSettings,
         searches_dir: Path | None = None,
+        hardware: Mapping[str, Any] | None = None,
     ) -> None:
-        """`searches_dir`: where the search is recorded, if anywhere."""
+        """`searches_dir`: where the search is recorded, if anywhere. `hardware`: that the job is for, if not this
+        machine's."""
         self.runner = runner
         self.job = job
         self.model = model
         self.spec = OptimizationSpec.model_validate(job.spec)
+        self.hardware = runner.hardware if hardware is None else hardware
         self.device = device_of(self.spec, backends)
         known = kernel.backends()
         self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
@@ -99,6 +102,18 @@ class Optimizer:
         spent = self.budget.elapsed()
         return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=spent, compatibility=told)
 
+    def build(self) -> None:
+        """The engines of all candidates, for whoever takes the job: nothing is measured, and nothing ships. Raises
+        `StageFailure` where the job itself would fail."""
+        export = self._export()
+        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        candidates = planner.plan(self._case(export), self.backends).candidates
+        self.runner.view.progress.enter("search", 6.0 * max(len(candidates), 1))
+        for candidate in candidates:
+            if self.budget.over(self.budget.end):
+                return
+            evaluator.make(CandidateRun.of(candidate), self.budget.end)
+
     def _prove(self, export: Outcome, evaluator: Evaluator) -> Proof:
         """Search, full measurement and verdict."""
         case = self._case(export)
@@ -108,7 +123,7 @@ class Optimizer:
             raise too_small(self.spec, self.budget, "the export", "export")
         progress = self.runner.view.progress
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
-        recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.runner.claim.token}")
+        recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.job.fencing_token}")
         found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder).run()
         progress.enter("final", 2.0 * (len(found.finalists) + 2) + len(found.finalists))
         done = Finals(evaluator, found).judged()
@@ -156,9 +171,9 @@ class Optimizer:
             kind=structure["kind"],
             quantized=bool(structure.get("quantized")),
             size_bytes=export.outputs["model"].size_bytes,
-            isa=self.runner.hardware.get("isa", ()),
-            cores=int(self.runner.hardware.get("cores") or 1),
-            hardware=self.runner.hardware,
+            isa=self.hardware.get("isa", ()),
+            cores=int(self.hardware.get("cores") or 1),
+            hardware=self.hardware,
             arithmetic=structure["arithmetic"],
             random=not export.data["checks"]["repeats_itself"]["passed"],
             kinds=tuple(ref.kind for ref in export.outputs.values() if ref.kind is not None),

@@ -18,11 +18,12 @@ from app.db.orm import StageResult as StageRow
 from app.domain.artifact_key import ArtifactRef, canonical_json, digest_of, stage_key
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
-from app.jobs.ledger import Claim, JobLedger
+from app.jobs.holds import Hold
+from app.jobs.ledger import JobLedger
 from app.storage.base import BlobNotFound
 from workers import devices, kernel
 from workers.installation import Installation
-from workers.libraries import installed_versions
+from workers.pipeline import keys
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
@@ -107,12 +108,12 @@ class JobView:
 
 
 class StageRunner:
-    """Runs the stage calls of one claimed job."""
+    """Runs the stage calls of one job that this worker holds."""
 
     def __init__(
         self,
         *,
-        claim: Claim,
+        claim: Hold,
         ledger: JobLedger,
         isolated: IsolatedRunner,
         workspace: Workspace,
@@ -190,14 +191,14 @@ class StageRunner:
         full: BaseModel = stage_type.Options.model_validate(dict(options))
         complete = full.model_dump(mode="json")
         _check_kind(stage_type, inputs, complete)
-        libraries = installed_versions(_libraries(stage_type, _backends(complete)))
+        libraries = keys.libraries(stage_type, complete)
         key = stage_key(
             stage=stage,
             version=stage_type.version,
             inputs=inputs,
             options=complete,
             libraries=libraries,
-            hardware=self._hardware(complete) if stage_type.hardware_bound else None,
+            hardware=self._hardware(stage_type, complete),
         )
         entry: dict[str, Any] = {
             "name": stage,
@@ -213,13 +214,10 @@ class StageRunner:
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
         return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds)
 
-    def _hardware(self, options: Mapping[str, Any]) -> str:
-        """The machine as a key says it; with the key's id where engines are signed: those of another are built anew."""
-        used = _backends(options)
-        facts = {b.name: dict(b.facts_of_build(self.hardware)) for b in used}
-        told = {name: found for name, found in facts.items() if found}
-        parts = [self.fingerprint, *([digest_of(told)] if told else [])]
-        return "/".join([*parts, *([self.installation.key_id] if any(b.signed for b in used) else [])])
+    def _hardware(self, stage_type: type[kernel.Stage[Any]], options: Mapping[str, Any]) -> str | None:
+        if not stage_type.hardware_bound:
+            return None
+        return keys.hardware(stage_type, options, self.hardware, self.fingerprint, self.installation.key_id)
 
     def _recall(self, call: _Call) -> Outcome | None:
         tenant_id = self.claim.tenant_id
@@ -264,11 +262,11 @@ class StageRunner:
                 raise
         data = {**result.data, "notes_of_stage": result.notes, "made": self._made(call)}
         own = self._anew(call) or not result.reusable
-        keys = [*([self._own_key(call.key)] if own else []), *([call.key] if result.reusable else [])]
+        under = [*([self._own_key(call.key)] if own else []), *([call.key] if result.reusable else [])]
         if not result.reusable:
             data["made"]["within_seconds"] = _allowed(call)
         with infrastructure_faults(call.stage_type.name):
-            for key in keys:
+            for key in under:
                 self._remember(call, key, outputs, data, None, result.seconds)
         return call.outcome(outputs, data, cached=False, seconds=result.seconds)
 
@@ -291,7 +289,7 @@ class StageRunner:
             installation=self.installation.to_json(),
             kinds={name: ref.kind for name, ref in call.inputs.items() if ref.kind is not None},
         )
-        sharing = call.stage_type.makes_engine and any(b.shares_cache for b in _backends(call.options))
+        sharing = call.stage_type.makes_engine and any(b.shares_cache for b in keys.backends(call.options))
         builds = self.shared_caches if sharing else None
         if builds is not None:
             builds.pull()
@@ -329,7 +327,9 @@ class StageRunner:
         """What measures on the machine's own processor has the machine for itself. What measures on a device with a
         lock of its own has that, and shares the rest with the other devices' workers; builds measure there, too:
         TensorRT times its tactics."""
-        stage, used = call.stage_type, {devices.named(b.device) for b in _backends(call.options)}
+        stage, used = call.stage_type, {devices.named(b.device) for b in keys.backends(call.options)}
+        if keys.target(stage, call.options):
+            return Place(alone=False)  # the device is not touched
         locks = {accelerator: accelerator.lock(self.hardware) for accelerator in used}
         apart = next((lock for lock in locks.values() if lock is not None), None)
         if apart is None:
@@ -432,25 +432,12 @@ def _allowed(call: _Call) -> float:
     return call.seconds if call.soft_seconds is None else min(call.soft_seconds, call.seconds)
 
 
-def _backends(options: Mapping[str, Any]) -> list[type[kernel.Backend]]:
-    """Every backend that a stage call's options name."""
-    engines = options.get("engines") or ()
-    names = {options.get("backend"), options.get("baseline_backend"), *(e.get("backend") for e in engines)}
-    known = kernel.backends()
-    return [known[name] for name in sorted(n for n in names if n in known)]
-
-
 def _lasting(call: _Call, failure: StageFailure) -> bool:
     """Whether it is kept under the call's key. A crash of native code (an instruction that this CPU has not, say) is a
     fact of this machine: only a key that holds the machine may say so."""
-    of_this_machine = failure.code in _CRASHES and not call.stage_type.hardware_bound
+    holds_machine = call.stage_type.hardware_bound and not keys.target(call.stage_type, call.options)
+    of_this_machine = failure.code in _CRASHES and not holds_machine
     return failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE and not of_this_machine
-
-
-def _libraries(stage: type[kernel.Stage[Any]], backends: list[type[kernel.Backend]]) -> list[str]:
-    """The distributions whose versions have a part in the result; of a plug-in also its own."""
-    of_backends = [name for backend in backends for name in (*backend.libraries, backend.distribution)]
-    return [name for name in (*stage.libraries, stage.distribution, *of_backends) if name]
 
 
 def _reproduce(call: _Call) -> str:

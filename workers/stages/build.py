@@ -10,6 +10,7 @@ from pydantic import Field
 from app.domain.failures import FailureKind, StageFailure
 from workers.graph.onnx_files import size_of
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, backends
+from workers.libraries import installed_versions
 
 
 class BuildStageOptions(StageOptions):
@@ -20,13 +21,12 @@ class BuildStageOptions(StageOptions):
 
 
 class Build(Stage[BuildStageOptions]):
-    """Input `model` → output `engine`, in the backend's format."""
+    """Input `model` → output `engine`, in the backend's format: for this machine, or for a target (`kernel.Target`)."""
 
     name: ClassVar[str] = "build"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     Options = BuildStageOptions
-    # A backend that is not installed adds nothing to the key; one that is, its version.
-    libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
+    # The backend's own are all that has a part in it; one that is not installed adds nothing to the key.
     hardware_bound: ClassVar[bool] = True
     makes_engine: ClassVar[bool] = True
     reported: ClassVar[tuple[str, ...]] = (
@@ -57,8 +57,8 @@ class Build(Stage[BuildStageOptions]):
                 remedy=f"Use one of {', '.join(sorted(known))}.",
             )
         backend = known[options.backend]()
-        info = backend.probe(ctx.hardware)
-        if info is None:
+        info, target = backend.probe(ctx.hardware), backend.built_for(options.options)
+        if info is None and target not in {t.name for t in backend.targets(ctx.hardware)}:
             raise StageFailure(
                 "backend_unavailable",
                 f"Backend {options.backend!r} cannot run on this worker.",
@@ -76,7 +76,7 @@ class Build(Stage[BuildStageOptions]):
         data = {
             **built,
             "engine_format": backend.engine_format,
-            "versions": dict(info.versions),
+            "versions": installed_versions(backend.libraries) if info is None or target else dict(info.versions),
             "size_bytes": size_of(out),
         }
         return StageResult(("engine",), data)

@@ -18,14 +18,14 @@ from workers.backends.tensorrt import examine, messages
 from workers.backends.tensorrt import recipes as trt_recipes
 from workers.backends.tensorrt.compiled import Compiled
 from workers.backends.tensorrt.cuda import open_cuda
-from workers.backends.tensorrt.graph import NEEDS
+from workers.backends.tensorrt.graph import precisions_of
 from workers.backends.tensorrt.library import RTX, TENSORRT, Library
 from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
 from workers.backends.tensorrt.probe import probe_gpu, require_gpu
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.script import infer_script
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
-from workers.candidates import Candidate, Case, Proposal
+from workers.candidates import Candidate, Case, Proposal, Target
 from workers.examined import Examined
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
 
@@ -54,9 +54,23 @@ class _Plans(Backend):
             version = self.library.version()
         except Exception:  # a broken installation must not take the worker down
             return None
-        precisions = ("fp32", *(p for p in ("fp16", "bf16", "int8", "fp8", "int4") if gpu.supports(*NEEDS[p])))
+        precisions = precisions_of(gpu.compute_capability)
         versions = {"tensorrt": version, "cuda": gpu.cuda, "driver": gpu.driver}
         return BackendInfo(self.name, {k: v for k, v in versions.items() if v}, ("cuda",), precisions)
+
+    def targets(self, hardware: Mapping[str, Any]) -> Sequence[Target]:  # noqa: ARG002
+        """Those of TensorRT for RTX, whose builder needs no GPU."""
+        if not self.library.installed():
+            return ()
+        return tuple(
+            Target(found, precisions_of(found), {"gpu": {"compute_capability": found}})
+            for found in self.library.capabilities
+        )
+
+    @classmethod
+    def built_for(cls, options: Mapping[str, Any]) -> str | None:
+        target = None if cls.library.needs_gpu else options.get("target")
+        return None if target is None else str(target)
 
     def propose(self, case: Case) -> Proposal:
         return trt_recipes.propose(case, self.library)

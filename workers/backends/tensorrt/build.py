@@ -67,10 +67,12 @@ def build(library: Library, model: Path, out: Path, options: BuildOptions, repor
     `engine_build_failed`, `build_cancelled`, `timing_cache_miss`, and what `read_graph` finds. Returns JSON: runtime,
     precision, profiles, layers, fused, memory, timing_cache, parser warnings.
     """
-    gpu = _target(library, options)  # before TensorRT is touched
+    here = _target(library, options)  # before TensorRT is touched
+    # What is built for a target is the same, and tells the same, whether its GPU is here or not.
+    gpu = here if library.needs_gpu or options.target is None else Gpu.elsewhere(here.compute_capability)
     signing.require_key()  # before minutes are spent
     facts = graphs.read_graph(model)
-    graphs.check_gpu(facts, gpu)
+    graphs.check_gpu(facts, here)
     if options.precision:
         _check_asked(options.precision, gpu)
     profiles.profiles_for(facts.inputs, options)  # what contradicts itself is refused before anything is parsed
@@ -285,7 +287,10 @@ def _cache_kept(state: Building, path: Path | None, reporter: Reporter) -> dict[
 def _inspect(state: Building, plan: tensorrt.IHostMemory, ops: Mapping[str, str]) -> dict[str, Any]:
     """Load the plan that was just built, from memory, and read what it is made of and what memory it takes."""
     if not state.gpu.here:
-        return read_inspection("", ops) | {"memory": None, "reason": "the plan was not loaded: its GPU is not here"}
+        return read_inspection("", ops) | {
+            "memory": None,
+            "reason": "the plan was not loaded: it was built without its GPU",
+        }
     runtime: tensorrt.Runtime = state.library.load().Runtime(state.logger)
     engine = runtime.deserialize_cuda_engine(memoryview(plan))
     if engine is None:

@@ -105,6 +105,11 @@ def gpu_out_of_memory(why: str) -> StageFailure:
     )
 
 
+def precisions_of(found: str) -> tuple[str, ...]:
+    """Those that a GPU of this compute capability has kernels for, of what a job may ask for."""
+    return ("fp32", *(p for p in ("fp16", "bf16", "int8", "fp8", "int4") if capability(found) >= NEEDS[p]))
+
+
 def least_capability(precision: str) -> str:
     return ".".join(map(str, NEEDS.get(precision, (0, 0))))
 

@@ -16,8 +16,8 @@ class BuildOptions(TensorRtBuild):
     `shapes`: min/opt/max by input, as in the job's spec. `profiles`: several of those, one optimization profile each.
     `batch_sizes`: what is measured; profiles are derived from it where no shapes are given. `shape_values`: min/opt/max
     of the *values* of inputs that set shapes. `max_seconds`: give the build up after this time.
-    `target`: the compute capability to build for ("8.9") where that is not this machine's GPU's; TensorRT for RTX alone
-    can.
+    `target`: the compute capability to build for ("8.9"), whether such a GPU is here or not; TensorRT for RTX alone
+    can. None: this machine's GPU.
     """
 
     precision: str | None = None

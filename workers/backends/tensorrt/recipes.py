@@ -97,8 +97,10 @@ def _step(case: Case, precision: str) -> Step:
 def _candidate(
     library: Library, case: Case, cid: str, name: str, precision: str, steps: list[Step], *, tf32: bool
 ) -> Candidate:
+    gpu = (case.hardware.get("gpu") or {}).get("compute_capability")
     options = {
         **case.spec.tensorrt.model_dump(exclude_defaults=True),
+        **({} if library.needs_gpu else {"target": str(gpu)}),
         "precision": precision,
         "tf32": tf32,
         "batch_sizes": sorted(case.spec.benchmark.batch_sizes),

@@ -55,6 +55,9 @@ class Cuda(Accelerator):
     def wanted(self, hardware: Hardware, case: Case) -> Iterator[str]:  # noqa: ARG002
         return iter(())
 
+    def kind(self, hardware: Hardware) -> str | None:
+        return str(_card(hardware).get("compute_capability") or "") or None
+
     def facts_of_speed(self, hardware: Hardware) -> dict[str, Any]:
         card = _card(hardware)
         return {"gpu": gpus.facts_of_speed(card)} if card else {}
