@@ -56,7 +56,6 @@ def transactions_without_storage() -> Iterator[None]:
 _ALONE = (
     "unit/test_benchmark.py",
     "unit/test_disturbance.py",
-    "unit/test_isolated.py",
     "unit/test_machine.py",
     "unit/test_measure_again.py",
     "unit/test_never_slower.py",
@@ -69,13 +68,7 @@ _ALONE = (
     "integration/test_explanations.py",
     "integration/test_hostile_connections.py",
     "integration/test_hostile_load.py",
-    "integration/test_inductor_job.py",
-    "integration/test_kills.py",
     "integration/test_machine.py",
-    "integration/test_tensorrt_job.py",
-    "integration/test_damaging_storage.py",
-    "integration/test_worker_faults.py",
-    "integration/test_worker_health.py",
 )
 
 

@@ -209,6 +209,6 @@ def submit_case(client: Client, folder: Path, seed: int, **fields: Any) -> dict[
         "calibration": {"dataset_id": data["id"]},
         "validation": {"dataset_id": data["id"], "max_accuracy_loss_percent": 100},
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-        "budget_seconds": 30,
+        "budget_seconds": 10,
     }
     return client.submit({**spec, **fields})
