@@ -14,9 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
+from tests.factories.search_elsewhere import another_process
 from tests.factories.search_world import Truth, World, candidate
 from workers.search import limits, requests
+from workers.search.calls import Call, Elsewhere, ForeignReply, execute
 from workers.search.recording import Recorder, Recording, recorder
 from workers.search.requests import Done, Make, Stopped, Subject
 from workers.search.state import SearchState, Standing
@@ -281,6 +284,44 @@ def test_on_a_recorded_search_the_same_is_picked(path: Path) -> None:
         assert now == then
     assert isinstance(steps[-1][0], Done)
     assert steps[-1][0].finalists
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+def test_a_recorded_search_whose_requests_another_process_executes_picks_the_same(path: Path) -> None:
+    recording = Recording.read(path.read_text().splitlines())
+    policy = recording.policy()
+    state = policy.begin(recording.candidates, recording.deadlines, recording.begun)
+    with another_process(path) as send:
+        for asked, _, told, _ in recording.steps:
+            state, request = policy.advance(state, asked)
+            assert not isinstance(request, Done | Stopped)
+            state = policy.take(state, request, Elsewhere(send, lambda asked=asked: asked)(request), told)
+    assert policy.advance(state, recording.ended)[1] == recording.done
+
+
+def test_a_call_is_named_by_what_it_asks() -> None:
+    subject = Subject(candidate("int8-a"))
+    call = Call(Make(subject, 7.5), now=1.0)
+    sent = json.loads(json.dumps(call.to_json()))
+    assert Call.from_json(sent) == call
+    assert call.id == Call(Make(subject, 7.5), now=2.0).id, "asked again later, it is the same"
+    assert call.id != Call(Make(subject, 8.5), now=1.0).id != Call(requests.TryShapes(subject, 8.5), now=1.0).id
+    with pytest.raises(ValueError, match="asks for something else"):
+        Call.from_json({**sent, "request": {**sent["request"], "until": 900.0}})
+
+
+def test_a_failure_that_ends_the_job_comes_back_as_one_and_another_calls_reply_is_refused() -> None:
+    call = Call(Make(Subject(candidate("fp32")), 7.5), now=1.0)
+
+    def fails(_: Any) -> Any:
+        raise StageFailure("storage_full", "no room", FailureKind.INFRASTRUCTURE, "build")
+
+    reply = json.loads(json.dumps(execute(call, fails)))
+    with pytest.raises(StageFailure, match="no room") as caught:
+        Elsewhere(lambda _: reply, lambda: 1.0)(call.request)
+    assert (caught.value.code, caught.value.kind) == ("storage_full", FailureKind.INFRASTRUCTURE)
+    with pytest.raises(ForeignReply):
+        Elsewhere(lambda _: {**reply, "id": "another"}, lambda: 1.0)(call.request)
 
 
 def test_there_are_recorded_searches() -> None:

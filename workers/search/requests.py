@@ -1,7 +1,7 @@
 """What a search asks for, and what it is told: plain data, so that whoever has the job's model and data can answer.
 
 A request names its candidates in full: who answers makes what it does not hold, which costs nothing where the stage
-calls are known. So a request can be given to another worker, and its answer comes back as JSON.
+calls are known. So a request can be given to another worker (`calls`), and its answer comes back as JSON.
 
 Answers: a mapping. `failed`: why the candidate is out; beside it
 - `Make`: `built` (as `state.Built`)
