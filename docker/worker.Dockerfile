@@ -27,6 +27,11 @@ COPY docker/worker_health.py docker/
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --editable .
 
 FROM python:3.11-slim-trixie
+# Torch Inductor compiles engines with it, also where they are loaded.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 anneal \
     && useradd --uid 10001 --gid anneal --no-create-home --home-dir /var/lib/anneal --shell /usr/sbin/nologin anneal \
     && install --directory --owner=anneal --group=anneal --mode=0750 /var/lib/anneal /var/lib/anneal-locks

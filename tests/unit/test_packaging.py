@@ -67,6 +67,14 @@ def test_images_run_unprivileged_and_carry_no_secret(path: Path) -> None:
             assert ":latest" not in line
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_an_image_with_torch_runs_with_a_compiler(path: Path) -> None:
+    """Torch Inductor compiles in the worker, not while the image is built."""
+    last = path.read_text(encoding="utf-8").rpartition("\nFROM ")[2]
+    if re.search(r"^\s*[^#].*pip install .*torch", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        assert re.search(r"apt-get install [^\n]*g\+\+", last)
+
+
 def test_what_the_images_copy_is_sent_to_the_builder() -> None:
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert ignore.count("*") == 1
