@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from app.domain.failures import FailureKind, StageFailure
+from workers import registry
 from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal, Rounding, Target
 from workers.examined import Examined, Refused
@@ -338,28 +339,10 @@ _STAGES: dict[str, type[Stage[Any]]] = {}
 _BACKENDS: dict[str, type[Backend]] = {}
 
 
-class AlreadyRegistered(Exception):
-    """Two stages or two backends claim the same name, or to be the reference for one kind of artifact."""
-
-
-def _register(table: dict[str, type[Any]], cls: type[Any]) -> None:
-    name = vars(cls).get("name")
-    if not isinstance(name, str):
-        return  # a base of others
-    there = table.get(name)
-    if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise AlreadyRegistered(f"{name!r} is already registered by {there.__module__}")
-    if getattr(cls, "reference", False):
-        for other in table.values():
-            if other.reference and other.engine_format == cls.engine_format and other is not there:
-                raise AlreadyRegistered(f"{other.name!r} is already the reference for {cls.engine_format!r}")
-    table[name] = cls
-
-
 def register(cls: type[Any]) -> None:
     """Known from now on; a subclass of `Stage` or `Backend` that has a name is when it is made. Raises
-    `AlreadyRegistered`."""
-    _register(_STAGES if issubclass(cls, Stage) else _BACKENDS, cls)
+    `registry.AlreadyRegistered`."""
+    registry.enter(_STAGES if issubclass(cls, Stage) else _BACKENDS, cls)
 
 
 def registered() -> set[type[Any]]:

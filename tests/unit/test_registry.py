@@ -7,7 +7,8 @@ import sys
 
 _STRANGER = """
 from typing import ClassVar
-from workers.kernel import AlreadyRegistered, Backend, backends, runner_of
+from workers.kernel import Backend, backends, runner_of
+from workers.registry import AlreadyRegistered
 
 class Stranger(Backend):
     name: ClassVar[str] = "stranger"
