@@ -36,7 +36,7 @@ serve: $(VENV)/.run
 test: $(VENV)/.dev
 ifeq ($(PYTEST_ARGS),)
 	@status=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone" || status=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
 	$(BIN)/python -m pytest -m alone || status=$$?; \
 	exit $$status
 else

@@ -135,7 +135,8 @@ def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Dat
 def test_cancel_ends_the_work_within_ten_seconds(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
         worker = deployed.start_worker()
-        job_id = submit_case(client, tmp_path, 30, benchmark={"batch_sizes": [1], "min_seconds": 30})["id"]
+        long = {"benchmark": {"batch_sizes": [1], "min_seconds": 30}, "budget_seconds": 60}
+        job_id = submit_case(client, tmp_path, 30, **long)["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
         time.sleep(1)
         family = [p for p in descendants(worker) if p.name() == "anneal-stage"]
