@@ -5,12 +5,13 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo serve test lint format openapi constraints clean help
+.PHONY: demo serve test test-integrations lint format openapi constraints clean help
 
 help:
 	@echo "make demo    start the service, optimize a trained model, show the report, stop"
 	@echo "make serve   run the service on 127.0.0.1:$(PORT) (PORT=, ANNEAL_HOME=) until Ctrl-C"
 	@echo "make test    run every test, on a real PostgreSQL, Redis and S3 server"
+	@echo "make test-integrations    bundles in the servers that they are for (Triton), in environments of their own"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 
 # What the service and the demo run on.
@@ -43,6 +44,10 @@ else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
 
+# What the bundles are for, each in an environment of its own (tests/integrations/requirements-*.txt), kept by its digest.
+test-integrations: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -61,4 +66,4 @@ constraints: $(VENV)/.dev
 	  | sed 's/+cpu//' > requirements/constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-s3 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-s3 .venv-integrations build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -97,6 +97,7 @@ class WorkerSettings(BaseSettings):
     stage_timeout_s: float = Field(default=1800, gt=0)
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)
+    tritonserver: Path | None = Field(default=None, description="Bundles for Triton are tried in it; None = not tried")
     searches_dir: Path | None = Field(default=None, description="Where searches are recorded; None = nowhere")
 
 

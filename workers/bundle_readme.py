@@ -13,7 +13,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
     lines = [
         f"# {name}",
         "",
-        f"An engine for `{backend}`, built and measured on {_machine(backend, manifest)}.",
+        f"An engine for `{backend}`, built and measured on {machine_of(backend, manifest)}.",
         "",
         "    pip install -r requirements.txt",
         "    python infer.py                      # runs sample_input.npz, compares with expected_output.npz",
@@ -34,7 +34,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
     return "\n".join(lines) + "\n"
 
 
-def _machine(backend: str, manifest: Mapping[str, Any]) -> str:
+def machine_of(backend: str, manifest: Mapping[str, Any]) -> str:
     hardware = manifest.get("hardware", {})
     label = devices.of_backend(backend).label(hardware) or devices.HOST.label(hardware)
     return label or str(hardware.get("id", "one machine"))

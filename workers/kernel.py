@@ -23,6 +23,7 @@ from workers import registry
 from workers.artifacts import ONNX
 from workers.candidates import Candidate, Case, Proposal, Rounding, Target
 from workers.examined import Examined, Refused
+from workers.serving.native import Instances, InTriton
 
 if TYPE_CHECKING:
     import numpy as np
@@ -329,6 +330,10 @@ class Backend(ABC):
                 raise
             return Examined(False, how, [Refused.of(failure)])
         return Examined(True, how)
+
+    def in_triton(self, instances: Instances) -> InTriton:  # noqa: ARG002
+        """How Triton loads the engine so that it computes what was measured."""
+        return InTriton(why=f"Triton has no backend for {self.name} engines")
 
     @abstractmethod
     def infer_script(self, runtime: Mapping[str, Any]) -> str:

@@ -290,7 +290,14 @@ class WorkerService:
                 )
                 stages = runner.view.stages
                 found = Optimizer(
-                    runner, job, model, datasets, self.backends, self.settings.limits, self.settings.worker.searches_dir
+                    runner,
+                    job,
+                    model,
+                    datasets,
+                    self.backends,
+                    self.settings.limits,
+                    self.settings.worker.searches_dir,
+                    tritonserver=self.settings.worker.tritonserver,
                 ).run()
                 if keeper.should_stop():
                     raise Interrupted

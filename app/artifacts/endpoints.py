@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import io
+from typing import Annotated, BinaryIO, cast
 
 import anyio.to_thread
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
+from app.artifacts.kinds import PYTHON, BundleKind, Joined, KindMissing, Stored, rearranged
 from app.artifacts.schemas import EngineOut, EnginePage
 from app.db.orm import Engine
+from app.errors import AppError
 from app.http.deps import IdFilter, PageDep, ServicesDep, TenantId, path_id
 from app.http.downloads import Download, download_response
 from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.responses import DOWNLOAD_RESPONSES, HEAD_RESPONSES
+from app.http.services import Services
+from app.storage.content import blob_key
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
 EngineId = Annotated[str, path_id("engine")]
+KindQuery = Annotated[BundleKind, Query(description="What it is to be served with")]
+
+_BUFFER = 64 << 10  # bytes that one read of the stored bundle asks for
+_PYTHON_ALWAYS = "Every engine has the kind `python`."
 
 
 @router.get("", response_model=EnginePage)
@@ -51,9 +60,36 @@ async def download_engine(
 @router.head("/{engine_id}/bundle", response_class=Response, responses=HEAD_RESPONSES)
 @router.get("/{engine_id}/bundle", response_class=Response, responses=DOWNLOAD_RESPONSES)
 async def download_bundle(
-    request: Request, services: ServicesDep, tenant_id: TenantId, engine_id: EngineId
+    request: Request, services: ServicesDep, tenant_id: TenantId, engine_id: EngineId, kind: KindQuery = PYTHON
 ) -> Response:
-    """The deployment bundle: the engine, its manifest and a script that runs it."""
+    """The deployment bundle. `python`: a .zip with the engine, its manifest and the scripts that run and serve it.
+    `triton`: a .tar that is a model repository of Triton. `kserve`: a .tar with the manifests for Kubernetes, beside
+    what its image is built from."""
     row = await anyio.to_thread.run_sync(services.engines.get, tenant_id, engine_id)
     file = Download(tenant_id, row.bundle_sha256, row.bundle_size_bytes, row.bundle_filename)
+    if kind != PYTHON:
+        file = await anyio.to_thread.run_sync(_kind, services, file, kind, limiter=services.files)
     return await download_response(request, services, file)
+
+
+def _kind(services: Services, bundle: Download, kind: BundleKind) -> Download:
+    """The bundle in another order. Raises 404 (`bundle_kind_missing`) where it has no such kind."""
+    key = blob_key(bundle.tenant_id, bundle.sha256)
+
+    def opened(start: int, length: int | None) -> BinaryIO:
+        return services.content.store.open(key, start, length)
+
+    try:
+        with io.BufferedReader(Stored(opened, bundle.size_bytes), _BUFFER) as file:
+            found = rearranged(file, kind)
+    except KindMissing as missing:
+        detail = f"The engine has no {kind} bundle: {missing}"
+        raise AppError("bundle_kind_missing", "No such bundle", 404, detail, remedy=_PYTHON_ALWAYS) from missing
+    return Download(
+        bundle.tenant_id,
+        found.sha256,
+        found.size_bytes,
+        f"{bundle.filename.removesuffix('.zip').removesuffix('-bundle')}-{kind}.tar",
+        "application/x-tar",
+        lambda start, length: cast("BinaryIO", Joined(found.pieces, opened, start, length)),
+    )

@@ -50,6 +50,7 @@ class EngineOut(Resource):
                 "self": self,
                 "download": f"{self}/download",
                 "bundle": f"{self}/bundle",
+                "bundle_triton": f"{self}/bundle?kind=triton",
                 "job": f"/v1/jobs/{row.job_id}",
                 "model": f"/v1/models/{row.model_id}",
             },

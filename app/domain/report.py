@@ -191,7 +191,9 @@ class StageReport(_Part):
 class Report(_Part):
     """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`), and why: the engine
     was proven before. `compatibility`: of backends that the worker could ask but not run, whether they take the model:
-    {backend, accepted, how, refused, precisions, changes, …}."""
+    {backend, accepted, how, refused, precisions, changes, …}. `bundles`: of the kinds beside `python`, {backend, notes,
+    tried: {requests, executions, largest_difference} where a server was there to try it in}, or {reason} why the engine
+    has none."""
 
     analysis: Analysis
     optimizations_applied: list[AppliedOptimization]
@@ -220,3 +222,4 @@ class Report(_Part):
     profile: dict[str, Any] | None = None
     not_explained: dict[str, str] = {}
     compatibility: list[dict[str, Any]] = []
+    bundles: dict[str, dict[str, Any]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -23,13 +23,15 @@ _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 
 @dataclass(frozen=True)
 class Download:
-    """A tenant's blob under a file name."""
+    """A tenant's blob under a file name; or what is made of one, whose bytes then have this digest and size."""
 
     tenant_id: str
     sha256: str
     size_bytes: int
     filename: str
     media_type: str = "application/octet-stream"
+    # Opens `length` bytes from `start` on of what is made of a stored file while it is sent; None: the stored file.
+    opened: Callable[[int, int], BinaryIO] | None = None
 
 
 async def download_response(request: Request, services: Services, file: Download) -> Response:
@@ -40,7 +42,7 @@ async def download_response(request: Request, services: Services, file: Download
         return Response(status_code=304, headers=headers)
     headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(file.sha256)).decode()}:"
     store, key = services.content.store, blob_key(file.tenant_id, file.sha256)
-    if request.method == "GET" and store.local_path(key) is None:
+    if request.method == "GET" and file.opened is None and store.local_path(key) is None:
         seconds = services.settings.storage.presign_seconds
         url = await services.storage.run(
             file.tenant_id, lambda: store.presigned_get(key, filename=file.filename, expires_s=seconds)
@@ -60,7 +62,8 @@ async def download_response(request: Request, services: Services, file: Download
     if request.method == "HEAD":
         return Response(None, status, headers, file.media_type)
     # Opened before the first byte of the answer, so that a missing file is still an error document.
-    stream = await anyio.to_thread.run_sync(store.open, key, start, length, limiter=services.files)
+    opened = file.opened or (lambda start, length: store.open(key, start, length))
+    stream = await anyio.to_thread.run_sync(opened, start, length, limiter=services.files)
     return StreamingResponse(_chunks(stream, length, services), status, headers, file.media_type)
 
 

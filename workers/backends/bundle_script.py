@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+from workers.rounding import TOLERANCES
+
 # Of every backend's `infer.py`: it takes `np`, `json`, `sys` and `HERE`.
 CHECK = '''
 # How far a number may be from the one where the engine was built, over the largest one of its output: another machine
 # or version sums in another order, and the lower the precision, the more that shows. Integers are equal.
-TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 5e-2, "fp8": 1e-1, "int4": 5e-2}
+TOLERANCES = __TOLERANCES__
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -49,7 +53,7 @@ def as_expected(outputs: dict) -> bool:
     print(f"max abs difference to expected_output.npz: {worst:.3g}")
     print(("the same" if same else "NOT the same") + f" as where it was built, as far as {precision} carries")
     return same
-'''
+'''.replace("__TOLERANCES__", json.dumps(TOLERANCES))
 
 # Likewise, after its `load`.
 REFUSAL = '''

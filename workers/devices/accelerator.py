@@ -19,7 +19,7 @@ class Accelerator(ABC):
     nothing is claimed. `most_wide`: likewise of the interval of the baseline against itself, high over low; at 1.3 a
     figure is off by 14 % at most. `tells_parts`: sessions tell transfers, compute and submission apart
     (`kernel.Session.profile`). `reads_machine_memory`: weights are read from the machine's own memory, whose bandwidth
-    is measured.
+    is measured. `triton_group`: what Triton calls instances of a model that run there.
     """
 
     name: ClassVar[str]
@@ -28,6 +28,7 @@ class Accelerator(ABC):
     most_wide: ClassVar[float]
     tells_parts: ClassVar[bool] = False
     reads_machine_memory: ClassVar[bool] = False
+    triton_group: ClassVar[str]
 
     @abstractmethod
     def label(self, hardware: Hardware) -> str | None:

@@ -17,6 +17,7 @@ class Cpu(Accelerator):
     most_drift: ClassVar[float] = 1.5
     most_wide: ClassVar[float] = 1.2
     reads_machine_memory: ClassVar[bool] = True
+    triton_group: ClassVar[str] = "KIND_CPU"
 
     def label(self, hardware: Hardware) -> str | None:
         return str(hardware.get("cpu_model") or "") or None

@@ -46,9 +46,10 @@ class Optimizer:
         limits: LimitSettings,
         searches_dir: Path | None = None,
         hardware: Mapping[str, Any] | None = None,
+        tritonserver: Path | None = None,
     ) -> None:
         """`searches_dir`: where the search is recorded, if anywhere. `hardware`: that the job is for, if not this
-        machine's."""
+        machine's. `tritonserver`: what bundles for it are tried in, if anything."""
         self.runner = runner
         self.job = job
         self.model = model
@@ -60,6 +61,7 @@ class Optimizer:
         self.offered = frozenset(b.name for b in backends)
         self.limits = limits
         self.searches_dir = searches_dir
+        self.tritonserver = tritonserver
         self.budget = self._budget(runner.claim.spent_seconds)
         runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = devices.named(self.device).baseline_backend
@@ -91,13 +93,15 @@ class Optimizer:
         made, explanation = None, Explanation()
         if proof.verdict.picked is not None:
             self.runner.view.progress.enter("package", _weight("package"))
-            made = package(self.runner, proof, self.data)
+            made = package(self.runner, proof, self.data, tritonserver=self.tritonserver)
             explained = 3 * _weight("build") + 4.0 + _weight("sweep") + _weight("profile")  # about
             self.runner.view.progress.enter("explain", explained)
             explanation = Explainer(proof, evaluator, self.backends, self.budget).explain()
             if explanation.deployment is not None:
                 deployment = deployment_of(proof, explanation)
-                made = completed(self.runner, proof, self.data, made, deployment, self.budget)
+                made = completed(
+                    self.runner, proof, self.data, made, deployment, self.budget, tritonserver=self.tritonserver
+                )
         told = compatibility_of(self.runner, export, self.offered, self.budget)
         spent = self.budget.elapsed()
         return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=spent, compatibility=told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -26,7 +27,14 @@ _AT_ONCE_S = 1.0  # a bundle made in less is made again, whatever the budget has
 _NOT_YET = "not known when the bundle was made: see the job's report"
 
 
-def package(runner: StageRunner, proof: Proof, data: Data, deployment: DeploymentConfig | None = None) -> Outcome:
+def package(
+    runner: StageRunner,
+    proof: Proof,
+    data: Data,
+    deployment: DeploymentConfig | None = None,
+    *,
+    tritonserver: Path | None = None,
+) -> Outcome:
     """The stage `package` of what ships. What was found out must not be lost for a few seconds: it may take what it
     needs, whatever the budget says."""
     inputs = {"engine": proof.engine}
@@ -41,18 +49,26 @@ def package(runner: StageRunner, proof: Proof, data: Data, deployment: Deploymen
         "engine_digest": proof.judged_digest,
         "shapes": data.shapes,
         "seed": SEED,
+        "tritonserver": None if tritonserver is None else str(tritonserver),
     }
     return runner.run("package", inputs, options)
 
 
 def completed(
-    runner: StageRunner, proof: Proof, data: Data, first: Outcome, deployment: DeploymentConfig, budget: Budget
+    runner: StageRunner,
+    proof: Proof,
+    data: Data,
+    first: Outcome,
+    deployment: DeploymentConfig,
+    budget: Budget,
+    *,
+    tritonserver: Path | None = None,
 ) -> Outcome:
     """The bundle with the deployment in its manifest; the `first` one where that fails or would take long."""
     if first.seconds > _AT_ONCE_S and first.seconds > budget.left(budget.end):
         return first
     try:
-        return package(runner, proof, data, deployment)
+        return package(runner, proof, data, deployment, tritonserver=tritonserver)
     except StageFailure as failure:
         log.warning("bundle_not_completed", code=failure.code, detail=failure.detail)
         return first

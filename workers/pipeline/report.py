@@ -81,6 +81,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         profile=dict(found.explanation.profile.data) if found.explanation.profile else None,
         not_explained=dict(found.explanation.reasons),
         compatibility=[dict(told) for told in found.compatibility],
+        bundles=dict(found.package.data["kinds"]) if found.package else {},
         sensitivity=_sensitivity(found),
         shapes=[ShapeReport(**row) for row in _shapes(found, batch)],
     )

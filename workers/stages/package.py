@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from app.artifacts.kinds import KINDS_FILE, index_of
 from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import StageFailure, infrastructure_failure
 from workers import kernel
@@ -26,6 +27,7 @@ from workers.kernel import Session, Stage, StageContext, StageOptions, StageResu
 from workers.libraries import installed_version
 from workers.measure.axes import fixed_batch
 from workers.measure.method import versions
+from workers.serving.bundles import Bundled, follows_batch, other_kinds
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -36,7 +38,8 @@ _SAME = 1e-4  # of an output's largest number: what another order of summing may
 
 
 class PackageOptions(StageOptions):
-    """`name`: stem of the file names. `manifest` goes into the bundle: what it is, where it comes from, its figures."""
+    """`name`: stem of the file names. `manifest` goes into the bundle: what it is, where it comes from, its figures.
+    `tritonserver`: the server that Triton's model repository is tried in, or a script that starts it."""
 
     name: str
     backend: str
@@ -46,16 +49,18 @@ class PackageOptions(StageOptions):
     engine_digest: str  # of the files that were judged: what ships is these and no others
     shapes: dict[str, Any] | None = None
     seed: int = 0
+    tritonserver: str | None = None
 
 
 class Package(Stage[PackageOptions]):
     """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip).
 
-    data: engine_file, bundle_file, files (in the bundle beside the engine's own), not_repeatable (outputs that came out
+    data: engine_file, bundle_file, files (in the bundle beside the engine's own), kinds (of the bundle beside `python`:
+    {backend, notes}, or {reason} why there is none), not_repeatable (outputs that came out
     otherwise when the same input ran again: random ones, which the bundle does not compare)."""
 
     name = "package"
-    version = 6
+    version = 7
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
@@ -70,6 +75,7 @@ class Package(Stage[PackageOptions]):
             feeds = _sample_feeds(ctx, session, options)
             expected = session.run(feeds)
             again = session.run(feeds)
+            batched = follows_batch(session, expected, _twice(session, feeds))
         except StageFailure as failure:
             failure.code = "packaged_engine_fails"
             raise
@@ -88,14 +94,35 @@ class Package(Stage[PackageOptions]):
             "README.md": readme(options.name, options.backend, options.manifest, random).encode(),
             "requirements.txt": _requirements(options).encode(),
         }
+        bundled = Bundled(
+            name=options.name,
+            backend=backend,
+            engine=engine,
+            runtime=options.runtime,
+            manifest=options.manifest,
+            hardware=ctx.hardware,
+            session=session,
+            sample=feeds,
+            batched=batched,
+            serving=_serving(options.manifest),
+            texts=extra,
+            versions=versions([options.backend]),
+            expected={n: a for n, a in expected.items() if n not in random},
+            tritonserver=None if options.tritonserver is None else Path(options.tritonserver),
+            scratch=ctx.workspace,
+        )
+        kinds = other_kinds(bundled)
+        extra |= kinds.texts
         _write_zip(bundle, engine, extra)
+        _add_kinds(bundle, kinds.entries)
         _require_judged(options.engine_digest, bundle, [p.name for p in engine.iterdir()])
         return StageResult(
             outputs=("engine", "bundle"),
             data={
                 "engine_file": single.name,
                 "bundle_file": bundle.name,
-                "files": [*extra],
+                "files": [*extra, KINDS_FILE],
+                "kinds": {k: {n: v for n, v in entry.items() if n != "files"} for k, entry in kinds.entries.items()},
                 "not_repeatable": random,
             },
         )
@@ -150,6 +177,28 @@ def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions) 
     return synthetic_feeds(session.inputs, batch, options.shapes, options.seed)
 
 
+def _twice(session: Session, feeds: Arrays) -> Arrays:
+    """What comes out for two samples at once; nothing where the engine does not take them."""
+    try:
+        return session.run({name: np.concatenate([a, a]) if a.ndim else a for name, a in feeds.items()})
+    except StageFailure:
+        return {}
+
+
+def _serving(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """As it was tuned; where no traffic was told, no request waits for others."""
+    deployment = manifest.get("deployment") or {}
+    if tuned := (deployment.get("serving") or {}).get("settings"):
+        return dict(tuned)
+    measured = [int(size) for size in (manifest.get("figures") or {}).get("batches") or ()]
+    return {
+        "instances": deployment.get("instances") or 1,
+        "threads": deployment.get("threads_per_instance"),
+        "max_batch": max(measured, default=1),
+        "max_delay_ms": 0.0,
+    }
+
+
 def _repeated(first: Any, second: Any) -> bool:
     """Whether an output came out the same twice, but for another order of summing."""
     if first.shape != second.shape:
@@ -179,6 +228,7 @@ def _zip_info(name: str, method: int) -> zipfile.ZipInfo:
 
 
 def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
+    """Stored, not compressed: other kinds are made of its bytes as they lie there (`app.artifacts.kinds`)."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for file in sorted(engine.iterdir()):
             with (
@@ -187,7 +237,15 @@ def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
             ):
                 shutil.copyfileobj(source, target, _BUFFER)
         for name in sorted(extra):
-            archive.writestr(_zip_info(name, zipfile.ZIP_DEFLATED), extra[name])
+            archive.writestr(_zip_info(name, zipfile.ZIP_STORED), extra[name])
+
+
+def _add_kinds(bundle: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Last, since it tells the digests of archives that are made of the other members."""
+    with bundle.open("rb") as file:
+        index = index_of(entries, file)
+    with zipfile.ZipFile(bundle, "a") as archive:
+        archive.writestr(_zip_info(KINDS_FILE, zipfile.ZIP_STORED), index)
 
 
 def _requirements(options: PackageOptions) -> str:

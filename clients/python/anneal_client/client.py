@@ -188,9 +188,11 @@ class Client:
         sha256 = self.engine(engine_id).get("sha256")
         return download(self._http, f"/v1/engines/{quote(engine_id, safe='')}/download", Path(path), sha256)
 
-    def download_bundle(self, engine_id: str, path: str | Path) -> Path:
-        """The deployment bundle (engine, manifest, `infer.py` in one archive) into the file `path`, verified."""
-        return download(self._http, f"/v1/engines/{quote(engine_id, safe='')}/bundle", Path(path), None)
+    def download_bundle(self, engine_id: str, path: str | Path, *, kind: str | None = None) -> Path:
+        """The deployment bundle (engine, manifest, `infer.py` in one archive) into the file `path`, verified. `kind`:
+        "triton" for a .tar that is a model repository, "kserve" for one with manifests for Kubernetes."""
+        query = f"?kind={quote(kind, safe='')}" if kind else ""
+        return download(self._http, f"/v1/engines/{quote(engine_id, safe='')}/bundle{query}", Path(path), None)
 
     def compatibility(self, model_id: str, *, timeout_s: float = 60.0) -> Json:
         """Which backends take the model. Waits for the workers' answers, as long as `timeout_s`; what has not answered

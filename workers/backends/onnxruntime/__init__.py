@@ -11,6 +11,7 @@ from workers.artifacts import ONNX
 from workers.backends.onnxruntime import profile as profiling
 from workers.backends.onnxruntime import recipes as ort_recipes
 from workers.backends.onnxruntime.script import infer_script
+from workers.backends.onnxruntime.serving import in_triton
 from workers.backends.onnxruntime.session import (
     PROVIDER,
     BuildOptions,
@@ -23,6 +24,7 @@ from workers.backends.options import parsed
 from workers.candidates import Candidate, Case, Proposal
 from workers.graph.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
 from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session
+from workers.serving.native import Instances, InTriton
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -108,6 +110,11 @@ class OnnxRuntimeBackend(Backend):
         options.profile_file_prefix = "profile"  # in the current folder: the stage's workspace
         trace = profiling.profiled(open_session(engine / MODEL_FILE, options), feeds, runs + WARM_UP_RUNS)
         return profiling.layer_times(trace, WARM_UP_RUNS)
+
+    def in_triton(self, instances: Instances) -> InTriton:
+        options = parsed(RuntimeOptions, instances.runtime, "ONNX Runtime")
+        assert isinstance(options, RuntimeOptions)
+        return in_triton([path.name for path in files_of(instances.engine)], options)
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

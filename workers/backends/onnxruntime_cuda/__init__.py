@@ -10,6 +10,7 @@ from app.domain.failures import StageFailure
 from workers.artifacts import ONNX
 from workers.backends.onnxruntime_cuda import recipes as cuda_recipes
 from workers.backends.onnxruntime_cuda.script import infer_script
+from workers.backends.onnxruntime_cuda.serving import in_triton
 from workers.backends.onnxruntime_cuda.session import (
     PROVIDER,
     BuildOptions,
@@ -23,6 +24,7 @@ from workers.candidates import Candidate, Case, Proposal
 from workers.devices.cuda import runtime as cuda_runtime
 from workers.graph.onnx_files import MODEL_FILE, files_of, link_or_copy
 from workers.kernel import Backend, BackendInfo, Reporter, Session
+from workers.serving.native import Instances, InTriton
 
 
 class OnnxRuntimeCudaBackend(Backend):
@@ -98,6 +100,10 @@ class OnnxRuntimeCudaBackend(Backend):
         """Raises StageFailure: `load_failed`, `unsupported_op`, `gpu_fallback`, `gpu_provider_missing`,
         `gpu_out_of_memory`, `invalid_backend_options`."""
         return OnnxRuntimeCudaSession(engine, parsed(RuntimeOptions, runtime, "ONNX Runtime's CUDA provider"))
+
+    def in_triton(self, instances: Instances) -> InTriton:
+        options: RuntimeOptions = parsed(RuntimeOptions, instances.runtime, "ONNX Runtime's CUDA provider")
+        return in_triton([path.name for path in files_of(instances.engine)], options)
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

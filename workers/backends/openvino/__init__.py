@@ -15,6 +15,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.artifacts import ONNX, OPENVINO_IR
 from workers.backends.openvino import recipes
 from workers.backends.openvino.script import infer_script
+from workers.backends.openvino.serving import in_triton
 from workers.backends.openvino.session import OpenVinoSession
 from workers.backends.options import parsed
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Candidate, Case, Proposal
@@ -24,6 +25,7 @@ from workers.graph.ir import files as ir
 from workers.graph.ir.library import compile_model, library
 from workers.graph.onnx_files import link_or_copy
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, runner_of
+from workers.serving.native import Instances, InTriton
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -164,6 +166,9 @@ class OpenVinoBackend(Backend):
             return session.layer_times(feeds, runs)
         finally:
             session.close()
+
+    def in_triton(self, instances: Instances) -> InTriton:
+        return in_triton(instances, parsed(RuntimeOptions, instances.runtime, "OpenVINO"))
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         wanted = parsed(RuntimeOptions, runtime, "OpenVINO")

@@ -24,10 +24,12 @@ from workers.backends.tensorrt.options import BuildOptions, RuntimeOptions
 from workers.backends.tensorrt.probe import probe_gpu, require_gpu
 from workers.backends.tensorrt.runner import TensorRtSession
 from workers.backends.tensorrt.script import infer_script
+from workers.backends.tensorrt.serving import in_triton
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
 from workers.candidates import Candidate, Case, Proposal, Target
 from workers.examined import Examined
 from workers.kernel import Backend, BackendInfo, LayerTime, Reporter, Session, TensorSpec
+from workers.serving.native import Instances, InTriton
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -148,6 +150,9 @@ class _Plans(Backend):
 
     def examine(self, model: Path, scratch: Path, reporter: Reporter, seconds: float) -> Examined:  # noqa: ARG002
         return examine.examine(self.library, model, reporter, seconds)
+
+    def in_triton(self, instances: Instances) -> InTriton:
+        return in_triton(self.library, instances.engine, parsed(RuntimeOptions, instances.runtime, "TensorRT"))
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         info = self.probe({})

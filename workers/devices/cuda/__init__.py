@@ -41,6 +41,7 @@ class Cuda(Accelerator):
     # The rounds' ratios scatter with the clocks: quiet, by 1.20 to 1.27.
     most_wide: ClassVar[float] = 1.3
     tells_parts: ClassVar[bool] = True
+    triton_group: ClassVar[str] = "KIND_GPU"
 
     def label(self, hardware: Hardware) -> str | None:
         return str(_card(hardware).get("name") or "") or None

@@ -1,0 +1,90 @@
+"""Bundles as the stage `package` makes them, of small models, and their other kinds as the API sends them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from onnx import ModelProto
+
+from app.artifacts.kinds import BundleKind, Joined, rearranged
+from tests.factories import onnx_models as models
+from workers.hardware import describe
+from workers.kernel import Reporter, StageContext, backends
+from workers.measure.pieces import folder_digest
+from workers.stages.package import Package, PackageOptions
+
+
+class Notes(Reporter):
+    def progress(self, fraction: float, message: str = "") -> None:
+        pass
+
+    def note(self, message: str, **facts: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Made:
+    """`bundle`: the stored .zip. `data`: of the stage."""
+
+    bundle: Path
+    data: Mapping[str, Any]
+
+    def opened(self, start: int, length: int | None) -> BinaryIO:
+        with self.bundle.open("rb") as file:
+            file.seek(start)
+            return io.BytesIO(file.read(-1 if length is None else length))
+
+    def archive(self, kind: BundleKind) -> bytes:
+        with self.bundle.open("rb") as file:
+            found = rearranged(file, kind)
+        return Joined(found.pieces, self.opened).read()
+
+    def unpacked(self, kind: BundleKind, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        with tarfile.open(fileobj=io.BytesIO(self.archive(kind))) as archive:
+            archive.extractall(folder, filter="data")
+        return folder
+
+    def arrays(self, name: str) -> dict[str, Any]:
+        """Of `sample_input.npz` or `expected_output.npz`."""
+        import numpy as np
+
+        with zipfile.ZipFile(self.bundle) as archive, np.load(io.BytesIO(archive.read(name))) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+
+def bundled(
+    backend: str,
+    model: ModelProto,
+    folder: Path,
+    *,
+    runtime: Mapping[str, Any] | None = None,
+    isa: tuple[str, ...] = (),
+    tritonserver: Path | None = None,
+    **manifest: Any,
+) -> Made:
+    """`isa`: of the machine that the engine counts as measured on; `runtime`: build options."""
+    made, engine = backends()[backend](), folder / "engine"
+    engine.mkdir(parents=True)
+    built = made.build(models.folder(model, folder / "model"), engine, dict(runtime or {}), Notes())
+    (folder / "work").mkdir()
+    hardware = {**describe(), "isa": list(isa)}
+    context = StageContext({"engine": engine}, folder / "work", folder / "out", Notes(), hardware)
+    told = {"job": {"id": "job_1"}, "engine": {"precision": "fp32"}, **manifest}
+    options = PackageOptions(
+        name="m-fp32",
+        backend=backend,
+        runtime=built["runtime"],
+        engine_format="onnx",
+        manifest=told,
+        engine_digest=folder_digest(engine),
+        tritonserver=None if tritonserver is None else str(tritonserver),
+    )
+    data = dict(Package().run(context, options).data)
+    return Made(folder / "out/bundle" / data["bundle_file"], data)

@@ -1,0 +1,46 @@
+"""Virtual environments of the integration tests: one for each lock file `requirements-<name>.txt`, made on first use
+and kept as long as the file's digest is the same."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = REPOSITORY / ".venv-integrations"
+_INSTALL_TIMEOUT_S = 280
+
+
+class NotInstalled(RuntimeError):
+    """An environment could not be made; the message carries the end of what pip said."""
+
+
+def environment(name: str) -> Path:
+    """The folder of the environment. The lock file names every package: nothing else is installed."""
+    requirements = Path(__file__).with_name(f"requirements-{name}.txt")
+    digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    folder = FOLDER / f"{name}-{digest}"
+    # Two test runs at once must not install into the same folder: the lock file is the lock.
+    with requirements.open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "installed").is_file():
+            for stale in FOLDER.glob(f"{name}-*"):
+                shutil.rmtree(stale)
+            _run([sys.executable, "-m", "venv", str(folder)])
+            pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            _run([*pip, "--no-deps", "--requirement", str(requirements)])
+            (folder / "installed").touch()
+    return folder
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as slow:
+        raise NotInstalled(f"no end after {slow.timeout} s: {' '.join(command)}") from None
+    if done.returncode != 0:
+        raise NotInstalled(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}")

@@ -1,0 +1,187 @@
+"""Model repositories in a real tritonserver: they load, what comes back is the engine's answer, and batches form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper
+
+from tests.factories import onnx_models as models
+from tests.factories.bundled import Made, bundled
+from tests.integrations.environments import environment
+from tests.integrations.tritonserver import tritonserver
+from workers.serving.triton_server import CALLS, Example, Server, replayed, running
+from workers.serving.v2_client import Connection, Refused
+
+READY_S = 60.0
+SETTINGS = {
+    "instances": 2,
+    "threads": 1,
+    "max_batch": 8,
+    "max_delay_ms": 5.0,
+    "preferred_batches": [4],
+    "queue_limit": 100,
+}
+TUNED = {"serving": {"settings": SETTINGS}}
+# Triton's own protobuf, which has no mercy on a field that it does not know.
+PARSE = """
+import json, sys
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2
+config = text_format.Parse(open(sys.argv[1]).read(), model_config_pb2.ModelConfig())
+print(json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True)))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Path:
+    return tritonserver()
+
+
+def config_of(repository: Path) -> dict[str, Any]:
+    command = [environment("triton") / "bin" / "python", "-c", PARSE, repository / "m-fp32" / "config.pbtxt"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@contextmanager
+def served(script: Path, made: Made, folder: Path) -> Iterator[tuple[Server, dict[str, Any]]]:
+    """The server, and the repository's configuration as it reads it."""
+    repository = made.unpacked("triton", folder / "models")
+    config = config_of(repository)
+    with running(script, repository, folder, READY_S) as found:
+        yield found, config
+
+
+def example(made: Made, *, batched: bool = True) -> Example:
+    sample, expected = made.arrays("sample_input.npz"), made.arrays("expected_output.npz")
+    return Example("m-fp32", sample, expected, batched, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa", "native"),
+    [("onnxruntime", (), True), ("openvino", (), True), ("openvino", ("avx512_bf16",), False)],
+    ids=["onnxruntime", "openvino", "python"],
+)
+def test_a_repository_answers_as_the_engine_does_and_batches(
+    server: Path, backend: str, isa: tuple[str, ...], native: bool, tmp_path: Path
+) -> None:
+    made = bundled(backend, models.mlp(hidden=256), tmp_path, isa=isa, deployment=TUNED)
+    with served(server, made, tmp_path) as (found, config):
+        told = replayed(found, example(made))
+        assert config["backend"] == (backend if native else "python")
+        assert config["max_batch_size"] == 8
+        assert (config["input"][0]["dims"], config["output"][0]["dims"]) == (["8"], ["4"])
+        assert config["instance_group"] == [{"count": 2, "kind": "KIND_CPU"}]
+        assert config["dynamic_batching"] == {
+            "preferred_batch_size": [4],
+            "max_queue_delay_microseconds": "5000",
+            "default_queue_policy": {"max_queue_size": 100},
+        }
+        assert [(w["name"], w["batch_size"]) for w in config["model_warmup"]] == [
+            ("batch 1", 1),
+            ("batch 4", 4),
+            ("batch 8", 8),
+        ]
+        threads = {"onnxruntime": ("intra_op_thread_count", "1"), "openvino": ("INFERENCE_NUM_THREADS", "2")}
+        if native:
+            name, value = threads[backend]
+            assert config["parameters"][name] == {"string_value": value}
+        # Eight callers at once, and a batch waits for others: fewer executions than requests.
+        assert told["requests"] == CALLS
+        assert told["executions"] < CALLS
+        assert told["largest_difference"] < 1e-5
+        # A client's own batch, other rows in every request.
+        rows = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+        connection = Connection(found.http_port, "m-fp32", 10.0)
+        whole = connection.infer({"input": rows}, ["logits"], batched=True)["logits"]
+        single = [connection.infer({"input": row[None]}, ["logits"], batched=True)["logits"] for row in rows]
+        np.testing.assert_allclose(whole, np.concatenate(single), rtol=1e-4, atol=1e-5)
+        with pytest.raises(Refused, match="batch-size must be <= 8"):
+            connection.infer({"input": np.zeros((9, 8), np.float32)}, ["logits"], batched=True)
+        connection.close()
+
+
+def _number_for_each_sample() -> ModelProto:
+    nodes = [helper.make_node("ReduceMax", ["x"], ["y"], axes=[1], keepdims=0), helper.make_node("Neg", ["n"], ["m"])]
+    values = models.value("x", ["batch", 4]), models.value("n", ["batch"], TensorProto.INT64)
+    outputs = models.value("y", ["batch"]), models.value("m", ["batch"], TensorProto.INT64)
+    return models.make_model(nodes, list(values), list(outputs), [])
+
+
+def _state_first() -> ModelProto:
+    nodes = [helper.make_node("Add", ["x", "state"], ["next"])]
+    x, state = models.value("x", ["batch", 4]), models.value("state", [2, "batch", 4])
+    return models.make_model(nodes, [x, state], [models.value("next", [2, "batch", 4])], [])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("model", "batch", "dims"),
+    [
+        (_number_for_each_sample(), 8, [["4"], ["1"]]),
+        (_state_first(), 0, [["-1", "4"], ["2", "-1", "4"]]),
+        (models.mlp(batch=3), 0, [["3", "8"]]),
+        (models.embedding(), 8, [["-1"]]),
+    ],
+    ids=["numbers", "state", "fixed", "sequence"],
+)
+def test_other_shapes(
+    server: Path, backend: str, model: ModelProto, batch: int, dims: list[list[str]], tmp_path: Path
+) -> None:
+    made = bundled(backend, model, tmp_path, isa=("avx512_bf16",), deployment=TUNED)
+    with served(server, made, tmp_path) as (found, config):
+        replayed(found, example(made, batched=batch > 0))
+        assert config.get("max_batch_size", 0) == batch
+        assert [tensor["dims"] for tensor in config["input"]] == dims
+        assert ("dynamic_batching" in config) == (batch > 0)
+        assert all(w["batch_size"] == 1 for w in config["model_warmup"]) == (batch == 0)
+
+
+def test_a_request_that_fails_spoils_no_other_of_its_batch(server: Path, tmp_path: Path) -> None:
+    """An id outside of the table, which the Python backend meets in the middle of a batch."""
+    made = bundled("onnxruntime", models.embedding(), tmp_path, runtime={"denormal_as_zero": True}, deployment=TUNED)
+    with served(server, made, tmp_path) as (found, config):
+        assert config["backend"] == "python"
+
+        def ask(token: int) -> Any:
+            connection = Connection(found.http_port, "m-fp32", 10.0)
+            try:
+                (name,) = made.arrays("sample_input.npz")
+                (output,) = made.arrays("expected_output.npz")
+                return connection.infer({name: np.full((1, 3), token, np.int64)}, [output], batched=True)[output]
+            except Refused as refused:
+                return str(refused)
+            finally:
+                connection.close()
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, [0, 1, 999, 2, 3, 4, 999, 0] * 4))
+        for index, answer in enumerate(answers):
+            assert isinstance(answer, str) == (index % 8 in (2, 6)), answer
+        assert "indices element out of data bounds" in answers[2]
+
+
+def test_the_stage_tries_the_repository_where_there_is_a_server(server: Path, tmp_path: Path) -> None:
+    made = bundled("onnxruntime", models.mlp(), tmp_path / "a", deployment=TUNED, tritonserver=server)
+    tried = made.data["kinds"]["triton"]["tried"]
+    assert (tried["requests"], tried["largest_difference"] < 1e-5) == (CALLS, True)
+    assert made.unpacked("triton", tmp_path / "models")
+    # A server that cannot load it: no such kind, and why.
+    broken = tmp_path / "tritonserver"
+    broken.write_text(f'#!/bin/sh\nrm -f models/m-fp32/1/*\nexec {server} "$@"\n')
+    broken.chmod(0o755)
+    made = bundled("onnxruntime", models.mlp(), tmp_path / "b", deployment=TUNED, tritonserver=broken)
+    reason = made.data["kinds"]["triton"]["reason"]
+    assert reason.startswith("In tritonserver of this worker it ended with 1: "), reason
+    absent = bundled("onnxruntime", models.mlp(), tmp_path / "c", tritonserver=tmp_path / "nothing")
+    assert "nothing of this worker nothing cannot be started" in absent.data["kinds"]["triton"]["reason"]

@@ -1,0 +1,135 @@
+"""What a bundle holds for other servers: texts beside its own files, and which of all these make up each kind
+(`app.artifacts.kinds`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from workers import devices
+from workers.bundle_readme import machine_of
+from workers.graph.onnx_files import files_of, link_or_copy
+from workers.kernel import Backend, Session
+from workers.measure.axes import batch_axes
+from workers.serving import triton
+from workers.serving.native import Instances
+from workers.serving.triton_server import Example, NotLoaded, replayed, running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workers.kernel import Arrays
+
+_INFER = "infer.py"
+_MANIFEST = "manifest.json"  # which infer.py asks for the sizes that it takes
+_READY_S = 120.0
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """`name`, `backend`, `runtime`, `manifest`: as the stage `package` has them. `texts`: the bundle's own files beside
+    the engine's. `batched`: whether every tensor follows the batch on its first axis
+    (`follows_batch`). `serving`: `serving.json`. `expected`: what comes out for `sample`, of what comes out alike each
+    time. `tritonserver`: the one that the repository is tried in, which takes `scratch`, an empty folder."""
+
+    name: str
+    backend: Backend
+    engine: Path
+    runtime: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    hardware: Mapping[str, Any]
+    session: Session
+    sample: Arrays
+    batched: bool
+    serving: Mapping[str, Any]
+    texts: Mapping[str, bytes]
+    versions: Mapping[str, str]
+    expected: Arrays = field(default_factory=dict)
+    tritonserver: Path | None = None
+    scratch: Path | None = None
+
+
+@dataclass
+class Kinds:
+    """`texts`: further members of the bundle. `entries`: of each kind, {"files": path in it → member} or {"reason"}."""
+
+    texts: dict[str, bytes] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def other_kinds(bundled: Bundled) -> Kinds:
+    kinds = Kinds()
+    _triton(bundled, kinds)
+    return kinds
+
+
+def follows_batch(session: Session, expected: Arrays, twice: Arrays) -> bool:
+    """Whether the first axis of every input and output is the batch: `twice` came out for two samples where `expected`
+    did for one."""
+    axes = batch_axes(session.inputs)
+    free = all(axes[spec.name] == 0 and isinstance(spec.shape[0], str) for spec in session.inputs)
+    return free and all(
+        array.shape and name in twice and twice[name].shape == (2 * array.shape[0], *array.shape[1:])
+        for name, array in expected.items()
+    )
+
+
+def _triton(bundled: Bundled, kinds: Kinds) -> None:
+    serving, backend = bundled.serving, bundled.backend
+    threads = serving.get("threads")
+    runtime = backend.with_threads(bundled.runtime, threads) if threads else dict(bundled.runtime)
+    native = backend.in_triton(Instances(bundled.engine, runtime, int(serving["instances"]), bundled.hardware))
+    infer = f"{triton.FOLDER}/{_INFER}" if runtime != dict(bundled.runtime) else _INFER
+    one_by_one = any(axis is None for axis in (serving.get("batch_axis") or {}).values())
+    served = triton.Served(
+        name=bundled.name,
+        machine=machine_of(backend.name, bundled.manifest),
+        inputs=bundled.session.inputs,
+        outputs=bundled.session.outputs,
+        sample=bundled.sample,
+        batched=bundled.batched and not one_by_one,
+        serving=serving,
+        group=devices.named(backend.device).triton_group,
+        native=native,
+        versions=bundled.versions,
+        script={**{name: name for name in (*(p.name for p in files_of(bundled.engine)), _MANIFEST)}, _INFER: infer},
+        accepts=(bundled.manifest.get("engine") or {}).get("accepts") or {},
+    )
+    try:
+        made = triton.repository(served)
+    except triton.NotServable as refused:
+        kinds.entries["triton"] = {"reason": str(refused)}
+        return
+    texts = dict(made.texts)
+    if infer in made.files.values() and infer != _INFER:
+        texts[infer] = backend.infer_script(runtime).encode()
+    entry: dict[str, Any] = {"files": made.files, "backend": native.backend, "notes": made.notes}
+    if bundled.tritonserver is not None:
+        try:
+            entry["tried"] = _tried(bundled, served, made.files, texts)
+        except NotLoaded as failed:
+            kinds.entries["triton"] = {"reason": f"In {bundled.tritonserver.name} of this worker {failed}."}
+            return
+    kinds.texts |= texts
+    kinds.entries["triton"] = entry
+
+
+def _tried(
+    bundled: Bundled, served: triton.Served, files: Mapping[str, str], texts: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """What a real server made of it (`replayed`). Raises `NotLoaded`."""
+    assert bundled.tritonserver is not None
+    assert bundled.scratch is not None
+    repository = bundled.scratch / "models"
+    for path, member in files.items():
+        target = repository / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if member in texts or member in bundled.texts:
+            target.write_bytes(texts.get(member) or bundled.texts[member])
+        else:
+            link_or_copy(bundled.engine / member, target)
+    precision = str((bundled.manifest.get("engine") or {}).get("precision", "fp32"))
+    example = Example(bundled.name, bundled.sample, bundled.expected, served.batched, precision)
+    with running(bundled.tritonserver, repository, bundled.scratch, _READY_S) as server:
+        return replayed(server, example)

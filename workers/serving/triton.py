@@ -1,0 +1,262 @@
+"""A model repository of NVIDIA's Triton Inference Server for a delivered engine: `config.pbtxt`, the version's folder,
+data to warm up with. Field names and meanings: Triton's `model_config.proto`, its documents on model repositories and
+model configuration.
+
+It is texts and a list of which of the bundle's files go where: the engine's own files are used as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from workers.kernel import TensorSpec
+from workers.serving.native import PYTHON, InTriton, Word
+from workers.serving.triton_model import MODEL
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
+
+FOLDER = "triton"  # of the bundle, where these texts are kept
+VERSION = "1"
+_MOST_WARM_UPS = 8  # batch sizes: each is run when the model is loaded
+_TYPES = {
+    "bool": "TYPE_BOOL",
+    "uint8": "TYPE_UINT8",
+    "uint16": "TYPE_UINT16",
+    "uint32": "TYPE_UINT32",
+    "uint64": "TYPE_UINT64",
+    "int8": "TYPE_INT8",
+    "int16": "TYPE_INT16",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "bfloat16": "TYPE_BF16",
+}
+
+
+class NotServable(Exception):
+    """Triton cannot serve this engine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine that is to be served. `batched`: the first axis of every input and output is the batch, which was
+    tried. `sample`: one call's inputs. `serving`: the settings (`serving.json`). `accepts`: as in the bundle's
+    manifest. `group`: Triton's kind of instances (`KIND_CPU`). `script`: `infer.py` and what it needs beside itself,
+    name there → member of the bundle."""
+
+    name: str
+    machine: str
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    sample: Arrays
+    batched: bool
+    serving: Mapping[str, Any]
+    group: str
+    native: InTriton
+    versions: Mapping[str, str]
+    script: Mapping[str, str]
+    accepts: Mapping[str, Sequence[Sequence[int | None] | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """`texts`: members for the bundle, by name. `files`: path in the repository → the bundle's member."""
+
+    texts: dict[str, bytes]
+    files: dict[str, str]
+    notes: list[str]
+
+
+def repository(served: Served) -> Repository:
+    """Raises `NotServable`."""
+    for spec in (*served.inputs, *served.outputs):
+        if spec.dtype not in _TYPES or (served.native.backend == PYTHON and spec.dtype == "bfloat16"):
+            raise NotServable(f"Triton has no type for {spec.name!r}, which is {spec.dtype}.")
+    home = served.name
+    texts = {f"{FOLDER}/warmup/input_{i}": served.sample[s.name][_one(served)].tobytes() for i, s in _warmed(served)}
+    files = {f"{home}/{path.removeprefix(f'{FOLDER}/')}": path for path in texts}
+    version = f"{home}/{VERSION}"
+    if served.native.backend == PYTHON:
+        texts[f"{FOLDER}/model.py"] = MODEL.encode()
+        files[f"{version}/model.py"] = f"{FOLDER}/model.py"
+        files |= {f"{version}/{name}": member for name, member in served.script.items()}
+    else:
+        files |= {f"{version}/{name}": member for name, member in served.native.files.items()}
+    notes = [*_notes(served)]
+    texts[f"{FOLDER}/config.pbtxt"] = _config(served, notes).encode()
+    texts[f"{FOLDER}/README.md"] = _readme(served, notes).encode()
+    files |= {f"{home}/{name}": f"{FOLDER}/{name}" for name in ("config.pbtxt", "README.md")}
+    return Repository(texts, files, notes)
+
+
+def max_batch(served: Served) -> int:
+    """Triton's `max_batch_size`; 0 where the batch is not the first axis of all tensors."""
+    if not served.batched:
+        return 0
+    most = [int(served.serving["max_batch"]), served.native.most_batch]
+    most += [bounds[0][1] for bounds in served.accepts.values() if bounds and bounds[0]]
+    return max(1, min(size for size in most if size is not None))
+
+
+def text_format(message: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
+    """Lines of a protobuf message in its text format: nested mappings are messages, lists are repeated fields."""
+    pad = "  " * depth
+    for name, value in message.items():
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if items and not any(isinstance(item, Mapping) for item in items):
+            told = ", ".join(_scalar(item) for item in items)
+            yield f"{pad}{name}: [{told}]" if isinstance(value, list | tuple) else f"{pad}{name}: {told}"
+            continue
+        for item in items:
+            yield f"{pad}{name} {{"
+            yield from text_format(item, depth + 1)
+            yield f"{pad}}}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Word):
+        return str(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float) else _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    escaped = re.sub(r'["\\]', lambda found: f"\\{found[0]}", text)
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\{ord(found[0]):03o}", escaped) + '"'
+
+
+def _config(served: Served, notes: Sequence[str]) -> str:
+    most = max_batch(served)
+    config: dict[str, Any] = {"name": served.name, "backend": served.native.backend, "max_batch_size": most}
+    config["input"] = [_tensor(spec, served, most) for spec in served.inputs]
+    config["output"] = [_tensor(spec, served, most) for spec in served.outputs]
+    group: dict[str, Any] = {"count": int(served.serving["instances"]), "kind": Word(served.group)}
+    if served.native.profiles > 1:
+        group["profile"] = [str(i) for i in range(served.native.profiles)]
+    config["instance_group"] = [group]
+    config["version_policy"] = {"latest": {"num_versions": 1}}
+    if most > 1:
+        config["dynamic_batching"] = _batching(served.serving, most)
+    config["model_warmup"] = [_warm_up(served, size) for size in _warm_sizes(served, most)]
+    if served.native.parameters:
+        told = sorted(served.native.parameters.items())
+        config["parameters"] = [{"key": key, "value": {"string_value": value}} for key, value in told]
+    config |= {k: v for k, v in served.native.config.items() if v}
+    head = [f"# {served.name}, built and measured on {served.machine}.", *(f"# {_one_line(note)}" for note in notes)]
+    return "\n".join([*head, *text_format({k: v for k, v in config.items() if v != []})]) + "\n"
+
+
+def _tensor(spec: TensorSpec, served: Served, most: int) -> dict[str, Any]:
+    dims = [_dim(dim, bound) for dim, bound in zip(spec.shape, _bounds(spec, served), strict=True)]
+    dims = dims[1:] if most else dims
+    told: dict[str, Any] = {"name": spec.name, "data_type": Word(_TYPES[spec.dtype]), "dims": dims or [1]}
+    if not dims:
+        told["reshape"] = {"shape": []}  # a number for each sample: Triton's dims are never empty
+    return told
+
+
+def _bounds(spec: TensorSpec, served: Served) -> Sequence[Sequence[int | None] | None]:
+    return served.accepts.get(spec.name) or [None] * len(spec.shape)
+
+
+def _dim(dim: int | str, bound: Sequence[int | None] | None) -> int:
+    """-1 where any size will do; the one size that was judged, where it is one."""
+    if isinstance(dim, int) and dim > 0:
+        return dim
+    return bound[0] if bound and bound[0] is not None and bound[0] == bound[1] else -1
+
+
+def _batching(serving: Mapping[str, Any], most: int) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    preferred = sorted({int(size) for size in serving.get("preferred_batches") or () if 1 < size <= most})
+    if preferred:
+        told["preferred_batch_size"] = preferred
+    told["max_queue_delay_microseconds"] = round(1000 * float(serving.get("max_delay_ms") or 0))
+    if limit := serving.get("queue_limit"):
+        told["default_queue_policy"] = {"max_queue_size": int(limit)}
+    return told
+
+
+def _warm_sizes(served: Served, most: int) -> list[int]:
+    """The batch sizes to warm up with: one, the preferred ones, the largest."""
+    preferred = [int(size) for size in served.serving.get("preferred_batches") or () if size < most]
+    sizes = sorted({1, *preferred, max(most, 1)})
+    return [*sizes[: _MOST_WARM_UPS - 1], sizes[-1]] if len(sizes) > _MOST_WARM_UPS else sizes
+
+
+def _warmed(served: Served) -> list[tuple[int, TensorSpec]]:
+    return list(enumerate(served.inputs))
+
+
+def _one(served: Served) -> slice:
+    """Of a sample's arrays, what one request of a batch has."""
+    return slice(0, 1) if served.batched else slice(None)
+
+
+def _warm_up(served: Served, size: int) -> dict[str, Any]:
+    inputs = []
+    for index, spec in _warmed(served):
+        shape = [int(n) for n in served.sample[spec.name].shape]
+        shape = shape[1:] if served.batched else shape
+        value = {
+            "data_type": Word(_TYPES[spec.dtype]),
+            "dims": shape or [1],
+            "input_data_file": f"input_{index}",
+        }
+        inputs.append({"key": spec.name, "value": value})
+    return {"name": f"batch {size}", "batch_size": size, "inputs": inputs}
+
+
+def _notes(served: Served) -> Iterator[str]:
+    if served.native.why:
+        yield f"Run by Triton's Python backend with the bundle's own infer.py: {served.native.why}."
+    yield from served.native.notes
+    if not served.batched:
+        yield (
+            "The batch is not the first axis of every input and output, or is fixed: requests are served one by one "
+            "(max_batch_size 0)."
+        )
+    elif max_batch(served) > 1 and not served.serving.get("max_delay_ms"):
+        yield "No request waits for others: batches are formed of those that come while all instances are busy."
+    ranges = [
+        f"{spec.name!r} on axis {axis}: {least or 0} to {'any' if most is None else most}"
+        for spec in served.inputs
+        for axis, (dim, bound) in enumerate(zip(spec.shape, _bounds(spec, served), strict=True))
+        if bound and isinstance(dim, str) and bound[0] != bound[1] and not (axis == 0 and served.batched)
+        for least, most in [bound]
+    ]
+    if ranges and served.native.backend != PYTHON:
+        yield (
+            "Triton does not refuse sizes at which the engine was not judged, as infer.py does; it was judged at "
+            f"{'; '.join(ranges)}."
+        )
+
+
+def _readme(served: Served, notes: Sequence[str]) -> str:
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(served.versions.items()))
+    lines = [
+        f"# {served.name}: a model repository for Triton Inference Server",
+        "",
+        f"The engine was built and measured on {served.machine}, with {libraries}: the server's backend needs versions "
+        "that read its files.",
+        "",
+        "    tritonserver --model-repository=FOLDER    # that this folder lies in",
+        "",
+        "Where a note does not say otherwise, sizes and delays of batches, instances and threads are those that were "
+        "found best in the job. `warmup/` holds one real or plausible sample, which is run at each batch size when the "
+        "model is loaded.",
+        "",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
