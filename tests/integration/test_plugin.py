@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -97,6 +98,10 @@ def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tm
         made = next(s for s in manifest["stages"] if s["stage"] == "toy_fold")
         assert made["libraries"]["anneal-toy"] == "0.1.0", "its version is part of the key"
         bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
+        assert report["bundles"]["triton"]["backend"] == "python", "Triton has no backend for it"
+        models = client.download_bundle(job["engine_ids"][0], tmp_path / "models.tar", kind="triton")
+    with tarfile.open(models) as tar:
+        assert {"config.pbtxt", "1/model.py", "1/infer.py"} <= {n.split("/", 1)[1] for n in tar.getnames()}
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(tmp_path / "bundle")
     command = [sys.executable, "-I", "infer.py"]
