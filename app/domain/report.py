@@ -87,7 +87,8 @@ class DeploymentConfig(_Part):
     `runtime`: what each instance loads the engine with. `throughput_qps`: samples per second of all instances together,
     `memory_mb`: of all their processes, `gpu_memory_mb`: what these take of the GPU. `cost_per_million`: of a million
     samples, in `currency` (None: relative). `sweep`: every configuration that was tried, `pareto` where none has both
-    less latency and more throughput."""
+    less latency and more throughput. `serving`: how to serve the job's traffic: `settings` (the bundle's
+    `serving.json`), the `goodput` they were measured to keep, in requests per second, what each setting `brought`."""
 
     batch_size: int
     precision: str
@@ -105,6 +106,7 @@ class DeploymentConfig(_Part):
     currency: str | None = None
     memory_mb: float | None = None
     gpu_memory_mb: float | None = None
+    serving: dict[str, Any] | None = None
     sweep: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
 
@@ -176,6 +178,32 @@ class SearchReport(_Part):
     exhausted: bool
 
 
+class TrafficReport(_Part):
+    """The bundle that ships, and the original with its own default settings, under the job's traffic (`traffic`: as it
+    was driven). `engine` and `original`: {setup, goodput {rate, interval, proven, confirmed, …}, at_rate, beyond,
+    curve, …}; rates are requests per second. `gain`: of the rates within the limit, {ratio, low, high}; None for what
+    is not known. `served`: whether the wanted rate is, None where that is not proven; `nearest_rate`: the highest that
+    is, `machines`: how many of this kind the wanted rate takes. `patterns`: ways to serve, which fits and why, by this
+    job's figures. `reasons`: why a part of it is missing."""
+
+    headline: str
+    traffic: dict[str, Any] = {}
+    engine: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
+    gain: dict[str, float | None] | None = None
+    served: bool | None = None
+    nearest_rate: float | None = None
+    machines: int | None = None
+    tried: list[dict[str, Any]] = []
+    brought: list[dict[str, Any]] = []
+    static: dict[str, Any] | None = None
+    patterns: list[dict[str, Any]] = []
+    generator: dict[str, Any] = {}
+    method: dict[str, str] = {}
+    conditions: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+
 class StageReport(_Part):
     """`made_at`, `made_by`: when and by which worker its result was made, which may be an earlier job's (`cached`)."""
 
@@ -189,11 +217,11 @@ class StageReport(_Part):
 
 
 class Report(_Part):
-    """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`), and why: the engine
-    was proven before. `compatibility`: of backends that the worker could ask but not run, whether they take the model:
-    {backend, accepted, how, refused, precisions, changes, …}. `bundles`: of the kinds beside `python`, {backend, notes,
-    tried: {requests, executions, largest_difference} where a server was there to try it in}, or {reason} why the engine
-    has none."""
+    """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`, `traffic`), and why:
+    the engine was proven before. `traffic`: where the job tells one. `compatibility`: of backends that the worker could
+    ask but not run, whether they take the model: {backend, accepted, how, refused, precisions, changes, …}. `bundles`:
+    of the kinds beside `python`, {backend, notes, tried: {requests, executions, largest_difference} where a server was
+    there to try it in}, or {reason} why the engine has none."""
 
     analysis: Analysis
     optimizations_applied: list[AppliedOptimization]
@@ -220,6 +248,7 @@ class Report(_Part):
     sensitivity: list[dict[str, Any]] = []
     shapes: list[ShapeReport] = []
     profile: dict[str, Any] | None = None
+    traffic: TrafficReport | None = None
     not_explained: dict[str, str] = {}
     compatibility: list[dict[str, Any]] = []
     bundles: dict[str, dict[str, Any]] = {}

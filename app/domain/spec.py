@@ -6,9 +6,11 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from app.domain.limits import INT32_MAX, INT64_MAX
+from app.domain.limits import INT64_MAX
+from app.domain.strict import Dimension, Name, Strict
+from app.domain.traffic import Traffic
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Objective = Literal["latency", "throughput", "cost"]
@@ -22,17 +24,11 @@ Metric = Literal[
     "agreement", "kl", "cosine", "spearman", "neighbours", "normalized_error", "psnr",  # against the original
 ]
 # fmt: on
-Dimension = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Int64 = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Target(_Strict):
+class Target(Strict):
     """Where the engine shall run. `hardware` names one of the hardware ids in `GET /v1/capabilities`;
     `compute_capability` any NVIDIA GPU of it ("8.9"), whichever worker has one."""
 
@@ -66,7 +62,7 @@ def _check_order(low: list[int], opt: list[int], high: list[int], length: str, p
             raise ValueError(f"{place} {i} needs min ≤ opt ≤ max, got {a}, {b}, {c}")
 
 
-class ShapeRange(_Strict):
+class ShapeRange(Strict):
     """Smallest, most usual and largest shape of one input; the first axis is the batch."""
 
     min: list[Dimension] = Field(min_length=1, max_length=16)
@@ -79,20 +75,20 @@ class ShapeRange(_Strict):
         return self
 
 
-class InputOptions(_Strict):
+class InputOptions(Strict):
     """`batch_axis`: the axis of an input along which the samples of a batch lie, where that is not the first one (1 for
     a recurrent state [layers, batch, size]); null for an input without a batch (an edge list, a set, a parameter)."""
 
     batch_axis: Annotated[int, Field(ge=0, le=63)] | None
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     dataset_id: str
     method: CalibrationMethod = "auto"
     max_samples: int = Field(default=512, ge=1, le=100_000)
 
 
-class Validation(_Strict):
+class Validation(Strict):
     """`max_accuracy_loss_percent` is the largest loss of the metric that the user agrees to: percentage points of a
     score, percent of an error; for each metric as docs/measurement.md defines it. `confidence`: of the bound that
     proves it. `strict`: an engine whose loss is within the limit on the samples there are, but not proven by them, does
@@ -106,14 +102,14 @@ class Validation(_Strict):
     strict: bool = False
 
 
-class Constraints(_Strict):
+class Constraints(Strict):
     p99_latency_ms: float | None = Field(default=None, gt=0)
     min_throughput_qps: float | None = Field(default=None, gt=0)
     max_memory_mb: float | None = Field(default=None, gt=0)
     max_size_mb: float | None = Field(default=None, gt=0)
 
 
-class Benchmark(_Strict):
+class Benchmark(Strict):
     """`min_seconds` is measured per engine and batch size, spread over the interleaved rounds. `allow_noisy`: where the
     machine was too busy to claim a speed-up, let the engine ship that looked the fastest, marked as unproven; else the
     original ships."""
@@ -131,7 +127,7 @@ class Benchmark(_Strict):
         return self
 
 
-class Cost(_Strict):
+class Cost(Strict):
     """What the machine costs. Without it, the objective `cost` counts with 1.0 per hour, and its figures are relative:
     good to compare configurations by, not to pay by."""
 
@@ -139,14 +135,14 @@ class Cost(_Strict):
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
 
 
-class Search(_Strict):
+class Search(Strict):
     """How configurations are tried. `halving`: a short timing and a small accuracy check for all, the full method for
     those that can still win. `exhaustive`: the full method for every configuration; takes several times as long."""
 
     strategy: Literal["halving", "exhaustive"] = "halving"
 
 
-class Quantization(_Strict):
+class Quantization(Strict):
     """`keep_nodes`: nodes that stay in higher precision, by their names in the simplified graph (an earlier report's
     `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
 
@@ -154,7 +150,7 @@ class Quantization(_Strict):
     win_back: bool = True
 
 
-class ValueRange(_Strict):
+class ValueRange(Strict):
     """Smallest, most usual and largest values of an input that sets the shapes of other tensors."""
 
     min: list[Int64] = Field(min_length=1, max_length=64)
@@ -167,7 +163,7 @@ class ValueRange(_Strict):
         return self
 
 
-class TensorRtBuild(_Strict):
+class TensorRtBuild(Strict):
     """TensorRT's own settings. `workspace_mb`: most scratch memory of a tactic (None: all of the GPU's).
     `avg_timing_iterations`: TensorRT's default is 1; more make a choice of tactics less random. `exact_timing`: fail
     where the timing cache does not hold every layer."""
@@ -216,14 +212,15 @@ def _possible(url: str) -> str:
     return url
 
 
-class Webhook(_Strict):
+class Webhook(Strict):
     url: Annotated[
         str, StringConstraints(pattern=r"^https?://[^\s\x00-\x20\x7f]+$", max_length=2048), AfterValidator(_possible)
     ]
 
 
-class OptimizationSpec(_Strict):
-    """`measure`: "again" takes no timing from an earlier job; graphs and builds that are known still are."""
+class OptimizationSpec(Strict):
+    """`measure`: "again" takes no timing from an earlier job; graphs and builds that are known still are. `traffic`:
+    what the engine is to serve; it is then measured under it, and its serving tuned for it."""
 
     model_id: str
     objective: Objective = "latency"
@@ -236,6 +233,7 @@ class OptimizationSpec(_Strict):
     constraints: Constraints = Constraints()
     benchmark: Benchmark = Benchmark()
     cost: Cost | None = None
+    traffic: Traffic | None = None
     search: Search = Search()
     quantization: Quantization = Quantization()
     tensorrt: TensorRt = TensorRt()

@@ -21,6 +21,7 @@ from app.jobs.admission import check_shapes, find_queue, fit_batch_sizes
 from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
+from app.jobs.traffic_admission import fit_traffic
 from app.prebuilds.repository import PrebuildRepository
 from app.queue.producer import Dispatch
 from app.settings import Settings
@@ -64,6 +65,7 @@ class JobService:
             if spec.shapes is not None:
                 check_shapes(spec.shapes, model.inputs)
                 spec = fit_batch_sizes(spec, model.inputs)
+            spec = fit_traffic(spec, model.inputs)
             self._datasets(session, tenant_id, spec, model)
             queue = find_queue(spec, model.format, live, known)
             if jobs.count_active(tenant_id) >= self.settings.limits.active_jobs_per_tenant:

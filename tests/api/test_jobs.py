@@ -115,6 +115,24 @@ def test_metrics_that_cannot_be_formed(
         assert response.json()["spec"]["validation"]["metric"] == metric
 
 
+def test_traffic_that_cannot_be(client: httpx.Client, worker: Services, model: dict[str, Any]) -> None:
+    trace = [0.1 * i for i in range(30)]
+    for told, word, pointer in (
+        ({"batch_mix": {"1": 0.5}}, "sum to 0.5", "/body/traffic/batch_mix"),
+        ({"arrival": "trace", "trace": [*trace, 1.0]}, "out of order", "/body/traffic/trace"),
+        ({"arrival": "trace", "trace": [*trace, 99.0]}, "a gap of", "/body/traffic"),
+        ({"shape_mix": [{"dims": {"no": [1, 8]}, "share": 1}]}, "is missing", "/traffic/shape_mix/0/dims"),
+    ):
+        body = {"model_id": model["id"], "traffic": {"slo": {"p99_latency_ms": 20}, **told}}
+        problem = assert_problem(client.post("/v1/jobs", json=body), 422, "invalid_request")
+        assert problem["errors"][0]["pointer"] == pointer
+        assert any(word in e["message"] for e in problem["errors"]), problem
+    spec = {"model_id": model["id"], "traffic": {"slo": {"p99_latency_ms": 20}, "rate_per_second": 5}}
+    response = client.post("/v1/jobs", json=spec)
+    assert response.status_code == 202, response.text
+    assert response.json()["spec"]["traffic"]["batch_mix"] == {"1": 1.0}
+
+
 def test_idempotency(client: httpx.Client, worker: Services, model: dict[str, Any], dispatched: list[str]) -> None:
     def submit(**more: Any) -> httpx.Response:
         return client.post("/v1/jobs", json={"model_id": model["id"], **more}, headers={"Idempotency-Key": "k"})

@@ -31,14 +31,15 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "precisions": ["fp32", "int8"],
             "target": {"backends": ["onnxruntime"]},
             "benchmark": {"batch_sizes": [1], "min_seconds": 0.3},
-            "budget_seconds": 60,
+            "budget_seconds": 70,
+            "traffic": {"rate_per_second": 20, "slo": {"p99_latency_ms": 200}},
         }
         job, events = client.submit(spec), []
         ended = client.wait(job["id"], on_event=events.append, check=False)
         assert ended["status"] == "succeeded", (ended["error"], served.worker_log()[-4000:])
         engine = client.engine(ended["engine_ids"][0])
         bundle = client.download_bundle(engine["id"], folder / "bundle.zip")
-        again = client.submit(spec)
+        again = client.submit({name: value for name, value in spec.items() if name != "traffic"})
         client.wait(again["id"])
         return {
             "job": ended,
@@ -62,6 +63,20 @@ def test_the_engine_ships_and_the_report_says_what_is_missing(job: dict[str, Any
         applied = report["optimizations_applied"]
         assert applied
         assert all(part["impact"] is None and part["reason"] for part in applied)
+
+
+def test_the_bundle_that_ships_is_measured_under_the_traffic(job: dict[str, Any]) -> None:
+    """Also where all other explanations are missing."""
+    told, config = job["report"]["traffic"], job["report"]["deployment_config"]
+    assert told["headline"].startswith("at p99 ≤ 200 ms: ")
+    assert "traffic" not in job["report"]["not_explained"]
+    engine = told["engine"]
+    assert engine["alone_p50_ms"] > 0
+    assert engine["setup"]["instances"] >= 1
+    assert all(t["decision"] for t in told["tried"])
+    assert config["serving"]["settings"]["max_batch"] == engine["setup"]["max_batch"]
+    assert {row["pattern"] for row in told["patterns"]} >= {"several instances", "dynamic batching", "static batching"}
+    assert told["method"]["load"].startswith("open loop")
 
 
 def test_the_package_was_made_before_anything_was_explained(job: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +113,21 @@ def test_whatever_happens_becomes_a_reason(error: Exception, at: str) -> None:
         assert all(error.detail in str(item.reason) for item in found.ablation)
     elif at in ("make", "check", "time", "everywhere"):
         assert "ablation" in found.reasons
+
+
+@pytest.mark.parametrize("error", [failure("engine_does_not_serve"), KeyError("ours")], ids=["theirs", "ours"])
+def test_traffic_that_cannot_be_measured_is_a_reason(error: Exception) -> None:
+    told = OptimizationSpec.model_validate({"model_id": "m", "traffic": {"slo": {"p99_latency_ms": 20}}})
+    engine = SimpleNamespace(size_bytes=1)
+    made: Any = SimpleNamespace(outputs={"bundle": engine})
+    proven = replace(proof(), spec=told, export=SimpleNamespace(data={}, outputs={"model": engine}))  # type: ignore[arg-type]
+    backends: Any = {"onnxruntime": SimpleNamespace(plain_runtime={})}
+    evaluator: Any = Evaluator(error)
+    found = Explainer(proven, evaluator, backends, Budget(600.0), made).explain()
+    assert found.load is None
+    assert found.reasons["traffic"].startswith("not measured")
+    # Without traffic nothing is asked, and nothing missing.
+    assert "traffic" not in Explainer(proof(), evaluator, backends, Budget(600.0), made).explain().reasons
 
 
 @pytest.mark.parametrize("error", [LeaseLost("job"), Interrupted(), OperationalError("s", {}, Exception())])

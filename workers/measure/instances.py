@@ -143,7 +143,7 @@ class Instances:
     def memory_mb(self) -> float:
         """Peak memory of all instances in MB (10⁶ bytes). Pages that several processes share (libraries, mapped
         weights) count once, split between them."""
-        return sum(_memory_bytes(process.pid) for process in self.processes) / 1e6
+        return sum(memory_bytes(process.pid) for process in self.processes) / 1e6
 
     def close(self) -> None:
         for process in self.processes:
@@ -169,7 +169,7 @@ class Instances:
         return answers
 
 
-def _memory_bytes(pid: int) -> int:
+def memory_bytes(pid: int) -> int:
     """The proportional set size, and what the resident memory was above its present size at its peak."""
     status = _fields(Path(f"/proc/{pid}/status"))
     try:

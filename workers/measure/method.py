@@ -10,6 +10,7 @@ from workers.libraries import installed_versions
 from workers.measure.claim import MOST_APART
 from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, MOST_WAITED, TURN_S
 from workers.measure.instances import SETTLE_S
+from workers.measure.load.judged import LEAST_LATE_S, MOST_LATE
 from workers.measure.plan import MIN_ROUNDS
 
 _PERCENTILES = "nearest rank; shown from p50 11, p90 64, p95 130, p99 662, p99.9 6,636 samples on"
@@ -77,6 +78,29 @@ def sweep_method(*, inputs: str, pinned: bool, min_seconds: float, passes: int) 
         "memory": "peak of all processes together in MB (10⁶ bytes), pages that they share counted once "
         "(proportional set size), up to and with this batch size",
         "inputs": inputs,
+    }
+
+
+def load_method(arrivals: str) -> dict[str, str]:
+    """How the load_test stage measures. `arrivals`: in words."""
+    return {
+        "load": f"open loop: requests come when they are due ({arrivals}), whatever became of those before",
+        "latency": "from the moment at which a request was due until its answer; what was refused, failed or came "
+        "after its caller had left counts as later than any limit",
+        "server": "the batcher that lies in the bundle, one process for each instance, the generator in its process "
+        "and on the same cores; the original behind the same server, one by one, with its library's defaults",
+        "limit": "kept where the p99's bound by order statistics is within it (95 %, the early stopping of MLPerf "
+        "LoadGen); exceeded where so many requests were late that it cannot be; between the two nothing is claimed. It "
+        "supposes that requests are late independently of each other; near saturation they are not, so what is kept "
+        "is measured once more on other arrivals",
+        "goodput": "the highest rate that keeps the limit below all that do not, by bisection; its interval ends at "
+        "the lowest rate that was proven to exceed it",
+        "tuning": "by short looks: a closed loop says what a setup yields, then those that yield most race at a rate "
+        "just above the best so far; the winner has to hold its rate by the bound, and the setup that the search "
+        "started from has to miss it by the bound",
+        "generator": "a rate at which the generator sent 1 of 100 requests more than "
+        f"{100 * MOST_LATE:.0f} % of the limit (at least {1000 * LEAST_LATE_S:g} ms) late, or had company on the "
+        "cores, says nothing against the engine",
     }
 
 

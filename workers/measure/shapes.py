@@ -146,7 +146,7 @@ def timed_shapes(
         (layout, n) for layout, n in (data or {}).items() if n and {k for k, _ in layout} == {s.name for s in inputs}
     ]
     if found:
-        made = [(_of_layout(inputs, layout, axes), layout, n) for layout, n in found]
+        made = [(of_layout(inputs, layout, axes), layout, n) for layout, n in found]
         made.sort(key=lambda m: _volume(free, m[0]))
         most = max(n for _, _, n in made)
         frequent = [m for m in made if m[2] == most]
@@ -268,7 +268,7 @@ def _is_channel(spec: TensorSpec, axis: int) -> bool:
     return _is_picture(spec, axis) and axis == 1 and isinstance(spec.shape[2], str) and isinstance(spec.shape[3], str)
 
 
-def _of_layout(inputs: Sequence[TensorSpec], layout: Layout, axes: BatchAxes | None) -> Dims:
+def of_layout(inputs: Sequence[TensorSpec], layout: Layout, axes: BatchAxes | None) -> Dims:
     found: Dims = {}
     for spec in inputs:
         sample, axis = dict(layout)[spec.name], (axes or {}).get(spec.name, 0)

@@ -15,6 +15,9 @@ _SEARCH_SHARE = 0.5  # of what is left after the export
 _FINAL_SHARE = 0.75  # of what is left after the search; the rest explains the pick (ablation, deployment)
 _JUDGE_SHARE = 0.25  # of the final measurement, at least, for the accuracy on all samples
 LEAST_EXPLAINED_S = 3.0  # what explains is not begun in less: then the final measurement may have it
+_TRAFFIC_SHARE = 0.35  # of the budget beyond what any job needs, kept for the traffic where a job tells one
+_TRAFFIC_BEYOND_S = 30.0
+_MOST_TRAFFIC_S = 300.0
 _LEAST_SEARCH = 0.3  # of what is left when the first timings are known
 _MOST_SEARCH = 0.5  # likewise, where the final measurement turns out to be short
 _MAKE_SHARE = 0.6  # of the search: building candidates; the rest times and mends them
@@ -29,6 +32,7 @@ class Budget:
     clock: Callable[[], float] = time.monotonic
     reserve: float = _PACKAGE_S
     spent: float = 0.0
+    kept: float = 0.0  # seconds at the end that are for something else (`keep_for_traffic`)
     _started: float = field(init=False)
     make_until: float = field(init=False, default=0.0)
     search_until: float = field(init=False, default=0.0)
@@ -43,10 +47,20 @@ class Budget:
         the search gets what that leaves, but no less than its share."""
         self.reserve = _PACKAGE_S + engine_bytes / _BYTES_PER_S
         now = self.elapsed()
-        left = max(self.seconds - self.reserve - now, 0.0)
+        left = max(self.end - now, 0.0)
         search = max(_SEARCH_SHARE * left, left - fixed / _FINAL_SHARE)
         self.search_until = now + search
         self.make_until = now + _MAKE_SHARE * search
+
+    def keep_for_traffic(self) -> None:
+        """Let all phases end earlier, until `give_back`. A small budget keeps nothing: what proves the engine comes
+        first."""
+        self.kept = min(_TRAFFIC_SHARE * max(self.seconds - _TRAFFIC_BEYOND_S, 0.0), _MOST_TRAFFIC_S)
+        self.share(0.0, 0)
+
+    def give_back(self) -> None:
+        """What was kept is there to be used."""
+        self.kept = 0.0
 
     def keep_for_final(self, seconds: float) -> None:
         """Let the search end so early that a final measurement of `seconds` fits; once it is known how long that
@@ -60,7 +74,7 @@ class Budget:
     @property
     def end(self) -> float:
         """When all but the package has to be done."""
-        return self.seconds - self.reserve
+        return self.seconds - self.reserve - self.kept
 
     def final_until(self) -> float:
         """The end of the final measurement, seen from now: what proves comes before what explains."""

@@ -9,6 +9,7 @@ from app.domain.report import DeploymentConfig
 from app.domain.spec import OptimizationSpec
 from workers.measure.deployment import Choice, batching_pays, choose, cost_per_million
 from workers.measure.winner import throughput_of
+from workers.pipeline.load import serving_of
 from workers.pipeline.outcome import Explanation, Proof
 
 _NOT_SHOWN = ("runtime", "failed", "not_finite")  # of a configuration in the report's table
@@ -16,7 +17,7 @@ _NOT_SHOWN = ("runtime", "failed", "not_finite")  # of a configuration in the re
 
 def deployment_of(proof: Proof, explanation: Explanation) -> DeploymentConfig:
     """How to run what ships, as far as it was found out."""
-    return deployment_config(
+    config = deployment_config(
         explanation.deployment.data if explanation.deployment else None,
         missing=explanation.reasons.get("deployment"),
         picked_backend=proof.backend,
@@ -25,6 +26,11 @@ def deployment_of(proof: Proof, explanation: Explanation) -> DeploymentConfig:
         dynamic_batch=bool(proof.export.data.get("dynamic_batch")),
         spec=proof.spec,
     )
+    if proof.spec.traffic is not None:
+        config.serving = serving_of(explanation)
+        if config.serving is None:
+            config.reasons["serving"] = explanation.reasons.get("traffic", "not measured")
+    return config
 
 
 def deployment_config(

@@ -1,5 +1,6 @@
-"""After the engine is proven and packaged: what each part of it gained and cost (measured by leaving it out), how to
-run it (batch size, instances, threads), and where its time goes. They use what is left of the budget.
+"""After the engine is proven and packaged: how its bundle serves the job's traffic, where there is one; what each part
+of it gained and cost (measured by leaving it out), how to run it (batch size, instances, threads), and where its time
+goes. They use what is left of the budget.
 
 Values come back, nothing that was proven is touched, and nothing that happens here fails the job: a profiler that
 crashes, a GPU without memory, a child that is lost become reasons in the report.
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 _ABLATION_SHARE = 0.5  # of what the budget leaves; the sweep gets the rest
 _ABLATION_SECONDS = 1.0  # per engine, at the batch size of the final metrics
+_TRAFFIC_SHARE = 0.75  # of what the budget leaves, where there is traffic
 _SWEEP_SECONDS = 1.0  # per configuration
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _OURS_TO_END = (LeaseLost, Interrupted, SQLAlchemyError)  # these say that the job is not ours to go on with
@@ -38,7 +40,16 @@ T = TypeVar("T")
 class Explainer:
     """Of one proven job."""
 
-    def __init__(self, proof: Proof, evaluator: Evaluator, backends: Mapping[str, Backend], budget: Budget) -> None:
+    def __init__(
+        self,
+        proof: Proof,
+        evaluator: Evaluator,
+        backends: Mapping[str, Backend],
+        budget: Budget,
+        made: Outcome | None = None,
+    ) -> None:
+        """`made`: the package of what ships."""
+        self.made = made
         self.proof = proof
         self.evaluator = evaluator
         self.backends = backends
@@ -46,10 +57,11 @@ class Explainer:
         self._reasons: dict[str, str] = {}
 
     def explain(self) -> Explanation:
+        load = self._try("traffic", self._load)
         ablation = self._try("ablation", self._ablation) or ()
         deployment = self._try("deployment", self._sweep)
         profile = self._try("profile", self._profile)
-        return Explanation(tuple(ablation), deployment, profile, dict(self._reasons))
+        return Explanation(tuple(ablation), deployment, profile, load, dict(self._reasons))
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
         """Its result, or None with the reason kept."""
@@ -70,6 +82,28 @@ class Explainer:
             return False
         self._reasons[name] = f"not measured: the budget of {self.proof.spec.budget_seconds} s left no time for it"
         return True
+
+    # How its bundle serves
+
+    def _load(self) -> Outcome | None:
+        """The job's traffic, on the bundle that ships and on the original."""
+        traffic = self.proof.spec.traffic
+        self.budget.give_back()
+        if traffic is None or self.made is None or self._no_time("traffic"):
+            return None
+        inputs = {"bundle": self.made.outputs["bundle"], "original": self.proof.export.outputs["model"]}
+        if self.evaluator.data.validation is not None:
+            inputs["data"] = self.evaluator.data.validation
+        options = {
+            "traffic": traffic.model_dump(mode="json"),
+            "backend": self.proof.backend,
+            "runtime": self.proof.runtime,
+            "baseline_backend": self.proof.baseline_backend,
+            "shapes": self.evaluator.data.shapes,
+            "seed": SEED,
+        }
+        until = self.budget.elapsed() + _TRAFFIC_SHARE * self.budget.left(self.budget.end)
+        return self.evaluator.call("load_test", inputs, options, self.proof.verdict.picked, until)
 
     # What each part gained
 

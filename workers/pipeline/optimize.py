@@ -82,7 +82,10 @@ class Optimizer:
         finished costs no time again."""
         seconds = float(self.spec.budget_seconds)
         least = min(final_seconds(self.spec, 2) + _RESUMED_S, seconds)
-        return Budget(seconds, spent=min(spent, seconds - least))
+        budget = Budget(seconds, spent=min(spent, seconds - least))
+        if self.spec.traffic is not None:
+            budget.keep_for_traffic()
+        return budget
 
     def run(self) -> Optimization:
         """What ships is proven and packaged first, then explained. Raises `StageFailure` where the job fails as a
@@ -95,9 +98,10 @@ class Optimizer:
             self.runner.view.progress.enter("package", _weight("package"))
             made = package(self.runner, proof, self.data, tritonserver=self.tritonserver)
             explained = 3 * _weight("build") + 4.0 + _weight("sweep") + _weight("profile")  # about
+            explained += _weight("load_test") if self.spec.traffic is not None else 0.0
             self.runner.view.progress.enter("explain", explained)
-            explanation = Explainer(proof, evaluator, self.backends, self.budget).explain()
-            if explanation.deployment is not None:
+            explanation = Explainer(proof, evaluator, self.backends, self.budget, made).explain()
+            if explanation.deployment is not None or explanation.load is not None:
                 deployment = deployment_of(proof, explanation)
                 made = completed(
                     self.runner, proof, self.data, made, deployment, self.budget, tritonserver=self.tritonserver

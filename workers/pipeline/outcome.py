@@ -107,12 +107,13 @@ class Proof:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What each part of the engine gained, how to run it, and where its time goes. `reasons`: why a part of this is
-    missing, by its name (`ablation`, `deployment`, `profile`)."""
+    """What each part of the engine gained, how to run it, and where its time goes; `load`: how it serves the job's
+    traffic. `reasons`: why a part of this is missing, by its name (`ablation`, `deployment`, `profile`, `traffic`)."""
 
     ablation: tuple[Ablated, ...] = ()
     deployment: Outcome | None = None
     profile: Outcome | None = None
+    load: Outcome | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -22,6 +22,7 @@ from workers.pipeline.final import final_metrics, winner
 from workers.pipeline.final import latency_ms as _latency
 from workers.pipeline.final import mb as _mb
 from workers.pipeline.final import rounded as _rounded
+from workers.pipeline.load import traffic_report
 from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
@@ -79,6 +80,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         search=_search(found),
         nodes_kept=nodes_kept(found.picked),
         profile=dict(found.explanation.profile.data) if found.explanation.profile else None,
+        traffic=traffic_report(found),
         not_explained=dict(found.explanation.reasons),
         compatibility=[dict(told) for told in found.compatibility],
         bundles=dict(found.package.data["kinds"]) if found.package else {},

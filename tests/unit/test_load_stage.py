@@ -1,0 +1,122 @@
+"""The stage that puts a bundle under a job's traffic: a real model, the batcher that ships, processes of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.domain.failures import StageFailure
+from app.domain.traffic import Traffic
+from tests.factories import onnx_models
+from tests.factories.bundles import bundle
+from workers.hardware import describe
+from workers.kernel import StageContext, TensorSpec
+from workers.measure.load.mix import mix_of
+from workers.pipeline.child import PipeReporter
+from workers.serving.batcher import Settings
+from workers.stages.load_test import LoadTest, LoadTestOptions
+
+INPUTS = [TensorSpec("ids", "int64", ("batch", "sequence"))]
+OUTPUTS = [TensorSpec("out", "float32", ("batch", 8))]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def run(seconds: float = 20.0, model: Any = None, accepts: Any = None, **traffic: Any) -> dict[str, Any]:
+        model = model or onnx_models.mlp(features=32, hidden=64)
+        shipped = bundle(model, tmp_path / "made", accepts)
+        inputs = {"bundle": shipped, "original": tmp_path / "made" / "engine"}
+        ctx = StageContext(
+            inputs, tmp_path / "work", tmp_path / "out", PipeReporter(None), describe(), time.monotonic() + seconds
+        )
+        told = {"slo": {"p99_latency_ms": 500}, "rate_per_second": 40, **traffic}
+        options = LoadTestOptions(traffic=told, backend="onnxruntime", baseline_backend="onnxruntime")
+        result = LoadTest().run(ctx, options)
+        json.dumps(result.data, allow_nan=False)
+        return dict(result.data)
+
+    return run
+
+
+def test_a_bundle_and_the_original_under_traffic(load: Callable[..., dict[str, Any]]) -> None:
+    data = load()
+    engine, original = data["engine"], data["original"]
+    assert engine["alone_p50_ms"] > 0
+    assert engine["goodput"]["rate"] > 0
+    assert engine["start_seconds"] > 0
+    assert engine["memory_mb"] > 10
+    assert original is None or original["setup"] == {
+        "instances": 1,
+        "threads": None,
+        "max_batch": 1,
+        "max_delay_ms": 0.0,
+    }
+    settings = Settings.from_json(data["serving"]["settings"])
+    assert settings.instances == engine["setup"]["instances"]
+    assert settings.max_batch == engine["setup"]["max_batch"]
+    assert all(t["decision"] for t in data["tried"])
+    seen = [p for p in engine["curve"] if p["requests"]]
+    assert seen
+    assert all(sum(p["ended"].values()) == p["requests"] for p in seen)
+    assert any(p["batches"] for p in seen)
+    assert data["traffic"]["rate_per_second"] == 40
+    assert data["traffic"]["requests"][0]["share"] == 1.0
+    assert data["generator"]["cpu_us_per_request"] > 0
+    assert data["complete"] == (not data["reasons"] and data["complete"])
+
+
+def test_a_limit_that_nobody_keeps_is_told_with_the_nearest(load: Callable[..., dict[str, Any]]) -> None:
+    data = load(8.0, slo={"p99_latency_ms": 0.001})
+    assert data["engine"]["goodput"]["rate"] == 0
+    assert "the nearest limit that can be kept is about" in data["engine"]["goodput"]["reason"]
+    assert data["original"]["goodput"]["rate"] == 0
+    assert data["served"] is None
+    assert data["engine"]["setup"]["max_batch"] == 1
+
+
+def test_traffic_outside_of_what_the_engine_takes_is_named(load: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(StageFailure) as failed:
+        load(model=onnx_models.mlp(features=32), accepts={"input": [[1, 4], None]}, batch_mix={8: 1.0})
+    assert failed.value.code == "traffic_outside_engine"
+    assert "size 8 on axis 0" in failed.value.detail
+    assert "takes 1 to 4" in failed.value.detail
+
+
+def traffic(**told: Any) -> Traffic:
+    return Traffic.model_validate({"slo": {"p99_latency_ms": 20}, **told})
+
+
+def mix(told: Traffic, data: Path | None = None) -> Any:
+    return mix_of(told, INPUTS, OUTPUTS, data=data, ranges=None, accepts={}, seed=0)
+
+
+def test_batches_and_shapes_are_mixed_by_their_shares() -> None:
+    shapes = [{"dims": {"ids": [1, 8]}, "share": 0.75}, {"dims": {"ids": [1, 64]}, "share": 0.25}]
+    found = mix(traffic(batch_mix={"1": 0.5, "4": 0.5}, shape_mix=shapes))
+    assert {k.feeds[0]["ids"].shape: round(k.share, 4) for k in found.kinds} == {
+        (1, 8): 0.375,
+        (1, 64): 0.125,
+        (4, 8): 0.375,
+        (4, 64): 0.125,
+    }
+    assert found.samples == 2.5
+
+
+def test_shapes_come_in_the_shares_of_the_data_set(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, length, count in (("a", 8, 30), ("b", 16, 10)):
+        np.savez(folder / f"{name}.npz", ids=np.ones((count, length), dtype=np.int64))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    found = mix(traffic(), tmp_path / "set.zip")
+    assert {k.feeds[0]["ids"].shape: k.share for k in found.kinds} == {(1, 8): 0.75, (1, 16): 0.25}
+    assert "in the shares of the data set" in found.words

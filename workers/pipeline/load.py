@@ -1,0 +1,130 @@
+"""From what a job's traffic showed to the report and the deployment. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from app.domain.report import TrafficReport
+from workers.measure.load.patterns import Facts, patterns
+from workers.pipeline.outcome import Explanation, Optimization
+
+_Json = Mapping[str, Any]
+
+
+def serving_of(explanation: Explanation) -> dict[str, Any] | None:
+    """What `deployment_config["serving"]` says; None where the traffic was not measured."""
+    if explanation.load is None:
+        return None
+    data = explanation.load.data
+    goodput = data["engine"]["goodput"] or {}
+    return {
+        "settings": data["serving"]["settings"],
+        "goodput": goodput.get("rate"),
+        "goodput_interval": goodput.get("interval"),
+        "p99_limit_ms": data["traffic"]["p99_limit_ms"],
+        "memory_mb": data["engine"]["memory_mb"],
+        "start_seconds": data["engine"]["start_seconds"],
+        "brought": data["serving"]["brought"],
+        "kept_start": data["serving"]["kept_start"],
+    }
+
+
+def traffic_report(found: Optimization) -> TrafficReport | None:
+    """None where the job tells no traffic."""
+    traffic, load = found.spec.traffic, found.explanation.load
+    if traffic is None:
+        return None
+    limit = f"p99 ≤ {traffic.slo.p99_latency_ms:g} ms"
+    if load is None:
+        why = found.explanation.reasons.get("traffic", "not measured")
+        return TrafficReport(headline=f"at {limit}: {why}", reasons={"traffic": why})
+    data = load.data
+    ours, theirs = _goodput(data["engine"]), _goodput(data["original"])
+    wanted = data["traffic"]["rate_per_second"]
+    rate = ours.get("rate") or 0.0
+    return TrafficReport(
+        headline=headline(limit, ours, theirs),
+        traffic=data["traffic"],
+        engine=data["engine"],
+        original=data["original"],
+        gain=gain(ours, theirs),
+        served=served(data["served"], wanted, ours),
+        nearest_rate=rate or None,
+        machines=math.ceil(wanted / rate) if wanted and rate else None,
+        tried=data["tried"],
+        brought=data["serving"]["brought"],
+        static=data["static"],
+        patterns=patterns(data, _facts(found)),
+        generator=data["generator"],
+        method=data["method"],
+        conditions=data["conditions"],
+        reasons=_reasons(data, wanted, ours),
+    )
+
+
+def headline(limit: str, ours: _Json, theirs: _Json) -> str:
+    """ "at p99 ≤ 20 ms: 41/s → 163/s on this machine"."""
+    if not ours.get("rate"):
+        return f"at {limit}: {ours.get('reason') or 'no rate keeps it'}"
+    now = f"{_shown(ours)} on this machine"
+    if theirs.get("rate") is None:
+        return f"at {limit}: {now} (the original was not measured)"
+    if not theirs["rate"]:
+        return f"at {limit}: none → {now}"
+    return f"at {limit}: {_shown(theirs)} → {now}"
+
+
+def gain(ours: _Json, theirs: _Json) -> dict[str, float | None] | None:
+    """Of the highest rates within the limit; both intervals at their worst and best."""
+    if not ours.get("rate") or not theirs.get("rate"):
+        return None
+    (low, high), (least, most) = ours["interval"], theirs["interval"]
+    return {
+        "ratio": round(ours["rate"] / theirs["rate"], 3),
+        "low": None if most is None else round(low / most, 3),
+        "high": None if high is None else round(high / least, 3),
+    }
+
+
+def served(proven: bool | None, wanted: float | None, ours: _Json) -> bool | None:
+    """Whether the wanted rate is served within the limit: as measured there, else by the interval."""
+    if proven is not None or wanted is None or ours.get("rate") is None:
+        return proven
+    high = (ours.get("interval") or [None, None])[1]
+    if ours["rate"] >= wanted:
+        return True
+    return False if ours["rate"] == 0 or (high is not None and wanted >= high) else None
+
+
+def _reasons(data: _Json, wanted: float | None, ours: _Json) -> dict[str, str]:
+    reasons = dict(data["reasons"])
+    rate = ours.get("rate") or 0.0
+    if ours.get("reason"):
+        reasons["goodput"] = str(ours["reason"])
+    if wanted is not None and served(data["served"], wanted, ours) is False:
+        limit = data["traffic"]["p99_limit_ms"]
+        reasons["served"] = f"{wanted:g}/s is more than this machine serves within {limit:g} ms"
+        if rate:
+            reasons["served"] += f"; the nearest rate that it serves is {_shown(ours)}"
+    return reasons
+
+
+def _facts(found: Optimization) -> Facts:
+    names = [t["name"] for side in ("inputs", "outputs") for t in found.export.data[side]]
+    return Facts(memory_mb=_mb(found.hardware.get("memory_bytes")), cores=found.case.cores, tensors=names)
+
+
+def _goodput(side: _Json | None) -> _Json:
+    return (side or {}).get("goodput") or {}
+
+
+def _shown(goodput: _Json) -> str:
+    """What was seen and not proven is "about"."""
+    rate = goodput["rate"]
+    return ("" if goodput.get("proven") else "about ") + (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+
+
+def _mb(size: Any) -> float | None:
+    return float(size) / 1e6 if isinstance(size, int | float) else None
