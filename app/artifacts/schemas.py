@@ -51,6 +51,7 @@ class EngineOut(Resource):
                 "download": f"{self}/download",
                 "bundle": f"{self}/bundle",
                 "bundle_triton": f"{self}/bundle?kind=triton",
+                "bundle_kserve": f"{self}/bundle?kind=kserve",
                 "job": f"/v1/jobs/{row.job_id}",
                 "model": f"/v1/models/{row.model_id}",
             },

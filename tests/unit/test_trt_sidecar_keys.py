@@ -35,17 +35,6 @@ def test_what_is_built_for_a_target_has_the_key_of_no_machine() -> None:
     assert keys(b"a", {"backend": "tensorrt-rtx"}) != keys(b"a", {"backend": "tensorrt-rtx"}, machine="another")
 
 
-def test_a_graph_has_the_key_of_no_package_for_gpus() -> None:
-    """Calibrations take the most time of what is built ahead, and the GPU's worker has `onnxruntime-gpu`."""
-    here, there = {"onnxruntime": "1.31.1", "onnx": "1.20"}, {"onnxruntime-gpu": "1.31.1", "onnx": "1.20"}
-    for name in ("export", "simplify", "convert", "quantize"):
-        stage = kernel.stages()[name]
-        assert of_call.in_key(stage, here) == of_call.in_key(stage, there)
-    for name in ("build", "benchmark", "validate"):
-        stage = kernel.stages()[name]
-        assert of_call.in_key(stage, here) != of_call.in_key(stage, there)
-
-
 def test_a_request_hands_it_over() -> None:
     handed = Installation(b"a" * KEY_BYTES, Path("/cache"))
     request = StageRequest("build", {}, {}, "w", "o", {}, Limits(1, 1, 1), handed.to_json())

@@ -19,7 +19,8 @@ class Accelerator(ABC):
     nothing is claimed. `most_wide`: likewise of the interval of the baseline against itself, high over low; at 1.3 a
     figure is off by 14 % at most. `tells_parts`: sessions tell transfers, compute and submission apart
     (`kernel.Session.profile`). `reads_machine_memory`: weights are read from the machine's own memory, whose bandwidth
-    is measured. `triton_group`: what Triton calls instances of a model that run there.
+    is measured. `triton_group`: what Triton calls instances of a model that run there;
+    `pod_resource`: what a pod of Kubernetes asks for to have one.
     """
 
     name: ClassVar[str]
@@ -29,6 +30,7 @@ class Accelerator(ABC):
     tells_parts: ClassVar[bool] = False
     reads_machine_memory: ClassVar[bool] = False
     triton_group: ClassVar[str]
+    pod_resource: ClassVar[str | None] = None
 
     @abstractmethod
     def label(self, hardware: Hardware) -> str | None:

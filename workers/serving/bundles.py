@@ -12,7 +12,7 @@ from workers.bundle_readme import machine_of
 from workers.graph.onnx_files import files_of, link_or_copy
 from workers.kernel import Backend, Session
 from workers.measure.axes import batch_axes
-from workers.serving import triton
+from workers.serving import kserve, triton
 from workers.serving.native import Instances
 from workers.serving.triton_server import Example, NotLoaded, replayed, running
 
@@ -61,6 +61,7 @@ class Kinds:
 def other_kinds(bundled: Bundled) -> Kinds:
     kinds = Kinds()
     _triton(bundled, kinds)
+    _kserve(bundled, kinds)
     return kinds
 
 
@@ -133,3 +134,45 @@ def _tried(
     example = Example(bundled.name, bundled.sample, bundled.expected, served.batched, precision)
     with running(bundled.tritonserver, repository, bundled.scratch, _READY_S) as server:
         return replayed(server, example)
+
+
+def _kserve(bundled: Bundled, kinds: Kinds) -> None:
+    if kserve.SERVER not in bundled.texts:
+        kinds.entries["kserve"] = {"reason": "The bundle has no server of its own."}
+        return
+    deployment = bundled.manifest.get("deployment") or {}
+    traffic = deployment.get("serving") or {}
+    reasons = deployment.get("reasons") or {}
+    memory, basis = _memory(bundled, deployment, traffic)
+    instances = int(bundled.serving["instances"])
+    made = kserve.manifests(
+        kserve.Deployed(
+            name=bundled.name,
+            machine=machine_of(bundled.backend.name, bundled.manifest),
+            instances=instances,
+            cpus=instances * int(bundled.serving.get("threads") or bundled.hardware.get("cores") or 1),
+            memory_mb=memory,
+            memory_basis=basis,
+            pod_resource=devices.named(bundled.backend.device).pod_resource,
+            rate=traffic.get("goodput") or None,
+            rate_interval=traffic.get("goodput_interval"),
+            p99_ms=traffic.get("p99_limit_ms"),
+            start_seconds=traffic.get("start_seconds"),
+            reason=str(reasons.get("serving") or "the job told no traffic"),
+            members=[*(path.name for path in files_of(bundled.engine)), *bundled.texts],
+        )
+    )
+    kinds.texts |= made.texts
+    kinds.entries["kserve"] = {"files": made.files, "notes": made.notes}
+
+
+def _memory(bundled: Bundled, deployment: Mapping[str, Any], traffic: Mapping[str, Any]) -> tuple[float | None, str]:
+    """What all processes of a server were seen to take, in MB (10⁶ bytes), and of what."""
+    if traffic.get("memory_mb"):
+        return float(traffic["memory_mb"]), "of the server under the job's traffic"
+    if deployment.get("memory_mb"):
+        return float(deployment["memory_mb"]), "of the engine's processes while they were timed, without the server"
+    one = (bundled.manifest.get("figures") or {}).get("memory_mb")
+    if one:
+        return int(bundled.serving["instances"]) * float(one), "of one process of the engine while it was timed, each"
+    return None, ""

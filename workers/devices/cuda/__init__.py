@@ -42,6 +42,7 @@ class Cuda(Accelerator):
     most_wide: ClassVar[float] = 1.3
     tells_parts: ClassVar[bool] = True
     triton_group: ClassVar[str] = "KIND_GPU"
+    pod_resource: ClassVar[str | None] = "nvidia.com/gpu"
 
     def label(self, hardware: Hardware) -> str | None:
         return str(_card(hardware).get("name") or "") or None

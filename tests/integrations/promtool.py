@@ -1,0 +1,40 @@
+"""Prometheus' own `promtool`: the installed one, else that of Debian's package `prometheus`, unpacked and kept."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.integrations.environments import FOLDER, NotInstalled
+
+_TIMEOUT_S = 200
+
+
+def promtool() -> Path:
+    """Raises `NotInstalled` where there is none, and no apt to fetch it with."""
+    if found := shutil.which("promtool"):
+        return Path(found)
+    folder = FOLDER / "prometheus"
+    tool = folder / "usr/bin/promtool"
+    with Path(__file__).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not tool.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            try:
+                _run(["apt-get", "update", "-qq"], folder)
+                _run(["apt-get", "download", "-qq", "prometheus"], folder)
+                (package,) = folder.glob("prometheus_*.deb")
+                _run(["dpkg-deb", "--extract", str(package), str(folder)], folder)
+                package.unlink()
+            except (OSError, ValueError) as error:
+                raise NotInstalled("promtool is neither installed nor to be had from Debian's packages") from error
+    return tool
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        raise NotInstalled(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-2000:]}")
