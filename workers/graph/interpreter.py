@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def open_session(path: Path, *, optimize: bool = False) -> Any:
+def open_session(model: Path | bytes, *, optimize: bool = False) -> Any:
     """A CPU session. `optimize`: basic optimizations only: they keep the named tensors and do not depend on the
     hardware; without, the nodes run one by one as they stand."""
     import onnxruntime as ort
@@ -15,4 +15,6 @@ def open_session(path: Path, *, optimize: bool = False) -> Any:
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )

@@ -4,7 +4,8 @@ Input `model`, output `model`. Every step is compared with the graph before it o
 changes an input or output, or changes a result is undone, and `data["fell_back"]` says which and why.
 
 With `fusions` false the output is standard ONNX for every backend. With `fusions` true a recognised transformer also
-gets ONNX Runtime's contrib ops, which only that runtime executes (`data["contrib_ops"]`).
+gets ONNX Runtime's contrib ops, which only that runtime executes (`data["contrib_ops"]`); attention that ONNX Runtime's
+own optimizer does not see is found and fused by us, each held against what it replaces (`data["attention"]`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from workers.graph.equivalence import (
     RELATIVE_TOLERANCE,
     EquivalenceCheck,
 )
+from workers.graph.fuse import attention
 from workers.graph.fuse import transformers as fusion
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_model, size_of
 from workers.graph.rewriting import restore_interface
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
+_NAMED, _LISTED = 4, 32  # nodes in the report
 LARGEST_FOLDED_CONSTANT = 64 << 20  # bytes; folding must not turn a small file into a huge one
 
 
@@ -44,11 +47,18 @@ class Simplify(Stage[SimplifyOptions]):
     """See the module. `data`: nodes_before, nodes_after, fusions, at_load, fell_back, max_abs_diff, tolerance, …"""
 
     name = "simplify"
-    version = 2
+    version = 3
     Options = SimplifyOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
-    reported: ClassVar[tuple[str, ...]] = ("nodes_before", "nodes_after", "fusions", "at_load", "fell_back")
+    reported: ClassVar[tuple[str, ...]] = (
+        "nodes_before",
+        "nodes_after",
+        "fusions",
+        "attention",
+        "at_load",
+        "fell_back",
+    )
 
     @classmethod
     def part(cls, options: Mapping[str, Any]) -> StepPart:
@@ -67,13 +77,17 @@ class Simplify(Stage[SimplifyOptions]):
         steps = _Steps(original, check)
         ctx.reporter.progress(0.2, "constant folding and dead code")
         steps.attempt("onnxslim", lambda: [_slimmed(original)])
-        architecture = None
+        architecture, found = None, None
         if options.fusions:
             ctx.reporter.progress(0.6, "transformer fusions")
             architecture = fusion.recognise(steps.model) or fusion.recognise(original)
+            slim = steps.model
             if architecture is not None:
-                found = architecture
-                steps.attempt("transformer fusions", lambda: _fused(steps.model, original, found))
+                steps.attempt("transformer fusions", lambda: _fused([slim, original], architecture))
+            ctx.reporter.progress(0.75, "attention")
+            found = _attention(steps, [slim, original])
+            if architecture is None and found is not None:
+                steps.attempt("transformer fusions", lambda: _fused([steps.model], None))
         save_model(steps.model, ctx.output("model"))
         ctx.reporter.progress(0.9, "what the runtime fuses at load")
         at_load = _fused_at_load(ctx.output("model") / MODEL_FILE, ctx.workspace)
@@ -85,6 +99,7 @@ class Simplify(Stage[SimplifyOptions]):
             "steps": steps.kept,
             "max_abs_diff": steps.max_abs_diff,
             "architecture": architecture.to_json() if architecture else None,
+            "attention": found,
             "compared": {"inputs": len(check.feeds), "batch_sizes": check.batch_sizes},
         }
         return StageResult(outputs=["model"], data=data)
@@ -110,7 +125,8 @@ def _unchanged(ctx: StageContext, source: Path, reason: str) -> StageResult:
     ctx.reporter.note("The model is not simplified.", reason=reason)
     model = onnx.load(source / MODEL_FILE, load_external_data=False)
     data = _data(model, model, None)
-    data |= {"fell_back": reason, "steps": [], "max_abs_diff": 0.0, "architecture": None, "compared": None}
+    data |= {"fell_back": reason, "steps": [], "max_abs_diff": 0.0, "architecture": None}
+    data |= {"attention": None, "compared": None}
     return StageResult(outputs=["model"], data=data)
 
 
@@ -125,11 +141,26 @@ def _slimmed(original: ModelProto) -> ModelProto:
     return slim
 
 
-def _fused(slim: ModelProto, original: ModelProto, architecture: fusion.Transformer) -> list[ModelProto]:
+def _attention(steps: _Steps, before: Sequence[ModelProto]) -> dict[str, Any] | None:
+    """Fuse what attention is left in the graph so far; what was found, for the report."""
+    if not steps.check.feeds:
+        return None
+    fused = attention.fuse(steps.model, steps.check.outputs, before)
+    if not fused.count and not fused.left:
+        return None
+    steps.fell_back += [f"attention at {node}: {reason}" for node, reason in list(fused.undone.items())[:_NAMED]]
+    if len(fused.undone) > _NAMED:
+        steps.fell_back.append(f"attention at {len(fused.undone) - _NAMED} more nodes")
+    kept = bool(fused.count) and steps.attempt("attention", lambda: [fused.model])
+    count, causal = (fused.count, fused.causal) if kept else (0, 0)
+    return {"fused": count, "causal": causal, "left": dict(list(fused.left.items())[:_LISTED])}
+
+
+def _fused(sources: Sequence[ModelProto], architecture: fusion.Transformer | None) -> list[ModelProto]:
     """Fused graphs, best first. The slimmed graph is smaller, but merged nodes may hide a pattern (a mask's Unsqueezes)
     that still stands in the original, so both are tried and the one with more attention fused goes first."""
     candidates = []
-    for source in (slim, original):
+    for source in sources:
         fused = fusion.fuse(_copy(source), architecture)
         if fusion.uses_contrib_ops(fused):
             candidates.append((-fusion.count_fused(source, fused)["attention"], len(fused.graph.node), fused))
@@ -161,16 +192,16 @@ class _Steps:
     fell_back: list[str] = field(default_factory=list)
     max_abs_diff: float = 0.0
 
-    def attempt(self, step: str, make: Callable[[], Sequence[ModelProto]]) -> None:
+    def attempt(self, step: str, make: Callable[[], Sequence[ModelProto]]) -> bool:
         """Take the first of the graphs from `make` that is equivalent to the original; keep the graph before otherwise.
-        No graph at all means that there was nothing to do."""
+        No graph at all means that there was nothing to do. Whether one was taken."""
         try:
             candidates = make()
         except MemoryError:
             raise  # a fact about this worker, not about the model: it must not be cached as a fall-back
         except Exception as error:
             self.fell_back.append(f"{step}: {type(error).__name__}: {str(error)[:300]}")
-            return
+            return False
         reasons = []
         for candidate in candidates:
             restore_interface(candidate, self.check.original)
@@ -179,7 +210,8 @@ class _Steps:
                 self.model = candidate
                 self.max_abs_diff = difference
                 self.kept.append(step)
-                return
+                return True
             reasons.append(reason)
         if reasons:
             self.fell_back.append(f"{step}: {reasons[0]}")
+        return False

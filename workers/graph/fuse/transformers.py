@@ -19,7 +19,9 @@ from workers.graph.onnx_graph import CONTRIB_DOMAIN
 
 FUSIONS = ("conv+bn", "conv+relu", "attention", "gelu", "layernorm", "skip_layernorm")
 
-_ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention")
+_ATTENTION = tuple(
+    f"{CONTRIB_DOMAIN}:{op}" for op in ("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention")
+)  # not ONNX's own operator of that name
 _GELU = ("Gelu", "BiasGelu", "FastGelu", "QuickGelu")
 _LAYER_NORM = ("LayerNormalization", "SimplifiedLayerNormalization")
 _SKIP_LAYER_NORM = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization")
@@ -140,8 +142,9 @@ def _split_width(
     return shape[2], shape[3]
 
 
-def fuse(model: ModelProto, architecture: Transformer) -> ModelProto:
+def fuse(model: ModelProto, architecture: Transformer | None) -> ModelProto:
     """`model` with attention, GELU, LayerNorm and SkipLayerNorm fused where the patterns match; `model` is consumed.
+    Without an architecture all but attention.
 
     Only fusions that keep the function and do not depend on the hardware: no approximated GELU, masks stay as they come
     (the one-dimensional mask index would assume padding at the right), no embedding fusion (it narrows id types).
@@ -149,14 +152,18 @@ def fuse(model: ModelProto, architecture: Transformer) -> ModelProto:
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_by_fusion
 
-    options = FusionOptions(architecture.kind)
+    kind, heads, hidden_size = "bert", 0, 0
+    if architecture is not None:
+        kind, heads, hidden_size = architecture.kind, architecture.heads, architecture.hidden_size
+    options = FusionOptions(kind)
     options.enable_gelu_approximation = False
     options.enable_embed_layer_norm = False
-    if architecture.kind == "bert":
+    options.enable_attention = architecture is not None
+    if kind == "bert":
         options.use_raw_attention_mask(True)
     opsets = {o.domain for o in model.opset_import}
     producer = (model.producer_name, model.producer_version)
-    optimizer = optimize_by_fusion(model, architecture.kind, architecture.heads, architecture.hidden_size, options)
+    optimizer = optimize_by_fusion(model, kind, heads, hidden_size, options)
     fused: ModelProto = optimizer.model
     fused.producer_name, fused.producer_version = producer
     if CONTRIB_DOMAIN not in opsets and uses_contrib_ops(fused):
@@ -216,7 +223,10 @@ def fused_at_load(model: Path, workspace: Path) -> dict[str, int]:
 
 
 def _ops(model: ModelProto) -> Counter[str]:
-    return Counter(node.op_type for node in model.graph.node)
+    """Nodes by operator, and those of ONNX Runtime's own by domain and operator too."""
+    nodes = model.graph.node
+    contrib = Counter(f"{node.domain}:{node.op_type}" for node in nodes if node.domain == CONTRIB_DOMAIN)
+    return Counter(node.op_type for node in nodes) + contrib
 
 
 def _foldable_batch_norms(model: ModelProto) -> int:
