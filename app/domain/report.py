@@ -183,8 +183,8 @@ class TrafficReport(_Part):
     was driven). `engine` and `original`: {setup, goodput {rate, interval, proven, confirmed, …}, at_rate, beyond,
     curve, …}; rates are requests per second. `gain`: of the rates within the limit, {ratio, low, high}; None for what
     is not known. `served`: whether the wanted rate is, None where that is not proven; `nearest_rate`: the highest that
-    is, `machines`: how many of this kind the wanted rate takes. `patterns`: ways to serve, which fits and why, by this
-    job's figures. `reasons`: why a part of it is missing."""
+    is, `machines`: how many of this kind the wanted rate takes. `http`: the engine by the bundle's own server.
+    `patterns`: ways to serve, which fits and why, by this job's figures. `reasons`: why a part of it is missing."""
 
     headline: str
     traffic: dict[str, Any] = {}
@@ -197,6 +197,7 @@ class TrafficReport(_Part):
     tried: list[dict[str, Any]] = []
     brought: list[dict[str, Any]] = []
     static: dict[str, Any] | None = None
+    http: dict[str, Any] | None = None
     patterns: list[dict[str, Any]] = []
     generator: dict[str, Any] = {}
     method: dict[str, str] = {}

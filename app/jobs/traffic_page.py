@@ -83,6 +83,11 @@ def _sentences(found: Json) -> str:
         told.append(
             f"{text(gain.get('ratio'))} times the original's rate [{text(gain.get('low'))}, {text(gain.get('high'))}]."
         )
+    http = part_of(found, "http")
+    if http:
+        rate = part_of(http, "goodput").get("rate")
+        alone = text(http.get("alone_p50_ms"))
+        told.append(f"By the bundle's serve.py over HTTP: {text(rate)}/s; one caller alone waits {alone} ms (p50).")
     beyond = part_of(part_of(found, "engine"), "beyond")
     if beyond:
         told.append(_beyond(beyond))

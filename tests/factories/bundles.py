@@ -14,6 +14,7 @@ from onnx import ModelProto
 from tests.factories import onnx_models
 from workers.kernel import backends
 from workers.measure.synthetic import random_feeds
+from workers.serving import shipped
 
 
 def bundle(model: ModelProto, folder: Path, accepts: Mapping[str, Any] | None = None, **serving: Any) -> Path:
@@ -35,6 +36,8 @@ def bundle(model: ModelProto, folder: Path, accepts: Mapping[str, Any] | None = 
         for path in engine.iterdir():
             archive.write(path, path.name)
         archive.write(folder / "sample_input.npz", "sample_input.npz")
+        for name, source in shipped().items():
+            archive.writestr(name, source)
         archive.writestr("infer.py", backend.infer_script({}))
         archive.writestr("manifest.json", json.dumps(manifest))
         if serving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import zipfile
@@ -18,7 +19,11 @@ from tests.factories import onnx_models
 from tests.factories.bundles import bundle
 from workers.hardware import describe
 from workers.kernel import StageContext, TensorSpec
-from workers.measure.load.mix import mix_of
+from workers.measure.load.arrivals import Arrivals
+from workers.measure.load.bench import Bench, Clock, Limit, Setup, opened
+from workers.measure.load.mix import Kind, Mix, mix_of
+from workers.measure.load.over_http import launch_server
+from workers.measure.load.target import FAILED, OK
 from workers.pipeline.child import PipeReporter
 from workers.serving.batcher import Settings
 from workers.stages.load_test import LoadTest, LoadTestOptions
@@ -29,7 +34,7 @@ OUTPUTS = [TensorSpec("out", "float32", ("batch", 8))]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def run(seconds: float = 20.0, model: Any = None, accepts: Any = None, **traffic: Any) -> dict[str, Any]:
+    def run(seconds: float = 15.0, model: Any = None, accepts: Any = None, **traffic: Any) -> dict[str, Any]:
         model = model or onnx_models.mlp(features=32, hidden=64)
         shipped = bundle(model, tmp_path / "made", accepts)
         inputs = {"bundle": shipped, "original": tmp_path / "made" / "engine"}
@@ -66,10 +71,39 @@ def test_a_bundle_and_the_original_under_traffic(load: Callable[..., dict[str, A
     assert seen
     assert all(sum(p["ended"].values()) == p["requests"] for p in seen)
     assert any(p["batches"] for p in seen)
+    assert (data["http"] is None) == ("http" in data["reasons"])
+    assert data["http"] is None or data["http"]["setup"] == engine["setup"]
     assert data["traffic"]["rate_per_second"] == 40
     assert data["traffic"]["requests"][0]["share"] == 1.0
     assert data["generator"]["cpu_us_per_request"] > 0
     assert data["complete"] == (not data["reasons"] and data["complete"])
+
+
+def test_the_server_in_the_bundle_is_driven_over_http(tmp_path: Path) -> None:
+    model = onnx_models.mlp(features=8)
+    with zipfile.ZipFile(bundle(model, tmp_path / "made") / "m-bundle.zip") as packed:
+        packed.extractall(tmp_path / "served")
+    feeds = {"input": np.ones((2, 8), dtype=np.float32)}
+    mix = Mix([Kind("typical × 2", 2, {"input": (2, 8)}, 1.0, [feeds])], "")
+    limit = Limit(10.0, 20.0)
+    launch = launch_server(tmp_path / "served", Settings(batch_axis={"input": 0}))
+
+    async def run() -> tuple[Any, Any, Any]:
+        bench = Bench(launch, mix, Arrivals(poisson=False), limit, Clock())
+        async with opened(bench):
+            target = await bench.target(Setup(max_batch=4))
+            assert (await target.submit({"input": np.ones((2, 3), dtype=np.float32)}, 20.0)).status == FAILED
+            memory = target.memory_mb()
+            return (
+                await bench.alone(Setup(max_batch=4)),
+                await bench.point(Setup(max_batch=4), 100.0, proven=False, requests=40),
+                memory,
+            )
+
+    alone, point, memory = asyncio.run(run())
+    assert alone.ended(OK) == alone.count > 0
+    assert point.figures["ended"] == {"ok": point.count, "rejected": 0, "timed_out": 0, "failed": 0}
+    assert memory > 10
 
 
 def test_a_limit_that_nobody_keeps_is_told_with_the_nearest(load: Callable[..., dict[str, Any]]) -> None:

@@ -56,6 +56,7 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
         tried=data["tried"],
         brought=data["serving"]["brought"],
         static=data["static"],
+        http=data["http"],
         patterns=patterns(data, _facts(found)),
         generator=data["generator"],
         method=data["method"],

@@ -23,6 +23,7 @@ from workers.measure.instances import default_layouts, usable_cores
 from workers.measure.load.arrivals import Arrivals, rate_of
 from workers.measure.load.bench import Bench, Clock, Limit
 from workers.measure.load.mix import mix_of
+from workers.measure.load.over_http import launch_server
 from workers.measure.load.served import launch_of, settings_of
 from workers.measure.load.trial import Found, Trial, mix_json, serves
 from workers.measure.load.tuning import Space
@@ -51,7 +52,7 @@ class LoadTest(Stage[LoadTestOptions]):
 
     data: traffic (arrivals, rate, requests, limit), engine and original {setup, goodput {rate, interval, …}, at_rate,
     beyond, alone_p50_ms, curve [points], …}, served (whether the wanted rate is), serving {settings (what
-    `serving.json` holds), brought, kept_start}, tried, static, generator, reasons, method, conditions, versions.
+    `serving.json` holds), brought, kept_start}, tried, static, http, generator, reasons, method, conditions, versions.
     """
 
     name = "load_test"
@@ -82,13 +83,12 @@ class LoadTest(Stage[LoadTestOptions]):
         one = Settings(reason="as its owner runs it: one by one", batch_axis=base.batch_axis)
         arrivals, rate = Arrivals.of(traffic), rate_of(traffic)
         space = _space(known[options.backend](), options, base, inputs, accepts, ctx.hardware.get("cpu_quota"))
-        trial = Trial(
-            Bench(launch_of(bundle, base), mix, arrivals, limit, clock, options.seed),
-            Bench(launch_of(original, one), mix, arrivals, limit, clock, options.seed + 10_000),
-            space,
-            rate,
-            ctx.reporter.progress,
-        )
+        launches = [launch_of(bundle, base), launch_of(original, one)]
+        if (bundle / "serve.py").exists():
+            launches.append(launch_server(bundle, base))
+        benches = [Bench(x, mix, arrivals, limit, clock, options.seed + 10_000 * i) for i, x in enumerate(launches)]
+        served = benches[2] if len(benches) > 2 else None
+        trial = Trial(benches[0], benches[1], space, rate, ctx.reporter.progress, served)
         found = asyncio.run(trial.run())
         for folder in (bundle, original):
             shutil.rmtree(folder, ignore_errors=True)
@@ -127,6 +127,7 @@ def _told(found: Found, base: Settings) -> dict[str, Any]:
         "tried": [t.to_json() for t in tuned.tried] if tuned else [],
         "tuning_seconds": None if tuned is None else round(tuned.seconds, 2),
         "static": None if found.static is None else found.static.to_json(),
+        "http": None if found.http is None else found.http.to_json(),
         "generator": found.generator,
         "reasons": found.reasons,
     }

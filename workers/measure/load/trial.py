@@ -22,9 +22,10 @@ from workers.measure.load.mix import Mix
 from workers.measure.load.target import OK, Instant
 from workers.measure.load.tuning import Space, Tuned, Tuner, first_guess
 
-_TUNING = 0.40  # of the time
-_TUNED_UNTIL = 0.70  # by when what ships has to be proven
-_ORIGINAL_UNTIL = 0.90
+_TUNING = 0.35  # of the time
+_TUNED_UNTIL = 0.60  # by when what ships has to be proven
+_ORIGINAL_UNTIL = 0.75
+_HTTP_UNTIL = 0.85
 _POINT, _LEAST_POINT_S, _MOST_POINT_S = 0.08, 5.0, 40.0  # of the time, that a proof at one rate may take
 _RESOLUTION = 1.06
 _STRIDE = 1.2
@@ -40,8 +41,8 @@ NO_TIME = "not measured: the time ran out"
 
 @dataclass
 class Side:
-    """One engine: what is known of it. `at_rate`: at the rate that the job wants served. `alone_ms`: p50 of one caller
-    alone. `curve`: every point that was measured in `setup`, by rate."""
+    """One engine, served one way. `at_rate`: at the rate that the job wants served. `alone_ms`: p50
+    of one caller alone. `curve`: every point that was measured in `setup`, by rate."""
 
     setup: Setup
     goodput: Goodput | None = None
@@ -70,7 +71,7 @@ class Side:
 @dataclass
 class Found:
     """`brought`: of each setting that was tuned, the highest rate without it. `static`: the engine with static batches.
-    `reasons`: why a part of it is missing."""
+    `http`: the engine by the bundle's server, over HTTP. `reasons`: why a part of it is missing."""
 
     engine: Side
     original: Side | None = None
@@ -78,12 +79,14 @@ class Found:
     kept_start: str | None = None
     brought: list[dict[str, Any]] = field(default_factory=list)
     static: Side | None = None
+    http: Side | None = None
     generator: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
 
 class Trial:
-    """`rate`: requests per second that the job wants served, if it says so. `space`: setups of the shipped engine."""
+    """`rate`: requests per second that the job wants served, if it says so. `space`: setups of the shipped engine.
+    `served`: the shipped engine behind the bundle's own server, where the bundle has one."""
 
     def __init__(
         self,
@@ -92,12 +95,14 @@ class Trial:
         space: Space,
         rate: float | None,
         on_progress: Callable[[float, str], None],
+        served: Bench | None = None,
     ) -> None:
-        self.shipped, self.original, self.space, self.rate = shipped, original, space, rate
+        self.shipped, self.original, self.served = shipped, original, served
+        self.space, self.rate = space, rate
         self.clock: Clock = shipped.clock
         self.whole_s = max(self.clock.left(), 0.0)
         longest = min(max(_POINT * self.whole_s, _LEAST_POINT_S), _MOST_POINT_S)
-        for bench in (shipped, original):
+        for bench in (shipped, original, *([served] if served is not None else [])):
             bench.judged = replace(bench.judged, cap_s=longest)
         self.on_progress = on_progress
         self.found = Found(Side(Setup()))
@@ -110,6 +115,9 @@ class Trial:
             await self.shipped.close()
             await self._try("original", self._original)
             await self.original.close()
+            if self.served is not None:
+                async with opened(self.served):
+                    await self._try("http", self._http)
             await self._try("beyond", self._beyond)
             await self._try("curve", self._curve)
             await self._try("settings", self._brought)
@@ -238,6 +246,22 @@ class Trial:
         if self.rate is not None and self.rate <= _BEYOND * max(side.goodput.rate, 1e-9):
             side.at_rate = await self._at_rate(bench, side.setup)
         await self._facts(bench, side)
+
+    async def _http(self) -> None:
+        """As its users see it: over HTTP, on this machine."""
+        bench, setup = self.served, self.found.engine.setup
+        rate = self.found.engine.goodput.rate if self.found.engine.goodput is not None else 0.0
+        assert bench is not None
+        side = Side(setup)
+        if not await self._alone(bench, side) or rate <= 0:
+            await self._facts(bench, side)
+            self.found.http = side
+            return
+        plan = Plan(0.7 * rate, _COARSE, _STRIDE, most=1.1 * rate, least=0.01 * rate)
+        looked = await bench.goodput(setup, plan, proven=False)
+        side.goodput = await self._proven(bench, setup, looked, _HTTP_UNTIL)
+        await self._facts(bench, side)
+        self.found.http = side
 
     async def _facts(self, bench: Bench, side: Side) -> None:
         """What is known of a side when it was driven."""
