@@ -51,6 +51,16 @@ def transactions_without_storage() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_in_the_checkout() -> Iterator[None]:
+    """Libraries that write where they stand do so in a folder that goes."""
+    root = Path(__file__).resolve().parents[1]
+    before = {f.name for f in root.iterdir()}
+    yield
+    left = [f.name for f in root.iterdir() if f.is_file() and f.name not in before]
+    assert not left, f"files that tests left in the checkout: {left}"
+
+
 # Modules whose tests measure, or load the machine: nothing else may run there meanwhile. `make test` runs all others
 # side by side first (`-m "not alone"`), then these one by one.
 _ALONE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -50,14 +51,16 @@ def prepare(source: Path, workspace: Path) -> Path:
 def _inferred(model: Path, out: Path) -> Path:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    model, out = model.absolute(), out.absolute()
     for skip_symbolic in (False, True):
         try:
-            quant_pre_process(
-                str(model),
-                str(out),
-                skip_optimization=True,  # `simplify` did what is safe; node names stay as the caller knows them
-                skip_symbolic_shape=skip_symbolic,
-            )
+            with contextlib.chdir(out.parent):  # where it gives up, it leaves the model and its weights where it stands
+                quant_pre_process(
+                    str(model),
+                    str(out),
+                    skip_optimization=True,  # `simplify` did what is safe; node names stay as the caller knows them
+                    skip_symbolic_shape=skip_symbolic,
+                )
         except MemoryError:
             raise
         except Exception:  # noqa: S112  (shape inference is a help, not a condition: the next form is weaker)
@@ -77,7 +80,9 @@ def _inferred_in_place(folder: Path) -> Path:
 
     def symbolic() -> None:
         skeleton = onnx.load(path, load_external_data=False)
-        onnx.save(SymbolicShapeInference.infer_shapes(skeleton), scratch)
+        with contextlib.chdir(folder):  # as above
+            found = SymbolicShapeInference.infer_shapes(skeleton)
+        onnx.save(found, scratch)
 
     def plain() -> None:
         onnx.shape_inference.infer_shapes_path(str(path), str(scratch))
