@@ -26,6 +26,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         *_told("Sizes that it takes", _sizes((manifest.get("engine") or {}).get("accepts") or {})),
         *_told("Deployment", _deployment(manifest.get("deployment") or {})),
         "`manifest.json` has the job's id, all figures, and the digests of the model, the data and the engine.",
+        "`kinds.json`, `triton/` and `kserve/` are what the bundle's other kinds are made of, which the service sends.",
         "An engine may be specific to the hardware it was built for: run the job again for another kind of machine.",
     ]
     if not_repeatable:
