@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -109,6 +110,23 @@ def test_a_repository_answers_as_the_engine_does_and_batches(
         with pytest.raises(Refused, match="batch-size must be <= 8"):
             connection.infer({"input": np.zeros((9, 8), np.float32)}, ["logits"], batched=True)
         connection.close()
+
+
+def test_classes_have_their_names(server: Path, tmp_path: Path) -> None:
+    labels = ["ant", "bee", "cat", "a dog"]
+    made = bundled("onnxruntime", models.mlp(), tmp_path, deployment=TUNED, labels=labels)
+    with served(server, made, tmp_path) as (found, config):
+        assert config["output"][0]["label_filename"] == "labels.txt"
+        data = [float(x) for x in made.arrays("sample_input.npz")["input"].ravel()]
+        asked = {
+            "inputs": [{"name": "input", "shape": [1, 8], "datatype": "FP32", "data": data}],
+            "outputs": [{"name": "logits", "parameters": {"classification": 1}}],
+        }
+        url = f"http://127.0.0.1:{found.http_port}/v2/models/m-fp32/infer"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode())) as answer:
+            (told,) = json.load(answer)["outputs"][0]["data"]
+    best = int(made.arrays("expected_output.npz")["logits"].argmax())
+    assert told.split(":")[1:] == [str(best), labels[best]]
 
 
 def _number_for_each_sample() -> ModelProto:

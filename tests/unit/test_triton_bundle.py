@@ -11,6 +11,7 @@ import pytest
 
 from tests.factories import onnx_models as models
 from tests.factories.bundled import bundled
+from workers.graph.labels import labels_of
 from workers.kernel import TensorSpec, backends
 from workers.serving.native import Instances, InTriton, Word
 from workers.serving.triton import NotServable, Served, max_batch, repository, text_format
@@ -174,3 +175,38 @@ def test_many_preferred_sizes_warm_up_with_the_ends() -> None:
     assert text.count("model_warmup {") == 8
     assert 'name: "batch 1"' in text
     assert 'name: "batch 40"' in text
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "labels"),
+    [
+        ("names", "{0: 'a cat', 1: 'dog'}", ["a cat", "dog"]),
+        ("id2label", '{"1": "dog", "0": "cat"}', ["cat", "dog"]),
+        ("labels", '["cat", "dog\\nhouse"]', ["cat", "dog house"]),
+        ("classes", "['cat', 'dog']", ["cat", "dog"]),
+        ("names", "{0: 'cat', 2: 'dog'}", None),
+        ("names", "{0: 'cat', 1: 2}", None),
+        ("names", "cat, dog", None),
+        ("names", "(" * 10_000, None),
+        ("names", "__import__('os')", None),
+        ("author", '["cat"]', None),
+    ],
+)
+def test_names_of_classes_are_read_from_the_model(key: str, text: str, labels: list[str] | None) -> None:
+    model = models.mlp()
+    model.metadata_props.add(key=key, value=text)
+    assert labels_of(model) == labels
+
+
+def test_only_an_output_of_as_many_numbers_has_the_names() -> None:
+    native = InTriton(backend="onnxruntime")
+    outputs = [
+        TensorSpec("scores", "float32", ("batch", 2)),
+        TensorSpec("boxes", "float32", ("batch", 4)),
+        TensorSpec("ids", "int64", ("batch", 2)),
+    ]
+    made = repository(served(native, outputs=outputs, labels=["cat", "dog"]))
+    assert made.texts["triton/labels.txt"] == b"cat\ndog\n"
+    assert made.files["m-fp32/labels.txt"] == "triton/labels.txt"
+    assert made.texts["triton/config.pbtxt"].decode().count("label_filename") == 1
+    assert "triton/labels.txt" not in repository(served(native, outputs=outputs)).texts

@@ -103,6 +103,7 @@ def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> 
         "deployment": {"reason": _NOT_YET} if deployment is None else _deployment(deployment),
         "inputs": proof.export.data["inputs"],
         "outputs": proof.export.data["outputs"],
+        "labels": proof.export.data["labels"],
         "hardware": dict(proof.benchmark.made.get("hardware") or proof.hardware),
         "versions": versions([proof.backend]),
     }

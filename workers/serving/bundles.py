@@ -96,6 +96,7 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
         versions=bundled.versions,
         script={**{name: name for name in (*(p.name for p in files_of(bundled.engine)), _MANIFEST)}, _INFER: infer},
         accepts=(bundled.manifest.get("engine") or {}).get("accepts") or {},
+        labels=bundled.manifest.get("labels") or (),
     )
     try:
         made = triton.repository(served)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FOLDER = "triton"  # of the bundle, where these texts are kept
 VERSION = "1"
+_LABELS = "labels.txt"
 _MOST_WARM_UPS = 8  # batch sizes: each is run when the model is loaded
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -48,7 +49,7 @@ class Served:
     """An engine that is to be served. `batched`: the first axis of every input and output is the batch, which was
     tried. `sample`: one call's inputs. `serving`: the settings (`serving.json`). `accepts`: as in the bundle's
     manifest. `group`: Triton's kind of instances (`KIND_CPU`). `script`: `infer.py` and what it needs beside itself,
-    name there → member of the bundle."""
+    name there → member of the bundle. `labels`: names of the classes, by number."""
 
     name: str
     machine: str
@@ -62,6 +63,7 @@ class Served:
     versions: Mapping[str, str]
     script: Mapping[str, str]
     accepts: Mapping[str, Sequence[Sequence[int | None] | None]] = field(default_factory=dict)
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def repository(served: Served) -> Repository:
         files |= {f"{version}/{name}": member for name, member in served.script.items()}
     else:
         files |= {f"{version}/{name}": member for name, member in served.native.files.items()}
+    if any(_classes(spec, served) for spec in served.outputs):
+        texts[f"{FOLDER}/{_LABELS}"] = "".join(f"{label}\n" for label in served.labels).encode()
+        files[f"{home}/{_LABELS}"] = f"{FOLDER}/{_LABELS}"
     notes = [*_notes(served)]
     texts[f"{FOLDER}/config.pbtxt"] = _config(served, notes).encode()
     texts[f"{FOLDER}/README.md"] = _readme(served, notes).encode()
@@ -136,7 +141,10 @@ def _config(served: Served, notes: Sequence[str]) -> str:
     most = max_batch(served)
     config: dict[str, Any] = {"name": served.name, "backend": served.native.backend, "max_batch_size": most}
     config["input"] = [_tensor(spec, served, most) for spec in served.inputs]
-    config["output"] = [_tensor(spec, served, most) for spec in served.outputs]
+    labelled = {"label_filename": _LABELS}
+    config["output"] = [
+        _tensor(spec, served, most) | (labelled if _classes(spec, served) else {}) for spec in served.outputs
+    ]
     group: dict[str, Any] = {"count": int(served.serving["instances"]), "kind": Word(served.group)}
     if served.native.profiles > 1:
         group["profile"] = [str(i) for i in range(served.native.profiles)]
@@ -160,6 +168,11 @@ def _tensor(spec: TensorSpec, served: Served, most: int) -> dict[str, Any]:
     if not dims:
         told["reshape"] = {"shape": []}  # a number for each sample: Triton's dims are never empty
     return told
+
+
+def _classes(spec: TensorSpec, served: Served) -> bool:
+    """Whether it holds a number for each class that has a name."""
+    return bool(served.labels) and spec.dtype.startswith("float") and spec.shape[1:] == (len(served.labels),)
 
 
 def _bounds(spec: TensorSpec, served: Served) -> Sequence[Sequence[int | None] | None]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from app.domain.spec import ShapeRange
 from workers.artifacts import EXPORTED_PROGRAM, ONNX, PROGRAM_FILE
 from workers.graph.interface import Interface
+from workers.graph.labels import labels_of
 from workers.graph.onnx_arithmetic import describe_arithmetic
 from workers.graph.onnx_files import size_of
 from workers.graph.onnx_graph import describe_structure, opset_of
@@ -39,7 +40,7 @@ class Export(Stage[ExportOptions]):
     exported program itself, cleaned of what could run code, with `interface.json`."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     Options = ExportOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX, "program": EXPORTED_PROGRAM}
@@ -103,6 +104,7 @@ def _data(exported: Exported) -> dict[str, Any]:
         "dynamic_batch": exported.dynamic_batch,
         "notes": exported.notes,
         "checks": exported.checks,
+        "labels": labels_of(exported.model),
         "structure": {**structure, "arithmetic": describe_arithmetic(exported.model)},
     }
 
