@@ -13,6 +13,7 @@ from tests.factories import onnx_models as models
 from tests.factories.bundled import bundled
 from workers.graph.labels import labels_of
 from workers.kernel import TensorSpec, backends
+from workers.rounding import tolerance
 from workers.serving.native import Instances, InTriton, Word
 from workers.serving.triton import NotServable, Served, max_batch, repository, text_format
 
@@ -210,3 +211,21 @@ def test_only_an_output_of_as_many_numbers_has_the_names() -> None:
     assert made.files["m-fp32/labels.txt"] == "triton/labels.txt"
     assert made.texts["triton/config.pbtxt"].decode().count("label_filename") == 1
     assert "triton/labels.txt" not in repository(served(native, outputs=outputs)).texts
+
+
+def test_why_nothing_is_batched_is_what_was_found_out() -> None:
+    native = InTriton(backend="onnxruntime")
+    alone = {"instances": 1, "max_batch": 1, "reason": "requests are served one by one: outputs depend on the batch"}
+    for serving, words in (
+        (alone, "Requests are served one by one: outputs depend on the batch (max_batch_size 0)."),
+        ({"instances": 1, "max_batch": 1}, "The batch is not the first axis of every input and output, or is fixed"),
+    ):
+        made = repository(served(native, batched=False, serving=serving))
+        assert made.notes[0].startswith(words)
+        assert "max_batch_size: 0" in made.texts["triton/config.pbtxt"].decode()
+    padded = {"instances": 1, "max_batch": 4, "pad": {"x": {1: [16]}}}
+    assert any("Triton does not pad" in note for note in repository(served(native, serving=padded)).notes)
+
+
+def test_several_engines_are_held_to_the_lowest_precision() -> None:
+    assert [tolerance(p) for p in ("fp32", "int8+fp32", "fp32+bf16", "other")] == [1e-3, 5e-2, 5e-2, 1e-3]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FOLDER = "triton"  # of the bundle, where these texts are kept
 VERSION = "1"
+_NO_BATCH = "the batch is not the first axis of every input and output, or is fixed: requests are served one by one"
 _LABELS = "labels.txt"
 _MOST_WARM_UPS = 8  # batch sizes: each is run when the model is loaded
 _TYPES = {
@@ -232,12 +233,12 @@ def _notes(served: Served) -> Iterator[str]:
         yield f"Run by Triton's Python backend with the bundle's own infer.py: {served.native.why}."
     yield from served.native.notes
     if not served.batched:
-        yield (
-            "The batch is not the first axis of every input and output, or is fixed: requests are served one by one "
-            "(max_batch_size 0)."
-        )
+        why = str(served.serving.get("reason") or _NO_BATCH)
+        yield f"{why[:1].upper()}{why[1:]} (max_batch_size 0)."
     elif max_batch(served) > 1 and not served.serving.get("max_delay_ms"):
         yield "No request waits for others: batches are formed of those that come while all instances are busy."
+    if served.serving.get("pad"):
+        yield "Only requests of equal sizes share a batch: Triton does not pad, as the bundle's own server does."
     ranges = [
         f"{spec.name!r} on axis {axis}: {least or 0} to {'any' if most is None else most}"
         for spec in served.inputs

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workers.rounding import TOLERANCES
+from workers.rounding import tolerance
 from workers.serving.v2_client import Connection, Refused
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def replayed(server: Server, example: Example) -> dict[str, Any]:
         calls = [pool.submit(_asked, server, example, CALLS // CALLERS) for _ in range(CALLERS)]
         worst = max(worst, *(call.result() for call in calls))
     after = server.metrics(model)
-    allowed = TOLERANCES.get(example.precision, TOLERANCES["fp32"])
+    allowed = tolerance(example.precision)
     if not worst <= allowed:
         raise NotLoaded(f"its answers differ by {worst:.3g} of the largest number, allowed is {allowed:.3g}")
     told = {"requests": "nv_inference_request_success", "executions": "nv_inference_exec_count"}
