@@ -18,13 +18,12 @@ from app.prebuilds.repository import PrebuildRepository, held
 
 LEASE = timedelta(seconds=30)
 MOST_ATTEMPTS = 3  # of a job that takes its builders down, say: then it waits for its own worker
-_RUNNING_ONLY = ("progress", "expected_end")
 
 
 @dataclass(frozen=True)
 class PrebuildHold:
     """A worker's right to build for a job that waits; it ends when the job is taken, cancelled or given to another
-    builder. `before`: what the job's document showed of its stages until then."""
+    builder. `before`: what the job's document showed of its stages until then; `progress`: how far the job is."""
 
     job_id: str
     tenant_id: str
@@ -32,6 +31,7 @@ class PrebuildHold:
     backend: str
     target: str
     before: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+    progress: float = 0.0
     spent_seconds: float = 0.0  # none of it is the job's
 
     def holds(self) -> list[ColumnElement[bool]]:
@@ -41,9 +41,9 @@ class PrebuildHold:
         return {"attempts": Job.attempts}  # as it is: the job was not begun
 
     def seen(self, changes: dict[str, Any], event: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The job stays queued, at no stage and without progress: its stages alone."""
+        """The job stays queued, at no stage and as far as it was: what is built alone."""
         stages = [*map(dict, self.before), *changes["stages"]]
-        return {"stages": stages}, {k: v for k, v in event.items() if k not in _RUNNING_ONLY}
+        return {"stages": stages}, {**event, "progress": self.progress, "expected_end": None}
 
 
 class PrebuildService:
@@ -57,14 +57,16 @@ class PrebuildService:
         none. `targets`: by backend."""
         if not targets:
             return None
+        with self._db.read() as session:
+            found = PrebuildRepository(session).longest_waiting(targets, formats, MOST_ATTEMPTS)
+        if found is None:
+            return None
+        asked, job = found
         with self._db.write() as uow:
-            prebuilds = PrebuildRepository(uow.session)
-            found = prebuilds.longest_waiting(targets, formats, MOST_ATTEMPTS)
-            if found is None or not prebuilds.take(found[0], owner, utcnow() + LEASE):
+            if not PrebuildRepository(uow.session).take(asked, owner, utcnow() + LEASE):
                 return None
-            asked, job = found
-            before = tuple(stage for stage in job.stages if stage["status"] == "waiting")
-            return PrebuildHold(job.id, job.tenant_id, owner, asked.backend, asked.target, before)
+        before = tuple(stage for stage in job.stages if stage["status"] == "waiting")
+        return PrebuildHold(job.id, job.tenant_id, owner, asked.backend, asked.target, before, job.progress)
 
     def renew(self, hold: PrebuildHold) -> bool:
         """False where it is over."""

@@ -99,7 +99,8 @@ def test_the_job_waits_as_before_and_shows_what_is_built(desk: Desk, service: Pr
     assert [s["name"] for s in found.stages] == ["queue", "build"]
     assert "compute capability 8.9" in found.stages[0]["detail"]
     *_, event = desk.service.events_after(LOCAL_TENANT, job.id, 0)
-    assert event.data == {"stage": "build", "candidate": "rtx-fp16", "status": "running"}
+    told = {"stage": "build", "candidate": "rtx-fp16", "status": "running", "progress": 0.0, "expected_end": None}
+    assert event.data == told, "of the job's progress"
     service.give_back(hold)
     assert [s["name"] for s in taken(service, "b2").before] == ["queue"], "the next one tells of its own"
 

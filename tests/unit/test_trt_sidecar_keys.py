@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from app.domain.failures import model_failure
 from workers import kernel
 from workers.installation import KEY_BYTES, Installation
 from workers.pipeline import keys as of_call
 from workers.pipeline.protocol import Limits, StageRequest
+from workers.pipeline.runner import _lasting
 
 
 def keys(letter: bytes, options: dict[str, Any], stage: str = "benchmark", machine: str = "machine") -> str:
@@ -33,6 +36,28 @@ def test_what_is_built_for_a_target_has_the_key_of_no_machine() -> None:
     for options in ({"backend": "tensorrt-rtx"}, {"backend": "tensorrt", "options": {"target": "8.9"}}):
         assert keys(b"a", options, "build") != keys(b"a", options, "build", machine="another")
     assert keys(b"a", {"backend": "tensorrt-rtx"}) != keys(b"a", {"backend": "tensorrt-rtx"}, machine="another")
+
+
+def test_a_graph_has_the_key_of_no_package_for_gpus() -> None:
+    """Calibrations take the most time of what is built ahead, and the GPU's worker has `onnxruntime-gpu`."""
+    here, there = {"onnxruntime": "1.31.1", "onnx": "1.20"}, {"onnxruntime-gpu": "1.31.1", "onnx": "1.20"}
+    for name in ("export", "simplify", "convert", "quantize"):
+        stage = kernel.stages()[name]
+        assert of_call.in_key(stage, here) == of_call.in_key(stage, there)
+    for name in ("build", "benchmark", "validate"):
+        stage = kernel.stages()[name]
+        assert of_call.in_key(stage, here) != of_call.in_key(stage, there)
+
+
+def test_a_builder_that_crashes_condemns_no_target() -> None:
+    """An instruction that its processor has not, say: the GPU's worker, under the same key, tries by itself."""
+    crash, refusal = model_failure("runtime_crashed", "SIGILL"), model_failure("parse_failed", "no such operator")
+    for options, kept in (({"target": "8.9"}, False), ({}, True)):
+        call: Any = SimpleNamespace(
+            stage_type=kernel.stages()["build"], options={"backend": "tensorrt-rtx", "options": options}
+        )
+        assert _lasting(call, crash) is kept
+        assert _lasting(call, refusal)
 
 
 def test_a_request_hands_it_over() -> None:
