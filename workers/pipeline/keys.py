@@ -26,6 +26,14 @@ def libraries(stage: StageType, options: Mapping[str, Any]) -> dict[str, str]:
     return installed_versions(name for name in (*stage.libraries, stage.distribution, *of_backends) if name)
 
 
+def in_key(stage: StageType, found: Mapping[str, str]) -> dict[str, str]:
+    """`libraries` as the key has them. What is not bound to a machine runs on no GPU, and a package for GPUs
+    (`onnxruntime-gpu`) gives there, byte for byte, the graphs of the plain one: a worker that builds ahead has that."""
+    if stage.hardware_bound:
+        return dict(found)
+    return {name.removesuffix("-gpu"): version for name, version in found.items()}
+
+
 def target(stage: StageType, options: Mapping[str, Any]) -> str | None:
     """What the engine of this call is built for, where any machine builds the same; None for all other calls."""
     used = backends(options) if stage.makes_engine else []

@@ -197,7 +197,7 @@ class StageRunner:
             version=stage_type.version,
             inputs=inputs,
             options=complete,
-            libraries=libraries,
+            libraries=keys.in_key(stage_type, libraries),
             hardware=self._hardware(stage_type, complete),
         )
         entry: dict[str, Any] = {
