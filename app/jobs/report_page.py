@@ -45,6 +45,13 @@ _COMPATIBILITY = {
     "refused_count": "refused",
     "changes": "what to change",
 }
+_BUNDLES = {
+    "name": "kind",
+    "backend": "run by",
+    "notes": "notes",
+    "tried": "tried in this worker's server",
+    "reason": "why there is none",
+}
 _SENSITIVITY = {"name": "node", "op_type": "operator", "error": "error of the outputs"}
 _LAYERS = {"name": "layer", "op_type": "operator", "ms": "ms", "share": "share of the time"}
 _SWEEP = {
@@ -90,6 +97,7 @@ def report_page(report: Json, job_id: str) -> str:
         section("The search, in the order of trying", _search(report)),
         section("Under the job's traffic", traffic(part_of(report, "traffic"))),
         section("Deployment", _deployment(report)),
+        section("Other bundles (GET /v1/engines/…/bundle?kind=)", rows_table(report.get("bundles"), _BUNDLES, 8)),
         section("Layers that quantization hurts most", rows_table(report.get("sensitivity"), _SENSITIVITY, 10)),
         section("Where the time goes", _profile(part_of(report, "profile"))),
         section("Backends that did not run here", rows_table(report.get("compatibility"), _COMPATIBILITY, 8)),

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.factories import onnx_models as models
 from tests.factories.bundled import Made, bundled
 from tests.integrations.environments import environment
 from tests.integrations.tritonserver import tritonserver
-from workers.serving.triton_server import CALLS, Example, Server, replayed, running
+from workers.serving.triton_server import CALLS, Example, NotLoaded, Server, replayed, running
 from workers.serving.v2_client import Connection, Refused
 
 READY_S = 60.0
@@ -101,6 +102,10 @@ def test_a_repository_answers_as_the_engine_does_and_batches(
         assert told["requests"] == CALLS
         assert told["executions"] < CALLS
         assert told["largest_difference"] < 1e-5
+        other = example(made)
+        other = replace(other, expected={name: array + 1 for name, array in other.expected.items()})
+        with pytest.raises(NotLoaded, match="its answers differ by"):
+            replayed(found, other)
         # A client's own batch, other rows in every request.
         rows = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
         connection = Connection(found.http_port, "m-fp32", 10.0)

@@ -42,3 +42,12 @@ def test_a_profile_that_measures_the_profiler_says_so() -> None:
     assert "Not to be relied on: the layers take &lt;more&gt;." in told
     assert "Not to be relied on" not in report_page({"profile": {"layers": layers, "distorted": None}}, "job_1")
     assert "Where the time goes" not in report_page({"profile": {"layers": None, "distorted": None}}, "job_1")
+
+
+def test_the_kinds_of_bundles_and_why_one_is_missing() -> None:
+    tried = {"requests": 96, "executions": 40}
+    bundles = {"triton": {"backend": "python", "notes": ["<why>"], "tried": tried}, "kserve": {"reason": "no server"}}
+    page = report_page({"bundles": bundles}, "job_1")
+    for words in ("Other bundles", "<td>triton<td>python", "&lt;why&gt;", "requests: 96, executions: 40", "no server"):
+        assert words in page
+    assert "Other bundles" not in report_page({}, "job_1")
