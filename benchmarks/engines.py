@@ -1,4 +1,4 @@
-"""Anneal beside the other tools on eleven architectures: latency, accuracy, time to result.
+"""Anneal beside the other tools on eighteen architectures: latency, accuracy, time to result.
 
     python benchmarks/engines.py --models digits,digits_mobile      # minutes; all models: hours
     python benchmarks/engines.py --reuse --models bert              # what was made before is measured again, not made
@@ -78,6 +78,7 @@ def make_peer(name: str, files: Case, folder: Path, limit_s: float) -> Json:
         "model": str(files.model),
         "calibration": str(files.calibration),
         "transformer": files.transformer,
+        "axes": dict(files.axes),
         "out": str(folder),
         "olive": str(olive_python()) if name.startswith("olive") else None,
     }
@@ -146,7 +147,7 @@ def compare(files: Case, made: Mapping[str, Json], arguments: argparse.Namespace
         labels = arrays["labels"] if "labels" in arrays.files else None
     specs = {n: e for n, e in made.items() if "error" not in e}
     with scratch(arguments.folder) as folder:
-        found = contest.measure(specs, files.validation, folder, BATCHES, arguments.seconds)
+        found = contest.measure(specs, files.validation, folder, BATCHES, arguments.seconds, files.axes)
     reference = found[tables.BASELINE]
     if "error" in reference:
         raise CannotMeasure(f"{files.label} does not run on ONNX Runtime: {reference['error']}")

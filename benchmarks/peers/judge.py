@@ -24,7 +24,8 @@ def top1(original: Array, engine: Array, labels: Array) -> float:
 
 
 def agreement(original: Array, engine: Array) -> float:
-    return 100 * float((original.argmax(axis=-1) != engine.argmax(axis=-1)).mean())
+    axis = 1 if original.ndim == 4 else -1  # [N, classes, H, W]
+    return 100 * float((original.argmax(axis=axis) != engine.argmax(axis=axis)).mean())
 
 
 def cosine(original: Array, engine: Array) -> float:

@@ -1,6 +1,7 @@
 """One tool makes its engine from one model, in a process of its own: `python benchmarks/peers/make.py TASK.json`.
 
-TASK.json: `peer`, `model` (.onnx), `calibration` (.npz), `transformer`, `out` (a folder), `olive` (an interpreter).
+TASK.json: `peer`, `model` (.onnx), `calibration` (.npz), `transformer`, `axes`, `out` (a folder), `olive` (an
+interpreter).
 Written to OUT/engine.json: what the runner loads (`kind`, `file`, `config`). Imports count: a user waits for them, too.
 """
 
@@ -26,9 +27,11 @@ NNCF_SUBSET = 300  # nncf.quantize's own default
 
 def samples(task: Task) -> Iterator[dict[str, Array]]:
     """The calibration data, one sample at a time, as every tool's examples feed it."""
-    arrays = dict(np.load(task["calibration"]))
-    for i in range(len(next(iter(arrays.values())))):
-        yield {n: a[i : i + CALIBRATION_BATCH] for n, a in arrays.items()}
+    arrays, axes = dict(np.load(task["calibration"])), task["axes"]
+    count = next(a.shape[axes.get(n, 0)] for n, a in arrays.items() if axes.get(n, 0) is not None)
+    for i in range(count):
+        along = {n: axes.get(n, 0) for n in arrays}
+        yield {n: a if along[n] is None else np.take(a, [i], along[n]) for n, a in arrays.items()}
 
 
 # ONNX Runtime: onnxruntime.ai/docs/performance/model-optimizations/quantization.html
@@ -128,7 +131,7 @@ class Rows:
     def __getitem__(self, i):
         if i >= len(self):
             raise IndexError(i)
-        return {n: a[i] for n, a in self.arrays.items()}, 0
+        return {n: a[i] for n, a in self.arrays.items()}, 0  # samples along the first axis, as Olive has it
 
 @Registry.register_dataset()
 def calibration_rows(path, **_):

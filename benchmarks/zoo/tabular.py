@@ -1,4 +1,4 @@
-"""An LSTM over frames and a recommender: embeddings of ids and an MLP."""
+"""An LSTM over frames, a GRU with two heads, and a recommender: embeddings of ids and an MLP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import data
-from zoo.training import fit_head, train_classifier
+from zoo.training import LOGIT, fit_head, ridge, train_classifier
 
 SEED = 20_261
 
@@ -28,6 +28,25 @@ class FrameClassifier(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.head(self.features(frames))
+
+
+class TwoHeads(nn.Module):
+    """frames [N, 64, 128] → scores [N, 16] of the rhythm, and strength [N, 1]: two heads on one GRU."""
+
+    def __init__(self, inputs: int = 128, hidden: int = 256) -> None:
+        super().__init__()
+        self.gru = nn.GRU(inputs, hidden, num_layers=1, batch_first=True)
+        self.scores, self.strength = nn.Linear(hidden, data.RHYTHMS), nn.Linear(hidden, 1)
+        for name, parameter in self.gru.named_parameters():
+            if "weight" in name:
+                nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+
+    def features(self, frames: Tensor) -> Tensor:
+        return self.gru(frames)[0].mean(dim=1)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.features(frames)
+        return self.scores(x), self.strength(x)
 
 
 class Recommender(nn.Module):
@@ -49,10 +68,26 @@ class Recommender(nn.Module):
         return self.deep(torch.cat([*parts, self.dense(dense)], dim=-1))
 
 
+def frames(count: int, rng: np.random.Generator) -> data.Arrays:
+    return {"frames": data.beats(count, rng)["frames"]}
+
+
 def make_lstm() -> nn.Module:
     model = FrameClassifier()
     fit_head(model, data.rhythms(2000, np.random.default_rng(SEED)), 64)
     return model.eval()
+
+
+def make_gru() -> nn.Module:
+    model = TwoHeads().eval()
+    known = data.beats(2000, np.random.default_rng(SEED))
+    with torch.no_grad():
+        features = model.features(torch.from_numpy(known["frames"]))
+        for head, targets in ((model.scores, LOGIT * known["kind"]), (model.strength, known["strength"])):
+            weight, bias = ridge(features, torch.from_numpy(targets))
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+    return model
 
 
 def make_recommender() -> nn.Module:

@@ -161,7 +161,7 @@ class Script:
     def call(self, stage: str, *_: Any, **__: Any) -> Any:
         self.calls.append(("stage", stage))
         nodes = [{"name": n, "op_type": "MatMul", "error": 1.0 / (i + 1)} for i, n in enumerate(self.nodes)]
-        return SimpleNamespace(data={"nodes": nodes})
+        return SimpleNamespace(data={"nodes": nodes, "metric": "kl"})
 
     def asked(self, what: str) -> list[str]:
         return [cid for kind, cid in self.calls if kind == what]

@@ -101,3 +101,18 @@ def test_an_engine_of_ours_that_loses_too_much_has_missed_the_goal() -> None:
 
     engines = {"ort": entry(10, 1.0), "anneal": entry(1, 0.1, loss=2.0)}
     assert "0 of 2" in summary({"m": {"label": "M", "engines": engines}})
+
+
+def test_pixels_agree_by_their_class_and_samples_may_lie_along_another_axis(tmp_path: Path) -> None:
+    from peers.judge import agreement
+    from peers.runner import rows
+
+    maps = np.zeros((2, 3, 4, 4), np.float32)
+    maps[:, 1] = 1.0
+    other = maps.copy()
+    other[0, 2, 0, 0] = 2.0
+    assert agreement(maps, other) == pytest.approx(100 / 32)
+    state = np.arange(24).reshape(2, 4, 3)
+    assert np.array_equal(rows(state, 1, [3]), state[:, 3:])
+    assert np.array_equal(rows(state, 0, [1]), state[1:])
+    assert rows(np.asarray(16000), None, [3]) == 16000

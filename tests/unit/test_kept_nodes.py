@@ -157,7 +157,8 @@ def test_every_recipe_keeps_the_jobs_nodes() -> None:
 class _Evaluator:
     """Knows the ranges of a conversion; its sensitivity stage cannot be run."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: OptimizationSpec) -> None:
+        self.spec = spec
         self.data = SimpleNamespace(calibration="data set", shapes=None, same=False)
         self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
 
@@ -181,11 +182,16 @@ class _Evaluator:
 def test_what_is_won_back_is_measured_as_it_was_quantized(name: str, cid: str, recipe: str) -> None:
     """With the ranges of that very recipe; and where it cannot be measured, the answer says why."""
     spec = OptimizationSpec.model_validate(
-        {"model_id": "mdl_x", "precisions": ["int8", "fp8"], "calibration": {"dataset_id": "ds_x"}}
+        {
+            "model_id": "mdl_x",
+            "precisions": ["int8", "fp8"],
+            "calibration": {"dataset_id": "ds_x"},
+            "validation": {"metric": "rmse"},
+        }
     )
     case = Case(spec, {"MatMul": 8}, "other", hardware={"gpu": {"compute_capability": "9.0"}}, has_calibration=True)
     plan = next(planned(c) for c in backends()[name]().propose(case).candidates if c.id == cid)
-    evaluator = _Evaluator()
+    evaluator = _Evaluator(spec)
     desk = Desk(evaluator)  # type: ignore[arg-type]  # what it needs of one
     run = desk.run_of(plan)
     run.steps = [SimpleNamespace(outputs={"model": "simplified"}, seconds=1.0)] * 2  # type: ignore[list-item]
@@ -195,4 +201,5 @@ def test_what_is_won_back_is_measured_as_it_was_quantized(name: str, cid: str, r
     assert (stage, options["recipe"]) == ("sensitivity", recipe)
     assert inputs["ranges"] == f"ranges of {recipe}"
     SensitivityOptions.model_validate(options)
+    assert options["metric"] == "normalized_error", "what the job judges by"
     assert answer == {"why_not": "The ranges belong to another graph."}

@@ -441,3 +441,26 @@ def test_a_model_with_branches(tmp_path: Path) -> None:
     assert bench.run(exclude_nodes=["double"]).data["qdq_by_op"]["MatMul"] == 1, "a branch's node changes nothing"
     one = {name: array[:1] for name, array in bench.data.items()}
     bench.session().run(one)
+
+
+def test_nodes_that_only_move_values_are_not_told_as_revertible(tmp_path: Path) -> None:
+    """To keep a Concat or a MaxPool in higher precision changes nothing."""
+    rng = np.random.default_rng(0)
+    pads = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], name="first", **pads),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("MaxPool", ["b"], ["c"], name="pool", kernel_shape=[3, 3], **pads),
+        helper.make_node("Conv", ["b", "w2"], ["d"], name="side", **pads),
+        helper.make_node("Concat", ["c", "d"], ["e"], name="concat", axis=1),
+        helper.make_node("Conv", ["e", "w3"], ["y"], name="last", **pads),
+    ]
+    weights = [
+        models.tensor(name, rng.normal(0, 0.3, (8, channels, 3, 3)))
+        for name, channels in (("w1", 3), ("w2", 8), ("w3", 16))
+    ]
+    shape = ["batch", 3, 8, 8]
+    model = models.make_model(nodes, [models.value("x", shape)], [models.value("y", ["batch", 8, 8, 8])], weights)
+    data = Bench(tmp_path, model, simplified=False).run().data
+    assert {"first", "side", "last"} <= set(data["revertible_nodes"])
+    assert not {"concat", "pool"} & set(data["revertible_nodes"])

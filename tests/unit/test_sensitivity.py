@@ -196,3 +196,12 @@ def test_arithmetic_of_shapes_is_not_switched(tmp_path: Path) -> None:
     bench = Bench(tmp_path, model, simplified=False)
     result = run(bench, recipe="static_int8", op_types=["MatMul", "Concat"])
     assert {n["name"] for n in result.data["nodes"]} == {"first", "second"}
+
+
+def test_the_error_is_the_one_that_the_job_judges_by(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, architectures.residual_cnn(channels=16))
+    by_kind, by_numbers = (run(bench, metric=metric).data for metric in ("auto", "normalized_error"))
+    assert (by_kind["metric"], by_numbers["metric"]) == ("kl", "normalized_error")
+    assert {n["name"]: n["work"] for n in by_kind["nodes"]} == {n["name"]: n["work"] for n in by_numbers["nodes"]}
+    assert all(n["work"] > 0 for n in by_kind["nodes"])
+    assert by_numbers["all_error"] > by_kind["all_error"]

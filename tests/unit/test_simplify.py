@@ -12,10 +12,11 @@ import onnxslim
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from tests.factories import architectures
+from tests.factories import architectures, onnx_models
 from workers.graph.fuse import transformers as fusion
 from workers.kernel import Reporter, StageContext, backends
 from workers.stages import simplify
+from workers.stages.quantize import Quantize, QuantizeOptions
 from workers.stages.simplify import Simplify, SimplifyOptions
 
 
@@ -235,3 +236,37 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         made.append(run(architectures.bert(), tmp_path / name, fusions=True)[2] / "model.onnx")
     assert made[0].read_bytes() == made[1].read_bytes()
+
+
+def test_an_old_opset_is_raised_so_that_the_model_can_be_quantized(tmp_path: Path) -> None:
+    """Its Softmax counted axes from the first on, and its Squeeze had them as an attribute."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"], name="product"),
+        helper.make_node("Squeeze", ["product"], ["flat"], axes=[1], name="squeeze"),
+        helper.make_node("Softmax", ["flat"], ["y"], name="softmax"),
+    ]
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32), "w")
+    graph = helper.make_graph(nodes, "g", [x], [y], [weight])
+    made, data, folder = run(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), tmp_path
+    )
+    assert [(o.domain, o.version) for o in made.opset_import] == [("", 13)]
+    assert {n.name for n in made.graph.node} >= {"product", "softmax"}
+    assert data["steps"] == ["newer opset", "onnxslim"]
+    assert data["fell_back"] is None
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    ctx = StageContext({"model": folder}, quantized, quantized / "out", Notes(), {})
+    assert Quantize().run(ctx, QuantizeOptions(recipe="dynamic_int8")).data["qdq_by_op"] == {"MatMulInteger": 1}
+
+
+def test_an_opset_that_cannot_be_raised_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: ModelProto, minimum: int) -> ModelProto:
+        raise RuntimeError("no adapter")
+
+    monkeypatch.setattr(simplify, "raise_opset", fails)
+    made, data, _ = run(onnx_models.mlp(opset=11), tmp_path)
+    assert [o.version for o in made.opset_import] == [11]
+    assert data["fell_back"] == "newer opset: RuntimeError: no adapter"

@@ -17,6 +17,10 @@ from workers.search.requests import Answer, Judge, Make, Rank, Request, Subject,
 _SHARED_OPTIONS = ("recipe", "method", "percentile", "op_types", "activations", "per_channel", "reduce_range", "part")
 
 
+# Metrics that ask how far numbers are off, not which class is the best or where a vector points.
+_OF_NUMBERS = ("normalized_error", "psnr", "mae", "rmse", "r2")
+
+
 class Desk:
     """Of one job, on one worker. `runs`: what it holds of each candidate, by id. `timing`: the last short timing."""
 
@@ -123,7 +127,7 @@ class Desk:
         run = self.held(request.subject, request.until)
         if run.build is None:
             return {"why_not": run.tried.failed}
-        _, step = quantization(run.plan)
+        index, step = quantization(run.plan)
         before, data = self._before_quantization(run), self.evaluator.data
         inputs = {"model": before.outputs["model"]}
         if data.calibration is not None:
@@ -140,6 +144,7 @@ class Desk:
             "max_samples": request.samples,
             "exclude_nodes": list(step.options.get("exclude_nodes", ())),
             "shapes": data.shapes,
+            **({"metric": "normalized_error"} if self.evaluator.spec.validation.metric in _OF_NUMBERS else {}),
         }
         try:
             run.sensitivity = self.evaluator.call("sensitivity", inputs, options, run.plan.id, request.until)
@@ -147,7 +152,11 @@ class Desk:
             if failure.kind is FailureKind.INFRASTRUCTURE:
                 raise
             return {"why_not": failure.detail}
-        return {"nodes": run.sensitivity.data["nodes"]}
+        nodes = run.sensitivity.data["nodes"]
+        # To keep a node that the quantization left as it was changes nothing.
+        took = None if known else run.steps[index].data.get("revertible_nodes")
+        nodes = [n for n in nodes if took is None or n["name"] in took]
+        return {"nodes": nodes, "metric": run.sensitivity.data["metric"]}
 
 
 def _failed(run: CandidateRun) -> Answer:

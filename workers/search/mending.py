@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from workers.candidates import Candidate
-from workers.search import checking, halving, limits, requantized
+from workers.search import checking, halving, limits, ranking, requantized
 from workers.search.draft import Draft
 from workers.search.requests import Answer, Judge, Make, Rank, Request, TryShapes
 from workers.search.state import Mending, Phase
@@ -23,9 +23,22 @@ def begin(d: Draft) -> None:
     best = d.best()
     lost = [i for i in d.by_speed(d.alive()) if d[i].accuracy is not None and requantized.is_quantized(d[i].plan)]
     lost = [i for i in lost if halving.over_limit(d.spec, d[i].loss) and not d[i].mending_tried]
-    d.state.queue, d.state.mended = tuple(lost), ()
+    d.state.queue, d.state.mended = tuple(_low_first(d, lost)), ()
     d.state.reached = best[1].low if best else 0.0
     d.state.phase = Phase.MENDING
+
+
+def _low_first(d: Draft, ids: Sequence[str]) -> list[str]:
+    """Of those with one graph the one first whose other nodes compute in the lower precision: what is kept does, too.
+    (As long as nothing is kept they are about as fast as each other.)"""
+    place = {cid: at for at, cid in enumerate(ids)}
+    graphs: dict[str, list[str]] = {}
+    for cid in ids:
+        built = d[cid].built
+        assert built is not None
+        graphs.setdefault(built.graph, []).append(cid)
+    first = {cid: min(place[i] for i in same) for same in graphs.values() for cid in same}
+    return sorted(ids, key=lambda cid: (first[cid], d[cid].plan.rest == "fp32", place[cid]))
 
 
 def ask(d: Draft) -> Request | None:
@@ -148,16 +161,20 @@ def _judged(d: Draft, cid: str) -> None:
 def _number(d: Draft, mending: Mending, *, keeps: bool) -> None:
     """Of the nodes that are kept next: twice as many, until so many hold; then between a number that was too small and
     one that holds: fewer nodes kept are faster."""
-    assert mending.ranked is not None
-    count, most = len(mending.ranked), int(len(mending.ranked) * limits.MOST_KEPT)
+    most = _having(mending.shares, limits.MOST_KEPT)
     failed = mending.failed if keeps else mending.keep
     held = mending.keep if keeps else mending.held
     if not held:
         keep = min(2 * mending.keep, most) if mending.keep < most else 0
     else:
-        enough = held <= count * limits.FEW_KEPT and not mending.held
+        enough = mending.shares[held - 1] <= limits.FEW_KEPT and not mending.held
         keep = (failed + held) // 2 if held - failed > max(1, held // 4) and not enough else 0
     _change(d, failed=failed, held=held, keep=keep)
+
+
+def _having(shares: Sequence[float], limit: float) -> int:
+    """How many of the nodes have at most this share of the work."""
+    return sum(share <= limit for share in shares)
 
 
 def _rank(d: Draft, mending: Mending) -> Rank | None:
@@ -210,9 +227,9 @@ def _ranked(d: Draft, answer: Answer) -> None:
     nodes = answer["nodes"]
     worst = [{"node": n["name"], "error": n["error"]} for n in nodes[:10]]
     d.note(mending.of, PHASE, "sensitivity", worst=worst)
-    ranked = tuple(str(n["name"]) for n in nodes if n["error"])
-    first, most = max(1, int(len(ranked) * limits.FIRST_KEPT)), int(len(ranked) * limits.MOST_KEPT)
-    _change(d, ranked=ranked, keep=first if first <= most else 0)
+    ranked, shares = ranking.in_order(nodes, squared=answer.get("metric") == "normalized_error")
+    first, most = max(1, _having(shares, limits.FIRST_KEPT)), _having(shares, limits.MOST_KEPT)
+    _change(d, ranked=ranked, shares=shares, keep=first if first <= most else 0)
 
 
 def _graph(d: Draft, cid: str) -> tuple[str, str]:

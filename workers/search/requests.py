@@ -10,7 +10,7 @@ Answers: a mapping. `failed`: why the candidate is out; beside it
   define
 - `TryShapes`: `shapes` (None: nothing was found out), `probes` (whether the original itself gets through)
 - `Time`: `engines` {id: figures}, `batch_sizes`, `at`; or `failure` {code, detail} of the timing as a whole
-- `Rank`: `nodes` [{name, error}], the worst first; or `why_not`
+- `Rank`: `nodes` [{name, error, work}], the worst first, and `metric` (what the error is); or `why_not`
 """
 
 from __future__ import annotations

@@ -179,15 +179,17 @@ class Timing:
 @dataclass(frozen=True)
 class Mending:
     """What is tried for one candidate. `ways`: other ways to quantize the same nodes, yet to try, or None where that is
-    over; `remaking`: seconds that one takes. `ranked`: nodes, the worst first, None before they are known. `keep`: so
-    many of them are tried next, 0 where no more are; `failed` were too few, `held` are enough (0: none yet). `trying`:
-    who is being made and checked. `best`: who keeps the limit."""
+    over; `remaking`: seconds that one takes. `ranked`: nodes, those first that are worth most in higher precision, None
+    before they are known; `shares`: of all work, that so many of them have. `keep`: so many of them are tried next, 0
+    where no more are; `failed` were too few, `held` are enough (0: none yet). `trying`: who is being made and checked.
+    `best`: who keeps the limit."""
 
     of: str
     until: float
     ways: tuple[Candidate, ...] | None
     remaking: float
     ranked: tuple[str, ...] | None = None
+    shares: tuple[float, ...] = ()
     keep: int = 0
     failed: int = 0
     held: int = 0

@@ -55,11 +55,12 @@ class QuantizeNncfOptions(StageOptions):
 
 class QuantizeNncf(Stage[QuantizeNncfOptions]):
     """See the module. `data`: recipe, qdq_by_op (OpenVINO op type → nodes that compute on quantized values),
-    quantized_nodes (their number), quantized_onnx_nodes (ONNX names), excluded_nodes, calibration {method, samples
-    (None where that was done before: `reused`), dataset}, trial_run, size_bytes_before, size_bytes."""
+    quantized_nodes (their number), quantized_onnx_nodes (ONNX names), revertible_nodes (those of them that compute
+    otherwise where they are excluded), excluded_nodes, calibration {method, samples (None where that was done before:
+    `reused`), dataset}, trial_run, size_bytes_before, size_bytes."""
 
     name = "quantize_nncf"
-    version = 6
+    version = 7
     Options = QuantizeNncfOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "openvino", "nncf")
     gives: ClassVar[Mapping[str, str]] = {"model": OPENVINO_IR}
@@ -70,7 +71,7 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
 
     @classmethod
     def rounding(cls, options: Mapping[str, Any]) -> Rounding | None:  # noqa: ARG003
-        return Rounding(("histogram", "percentile"))
+        return Rounding(("histogram", "auto", "percentile"))
 
     @classmethod
     def part(cls, options: Mapping[str, Any]) -> StepPart:  # noqa: ARG003
@@ -108,11 +109,13 @@ class QuantizeNncf(Stage[QuantizeNncfOptions]):
         ir.write_ir(quantized, interface, out)
         del quantized
         ctx.reporter.progress(0.9, "trial run")
+        computing = {name for name, kind in nodes.items() if nncf_revert.computes(kind)}
         data = {
             "recipe": "nncf_int8",
             "qdq_by_op": counts,
             "quantized_nodes": len(nodes),
             "quantized_onnx_nodes": sorted(name for name, made in by_name.items() if nodes.keys() & set(made)),
+            "revertible_nodes": sorted(name for name, made in by_name.items() if computing & set(made)),
             "excluded_nodes": sorted(options.exclude_nodes),
             "calibration": {
                 "method": options.method,

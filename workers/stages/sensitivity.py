@@ -10,7 +10,7 @@ one, until every group that matters is split or the time is out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ from workers.graph.onnxruntime_messages import runtime_failure
 from workers.graph.prepare import prepare
 from workers.graph.qdq import placement as qdq
 from workers.graph.qdq import switch
+from workers.graph.work import node_work
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.accuracy import Kind, OutputComparison, normalized_error, output_kind
 from workers.measure.axes import batch_axes, fixed_batch
@@ -51,7 +52,8 @@ Arrays = dict[str, Array]
 class SensitivityOptions(StageOptions):
     """What `quantize` (dynamic_int8, static_int8) or `convert` (int8, fp8) takes, and `max_groups`: how many groups of
     neighbouring nodes are measured before single nodes. `max_samples` are run for every group and node. `shapes`: for
-    random inputs, where there is no data."""
+    random inputs, where there is no data. `metric`: what the error is; by the kinds of the outputs, or what the job
+    judges by."""
 
     recipe: Literal["dynamic_int8", "static_int8", "int8", "fp8"] = "static_int8"
     method: calibration.Method = "minmax"
@@ -65,19 +67,21 @@ class SensitivityOptions(StageOptions):
     max_groups: int = Field(default=16, ge=1)
     part: Literal["all", "calibration"] = "all"
     shapes: dict[str, dict[str, list[int]]] | None = None
+    metric: Literal["auto", "normalized_error"] = "auto"
 
 
 class Sensitivity(Stage[SensitivityOptions]):
     """See the module.
 
-    data: nodes [{name, op_type, error, group, measured: "node" | "group" | "none"}], worst first (`error` of a node
-    that was measured with its group is the group's; null where there was no time); groups [{id, nodes, error}];
+    data: nodes [{name, op_type, error, work, group, measured: "node" | "group" | "none"}], worst first (`error` of a
+    node that was measured with its group is the group's; null where there was no time; `work`: of one sample, see
+    `workers.graph.work`; null where its shapes are not known); groups [{id, nodes, error}];
     all_error (everything quantized); samples; complete (the time did not cut it short); runs; method; metric ("kl" |
     "cosine_loss" | "normalized_error" | "disagreement": what `error` is; of several outputs the worst).
     """
 
     name = "sensitivity"
-    version = 3
+    version = 4
     Options = SensitivityOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime")
     weight: ClassVar[float] = 3.0
@@ -103,7 +107,7 @@ class Sensitivity(Stage[SensitivityOptions]):
         path = prepared.with_name("switchable.onnx")
         switch.write(prepared, path, nodes, simulation)
         engine = _Engine(path, skeleton, samples, options)
-        search = _Search(ctx, engine, nodes, options.max_groups)
+        search = _Search(ctx, engine, nodes, options, node_work(prepared, engine.one_sample()))
         data = search.run()
         return StageResult(data=data, reusable=bool(data["complete"]))
 
@@ -209,6 +213,13 @@ class _Engine:
             for name, value in zip(self.names, values, strict=True)
         }
 
+    def one_sample(self) -> Arrays:
+        """The inputs with one sample, or the fixed batch."""
+        size = self._fixed or 1
+        if self._samples is None:
+            return synthetic_feeds(self._inputs, size, self._options.shapes, 0)
+        return next(self._samples.batches(size)).filled(size)
+
     def batches(self) -> Iterator[tuple[Arrays, int]]:
         """Inputs with their number of real samples."""
         if self._samples is None:
@@ -257,9 +268,17 @@ def _figure(seen: OutputComparison, metric: str) -> float | None:
 
 
 class _Search:
-    def __init__(self, ctx: StageContext, engine: _Engine, nodes: Sequence[switch.Switchable], most: int) -> None:
-        self.ctx, self.engine, self.nodes = ctx, engine, nodes
-        count = min(most, len(nodes))
+    def __init__(
+        self,
+        ctx: StageContext,
+        engine: _Engine,
+        nodes: Sequence[switch.Switchable],
+        options: SensitivityOptions,
+        work: Mapping[str, float],
+    ) -> None:
+        self.ctx, self.engine, self.nodes, self.work = ctx, engine, nodes, work
+        self.wanted = options.metric
+        count = min(options.max_groups, len(nodes))
         edges = [round(i * len(nodes) / count) for i in range(count + 1)]
         self.groups = [_Group(i, [*range(a, b)]) for i, (a, b) in enumerate(pairwise(edges))]
         self.everything = _Group(-1, [*range(len(nodes))])
@@ -306,6 +325,8 @@ class _Search:
         kinds = {kind for kind in self.kinds.values() if kind is not Kind.EXACT}
         if not kinds:
             return "disagreement"
+        if self.wanted != "auto":
+            return self.wanted
         by_kind = {Kind.LOGITS: "kl", Kind.EMBEDDING: "cosine_loss"}
         return by_kind.get(min(kinds), "normalized_error") if len(kinds) == 1 else "normalized_error"
 
@@ -323,6 +344,7 @@ class _Search:
                         "name": node.name,
                         "op_type": node.op_type,
                         "error": joint if own is None else own,
+                        "work": self.work.get(node.name),
                         "group": group.id,
                         "measured": how,
                     }

@@ -1,4 +1,5 @@
-"""simplify: constant folding, dead code and fusions, kept only where the function stays the same.
+"""simplify: constant folding, dead code and fusions, kept only where the function stays the same. A model in an opset
+that no quantizing pass takes is raised to one that they do.
 
 Input `model`, output `model`. Every step is compared with the graph before it on random inputs; a step that crashes,
 changes an input or output, or changes a result is undone, and `data["fell_back"]` says which and why.
@@ -28,7 +29,9 @@ from workers.graph.equivalence import (
 from workers.graph.fuse import attention
 from workers.graph.fuse import transformers as fusion
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_model, size_of
-from workers.graph.rewriting import restore_interface
+from workers.graph.onnx_graph import opset_of
+from workers.graph.preconditions import OLDEST_OPSET
+from workers.graph.rewriting import raise_opset, restore_interface
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
@@ -47,7 +50,7 @@ class Simplify(Stage[SimplifyOptions]):
     """See the module. `data`: nodes_before, nodes_after, fusions, at_load, fell_back, max_abs_diff, tolerance, …"""
 
     name = "simplify"
-    version = 3
+    version = 4
     Options = SimplifyOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
@@ -75,6 +78,9 @@ class Simplify(Stage[SimplifyOptions]):
         ctx.reporter.progress(0.05, "reference outputs")
         check = EquivalenceCheck(original, options.shapes, ctx.workspace)
         steps = _Steps(original, check)
+        if opset_of(original) < OLDEST_OPSET:
+            steps.attempt("newer opset", lambda: [raise_opset(original, OLDEST_OPSET)], newer_opset=True)
+            original = check.original = steps.model
         ctx.reporter.progress(0.2, "constant folding and dead code")
         steps.attempt("onnxslim", lambda: [_slimmed(original)])
         architecture, found = None, None
@@ -192,9 +198,10 @@ class _Steps:
     fell_back: list[str] = field(default_factory=list)
     max_abs_diff: float = 0.0
 
-    def attempt(self, step: str, make: Callable[[], Sequence[ModelProto]]) -> bool:
+    def attempt(self, step: str, make: Callable[[], Sequence[ModelProto]], *, newer_opset: bool = False) -> bool:
         """Take the first of the graphs from `make` that is equivalent to the original; keep the graph before otherwise.
-        No graph at all means that there was nothing to do. Whether one was taken."""
+        No graph at all means that there was nothing to do. Whether one was taken. `newer_opset`: whether they may
+        import another one."""
         try:
             candidates = make()
         except MemoryError:
@@ -205,7 +212,7 @@ class _Steps:
         reasons = []
         for candidate in candidates:
             restore_interface(candidate, self.check.original)
-            difference, reason = self.check.compare(candidate)
+            difference, reason = self.check.compare(candidate, newer_opset=newer_opset)
             if reason is None:
                 self.model = candidate
                 self.max_abs_diff = difference

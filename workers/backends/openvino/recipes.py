@@ -115,7 +115,7 @@ def _candidate(
         prior = max(prior, 0.9)
     if recipes.is_small(case):
         prior = round(prior * _SMALL_FACTOR[precision], 2)
-    compute = "bf16" if cid.endswith("bf16") else "f32"
+    compute, rest = ("bf16", "bf16") if cid.endswith("bf16") else ("f32", "fp32")
     narrows = ARITHMETIC.of(case)
     return Candidate(
         cid,
@@ -127,4 +127,5 @@ def _candidate(
         lossless=lossless and narrows is None,
         prior=prior,
         narrows=narrows,
+        rest=rest,
     )

@@ -30,6 +30,11 @@ def revert(quantized: Any, names: Collection[str], original: Any) -> None:
     quantized.validate_nodes_and_infer_types()
 
 
+def computes(kind: str) -> bool:
+    """Whether a node of this type does more than move values: else nothing changes where it is put back."""
+    return kind not in (*MOVES, *PASSIVE)
+
+
 class _Reverted:
     def __init__(self, model: Any, original: Any) -> None:
         self.model = model
@@ -38,9 +43,9 @@ class _Reverted:
     def put_back(self, names: Collection[str]) -> None:
         by_name = {node.get_friendly_name(): node for node in self.model.get_ordered_ops()}
         done = {name for name, node in by_name.items() if self._is_half_quantized(node)}  # as NNCF left them
-        idle = (*MOVES, *PASSIVE)  # a lookup in 8-bit weights is not
         named = [(name, node) for name, node in by_name.items() if name in names]
-        todo = [name for name, node in named if node.get_type_name() not in idle or _has_packed_weights(node)]
+        # A lookup in 8-bit weights does something, too.
+        todo = [name for name, node in named if computes(node.get_type_name()) or _has_packed_weights(node)]
         while todo:
             for name in todo:
                 self._put_back(by_name[name])
