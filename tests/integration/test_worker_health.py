@@ -95,7 +95,7 @@ def _jobs(
     coming = iter(ends)
 
     class Ends:
-        def __init__(self, *_: Any) -> None: ...
+        def __init__(self, *_: Any, **__: Any) -> None: ...
 
         def run(self) -> None:
             raise next(coming)
