@@ -3,6 +3,7 @@ another package may have kinds of its own."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 ONNX: Final = "onnx"  # `model.onnx`, and `model.onnx.data` where the weights are too many
@@ -14,4 +15,12 @@ INDUCTOR_PACKAGE: Final = "inductor-package"  # `model.pt2` (or `program.pt2` an
 TENSORRT_PLAN: Final = "tensorrt-plan"  # `engine.plan`, `engine.json`
 TENSORRT_RTX_PLAN: Final = "tensorrt-rtx-plan"  # the same, of TensorRT for RTX
 
+BY_BATCH: Final = "engines-by-batch"  # engines of other kinds, in a folder each
+
 PROGRAM_FILE: Final = "program.pt2"
+
+
+def names_in(folder: Path) -> list[str]:
+    """Of the files of an artifact, sorted, as its references have them: relative to `folder`, which holds folders only
+    where several engines lie side by side."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())

@@ -107,6 +107,17 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of several engines that lie side by side: below `folder`, and loaded by `backend` with `runtime`. It answers
+    batches of at most `most` samples that none before it does; None: all others."""
+
+    folder: str
+    backend: str
+    runtime: Mapping[str, Any]
+    most: int | None
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Something the user asked for, or would expect, that is not tried; and why."""
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from app.domain.failures import FailureKind, StageFailure
 from workers import registry
 from workers.artifacts import ONNX
-from workers.candidates import Candidate, Case, Proposal, Rounding, Target
+from workers.candidates import Candidate, Case, Member, Proposal, Rounding, Target
 from workers.examined import Examined, Refused
 from workers.serving.native import Instances, InTriton
 
@@ -273,6 +273,11 @@ class Backend(ABC):
         """The target of a build with these options, where it alone decides what is built, and what is told of it,
         whatever machine builds. None: it is built for this machine."""
         return None
+
+    @classmethod
+    def members(cls, runtime: Mapping[str, Any]) -> tuple[Member, ...]:  # noqa: ARG003
+        """The engines that it loads with this `runtime`, where those are several."""
+        return ()
 
     @abstractmethod
     def propose(self, case: Case) -> Proposal:

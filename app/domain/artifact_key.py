@@ -24,7 +24,8 @@ def digest_of(value: Any) -> str:
 
 @dataclass(frozen=True, order=True)
 class FileRef:
-    """One stored file: its relative name inside the artifact (no folders), hex SHA-256 and size in bytes."""
+    """One stored file: its relative name inside the artifact (in a folder only where several engines lie side by side),
+    hex SHA-256 and size in bytes."""
 
     name: str
     sha256: str

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from app.domain.failures import StageFailure
+from workers.artifacts import names_in
 from workers.measure.rounds import Timing, counting
 from workers.measure.stats import (
     P99_BOUND_SAMPLES,
@@ -128,7 +129,7 @@ class EngineFigures:
     @classmethod
     def start(cls, folder: Path, cold: bool) -> EngineFigures:
         unknown = dict.fromkeys(("cold_start_ms", "load_ms", "first_inference_ms", "peak_memory_mb", "gpu_memory_mb"))
-        size = sum(p.stat().st_size for p in folder.iterdir())
+        size = sum((folder / name).stat().st_size for name in names_in(folder))
         why = {} if cold else {"reasons": dict.fromkeys(unknown, "not measured: it was not asked for")}
         return cls({**unknown, "size_bytes": size, **why})
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import FailureKind, StageFailure
+from workers.artifacts import names_in
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, StageContext, StageOptions, TensorSpec, backends
 from workers.measure.axes import batch_axes, fixed_batch
@@ -149,7 +150,8 @@ def load_session(folder: Path, backend: str, runtime: Mapping[str, Any]) -> Sess
 def folder_digest(folder: Path) -> str:
     """The artifact digest of the files as they lie there: what was judged is what ships."""
     refs = []
-    for path in sorted(folder.iterdir()):
+    for name in names_in(folder):
+        path = folder / name
         with path.open("rb") as file:
-            refs.append(FileRef(path.name, hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size))
+            refs.append(FileRef(name, hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size))
     return ArtifactRef(tuple(refs)).digest

@@ -8,6 +8,7 @@ from typing import Any
 from app.domain.artifact_key import digest_of
 from workers import kernel
 from workers.libraries import installed_versions
+from workers.members import names_of
 
 StageType = type[kernel.Stage[Any]]
 
@@ -15,9 +16,10 @@ StageType = type[kernel.Stage[Any]]
 def backends(options: Mapping[str, Any]) -> list[type[kernel.Backend]]:
     """Every backend that a stage call's options name."""
     engines = options.get("engines") or ()
-    names = {options.get("backend"), options.get("baseline_backend"), *(e.get("backend") for e in engines)}
+    pairs = [(e.get("backend"), e.get("runtime") or {}) for e in (options, *engines)]
+    named = {name for backend, runtime in pairs if backend is not None for name in names_of(backend, runtime)}
     known = kernel.backends()
-    return [known[name] for name in sorted(n for n in names if n in known)]
+    return [known[n] for n in sorted({*named, str(options.get("baseline_backend"))}) if n in known]
 
 
 def libraries(stage: StageType, options: Mapping[str, Any]) -> dict[str, str]:

@@ -32,6 +32,7 @@ class Workspace:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             for file in ref.files:
+                (partial / file.name).parent.mkdir(exist_ok=True)
                 self.content.fetch(self.tenant_id, file.sha256, partial / file.name)
                 if file.name.endswith(".data"):
                     _unlink_from_store(partial / file.name)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workers import devices
+from workers.artifacts import names_in
 from workers.bundle_readme import machine_of
-from workers.graph.onnx_files import files_of, link_or_copy
+from workers.graph.onnx_files import link_or_copy
 from workers.kernel import Backend, Session
 from workers.measure.axes import batch_axes
+from workers.members import scripts_of
 from workers.serving import kserve, triton
 from workers.serving.native import Instances
 from workers.serving.triton_server import Example, NotLoaded, replayed, running
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from workers.kernel import Arrays
 
-_INFER = "infer.py"
 _MANIFEST = "manifest.json"  # which infer.py asks for the sizes that it takes
 _READY_S = 120.0
 
@@ -81,7 +82,12 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
     threads = serving.get("threads")
     runtime = backend.with_threads(bundled.runtime, threads) if threads else dict(bundled.runtime)
     native = backend.in_triton(Instances(bundled.engine, runtime, int(serving["instances"]), bundled.hardware))
-    infer = f"{triton.FOLDER}/{_INFER}" if runtime != dict(bundled.runtime) else _INFER
+    scripts = scripts_of(backend.name, runtime)
+    # As members of the bundle: its own, unless they load the engine otherwise.
+    at = {
+        name: name if text.encode() == bundled.texts[name] else f"{triton.FOLDER}/{name}"
+        for name, text in scripts.items()
+    }
     one_by_one = any(axis is None for axis in (serving.get("batch_axis") or {}).values())
     served = triton.Served(
         name=bundled.name,
@@ -94,7 +100,7 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
         group=devices.named(backend.device).triton_group,
         native=native,
         versions=bundled.versions,
-        script={**{name: name for name in (*(p.name for p in files_of(bundled.engine)), _MANIFEST)}, _INFER: infer},
+        script={**{name: name for name in (*names_in(bundled.engine), _MANIFEST)}, **at},
         accepts=(bundled.manifest.get("engine") or {}).get("accepts") or {},
         labels=bundled.manifest.get("labels") or (),
     )
@@ -104,8 +110,8 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
         kinds.entries["triton"] = {"reason": str(refused)}
         return
     texts = dict(made.texts)
-    if infer in made.files.values() and infer != _INFER:
-        texts[infer] = backend.infer_script(runtime).encode()
+    used = {*made.files.values()}
+    texts |= {at[name]: text.encode() for name, text in scripts.items() if at[name] in used and at[name] != name}
     entry: dict[str, Any] = {"files": made.files, "backend": native.backend, "notes": made.notes}
     if bundled.tritonserver is not None:
         try:
@@ -160,7 +166,7 @@ def _kserve(bundled: Bundled, kinds: Kinds) -> None:
             p99_ms=traffic.get("p99_limit_ms"),
             start_seconds=traffic.get("start_seconds"),
             reason=str(reasons.get("serving") or "the job told no traffic"),
-            members=[*(path.name for path in files_of(bundled.engine)), *bundled.texts],
+            members=[*names_in(bundled.engine), *bundled.texts],
         )
     )
     kinds.texts |= made.texts

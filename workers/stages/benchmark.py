@@ -28,6 +28,7 @@ from workers.measure.plan import LEAST_CALLS
 from workers.measure.quiet import Quiet
 from workers.measure.rounds import Timing, budget_exhausted, measure
 from workers.measure.shape_timing import SHARE, OtherShapes
+from workers.members import names_of
 
 _AGAIN = " (again)"  # the second process of an engine that others are compared with
 AGAIN = BASELINE + _AGAIN
@@ -117,7 +118,7 @@ class _Run:
                     cold=self.options.cold,
                 ),
                 "conditions": {"before": before, "after": hardware.conditions(self.ctx.hardware)},
-                "versions": versions(engine.backend for engine in self.specs.values()),
+                "versions": versions(n for e in self.specs.values() for n in names_of(e.backend, e.runtime)),
                 "noisy": bool(self.noise) and not self.options.screening,
                 "noise": self.noise,
                 "disturbance": claim.disturbance(self.windows, self.noise, self.quiet.waited if self.quiet else 0.0),
@@ -138,9 +139,10 @@ class _Run:
         """Once here, and not in every fork."""
         known = backends()
         for engine in self.specs.values():
-            if engine.backend in known:
-                known[engine.backend]().probe(self.ctx.hardware)
-            else:
+            names = names_of(engine.backend, engine.runtime)
+            for name in (n for n in names if n in known):
+                known[name]().probe(self.ctx.hardware)
+            if engine.backend not in known:
                 detail = f"This worker has no backend {engine.backend!r}."
                 self._fail(engine.id, StageFailure("backend_unavailable", detail, FailureKind.REQUEST))
 

@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,14 @@ from app.artifacts.kinds import KINDS_FILE, index_of
 from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import StageFailure, infrastructure_failure
 from workers import kernel
+from workers.artifacts import names_in
 from workers.bundle_readme import readme
 from workers.data import Samples, synthetic_feeds
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
 from workers.libraries import installed_version
 from workers.measure.axes import fixed_batch
 from workers.measure.method import versions
+from workers.members import names_of, scripts_of
 from workers.serving.bundles import Bundled, follows_batch, other_kinds
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ class Package(Stage[PackageOptions]):
     otherwise when the same input ran again: random ones, which the bundle does not compare)."""
 
     name = "package"
-    version = 7
+    version = 8
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
@@ -72,28 +75,16 @@ class Package(Stage[PackageOptions]):
         backend = kernel.backends()[options.backend]()
         session = backend.load(engine, options.runtime)
         try:
-            feeds = _sample_feeds(ctx, session, options)
-            expected = session.run(feeds)
-            again = session.run(feeds)
-            batched = follows_batch(session, expected, _twice(session, feeds))
+            samples, expected, random = _samples(ctx, session, options)
+            batched = follows_batch(session, expected[""], _twice(session, samples[""]))
         except StageFailure as failure:
             failure.code = "packaged_engine_fails"
             raise
         finally:
             session.close()
-        random = sorted(name for name, array in expected.items() if not _repeated(array, again[name]))
         ctx.reporter.progress(0.6, "bundle")
         bundle = ctx.output("bundle") / f"{options.name}-bundle.zip"
-        extra = {
-            "manifest.json": json.dumps(
-                {**options.manifest, "not_repeatable": random}, indent=2, sort_keys=True, ensure_ascii=False
-            ).encode(),
-            "infer.py": backend.infer_script(options.runtime).encode(),
-            "sample_input.npz": _npz(feeds),
-            "expected_output.npz": _npz({n: a for n, a in expected.items() if n not in random}),
-            "README.md": readme(options.name, options.backend, options.manifest, random).encode(),
-            "requirements.txt": _requirements(options).encode(),
-        }
+        extra = _texts(options, samples, expected, random)
         bundled = Bundled(
             name=options.name,
             backend=backend,
@@ -102,12 +93,12 @@ class Package(Stage[PackageOptions]):
             manifest=options.manifest,
             hardware=ctx.hardware,
             session=session,
-            sample=feeds,
+            sample=samples[""],
             batched=batched,
             serving=_serving(options.manifest),
             texts=extra,
-            versions=versions([options.backend]),
-            expected={n: a for n, a in expected.items() if n not in random},
+            versions=versions(names_of(options.backend, options.runtime)),
+            expected={n: a for n, a in expected[""].items() if n not in random},
             tritonserver=None if options.tritonserver is None else Path(options.tritonserver),
             scratch=ctx.workspace,
         )
@@ -115,7 +106,7 @@ class Package(Stage[PackageOptions]):
         extra |= kinds.texts
         _write_zip(bundle, engine, extra)
         _add_kinds(bundle, kinds.entries)
-        _require_judged(options.engine_digest, bundle, [p.name for p in engine.iterdir()])
+        _require_judged(options.engine_digest, bundle, names_in(engine))
         return StageResult(
             outputs=("engine", "bundle"),
             data={
@@ -126,6 +117,22 @@ class Package(Stage[PackageOptions]):
                 "not_repeatable": random,
             },
         )
+
+
+def _texts(
+    options: PackageOptions, samples: Mapping[str, Arrays], expected: Mapping[str, Arrays], random: Sequence[str]
+) -> dict[str, bytes]:
+    """What lies in the bundle beside the engine's own files."""
+    manifest = {**options.manifest, "not_repeatable": random}
+    outputs = {which: {n: a for n, a in at.items() if n not in random} for which, at in expected.items()}
+    return {
+        "manifest.json": json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False).encode(),
+        **{name: text.encode() for name, text in scripts_of(options.backend, options.runtime).items()},
+        **{f"sample_input{which}.npz": _npz(feeds) for which, feeds in samples.items()},
+        **{f"expected_output{which}.npz": _npz(at) for which, at in outputs.items()},
+        "README.md": readme(options.name, options.backend, options.manifest, random).encode(),
+        "requirements.txt": _requirements(options).encode(),
+    }
 
 
 def _require_judged(digest: str, bundle: Path, names: Sequence[str]) -> None:
@@ -146,17 +153,17 @@ def _require_judged(digest: str, bundle: Path, names: Sequence[str]) -> None:
 
 
 def _single_file(engine: Path, out: Path, options: PackageOptions) -> Path:
-    files = sorted(engine.iterdir())
+    files = names_in(engine)
     if len(files) == 1:
-        target = out / f"{options.name}{files[0].suffix}"
-        _link_or_copy(files[0], target)
+        target = out / f"{options.name}{Path(files[0]).suffix}"
+        _link_or_copy(engine / files[0], target)
         return target
     target = out / f"{options.name}.tar"
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
-        for path in files:
-            info = tarfile.TarInfo(path.name)
-            info.size, info.mode = path.stat().st_size, 0o644
-            with path.open("rb") as source:
+        for name in files:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = (engine / name).stat().st_size, 0o644
+            with (engine / name).open("rb") as source:
                 archive.addfile(info, source)
     return target
 
@@ -168,9 +175,24 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions) -> Arrays:
-    """One real sample where there is data, else a plausible random one; repeated where the batch is fixed."""
-    batch = fixed_batch(session.inputs) or 1
+def _samples(
+    ctx: StageContext, session: Session, options: PackageOptions
+) -> tuple[dict[str, Arrays], dict[str, Arrays], list[str]]:
+    """What the bundle is tried with: inputs and outputs by what their files' names end with, a sample for each engine
+    in it; and the outputs that came out otherwise when the same input ran again."""
+    members = kernel.backends()[options.backend].members(options.runtime)
+    # The smallest batch that each of several engines answers: one more than the one before it does.
+    least = {f"_{m.folder}": (before.most or 0) + 1 for before, m in pairwise(members)}
+    sizes = {"": fixed_batch(session.inputs) or 1, **least}
+    feeds = {which: _sample_feeds(ctx, session, options, batch) for which, batch in sizes.items()}
+    expected = {which: session.run(given) for which, given in feeds.items()}
+    again = {which: session.run(given) for which, given in feeds.items()}
+    random = {n for which, at in expected.items() for n, array in at.items() if not _repeated(array, again[which][n])}
+    return feeds, expected, sorted(random)
+
+
+def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions, batch: int) -> Arrays:
+    """One real sample where there is data, else a plausible random one; repeated to fill the batch."""
     if "data" in ctx.inputs:
         samples = Samples(ctx.only_file("data"), session.inputs, session.outputs, max_samples=1)
         return next(iter(samples.batches(1))).filled(batch)
@@ -230,10 +252,10 @@ def _zip_info(name: str, method: int) -> zipfile.ZipInfo:
 def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
     """Stored, not compressed: other kinds are made of its bytes as they lie there (`app.artifacts.kinds`)."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for file in sorted(engine.iterdir()):
+        for name in names_in(engine):
             with (
-                file.open("rb") as source,
-                archive.open(_zip_info(file.name, zipfile.ZIP_STORED), "w", force_zip64=True) as target,
+                (engine / name).open("rb") as source,
+                archive.open(_zip_info(name, zipfile.ZIP_STORED), "w", force_zip64=True) as target,
             ):
                 shutil.copyfileobj(source, target, _BUFFER)
         for name in sorted(extra):
@@ -251,6 +273,8 @@ def _add_kinds(bundle: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 def _requirements(options: PackageOptions) -> str:
     """What `infer.py` imports and nothing else, in the versions that were measured; what is not installed here, without
     one."""
-    found: dict[str, str | None] = dict(versions([options.backend]))
-    found |= {name: installed_version(name) for name in kernel.backends()[options.backend].script_libraries}
+    names = names_of(options.backend, options.runtime)
+    found: dict[str, str | None] = dict(versions(names))
+    known = kernel.backends()
+    found |= {library: installed_version(library) for name in names for library in known[name].script_libraries}
     return "".join(f"{n}=={v}\n" if v else f"{n}\n" for n, v in sorted(found.items()))

@@ -24,6 +24,7 @@ from workers.measure.method import sweep_method, versions
 from workers.measure.plan import P99_CAP_S
 from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
 from workers.measure.winner import WINDOWS
+from workers.members import names_of
 
 _WARM_UP_CAP_S = 0.5
 _WARM_UP_ITERATIONS = 20
@@ -157,7 +158,8 @@ class Sweep(Stage[SweepOptions]):
         if options.backend not in known:
             detail = f"This worker has no backend {options.backend!r}."
             raise StageFailure("backend_unavailable", detail, FailureKind.REQUEST, self.name)
-        known[options.backend]().probe(ctx.hardware)  # imports the library once here, and not in every fork
+        for name in names_of(options.backend, options.runtime):
+            known[name]().probe(ctx.hardware)  # imports the library once here, and not in every fork
         return _Run(ctx, options).result()
 
 
@@ -214,7 +216,7 @@ class _Run:
                     inputs=words, pinned=self.pinned, min_seconds=self.options.min_seconds, passes=self.options.passes
                 ),
                 "conditions": {"before": before, "after": hardware.conditions(self.ctx.hardware)},
-                "versions": versions([self.options.backend]),
+                "versions": versions(names_of(self.options.backend, self.options.runtime)),
             },
             reusable=self.complete and not shortened and not passing,
         )

@@ -1,0 +1,46 @@
+"""The `infer.py` of a bundle with several engines: each has its own beside it, whose `load` it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from workers.backends import bundle_script
+
+_LOADER = '''
+# Who answers batches of how many samples: the first one whose `most` holds them. `input`, `axis`: where that is read.
+CHOICE = json.loads(r"""__CHOICE__""")
+
+
+def engine_of(folder):
+    """The `infer.py` of one engine, as a module."""
+    spec = importlib.util.spec_from_file_location(f"infer_{folder}", HERE / folder / "infer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load():
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call. All
+    engines are loaded, and each call goes to the one that is the fastest at its batch size."""
+    loaded = [engine_of(engine["folder"]).load() for engine in CHOICE["engines"]]
+    runs = [(engine["most"], run) for engine, (_, run) in zip(CHOICE["engines"], loaded)]
+    name, axis = CHOICE["input"], CHOICE["axis"]
+
+    def run(feeds):
+        size = np.shape(feeds[name])[axis]
+        return next(run for most, run in runs if most is None or size <= most)(feeds)
+
+    return loaded[0][0], run
+'''
+
+
+def infer_script(runtime: Mapping[str, Any]) -> str:
+    """Source of `infer.py` for engines that lie in the folders that `runtime` names, with an `infer.py` each."""
+    text = json.dumps(dict(runtime), indent=2, sort_keys=True, ensure_ascii=True)
+    return bundle_script.infer_script(
+        needs="what each engine's own infer.py needs (requirements.txt has it all)",
+        imports="import importlib.util",
+        loader=_LOADER.replace("__CHOICE__", text),
+    )
