@@ -13,7 +13,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
     lines = [
         f"# {name}",
         "",
-        f"An engine for `{backend}`, built and measured on {machine_of(backend, manifest)}.",
+        f"{_what(backend, manifest)}, built and measured on {machine_of(backend, manifest)}.",
         "",
         "    pip install -r requirements.txt",
         "    python infer.py                      # runs sample_input.npz, compares with expected_output.npz",
@@ -22,6 +22,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         "`python infer.py` ends with exit code 1 where an output differs by more than the precision's rounding.",
         "In Python: `names, run = infer.load()`, then `run({name: array})`, which many threads may call.",
         "",
+        *_told("Two engines", _by_batch((manifest.get("engine") or {}).get("by_batch") or {})),
         *_told("Figures", _figures(manifest.get("figures") or {})),
         *_told("Sizes that it takes", _sizes((manifest.get("engine") or {}).get("accepts") or {})),
         *_told("Deployment", _deployment(manifest.get("deployment") or {})),
@@ -33,6 +34,12 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         what = ", ".join(not_repeatable)
         lines += ["", f"Not compared, because they differ from call to call: {what}."]
     return "\n".join(lines) + "\n"
+
+
+def _what(backend: str, manifest: Mapping[str, Any]) -> str:
+    both = ((manifest.get("engine") or {}).get("by_batch") or {}).get("engines") or ()
+    names = " and ".join(dict.fromkeys(f"`{engine['backend']}`" for engine in both))
+    return f"Two engines for {names}" if both else f"An engine for `{backend}`"
 
 
 def machine_of(backend: str, manifest: Mapping[str, Any]) -> str:
@@ -71,6 +78,20 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         )
     if figures.get("memory_mb") is not None:
         yield f"{figures['memory_mb']:.4g} MB of memory, {_number(figures.get('size_mb'))} MB on disk"
+
+
+def _by_batch(told: Mapping[str, Any]) -> Iterator[str]:
+    """Which batch goes to which, and what that takes."""
+    for engine in told.get("engines") or ():
+        most = "and more" if engine["most"] is None else f"to {engine['most']}"
+        loss = _number(engine.get("accuracy_loss_percent"))
+        yield f"batches of {engine['least']} {most}: {engine['name']} ({engine['backend']}), accuracy loss {loss}"
+    for at in told.get("batches") or ():
+        if at.get("speedup") is not None:
+            alone = f"{_number(at.get('small_speedup'))}x and {_number(at.get('large_speedup'))}x"
+            yield f"batch size {at['batch']}: {at['speedup']:.2f}x as fast as the original, either alone {alone}"
+    if told.get("engines"):
+        yield "`run` chooses by the batch size of each call; both engines are loaded, and take the memory of both"
 
 
 def _sizes(accepts: Mapping[str, Any]) -> Iterator[str]:

@@ -129,6 +129,45 @@ class ShapeReport(_Part):
     answers: str | None = None
 
 
+class EngineShare(_Part):
+    """One of two engines in the bundle: a candidate, or the original (`baseline`). It answers batches of `least` to
+    `most` samples (None: any beyond)."""
+
+    candidate: str
+    name: str
+    backend: str
+    precision: str
+    least: int
+    most: int | None
+    size_mb: float
+    accuracy_loss_percent: float | None = None
+    accuracy_verdict: str | None = None
+
+
+class AtBatch(_Part):
+    """`speedup`: of the bundle, in the full measurement; None at a batch size that the job did not ask for. The two
+    engines' own are of what `measured` says: "full", or "short timing" where one of them is of the search."""
+
+    batch: int
+    answered_by: str
+    speedup: float | None = None
+    speedup_ci: list[float] | None = None
+    small_speedup: float | None = None
+    large_speedup: float | None = None
+    measured: str
+
+
+class ByBatch(_Part):
+    """Two engines in one bundle: which batch goes to which, and what each brings. `border`: the two batch sizes between
+    which one overtakes the other; nothing was timed between them. `costs`: size_mb, memory_mb, cold_start_ms of both,
+    and of the one engine that would ship alone (`alone`, None where none would)."""
+
+    engines: list[EngineShare]
+    border: list[int]
+    batches: list[AtBatch]
+    costs: dict[str, Any] = {}
+
+
 class CandidateReport(_Part):
     """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always. `accuracy`: of finalists
     on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
@@ -248,6 +287,7 @@ class Report(_Part):
     nodes_kept: list[str] = []
     sensitivity: list[dict[str, Any]] = []
     shapes: list[ShapeReport] = []
+    by_batch: ByBatch | None = None
     profile: dict[str, Any] | None = None
     traffic: TrafficReport | None = None
     not_explained: dict[str, str] = {}

@@ -220,7 +220,12 @@ class Webhook(Strict):
 
 class OptimizationSpec(Strict):
     """`measure`: "again" takes no timing from an earlier job; graphs and builds that are known still are. `traffic`:
-    what the engine is to serve; it is then measured under it, and its serving tuned for it."""
+    what the engine is to serve; it is then measured under it, and its serving tuned for it.
+
+    `engines_per_bundle`: with 2, the bundle may hold two engines, one for small and one for large batches, where that
+    gains at one of `benchmark.batch_sizes`; both are loaded, so that it takes the memory of both. By default 2 where
+    latency is the objective, which promises something at every batch size, and 1 for throughput and cost, where memory
+    is better spent on further instances."""
 
     model_id: str
     objective: Objective = "latency"
@@ -238,8 +243,14 @@ class OptimizationSpec(Strict):
     quantization: Quantization = Quantization()
     tensorrt: TensorRt = TensorRt()
     measure: Literal["cached", "again"] = "cached"
+    engines_per_bundle: Annotated[int, Field(ge=1, le=2)] | None = None
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     webhook: Webhook | None = None
+
+    @property
+    def most_engines(self) -> int:
+        """That one bundle may hold."""
+        return self.engines_per_bundle or (2 if self.objective == "latency" else 1)
 
     @model_validator(mode="after")
     def _shapes_once(self) -> OptimizationSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from app.jobs.by_batch_page import by_batch
 from app.jobs.page_parts import (
     MAX_ROWS,
     Json,
@@ -90,6 +91,7 @@ def report_page(report: Json, job_id: str) -> str:
         _beside_the_original(final),
         section("Latency (p50, lower is better)", _latencies(report)),
         section("Speed-up over the original, with its 95 % interval", _speedups(report)),
+        section("Which engine answers which batch", by_batch(part_of(report, "by_batch"))),
         section("At every shape", rows_table(report.get("shapes"), _SHAPES, 16)),
         section("Candidates", _candidates(report)),
         section("Checks", _checks(report)),

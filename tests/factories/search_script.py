@@ -168,7 +168,8 @@ class Script:
 
 
 def case(**spec: Any) -> Case:
-    body = {"model_id": "mdl_x", "calibration": {"dataset_id": "dst_x"}, "benchmark": {"batch_sizes": [1, 8]}, **spec}
+    body = {"model_id": "mdl_x", "calibration": {"dataset_id": "dst_x"}, "benchmark": {"batch_sizes": [1, 8]}}
+    body |= {"engines_per_bundle": 1, **spec}
     return Case(OptimizationSpec.model_validate(body), {"MatMul": 8}, "transformer", isa=["avx512_vnni"], cores=2,
                 has_calibration=True)  # fmt: skip
 

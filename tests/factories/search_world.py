@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,8 +169,9 @@ class World:
     def _figures(self, plan: Candidate, sizes: tuple[int, ...]) -> dict[str, Any]:
         truth, kept = self.truth(plan.id), sum(len(s.options.get("exclude_nodes", ())) for s in plan.steps)
         factor = dict(self.variants).get(plan.id.rsplit(".", 1)[-1], 1.0) * (1 - 0.01 * kept)
-        gains = {1: truth.ratio * factor, 8: truth.at_8 * factor}
-        return {"batches": {str(b): self._at(gains[b], b) for b in sizes}}
+        # Between the two as far as the logarithm of the size says.
+        gains = {b: truth.ratio * (truth.at_8 / truth.ratio) ** (math.log2(b) / 3) * factor for b in sizes}
+        return {"batches": {str(b): self._at(gain, b) for b, gain in gains.items()}}
 
     def _at(self, gain: float, batch: int) -> dict[str, Any]:
         around = {"ratio": gain, "low": 0.97 * gain, "high": 1.03 * gain}

@@ -18,7 +18,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories.search_elsewhere import another_process
 from tests.factories.search_world import Truth, World, candidate
-from workers.search import limits, requests
+from workers.search import limits, pairing, requests
 from workers.search.calls import Call, Elsewhere, ForeignReply, execute
 from workers.search.recording import Recorder, Recording, recorder
 from workers.search.requests import Done, Make, Stopped, Subject
@@ -28,8 +28,8 @@ RECORDED = sorted((Path(__file__).parents[1] / "data" / "searches").glob("*.json
 
 
 def spec(**changes: Any) -> OptimizationSpec:
-    body = {"model_id": "m", "calibration": {"dataset_id": "d"}, "benchmark": {"batch_sizes": [1, 8]}, **changes}
-    return OptimizationSpec.model_validate(body)
+    body = {"model_id": "m", "calibration": {"dataset_id": "d"}, "benchmark": {"batch_sizes": [1, 8]}}
+    return OptimizationSpec.model_validate({**body, "engines_per_bundle": 1, **changes})
 
 
 def run(truths: Mapping[str, Truth], **world: Any) -> tuple[Done, SearchState, World]:
@@ -72,6 +72,8 @@ worlds = st.builds(
             spec(constraints={"p99_latency_ms": 0.5}),
             spec(benchmark={"batch_sizes": [8, 1]}, quantization={"win_back": False}),
             spec(search={"strategy": "exhaustive"}),
+            spec(engines_per_bundle=2),
+            spec(engines_per_bundle=2, objective="throughput"),
         ]
     ),
     seconds=st.sampled_from([20.0, 60.0, 300.0, 3600.0]),
@@ -118,7 +120,7 @@ def test_a_candidate_never_goes_back(world: World) -> None:
     for before, after in zip(world.states, world.states[1:], strict=False):
         for cid, found in before.candidates.items():
             now = after.candidates[cid]
-            assert order.index(now.standing) >= order.index(found.standing) or found.late
+            assert order.index(now.standing) >= order.index(found.standing) or found.late or found.slow_elsewhere
 
 
 @settings(max_examples=50, deadline=None)
@@ -216,6 +218,72 @@ def test_why_there_is_no_sensitivity_is_told() -> None:
 
     _, state = Unranked({"fp32": Truth(1.2), "int8-a": Truth(3.0, loss=30.0)}, spec()).run()
     assert "the ranges are gone" in [note.get("reason") for note in state.candidates["int8-a"].history]
+
+
+# Two engines for one bundle
+
+PAIRED = {"int8-a": Truth(3.0, 1.2), "bf16-b": Truth(2.0, 2.5), "fp32": Truth(1.3, 1.3)}
+
+
+def paired(truths: Mapping[str, Truth], **world: Any) -> tuple[Done, SearchState, World]:
+    return run(truths, **{"spec": spec(engines_per_bundle=2), **world})
+
+
+def test_two_engines_are_found_where_one_wins_at_small_and_the_other_at_large_batches() -> None:
+    done, state, world = paired(PAIRED)
+    pair = state.pair
+    assert pair is not None
+    assert (pair.small.split(".")[0], pair.large) == ("int8-a", "bf16-b")
+    assert pair.border == (2, 4), "they were timed between the sizes, where one overtakes the other"
+    assert pair.most == 2
+    assert {pair.small, pair.large} <= {*done.finalists}
+    assert [*pair.gains[pair.small]] == ["1", "2", "4", "8"]
+    assert "bf16-b" in kinds(world, "judge"), "what was passed over at batch size 1 is checked for it"
+    _, state, world = run(PAIRED)
+    assert state.pair is None
+    assert "bf16-b" not in kinds(world, "judge")
+
+
+def test_the_original_itself_answers_where_nobody_is_faster() -> None:
+    """Without it the engine that is slower at batch size 8 could not ship."""
+    done, state, _ = paired({"int8-a": Truth(3.0, 0.6)})
+    assert state.pair is not None
+    assert state.pair.large == "baseline"
+    assert [cid.split(".")[0] for cid in done.finalists] == ["int8-a"]
+    assert state.candidates[done.finalists[0]].refused is None
+    done, _, _ = run({"int8-a": Truth(3.0, 0.6)})
+    assert done.finalists == ()
+
+
+@pytest.mark.parametrize(
+    ("truths", "world"),
+    [
+        ({"int8-a": Truth(3.0, 2.5), "bf16-b": Truth(2.0, 2.55)}, {}),  # a gain that is no gain
+        ({"int8-a": Truth(3.0, 3.0), "bf16-b": Truth(2.0, 2.0)}, {}),
+        ({"int8-a": Truth(3.0, 1.2), "bf16-b": Truth(2.0, 2.5, loss=5.0)}, {}),  # it may not answer at all
+        (PAIRED, {"spec": spec(engines_per_bundle=2, benchmark={"batch_sizes": [8]})}),
+        (PAIRED, {"spec": spec(objective="throughput", engines_per_bundle=None)}),  # not by default
+        (PAIRED, {"seconds": 40.0}),  # no time
+    ],
+)
+def test_one_engine_is_enough_where_two_gain_nothing_or_may_not(
+    truths: Mapping[str, Truth], world: dict[str, Any]
+) -> None:
+    _, state, _ = paired(truths, **world)
+    assert state.pair is None
+
+
+def test_for_throughput_two_are_found_where_the_job_asks_for_them() -> None:
+    """The largest batch counts; who is the fastest there is slower than the original at the smallest."""
+    truths = {"bf16-b": Truth(0.7, 3.0), "fp32": Truth(1.3, 1.3)}
+    _, state, _ = paired(truths, spec=spec(engines_per_bundle=2, objective="throughput"))
+    assert state.pair is not None
+    assert (state.pair.small.split(".")[0], state.pair.large.split(".")[0]) == ("fp32", "bf16-b")
+
+
+@pytest.mark.parametrize(("low", "high", "between"), [(1, 2, ()), (1, 8, (2, 4)), (1, 64, (2, 8, 32)), (3, 5, (4,))])
+def test_the_sizes_between_are_few(low: int, high: int, between: tuple[int, ...]) -> None:
+    assert pairing.sizes_between(low, high) == between
 
 
 # Requests and recordings

@@ -93,6 +93,27 @@ class CandidateRun:
         assert self.build is not None
         return self.build.outputs["engine"]
 
+    @property
+    def loadable(self) -> bool:
+        """Whether there is an engine."""
+        return self.build is not None
+
+    @property
+    def recipe(self) -> str:
+        return self.plan.recipe
+
+    @property
+    def parts(self) -> list[CandidateRun]:
+        """The candidates whose engines it holds: itself alone, but for two in one bundle."""
+        return [self]
+
+    @property
+    def judged_digest(self) -> str:
+        """Of the files whose accuracy was judged, as the stage saw them."""
+        judged = self.confirmed or self.validate
+        assert judged is not None
+        return str(judged.data["engine_digest"])
+
     def drop(self, phase: str, reason: str) -> None:
         """Out of the race, for this reason. The first one stands."""
         if self.tried.failed is None:

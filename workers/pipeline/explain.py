@@ -15,6 +15,7 @@ from typing import TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import StageFailure
 from app.jobs.ledger import LeaseLost
 from workers.kernel import Backend, stages
@@ -109,7 +110,7 @@ class Explainer:
 
     def _ablation(self) -> Sequence[Ablated]:
         """Each part of the picked candidate with the engine that lacks it, timed beside the picked one."""
-        picked = self.proof.picked
+        picked = self.proof.explained
         if picked is None:
             return ()
         until = self.budget.elapsed() + _ABLATION_SHARE * self.budget.left(self.budget.end)
@@ -144,7 +145,7 @@ class Explainer:
 
     def _samples(self) -> int:
         """As many as judged the picked one: the difference is then between like and like."""
-        picked = self.proof.picked
+        picked = self.proof.explained
         validate = picked.validate if picked else None
         return int(validate.options["max_samples"]) if validate else self.proof.spec.validation.max_samples
 
@@ -195,17 +196,19 @@ class Explainer:
         """Layer by layer, and against the machine's memory bandwidth."""
         if self._no_time("profile"):
             return None
+        of = self.proof.explained
         options = {
-            "backend": self.proof.backend,
-            "runtime": self.proof.runtime,
+            "backend": of.plan.backend if of else self.proof.backend,
+            "runtime": of.runtime if of else self.proof.runtime,
             "batch": int(self.proof.verdict.primary_batch),
             "shapes": self.evaluator.data.shapes,
             "seed": SEED,
         }
-        return self._of_what_ships("profile", options)
+        return self._of_what_ships("profile", options, of.engine if of else None)
 
-    def _of_what_ships(self, stage: str, options: Mapping[str, object]) -> Outcome:
-        inputs = {"engine": self.proof.engine}
+    def _of_what_ships(self, stage: str, options: Mapping[str, object], engine: ArtifactRef | None = None) -> Outcome:
+        """`engine`: one of two in the bundle."""
+        inputs = {"engine": engine or self.proof.engine}
         if self.evaluator.data.validation is not None:
             inputs["data"] = self.evaluator.data.validation
         return self.evaluator.call(stage, inputs, options, self.proof.verdict.picked, self.budget.end)

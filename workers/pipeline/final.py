@@ -11,7 +11,7 @@ from workers.measure.shapes import axis_sizes, free_axes
 from workers.pipeline.checks import LOSS, same_bytes
 from workers.pipeline.outcome import Proof
 from workers.pipeline.select import Tried
-from workers.pipeline.shape_rules import accepted, not_kept
+from workers.pipeline.shape_rules import accepted, narrowest, not_kept
 from workers.search.objective import BASELINE, ratio_of
 
 
@@ -102,8 +102,10 @@ def accepts(proof: Proof) -> dict[str, list[list[int | None] | None]]:
     free = free_axes(inputs)
     if not free:
         return {}
-    bounds = accepted(shipped.shapes, shipped.accuracy, proof.spec.validation.max_accuracy_loss_percent)
-    if shipped.shapes is None:
+    judged = [t for t in (shipped, *shipped.served.values()) if t.shapes is not None]
+    limit = proof.spec.validation.max_accuracy_loss_percent
+    bounds = narrowest([accepted(t.shapes, t.accuracy, limit) for t in judged])
+    if not judged:
         at = [proof.benchmark.data.get("shape"), *((shipped.figures or {}).get("shapes") or ())]
         used = [axis_sizes(inputs, a["dims"]) for a in at if a and a["in_use"] and "failed" not in a]
         bounds = {name: [min(u[name] for u in used), max(u[name] for u in used)] for name in free if used}

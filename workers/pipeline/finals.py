@@ -12,6 +12,7 @@ from app.domain.spec import OptimizationSpec
 from workers.pipeline.budget import Budget
 from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.pairs import together
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import Tried, Verdict, judge, undecided
 from workers.pipeline.shape_checks import ShapeChecks
@@ -46,15 +47,18 @@ class Finals:
         self.budget = evaluator.budget
         self.found = found
         self._sure = 1.0  # of each look at the samples that confirm
+        self._pairs: list[CandidateRun] = []
         self._spared: list[CandidateRun] = []  # finalists that need no full measurement, so far
 
     def judged(self) -> Judged:
         found = self.found
-        done = self._verdict(self._shortly() if found.out_of_reach else self._measured(), found.finalists)
+        first = self._shortly() if found.out_of_reach else self._measured()
+        done = self._verdict(first, [*found.finalists, *self._pairs])
         if _nothing_ships(done) and self._spared and done.verdict.unclaimed is None:
             runs, timed = self._after_all()
             done = self._verdict(timed, runs) if timed is not None else done
-        wider = [r for r in found.finalists if undecided(self.spec, r.tried, done.verdict.primary_batch)]
+        everybody = [*found.finalists, *self._pairs]
+        wider = [r for r in everybody if undecided(self.spec, r.tried, done.verdict.primary_batch)]
         claims = done.verdict.unclaimed is None or _mostly_quiet(done.benchmark)  # else longer does not help
         if _nothing_ships(done) and wider and claims and self._time_for_more(done.benchmark, len(wider)):
             timed = self._longer(wider)
@@ -84,6 +88,7 @@ class Finals:
         self._in_every_order(measured, judged_until)
         if all(r.tried.failed for r in measured):
             measured += self._taken_back(judged_until)
+        measured += self._together()
         ready = self._ready(measured)
         while True:
             try:
@@ -96,6 +101,19 @@ class Finals:
                     raise too_small(self.spec, self.budget, "the measurement of the original", "benchmark") from failure
                 else:
                     raise
+
+    def _together(self) -> list[CandidateRun]:
+        """Two of them in one bundle, where the search found that to gain; timed beside them as what it would ship as.
+        It is nobody's further look at the samples that confirm: each of the two was looked at."""
+        if self.found.pair is None:
+            return []
+        both = together(self.evaluator, self.found.pair, self.found.finalists)
+        if both is None:
+            return []
+        self._in_every_order([both], self.budget.judged_until())
+        self._pairs = [both]
+        self.found.runs.append(both)
+        return self._pairs
 
     def _in_every_order(self, runs: Sequence[CandidateRun], until: float) -> None:
         shapes = ShapeChecks(self.evaluator)
@@ -123,7 +141,8 @@ class Finals:
         known = found.state.candidates
         others = [known[r.plan.id] for r in found.finalists[found.finalists.index(leader) + 1 :]]
         ids = spared(found.facts, known[leader.plan.id], leader.confirmed.data, others)
-        runs = [r for r in found.finalists if r.plan.id in ids]
+        answering = found.pair and (found.pair.small, found.pair.large)
+        runs = [r for r in found.finalists if r.plan.id in ids and r.plan.id not in (answering or ())]
         for run in runs:
             run.drop("final", f"it cannot reach {leader.plan.name}, which keeps the limit on the confirming samples")
         return runs

@@ -13,6 +13,7 @@ from app.domain.spec import OptimizationSpec
 from workers.candidates import Case
 from workers.pipeline.ablation import Part
 from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.pairs import PairRun
 from workers.pipeline.planner import RANDOM, Plan
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import Tried, Verdict
@@ -60,6 +61,14 @@ class Proof:
         return next((r for r in self.runs if r.plan.id == self.verdict.picked), None)
 
     @property
+    def explained(self) -> CandidateRun | None:
+        """The candidate whose parts are told: of two engines in one bundle the one that answers at the batch size that
+        counts."""
+        if isinstance(self.picked, PairRun):
+            return self.picked.answers(int(self.verdict.primary_batch)).run
+        return self.picked
+
+    @property
     def warnings(self) -> list[str]:
         """What makes figures of this job worthless: company on the machine; and of the data, seen by whoever was judged
         on them."""
@@ -84,8 +93,7 @@ class Proof:
     @property
     def judged_digest(self) -> str:
         """Of the files whose accuracy was judged, as the stage saw them; the original is right by itself."""
-        judged = self.picked and (self.picked.confirmed or self.picked.validate)
-        return str(judged.data["engine_digest"]) if judged else self.engine.digest
+        return self.picked.judged_digest if self.picked else self.engine.digest
 
     @property
     def runtime(self) -> dict[str, Any]:
@@ -151,4 +159,5 @@ def nodes_kept(run: CandidateRun | None) -> list[str]:
     """Names of the nodes that the quantization left in higher precision because they were asked or found to be kept."""
     if run is None:
         return []
-    return sorted({str(n) for s in run.plan.steps for n in s.options.get("exclude_nodes", ())})
+    steps = (s for part in run.parts for s in part.plan.steps)
+    return sorted({str(n) for s in steps for n in s.options.get("exclude_nodes", ())})

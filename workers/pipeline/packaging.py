@@ -15,7 +15,9 @@ from app.domain.failures import StageFailure
 from app.domain.report import DeploymentConfig
 from workers import kernel
 from workers.measure.method import versions
+from workers.members import names_of
 from workers.pipeline.budget import Budget
+from workers.pipeline.by_batch import by_batch_told
 from workers.pipeline.evaluate import SEED, Data
 from workers.pipeline.final import accepts, final_metrics, winner
 from workers.pipeline.outcome import Proof, nodes_kept
@@ -41,7 +43,7 @@ def package(
     if data.validation is not None:
         inputs["data"] = data.validation
     options = {
-        "name": f"{slug(proof.model.name)}-{proof.precision}",
+        "name": f"{slug(proof.model.name)}-{proof.precision.replace('+', '-')}",
         "backend": proof.backend,
         "runtime": proof.runtime,
         "engine_format": _format(proof),
@@ -86,6 +88,7 @@ def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> 
             "accepts": accepts(proof),
             "files": proof.engine.to_json(),
             "nodes_kept": nodes_kept(proof.picked),
+            **by_batch_told(proof),
         },
         "model": {
             "id": proof.model.id,
@@ -105,7 +108,7 @@ def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> 
         "outputs": proof.export.data["outputs"],
         "labels": proof.export.data["labels"],
         "hardware": dict(proof.benchmark.made.get("hardware") or proof.hardware),
-        "versions": versions([proof.backend]),
+        "versions": versions(names_of(proof.backend, proof.runtime)),
     }
 
 

@@ -15,6 +15,7 @@ from app.domain.report import (
     StageReport,
 )
 from workers.kernel import stages
+from workers.pipeline.by_batch import by_batch
 from workers.pipeline.checks import same_bytes
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import CandidateRun
@@ -24,6 +25,7 @@ from workers.pipeline.final import mb as _mb
 from workers.pipeline.final import rounded as _rounded
 from workers.pipeline.load import traffic_report
 from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
+from workers.pipeline.pairs import PairRun
 from workers.pipeline.recommend import recommend
 from workers.pipeline.runner import Outcome
 from workers.pipeline.select import pareto
@@ -86,6 +88,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         bundles=dict(found.package.data["kinds"]) if found.package else {},
         sensitivity=_sensitivity(found),
         shapes=[ShapeReport(**row) for row in _shapes(found, batch)],
+        by_batch=by_batch(found),
     )
 
 
@@ -141,7 +144,7 @@ def _applied(found: Optimization, batch: str) -> list[AppliedOptimization]:
 
 
 def _part(found: Optimization, item: Ablated, batch: str) -> AppliedOptimization:
-    steps = found.picked.steps if found.picked else []
+    steps = found.explained.steps if found.explained else []
     details = next((_details(s) for s in steps if s.stage == item.part.stage), {})
     at = (item.figures or {}).get("batches", {}).get(batch, {})
     against = (at.get("against") or {}).get("speedup")
@@ -168,7 +171,7 @@ def _part(found: Optimization, item: Ablated, batch: str) -> AppliedOptimization
 
 def _accuracy_cost(found: Optimization, item: Ablated) -> dict[str, Any]:
     # Both on the samples of the search: those that confirm are for the verdict alone.
-    shipped, without = found.picked.selected if found.picked else {}, item.accuracy or {}
+    shipped, without = found.explained.selected if found.explained else {}, item.accuracy or {}
     loss, lost = shipped.get("loss_percent"), without.get("loss_percent")
     if loss is None or lost is None or shipped.get("metric") != without.get("metric"):
         return {}
@@ -203,15 +206,18 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
     is_pick = found.verdict.picked == run.plan.id
     reasons = tried.reasons
     # Kept: sound and within every limit, but not the pick.
-    kept = tried.failed is None and all(c.passed for c in tried.checks)
+    both = isinstance(found.picked, PairRun) and run in found.picked.parts
+    kept = both or (tried.failed is None and all(c.passed for c in tried.checks))
     reason = "the fastest that keeps every limit" if is_pick else "; ".join(reasons) or "another candidate is faster"
+    if both:
+        reason = "one of the two engines in the bundle" + (f"; alone: {'; '.join(reasons)}" if reasons else "")
     measured = "full" if tried.figures else "short timing" if run.screened else None
     return CandidateReport(
         id=run.plan.id,
         name=run.plan.name,
         backend=run.plan.backend,
         precision=run.plan.precision,
-        recipe=run.plan.recipe,
+        recipe=run.recipe,
         status="picked" if is_pick else "kept" if kept else "dropped",
         reason=reason,
         batches=figures.get("batches", {}),
@@ -225,7 +231,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         checks=[c.to_json() for c in tried.checks],
         details={s.stage: told for s in run.steps if (told := _details(s)) or not stages()[s.stage].makes_engine},
         failure=run.failure.public() if run.failure else None,
-        runtime=run.runtime if run.build else dict(run.plan.runtime),
+        runtime=run.runtime if run.loadable else dict(run.plan.runtime),
         prior=run.plan.prior,
         measured=measured,
         measured_at=found.benchmark.made.get("at") if tried.figures else run.screened_at,

@@ -17,9 +17,11 @@ from workers.measure.claim import MOST_WIDE_MEAN
 from workers.measure.device_memory import limited_mb
 from workers.pipeline.checks import Check, accuracy_checks, at_most, p99_check
 from workers.pipeline.shape_rules import fails, not_kept, unfit
+from workers.search.limits import SLOWER
 from workers.search.objective import BASELINE, TIE, primary_batch, ratio_of
 
 _SIZES = ("size_mb", "memory_mb")
+WORTH_TWO = 1.03  # of the speed of one engine, at some batch size, for which two in one bundle are worth their memory
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Tried:
     checks: list[Check] = field(default_factory=list)
     speed: list[str] = field(default_factory=list)  # why it is not faster
     missed: Check | None = None  # the limit that it was seen to miss before it was measured in full
+    served: Mapping[str, Tried] = field(default_factory=dict)  # of two in one bundle: who answers, by batch size
 
     @property
     def reasons(self) -> list[str]:
@@ -104,9 +107,14 @@ def _judge(
             tried.speed = _not_faster(spec, tried, batch, noise)
             if unclaimed is not None and not spec.benchmark.allow_noisy:
                 tried.speed = [f"no speed-up is claimed: {unclaimed}"]
-    shippable = [t for t in candidates if not t.reasons]
-    if shippable:
-        return Verdict(_best(spec, shippable, batch).id, batch, unclaimed=unclaimed)
+    shippable = [t for t in candidates if not t.reasons and not t.served]
+    alone = _best(spec, shippable, batch) if shippable else None
+    for tried in [t for t in candidates if t.served and t.failed is None]:
+        tried.speed += not_worth_it(spec, tried, alone)
+        if not tried.reasons:
+            return Verdict(tried.id, batch, unclaimed=unclaimed)
+    if alone is not None:
+        return Verdict(alone.id, batch, unclaimed=unclaimed)
     if all(c.passed for c in baseline.checks):
         return Verdict(BASELINE, batch, unclaimed=unclaimed)
     smaller = [t for t in candidates if _only_smaller(spec, t)]
@@ -119,7 +127,7 @@ def _judge(
 
 def _only_smaller(spec: OptimizationSpec, tried: Tried) -> bool:
     """Whether it keeps every limit, and lacks nothing but speed."""
-    kept = tried.failed is None and all(c.passed for c in tried.checks)
+    kept = tried.failed is None and all(c.passed for c in tried.checks) and not tried.served
     return kept and tried.figures is not None and bool(_ratios(spec, tried))
 
 
@@ -160,13 +168,28 @@ def _ratios(spec: OptimizationSpec, tried: Tried) -> dict[str, tuple[float, floa
 
 
 def _accuracy(spec: OptimizationSpec, tried: Tried) -> list[Check]:
+    tried = worse_of(spec, tried)
     return accuracy_checks(spec, tried.accuracy, lossless=tried.lossless, narrows=tried.narrows)
+
+
+def worse_of(spec: OptimizationSpec, tried: Tried) -> Tried:
+    """Of two engines in one bundle the one whose accuracy is the less sure, as both have to keep the limit; a single
+    one is that itself. The original loses nothing."""
+    judged = {t.id: t for t in tried.served.values() if t.id != BASELINE}.values()
+
+    def doubt(t: Tried) -> tuple[bool, bool, float]:
+        checks = accuracy_checks(spec, t.accuracy, lossless=t.lossless, narrows=t.narrows)
+        loss = max((c.bound if c.bound is not None else c.value or 0.0) for c in checks)
+        return not all(c.passed for c in checks), not all(c.proven is not False for c in checks), loss
+
+    return max(judged, key=doubt, default=tried)
 
 
 def _at_every_shape(spec: OptimizationSpec, tried: Tried) -> list[Check]:
     """Whether it answers as the original does at every shape in use, in whatever order the calls come."""
     limit = spec.validation.max_accuracy_loss_percent
-    found = unfit(tried.shapes, tried.accuracy, limit) + fails(tried.figures or {})
+    judged = {t.id: t for t in (tried, *tried.served.values())}.values()
+    found = [why for t in judged for why in unfit(t.shapes, t.accuracy, limit)] + fails(tried.figures or {})
     if not found and tried.shapes is None:
         return []
     return [Check("answers_at_every_shape", None, None, not found, "; ".join(found) or None)]
@@ -218,9 +241,30 @@ def _not_faster(spec: OptimizationSpec, tried: Tried, batch: str, noise: Mapping
                 beyond = "" if floor == 1.0 else f" (the machine's noise reaches {floor:.2f}x)"
                 interval = f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
                 reasons.append(f"not faster with confidence at batch size {size}: {interval}{beyond}")
-        elif ratio["high"] < 1.0:
+        elif ratio["high"] < (1.0 if not _original_answers(tried, size) else SLOWER):
             reasons.append(f"slower at batch size {size}: {ratio['ratio']:.2f}x")
     return reasons + not_kept(spec, tried.figures)
+
+
+def _original_answers(tried: Tried, size: str) -> bool:
+    """There nothing but the choice stands between a caller and the original, and two processes of it differ by more."""
+    return size in tried.served and tried.served[size].id == BASELINE
+
+
+def not_worth_it(spec: OptimizationSpec, pair: Tried, alone: Tried | None) -> list[str]:
+    """Why two engines, which take the memory of both, do not ship in place of the one that would: nowhere a gain that
+    is beyond noise (the ends of the two intervals that lie the nearest), or somewhere a loss."""
+    if alone is None or pair.figures is None or "failed" in pair.figures:
+        return []
+    ours, theirs = _ratios(spec, pair), _ratios(spec, alone)
+    gains = {size: ours[size][1] / theirs[size][2] for size in ours.keys() & theirs.keys()}
+    losses = [size for size in gains if ours[size][2] < theirs[size][1]]
+    if losses:
+        return [f"slower than {alone.id} alone at batch size {size}" for size in sorted(losses, key=int)]
+    if max(gains.values(), default=0.0) > WORTH_TWO:
+        return []
+    least = 100 * (WORTH_TWO - 1)
+    return [f"at no batch size faster than {alone.id} alone by {least:.0f} % beyond doubt, for the memory of two"]
 
 
 def _noise(spec: OptimizationSpec, aa: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

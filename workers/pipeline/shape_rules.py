@@ -215,3 +215,13 @@ def accepted(
                 most = next(s for s in reversed(known) if s < size)
                 bound[1] = most if bound[1] is None else min(most, bound[1])
     return bounds
+
+
+def narrowest(found: Sequence[Mapping[str, Sequence[int | None]]]) -> dict[str, list[int | None]]:
+    """What all of several engines take."""
+    bounds: dict[str, list[int | None]] = {}
+    for name, (least, most) in ((name, bound) for one in found for name, bound in one.items()):
+        low, high = bounds.get(name, [None, None])
+        lows, highs = [b for b in (low, least) if b is not None], [b for b in (high, most) if b is not None]
+        bounds[name] = [max(lows, default=None), min(highs, default=None)]
+    return bounds

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from workers.search import checking, halving
 from workers.search.draft import Draft
 from workers.search.limits import MOST_FINALISTS
 from workers.search.requantized import is_quantized
 
 
-def choose(d: Draft) -> None:
-    timed = _one_for_each_engine(d)
+def choose(d: Draft, both: Sequence[str] = ()) -> None:
+    """`both`: who answers together in one bundle; they are measured in full whatever they are worth alone."""
+    timed = _one_for_each_engine(d, both)
     ranked = [(i, d.speed(i), d.beyond_doubt(i)) for i in timed]
     over_all = {i: halving.over_all_sizes(d.spec, d[i].figures) for i in timed}
     chosen, reasons = halving.finalists(ranked, over_all=over_all)
     for cid in timed:
-        if cid in reasons:
+        if cid in reasons and cid not in both:
             d.drop(cid, "finalists", reasons[cid])
     for cid in d.alive():
-        if cid not in chosen:
+        if cid not in chosen and cid not in both:
             d.drop(cid, *(d[cid].passed or ("check", checking.why_not(d, cid))))
+    for cid in both:
+        d.put(cid, refused=None)
+        d.note(cid, "finalists", "for a bundle of two", "one of two engines that gain more together than one does")
+    chosen += [cid for cid in both if cid not in chosen]
     finish(d, chosen or _unproven(d))
 
 
@@ -28,7 +35,7 @@ def finish(d: Draft, chosen: list[str]) -> None:
     d.state.finalists = tuple(chosen)
 
 
-def _one_for_each_engine(d: Draft) -> list[str]:
+def _one_for_each_engine(d: Draft, both: Sequence[str]) -> list[str]:
     """The fastest first; each engine with the best of its runtime options, which were timed side by side: of those that
     cannot be told apart at the batch size that counts, the one that is fastest over all."""
     engines: dict[str, list[str]] = {}
@@ -40,7 +47,7 @@ def _one_for_each_engine(d: Draft) -> list[str]:
         tied = [i for i in ids if halving.can_win(d.speed(i), lead.low)]
         best = max(tied, key=lambda i: halving.over_all_sizes(d.spec, d[i].figures))
         kept.append(best)
-        for cid in [i for i in ids if i != best]:
+        for cid in [i for i in ids if i != best and i not in both]:
             ratios = [d.speed(i).ratio for i in (cid, best)]
             why = f"the engine of {d[best].plan.name}, and not faster: {ratios[0]:.2f}x, {ratios[1]:.2f}x"
             d.drop(cid, "finalists", why)

@@ -8,7 +8,8 @@ from typing import Any
 
 from app.domain.failures import StageFailure
 from workers.candidates import Candidate, Case
-from workers.kernel import Backend
+from workers.kernel import Backend, TensorSpec
+from workers.measure.axes import batch_axes
 from workers.measure.plan import expected_seconds
 from workers.measure.shape_timing import SHARE
 from workers.pipeline.budget import Budget
@@ -20,7 +21,7 @@ from workers.search.desk import Desk
 from workers.search.policy import Policy
 from workers.search.recording import Recorder
 from workers.search.requests import Answer, Done, Request, Stopped, Subject
-from workers.search.state import CandidateState, Deadlines, Facts, SearchState
+from workers.search.state import CandidateState, Deadlines, Facts, Pair, SearchState
 
 
 @dataclass
@@ -35,6 +36,11 @@ class Found:
     timing: Outcome | None = None  # the last short timing
     facts: Facts | None = None
     state: SearchState | None = None  # as the search ended
+
+    @property
+    def pair(self) -> Pair | None:
+        """Two engines that shall answer together."""
+        return None if self.state is None else self.state.pair
 
 
 class Search:
@@ -140,6 +146,7 @@ class Search:
 
 def facts_of(case: Case, evaluator: Evaluator) -> Facts:
     data, export = evaluator.data, evaluator.export
+    axes = batch_axes([TensorSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in export.data["inputs"]])
     first = {spec["shape"][0] for spec in export.data["inputs"] if spec["shape"]}
     fixed: Any = first.pop() if len(first) == 1 else None
     return Facts(
@@ -154,4 +161,5 @@ def facts_of(case: Case, evaluator: Evaluator) -> Facts:
         fixed_batch=fixed if isinstance(fixed, int) else None,
         free_axes=ShapeChecks(evaluator).free,
         memory_bytes=evaluator.memory_bytes(),
+        batched=any(axis is not None for axis in axes.values()),
     )

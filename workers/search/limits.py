@@ -12,6 +12,12 @@ SLOWER = 0.97  # beyond what two processes of one engine differ by, which a shor
 # that were spared are measured after all.
 CLEARLY_FASTER = 1.10
 
+# Two engines for one bundle
+
+MOST_PAIRED = 4  # engines that are timed at the other batch sizes because one may win there: a timing of some seconds
+PAIR_WITHIN = 0.4  # of the fastest at the size that counts: who is slower by more never won at another, as measured
+PAIR_GAIN = 1.05  # at some batch size over the engine that would ship alone: the full measurement has to show 3 %
+
 # Short timings, per engine and batch size
 
 SCREEN_SECONDS = 0.4  # six windows that hold hundreds of calls of a small model, and one each of a large one

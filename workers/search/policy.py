@@ -1,6 +1,6 @@
 """The search as a pure policy: from what is known, and the time, to what to ask next. It runs nothing.
 
-    make everybody → time shortly → check while somebody can win → mend → time → tune → time → choose
+    make everybody → time shortly → check while somebody can win → mend → time → tune → time → pair → choose
 
 `advance` and `take` answer new states and change none; asked twice, they answer the same. So a search can be replayed
 from a recording, taken up again from its state, and each request answered wherever its candidates can be run.
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from workers.candidates import Candidate
 from workers.pipeline.budget import search_end
-from workers.search import checking, choosing, exhaustive, limits, making, mending, timing, tuning, winning
+from workers.search import checking, choosing, exhaustive, limits, making, mending, pairing, timing, tuning, winning
 from workers.search.draft import Draft, Variants, proposed
 from workers.search.objective import BASELINE
 from workers.search.requests import Answer, Done, Judge, Make, Rank, Request, Stopped, Time, TryShapes
@@ -85,6 +85,9 @@ class Policy:
             Phase.MENDED: _mended,
             Phase.VARYING: tuning.ask,
             Phase.TUNED: _tuned,
+            Phase.PAIRING: pairing.ask,
+            Phase.BORDER: pairing.ask_border,
+            Phase.CHOOSING: _choosing,
             Phase.EVERY_VARIANT: exhaustive.add_variants,
             Phase.CHECKING_ALL: _checking_all,
         }
@@ -148,9 +151,13 @@ def _tuned(d: Draft) -> Request | None:
         if winning.anybody_left(d):
             winning.begin(d)
         else:
-            choosing.choose(d)
-            d.state.phase = Phase.OVER
+            pairing.begin(d)
     return request
+
+
+def _choosing(d: Draft) -> None:
+    choosing.choose(d, pairing.members(d))
+    d.state.phase = Phase.OVER
 
 
 def _checking_all(d: Draft) -> Request | None:

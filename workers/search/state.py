@@ -39,6 +39,8 @@ class Phase(StrEnum):
     MENDED = "mended"
     VARYING = "varying"
     TUNED = "tuned"
+    PAIRING = "pairing"
+    BORDER = "border"
     CHOOSING = "choosing"
     EVERY_VARIANT = "every variant"
     CHECKING_ALL = "checking all"
@@ -49,7 +51,8 @@ class Phase(StrEnum):
 class Facts:
     """Of one job, known before anything is tried. `products`: whether the graph multiplies matrices. `judging`,
     `calibrating`: samples there are for each; `same_data`: of one data set. `fixed_batch`: the only batch size that the
-    model takes. `free_axes`: beside the batch. `memory_bytes`: of what holds the engines."""
+    model takes. `free_axes`: beside the batch. `memory_bytes`: of what holds the engines. `batched`: whether an input
+    tells the batch size."""
 
     spec: OptimizationSpec
     products: bool
@@ -62,6 +65,7 @@ class Facts:
     fixed_batch: int | None
     free_axes: bool
     memory_bytes: float
+    batched: bool = True
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -100,7 +104,8 @@ class CandidateState:
     last short timing, made at `figures_at`. `accuracy`: the data of the last check, on `asked` samples; `most_asked`:
     on so many it was asked for; `all_seconds`: what a check on all would take. `settled`: no further check of it is
     due; `kept`: whether it keeps the limit, as far as the search can tell. `failure`: of a stage, for which it fell.
-    `late`: it fell for want of time. `passed`: phase and reason for which it was not checked, which hold while others
+    `late`: it fell for want of time; `slow_elsewhere`: for nothing but being slower than the original at another batch
+    size. `passed`: phase and reason for which it was not checked, which hold while others
     do."""
 
     plan: Candidate
@@ -123,6 +128,7 @@ class CandidateState:
     failure: Mapping[str, Any] | None = None
     missed: Check | None = None
     late: bool = False
+    slow_elsewhere: bool = False
     passed: tuple[str, str] | None = None
     finalist: bool = False
     history: tuple[Mapping[str, Any], ...] = ()
@@ -197,6 +203,19 @@ class Mending:
     best: str | None = None
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two engines for one bundle: `small` answers batches up to `most`, `large` the others; the baseline's id stands
+    for the original itself. `border`: the sizes between which one overtakes the other; nothing was timed between them.
+    `gains`: of a short timing, by id and batch size."""
+
+    small: str
+    large: str
+    most: int
+    border: tuple[int, int]
+    gains: Mapping[str, Mapping[str, float]]
+
+
 @dataclass
 class SearchState:
     """`queue`: whom the phase is still to look at. `accurate`: who was checked in this round and keeps the limit.
@@ -204,7 +223,7 @@ class SearchState:
     `apart`: whether the search looks at samples of its own. `probes`: whether the original gets through other shapes.
     `seconds_each`: that the last short timing took per engine and batch size. `original`: its figures there;
     `sample_ms`: what it takes for a sample. `in_vain`: graphs that could not be mended, and whose they were. `reached`:
-    the speed that mending has to beat."""
+    the speed that mending has to beat. `pair`: who shall answer together."""
 
     candidates: dict[str, CandidateState]
     deadlines: Deadlines
@@ -227,6 +246,7 @@ class SearchState:
     sample_ms: float = 0.0
     in_vain: Mapping[tuple[str, str], str] = field(default_factory=dict)
     reached: float = 0.0
+    pair: Pair | None = None
     phases: tuple[Mapping[str, Any], ...] = ()
     phase_began: float = 0.0
     exhausted: bool = False

@@ -86,6 +86,7 @@ def _timed(d: Draft, cid: str, figures: Mapping[str, Any] | None, name: str, at:
     d.note(cid, name, "timed", ratio=round(speed.ratio, 4), low=round(speed.low, 4), high=round(speed.high, 4))
     elsewhere = halving.slower_elsewhere(d.spec, figures)
     if elsewhere and not shall_shrink(d):
+        d.put(cid, slow_elsewhere=d[cid].refused is None or d[cid].slow_elsewhere)
         d.drop(cid, name, elsewhere)
 
 
