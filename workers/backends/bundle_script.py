@@ -186,12 +186,12 @@ if __name__ == "__main__":
 '''
 
 
-def infer_script(*, needs: str, imports: str, loader: str) -> str:
-    """Source of `infer.py`. `needs`: what has to be installed, for the reader. `loader` defines `load() -> (names of
-    the inputs, run)`, where `run(feeds)` returns all outputs by name; it may use what `imports` brings, `np`, `json`,
-    `sys`, `Path`, and `HERE`, the engine's folder."""
+def infer_script(*, library: str, imports: str, loader: str, version: str | None = None) -> str:
+    """Source of `infer.py`. `library`, `version`: what has to be installed, for the reader. `loader` defines `load() ->
+    (names of the inputs, run)`, where `run(feeds)` returns all outputs by name; it may use what `imports` brings, `np`,
+    `json`, `sys`, `Path`, and `HERE`, the engine's folder."""
     parts = {
-        "NEEDS": needs,
+        "NEEDS": f"{library} ({version} was measured)" if version else library,
         "IMPORTS": imports,
         "LOADER": loader.strip(),
         "CHECK": COMMON,

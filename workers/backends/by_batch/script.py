@@ -40,7 +40,7 @@ def infer_script(runtime: Mapping[str, Any]) -> str:
     """Source of `infer.py` for engines that lie in the folders that `runtime` names, with an `infer.py` each."""
     text = json.dumps(dict(runtime), indent=2, sort_keys=True, ensure_ascii=True)
     return bundle_script.infer_script(
-        needs="what each engine's own infer.py needs (requirements.txt has it all)",
+        library="and what the engines' own infer.py need (requirements.txt lists it)",
         imports="import importlib.util",
         loader=_LOADER.replace("__CHOICE__", text),
     )

@@ -156,7 +156,8 @@ def infer_script(runtime: Mapping[str, Any], device: str, version: str) -> str:
     making = _CACHE if runtime.get("form") == "cache" else _PACKAGE
     parts = (_COMMON.replace("__RUNTIME__", text), making, _CUDA if device == "cuda" else _CPU)
     return bundle_script.infer_script(
-        needs=f"torch ({version} was measured)",
+        library="torch",
+        version=version,
         imports="import threading\n\nimport torch",
         loader="\n\n".join(part.strip("\n") + "\n" for part in parts).replace("__DEVICE__", device),
     )

@@ -50,7 +50,8 @@ def infer_script(runtime: Mapping[str, Any], version: str) -> str:
     """Source of `infer.py` for an engine with these session options. `version`: ONNX Runtime's, for the reader."""
     text = json.dumps(dict(runtime), indent=2, sort_keys=True, ensure_ascii=True)
     return bundle_script.infer_script(
-        needs=f"onnxruntime ({version} was measured)",
+        library="onnxruntime",
+        version=version,
         imports="import onnxruntime as ort",
         loader=_LOADER.replace("__RUNTIME__", text),
     )

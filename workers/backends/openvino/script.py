@@ -51,7 +51,8 @@ def infer_script(properties: Mapping[str, Any], version: str) -> str:
     """Source of `infer.py` for an engine that is compiled with these properties. `version`: OpenVINO's."""
     text = json.dumps(dict(properties), indent=2, sort_keys=True, ensure_ascii=True)
     return bundle_script.infer_script(
-        needs=f"openvino ({version} was measured)",
+        library="openvino",
+        version=version,
         imports=_IMPORTS,
         loader=_LOADER.replace("__PROPERTIES__", text),
     )
