@@ -116,9 +116,7 @@ class Stage(ABC, Generic[OptionsT]):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     Options: ClassVar[type[StageOptions]]
-    distribution: ClassVar[str] = (
-        ""  # that it comes from, where that is another package; its version is part of the key
-    )
+    distribution: ClassVar[str] = ""  # that it is of, where that is another package; its version is part of the key
     libraries: ClassVar[tuple[str, ...]] = ()
     hardware_bound: ClassVar[bool] = False
     exclusive_device: ClassVar[bool] = False  # a measurement: one at a time on a device

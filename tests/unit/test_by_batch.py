@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -
         archive.extractall(bundle)
     assert {"small/infer.py", "large/infer.py", "sample_input_large.npz"} <= set(names_in(bundle))
     assert data["engine_file"] == "m-fp32.tar"
+    triton = json.loads((bundle / "kinds.json").read_text())["triton"]
+    assert (triton["backend"], triton["files"]["m-fp32/1/small/infer.py"]) == ("python", "small/infer.py")
+    assert "two engines" in triton["notes"][0]
     required = [line.split("==")[0] for line in (bundle / "requirements.txt").read_text().splitlines()]
     assert required == ["numpy", "onnxruntime", "openvino"]
 

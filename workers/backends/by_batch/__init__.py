@@ -17,6 +17,7 @@ from workers.backends.by_batch.session import ByBatchSession
 from workers.backends.options import parsed
 from workers.candidates import Candidate, Case, Member, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session
+from workers.serving.native import Instances, InTriton
 
 
 class _Engine(BaseModel):
@@ -95,6 +96,9 @@ class ByBatchBackend(Backend):
                 session.close()
             raise
         return ByBatchSession(loaded, [e.most for e in options.engines], options.input, options.axis)
+
+    def in_triton(self, instances: Instances) -> InTriton:  # noqa: ARG002
+        return InTriton(why="it holds two engines, and each call goes to the one for its batch size")
 
     def infer_script(self, runtime: Mapping[str, Any]) -> str:
         return infer_script(_options(runtime).model_dump(mode="json"))
