@@ -43,6 +43,7 @@ def submit(client: Any, folder: Path, seed: int, **fields: Any) -> str:
             "target": {"device": "cuda"},
             "validation": {"dataset_id": data["id"], "max_accuracy_loss_percent": 1.0},
             "benchmark": {"batch_sizes": [1, 8], "min_seconds": 1},
+            "engines_per_bundle": 1,
             "budget_seconds": 240,
             **fields,
         }

@@ -49,6 +49,7 @@ def _spec(client: Any, *, min_seconds: float = 0.3) -> dict[str, Any]:
         "calibration": {"dataset_id": calibration["id"]},
         "validation": {"dataset_id": validation["id"], "max_accuracy_loss_percent": 1.0},
         "benchmark": {"batch_sizes": [1, 8], "min_seconds": min_seconds},
+        "engines_per_bundle": 1,  # `test_two_engines` has the other kind
         "target": {"backends": ["onnxruntime"]},
         "budget_seconds": 240,
     }
