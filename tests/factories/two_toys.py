@@ -67,9 +67,9 @@ class _Toy(ToyBackend):
 
 class PerSample(_Toy):
     name: ClassVar[str] = "toy-per-sample"
-    waits: ClassVar[tuple[float, float]] = (0.0002, 0.0)
+    waits: ClassVar[tuple[float, float]] = (0.0005, 0.0)
 
 
 class AnyBatch(_Toy):
     name: ClassVar[str] = "toy-any-batch"
-    waits: ClassVar[tuple[float, float]] = (0.0, 0.0008)
+    waits: ClassVar[tuple[float, float]] = (0.0, 0.001)

@@ -1,5 +1,5 @@
-"""A whole job whose bundle holds two engines: one is the faster at small batches, the other at large ones, and neither
-could ship alone: the first is slower than the original at large batches, by construction."""
+"""A whole job whose bundle holds two engines: by construction one is the faster at small batches and the other, by far,
+at large ones, where the first is slower than the original."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sum_of_constants(path: Path) -> Path:
     return path
 
 
-def test_a_bundle_with_two_engines_ships_where_neither_could_alone(tmp_path: Path) -> None:
+def test_a_bundle_with_two_engines_ships_where_each_wins_somewhere(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     shutil.copy(EXAMPLE / "anneal_toy.py", site)
@@ -50,9 +50,9 @@ def test_a_bundle_with_two_engines_ships_where_neither_could_alone(tmp_path: Pat
     }
     install(site, "two-toys", "0.1.0", points, TOYS)
     spec: dict[str, Any] = {
-        "benchmark": {"batch_sizes": [1, 64], "min_seconds": 0.1, "allow_noisy": True},
+        "benchmark": {"batch_sizes": [1, 16], "min_seconds": 0.1, "allow_noisy": True},
         "target": {"backends": ["toy-per-sample", "toy-any-batch"]},
-        "budget_seconds": 60,
+        "budget_seconds": 120,
     }
     with deployment(tmp_path / "home", {"PYTHONPATH": str(site)}) as deployed, deployed.client() as client:
         deployed.start_worker()
@@ -77,17 +77,17 @@ def _check_report(report: dict[str, Any]) -> None:
     assert [e["candidate"] for e in told["engines"]] == ["toy-per-sample-sum", "toy-any-batch-sum"]
     assert {e["accuracy_verdict"] for e in told["engines"]} == {"proven"}
     low, high = told["border"]
-    assert 1 <= low < high <= 64
-    assert high < 64, "it was timed between the sizes"
+    assert 1 <= low < high <= 16
+    assert high < 16, "it was timed between the sizes"
     at = {row["batch"]: row for row in told["batches"]}
-    for size in (1, 64):
+    for size in (1, 16):
         assert at[size]["speedup_ci"][0] > 1.0, "never slower, at every batch size that was asked for"
-    assert at[64]["small_speedup"] < 1.0 < at[64]["large_speedup"]
+    assert at[16]["small_speedup"] < 1.0 < at[16]["large_speedup"]
     assert told["costs"]["memory_mb"] > 0
     assert told["costs"]["cold_start_ms"] > 0
     candidates = {c["id"]: c for c in report["candidates"]}
     assert candidates["two-engines"]["status"] == "picked"
-    assert "slower at batch size 64" in candidates["toy-per-sample-sum"]["reason"]
+    assert "slower at batch size 16" in candidates["toy-per-sample-sum"]["reason"]
     assert report["deployment_config"]["backend"] == "by-batch"
     assert report["optimizations_applied"], "of the engine that answers at the batch size that counts"
 
