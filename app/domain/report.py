@@ -88,7 +88,8 @@ class DeploymentConfig(_Part):
     `memory_mb`: of all their processes, `gpu_memory_mb`: what these take of the GPU. `cost_per_million`: of a million
     samples, in `currency` (None: relative). `sweep`: every configuration that was tried, `pareto` where none has both
     less latency and more throughput. `serving`: how to serve the job's traffic: `settings` (the bundle's
-    `serving.json`), the `goodput` they were measured to keep, in requests per second, what each setting `brought`."""
+    `serving.json`), the `goodput` they were measured to keep, in requests per second (`goodput_over_http`: by
+    the bundle's own server), what each setting `brought`."""
 
     batch_size: int
     precision: str

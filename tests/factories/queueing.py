@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,9 @@ class SimulatedBench(Bench):
     async def close(self) -> None:
         return
 
+    def within(self, seconds: float) -> Any:
+        return self.clock.within(seconds)
+
     async def alone(self, setup: Setup) -> Run:
         return self._closed(setup, 1)
 
@@ -109,6 +112,14 @@ class _Clock(Clock):
 
     def left(self) -> float:
         return self.until - self.bench.now
+
+    @contextmanager
+    def within(self, seconds: float) -> Any:
+        until, self.until = self.until, min(self.until, self.bench.now + max(seconds, 0.0))
+        try:
+            yield
+        finally:
+            self.until = until
 
     @property
     def spent(self) -> float:

@@ -71,6 +71,15 @@ def test_an_overloaded_generator_is_told_and_never_taken_for_the_engine() -> Non
     assert "the generator itself sent requests too late" in (found.reason or "")
 
 
+def test_what_is_not_known_is_not_taken_for_none() -> None:
+    late = search(lambda rate: LATE, Plan(100, 1.05, least=10.0))
+    assert late.to_json()["rate"] is None
+    assert "the generator itself" in (late.reason or "")
+    no_time = search(lambda rate: KEEPS, Plan(100, 1.05), fits=lambda _: False)
+    assert no_time.to_json()["rate"] is None
+    assert "the time ran out" in (no_time.reason or "")
+
+
 def test_no_rate_at_all() -> None:
     found = search(lambda rate: EXCEEDS, Plan(100, 1.05, least=1.0))
     assert found.rate == 0

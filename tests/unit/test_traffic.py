@@ -236,7 +236,11 @@ def test_headlines_of_what_is_not_known() -> None:
     assert headline("l", GOODPUT, {**unproven, "rate": 4.0}) == "at l: about 4/s → 163/s on this machine"
     assert headline("l", {**GOODPUT, "rate": 0.0, "reason": "one caller alone waits 30 ms"}, {}).endswith("waits 30 ms")
     assert gain(GOODPUT, {}) is None
-    assert gain({**GOODPUT, "interval": [163.2, None]}, GOODPUT) == {"ratio": 1.0, "low": 0.954, "high": None}
+    endless = {**GOODPUT, "interval": [163.2, None]}
+    assert gain(endless, GOODPUT) == {"ratio": None, "low": 0.954, "high": None}
+    assert gain(endless, endless) is None
+    assert gain(GOODPUT, {**unproven, "rate": 4.0}) is None
+    assert headline("l", endless, {}).startswith("at l: at least 163/s")
 
 
 def test_whether_the_wanted_rate_is_served() -> None:

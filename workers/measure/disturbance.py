@@ -34,8 +34,8 @@ MOST_STOLEN = 0.03
 # Of the usable cores' time, spent by other processes where the engine need not have waited: they share caches, memory
 # and clocks with it. A server, a database and a worker that watches take a hundredth or two.
 MOST_OTHERS = 0.15
-_LEAST_TICKS = 3  # of the kernel's clock, before stolen or others' time is evidence at all
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+LEAST_TICKS = 3  # of the kernel's clock, before stolen or others' time is evidence at all
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -81,7 +81,7 @@ class Disturbance:
             return self.device
         if (self.waited or 0.0) > MOST_WAITED * self.seconds + TURN_S:
             return f"the engine's threads waited {self.waited_share:.2g} s for a core in a second, added up"
-        least = _LEAST_TICKS / _TICKS_PER_S
+        least = LEAST_TICKS / TICKS_PER_S
         if (self.stolen or 0.0) >= least and self.stolen_share > MOST_STOLEN:
             return f"{100 * self.stolen_share:.0f} % of the cores' time was stolen from this virtual machine"
         if (self.others or 0.0) >= least and self.others_share > MOST_OTHERS:
@@ -237,7 +237,7 @@ def _stat(cpus: Collection[int]) -> tuple[float, float] | None:
             stolen += steal
             busy += user + nice + system + irq + softirq
             seen = True
-    return (stolen / _TICKS_PER_S, busy / _TICKS_PER_S) if seen and busy else None
+    return (stolen / TICKS_PER_S, busy / TICKS_PER_S) if seen and busy else None
 
 
 def _throttled_ns() -> int:

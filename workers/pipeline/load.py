@@ -18,11 +18,13 @@ def serving_of(explanation: Explanation) -> dict[str, Any] | None:
     if explanation.load is None:
         return None
     data = explanation.load.data
-    goodput = data["engine"]["goodput"] or {}
+    goodput, http = _goodput(data["engine"]), _goodput(data["http"])
     return {
         "settings": data["serving"]["settings"],
         "goodput": goodput.get("rate"),
         "goodput_interval": goodput.get("interval"),
+        "goodput_over_http": http.get("rate"),
+        "goodput_over_http_interval": http.get("interval"),
         "p99_limit_ms": data["traffic"]["p99_limit_ms"],
         "memory_mb": data["engine"]["memory_mb"],
         "start_seconds": data["engine"]["start_seconds"],
@@ -66,7 +68,7 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
 
 
 def headline(limit: str, ours: _Json, theirs: _Json) -> str:
-    """ "at p99 ≤ 20 ms: 41/s → 163/s on this machine"."""
+    """ "at p99 ≤ 20 ms: 41/s → 163/s on this machine". What was not proven, and what has no known end, says so."""
     if not ours.get("rate"):
         return f"at {limit}: {ours.get('reason') or 'no rate keeps it'}"
     now = f"{_shown(ours)} on this machine"
@@ -78,12 +80,15 @@ def headline(limit: str, ours: _Json, theirs: _Json) -> str:
 
 
 def gain(ours: _Json, theirs: _Json) -> dict[str, float | None] | None:
-    """Of the highest rates within the limit; both intervals at their worst and best."""
-    if not ours.get("rate") or not theirs.get("rate"):
+    """Of the highest rates within the limit; both intervals at their worst and best. None where either is not proven;
+    of a rate that was not seen to end there is no ratio, only the end that is known."""
+    if not (ours.get("rate") and theirs.get("rate") and ours.get("proven") and theirs.get("proven")):
         return None
     (low, high), (least, most) = ours["interval"], theirs["interval"]
+    if high is None and most is None:
+        return None
     return {
-        "ratio": round(ours["rate"] / theirs["rate"], 3),
+        "ratio": None if high is None or most is None else round(ours["rate"] / theirs["rate"], 3),
         "low": None if most is None else round(low / most, 3),
         "high": None if high is None else round(high / least, 3),
     }
@@ -122,9 +127,11 @@ def _goodput(side: _Json | None) -> _Json:
 
 
 def _shown(goodput: _Json) -> str:
-    """What was seen and not proven is "about"."""
+    """What was seen and not proven is "about"; what was not seen to exceed the limit anywhere is "at least"."""
     rate = goodput["rate"]
-    return ("" if goodput.get("proven") else "about ") + (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+    known = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+    told = [*(["at least"] if goodput["interval"][1] is None else []), *([] if goodput.get("proven") else ["about"])]
+    return " ".join([*told, known])
 
 
 def _mb(size: Any) -> float | None:

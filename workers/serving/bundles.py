@@ -161,8 +161,9 @@ def _kserve(bundled: Bundled, kinds: Kinds) -> None:
             memory_mb=memory,
             memory_basis=basis,
             pod_resource=devices.named(bundled.backend.device).pod_resource,
-            rate=traffic.get("goodput") or None,
-            rate_interval=traffic.get("goodput_interval"),
+            # By its own server, where that was measured: its client had a part of the cores, so that it serves no less.
+            rate=traffic.get("goodput_over_http") or traffic.get("goodput") or None,
+            rate_interval=traffic.get("goodput_over_http_interval") or traffic.get("goodput_interval"),
             p99_ms=traffic.get("p99_limit_ms"),
             start_seconds=traffic.get("start_seconds"),
             reason=str(reasons.get("serving") or "the job told no traffic"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,11 +16,14 @@ from workers.measure.load.arrivals import Arrivals
 from workers.measure.load.company import Company
 from workers.measure.load.generator import Run, Schedule, closed_loop, drive
 from workers.measure.load.goodput import Goodput, Plan, highest
-from workers.measure.load.judged import Point, allowed, judged, least_over
+from workers.measure.load.judged import DISTURBED, OPEN, Point, allowed, judged, least_over
 from workers.measure.load.mix import Mix
 from workers.measure.load.target import OK, Target
+from workers.measure.quiet import Quiet
 from workers.measure.stats import P99_BOUND_SAMPLES
 
+_PATIENCE_S, _PATIENCE = 5.0, 0.1  # to wait for a quiet machine, after each point that had company; of the time left
+_LEAST_POINT_S = 1.0
 _SETTLING_S = 0.25  # of a run, whose requests do not count
 _SETTLING = 0.2  # of the counted ones, at most
 _LEAST_LOOKED = 100  # requests of a short look: one of them may be late
@@ -114,6 +118,7 @@ class Bench:
         self.points: dict[Setup, list[Point]] = {}
         self.memory: dict[Setup, float | None] = {}
         self.start_s: dict[Setup, float] = {}
+        self.quiet = Quiet()
         self._seed = seed
         self._setup: Setup | None = None
         self._open: AbstractAsyncContextManager[Running] | None = None
@@ -155,6 +160,8 @@ class Bench:
         """One rate, on arrivals of its own. A run that has failed is not taken to its end."""
         effort = self.judged if proven else self.looked
         count = requests or effort.requests(rate)
+        if requests is None and effort.needed / rate > max(self.clock.left(), _LEAST_POINT_S):
+            return Point(rate, OPEN, proven, 0, 0, {"reason": "the time left holds too few requests at this rate"})
         settling = int(min(_SETTLING_S * rate, _SETTLING * count))
         self._seed += 1
         total = count + settling
@@ -174,7 +181,24 @@ class Bench:
         )
         found = judged(run, self.limit.p99_s, count, proven=proven, company=before.until_now())
         self.points.setdefault(setup, []).append(found)
+        if found.verdict == DISTURBED:
+            await self._wait()
         return found
+
+    async def _wait(self) -> None:
+        """A bounded while, until nobody else computes."""
+        self.quiet.grant(_PATIENCE_S)
+        await asyncio.to_thread(self.quiet.wait, min(_PATIENCE_S, _PATIENCE * max(self.clock.left(), 0.0)))
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """What is done in here is to end after so many seconds."""
+        until = self.clock.until
+        self.clock.until = min(until, time.monotonic() + max(seconds, 0.0))
+        try:
+            yield
+        finally:
+            self.clock.until = until
 
     async def goodput(self, setup: Setup, plan: Plan, *, proven: bool) -> Goodput:
         effort = self.judged if proven else self.looked

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 import psutil
 
-from workers.measure.disturbance import MOST_OTHERS, MOST_STOLEN, Disturbance, Reading, usual_cores
+from workers.measure.disturbance import (
+    LEAST_TICKS,
+    MOST_OTHERS,
+    MOST_STOLEN,
+    TICKS_PER_S,
+    Disturbance,
+    Reading,
+    usual_cores,
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,10 @@ class Company:
 
 def too_much(seen: Disturbance) -> str | None:
     """By the limits of every measurement."""
-    if seen.stolen_share > MOST_STOLEN:
+    least = LEAST_TICKS / TICKS_PER_S
+    if (seen.stolen or 0.0) >= least and seen.stolen_share > MOST_STOLEN:
         return f"{100 * seen.stolen_share:.0f} % of the cores' time was stolen from this virtual machine"
-    if seen.others_share > MOST_OTHERS:
+    if (seen.others or 0.0) >= least and seen.others_share > MOST_OTHERS:
         return f"other processes took {100 * seen.others_share:.0f} % of the cores' time"
     return None
 

@@ -52,11 +52,18 @@ class Goodput:
         known = [p for p in reversed(self.points) if p.rate == self.rate and p.verdict == KEEPS]
         return next((p for p in known if p.proven), known[0] if known else None)
 
+    @property
+    def known(self) -> bool:
+        """Whether anything was found: a rate that keeps the limit, or that none does."""
+        if self.rate > 0 or any(p.verdict == EXCEEDS for p in self.points):
+            return True
+        return self.complete and not self.points
+
     def to_json(self) -> dict[str, Any]:
-        best = self.best
+        best, rate = self.best, round(self.rate, 3) if self.known else None
         return {
-            "rate": round(self.rate, 3),
-            "interval": [round(self.rate, 3), None if self.high is None else round(self.high, 3)],
+            "rate": rate,
+            "interval": [rate, None if self.high is None else round(self.high, 3)],
             "proven": best is not None and best.proven,
             "confirmed": self.confirmed,
             "complete": self.complete,

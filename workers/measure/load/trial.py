@@ -6,7 +6,6 @@ The most important comes first: where the time runs out, what is missing has its
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +28,7 @@ _HTTP_UNTIL = 0.85
 _POINT, _LEAST_POINT_S, _MOST_POINT_S = 0.08, 5.0, 40.0  # of the time, that a proof at one rate may take
 _RESOLUTION = 1.06
 _STRIDE = 1.2
+_LOOKS = 0.4  # of the time of a side, for the short looks before its proof
 _COARSE = 1.15  # resolution of what only explains
 _BEYOND = 1.3  # × the rate that is kept
 _CURVE = (0.25, 0.5, 0.75, 0.9)  # × the rate that is kept
@@ -210,13 +210,9 @@ class Trial:
         if looked.rate <= 0:
             return looked
         rate = looked.rate
-        left, until = self._until(share), bench.clock.until
-        bench.clock.until = min(until, time.monotonic() + max(left, _LEAST_STEP_S))
-        try:
+        with bench.within(max(self._until(share), _LEAST_STEP_S)):
             plan = Plan(0.95 * rate, _RESOLUTION, _STRIDE, least=0.1 * rate, confirm=True)
             found = await bench.goodput(setup, plan, proven=True)
-        finally:
-            bench.clock.until = until
         if found.rate > 0:
             return found
         why = "seen in a few hundred requests and not proven: so few carry no proof, or the time ran out before"
@@ -241,7 +237,8 @@ class Trial:
         side.yields = answered(await bench.burst(side.setup))
         guess = first_guess(side.yields, bench.limit.p99_s)
         plan = Plan(guess, _COARSE, _STRIDE, most=max(side.yields, guess), least=1e-3 * guess)
-        looked = await bench.goodput(side.setup, plan, proven=False)
+        with bench.within(_LOOKS * self._until(_ORIGINAL_UNTIL)):
+            looked = await bench.goodput(side.setup, plan, proven=False)
         side.goodput = await self._proven(bench, side.setup, looked, _ORIGINAL_UNTIL)
         if self.rate is not None and self.rate <= _BEYOND * max(side.goodput.rate, 1e-9):
             side.at_rate = await self._at_rate(bench, side.setup)
@@ -258,7 +255,8 @@ class Trial:
             self.found.http = side
             return
         plan = Plan(0.7 * rate, _COARSE, _STRIDE, most=1.1 * rate, least=0.01 * rate)
-        looked = await bench.goodput(setup, plan, proven=False)
+        with bench.within(_LOOKS * self._until(_HTTP_UNTIL)):
+            looked = await bench.goodput(setup, plan, proven=False)
         side.goodput = await self._proven(bench, setup, looked, _HTTP_UNTIL)
         await self._facts(bench, side)
         self.found.http = side

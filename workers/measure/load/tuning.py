@@ -18,6 +18,9 @@ from workers.measure.load.bench import Bench, Setup, answered, median_s
 from workers.measure.load.goodput import Goodput, Plan
 from workers.measure.load.judged import KEEPS, SPOILT, Point
 
+_FIRST = 0.3  # of the time, for the rate of the setup that the search starts from
+_SCREENED = 0.4  # for what the others yield
+_EACH_S = 1.0  # that it takes to start one and to see that
 _HEATS = 3  # of one race, at growing rates
 _LEAST_RACE_S = 2.0
 _BAR = 1.05  # over the best so far: what is not more than this is the same on a machine that is not quiet
@@ -87,12 +90,14 @@ class Tuner:
 
     async def run(self) -> Tuned:
         began = self.bench.clock.spent
+        share_s = self.left()
         first = self._tried(self.start)
         await self._yields(first)
-        start = await self.bench.goodput(self.start, self._plan(first), proven=False)
+        with self.bench.within(_FIRST * share_s):
+            start = await self.bench.goodput(self.start, self._plan(first), proven=False)
         first.goodput, first.decision = start.rate, "where the search starts"
         best, goodput = self.start, start
-        for racer in await self._racers():
+        for racer in await self._racers(share_s):
             best, goodput = await self._race(racer, best, goodput)
         if best.max_batch > 1:
             for share in _DELAYS:
@@ -125,14 +130,17 @@ class Tuner:
         yields = tried.yields or 1.0
         return Plan(first_guess(yields, self.bench.limit.p99_s), _LOOKED, most=_REACH * yields, least=1e-3 * yields)
 
-    async def _racers(self) -> list[Tried]:
+    async def _racers(self, share_s: float) -> list[Tried]:
         """Those that yield most, the most promising first; larger batches of a layout as long as they bring more."""
+        batches, until = sorted(self.space.batches), self.left() - _SCREENED * share_s
+        if _EACH_S * len(batches) * len(self.space.layouts) > _SCREENED * share_s:
+            batches = batches[::2]  # 1, 4, 16, …
         for instances, threads in self.space.layouts:
             before = 0.0
-            for batch in sorted(self.space.batches):
+            for batch in batches:
                 tried = self._tried(Setup(instances, threads, batch))
                 if tried.yields is None:
-                    if self.left() < 3.0:
+                    if self.left() < max(until, _LEAST_RACE_S):
                         tried.decision, self.complete = "not tried: the time ran out", False
                         continue
                     if not await self._starts(tried):
@@ -152,8 +160,15 @@ class Tuner:
     async def _race(self, tried: Tried, best: Setup, goodput: Goodput) -> tuple[Setup, Goodput]:
         """The better of the two, with its goodput. Where both keep the limit just above the best so far, that was
         taken for less than it is: it is looked at once more, from there on."""
+        if goodput.rate <= 0:  # nothing is known of the best so far that could be beaten
+            found = await self.bench.goodput(tried.setup, self._plan(tried), proven=False)
+            tried.goodput, tried.decision = found.rate, "keeps the limit, where the best so far was not seen to"
+            if found.rate > 0:
+                return tried.setup, found
+            tried.decision = "was not seen to keep the limit either"
+            return best, goodput
         for _ in range(_HEATS):
-            bar = max(_BAR * goodput.rate, 1e-3)
+            bar = _BAR * goodput.rate
             tried.decision = await self._lost(tried, bar)
             if tried.decision:
                 break
