@@ -208,6 +208,29 @@ class Decoder(_Text):
         return self.through(self.embedded(input_ids), mask, states)
 
 
+class Flattened(_Text):
+    """As CLIP, BART and Whisper were written for years: products of [batch · heads, length, size], between which the
+    scores are taken apart to be masked."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedded(input_ids)
+        batch, length = input_ids.shape
+        mask = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
+        mask = mask.expand(batch, 1, length, length)
+        for block in self.blocks:
+            a = block.attention
+
+            def split(y: Tensor) -> Tensor:
+                return y.view(batch, -1, HEADS, SIZE).transpose(1, 2).contiguous().view(batch * HEADS, -1, SIZE)
+
+            scores = torch.bmm(split(a.q(x) * SIZE**-0.5), split(a.k(x)).transpose(1, 2))
+            scores = (scores.view(batch, HEADS, length, length) + mask).view(batch * HEADS, length, length)
+            context = torch.bmm(functional.softmax(scores, dim=-1), split(a.v(x)))
+            context = context.view(batch, HEADS, length, SIZE).transpose(1, 2)
+            x = x + a.out(context.reshape(batch, length, HIDDEN))
+        return self.norm(x)
+
+
 class Softcapped(_Text):
     """Almost attention: the scores go through a tanh."""
 
@@ -248,6 +271,7 @@ KINDS: dict[str, Kind] = {
         lambda: (_ids(), torch.randn(2, 9, HIDDEN)),
         {**_TEXT, "states": {0: "batch", 1: "frames"}},
     ),
+    "flattened": Kind(Flattened, lambda: (_ids(), torch.ones(2, 12, dtype=torch.int64)), _MASKED),
     "softcapped": Kind(Softcapped, lambda: (_ids(),), _TEXT),
 }
 

@@ -68,6 +68,8 @@ TODAY, OPERATOR, SCRIPTED, OLD = "sdpa-dynamo-18", "sdpa-dynamo-23", "sdpa-torch
         ("whisper_encoder", OLD, 1, 0),
         ("t5", TODAY, 1, 0),
         ("t5", OLD, 1, 0),
+        ("flattened", TODAY, 1, 0),
+        ("flattened", OLD, 1, 0),
         ("decoder", TODAY, 2, 1),
         ("decoder", OLD, 2, 1),
     ],

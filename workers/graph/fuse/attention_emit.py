@@ -87,7 +87,9 @@ class Emitter:
         a, b = self.view.known(whole), self.view.known(split)
         if len(a) != 3 or len(b) != 4 or not same(a[0], b[0]) or not same(a[1], b[1]):
             return False
-        return isinstance(a[2], int) and isinstance(b[3], int) and b[2] == heads and a[2] == heads * b[3]
+        if b[2] != heads and isinstance(b[2], int):
+            return False
+        return isinstance(a[2], int) and isinstance(b[3], int) and a[2] == heads * b[3]
 
     def _joined(self, source: str) -> str:
         return self._node("Reshape", [source, self._ints(0, 0, -1)], f"{source}_joined")

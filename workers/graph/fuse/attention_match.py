@@ -21,7 +21,7 @@ from workers.graph.rewriting import attribute
 
 _MASKED = -9_000.0  # what stands below it weighs nothing beside a score
 _DEPTH = 12  # nodes between a product and its Softmax
-_SWAPPED = (0, 1, 3, 2)
+_SWAPPED, _BY_HEADS = (0, 1, 3, 2), (0, 2, 1, 3)
 _UNDERSTOOD = frozenset(("Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Dropout"))
 
 
@@ -106,13 +106,14 @@ def _around(view: View, softmax: NodeProto) -> Core | str | None:
     if rank not in (3, 4) or any(view.rank(name) != rank for name in (scores.product.input[1], product.input[1])):
         return "its operands are not known to be tensors of three or four axes"
     axis = attribute(softmax, "axis", -1 if view.opset >= 13 else 1)
-    if axis not in (-1, rank - 1):
+    if axis not in (-1, (view.rank(softmax.input[0]) or rank) - 1):
         return f"its Softmax goes along axis {axis}"
     plain = tuple(range(rank))
     keys = (*plain[:-2], rank - 1, rank - 2)
     query, q_scale = _operand(view, Operand(scores.product.input[0], plain))
     key, k_scale = _operand(view, Operand(scores.product.input[1], keys))
     value = _still(view, Operand(product.input[1], plain))
+    scale = q_scale * k_scale * scores.factor
     core = Core(
         node_label(softmax),
         view.index[product.output[0]],
@@ -120,12 +121,45 @@ def _around(view: View, softmax: NodeProto) -> Core | str | None:
         query,
         key,
         value,
-        _heads(view, scores.product.input[0], product.input[1]) if rank == 4 else 0,
-        q_scale * k_scale * scores.factor,
+        0 if rank == 3 else _heads(view, query, value, key),
+        scale,
         scores.terms,
         empty_rows_are_zero=zero,
     )
-    return _checked(view, core)
+    return _checked(view, core if rank == 4 else _with_heads(view, core))
+
+
+def _with_heads(view: View, core: Core) -> Core:
+    """An attention of three axes, [batch · heads, …], with the axes that were joined; itself where they were not."""
+    if any(view.rank(term.name) == 3 for term in core.terms):
+        return core
+    join = view.only_reader(core.out)
+    if join is None or join.op_type != "Reshape" or not _keeps_rows(view, core.out, join.output[0]):
+        return core
+    operands = []
+    scale = core.scale
+    for operand in (core.query, core.key, core.value):
+        joined = view.made_by(operand.source, "Reshape")
+        if joined is None or operand.order != (0, 1, 2) or not _keeps_rows(view, joined.input[0], operand.source):
+            return core
+        apart, factor = _operand(view, Operand(joined.input[0], (0, 1, 2, 3)))
+        operands.append(apart)
+        scale *= factor
+        if operand is core.value and factor != 1:
+            return core
+    query, key, value = operands
+    out = join.output[0]
+    heads = _heads(view, query, value, key)
+    return replace(core, anchor=view.index[out], out=out, query=query, key=key, value=value, heads=heads, scale=scale)
+
+
+def _keeps_rows(view: View, before: str, after: str) -> bool:
+    """Whether a Reshape joins the first two of four axes, or takes them apart. Where not all dimensions are known, the
+    check on numbers decides."""
+    a, b = view.known(before), view.known(after)
+    if {len(a), len(b)} != {3, 4}:
+        return False
+    return not any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a[-2:], b[-2:], strict=True))
 
 
 def _checked(view: View, core: Core) -> Core | str:
@@ -133,17 +167,27 @@ def _checked(view: View, core: Core) -> Core | str:
         return "its operands are not float32, as the fused operator computes on CPUs, where it is checked"
     if core.heads < 0:
         return "the number of heads is not fixed"
+    if not core.heads and any(view.rank(term.name) == 4 for term in core.terms):
+        return "its mask has an axis for the heads, its operands have none"
     if core.scale <= 0:
         return f"its scores are multiplied by {core.scale:g}"
     return core
 
 
-def _heads(view: View, query: str, value: str) -> int:
-    """The second axis of four, as a number; -1 where it is none."""
-    for name in (query, value):
-        dims = view.known(name)
-        if len(dims) == 4 and isinstance(dims[1], int) and dims[1] > 0:
-            return dims[1]
+def _heads(view: View, *operands: Operand) -> int:
+    """The second axis of one of these of four, as a number, or by what it was split off; -1 where that is not told."""
+    for operand in operands:
+        dims = view.known(operand.source)
+        if len(dims) != 4:
+            continue
+        heads, size = dims[operand.order[1]], dims[operand.order[3]]
+        if isinstance(heads, int):
+            return heads
+        split = view.made_by(operand.source, "Reshape")
+        whole = view.known(split.input[0])[-1:] if split is not None else ()
+        last_two_were_one = operand.order == _BY_HEADS and len(whole) == 1
+        if last_two_were_one and isinstance(size, int) and isinstance(whole[0], int) and whole[0] % size == 0:
+            return whole[0] // size
     return -1
 
 
@@ -172,7 +216,11 @@ def _scores(view: View, name: str, factor: float, terms: tuple[Term, ...], depth
             number = view.number(inputs[c])
             if number is not None and number * factor <= _MASKED:
                 yield from _scores(view, inputs[x], factor, (*terms, Term(inputs[0], number, x == 1)), depth + 1)
-    elif op in ("Identity", "Dropout") or (op == "Cast" and attribute(node, "to", 0) == TensorProto.FLOAT):
+    elif (
+        (op == "Reshape" and _keeps_rows(view, inputs[0], name))
+        or op in ("Identity", "Dropout")
+        or (op == "Cast" and attribute(node, "to", 0) == TensorProto.FLOAT)
+    ):
         yield from _scores(view, inputs[0], factor, terms, depth + 1)
 
 
@@ -198,7 +246,10 @@ def _after(view: View, softmax: NodeProto) -> tuple[NodeProto, bool] | str | Non
         (reader,) = readers
         if reader.op_type == "MatMul" and reader.input[0] == name and reader.input[1] != name:
             return (reader, zero) if reader.input[1] not in view.initializers else None
-        if reader.op_type not in ("Cast", "Identity", "Dropout") or reader.input[0] != name:
+        passes = reader.op_type in ("Cast", "Identity", "Dropout") or (
+            reader.op_type == "Reshape" and _keeps_rows(view, name, reader.output[0])
+        )
+        if not passes or reader.input[0] != name:
             return f"its weights pass {reader.op_type}" if _leads_to_product(view, reader.output[0]) else None
         name = reader.output[0]
     return None
@@ -303,14 +354,14 @@ def _standard(view: View, node: NodeProto) -> Core | str:
         return "its operands are not known to be tensors of four axes"
     size = dims[0][3]
     scale = attribute(node, "scale", None) or (size**-0.5 if isinstance(size, int) else 0.0)
-    heads = _heads(view, query, value)
-    if any(d[1] != heads for d in dims):
+    if any(not same(d[1], dims[0][1]) for d in dims):
         return "its queries, keys and values are not of the same number of heads"
     causal = bool(attribute(node, "is_causal", 0))
     if causal and not same(dims[0][2], dims[1][2]):
         return "it is causal over keys that are not known to be as many as the queries"
     plain = (0, 1, 2, 3)
     operands = [_operand(view, Operand(name, plain)) for name in (query, key)]
+    values = _still(view, Operand(value, plain))
     terms: tuple[Term, ...] = ()
     if mask:
         booleans = view.types.get(mask) == TensorProto.BOOL
@@ -321,8 +372,8 @@ def _standard(view: View, node: NodeProto) -> Core | str:
         node.output[0],
         operands[0][0],
         operands[1][0],
-        _still(view, Operand(value, plain)),
-        heads,
+        values,
+        _heads(view, operands[0][0], values),
         scale * operands[0][1] * operands[1][1],
         terms,
         causal,
