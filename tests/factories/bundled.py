@@ -73,6 +73,20 @@ def bundled(
     made, engine = backends()[backend](), folder / "engine"
     engine.mkdir(parents=True)
     built = made.build(models.folder(model, folder / "model"), engine, dict(runtime or {}), Notes())
+    return packaged(backend, engine, built["runtime"], folder, isa=isa, tritonserver=tritonserver, **manifest)
+
+
+def packaged(
+    backend: str,
+    engine: Path,
+    runtime: Mapping[str, Any],
+    folder: Path,
+    *,
+    isa: tuple[str, ...] = (),
+    tritonserver: Path | None = None,
+    **manifest: Any,
+) -> Made:
+    """Of an engine that is built, and loaded with `runtime`."""
     (folder / "work").mkdir()
     hardware = {**describe(), "isa": list(isa)}
     context = StageContext({"engine": engine}, folder / "work", folder / "out", Notes(), hardware)
@@ -80,7 +94,7 @@ def bundled(
     options = PackageOptions(
         name="m-fp32",
         backend=backend,
-        runtime=built["runtime"],
+        runtime=dict(runtime),
         engine_format="onnx",
         manifest=told,
         engine_digest=folder_digest(engine),

@@ -17,9 +17,11 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from tests.factories import onnx_models as models
-from tests.factories.bundled import Made, bundled
+from tests.factories.bundled import Made, bundled, packaged
 from tests.integrations.environments import environment
 from tests.integrations.tritonserver import tritonserver
+from tests.unit.test_by_batch import apart, side_by_side
+from workers.kernel import backends
 from workers.serving.triton_server import CALLS, Example, NotLoaded, Server, replayed, running
 from workers.serving.v2_client import Connection, Refused
 
@@ -32,6 +34,7 @@ SETTINGS = {
     "preferred_batches": [4],
     "queue_limit": 100,
 }
+ALONE = {"instances": 1, "threads": 1, "max_batch": 4, "max_delay_ms": 0.0}
 TUNED = {"serving": {"settings": SETTINGS}}
 # Triton's own protobuf, which has no mercy on a field that it does not know.
 PARSE = """
@@ -192,6 +195,25 @@ def test_a_request_that_fails_spoils_no_other_of_its_batch(server: Path, tmp_pat
         for index, answer in enumerate(answers):
             assert isinstance(answer, str) == (index % 8 in (2, 6)), answer
         assert "indices element out of data bounds" in answers[2]
+
+
+def test_two_engines_in_one_bundle_are_one_model(server: Path, tmp_path: Path) -> None:
+    """Each request goes to the engine for the size of the batch that Triton made of it."""
+    engine, runtime = side_by_side(tmp_path, apart(), most=1)
+    made = packaged(
+        "by-batch", engine, runtime, tmp_path, isa=("avx512_bf16",), deployment={"serving": {"settings": ALONE}}
+    )
+    with served(server, made, tmp_path) as (found, config):
+        assert config["backend"] == "python"
+        connection = Connection(found.http_port, "m-fp32", 10.0)
+        for rows, name in ((1, "small"), (4, "large")):
+            member = next(e for e in runtime["engines"] if e["folder"] == name)
+            session = backends()[member["backend"]]().load(engine / name, member["runtime"])
+            feeds = {"input": np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32)}
+            answer = connection.infer(feeds, ["logits"], batched=True)["logits"]
+            np.testing.assert_allclose(answer, session.run(feeds)["logits"], rtol=1e-4, atol=1e-5)
+            session.close()
+        connection.close()
 
 
 def test_the_stage_tries_the_repository_where_there_is_a_server(server: Path, tmp_path: Path) -> None:
