@@ -126,7 +126,8 @@ class Job(Base):
     `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
     was shut down gave back.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
-    then an ended job stands in its status's `JobTally`.
+    then an ended job stands in its status's `JobTally`. `parent_id`: of the job that compares this one's target with
+    others (`app.jobs.family`).
     """
 
     __tablename__ = "jobs"
@@ -165,6 +166,7 @@ class Job(Base):
     spent_seconds: Mapped[float] = mapped_column(Float, default=0.0, server_default=text("0"))
     expected_end: Mapped[datetime | None] = mapped_column(UtcDateTime)
     tallied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    parent_id: Mapped[str | None] = mapped_column(Id)
 
     __table_args__ = (
         # Lists: all of a tenant's jobs, those in a status, those of a model.
@@ -195,6 +197,13 @@ class Job(Base):
             "finished_at",
             sqlite_where=text("webhook_url IS NOT NULL AND webhook_done_at IS NULL"),
             postgresql_where=text("webhook_url IS NOT NULL AND webhook_done_at IS NULL"),
+        ),
+        Index(
+            "ix_jobs_parent_id",
+            "parent_id",
+            "id",
+            sqlite_where=text("parent_id IS NOT NULL"),
+            postgresql_where=text("parent_id IS NOT NULL"),
         ),
         CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
     )

@@ -218,13 +218,38 @@ class SearchReport(_Part):
     exhausted: bool
 
 
+class LimitCost(_Part):
+    """What serving costs at the job's limit: `price_per_hour` / (goodput × 3600) × 10⁶. `per_million_requests`: at the
+    highest rate that keeps the limit; the interval is that of the rate (its lower end None: no rate was seen to exceed
+    the limit). `per_million_samples`: of samples, of which a request holds `samples_per_request`. `proven`: whether the
+    limit is, at this rate. `original_per_million_requests`: of the original, within the same limit. `machines`: that
+    the wanted rate takes, for `per_hour` together. `reason`: why no cost is claimed."""
+
+    limit: str
+    price_per_hour: float
+    currency: str
+    goodput: float | None = None
+    per_million_requests: float | None = None
+    per_million_requests_interval: list[float | None] | None = None
+    per_million_samples: float | None = None
+    per_million_samples_interval: list[float | None] | None = None
+    samples_per_request: float | None = None
+    proven: bool | None = None
+    original_per_million_requests: float | None = None
+    machines: int | None = None
+    per_hour: float | None = None
+    reason: str | None = None
+
+
 class TrafficReport(_Part):
     """The bundle that ships, and the original with its own default settings, under the job's traffic (`traffic`: as it
     was driven). `engine` and `original`: {setup, goodput {rate, interval, proven, confirmed, …}, at_rate, beyond,
     curve, …}; rates are requests per second. `gain`: of the rates within the limit, {ratio, low, high}; None for what
     is not known. `served`: whether the wanted rate is, None where that is not proven; `nearest_rate`: the highest that
-    is, `machines`: how many of this kind the wanted rate takes. `http`: the engine by the bundle's own server.
-    `patterns`: ways to serve, which fits and why, by this job's figures. `reasons`: why a part of it is missing."""
+    is, `machines`: how many of this kind the wanted rate takes. `http`: the engine by the bundle's own server. `cost`:
+    where the job tells a price. `cold_start`: the bundle's server from nothing, in a clean process {alive_seconds,
+    ready_seconds, first_answer_seconds, from_zero_seconds (with unpacking), archive_mb, …}. `patterns`: ways to serve,
+    which fits and why, by this job's figures. `reasons`: why a part of it is missing."""
 
     headline: str
     traffic: dict[str, Any] = {}
@@ -234,6 +259,8 @@ class TrafficReport(_Part):
     served: bool | None = None
     nearest_rate: float | None = None
     machines: int | None = None
+    cost: LimitCost | None = None
+    cold_start: dict[str, Any] | None = None
     tried: list[dict[str, Any]] = []
     brought: list[dict[str, Any]] = []
     static: dict[str, Any] | None = None
@@ -258,7 +285,8 @@ class StageReport(_Part):
 
 
 class Report(_Part):
-    """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`, `traffic`), and why:
+    """`not_explained`: what of the explanation is missing (`ablation`, `deployment`, `profile`, `traffic`,
+    `cold_start`), and why:
     the engine was proven before. `traffic`: where the job tells one. `compatibility`: of backends that the worker could
     ask but not run, whether they take the model: {backend, accepted, how, refused, precisions, changes, …}. `bundles`:
     of the kinds beside `python`, {backend, notes, tried: {requests, executions, largest_difference} where a server was

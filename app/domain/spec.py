@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from app.domain.limits import INT64_MAX
 from app.domain.strict import Dimension, Name, Strict
@@ -24,6 +24,7 @@ Metric = Literal[
     "agreement", "kl", "cosine", "spearman", "neighbours", "normalized_error", "psnr",  # against the original
 ]
 # fmt: on
+MOST_TARGETS = 8
 Int64 = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
@@ -135,6 +136,13 @@ class Cost(Strict):
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
 
 
+class PricedTarget(Cost):
+    """A machine that is compared with others. `hardware`: a hardware id in `GET /v1/capabilities`; or a kind (`cpu`,
+    `cuda`, a GPU's compute capability), where the live machines of that kind all have one id."""
+
+    hardware: Name
+
+
 class Search(Strict):
     """How configurations are tried. `halving`: a short timing and a small accuracy check for all, the full method for
     those that can still win. `exhaustive`: the full method for every configuration; takes several times as long."""
@@ -220,7 +228,8 @@ class Webhook(Strict):
 
 class OptimizationSpec(Strict):
     """`measure`: "again" takes no timing from an earlier job; graphs and builds that are known still are. `traffic`:
-    what the engine is to serve; it is then measured under it, and its serving tuned for it.
+    what the engine is to serve; it is then measured under it, and its serving tuned for it. `targets`: machines that
+    are each to have a job of their own; this one compares what the traffic costs on them.
 
     `engines_per_bundle`: with 2, the bundle may hold two engines, one for small and one for large batches, where that
     gains at one of `benchmark.batch_sizes`; both are loaded, so that it takes the memory of both. By default 2 where
@@ -230,6 +239,7 @@ class OptimizationSpec(Strict):
     model_id: str
     objective: Objective = "latency"
     target: Target = Target()
+    targets: list[PricedTarget] | None = Field(default=None, min_length=1, max_length=MOST_TARGETS)
     precisions: list[Precision] | None = Field(default=None, min_length=1)
     shapes: dict[Name, ShapeRange] | None = None
     inputs: dict[Name, InputOptions] | None = None
@@ -251,6 +261,32 @@ class OptimizationSpec(Strict):
     def most_engines(self) -> int:
         """That one bundle may hold."""
         return self.engines_per_bundle or (2 if self.objective == "latency" else 1)
+
+    @field_validator("targets")
+    @classmethod
+    def _comparable(cls, targets: list[PricedTarget] | None) -> list[PricedTarget] | None:
+        names = [target.hardware for target in targets or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"names {twice!r} twice: give one price for it")
+        currencies = sorted({target.currency for target in targets or ()})
+        if len(currencies) > 1:
+            raise ValueError(f"has prices in {' and '.join(currencies)}: give them all in one currency")
+        return targets
+
+    @model_validator(mode="after")
+    def _targets_alone(self) -> OptimizationSpec:
+        if self.targets is None:
+            return self
+        if self.traffic is None:
+            raise ValueError(
+                "targets are compared by what it costs to serve a job's traffic: give traffic, with its slo"
+            )
+        if self.cost is not None:
+            raise ValueError("give either cost or targets, not both: each target has its own price")
+        if self.target.hardware is not None or self.target.compute_capability is not None:
+            raise ValueError("give either one target's hardware or targets, not both")
+        return self
 
     @model_validator(mode="after")
     def _shapes_once(self) -> OptimizationSpec:

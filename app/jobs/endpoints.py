@@ -28,8 +28,10 @@ from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.services import Services
 from app.idempotency import Idempotency
+from app.jobs.comparison import compare
 from app.jobs.events import event_stream
-from app.jobs.report_page import PAGE_POLICY, report_page
+from app.jobs.family import PARENTS
+from app.jobs.report_page import PAGE_POLICY, comparison_page, report_page
 from app.jobs.schemas import JobEnded, JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
 from app.names import storable
 
@@ -95,7 +97,8 @@ def submit_job(
     tenant_id: TenantId,
     key: IdempotencyKeyHeader = None,
 ) -> Response:
-    """Optimize a model. Only `model_id` is required; every default is echoed in the job's `spec`."""
+    """Optimize a model. Only `model_id` is required; every default is echoed in the job's `spec`. With `targets`, each
+    of them gets a job, and this one compares them."""
     # Without what has its default: a version to come has more fields, and the client may send this again then.
     document = spec.model_dump(mode="json", exclude_defaults=True)
     _check_size(document, services.settings.limits.spec_bytes)
@@ -175,13 +178,18 @@ def cancel_job(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Res
     },
 )
 async def get_report(request: Request, services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
-    """What was measured and what came out of it; as a page with plots for `Accept: text/html`."""
+    """What was measured and what came out of it; as a page with plots for `Accept: text/html`. Of a job with `targets`:
+    what its traffic costs on each."""
     row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
-    body = await services.storage.run(tenant_id, _document, services, row, row.report_sha256, "report")
+    make_page = report_page
+    if row.queue == PARENTS:
+        body, make_page = await services.storage.run(tenant_id, _comparison, services, row), comparison_page
+    else:
+        body = await services.storage.run(tenant_id, _document, services, row, row.report_sha256, "report")
     headers = {"Vary": "Accept", "Cache-Control": "private, no-cache"}
     if prefers_html(request.headers.get("accept", "")):
         headers["Content-Security-Policy"] = PAGE_POLICY
-        page = await anyio.to_thread.run_sync(lambda: report_page(json.loads(body), job_id))
+        page = await anyio.to_thread.run_sync(lambda: make_page(json.loads(body), job_id))
         return Response(page, headers=headers, media_type="text/html")
     return Response(body, headers=headers, media_type=_JSON)
 
@@ -253,6 +261,19 @@ def _document(services: Services, row: Job, sha256: str | None, kind: str) -> by
         raise AppError(f"no_{kind}", "Not there", 404, f"The job is {row.status} and has no {kind}.", remedy=remedy)
     remedy = f"Wait for the job: GET /v1/jobs/{row.id}?wait=30"
     raise conflict(f"{kind}_not_ready", f"The job is {row.status}.", remedy)
+
+
+def _comparison(services: Services, row: Job) -> bytes:
+    """Of a job with targets, once all have ended."""
+    if not is_terminal(row):
+        _document(services, row, None, "report")
+    children = services.jobs.children(row.tenant_id, row.id)
+    reports = {
+        child.id: json.loads(services.content.read_bytes(row.tenant_id, child.report_sha256))
+        for child in children
+        if child.report_sha256 is not None
+    }
+    return compare(row, children, reports).model_dump_json().encode()
 
 
 def _check_size(document: Any, limit: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from app.jobs.by_batch_page import by_batch
+from app.jobs.comparison_page import comparison_body
 from app.jobs.page_parts import (
     MAX_ROWS,
     Json,
@@ -107,11 +108,18 @@ def report_page(report: Json, job_id: str) -> str:
         section("Method", facts_table(part_of(report, "method"))),
         section("Environment", facts_table(part_of(report, "environment"))),
     ]
-    title = text(analysis.get("model", job_id))
+    return _page(text(analysis.get("model", job_id)), "".join(parts))
+
+
+def comparison_page(report: Json, job_id: str) -> str:
+    """HTML of a report that compares targets."""
+    title = f"Targets compared · job {text(job_id)}"
+    return _page(title, f"<h1>{title}</h1>{comparison_body(report)}")
+
+
+def _page(title: str, body: str) -> str:
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
-    return (
-        f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
-    )
+    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>"
 
 
 def _tiles(final: Json) -> str:

@@ -1,4 +1,5 @@
-"""All SQL on jobs and their events. A state changes only by `apply`: compare-and-set, and an event with it."""
+"""All SQL on jobs and their events. A state changes only by `apply`: compare-and-set, and an event with it; a job that
+compares this one's target with others follows in the same transaction."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session, defer
 from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
+from app.jobs.family import PARENTS, Child, fate, progress_of, stages_of
 
 ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 
@@ -73,8 +75,9 @@ class JobRepository:
         return [*self.session.scalars(query)]
 
     def count_active(self, tenant_id: str) -> int:
+        """Without those that only compare others: these count themselves."""
         query = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE))
-        return self.session.scalar(query) or 0
+        return self.session.scalar(query.where(Job.queue != PARENTS)) or 0
 
     def apply(
         self,
@@ -95,7 +98,47 @@ class JobRepository:
             changes.setdefault("lease_owner", None)
             changes.setdefault("lease_expires_at", None)
         data = {"status": target.value, **(event or {})}
-        return self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
+        version = self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
+        if version is not None:
+            parent_id = self.session.scalar(select(Job.parent_id).where(Job.id == job_id))
+            if parent_id is not None:
+                self._follow(parent_id, job_id)
+        return version
+
+    def _follow(self, parent_id: str, job_id: str) -> None:
+        """A child's state has changed. Two that do so at once do not miss each other: the second waits here for the
+        first one's commit, and sees it. Locks are taken from children to parents, everywhere."""
+        lock = select(Job.cancel_requested_at).where(Job.id == parent_id, Job.status == JobStatus.RUNNING.value)
+        found = self.session.execute(lock.with_for_update(key_share=True)).one_or_none()
+        if found is None:
+            return
+        children = self.children(parent_id)
+        changes: dict[str, Any] = {"stages": stages_of(children), "progress": progress_of(children)}
+        end = fate(children, cancel_requested=found[0] is not None)
+        if end is None:
+            seen = next(stage for stage in changes["stages"] if stage["job_id"] == job_id)
+            told = {"stage": "target", **{name: seen[name] for name in ("hardware", "job_id", "status")}}
+            self.update(parent_id, [], changes, "stage", {**told, "progress": changes["progress"]})
+            return
+        trigger, values = end
+        event = {name: values[name] for name in ("engine_ids", "error") if values.get(name)}
+        self.apply(parent_id, trigger, source=JobStatus.RUNNING, values={**changes, **values}, event=event)
+
+    def of_parent(self, tenant_id: str, parent_id: str) -> list[Job]:
+        query = select(Job).where(Job.parent_id == parent_id, Job.tenant_id == tenant_id).order_by(Job.id)
+        return [*self.session.scalars(query)]
+
+    def children(self, parent_id: str, *, lock: bool = False) -> list[Child]:
+        """In the order of its targets. `lock`: they change no more until the end of this transaction."""
+        query = (
+            select(
+                Job.id, Job.status, Job.spec["target"]["hardware"].as_string(), Job.engine_ids, Job.error,
+                Job.started_at, Job.finished_at,
+            )
+            .where(Job.parent_id == parent_id)
+            .order_by(Job.id)
+        )  # fmt: skip
+        return [Child(*row) for row in self.session.execute(query.with_for_update() if lock else query)]
 
     def update(
         self,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.db.orm import Job
 from app.domain.job_state import TERMINAL
 from app.domain.spec import OptimizationSpec
+from app.jobs.family import PARENTS
 from app.schemas import ItemPage, Resource
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -40,6 +41,15 @@ class JobError(BaseModel):
     remedy: str | None = None
 
 
+class ChildOut(BaseModel):
+    """The job of one target of a job that compares several."""
+
+    id: str
+    hardware: str | None
+    status: Status
+    links: dict[str, str]
+
+
 class JobNotice(Resource):
     """What is told of a job where its spec and stages would be too much."""
 
@@ -62,7 +72,9 @@ class JobNotice(Resource):
             "model": f"/v1/models/{row.model_id}",
             "engines": f"/v1/engines?job_id={row.id}",
         }
-        if row.report_sha256 is not None:
+        if row.parent_id is not None:
+            links["parent"] = f"/v1/jobs/{row.parent_id}"
+        if row.report_sha256 is not None or (row.queue == PARENTS and is_terminal(row)):
             links["report"] = f"{path}/report"
         if row.manifest_sha256 is not None:
             links["manifest"] = f"{path}/manifest"
@@ -92,6 +104,8 @@ class JobOut(JobNotice):
     finished_at: datetime | None
     expected_end: datetime | None = Field(default=None, description="Of a running job, by its pace and its budget")
     cancel_requested: bool
+    parent_id: str | None = Field(default=None, description="The job that compares this one's target with others")
+    children: list[ChildOut] = Field(default=[], description="Of a job with `targets`: one for each, in their order")
 
     @classmethod
     def _values(cls, row: Job) -> dict[str, Any]:
@@ -106,7 +120,23 @@ class JobOut(JobNotice):
             "finished_at": row.finished_at,
             "expected_end": row.expected_end if row.status == "running" else None,
             "cancel_requested": row.cancel_requested_at is not None,
+            "parent_id": row.parent_id,
+            "children": _children(row),
         }
+
+
+def _children(row: Job) -> list[dict[str, Any]]:
+    if row.queue != PARENTS:
+        return []
+    return [
+        {
+            "id": stage["job_id"],
+            "hardware": stage["hardware"],
+            "status": stage["status"],
+            "links": {"self": f"/v1/jobs/{stage['job_id']}"},
+        }
+        for stage in row.stages
+    ]
 
 
 class JobPage(ItemPage[JobOut]):

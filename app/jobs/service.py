@@ -12,15 +12,17 @@ from app.capabilities.service import CapabilityService
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Job, JobEvent, SourceModel
-from app.db.uow import Database
+from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
-from app.jobs.admission import check_shapes, find_queue, fit_batch_sizes
+from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
 from app.jobs.data_admission import check_dataset, check_inputs
+from app.jobs.family import PARENTS, stages_of
 from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
+from app.jobs.target_admission import per_target
 from app.jobs.traffic_admission import fit_traffic
 from app.prebuilds.repository import PrebuildRepository
 from app.queue.producer import Dispatch
@@ -67,46 +69,48 @@ class JobService:
                 spec = fit_batch_sizes(spec, model.inputs)
             spec = fit_traffic(spec, model.inputs)
             self._datasets(session, tenant_id, spec, model)
-            queue = find_queue(spec, model.format, live, known)
-            if jobs.count_active(tenant_id) >= self.settings.limits.active_jobs_per_tenant:
-                raise AppError(
-                    "too_many_jobs",
-                    "Too many jobs",
-                    429,
-                    f"{self.settings.limits.active_jobs_per_tenant} jobs are queued or running already.",
-                    retryable=True,
-                    remedy="Wait for some of them to end, or cancel them.",
-                    headers={"Retry-After": "30"},
-                )
-            job = Job(
-                id=new_id("job"),
-                tenant_id=tenant_id,
-                model_id=model.id,
-                status=JobStatus.QUEUED.value,
-                stage=None,
-                progress=0.0,
-                spec=spec.model_dump(mode="json"),
-                queue=queue.name,
-                stages=queue.stages,
-                error=None,
-                engine_ids=[],
-                correlation_id=correlation_id,
-                webhook_url=spec.webhook.url if spec.webhook else None,
-                webhook_attempts=0,
-                version=1,
-                attempts=0,
-                fencing_token=0,
-                dispatched_at=utcnow(),
-                dispatches=1,
-                created_at=utcnow(),
-            )
-            jobs.add(job)
-            for backend, built_for in queue.builds.items():
-                PrebuildRepository(session).add(job.id, backend, built_for)
+            if spec.targets is not None:
+                wanted = per_target(spec, model.format, live)
+            else:
+                wanted = [(spec, find_queue(spec, model.format, live, known))]
+            self._check_quota(jobs.count_active(tenant_id), len(wanted))
+            about = {"tenant_id": tenant_id, "model_id": model.id, "correlation_id": correlation_id}
+            parent = _parent(spec, **about) if spec.targets is not None else None
+            if parent is not None:
+                jobs.add(parent)
+            # Ids of one moment are in no order: theirs is to be that of the targets.
+            ids = sorted(new_id("job") for _ in wanted)
+            added = [_queued(i, *w, parent, **about) for i, w in zip(ids, wanted, strict=True)]
+            for job, (_, queue) in zip(added, wanted, strict=True):
+                self._add(uow, job, queue)
+            if parent is not None:
+                parent.stages = stages_of(jobs.children(parent.id))
+            submitted = parent or added[0]
             if idempotency is not None:
-                remember(session, tenant_id, idempotency, job.id)
-            uow.after_commit(lambda: self.dispatch(job))
-            return job, True
+                remember(session, tenant_id, idempotency, submitted.id)
+            return submitted, True
+
+    def _check_quota(self, active: int, more: int) -> None:
+        most = self.settings.limits.active_jobs_per_tenant
+        if active + more <= most:
+            return
+        several = f" {more} more would exceed {most}." if more > 1 else ""
+        remedy = "Wait for some of them to end, or cancel them." if more <= most else "Name fewer targets."
+        raise AppError(
+            "too_many_jobs",
+            "Too many jobs",
+            429,
+            f"{active} jobs are queued or running already.{several}",
+            retryable=more <= most,
+            remedy=remedy,
+            headers={"Retry-After": "30"},
+        )
+
+    def _add(self, uow: UnitOfWork, job: Job, queue: Queue) -> None:
+        JobRepository(uow.session).add(job)
+        for backend, built_for in queue.builds.items():
+            PrebuildRepository(uow.session).add(job.id, backend, built_for)
+        uow.after_commit(lambda: self.dispatch(job))
 
     def _model(self, session: Session, tenant_id: str, spec: OptimizationSpec) -> SourceModel:
         model = JobRepository(session).usable_model(tenant_id, spec.model_id)
@@ -150,6 +154,11 @@ class JobService:
             raise not_found("job", job_id)
         return job
 
+    def children(self, tenant_id: str, job_id: str) -> Sequence[Job]:
+        """The jobs of one that compares targets, in the order of these."""
+        with self.db.read() as session:
+            return JobRepository(session).of_parent(tenant_id, job_id)
+
     def version(self, tenant_id: str, job_id: str) -> int:
         """Of the job as clients see it; far cheaper than the job."""
         with self.db.read() as session:
@@ -165,20 +174,21 @@ class JobService:
             return JobRepository(session).page(tenant_id, limit=limit, before=before, status=status, model_id=model_id)
 
     def cancel(self, tenant_id: str, job_id: str) -> Job:
-        """End a queued job now; ask the worker of a running one to stop. A job that has ended stays as it is."""
+        """End a queued job now; ask the worker of a running one to stop. A job that has ended stays as it is. One that
+        compares targets ends with its own jobs, of which each is cancelled."""
         with self.db.write() as uow:
             jobs = JobRepository(uow.session)
             job = jobs.get(tenant_id, job_id)
             if job is None:
                 raise not_found("job", job_id)
-            asked: dict[str, Any] = {"cancel_requested_at": utcnow()}
-            running = [Job.status == JobStatus.RUNNING.value, Job.cancel_requested_at.is_(None)]
-            # Twice: a worker may take the job, or give it back, between the two statements.
-            for _ in range(2 if job.status not in TERMINAL else 0):
-                if jobs.apply(job_id, Trigger.CANCEL, source=JobStatus.QUEUED, values=asked) is not None:
-                    break
-                if jobs.update(job_id, running, asked, "note", {"message": "cancel requested"}) is not None:
-                    break
+            # First the locks of its children, where it has some: locks go from children to parents.
+            children = jobs.children(job_id, lock=True) if job.queue == PARENTS else []
+            if children:
+                _ask_to_cancel(jobs, job_id, JobStatus.RUNNING)
+            for child in children:
+                _ask_to_cancel(jobs, child.id, JobStatus(child.status))
+            if not children:
+                _ask_to_cancel(jobs, job_id, JobStatus(job.status))
             return uow.session.get_one(Job, job_id, populate_existing=True)
 
     def events_after(self, tenant_id: str, job_id: str, seq: int, limit: int = 500) -> Sequence[JobEvent]:
@@ -191,3 +201,58 @@ class JobService:
     def versions(self, job_ids: Collection[str]) -> dict[str, int]:
         with self.db.read() as session:
             return JobRepository(session).versions(job_ids)
+
+
+def _ask_to_cancel(jobs: JobRepository, job_id: str, status: JobStatus) -> None:
+    asked: dict[str, Any] = {"cancel_requested_at": utcnow()}
+    running = [Job.status == JobStatus.RUNNING.value, Job.cancel_requested_at.is_(None)]
+    # Twice: a worker may take the job, or give it back, between the two statements.
+    for _ in range(2 if status not in TERMINAL else 0):
+        if jobs.apply(job_id, Trigger.CANCEL, source=JobStatus.QUEUED, values=asked) is not None:
+            break
+        if jobs.update(job_id, running, asked, "note", {"message": "cancel requested"}) is not None:
+            break
+
+
+def _queued(
+    job_id: str,
+    spec: OptimizationSpec,
+    queue: Queue,
+    parent: Job | None,
+    *,
+    tenant_id: str,
+    model_id: str,
+    correlation_id: str,
+) -> Job:
+    now = utcnow()
+    return Job(
+        id=job_id,
+        tenant_id=tenant_id,
+        model_id=model_id,
+        status=JobStatus.QUEUED.value,
+        stage=None,
+        progress=0.0,
+        spec=spec.model_dump(mode="json"),
+        queue=queue.name,
+        stages=queue.stages,
+        error=None,
+        engine_ids=[],
+        correlation_id=correlation_id,
+        webhook_url=spec.webhook.url if spec.webhook else None,
+        webhook_attempts=0,
+        version=1,
+        attempts=0,
+        fencing_token=0,
+        dispatched_at=now,
+        dispatches=1,
+        created_at=now,
+        parent_id=None if parent is None else parent.id,
+    )
+
+
+def _parent(spec: OptimizationSpec, *, tenant_id: str, model_id: str, correlation_id: str) -> Job:
+    """Never queued: no worker takes it."""
+    about = {"tenant_id": tenant_id, "model_id": model_id, "correlation_id": correlation_id}
+    parent = _queued(new_id("job"), spec, Queue(PARENTS), None, **about)
+    parent.status, parent.stage, parent.started_at = JobStatus.RUNNING.value, "target", parent.created_at
+    return parent

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.jobs.page_parts import Json, as_number, bullets, objects, part_of, rows_table, section, svg, text
+from app.jobs.page_parts import (
+    Json,
+    as_number,
+    bullets,
+    interval_text,
+    objects,
+    part_of,
+    rows_table,
+    section,
+    svg,
+    text,
+)
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 260, 56, 34
 _MOST_LIMITS = 2.5  # × the limit: where the picture ends; what lies above stands at its upper edge
@@ -55,6 +66,8 @@ def traffic(found: Json) -> str:
         [
             f"<p><b>{text(found.get('headline'))}</b></p>",
             _sentences(found),
+            _cost(part_of(found, "cost")),
+            _cold_start(part_of(found, "cold_start")),
             _picture(engine, original, limit),
             section("Points of the engine, as it is served", rows_table(_shown(engine), _POINTS, 24)),
             section("Points of the original, with its own default settings", rows_table(_shown(original), _POINTS, 24)),
@@ -92,6 +105,40 @@ def _sentences(found: Json) -> str:
     if beyond:
         told.append(_beyond(beyond))
     return f"<p class=sub>{' '.join(told)}</p>" if told else ""
+
+
+def _cost(cost: Json) -> str:
+    """Within the limit; empty where the job told no price."""
+    if not cost:
+        return ""
+    currency, limit = text(cost.get("currency")), text(cost.get("limit"))
+    price = f"{text(cost.get('price_per_hour'))} {currency} per hour"
+    if cost.get("per_million_requests") is None:
+        return f"<p class=sub>At {price}, no cost is claimed within {limit}: {text(cost.get('reason'))}.</p>"
+    told = (
+        f"At {price}, a million requests within {limit} cost {'' if cost.get('proven') else 'about '}"
+        f"<b>{text(cost['per_million_requests'])} {currency}</b>"
+        f"{interval_text(cost.get('per_million_requests_interval'))}"
+    )
+    if cost.get("original_per_million_requests") is not None:
+        told += f", of the original {text(cost['original_per_million_requests'])}"
+    if cost.get("samples_per_request") not in (None, 1.0):
+        each = text(cost["samples_per_request"])
+        told += f"; a million samples, {each} in a request, {text(cost.get('per_million_samples'))}"
+    if cost.get("per_hour") is not None:
+        told += f"; the wanted rate takes {text(cost.get('machines'))} machines, {text(cost['per_hour'])} per hour"
+    return f"<p>{told}.</p>"
+
+
+def _cold_start(cold: Json) -> str:
+    if not cold:
+        return ""
+    return (
+        f"<p class=sub>From nothing to the first answer: {text(cold.get('from_zero_seconds'))} s, of which unpacking "
+        f"{text(cold.get('archive_mb'))} MB {text(cold.get('unpack_seconds'))} s, until the server is there "
+        f"{text(cold.get('alive_seconds'))} s, until the engine is loaded {text(cold.get('ready_seconds'))} s. "
+        f"{text(cold.get('method'))}</p>"
+    )
 
 
 def _beyond(point: Json) -> str:

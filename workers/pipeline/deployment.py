@@ -121,6 +121,10 @@ def _price(config: DeploymentConfig, spec: OptimizationSpec) -> None:
     if spec.cost is not None:
         config.cost_per_million = float(f"{cost_per_million(config.throughput_qps, spec.cost.price_per_hour):.6g}")
         config.currency = spec.cost.currency
+        config.reasons["cost_per_million"] = (
+            "of samples at `throughput_qps`, all instances busy all the time: no latency limit is held then"
+            + (", see the report's `traffic.cost`" if spec.traffic is not None else "; `traffic` of a job tells one")
+        )
     elif spec.objective == "cost":
         config.cost_per_million = float(f"{cost_per_million(config.throughput_qps, None):.6g}")
         config.reasons["cost_per_million"] = "relative: no `cost.price_per_hour` was given, 1.0 per hour was taken"

@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 _ABLATION_SHARE = 0.5  # of what the budget leaves; the sweep gets the rest
 _ABLATION_SECONDS = 1.0  # per engine, at the batch size of the final metrics
 _TRAFFIC_SHARE = 0.75  # of what the budget leaves, where there is traffic
+_COLD_SHARE = 0.5  # of what is left then, likewise
+_MOST_COLD_S = 60.0
 _SWEEP_SECONDS = 1.0  # per configuration
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _OURS_TO_END = (LeaseLost, Interrupted, SQLAlchemyError)  # these say that the job is not ours to go on with
@@ -59,10 +61,11 @@ class Explainer:
 
     def explain(self) -> Explanation:
         load = self._try("traffic", self._load)
+        cold = self._try("cold_start", lambda: self._cold_start(load))
         ablation = self._try("ablation", self._ablation) or ()
         deployment = self._try("deployment", self._sweep)
         profile = self._try("profile", self._profile)
-        return Explanation(tuple(ablation), deployment, profile, load, dict(self._reasons))
+        return Explanation(tuple(ablation), deployment, profile, load, cold, dict(self._reasons))
 
     def _try(self, name: str, work: Callable[[], T]) -> T | None:
         """Its result, or None with the reason kept."""
@@ -105,6 +108,18 @@ class Explainer:
         }
         until = self.budget.elapsed() + _TRAFFIC_SHARE * self.budget.left(self.budget.end)
         return self.evaluator.call("load_test", inputs, options, self.proof.verdict.picked, until)
+
+    def _cold_start(self, load: Outcome | None) -> Outcome | None:
+        """From nothing to the first answer, of a bundle that is to serve traffic."""
+        if self.proof.spec.traffic is None or self.made is None or self._no_time("cold_start"):
+            return None
+        options = {
+            "backend": self.proof.backend,
+            "serving": None if load is None else load.data["serving"]["settings"],
+        }
+        until = self.budget.elapsed() + min(_COLD_SHARE * self.budget.left(self.budget.end), _MOST_COLD_S)
+        inputs = {"bundle": self.made.outputs["bundle"]}
+        return self.evaluator.call("cold_start", inputs, options, self.proof.verdict.picked, until)
 
     # What each part gained
 

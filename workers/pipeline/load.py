@@ -8,9 +8,14 @@ from typing import Any
 
 from app.domain.report import TrafficReport
 from workers.measure.load.patterns import Facts, patterns
+from workers.pipeline.cost import limit_cost
 from workers.pipeline.outcome import Explanation, Optimization
 
 _Json = Mapping[str, Any]
+_COLD = (
+    "starts", "alive_seconds", "ready_seconds", "first_answer_seconds", "slowest_seconds", "unpack_seconds",
+    "from_zero_seconds", "archive_mb", "unpacked_mb", "method",
+)  # fmt: skip
 
 
 def serving_of(explanation: Explanation) -> dict[str, Any] | None:
@@ -41,7 +46,13 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
     limit = f"p99 ≤ {traffic.slo.p99_latency_ms:g} ms"
     if load is None:
         why = found.explanation.reasons.get("traffic", "not measured")
-        return TrafficReport(headline=f"at {limit}: {why}", reasons={"traffic": why})
+        cost = limit_cost(found.spec.cost, limit, None, None, why)
+        return TrafficReport(
+            headline=f"at {limit}: {why}",
+            cost=cost,
+            cold_start=_cold(found),
+            reasons={"traffic": why, **_cold_reason(found)},
+        )
     data = load.data
     ours, theirs = _goodput(data["engine"]), _goodput(data["original"])
     wanted = data["traffic"]["rate_per_second"]
@@ -55,6 +66,8 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
         served=served(data["served"], wanted, ours),
         nearest_rate=rate or None,
         machines=math.ceil(wanted / rate) if wanted and rate else None,
+        cost=limit_cost(found.spec.cost, limit, data, wanted, "not measured"),
+        cold_start=_cold(found),
         tried=data["tried"],
         brought=data["serving"]["brought"],
         static=data["static"],
@@ -63,8 +76,17 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
         generator=data["generator"],
         method=data["method"],
         conditions=data["conditions"],
-        reasons=_reasons(data, wanted, ours),
+        reasons={**_reasons(data, wanted, ours), **_cold_reason(found)},
     )
+
+
+def _cold(found: Optimization) -> dict[str, Any] | None:
+    return None if found.explanation.cold is None else {k: found.explanation.cold.data[k] for k in _COLD}
+
+
+def _cold_reason(found: Optimization) -> dict[str, str]:
+    why = found.explanation.reasons.get("cold_start")
+    return {} if why is None else {"cold_start": why}
 
 
 def headline(limit: str, ours: _Json, theirs: _Json) -> str:

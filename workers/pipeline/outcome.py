@@ -116,12 +116,14 @@ class Proof:
 @dataclass(frozen=True)
 class Explanation:
     """What each part of the engine gained, how to run it, and where its time goes; `load`: how it serves the job's
-    traffic. `reasons`: why a part of this is missing, by its name (`ablation`, `deployment`, `profile`, `traffic`)."""
+    traffic; `cold`: how long it takes to its first answer there. `reasons`: why a part of this is missing, by its name
+    (`ablation`, `deployment`, `profile`, `traffic`, `cold_start`)."""
 
     ablation: tuple[Ablated, ...] = ()
     deployment: Outcome | None = None
     profile: Outcome | None = None
     load: Outcome | None = None
+    cold: Outcome | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
