@@ -26,6 +26,7 @@ class ComparedTarget(_Part):
     per_million_requests_interval: list[float | None] | None = None
     per_million_samples: float | None = None
     original_per_million_requests: float | None = None
+    original_proven: bool | None = None
     goodput: float | None = None
     goodput_interval: list[float | None] | None = None
     proven: bool | None = None

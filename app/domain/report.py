@@ -222,7 +222,7 @@ class LimitCost(_Part):
     """What serving costs at the job's limit: `price_per_hour` / (goodput × 3600) × 10⁶. `per_million_requests`: at the
     highest rate that keeps the limit; the interval is that of the rate (its lower end None: no rate was seen to exceed
     the limit). `per_million_samples`: of samples, of which a request holds `samples_per_request`. `proven`: whether the
-    limit is, at this rate. `original_per_million_requests`: of the original, within the same limit. `machines`: that
+    limit is, at this rate. `original_per_million_requests`: of the original, within the same limit, proven or not. `machines`: that
     the wanted rate takes, for `per_hour` together. `reason`: why no cost is claimed."""
 
     limit: str
@@ -236,6 +236,7 @@ class LimitCost(_Part):
     samples_per_request: float | None = None
     proven: bool | None = None
     original_per_million_requests: float | None = None
+    original_proven: bool | None = None
     machines: int | None = None
     per_hour: float | None = None
     reason: str | None = None

@@ -60,6 +60,7 @@ def _target(child: Job, report: Json | None) -> ComparedTarget:
         "per_million_requests_interval",
         "per_million_samples",
         "original_per_million_requests",
+        "original_proven",
         "goodput",
         "proven",
         "machines",

@@ -31,20 +31,23 @@ def _for_rate(report: Json) -> str:
 
 
 def _row(target: Json) -> list[object]:
-    cost = target.get("per_million_requests")
-    shown = None
-    if cost is not None:
-        about = "" if target.get("proven") else "about "
-        shown = f"{about}{text(cost)}{interval_text(target.get('per_million_requests_interval'))}"
+    shown = _cost(target.get("per_million_requests"), target.get("proven"))
+    if shown is not None:
+        shown += interval_text(target.get("per_million_requests_interval"))
+    theirs = _cost(target.get("original_per_million_requests"), target.get("original_proven"))
     why = target.get("reason") or (
         "" if target.get("rank") == 1 or not target.get("cheapest_too") else "may be as cheap"
     )
     cold = part_of(target, "cold_start").get("from_zero_seconds")
     return [
-        target.get("hardware"), target.get("price_per_hour"), shown, target.get("original_per_million_requests"),
-        target.get("goodput"), target.get("machines"), target.get("per_hour"), cold, target.get("speedup"),
+        target.get("hardware"), target.get("price_per_hour"), shown, theirs, target.get("goodput"),
+        target.get("machines"), target.get("per_hour"), cold, target.get("speedup"),
         f"{target.get('job_id')}, {target.get('status')}", why,
     ]  # fmt: skip
+
+
+def _cost(value: object, proven: object) -> str | None:
+    return None if value is None else f"{'' if proven else 'about '}{text(value)}"
 
 
 def _bars(report: Json, targets: list[Json]) -> str:

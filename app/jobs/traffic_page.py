@@ -121,7 +121,8 @@ def _cost(cost: Json) -> str:
         f"{interval_text(cost.get('per_million_requests_interval'))}"
     )
     if cost.get("original_per_million_requests") is not None:
-        told += f", of the original {text(cost['original_per_million_requests'])}"
+        about = "" if cost.get("original_proven") else "about "
+        told += f", of the original {about}{text(cost['original_per_million_requests'])}"
     if cost.get("samples_per_request") not in (None, 1.0):
         each = text(cost["samples_per_request"])
         told += f"; a million samples, {each} in a request, {text(cost.get('per_million_samples'))}"

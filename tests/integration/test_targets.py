@@ -105,13 +105,13 @@ def test_the_jobs_of_targets_count_and_what_compares_them_does_not(machines: Des
     machines.service.cancel(LOCAL_TENANT, parent.id)
     _submit(machines, "a", "b")
     machines.service.settings.limits.active_jobs_per_tenant = 1
-    with pytest.raises(AppError, match="Name fewer targets|2 more") as caught:
+    with pytest.raises(AppError, match="2 more would exceed 1") as caught:
         _submit(machines, "a", "b")
     assert not caught.value.retryable
 
 
 def test_a_target_that_is_not_live_leaves_nothing_behind(machines: Desk) -> None:
-    with pytest.raises(AppError, match="no worker with hardware 'cpu-z' is live.*Live hardware: cpu-a, cpu-b, cpu-c"):
+    with pytest.raises(AppError, match=r"hardware 'cpu-z' is live\. Live hardware: cpu-a, cpu-b, cpu-c"):
         _submit(machines, "a", "z")
     assert machines.sent == []
     assert machines.service.list(LOCAL_TENANT, limit=10, before=None, status=None, model_id=None) == []

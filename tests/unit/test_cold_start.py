@@ -25,10 +25,10 @@ from workers.stages.cold_start import ColdStart, ColdStartOptions
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Callable[..., Any]:
-    def run(seconds: float = 60.0, serving: Any = None, **replaced: str) -> Any:
+    def run(seconds: float = 60.0, serving: Any = None, server: bool = True, **replaced: str) -> Any:
         made = bundle(onnx_models.mlp(features=32, hidden=64), tmp_path / "made")
         with zipfile.ZipFile(made / "m-bundle.zip", "a") as archive:
-            for name, source in shipped().items():
+            for name, source in shipped().items() if server else ():
                 archive.writestr(name, replaced.get(name.partition(".")[0], source))
         ctx = StageContext(
             {"bundle": made},
@@ -59,6 +59,11 @@ def test_a_server_from_nothing_to_its_first_answer(cold: Callable[..., Any]) -> 
     assert data["unpacked_mb"] > 0
     assert result.reusable
     assert not _left()
+
+
+def test_a_bundle_without_a_server_is_told_apart(cold: Callable[..., Any]) -> None:
+    with pytest.raises(StageFailure, match="no server of its own"):
+        cold(server=False)
 
 
 def test_a_server_that_does_not_start_says_why(cold: Callable[..., Any]) -> None:

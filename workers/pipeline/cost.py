@@ -39,6 +39,8 @@ def limit_cost(
         told.per_million_samples,
     ]
     told.original_per_million_requests = _per_million(cost, theirs.get("rate"))
+    if told.original_per_million_requests is not None:
+        told.original_proven = bool(theirs.get("proven"))
     if wanted is not None:
         told.machines = math.ceil(wanted / rate)
         told.per_hour = _shown(told.machines * cost.price_per_hour)

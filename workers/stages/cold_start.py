@@ -25,6 +25,7 @@ from pydantic import Field
 from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.method import versions
+from workers.serving.kserve import SERVER
 from workers.serving.v2_client import Connection, Refused
 
 _STARTS = 3
@@ -78,6 +79,8 @@ class ColdStart(Stage[ColdStartOptions]):
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
         unpacked = time.monotonic() - began
+        if not (folder / SERVER).exists():
+            raise StageFailure("no_server", "the bundle has no server of its own", stage="cold_start")
         if options.serving is not None:
             (folder / "serving.json").write_text(json.dumps(options.serving), encoding="utf-8")
         starts: list[Start] = []
@@ -127,7 +130,7 @@ def started(folder: Path, until: float) -> Start:
 @contextmanager
 def _server(folder: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """In a group of its own, with its instances; nothing of it is left afterwards."""
-    command = [sys.executable, "serve.py", "--port", str(port), "--name", _MODEL, "--grace", "1"]
+    command = [sys.executable, SERVER, "--port", str(port), "--name", _MODEL, "--grace", "1"]
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with log.open("wb") as out:
         process = subprocess.Popen(
