@@ -222,8 +222,8 @@ class LimitCost(_Part):
     """What serving costs at the job's limit: `price_per_hour` / (goodput × 3600) × 10⁶. `per_million_requests`: at the
     highest rate that keeps the limit; the interval is that of the rate (its lower end None: no rate was seen to exceed
     the limit). `per_million_samples`: of samples, of which a request holds `samples_per_request`. `proven`: whether the
-    limit is, at this rate. `original_per_million_requests`: of the original, within the same limit, proven or not. `machines`: that
-    the wanted rate takes, for `per_hour` together. `reason`: why no cost is claimed."""
+    limit is, at this rate. `original_per_million_requests`: of the original, within the same limit, proven or not.
+    `machines`: that the wanted rate takes, for `per_hour` together. `reason`: why no cost is claimed."""
 
     limit: str
     price_per_hour: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
@@ -74,13 +75,13 @@ class JobService:
             else:
                 wanted = [(spec, find_queue(spec, model.format, live, known))]
             self._check_quota(jobs.count_active(tenant_id), len(wanted))
-            about = {"tenant_id": tenant_id, "model_id": model.id, "correlation_id": correlation_id}
-            parent = _parent(spec, **about) if spec.targets is not None else None
+            queued = partial(_queued, tenant_id=tenant_id, model_id=model.id, correlation_id=correlation_id)
+            parent = _running(queued(new_id("job"), spec, Queue(PARENTS), None)) if spec.targets is not None else None
             if parent is not None:
                 jobs.add(parent)
             # Ids of one moment are in no order: theirs is to be that of the targets.
             ids = sorted(new_id("job") for _ in wanted)
-            added = [_queued(i, *w, parent, **about) for i, w in zip(ids, wanted, strict=True)]
+            added = [queued(i, *w, parent) for i, w in zip(ids, wanted, strict=True)]
             for job, (_, queue) in zip(added, wanted, strict=True):
                 self._add(uow, job, queue)
             if parent is not None:
@@ -250,9 +251,7 @@ def _queued(
     )
 
 
-def _parent(spec: OptimizationSpec, *, tenant_id: str, model_id: str, correlation_id: str) -> Job:
-    """Never queued: no worker takes it."""
-    about = {"tenant_id": tenant_id, "model_id": model_id, "correlation_id": correlation_id}
-    parent = _queued(new_id("job"), spec, Queue(PARENTS), None, **about)
+def _running(parent: Job) -> Job:
+    """One that compares targets is never queued: no worker takes it."""
     parent.status, parent.stage, parent.started_at = JobStatus.RUNNING.value, "target", parent.created_at
     return parent

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ from workers.stages.cold_start import ColdStart, ColdStartOptions
 def cold(tmp_path: Path) -> Callable[..., Any]:
     def run(seconds: float = 60.0, serving: Any = None, server: bool = True, **replaced: str) -> Any:
         made = bundle(onnx_models.mlp(features=32, hidden=64), tmp_path / "made")
-        with zipfile.ZipFile(made / "m-bundle.zip", "a") as archive:
-            for name, source in shipped().items() if server else ():
-                archive.writestr(name, replaced.get(name.partition(".")[0], source))
+        _repacked(made / "m-bundle.zip", [] if server else ["serve.py"], replaced)
         ctx = StageContext(
             {"bundle": made},
             tmp_path / "work",
@@ -41,6 +39,16 @@ def cold(tmp_path: Path) -> Callable[..., Any]:
         return ColdStart().run(ctx, ColdStartOptions(backend="onnxruntime", serving=serving))
 
     return run
+
+
+def _repacked(archive: Path, without: Collection[str], replaced: Mapping[str, str]) -> None:
+    with zipfile.ZipFile(archive) as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    files |= shipped()
+    with zipfile.ZipFile(archive, "w") as packed:
+        for name, content in files.items():
+            if name not in without:
+                packed.writestr(name, replaced.get(name.partition(".")[0], content))
 
 
 def _left() -> list[str]:
