@@ -47,6 +47,7 @@ def search(strategy: str, files: Case, folder: Path, home: Path, arguments: argp
         "benchmark": {"batch_sizes": list(BATCHES), "min_seconds": arguments.job_seconds},
         "budget_seconds": arguments.budget,
         "search": {"strategy": strategy},
+        "engines_per_bundle": 1,  # the exhaustive one looks for no pairs
     }
     with deployment(home) as service, Client(service.url) as client:
         try:

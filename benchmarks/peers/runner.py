@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -108,33 +108,64 @@ class OpenVinoEngine:
         return lambda _kept=kept: request.infer(share_inputs=True, share_outputs=True)  # type: ignore[misc]
 
 
-def load_bundle(spec: Mapping[str, Any]) -> OrtEngine | OpenVinoEngine:
+class ByBatch:
+    """Several engines of one bundle, of which each call goes to the one for its batch size, as its `infer.py` does."""
+
+    def __init__(self, engines: Sequence[OrtEngine | OpenVinoEngine], choice: Mapping[str, Any]) -> None:
+        self._engines, self._name, self._axis = engines, choice["input"], choice["axis"]
+        self._most = [engine["most"] for engine in choice["engines"]]
+        self.inputs = engines[0].inputs
+        self.facts = {str(most): engine.facts for most, engine in zip(self._most, engines, strict=True)}
+
+    def _chosen(self, feeds: Arrays) -> OrtEngine | OpenVinoEngine:
+        size = feeds[self._name].shape[self._axis]
+        return next(e for e, most in zip(self._engines, self._most, strict=True) if most is None or size <= most)
+
+    def run(self, feeds: Arrays) -> Arrays:
+        return self._chosen(feeds).run(feeds)
+
+    def bind(self, feeds: Arrays) -> Callable[[], Any]:
+        return self._chosen(feeds).bind(feeds)
+
+
+def watch_onnxruntime(opened: list[Any]) -> None:
+    import onnxruntime as ort
+
+    real = ort.InferenceSession
+
+    class Watched(real):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            opened.append(OrtEngine(self))
+
+    ort.InferenceSession = Watched
+
+
+def watch_openvino(opened: list[Any]) -> None:
+    import openvino as ov
+
+    compile_model = ov.Core.compile_model
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        compiled = compile_model(*args, **kwargs)
+        opened.append(OpenVinoEngine(compiled))
+        return compiled
+
+    ov.Core.compile_model = watched
+
+
+WATCHED = {"onnxruntime": watch_onnxruntime, "openvino": watch_openvino}
+
+
+def load_bundle(spec: Mapping[str, Any]) -> OrtEngine | OpenVinoEngine | ByBatch:
     """What the bundle's own `infer.py` opens, with the options that it gives: the delivered bytes as delivered."""
     folder = Path(spec["file"])
+    choice = (spec["facts"].get("runtime") or {}) if spec["backend"] not in WATCHED else {}
     opened: list[Any] = []
-    if spec["backend"] == "onnxruntime":
-        import onnxruntime as ort
-
-        real = ort.InferenceSession
-
-        class Watched(real):  # type: ignore[misc, valid-type]
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                opened.append(self)
-
-        ort.InferenceSession = Watched
-    elif spec["backend"] == "openvino":
-        import openvino as ov
-
-        compile_model = ov.Core.compile_model
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            opened.append(compile_model(*args, **kwargs))
-            return opened[-1]
-
-        ov.Core.compile_model = watched
-    else:
-        raise EngineFailed(f"no runner for the backend {spec['backend']!r}")
+    for backend in {e["backend"] for e in choice.get("engines", ())} or {spec["backend"]}:
+        if backend not in WATCHED:
+            raise EngineFailed(f"no runner for the backend {backend!r}")
+        WATCHED[backend](opened)
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         sys.argv = ["infer.py", str(folder / "sample_input.npz"), str(Path(out) / "out.npz"), "--repeat", "1"]
@@ -143,9 +174,9 @@ def load_bundle(spec: Mapping[str, Any]) -> OrtEngine | OpenVinoEngine:
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise EngineFailed(f"infer.py ended with {end.code}: {said.getvalue()[-300:]}") from None
-    if not opened:
+    if len(opened) < max(len(choice.get("engines", ())), 1):
         raise EngineFailed("infer.py opened no engine")
-    return OrtEngine(opened[-1]) if spec["backend"] == "onnxruntime" else OpenVinoEngine(opened[-1])
+    return ByBatch(opened, choice) if choice else opened[-1]
 
 
 def rows(array: Array, axis: int | None, picks: Any) -> Array:
@@ -153,7 +184,7 @@ def rows(array: Array, axis: int | None, picks: Any) -> Array:
     return array if axis is None else np.ascontiguousarray(np.take(array, picks, axis))
 
 
-LOADERS: dict[str, Callable[[Mapping[str, Any]], OrtEngine | OpenVinoEngine]] = {
+LOADERS: dict[str, Callable[[Mapping[str, Any]], OrtEngine | OpenVinoEngine | ByBatch]] = {
     "onnxruntime": OrtEngine.load,
     "openvino": OpenVinoEngine.load,
     "bundle": load_bundle,
