@@ -6,6 +6,18 @@ from pathlib import Path
 from typing import Any
 
 
+def optimized(path: Path, out: Path) -> Path:
+    """Write the model after basic optimizations, which do not depend on the hardware, to `out`."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(out)
+    options.log_severity_level = 4
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return out
+
+
 def open_session(model: Path | bytes, *, optimize: bool = False) -> Any:
     """A CPU session. `optimize`: basic optimizations only: they keep the named tensors and do not depend on the
     hardware; without, the nodes run one by one as they stand."""

@@ -28,8 +28,9 @@ from workers.graph.equivalence import (
 )
 from workers.graph.fuse import attention
 from workers.graph.fuse import transformers as fusion
+from workers.graph.interpreter import optimized
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_model, size_of
-from workers.graph.onnx_graph import opset_of
+from workers.graph.onnx_graph import STANDARD_DOMAINS, all_nodes, opset_of
 from workers.graph.preconditions import OLDEST_OPSET
 from workers.graph.rewriting import raise_opset, restore_interface
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
@@ -50,7 +51,7 @@ class Simplify(Stage[SimplifyOptions]):
     """See the module. `data`: nodes_before, nodes_after, fusions, at_load, fell_back, max_abs_diff, tolerance, …"""
 
     name = "simplify"
-    version = 4
+    version = 5
     Options = SimplifyOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX}
@@ -82,7 +83,8 @@ class Simplify(Stage[SimplifyOptions]):
             steps.attempt("newer opset", lambda: [raise_opset(original, OLDEST_OPSET)], newer_opset=True)
             original = check.original = steps.model
         ctx.reporter.progress(0.2, "constant folding and dead code")
-        steps.attempt("onnxslim", lambda: [_slimmed(original)])
+        if not steps.attempt("onnxslim", lambda: [_slimmed(original)]):
+            steps.attempt("ONNX Runtime's folding", lambda: _folded(original, ctx.workspace))
         architecture, found = None, None
         if options.fusions:
             ctx.reporter.progress(0.6, "transformer fusions")
@@ -160,6 +162,22 @@ def _attention(steps: _Steps, before: Sequence[ModelProto]) -> dict[str, Any] | 
     kept = bool(fused.count) and steps.attempt("attention", lambda: [fused.model])
     count, causal = (fused.count, fused.causal) if kept else (0, 0)
     return {"fused": count, "causal": causal, "left": dict(list(fused.left.items())[:_LISTED])}
+
+
+def _folded(original: ModelProto, workspace: Path) -> list[ModelProto]:
+    """What is left where onnxslim gives up: constants and batch norms folded by ONNX Runtime, in branches and loop
+    bodies too, as its `quant_pre_process` does it. None where its own operators came in: other backends lack them."""
+    folder = workspace / "folded"
+    folder.mkdir()
+    made = onnx.load(optimized(save_model(original, folder), folder / "optimized.onnx"))
+    domains = {node.domain for node in all_nodes(made)}
+    if not domains <= {node.domain for node in all_nodes(original)} | STANDARD_DOMAINS:
+        return []
+    del made.opset_import[:]
+    made.opset_import.extend(original.opset_import)
+    made.ir_version = original.ir_version
+    made.producer_name, made.producer_version = original.producer_name, original.producer_version
+    return [made]
 
 
 def _fused(sources: Sequence[ModelProto], architecture: fusion.Transformer | None) -> list[ModelProto]:
