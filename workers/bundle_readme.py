@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from workers import devices
 
 
-def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable: Sequence[str] = ()) -> str:
-    """Markdown. Figures and deployment are told where the manifest has them."""
+def readme(name: str, backend: str, manifest: Mapping[str, Any]) -> str:
+    """Markdown. Figures, deployment and serving are told where the manifest has them."""
     lines = [
         f"# {name}",
         "",
@@ -18,6 +18,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         "    pip install -r requirements.txt",
         "    python infer.py                      # runs sample_input.npz, compares with expected_output.npz",
         "    python infer.py INPUT.npz OUTPUT.npz # arrays named by the model's inputs",
+        "    python serve.py --port 8000          # the Open Inference Protocol v2 over HTTP; or: docker build .",
         "",
         "`python infer.py` ends with exit code 1 where an output differs by more than the precision's rounding.",
         "In Python: `names, run = infer.load()`, then `run({name: array})`, which many threads may call.",
@@ -26,12 +27,13 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any], not_repeatable:
         *_told("Figures", _figures(manifest.get("figures") or {})),
         *_told("Sizes that it takes", _sizes((manifest.get("engine") or {}).get("accepts") or {})),
         *_told("Deployment", _deployment(manifest.get("deployment") or {})),
+        *_told("Serving", _serving(name, manifest.get("serving") or {})),
         "`manifest.json` has the job's id, all figures, and the digests of the model, the data and the engine.",
         "`kinds.json`, `triton/` and `kserve/` are what the bundle's other kinds are made of, which the service sends.",
         "An engine may be specific to the hardware it was built for: run the job again for another kind of machine.",
     ]
-    if not_repeatable:
-        what = ", ".join(not_repeatable)
+    if manifest.get("not_repeatable"):
+        what = ", ".join(manifest["not_repeatable"])
         lines += ["", f"Not compared, because they differ from call to call: {what}."]
     return "\n".join(lines) + "\n"
 
@@ -114,6 +116,25 @@ def _deployment(config: Mapping[str, Any]) -> Iterator[str]:
         reason = config.get("reason") or (config.get("reasons") or {}).get("choice")
         if reason:
             yield str(reason)
+
+
+def _serving(name: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    if not settings:
+        return
+    yield (
+        f"`POST /v2/models/{name}/infer`, JSON or Triton's binary tensors; `/v2/health/live`, `/v2/health/ready`, "
+        "`/metrics` (Prometheus). 503 with Retry-After where the queue is full; SIGTERM ends it when what it took is "
+        "answered"
+    )
+    threads = settings.get("threads")
+    yield (
+        f"`serving.json`: {settings['instances']} instance(s)"
+        + (f" with {threads} thread(s) each" if threads else "")
+        + f", batches of up to {settings['max_batch']}, for which a request waits at most "
+        f"{_number(settings['max_delay_ms'])} ms"
+    )
+    if settings.get("reason"):
+        yield str(settings["reason"])
 
 
 def _shape(shape: Any) -> str:

@@ -3,9 +3,12 @@ answers here as it did there."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,6 +27,8 @@ from workers.backends.bundle_script import CHECK
 from workers.hardware import describe
 from workers.kernel import Reporter, StageContext, backends
 from workers.measure.pieces import folder_digest
+from workers.serving import SHIPPED
+from workers.serving.batcher import Batcher
 from workers.stages.package import Package, PackageOptions
 
 CPU_BACKENDS = ("onnxruntime", "openvino")
@@ -150,7 +155,8 @@ def test_an_engine_that_is_not_the_judged_one_is_not_packed(tmp_path: Path) -> N
 def test_a_bundle_runs_with_its_requirements_alone_and_tells_a_difference(name: str, tmp_path: Path) -> None:
     bundle, data = packaged(name, models.mlp(), tmp_path, figures=FIGURES, deployment=DEPLOYMENT)
     lines = (bundle / "requirements.txt").read_text().splitlines()
-    assert lines == sorted(f"{n}=={importlib.metadata.version(n)}" for n in (name, "numpy")), "and no other library"
+    wanted = sorted((name, "numpy", "httptools", "uvicorn", "uvloop"))
+    assert lines == [f"{n}=={importlib.metadata.version(n)}" for n in wanted], "and no other library"
     assert data["not_repeatable"] == []
     same = infer(bundle, "--repeat", "1") if name == "onnxruntime" else infer(bundle)
     assert same.returncode == 0, same.stderr
@@ -230,3 +236,102 @@ def test_what_an_npz_does_not_know_is_compared_all_the_same(tmp_path: Path) -> N
     exec(CHECK, scope)
     assert scope["as_expected"]({"y": answer})
     assert not scope["as_expected"]({"y": (answer + 1).astype(ml_dtypes.bfloat16)})
+
+
+def test_the_bundle_was_run_before_it_ships(tmp_path: Path) -> None:
+    """`infer.py` and `serve.py`, in clean processes; the server with what the bundle requires, too."""
+    figures = {**FIGURES, "batches": {"1": {}, "8": {}}}
+    bundle, data = packaged("onnxruntime", models.mlp(), tmp_path, figures=figures)
+    assert data["tried"]["largest_difference"] < 1e-5
+    assert {*SHIPPED, "serving.json", "Dockerfile"} <= {*data["files"]}
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert {n for n in data["files"] if not n.startswith(("triton/", "kserve/"))} == {*manifest["files"], "kinds.json"}
+    assert all((bundle / name).is_file() for name in manifest["files"])
+    told = json.loads((bundle / "serving.json").read_text())
+    assert told == manifest["serving"] == data["serving"]
+    assert (told["max_batch"], told["batch_axis"], told["reason"]) == (8, {"input": 0}, None)
+    assert "`POST /v2/models/m-fp32/infer`" in (bundle / "README.md").read_text()
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert hadolint is not None
+    found = subprocess.run([hadolint, str(bundle / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_callers_of_the_server_share_batches_of_the_engine(tmp_path: Path) -> None:
+    bundle, _ = packaged("onnxruntime", models.mlp(), tmp_path, figures={"batches": {"1": {}, "8": {}}})
+    run = loaded(bundle)
+    rng = np.random.default_rng(0)
+    asked = [{"input": rng.normal(size=(1 + i % 3, 8)).astype(np.float32)} for i in range(32)]
+
+    async def main() -> list[dict[str, Any]]:
+        async with Batcher(bundle) as batcher:
+            answers = await asyncio.gather(*(batcher.submit(a) for a in asked))
+            assert max(batcher.stats.batches) > 1
+            return answers
+
+    for feeds, answer in zip(asked, asyncio.run(main()), strict=True):
+        np.testing.assert_allclose(answer["logits"], run(feeds)["logits"], atol=1e-5)
+
+
+def test_what_depends_on_the_batch_is_served_one_by_one(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Softmax", ["x"], ["y"], axis=0)]
+    model = models.make_model(nodes, [models.value("x", ["n", 4])], [models.value("y", ["n", 4])], [])
+    bundle, data = packaged("onnxruntime", model, tmp_path, figures={"batches": {"1": {}, "8": {}}})
+    assert data["serving"]["max_batch"] == 1
+    assert "served one by one: output y of a sample changes" in data["serving"]["reason"]
+    assert data["serving"]["reason"] in (bundle / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "raise SystemExit('no such instruction')",
+            "infer.py of the bundle, run as its user would, ended with exit code 1",
+        ),
+        ("def load():\n    return ['input'], lambda feeds: {'logits': feeds['input'][:, :3]}\n", "answered otherwise"),
+        (
+            "def load():\n    raise OSError('libgone.so')\n",
+            "serve.py of the bundle, run as its user would, did not come",
+        ),
+    ],
+)
+def test_a_bundle_that_fails_is_a_typed_failure(
+    script: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends()["onnxruntime"], "infer_script", lambda self, runtime: script)
+    if words.startswith("infer.py"):  # one after the other, as for an engine that is not loaded twice at once
+        monkeypatch.setattr("workers.serving.python._LARGE_BYTES", 0)
+    with pytest.raises(StageFailure) as caught:
+        packaged("onnxruntime", models.mlp(), tmp_path)
+    assert (caught.value.code, caught.value.cacheable) == ("bundle_fails", False)
+    assert words in caught.value.detail
+
+
+def test_a_bundle_whose_libraries_are_not_here_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends()["onnxruntime"], "script_libraries", ("no-such-library",))
+    _, data = packaged("onnxruntime", models.mlp(), tmp_path)
+    assert data["tried"] == {"reason": "this machine lacks no-such-library"}
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_the_loader_takes_a_number_of_threads(name: str, tmp_path: Path) -> None:
+    """As many as an instance is given; the answers are the same."""
+    bundle, _ = packaged(name, models.mlp(), tmp_path)
+    code = """
+import os, sys
+import numpy as np
+sys.path.insert(0, ".")
+import infer
+_names, run = infer.load(threads=int(sys.argv[1]))
+with np.load("sample_input.npz") as file:
+    assert infer.as_expected(run(dict(file)))
+print(len(os.listdir("/proc/self/task")))
+"""
+    counted = []
+    for threads in ("1", "5"):
+        command = [sys.executable, "-c", code, threads]
+        done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=True)
+        counted.append(int(done.stdout.split()[-1]))
+    if name == "onnxruntime":  # OpenVINO takes no more than there are cores
+        assert counted[1] == counted[0] + 4

@@ -81,8 +81,8 @@ def refuse(feeds: dict, accepts: dict) -> None:
 def limited(load):
     """`load`, with a `run` that refuses such sizes."""
 
-    def loaded():
-        names, run = load()
+    def loaded(threads=None):
+        names, run = load() if threads is None else load(threads)
         accepts = about().get("accepts") or {}
 
         def checked(feeds):
@@ -187,9 +187,10 @@ if __name__ == "__main__":
 
 
 def infer_script(*, library: str, imports: str, loader: str, version: str | None = None) -> str:
-    """Source of `infer.py`. `library`, `version`: what has to be installed, for the reader. `loader` defines `load() ->
-    (names of the inputs, run)`, where `run(feeds)` returns all outputs by name; it may use what `imports` brings, `np`,
-    `json`, `sys`, `Path`, and `HERE`, the engine's folder."""
+    """Source of `infer.py`. `library`, `version`: what has to be installed, for the reader. `loader` defines
+    `load(threads=None) -> (names of the inputs, run)`, where `run(feeds)` returns all outputs by name, and `threads`
+    compute where it is not as many as were measured; it may use what `imports` brings, `np`, `json`, `sys`, `Path`, and
+    `HERE`, the engine's folder."""
     parts = {
         "NEEDS": f"{library} ({version} was measured)" if version else library,
         "IMPORTS": imports,

@@ -25,7 +25,7 @@ from workers.pipeline.runner import Outcome, StageRunner
 
 log = structlog.get_logger(__name__)
 
-_AT_ONCE_S = 1.0  # a bundle made in less is made again, whatever the budget has left
+_AT_ONCE_S = 2.0  # a bundle made in less is made again, whatever the budget has left
 _NOT_YET = "not known when the bundle was made: see the job's report"
 
 

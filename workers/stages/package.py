@@ -31,9 +31,12 @@ from workers.measure.axes import fixed_batch
 from workers.measure.method import versions
 from workers.members import names_of, scripts_of
 from workers.serving.bundles import Bundled, follows_batch, other_kinds
+from workers.serving.defaults import settings_of
+from workers.serving.python import requirements, serving_files, tried, why_apart
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
+    from workers.serving.serving_settings import Settings
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _BUFFER = 4 << 20
@@ -59,11 +62,14 @@ class Package(Stage[PackageOptions]):
     """Inputs: engine, [data]. Outputs: engine (one file), bundle (one .zip).
 
     data: engine_file, bundle_file, files (in the bundle beside the engine's own), kinds (of the bundle beside `python`:
-    {backend, notes}, or {reason} why there is none), not_repeatable (outputs that came out
-    otherwise when the same input ran again: random ones, which the bundle does not compare)."""
+    {backend, notes}, or {reason} why there is none), not_repeatable (outputs that came out otherwise when the same
+    input ran again: random ones, which the bundle does not compare), serving (`serving.json`), tried (`serving.proof`:
+    the bundle was run as its user will; {reason} where that was not possible here).
+
+    Raises StageFailure `packaged_engine_fails`, `bundle_fails`."""
 
     name = "package"
-    version = 8
+    version = 9
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
@@ -77,14 +83,15 @@ class Package(Stage[PackageOptions]):
         try:
             samples, expected, random = _samples(ctx, session, options)
             batched = follows_batch(session, expected[""], _twice(session, samples[""]))
+            settings = _settings(ctx, session, options, random)
         except StageFailure as failure:
             failure.code = "packaged_engine_fails"
             raise
         finally:
             session.close()
-        ctx.reporter.progress(0.6, "bundle")
+        ctx.reporter.progress(0.5, "bundle")
         bundle = ctx.output("bundle") / f"{options.name}-bundle.zip"
-        extra = _texts(options, samples, expected, random)
+        extra = _texts(options, settings, samples, expected, random)
         bundled = Bundled(
             name=options.name,
             backend=backend,
@@ -95,7 +102,7 @@ class Package(Stage[PackageOptions]):
             session=session,
             sample=samples[""],
             batched=batched,
-            serving=_serving(options.manifest),
+            serving=settings.to_json(),
             texts=extra,
             versions=versions(names_of(options.backend, options.runtime)),
             expected={n: a for n, a in expected[""].items() if n not in random},
@@ -107,6 +114,8 @@ class Package(Stage[PackageOptions]):
         _write_zip(bundle, engine, extra)
         _add_kinds(bundle, kinds.entries)
         _require_judged(options.engine_digest, bundle, names_in(engine))
+        ctx.reporter.progress(0.7, "running the bundle")
+        seen = tried(bundle, bundled, ctx.reporter)
         return StageResult(
             outputs=("engine", "bundle"),
             data={
@@ -115,24 +124,38 @@ class Package(Stage[PackageOptions]):
                 "files": [*extra, KINDS_FILE],
                 "kinds": {k: {n: v for n, v in entry.items() if n != "files"} for k, entry in kinds.entries.items()},
                 "not_repeatable": random,
+                "serving": settings.to_json(),
+                "tried": seen,
             },
         )
 
 
 def _texts(
-    options: PackageOptions, samples: Mapping[str, Arrays], expected: Mapping[str, Arrays], random: Sequence[str]
+    options: PackageOptions,
+    settings: Settings,
+    samples: Mapping[str, Arrays],
+    expected: Mapping[str, Arrays],
+    random: Sequence[str],
 ) -> dict[str, bytes]:
     """What lies in the bundle beside the engine's own files."""
-    manifest = {**options.manifest, "not_repeatable": random}
+    manifest = {
+        **options.manifest,
+        "name": options.name,
+        "not_repeatable": random,
+        "serving": settings.to_json(),
+    }
     outputs = {which: {n: a for n, a in at.items() if n not in random} for which, at in expected.items()}
-    return {
-        "manifest.json": json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False).encode(),
+    texts = {
+        **serving_files(settings),
         **{name: text.encode() for name, text in scripts_of(options.backend, options.runtime).items()},
         **{f"sample_input{which}.npz": _npz(feeds) for which, feeds in samples.items()},
         **{f"expected_output{which}.npz": _npz(at) for which, at in outputs.items()},
-        "README.md": readme(options.name, options.backend, options.manifest, random).encode(),
+        "README.md": readme(options.name, options.backend, manifest).encode(),
         "requirements.txt": _requirements(options).encode(),
     }
+    manifest["files"] = sorted([*texts, "manifest.json"])
+    texts["manifest.json"] = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    return texts
 
 
 def _require_judged(digest: str, bundle: Path, names: Sequence[str]) -> None:
@@ -207,18 +230,15 @@ def _twice(session: Session, feeds: Arrays) -> Arrays:
         return {}
 
 
-def _serving(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """As it was tuned; where no traffic was told, no request waits for others."""
-    deployment = manifest.get("deployment") or {}
-    if tuned := (deployment.get("serving") or {}).get("settings"):
-        return dict(tuned)
-    measured = [int(size) for size in (manifest.get("figures") or {}).get("batches") or ()]
-    return {
-        "instances": deployment.get("instances") or 1,
-        "threads": deployment.get("threads_per_instance"),
-        "max_batch": max(measured, default=1),
-        "max_delay_ms": 0.0,
-    }
+def _settings(ctx: StageContext, session: Session, options: PackageOptions, random: Sequence[str]) -> Settings:
+    """How the engine is served; whether requests may share a batch was tried."""
+    data = ctx.only_file("data") if "data" in ctx.inputs else None
+    why = why_apart(session, data, options.shapes, options.seed, _precision(options), random)
+    return settings_of(session.inputs, options.manifest, why)
+
+
+def _precision(options: PackageOptions) -> str:
+    return str((options.manifest.get("engine") or {}).get("precision", "fp32"))
 
 
 def _repeated(first: Any, second: Any) -> bool:
@@ -271,10 +291,11 @@ def _add_kinds(bundle: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _requirements(options: PackageOptions) -> str:
-    """What `infer.py` imports and nothing else, in the versions that were measured; what is not installed here, without
-    one."""
+    """What `infer.py` and `serve.py` import and nothing else, in the versions that were measured; what is not installed
+    here, without one."""
     names = names_of(options.backend, options.runtime)
     found: dict[str, str | None] = dict(versions(names))
     known = kernel.backends()
     found |= {library: installed_version(library) for name in names for library in known[name].script_libraries}
+    found |= requirements()
     return "".join(f"{n}=={v}\n" if v else f"{n}\n" for n, v in sorted(found.items()))

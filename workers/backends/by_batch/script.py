@@ -21,10 +21,11 @@ def engine_of(folder):
     return module
 
 
-def load():
+def load(threads=None):
     """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call. All
-    engines are loaded, and each call goes to the one that is the fastest at its batch size."""
-    loaded = [engine_of(engine["folder"]).load() for engine in CHOICE["engines"]]
+    engines are loaded, and each call goes to the one that is the fastest at its batch size. `threads`: that compute,
+    where it is not as many as were measured."""
+    loaded = [engine_of(engine["folder"]).load(threads) for engine in CHOICE["engines"]]
     runs = [(engine["most"], run) for engine, (_, run) in zip(CHOICE["engines"], loaded)]
     name, axis = CHOICE["input"], CHOICE["axis"]
 

@@ -89,11 +89,12 @@ def make_runner():
 '''
 
 _CPU = '''
-def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+def load(threads=None):
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call.
+    `threads`: that compute, where it is not as many as were measured."""
     fitting()
-    if RUNTIME.get("threads"):
-        torch.set_num_threads(RUNTIME["threads"])
+    if threads or RUNTIME.get("threads"):
+        torch.set_num_threads(threads or RUNTIME["threads"])
     runner, alone = make_runner(), threading.Lock()
 
     def run(feeds):
@@ -106,8 +107,9 @@ def load():
 '''
 
 _CUDA = '''
-def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+def load(threads=None):
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call.
+    `threads` changes nothing: the work is not done by CPU threads."""
     fitting()
     torch.backends.cudnn.allow_tf32 = ENGINE["precision"] != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -13,8 +13,10 @@ _LOADER = '''
 RUNTIME = json.loads(r"""__RUNTIME__""")
 
 
-def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+def load(threads=None):
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call.
+    `threads`: that compute, where it is not as many as were measured."""
+    runtime = RUNTIME if threads is None else {**RUNTIME, "intra_op_num_threads": threads}
     options = ort.SessionOptions()
     options.log_severity_level = 3
     levels = {
@@ -23,22 +25,22 @@ def load():
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }
-    if "graph_optimization_level" in RUNTIME:
-        options.graph_optimization_level = levels[RUNTIME["graph_optimization_level"]]
-    if "intra_op_num_threads" in RUNTIME:
-        options.intra_op_num_threads = RUNTIME["intra_op_num_threads"]
-    if "inter_op_num_threads" in RUNTIME:
-        options.inter_op_num_threads = RUNTIME["inter_op_num_threads"]
-    if RUNTIME.get("execution_mode") == "parallel":
+    if "graph_optimization_level" in runtime:
+        options.graph_optimization_level = levels[runtime["graph_optimization_level"]]
+    if "intra_op_num_threads" in runtime:
+        options.intra_op_num_threads = runtime["intra_op_num_threads"]
+    if "inter_op_num_threads" in runtime:
+        options.inter_op_num_threads = runtime["inter_op_num_threads"]
+    if runtime.get("execution_mode") == "parallel":
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     for name in ("enable_cpu_mem_arena", "enable_mem_pattern"):
-        if name in RUNTIME:
-            setattr(options, name, RUNTIME[name])
-    if "allow_spinning" in RUNTIME:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if RUNTIME["allow_spinning"] else "0")
-    if "denormal_as_zero" in RUNTIME:
-        options.add_session_config_entry("session.set_denormal_as_zero", "1" if RUNTIME["denormal_as_zero"] else "0")
-    for key, value in RUNTIME.get("session_config", {}).items():
+        if name in runtime:
+            setattr(options, name, runtime[name])
+    if "allow_spinning" in runtime:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime["allow_spinning"] else "0")
+    if "denormal_as_zero" in runtime:
+        options.add_session_config_entry("session.set_denormal_as_zero", "1" if runtime["denormal_as_zero"] else "0")
+    for key, value in runtime.get("session_config", {}).items():
         options.add_session_config_entry(key, value)
     session = ort.InferenceSession(str(HERE / "model.onnx"), options, providers=["CPUExecutionProvider"])
     outputs = [item.name for item in session.get_outputs()]

@@ -20,9 +20,13 @@ _LOADER = '''
 PROPERTIES = json.loads(r"""__PROPERTIES__""")
 
 
-def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
-    compiled = ov.Core().compile_model(str(HERE / "model.xml"), "CPU", PROPERTIES)
+def load(threads=None):
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call.
+    `threads`: that compute, where it is not as many as were measured."""
+    properties = dict(PROPERTIES)
+    if threads is not None:  # unpinned: every instance would be pinned to the same first cores
+        properties.update(NUM_STREAMS=1, INFERENCE_NUM_THREADS=threads, ENABLE_CPU_PINNING=False)
+    compiled = ov.Core().compile_model(str(HERE / "model.xml"), "CPU", properties)
     idle, making = [], threading.Lock()  # requests: each serves one call at a time
     # Tensors go by position; the names are the original model's.
     interface = json.loads((HERE / "interface.json").read_text(encoding="utf-8"))

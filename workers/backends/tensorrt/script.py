@@ -207,8 +207,9 @@ class Engine:
         return results
 
 
-def load():
-    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call."""
+def load(threads=None):
+    """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call.
+    `threads` changes nothing: the work is not done by CPU threads."""
     engine = Engine()
     return engine.inputs, engine.run
 
