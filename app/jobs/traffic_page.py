@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.jobs.page_parts import (
-    Json,
-    as_number,
-    bullets,
-    interval_text,
-    objects,
-    part_of,
-    rows_table,
-    section,
-    svg,
-    text,
-)
+from app.jobs.page_parts import Json, as_number, bullets, interval_text, objects, part_of, rows_table, svg, text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 260, 56, 34
 _MOST_LIMITS = 2.5  # × the limit: where the picture ends; what lies above stands at its upper edge
-_LEAST_REQUESTS = 40  # of a point that is drawn
+_LEAST_REQUESTS = 40  # of a point that is listed
+_DRAWN_REQUESTS = 100  # of one that is drawn: so many have a p99
 _TRIED = {
     "instances": "instances",
     "threads": "threads each",
@@ -69,14 +59,18 @@ def traffic(found: Json) -> str:
             _cost(part_of(found, "cost")),
             _cold_start(part_of(found, "cold_start")),
             _picture(engine, original, limit),
-            section("Points of the engine, as it is served", rows_table(_shown(engine), _POINTS, 24)),
-            section("Points of the original, with its own default settings", rows_table(_shown(original), _POINTS, 24)),
-            section("What each setting brought", rows_table(found.get("brought"), _BROUGHT, 8)),
-            section("Settings that were tried", rows_table(found.get("tried"), _TRIED, 40)),
-            section("Ways to serve it", rows_table(found.get("patterns"), _PATTERNS, 12)),
+            _under("Points of the engine, as it is served", rows_table(_shown(engine), _POINTS, 24)),
+            _under("Points of the original, with its own default settings", rows_table(_shown(original), _POINTS, 24)),
+            _under("What each setting brought", rows_table(found.get("brought"), _BROUGHT, 8)),
+            _under("Settings that were tried", rows_table(found.get("tried"), _TRIED, 40)),
+            _under("Ways to serve it", rows_table(found.get("patterns"), _PATTERNS, 12)),
             _asides(found),
         ]
     )
+
+
+def _under(title: str, body: str) -> str:
+    return f"<h3>{text(title)}</h3>{body}" if body else ""
 
 
 def _sentences(found: Json) -> str:
@@ -93,8 +87,12 @@ def _sentences(found: Json) -> str:
         )
     gain = part_of(found, "gain")
     if gain:
+        ends = f"[{text(gain.get('low'))}, {text(gain.get('high'))}]"
+        ratio = gain.get("ratio")
         told.append(
-            f"{text(gain.get('ratio'))} times the original's rate [{text(gain.get('low'))}, {text(gain.get('high'))}]."
+            f"{text(ratio)} times the original's rate {ends}."
+            if ratio is not None
+            else f"Times the original's rate: {ends}."
         )
     http = part_of(found, "http")
     if http:
@@ -207,11 +205,13 @@ def _picture(engine: Json, original: Json, limit: float | None) -> str:
 
 
 def _points(side: Json) -> list[tuple[float, Any, Any]]:
-    """(rate, p50, p99) by rate; the runs of one rate as the last of them was. Those cut short say no latency."""
+    """(rate, p50, p99) by rate; the runs of one rate as the last of them was. Those cut short say no latency, and those
+    of a late generator or a busy machine not the engine's. A p99 that is missing is no answer."""
     found = {}
     for p in _shown(side):
         rate = as_number(p.get("rate"))
-        if rate is not None and not p.get("cut"):
+        many = (as_number(p.get("requests")) or 0) >= _DRAWN_REQUESTS
+        if rate is not None and many and not p.get("cut") and p.get("verdict") not in ("generator_late", "disturbed"):
             found[rate] = (rate, as_number(p.get("p50_ms")), as_number(p.get("p99_ms")))
     return [found[rate] for rate in sorted(found)]
 

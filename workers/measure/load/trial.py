@@ -33,6 +33,7 @@ _COARSE = 1.15  # resolution of what only explains
 _BEYOND = 1.3  # × the rate that is kept
 _CURVE = (0.25, 0.5, 0.75, 0.9)  # × the rate that is kept
 _CURVE_S = 1.5
+_LEAST_WHOLE = 100  # requests of a run that is shown
 _LEAST_STEP_S = 2.0
 _GENERATOR_RATE, _GENERATOR_S = 1000.0, 0.5
 _STATIC = 0.5  # of the limit: how long a static batch is waited for, at most
@@ -277,11 +278,16 @@ class Trial:
             return
         high = max(_BEYOND * rate, (side.goodput.high or 0.0) if side.goodput else 0.0)
         side.beyond = await self._whole(side.setup, high)
+        if side.beyond is None:
+            self.found.reasons["beyond"] = NO_TIME
 
-    async def _whole(self, setup: Setup, rate: float) -> Point:
-        """A run that is not cut short."""
+    async def _whole(self, setup: Setup, rate: float) -> Point | None:
+        """A run that is not cut short; None where the time holds too few requests."""
         seconds = min(_CURVE_S, max(self.clock.left() / 4, 0.5))
-        return await self.shipped.point(setup, rate, proven=False, requests=max(int(seconds * rate), 60))
+        requests = max(int(seconds * rate), _LEAST_WHOLE)
+        if requests / rate > self.clock.left() / 2:
+            return None
+        return await self.shipped.point(setup, rate, proven=False, requests=requests)
 
     async def _brought(self) -> None:
         """Each tuned setting once at what the search started from; both sides by short looks."""
@@ -330,10 +336,8 @@ class Trial:
         side = self.found.engine
         rate = side.goodput.rate if side.goodput is not None else 0.0
         for share in _CURVE if rate > 0 else ():
-            if self.clock.left() < _LEAST_STEP_S:
+            if self.clock.left() < _LEAST_STEP_S or await self._whole(side.setup, share * rate) is None:
                 self.found.reasons["curve"] = "not complete: the time ran out"
-                break
-            await self._whole(side.setup, share * rate)
         side.curve = [*self.shipped.points.get(side.setup, [])]
 
 
