@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from workers.measure.benchmark_options import EngineOption
 from workers.measure.pieces import folder_digest
 from workers.members import names_of
 from workers.pipeline.workspace import Workspace
+from workers.serving.batcher import Batcher, Settings
 from workers.stages.benchmark import Benchmark, BenchmarkOptions
 from workers.stages.package import Package, PackageOptions
 
@@ -108,10 +111,10 @@ def test_an_artifact_of_several_engines_is_stored_file_by_file(tmp_path: Path) -
     assert folder_digest(there) == ref.digest == folder_digest(engine)
 
 
-def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -> None:
-    engine, runtime = side_by_side(tmp_path, apart())
-    (tmp_path / "work").mkdir()
-    context = StageContext({"engine": engine}, tmp_path / "work", tmp_path / "out", Notes(), describe())
+def packaged(folder: Path, engine: Path, runtime: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The unpacked bundle, by the stage itself; and the stage's data."""
+    (folder / "work").mkdir()
+    context = StageContext({"engine": engine}, folder / "work", folder / "out", Notes(), describe())
     options = PackageOptions(
         name="m-fp32",
         backend="by-batch",
@@ -120,10 +123,38 @@ def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -
         manifest={"job": {"id": "job_1"}, "engine": {"precision": "int8+fp32"}},
         engine_digest=folder_digest(engine),
     )
-    data = Package().run(context, options).data
-    bundle = tmp_path / "bundle"
-    with zipfile.ZipFile(tmp_path / "out/bundle" / data["bundle_file"]) as archive:
-        archive.extractall(bundle)
+    data = dict(Package().run(context, options).data)
+    with zipfile.ZipFile(folder / "out/bundle" / data["bundle_file"]) as archive:
+        archive.extractall(folder / "bundle")
+    return folder / "bundle", data
+
+
+def test_a_server_s_batches_go_to_either_and_the_original_may_be_one(tmp_path: Path) -> None:
+    """The batcher takes the bundle for one engine."""
+    engine, runtime = side_by_side(tmp_path, apart())
+    shutil.rmtree(engine / "large")
+    shutil.copytree(tmp_path / "model-large", engine / "large")
+    runtime["engines"][1] |= {"backend": "onnxruntime", "runtime": {}}  # as the baseline is loaded
+    bundle, _ = packaged(tmp_path, engine, runtime)
+    small, large = alone(engine, runtime)
+
+    async def serve() -> None:
+        batcher = Batcher(bundle, Settings(instances=1, max_batch=16))
+        await batcher.start()
+        try:
+            for count in (1, MOST, MOST + 1, 9):
+                wanted = (small if count <= MOST else large).run(rows(count))["logits"]
+                found = await batcher.enqueue(rows(count), 30.0)
+                np.testing.assert_array_equal(found["logits"], wanted)
+        finally:
+            await batcher.stop(grace_s=1.0)
+
+    asyncio.run(serve())
+
+
+def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -> None:
+    engine, runtime = side_by_side(tmp_path, apart())
+    bundle, data = packaged(tmp_path, engine, runtime)
     assert {"small/infer.py", "large/infer.py", "sample_input_large.npz"} <= set(names_in(bundle))
     assert data["engine_file"] == "m-fp32.tar"
     triton = json.loads((bundle / "kinds.json").read_text())["triton"]
