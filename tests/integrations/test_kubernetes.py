@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from tests.factories import onnx_models as models
+from tests.factories.bundled import bundled
 from tests.integrations.environments import environment
 from tests.integrations.promtool import promtool
+from tests.servers import free_port, running
 from workers.serving.kserve import Deployed, manifests
+from workers.serving.v2_client import Connection
 
 CHECK = Path(__file__).with_name("kubernetes_check.py")
 MEASURED = Deployed(
@@ -67,6 +75,48 @@ def test_the_check_finds_a_field_that_there_is_not(name: str, field: str, tmp_pa
     path = written(MEASURED, tmp_path)[name]
     path.write_text(path.read_text().replace(f"{field}:", f"{field}x:"))
     assert check(path).returncode == 1
+
+
+def test_the_image_is_what_the_manifests_say(tmp_path: Path) -> None:
+    """Its server starts by their command, answers as the engine does, and tells every metric that they ask for."""
+    settings = {"instances": 1, "threads": 1, "max_batch": 4, "max_delay_ms": 1.0}
+    traffic = {"settings": settings, "goodput": 100.0, "p99_limit_ms": 20.0, "memory_mb": 300.0}
+    made = bundled("onnxruntime", models.mlp(), tmp_path, deployment={"serving": traffic})
+    folder = made.unpacked("kserve", tmp_path / "kserve")
+    paths = sorted((folder / "kserve").glob("*.yaml"))
+    done = check(*paths)
+    assert (len(paths), done.returncode) == (4, 0), done.stdout + done.stderr
+    service = yaml.safe_load((folder / "kserve/inferenceservice.yaml").read_text())
+    (container,) = service["spec"]["predictor"]["containers"]
+    (told,) = container["ports"]
+    port = free_port()
+    command = [str(port) if part == str(told["containerPort"]) else part for part in container["command"]]
+    log = tmp_path / "serve.log"
+    with running(
+        [sys.executable, folder / "image" / command[1], *command[2:]], log=log, ready=lambda: _ready(port), timeout_s=60
+    ):
+        connection = Connection(port, service["metadata"]["name"], 10.0)
+        expected = made.arrays("expected_output.npz")
+        found = connection.infer(made.arrays("sample_input.npz"), list(expected), batched=False)
+        connection.close()
+        np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-4, atol=1e-6)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            metrics = answer.read().decode()
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            path = container[probe]["httpGet"]["path"]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+                assert answer.status == 200
+    asked = {name for path in paths for name in re.findall(r"anneal_serve_\w+", path.read_text())}
+    assert len(asked) == 6
+    assert [name for name in asked if not re.search(rf"^{name}[ {{]", metrics, re.MULTILINE)] == []
+
+
+def _ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def series(name: str, values: str, **labels: str) -> dict[str, str]:
