@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -142,11 +141,11 @@ def test_an_instance_that_dies_is_started_again_and_takes_nobody_with_it(folder:
 
 def test_a_hung_instance_is_ended(folder: Path) -> None:
     async def main() -> None:
-        async with served(folder, call_limit_s=0.05) as batcher:
+        async with served(folder, call_limit_s=0.15) as batcher:
             with pytest.raises(Failed) as caught:
                 await batcher.submit(Ask(1, kind=WAITS).feeds())
             assert caught.value.code == "instance_died"
-            assert "did not answer within 0.05 s" in caught.value.detail
+            assert "did not answer within 0.15 s" in caught.value.detail
             assert await outcome(batcher, Ask(2)) == "ok"
 
     asyncio.run(main())
@@ -157,12 +156,11 @@ def test_deadlines_and_callers_that_leave(folder: Path) -> None:
         async with served(folder, max_batch=1) as batcher:
             busy = asyncio.create_task(outcome(batcher, Ask(1, kind=WAITS)))
             await asyncio.sleep(0.05)
-            start = time.monotonic()
             late = asyncio.create_task(outcome(batcher, Ask(2, deadline_s=0.02)))
             gone = asyncio.create_task(outcome(batcher, Ask(3, leaves_after_s=0.02)))
             waits = asyncio.create_task(outcome(batcher, Ask(4, deadline_s=10.0)))
             assert (await late, await gone) == ("timed_out", "left")
-            assert time.monotonic() - start < 0.14, "told at the deadline, not when its turn comes"
+            assert not busy.done(), "told at the deadline, not when its turn comes"
             assert batcher.waiting == 1
             assert (await busy, await waits) == ("ok", "ok")
             assert sum(batcher.stats.batches.values()) == 2, "what nobody waits for is not computed"
@@ -178,7 +176,7 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
         async with served(folder, max_batch=1, queue_limit=2) as batcher:
             await outcome(batcher, Ask(1))
             tasks = [asyncio.create_task(outcome(batcher, Ask(i, kind=WAITS))) for i in range(2, 6)]
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0)  # all have asked
             with pytest.raises(Rejected) as caught:
                 await batcher.submit(Ask(9).feeds())
             assert caught.value.code == "queue_full"

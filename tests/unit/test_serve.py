@@ -216,7 +216,11 @@ def test_metrics_count_what_was_done(server: Server) -> None:
 def test_sigterm_answers_what_was_taken(tmp_path: Path) -> None:
     with serving(bundle(tmp_path, max_batch=1)) as server, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(server.infer, asked([WAITS], [1, 1])) for _ in range(3)]
-        time.sleep(0.15)
+        until = time.monotonic() + 10
+        taken = ("anneal_serve_waiting", "anneal_serve_in_flight")
+        while sum(server.metrics()[name,] for name in taken) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
         os.kill(server.process.pid, signal.SIGTERM)
         assert [a.result()[0] for a in answers] == [200, 200, 200]
         assert server.process.wait(10) == 0
