@@ -203,8 +203,11 @@ class Trial:
             )
         else:
             self.found.kept_start = f"{tuned.best} was not proven to serve more than {start}"
-        side.setup = start
-        side.goodput = await self._proven(self.shipped, start, tuned.start, _TUNED_UNTIL)
+        before, after = await self._proven(self.shipped, start, tuned.start, _TUNED_UNTIL), side.goodput
+        if not before.known and after is not None and after.known:
+            self.found.kept_start = None  # nothing is known of it, and a rate is of what was tuned
+            return
+        side.setup, side.goodput = start, before
 
     async def _proven(self, bench: Bench, setup: Setup, looked: Goodput, share: float) -> Goodput:
         """By the bound, and once more on other arrivals; what the short looks saw where that comes to nothing."""
