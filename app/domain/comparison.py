@@ -41,9 +41,10 @@ class ComparedTarget(_Part):
 
 class Comparison(_Part):
     """`cheapest`: hardware of the lowest cost per million requests within the limit; None where no cost is known.
-    `told_apart`: whether every other target's interval lies above its own. `cheapest_for_rate`: hardware that serves
-    the wanted rate for the least per hour, in whole machines; None where no rate is wanted. `missing`: targets without
-    a cost. `targets`: the cheapest first, in the job's order where there is no cost."""
+    `told_apart`: whether every other known cost's interval lies above it; None where there is no other.
+    `cheapest_for_rate`: hardware that serves the wanted rate for the least per hour, in whole machines; None where no
+    rate is wanted. `missing`: targets without a cost. `targets`: the cheapest first, in the job's order where there is
+    no cost."""
 
     job_id: str
     status: str

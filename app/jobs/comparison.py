@@ -34,7 +34,7 @@ def compare(parent: Job, children: Sequence[Job], reports: Mapping[str, Json]) -
         currency=currency,
         rate_per_second=wanted,
         cheapest=known[0].hardware if known else None,
-        told_apart=not any(t.cheapest_too for t in known[1:]) if known else None,
+        told_apart=not any(t.cheapest_too for t in known[1:]) if len(known) > 1 else None,
         cheapest_for_rate=min(priced, key=lambda t: t.per_hour or 0.0).hardware if priced else None,
         missing=[t.hardware for t in unknown],
         targets=[*known, *unknown],

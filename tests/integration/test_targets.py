@@ -259,7 +259,10 @@ def test_two_machines_are_compared_though_a_worker_is_killed_meanwhile(deployed:
     assert report["limit"] == "p99 ≤ 200 ms"
     for target in report["targets"]:
         own = httpx.get(f"{deployed.url}/v1/jobs/{target['job_id']}/report").json()
-        cost = own["traffic"]["cost"]
+        cost, cold = own["traffic"]["cost"], own["traffic"]["cold_start"]
+        assert target["cold_start"] == cold
+        assert (cold is None) == ("cold_start" in own["traffic"]["reasons"])
+        assert cold is None or 0 < cold["alive_seconds"] <= cold["first_answer_seconds"]
         assert target["per_million_requests"] == cost["per_million_requests"]
         if cost["per_million_requests"] is None:
             assert target["reason"], own["traffic"]

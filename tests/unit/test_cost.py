@@ -253,7 +253,7 @@ def test_costs_that_cannot_be_told_apart_are_called_so(other: tuple[float, float
 
 def test_a_target_without_a_cost_keeps_its_reason() -> None:
     found = _compared((100.0, 104.0), None)
-    assert (found.cheapest, found.missing) == ("m0", ["m1"])
+    assert (found.cheapest, found.told_apart, found.missing) == ("m0", None, ["m1"])
     assert found.targets[1].reason == "its worker was lost"
     assert found.targets[1].rank is None
     assert found.headline.endswith("m0 is the only one with a known cost (USD per million requests: m0 1); "
