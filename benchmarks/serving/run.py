@@ -23,10 +23,10 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -147,8 +147,8 @@ def peer(name: str, bundle: Path, folder: Path) -> Launch:
 def triton(archive: Path, folder: Path) -> Launch:
     """The bundle of kind `triton`, its settings written anew for each setup."""
     server = tritonserver()
-    with zipfile.ZipFile(archive) as packed:
-        packed.extractall(folder / "triton")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder / "triton", filter="data")
     (config,) = (folder / "triton").rglob("config.pbtxt")
     text, model = config.read_text(), config.parent.name
 
@@ -243,7 +243,7 @@ def launches(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple[
         job, report, _ = anneal.run_job(client, files, **fields)
         anneal.fetch_bundle(client, job, folder)
         url = f"{service.url}/v1/engines/{job['engine_ids'][0]}/bundle?kind=triton"
-        with urllib.request.urlopen(url) as answer, (folder / "triton.zip").open("wb") as file:
+        with urllib.request.urlopen(url) as answer, (folder / "triton.tar").open("wb") as file:
             shutil.copyfileobj(answer, file)
     bundle = folder / "bundle"
     base = Settings.of_folder(bundle)
@@ -252,7 +252,7 @@ def launches(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple[
         if name == "serve.py":
             made[name] = launch_server(bundle, base)
         else:
-            made[name] = triton(folder / "triton.zip", folder) if name == "Triton" else peer(name, bundle, folder)
+            made[name] = triton(folder / "triton.tar", folder) if name == "Triton" else peer(name, bundle, folder)
     return made, bundle, {"picked": report["picked"], "speedup": report["final_metrics"]["speedup"]}
 
 
