@@ -78,6 +78,7 @@ _ALONE = (
     "integration/test_hostile_connections.py",
     "integration/test_hostile_load.py",
     "integration/test_machine.py",
+    "integration/test_two_engines.py",
 )
 
 

@@ -13,7 +13,7 @@ from workers.search.requantized import is_quantized
 def choose(d: Draft, both: Sequence[str] = ()) -> None:
     """`both`: who answers together in one bundle; they are measured in full whatever they are worth alone."""
     timed = _one_for_each_engine(d, both)
-    ranked = [(i, d.speed(i), d.beyond_doubt(i)) for i in timed]
+    ranked = [(i, d.speed(i), d.safe(i)) for i in timed]
     over_all = {i: halving.over_all_sizes(d.spec, d[i].figures) for i in timed}
     chosen, reasons = halving.finalists(ranked, over_all=over_all)
     for cid in timed:

@@ -110,6 +110,14 @@ class Draft:
         interval = found.loss.get("loss_ci")
         return self.complete(cid) or bool(interval and interval[1] <= limit)
 
+    def safe(self, cid: str) -> bool:
+        """Whether samples that the search has not seen will hardly show otherwise: where some are kept apart, all of
+        its own say little of a loss near the limit."""
+        found, limit = self[cid], self.spec.validation.max_accuracy_loss_percent
+        interval = found.loss.get("loss_ci")
+        inside = bool(interval and interval[1] <= limit)
+        return self.beyond_doubt(cid) and (found.plan.lossless or inside or not self.state.apart)
+
     def complete(self, cid: str) -> bool:
         """Whether its last check judged all samples there are."""
         found, most = self[cid], self.spec.validation.max_samples

@@ -101,7 +101,8 @@ def finalists(
     fastest at the batch size that counts, those come first that gain the most over all sizes (`over_all`, by id).
 
     `ranked`: (id, speed, safe). `safe` says that its accuracy is beyond doubt (the same arithmetic, or well inside of
-    the limit): the fastest safe one always goes on, so that a gate that fails late does not leave the job with nothing.
+    the limit): the fastest safe one always goes on, so that a gate that fails late does not leave the job with nothing;
+    it costs no full measurement where the faster one is confirmed (`sparing`).
     The others were timed beside them already: a third that is as fast is nothing lost.
     """
     order = sorted(ranked, key=lambda r: -r[1].ratio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workers.search import checking, halving, limits
 from workers.search.draft import Draft
+from workers.search.requantized import is_quantized
 from workers.search.requests import Judge, TryShapes
 from workers.search.state import Phase
 
@@ -45,10 +46,17 @@ def _passed_over(d: Draft, cid: str) -> bool:
             reason = f"not faster than {name}, and the time left hardly holds its check"
             d.put(cid, passed=("check", reason))
             return True
-        if not halving.can_win(speed, best[1].low, gain=_gain(d, cid)):
+        if not halving.can_win(speed, best[1].low, gain=_gain(d, cid)) and not _would_be_sure(d, cid):
             d.put(cid, passed=("short timing", halving.dropped_as_slow(speed, name, best[1])))
             return True
     return d.too_late(cid, d.deadlines.search_until, "check")
+
+
+def _would_be_sure(d: Draft, cid: str) -> bool:
+    """Whether to fall back on it: of those that are not quantized the fastest, while nobody faster is safe."""
+    if is_quantized(d[cid].plan) or any(d.safe(i) for i in d.state.accurate):
+        return False
+    return not any(not is_quantized(d[i].plan) for i in d.state.accurate)
 
 
 def _gain(d: Draft, cid: str) -> float:
