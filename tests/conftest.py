@@ -73,12 +73,9 @@ _ALONE = (
     "unit/test_shapes.py",
     "unit/test_sweep.py",
     "integration/test_busy_machine.py",
-    "integration/test_end_to_end.py",
-    "integration/test_explanations.py",
     "integration/test_hostile_connections.py",
     "integration/test_hostile_load.py",
     "integration/test_machine.py",
-    "integration/test_two_engines.py",
 )
 
 

@@ -8,6 +8,7 @@ table and nodes are the first line.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,11 @@ from workers.search.requests import Answer, Request
 def another_process(recording: Path | None, *first: Any) -> Iterator[Callable[[Mapping[str, Any]], Mapping[str, Any]]]:
     """What sends a call there and waits for the reply; `first`: what it is told before, if anything."""
     command = [sys.executable, "-m", "tests.factories.search_elsewhere", str(recording or "-")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    root = str(Path(__file__).resolve().parents[2])  # the tests run in a scratch folder, and are no installed package
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 

@@ -33,8 +33,8 @@ class Connection:
         self._path = f"/v2/models/{model}/infer"
 
     def infer(self, feeds: Mapping[str, Any], outputs: Sequence[str], *, batched: bool) -> Arrays:
-        """All of `outputs`. Where `batched`, a number for each sample goes as [samples, 1] (Triton's dims are never
-        empty), and comes back so. Raises `Refused`, OSError and what `http.client` raises."""
+        """All of `outputs`, or all there are where none is named. Where `batched`, a number for each sample goes as
+        [samples, 1] (Triton's dims are never empty), and comes back so. Raises `Refused`, OSError and what `http.client` raises."""
         inputs, parts = [], []
         for name, array in feeds.items():
             part = np.ascontiguousarray(array).tobytes()
@@ -46,7 +46,8 @@ class Connection:
             inputs.append({**told, "parameters": {"binary_data_size": len(part)}})
             parts.append(part)
         wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-        head = json.dumps({"inputs": inputs, "outputs": wanted}).encode()
+        asked = {"outputs": wanted} if wanted else {"parameters": {"binary_data_output": True}}
+        head = json.dumps({"inputs": inputs, **asked}).encode()
         headers = {_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
         self._connection.request("POST", self._path, b"".join([head, *parts]), headers)
         response = self._connection.getresponse()
