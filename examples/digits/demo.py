@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -140,7 +140,8 @@ def agreement(here: Mapping[str, Mapping[str, Any]], told: Mapping[str, Mapping[
     )
 
 
-def demo(screen: Screen, client: Client, out: Path, min_seconds: float) -> None:
+def demo(screen: Screen, client: Client, out: Path, min_seconds: float, served: Callable[[], None]) -> None:
+    """`served`: called when the service is needed no more."""
     job = optimize(screen, client, min_seconds)
     report = client.report(job["id"])
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -149,14 +150,16 @@ def demo(screen: Screen, client: Client, out: Path, min_seconds: float) -> None:
     if not engine_ids:
         raise DemoFailed("the job succeeded but names no engine")
     bundle = client.download_bundle(engine_ids[0], out / "bundle")
+    served()
     compare(screen, unpack(bundle, out / "engine"), report)
 
 
 @contextlib.contextmanager
-def service_at(url: str | None, port: int, home: Path, screen: Screen) -> Iterator[str]:
-    """The address of a running service: the given one, or one of our own that is stopped at the end."""
+def service_at(url: str | None, port: int, home: Path, screen: Screen) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of a running service: the given one, or one of our own that is stopped at the end; and what lets our
+    own begin to stop before that."""
     if url is not None:
-        yield url
+        yield url, lambda: None
         return
     service = Service(home, port or free_port())
     screen.now("  … starting the service")
@@ -164,7 +167,7 @@ def service_at(url: str | None, port: int, home: Path, screen: Screen) -> Iterat
     try:
         with service:
             screen.line(f"Service ready at {service.url} after {time.monotonic() - started:.1f} s")
-            yield service.url
+            yield service.url, service.ask_to_stop
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt):
             screen.title("The end of the service's log")
@@ -202,8 +205,11 @@ def main() -> int:
             home, out = Path(temp) / "home", args.out or Path(temp) / "out"
             home.mkdir()
             out.mkdir(parents=True, exist_ok=True)
-            with service_at(args.url, args.port, home, screen) as url, Client(url, args.api_key) as client:
-                demo(screen, client, out, args.min_seconds)
+            with (
+                service_at(args.url, args.port, home, screen) as (url, served),
+                Client(url, args.api_key) as client,
+            ):
+                demo(screen, client, out, args.min_seconds, served)
     except KeyboardInterrupt:
         screen.line("Interrupted.")
         return 130

@@ -113,13 +113,17 @@ class Service:
             time.sleep(0.1)
         raise ServiceFailed(f"the service was not ready within {START_S:.0f} s: {answer}")
 
+    def ask_to_stop(self) -> None:
+        """It ends while something else is done; leaving the block waits for it."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def _stop(self) -> list[str]:
         """Ask it to stop, wait for its whole process tree, kill what is left; answers what had to be killed."""
         process = self._process
         if process is None:
             return []
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        self.ask_to_stop()
         deadline = time.monotonic() + STOP_S
         while (process.poll() is None or _descendants()) and time.monotonic() < deadline:
             time.sleep(0.05)
