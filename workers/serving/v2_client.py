@@ -34,7 +34,8 @@ class Connection:
 
     def infer(self, feeds: Mapping[str, Any], outputs: Sequence[str], *, batched: bool) -> Arrays:
         """All of `outputs`, or all there are where none is named. Where `batched`, a number for each sample goes as
-        [samples, 1] (Triton's dims are never empty), and comes back so. Raises `Refused`, OSError and what `http.client` raises."""
+        [samples, 1] (Triton's dims are never empty), and comes back so. Raises `Refused`, OSError and what
+        `http.client` raises."""
         inputs, parts = [], []
         for name, array in feeds.items():
             part = np.ascontiguousarray(array).tobytes()
