@@ -104,7 +104,7 @@ class CompatibilityService:
 
     def give_back(self, question: Question, backends: Collection[str]) -> None:
         """Somebody else, or this worker later: it counts as no attempt."""
-        self._update(question, backends, lease_owner=None, lease_expires_at=None, attempts=0)
+        self._update(question, backends, lease_owner=None, lease_expires_at=None, attempts=Examination.attempts - 1)
 
     def _end(self, question: Question, backends: Collection[str], **values: Any) -> None:
         self._update(question, backends, **values, answered_at=utcnow(), lease_expires_at=None)

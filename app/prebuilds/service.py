@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement
 
 from app.db.base import utcnow
-from app.db.orm import Job
+from app.db.orm import Job, Prebuild
 from app.db.uow import Database
 from app.prebuilds.repository import PrebuildRepository, held
 
@@ -82,7 +82,7 @@ class PrebuildService:
 
     def give_back(self, hold: PrebuildHold) -> None:
         """Somebody else, or this worker later: it counts as no attempt."""
-        self._update(hold, lease_owner=None, lease_expires_at=None, attempts=0)
+        self._update(hold, lease_owner=None, lease_expires_at=None, attempts=Prebuild.attempts - 1)
 
     def _update(self, hold: PrebuildHold, **values: Any) -> bool:
         with self._db.write() as uow:

@@ -88,6 +88,15 @@ def test_the_one_that_waits_longest_is_built_for_by_one_builder(desk: Desk, serv
     assert not service.renew(holds[1])
 
 
+def test_what_is_given_back_is_no_attempt_and_forgives_none(desk: Desk, service: PrebuildService) -> None:
+    submitted(desk)
+    for _ in range(2):
+        service.retry_later(taken(service))
+        service.give_back(taken(service))
+    service.retry_later(taken(service))
+    assert service.take("b1", TARGETS, FORMATS) is None, "three attempts came to nothing"
+
+
 def test_the_job_waits_as_before_and_shows_what_is_built(desk: Desk, service: PrebuildService) -> None:
     job = submitted(desk)
     hold = taken(service)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from app.domain.traffic import Traffic
 from workers import hardware
+from workers.graph.onnx_files import link_or_copy
 from workers.kernel import Backend, Stage, StageContext, StageOptions, StageResult, TensorSpec, backends
 from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.instances import default_layouts, usable_cores
@@ -157,19 +158,12 @@ def _original(model: Path, bundle: Path, manifest: Mapping[str, Any], backend: B
     """The original as its owner would serve it: the library's defaults, loaded as a bundle's engine is."""
     folder.mkdir(parents=True)
     for path in model.iterdir():
-        _link_or_copy(path, folder / path.name)
+        link_or_copy(path, folder / path.name)
     (folder / "infer.py").write_text(backend.infer_script({}), encoding="utf-8")
     told = {"engine": {"precision": "fp32"}, "inputs": manifest["inputs"], "outputs": manifest["outputs"]}
     (folder / "manifest.json").write_text(json.dumps(told), encoding="utf-8")
     shutil.copyfile(bundle / "sample_input.npz", folder / "sample_input.npz")
     return folder
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:  # no symbolic link: ONNX Runtime takes no weights from outside of the model's folder
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _base(bundle: Path, inputs: list[TensorSpec]) -> Settings:

@@ -25,6 +25,7 @@ from workers import kernel
 from workers.artifacts import names_in
 from workers.bundle_readme import readme
 from workers.data import Samples, synthetic_feeds
+from workers.graph.onnx_files import link_or_copy
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
 from workers.libraries import installed_version
 from workers.measure.axes import fixed_batch
@@ -179,7 +180,7 @@ def _single_file(engine: Path, out: Path, options: PackageOptions) -> Path:
     files = names_in(engine)
     if len(files) == 1:
         target = out / f"{options.name}{Path(files[0]).suffix}"
-        _link_or_copy(engine / files[0], target)
+        link_or_copy(engine / files[0], target)
         return target
     target = out / f"{options.name}.tar"
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
@@ -189,13 +190,6 @@ def _single_file(engine: Path, out: Path, options: PackageOptions) -> Path:
             with (engine / name).open("rb") as source:
                 archive.addfile(info, source)
     return target
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _samples(
