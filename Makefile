@@ -34,11 +34,14 @@ serve: $(VENV)/.run
 	@ANNEAL_PORT=$(PORT) exec $(BIN)/python -m app serve
 
 # All tests: what may run side by side first, then what needs the machine for itself. With PYTEST_ARGS, just those.
+# A test that hangs where pytest-timeout's signal is not looked at (in native code, say) ends its process, with all stacks
+# told; the others go on in a new one.
+ENDS := -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 test: $(VENV)/.dev
 ifeq ($(PYTEST_ARGS),)
 	@status=0; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
-	$(BIN)/python -m pytest -m alone || status=$$?; \
+	$(BIN)/python -m pytest $(ENDS) -n 3 --max-worker-restart 3 --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
+	$(BIN)/python -m pytest $(ENDS) -m alone || status=$$?; \
 	exit $$status
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

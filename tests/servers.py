@@ -6,8 +6,10 @@ it (PR_SET_PDEATHSIG) when the starting process dies without getting that far.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
+import random
 import secrets
 import shutil
 import signal
@@ -45,11 +47,34 @@ class ServerFailed(RuntimeError):
     """A server of the tests could not be started; the message carries the end of its log."""
 
 
+# Below what the kernel gives to outgoing connections, which could take a port before the server is there.
+_PORTS = range(10_000, 32_000)
+_taken: list[int] = []  # descriptors of lock files: a port stays this process's until it ends
+
+
 def free_port() -> int:
-    """A TCP port on loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nothing listens on now, and that no other process of tests is given until this one
+    ends: three test runs side by side start some twenty servers, and one that got its neighbour's port would talk to
+    the neighbour's."""
+    folder = Path(tempfile.gettempdir()) / "anneal-test-ports"
+    folder.mkdir(exist_ok=True)
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o1777)
+    for port in random.sample(_PORTS, 500):
+        try:
+            lock = os.open(folder / str(port), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError:  # another user's
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.bind((HOST, port))
+        except OSError:
+            os.close(lock)
+            continue
+        _taken.append(lock)
+        return port
+    raise ServerFailed("No port is free on loopback.")
 
 
 @contextmanager

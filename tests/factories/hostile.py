@@ -28,7 +28,7 @@ Json = dict[str, Any]
 QUICK: Json = {
     "validation": {"max_accuracy_loss_percent": 100},
     "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-    "budget_seconds": 30,
+    "budget_seconds": 12,
 }
 
 # What a client must never see: traces, addresses, places in a library's source.

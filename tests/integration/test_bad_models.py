@@ -250,7 +250,7 @@ def test_a_failure_of_the_model_is_remembered(service: Besieged) -> None:
 
 def test_one_that_hangs_the_runtime(service: Besieged) -> None:
     started = time.monotonic()
-    job = service.acme.run(onnx_models.hangs())
+    job = service.acme.run(onnx_models.hangs(), budget_seconds=30)
     error = service.assert_failed(job, "timed_out", stage="export")
     assert "12 s" in error["detail"]
     assert time.monotonic() - started < TIMEOUT_S + 15

@@ -56,7 +56,7 @@ class Jobs:
             # What looks the fastest ships, however busy the machine is: its answers are what is looked at here.
             "benchmark": {"batch_sizes": [1, 4], "min_seconds": 0.1, "allow_noisy": True},
             "engines_per_bundle": 1,
-            "budget_seconds": 12,
+            "budget_seconds": 10,
         }
         if case.data is not None:
             np.savez(self.folder / case.name / "data.npz", **case.data)  # type: ignore[arg-type]

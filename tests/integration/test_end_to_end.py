@@ -39,7 +39,7 @@ def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deploym
         yield found
 
 
-def _spec(client: Any, *, min_seconds: float = 0.3) -> dict[str, Any]:
+def _spec(client: Any, *, min_seconds: float = 0.3, budget: int = 40) -> dict[str, Any]:
     # In parts, over an upload session: on S3 the parts go to presigned URLs.
     model = client.upload_model(DIGITS / "model.onnx", "digits", parts_above=0)
     calibration = client.upload_dataset(DIGITS / "calibration.npz")
@@ -51,7 +51,7 @@ def _spec(client: Any, *, min_seconds: float = 0.3) -> dict[str, Any]:
         "benchmark": {"batch_sizes": [1, 8], "min_seconds": min_seconds},
         "engines_per_bundle": 1,  # `test_two_engines` has the other kind
         "target": {"backends": ["onnxruntime"]},
-        "budget_seconds": 240,
+        "budget_seconds": budget,
     }
 
 
@@ -167,7 +167,7 @@ def _check_bundle(bundle: Path, folder: Path, engine: Path) -> None:
 
 def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: Deployment, tmp_path: Path) -> None:
     with deployed.client() as client:
-        spec = _spec(client, min_seconds=0.1)
+        spec = _spec(client, min_seconds=0.1, budget=15)
     headers = {**deployed.headers, "X-Request-ID": "trace-me-through"}
     job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
     with deployed.client() as client:
@@ -187,10 +187,10 @@ def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: De
 def test_without_data_only_engines_that_keep_the_arithmetic_may_ship(deployed: Deployment) -> None:
     with deployed.client() as client:
         model = client.upload_model(DIGITS / "model.onnx")
-        benchmark = {"batch_sizes": [1], "min_seconds": 0.1}
-        job = client.wait(client.submit(model_id=model["id"], benchmark=benchmark)["id"])
+        spec = {"model_id": model["id"], "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "budget_seconds": 15}
+        job = client.wait(client.submit(spec)["id"])
         report = client.report(job["id"])
-        again = client.wait(client.submit(model_id=model["id"], benchmark=benchmark, measure="again")["id"])
+        again = client.wait(client.submit({**spec, "measure": "again"})["id"])
         cached = {(s["name"], s["cached"]) for s in again["stages"]}
         assert {("export", True), ("build", True), ("benchmark", False)} <= cached
         assert ("benchmark", True) not in cached
@@ -206,6 +206,7 @@ def test_what_nobody_can_meet_fails_with_the_nearest_miss_and_a_report(deployed:
             "model_id": model["id"],
             "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
             "constraints": {"max_size_mb": 0.001},
+            "budget_seconds": 15,
         }
         job = client.wait(client.submit(body)["id"], check=False)
         assert job["status"] == "failed"

@@ -51,7 +51,7 @@ def test_a_program_is_compiled_judged_and_timed(tmp_path: Path) -> None:
                 "benchmark": {"batch_sizes": [1], "min_seconds": 0.2},
                 "target": {"backends": ["inductor"]},
                 "precisions": [precision],
-                "budget_seconds": 240,
+                "budget_seconds": 90,
             }
             job = client.wait(client.submit(spec)["id"])
             assert job["status"] == "succeeded", deployed.logs()
@@ -98,7 +98,7 @@ def test_a_compiler_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         str(tmp_path / "work"),
         str(tmp_path / "out"),
         {"cxx": "g++", "isa": describe()["isa"]},
-        Limits(25, 8 << 30, 1 << 30),
+        Limits(15, 8 << 30, 1 << 30),
         Installation(b"k" * KEY_BYTES).to_json(),
         {"model": EXPORTED_PROGRAM},
     )

@@ -189,7 +189,7 @@ def submit(client: Client, model: onnx.ModelProto, folder: Path, **changes: Any)
         "search": {"strategy": "exhaustive"},
         "validation": {"max_accuracy_loss_percent": 100},
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-        "budget_seconds": 60,
+        "budget_seconds": 20,
     }
     return client.submit({**spec, **changes})
 
