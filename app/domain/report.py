@@ -250,7 +250,8 @@ class TrafficReport(_Part):
     is, `machines`: how many of this kind the wanted rate takes. `http`: the engine by the bundle's own server. `cost`:
     where the job tells a price. `cold_start`: the bundle's server from nothing, in a clean process {alive_seconds,
     ready_seconds, first_answer_seconds, from_zero_seconds (with unpacking), archive_mb, …}. `patterns`: ways to serve,
-    which fits and why, by this job's figures. `reasons`: why a part of it is missing."""
+    which fits and why, by this job's figures. `padding`: what requests of unlike sizes may be filled up to {sizes
+    (input → axis → sizes), refused (input → why not)}. `reasons`: why a part of it is missing."""
 
     headline: str
     traffic: dict[str, Any] = {}
@@ -264,6 +265,7 @@ class TrafficReport(_Part):
     cold_start: dict[str, Any] | None = None
     tried: list[dict[str, Any]] = []
     brought: list[dict[str, Any]] = []
+    padding: dict[str, Any] = {}
     static: dict[str, Any] | None = None
     http: dict[str, Any] | None = None
     patterns: list[dict[str, Any]] = []

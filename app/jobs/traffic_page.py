@@ -16,6 +16,7 @@ _TRIED = {
     "threads": "threads each",
     "max_batch": "largest batch",
     "max_delay_ms": "delay, ms",
+    "padded": "filled up to common sizes",
     "yields_per_second": "yields at most, requests/s",
     "batch_ms": "a batch takes, ms",
     "goodput_seen": "within the limit (short look), requests/s",
@@ -99,6 +100,9 @@ def _sentences(found: Json) -> str:
         rate = part_of(http, "goodput").get("rate")
         alone = text(http.get("alone_p50_ms"))
         told.append(f"By the bundle's serve.py over HTTP: {text(rate)}/s; one caller alone waits {alone} ms (p50).")
+    refused = sorted(set(part_of(part_of(found, "padding"), "refused").values()))
+    if refused:
+        told.append(f"Requests of unlike sizes share no batch: {text('; '.join(map(str, refused)))}.")
     beyond = part_of(part_of(found, "engine"), "beyond")
     if beyond:
         told.append(_beyond(beyond))

@@ -172,6 +172,24 @@ def test_a_batch_that_takes_longer_than_the_limit_is_not_raced() -> None:
     assert 16 not in told
 
 
+def unlike(padded: float) -> Any:
+    """Requests that share no batch as they are; filled up they do, and compute `padded` times as much."""
+
+    def service(setup: Setup, batch: int) -> float:
+        return (4.0 + 0.5 * padded * batch if setup.padded else 4.5 * batch) / 1e3
+
+    return service
+
+
+@pytest.mark.parametrize(("padded", "wanted"), [(1.3, True), (12.0, False)])
+def test_requests_are_filled_up_where_that_serves_more(padded: float, wanted: bool) -> None:
+    space = replace(SPACE, padded=True)
+    tuned = asyncio.run(Tuner(SimulatedBench(unlike(padded)), Setup(), space, 1e6).run())
+    assert tuned.best.padded == wanted
+    assert not wanted or tuned.best.max_batch > 1
+    assert [t.decision for t in tuned.tried if t.setup.padded]
+
+
 def test_little_time_is_told() -> None:
     tuned = tune(SimulatedBench(linear(4, 1)), seconds=4.0)
     assert not tuned.complete

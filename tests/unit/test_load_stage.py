@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from app.domain.failures import StageFailure
 from app.domain.traffic import Traffic
@@ -23,6 +24,7 @@ from workers.measure.load.arrivals import Arrivals
 from workers.measure.load.bench import Bench, Clock, Limit, Setup, opened
 from workers.measure.load.mix import Kind, Mix, mix_of
 from workers.measure.load.over_http import launch_server
+from workers.measure.load.padding import buckets_of
 from workers.measure.load.target import FAILED, OK
 from workers.pipeline.child import PipeReporter
 from workers.serving.batcher import Settings
@@ -62,6 +64,7 @@ def test_a_bundle_and_the_original_under_traffic(load: Callable[..., dict[str, A
         "threads": None,
         "max_batch": 1,
         "max_delay_ms": 0.0,
+        "padded": False,
     }
     settings = Settings.from_json(data["serving"]["settings"])
     assert settings.instances == engine["setup"]["instances"]
@@ -121,6 +124,61 @@ def test_traffic_outside_of_what_the_engine_takes_is_named(load: Callable[..., d
     assert failed.value.code == "traffic_outside_engine"
     assert "size 8 on axis 0" in failed.value.detail
     assert "takes 1 to 4" in failed.value.detail
+
+
+def sentence(heeds: bool) -> Any:
+    """The mean of a sentence's tokens: of those that its mask names, or (without `heeds`) of all."""
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["tokens"])]
+    nodes += [helper.make_node("Unsqueeze", ["mask", "last"], ["wide"])]
+    nodes += [helper.make_node("Mul", ["tokens", "wide"], ["counted"])]
+    nodes += [helper.make_node("ReduceSum", ["counted", "one"], ["total"], keepdims=0)]
+    nodes += [helper.make_node("ReduceSum", ["mask", "one"], ["length"], keepdims=1)]
+    nodes += [helper.make_node("Div", ["total", "length"], ["mean"])] if heeds else []
+    nodes += [] if heeds else [helper.make_node("ReduceMean", ["counted"], ["mean"], axes=[1], keepdims=0)]
+    table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    constants = [onnx_models.tensor("table", table), *(numpy_helper.from_array(np.array([a]), n) for n, a in AXES)]
+    inputs = [onnx_models.value(n, ["batch", "time"], t) for n, t in (("ids", 7), ("mask", 1))]
+    return onnx_models.make_model(nodes, inputs, [onnx_models.value("mean", ["batch", 8])], constants)
+
+
+AXES = (("last", 2), ("one", 1))
+LENGTHS = [{"dims": {"ids": [1, n], "mask": [1, n]}, "share": 0.2} for n in (4, 6, 8, 12, 16)]
+
+
+def test_requests_of_unlike_lengths_are_filled_up_where_the_answers_stay(load: Callable[..., dict[str, Any]]) -> None:
+    data = load(model=sentence(heeds=True), shape_mix=LENGTHS)
+    assert data["padding"] == {"sizes": {n: {"1": [6, 8, 12, 16]} for n in ("ids", "mask")}, "refused": {}}
+    tried = [t for t in data["tried"] if t["padded"]]
+    assert tried
+    assert all(t["decision"] for t in tried)
+    settings = Settings.from_json(data["serving"]["settings"])
+    assert bool(settings.pad) == data["engine"]["setup"]["padded"]
+
+
+def test_a_model_that_looks_at_the_whole_sentence_is_not_filled_up(load: Callable[..., dict[str, Any]]) -> None:
+    data = load(6.0, model=sentence(heeds=False), shape_mix=LENGTHS)
+    assert data["padding"]["sizes"] == {}
+    assert "output mean changes when it is filled up" in data["padding"]["refused"]["ids"]
+    assert not any(t["padded"] for t in data["tried"])
+
+
+def of_sizes(*sizes: tuple[tuple[int, int], float]) -> Mix:
+    kinds = [
+        Kind(str(n), 1, {"image": (1, 3, *size)}, share, [{"image": np.zeros((1, 3, *size), np.float32)}])
+        for n, (size, share) in enumerate(sizes)
+    ]
+    return Mix(kinds, "")
+
+
+def test_the_sizes_to_fill_up_to_follow_the_requests() -> None:
+    assert buckets_of(of_sizes(((8, 8), 1.0)), ["image"]) == {}
+    two = of_sizes(((8, 12), 0.7), ((16, 16), 0.3))
+    assert buckets_of(two, ["image"]) == {"image": {2: (8, 16), 3: (12, 16)}}
+    assert buckets_of(two, []) == {}, "it is the same for all samples of a batch"
+    many = of_sizes(*(((n, 8), 0.1) for n in range(1, 11)))
+    assert buckets_of(many, ["image"]) == {"image": {2: (3, 5, 8, 10)}}
+    rare = of_sizes(((8, 8), 0.98), ((64, 8), 0.02))
+    assert buckets_of(rare, ["image"]) == {"image": {2: (8, 64)}}
 
 
 def traffic(**told: Any) -> Traffic:

@@ -195,6 +195,7 @@ DATA: dict[str, Any] = {
         {"instances": 2, "threads": 1, "max_batch": 1, "max_delay_ms": 0.0, **TRIED, "yields_per_second": 90.0},
         {"instances": 1, "threads": None, "max_batch": 8, "max_delay_ms": 0.0, **TRIED, "yields_per_second": 500.0},
     ],
+    "padding": {"sizes": {}, "refused": {"ids": "output mean changes when it is filled up <b>"}},
     "static": {
         "setup": {"instances": 1, "threads": None, "max_batch": 8, "max_delay_ms": 10.0},
         "goodput": {**GOODPUT, "rate": 120.0},
@@ -304,6 +305,7 @@ def test_the_page_shows_latency_against_rate_with_the_limit() -> None:
         "the limit, 20 ms",
         "By the bundle's serve.py over HTTP: 150/s; one caller alone waits 3.5 ms (p50).",
         "the queue grows",
+        "Requests of unlike sizes share no batch: output mean changes when it is filled up &lt;b&gt;.",
         "<polyline",
         "batches that formed",
         "What each setting brought",

@@ -70,6 +70,7 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
         cold_start=_cold(found),
         tried=data["tried"],
         brought=data["serving"]["brought"],
+        padding=data["padding"],
         static=data["static"],
         http=data["http"],
         patterns=patterns(data, _facts(found)),

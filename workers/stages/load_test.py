@@ -23,13 +23,15 @@ from workers.measure.axes import batch_axes, fixed_batch
 from workers.measure.instances import default_layouts, usable_cores
 from workers.measure.load.arrivals import Arrivals, rate_of
 from workers.measure.load.bench import Bench, Clock, Limit
-from workers.measure.load.mix import mix_of
+from workers.measure.load.mix import Mix, mix_of
 from workers.measure.load.over_http import launch_server
+from workers.measure.load.padding import buckets_of, padding_of
 from workers.measure.load.served import launch_of, settings_of
 from workers.measure.load.trial import Found, Trial, mix_json, serves
 from workers.measure.load.tuning import Space
 from workers.measure.method import load_method, versions
 from workers.serving.batcher import Settings
+from workers.serving.probe import Padding
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _TIMEOUT = 10.0  # × the limit, where the job does not say when callers leave
@@ -53,11 +55,12 @@ class LoadTest(Stage[LoadTestOptions]):
 
     data: traffic (arrivals, rate, requests, limit), engine and original {setup, goodput {rate, interval, …}, at_rate,
     beyond, alone_p50_ms, curve [points], …}, served (whether the wanted rate is), serving {settings (what
-    `serving.json` holds), brought, kept_start}, tried, static, http, generator, reasons, method, conditions, versions.
+    `serving.json` holds), brought, kept_start}, tried, padding (which axes may be filled up to which sizes, or why
+    none), static, http, generator, reasons, method, conditions, versions.
     """
 
     name = "load_test"
-    version = 1
+    version = 2
     Options = LoadTestOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
@@ -80,10 +83,13 @@ class LoadTest(Stage[LoadTestOptions]):
         left = min(ctx.seconds_left(), _LONGEST_S)
         clock = Clock(time.monotonic() + max(left - _END_S, 0.5 * left))
         limit = _limit(traffic)
-        base = _base(bundle, inputs)
+        backend, base = known[options.backend](), _base(bundle, inputs)
+        precision = str(manifest.get("engine", {}).get("precision", "fp32"))
+        filled = _padding(backend, bundle, options, base, mix, precision)
+        base = replace(base, pad=filled.pad, cut=filled.cut)
         one = Settings(reason="as its owner runs it: one by one", batch_axis=base.batch_axis)
         arrivals, rate = Arrivals.of(traffic), rate_of(traffic)
-        space = _space(known[options.backend](), options, base, inputs, accepts, ctx.hardware.get("cpu_quota"))
+        space = _space(backend, options, base, inputs, accepts, ctx.hardware.get("cpu_quota"))
         launches = [launch_of(bundle, base), launch_of(original, one)]
         if (bundle / "serve.py").exists():
             launches.append(launch_server(bundle, base))
@@ -103,6 +109,10 @@ class LoadTest(Stage[LoadTestOptions]):
                 **mix_json(mix),
             },
             **_told(found, base),
+            "padding": {
+                "sizes": {n: {str(a): list(s) for a, s in axes.items()} for n, axes in filled.pad.items()},
+                "refused": filled.refused,
+            },
             "cores": len(usable_cores(ctx.hardware.get("cpu_quota"))),
             "method": load_method(arrivals.words),
             "conditions": {"before": before, "after": hardware.conditions(ctx.hardware)},
@@ -199,4 +209,15 @@ def _space(
         bound = accepts.get(name, [])[axis] if axis is not None and name in accepts else None
         if bound is not None and bound[1] is not None:
             most = min(most, bound[1])
-    return Space(layouts, tuple(b for b in _BATCHES if b <= max(most, 1)))
+    return Space(layouts, tuple(b for b in _BATCHES if b <= max(most, 1)), padded=bool(base.pad))
+
+
+def _padding(
+    backend: Backend, bundle: Path, options: LoadTestOptions, base: Settings, mix: Mix, precision: str
+) -> Padding:
+    """What requests may be filled up to, tried on the engine that ships."""
+    batched = [name for name, axis in base.batch_axis.items() if axis == 0]
+    if base.reason is not None or not batched or not buckets_of(mix, batched):
+        return Padding()
+    session = backend.load(bundle, options.runtime)
+    return padding_of(session.run, mix, batched, precision)

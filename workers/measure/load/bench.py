@@ -36,12 +36,14 @@ _MOST_CALLERS = 512
 
 @dataclass(frozen=True, order=True)
 class Setup:
-    """How an engine is served. `threads`: of each instance; None leaves the engine's own."""
+    """How an engine is served. `threads`: of each instance; None leaves the engine's own. `padded`: requests are filled
+    up to common sizes."""
 
     instances: int = 1
     threads: int | None = None
     max_batch: int = 1
     max_delay_ms: float = 0.0
+    padded: bool = False
 
     def but(self, **changes: Any) -> Setup:
         return replace(self, **changes)
@@ -57,7 +59,8 @@ class Setup:
         threads = "its own" if self.threads is None else self.threads
         batches = f"batches of up to {self.max_batch}" if self.max_batch > 1 else "one by one"
         delay = f", {self.max_delay_ms:g} ms of delay" if self.max_batch > 1 else ""
-        return f"{self.instances} instance(s) × {threads} thread(s), {batches}{delay}"
+        padded = ", filled up to common sizes" if self.padded else ""
+        return f"{self.instances} instance(s) × {threads} thread(s), {batches}{delay}{padded}"
 
 
 class Running(Target, Protocol):

@@ -53,7 +53,7 @@ class Served:
 
 
 def launch_of(folder: Path, base: Settings) -> Launch:
-    """Serves the bundle in `folder`; what a setup does not say is as in `base`."""
+    """Serves the bundle in `folder`; what a setup does not say is as in `base`, whose `pad` is for padded ones."""
 
     def launch(setup: Setup) -> AbstractAsyncContextManager[Running]:
         return _serving(folder, settings_of(base, setup))
@@ -69,6 +69,8 @@ def settings_of(base: Settings, setup: Setup) -> Settings:
         max_batch=setup.max_batch,
         max_delay_ms=setup.max_delay_ms,
         preferred_batches=(),
+        pad=base.pad if setup.padded else {},
+        cut=base.cut if setup.padded else {},
     )
 
 

@@ -300,8 +300,9 @@ class Trial:
             return
         parts: dict[str, tuple[str, Setup]] = {
             "instances × threads": ("layout", side.setup.but(instances=start.instances, threads=start.threads)),
-            "max_batch": ("max_batch", side.setup.but(max_batch=start.max_batch, max_delay_ms=0.0)),
+            "max_batch": ("max_batch", start.but(instances=side.setup.instances, threads=side.setup.threads)),
             "max_delay_ms": ("max_delay_ms", side.setup.but(max_delay_ms=0.0)),
+            "padding": ("padded", side.setup.but(padded=False)),
         }
         for name, (value, without) in parts.items():
             if getattr(without, value) == getattr(side.setup, value):

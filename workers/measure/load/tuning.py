@@ -37,10 +37,11 @@ _FITS = 0.9  # of the limit, that a full batch may take by itself
 @dataclass(frozen=True)
 class Space:
     """`layouts`: (instances, threads). `batches`: maximal ones that the engine takes; [1] where it is served one by
-    one."""
+    one. `padded`: whether its requests may be filled up to common sizes."""
 
     layouts: Sequence[tuple[int, int | None]]
     batches: Sequence[int]
+    padded: bool = False
 
 
 @dataclass
@@ -99,12 +100,22 @@ class Tuner:
         best, goodput = self.start, start
         for racer in await self._racers(share_s):
             best, goodput = await self._race(racer, best, goodput)
+        for padded in self._padded(best):
+            if await self._starts(padded):
+                best, goodput = await self._race(padded, best, goodput)
         if best.max_batch > 1:
             for share in _DELAYS:
                 delayed = self._tried(best.but(max_delay_ms=round(1e3 * share * self.bench.limit.p99_s, 3)))
                 best, goodput = await self._race(delayed, best, goodput)
         self.tried[best].decision = "the best" if best != self.start else "where the search starts, and the best"
         return Tuned(best, goodput, start, list(self.tried.values()), self.complete, self.bench.clock.spent - began)
+
+    def _padded(self, best: Setup) -> list[Tried]:
+        """Filled up, requests of all sizes share batches, which may then be larger than what was the best without."""
+        if not self.space.padded:
+            return []
+        sizes = {best.max_batch, max(self.space.batches)} - {1}
+        return [self._tried(best.but(max_batch=size, padded=True)) for size in sorted(sizes)]
 
     def _tried(self, setup: Setup) -> Tried:
         return self.tried.setdefault(setup, Tried(setup))
