@@ -50,7 +50,7 @@ def test_every_backend_of_a_cpu_worker_answers(client: Client, tmp_path: Path) -
 
 
 def test_the_report_of_a_job_says_it_too(client: Client, tmp_path: Path) -> None:
-    fields = {"benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "precisions": ["fp32"], "budget_seconds": 10}
+    fields = {"benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "precisions": ["fp32"], "budget_seconds": 40}
     job = client.wait(submit_case(client, tmp_path, 1, **fields)["id"])
     report = client.report(job["id"])
     (told,) = report["compatibility"]

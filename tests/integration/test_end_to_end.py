@@ -57,7 +57,7 @@ def _spec(client: Any, *, min_seconds: float = 0.3, budget: int = 40) -> dict[st
 
 def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_path: Path) -> None:
     with deployed.client() as client:
-        spec = _spec(client)
+        spec = _spec(client, budget=150)
         seen: list[str] = []
         job = client.wait(client.submit(spec)["id"], on_event=lambda e: seen.append(e.type))
         assert {"state", "stage"} <= set(seen)

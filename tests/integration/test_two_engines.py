@@ -52,7 +52,7 @@ def test_a_bundle_with_two_engines_ships_where_each_wins_somewhere(tmp_path: Pat
     spec: dict[str, Any] = {
         "benchmark": {"batch_sizes": [1, 16], "min_seconds": 0.1, "allow_noisy": True},
         "target": {"backends": ["toy-per-sample", "toy-any-batch"]},
-        "budget_seconds": 60,
+        "budget_seconds": 120,
     }
     with deployment(tmp_path / "home", {"PYTHONPATH": str(site)}) as deployed, deployed.client() as client:
         deployed.start_worker()
