@@ -13,12 +13,12 @@ _BATCH = int(os.environ["MAX_BATCH"])
 _LATENCY_MS = int(os.environ["MAX_LATENCY_MS"])
 
 
-@bentoml.service(workers=int(os.environ["INSTANCES"]), traffic={"timeout": 60})
+@bentoml.service(workers=int(os.environ["INSTANCES"]), traffic={"timeout": 60}, logging={"access": {"enabled": False}})
 class Engine:
     def __init__(self) -> None:
         self.run = engine.load()
 
-    @bentoml.api(batchable=_BATCH > 1, max_batch_size=_BATCH, max_latency_ms=_LATENCY_MS, route="/predict")
+    @bentoml.api(batchable=_BATCH > 1, max_batch_size=max(_BATCH, 2), max_latency_ms=_LATENCY_MS, route="/predict")
     def predict(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = [engine.decoded(request) for request in requests]
         rows = [len(next(iter(part.values()))) for part in parts]

@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -260,6 +261,9 @@ async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> J
     made, bundle, facts = await asyncio.to_thread(launches, files, arguments, folder)
     mix, cores = requests(files, bundle), len(os.sched_getaffinity(0))
     waits = {name: await alone(launch, mix, cores) for name, launch in made.items()}
+    for name in [name for name, wait in waits.items() if not math.isfinite(wait)]:
+        say(f"  {name} answers no request: left out")
+        del made[name]
     least = min(waits.values())
     limit = arguments.p99_ms or max(10.0, 6 * least)
     say(f"{files.label}: alone { ({n: round(w, 2) for n, w in waits.items()}) }, p99 limit {limit:.1f} ms")
