@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app.errors import AppError, FieldError, invalid_request, storage_full
+from app.http.fields import unknown_field
 from app.storage.base import BlobNotFound
 
 log = structlog.get_logger(__name__)
@@ -114,12 +115,18 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(BlobNotFound, _on_blob_not_found)
 
 
-def field_errors(errors: Sequence[ErrorDetails] | Sequence[Mapping[str, Any]]) -> list[FieldError]:
-    """pydantic's errors as JSON pointers and messages; what the client sent is not repeated to it."""
+def field_errors(
+    errors: Sequence[ErrorDetails] | Sequence[Mapping[str, Any]], body: Any = None
+) -> list[FieldError]:
+    """pydantic's errors as JSON pointers and messages; what the client sent is not repeated to it. `body`: the type of
+    the request's body, whose fields are named where one is unknown."""
     found = []
     for error in errors[:_MAX_ERRORS]:
         steps = (str(step).replace("~", "~0").replace("/", "~1")[:200] for step in error["loc"])
-        found.append(FieldError("/" + "/".join(steps), str(error["msg"])[:500]))
+        message = str(error["msg"])
+        if error["type"] == "extra_forbidden" and body is not None:
+            message = unknown_field(body, error["loc"][1:])
+        found.append(FieldError("/" + "/".join(steps), message[:1000]))
     return found
 
 
@@ -132,9 +139,15 @@ async def _on_app_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    fields = field_errors(error.errors())
+    fields = field_errors(error.errors(), _body_type(request))
     detail = "; ".join(f"{e.pointer}: {e.message}" for e in fields[:3]) or "The request is not valid."
     return problem_response(invalid_request(detail, fields), request)
+
+
+def _body_type(request: Request) -> Any:
+    """What FastAPI reads the body of this request into; None where it reads none."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    return None if field is None else field.field_info.annotation
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -19,6 +19,7 @@ class JobDocument:
     """A rendered job: JSON, strong ETag."""
 
     version: int
+    status: str
     terminal: bool
     etag: str
     body: bytes
@@ -44,7 +45,7 @@ class JobDocuments:
                 return found
         # The job may have changed since its version was asked for; what is rendered then is newer, which is fine.
         row = self._jobs.get(tenant_id, job_id)
-        document = JobDocument(row.version, is_terminal(row), job_etag(row), job_json(row))
+        document = JobDocument(row.version, row.status, is_terminal(row), job_etag(row), job_json(row))
         with self._lock:
             self._drop(key)
             self._kept[key] = document

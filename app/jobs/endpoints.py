@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -29,6 +30,7 @@ from app.http.problem import problems
 from app.http.services import Services
 from app.idempotency import Idempotency
 from app.jobs.comparison import compare
+from app.jobs.documents import JobDocument
 from app.jobs.events import event_stream
 from app.jobs.family import PARENTS
 from app.jobs.report_page import PAGE_POLICY, comparison_page, report_page
@@ -40,6 +42,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 JobId = Annotated[str, path_id("job")]
 _JSON = "application/json"
 _LONGEST_WAIT_S = 3600
+WAITED_FOR = ("change", "state", "end")
 
 
 # Declared here and read by hand below: FastAPI's own reading of parameters would take a fifth of a poll's time.
@@ -54,6 +57,14 @@ _POLL_PARAMETERS: dict[str, Any] = {
             "schema": {"type": "number", "minimum": 0, "maximum": _LONGEST_WAIT_S, "default": 0},
             "description": "Seconds to wait for a change; the service may wait less",
         },
+        {
+            "name": "for",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "string", "enum": [*WAITED_FOR], "default": WAITED_FOR[0]},
+            "description": "What `wait` waits for: any change, progress among them; another state than the one that "
+            "the job is in; or its end",
+        },
     ]
 }
 
@@ -65,24 +76,22 @@ _POLL_PARAMETERS: dict[str, Any] = {
     openapi_extra=_POLL_PARAMETERS,
 )
 async def get_job(request: Request) -> Response:
-    """The job now; with `wait`, as soon as it differs from the ETag in If-None-Match (or from what it is now)."""
+    """The job now; with `wait`, as soon as it differs from the ETag in If-None-Match (or from what it is now); with
+    `for=state` or `for=end`, as soon as its status is another, or its last."""
     services: Services = request.app.state.services
     tenant_id = await current_tenant(request)
     job_id = check_id("job", request.path_params["job_id"])
     if_none_match = request.headers.get("if-none-match")
-    wait = _seconds(request.query_params.get("wait")) if request.scope["query_string"] else 0.0
+    wait, until = 0.0, WAITED_FOR[0]
+    if request.scope["query_string"]:
+        wait, until = _seconds(request.query_params.get("wait")), _waited_for(request.query_params.get("for"))
     job = await anyio.to_thread.run_sync(services.job_documents.get, tenant_id, job_id)
     if wait and not job.terminal:
         known = version_in(if_none_match, job_id)
+        fresh = until == "change" and known is not None and known != job.version
         # With very many waiting requests of this tenant, it waits less: not at all.
-        if (known is None or known == job.version) and not services.waiting.full(tenant_id):
-            seconds = min(wait, services.settings.limits.wait_s)
-            with services.waiting.taken(tenant_id):
-                changed = await services.watcher.wait(job_id, job.version, seconds)
-            await services.auth.tenant(request.headers.get("authorization"))  # it may have been revoked meanwhile
-            if changed:
-                shared = ("job", tenant_id, job_id, job.version)  # others wait for the same
-                job = await services.reads.read(shared, services.job_documents.get, tenant_id, job_id)
+        if not fresh and not services.waiting.full(tenant_id):
+            job = await _waited(request, tenant_id, job_id, job, wait, until)
     headers = {"ETag": job.etag, "Cache-Control": "private, no-cache"}
     if if_none_match is not None and etag_matches(if_none_match, job.etag):
         return Response(status_code=304, headers=headers)
@@ -209,6 +218,35 @@ async def get_manifest(services: ServicesDep, tenant_id: TenantId, job_id: JobId
     return Response(body, media_type=_JSON)
 
 
+async def _waited(
+    request: Request, tenant_id: str, job_id: str, job: JobDocument, wait: float, until: str
+) -> JobDocument:
+    """The job once it is what is waited for, or after `wait` seconds."""
+    services: Services = request.app.state.services
+    first, deadline = job, time.monotonic() + min(wait, services.settings.limits.wait_s)
+    with services.waiting.taken(tenant_id):
+        while (left := deadline - time.monotonic()) > 0:
+            changed = await services.watcher.wait(job_id, job.version, left)
+            await services.auth.tenant(request.headers.get("authorization"))  # it may have been revoked meanwhile
+            if not changed:
+                break
+            shared = ("job", tenant_id, job_id, job.version)  # others wait for the same
+            job = await services.reads.read(shared, services.job_documents.get, tenant_id, job_id)
+            if until == "change" or job.terminal or (until == "state" and job.status != first.status):
+                break
+    return job
+
+
+def _waited_for(value: str | None) -> str:
+    """The query parameter `for`."""
+    if value is None:
+        return WAITED_FOR[0]
+    if value not in WAITED_FOR:
+        message = f"must be one of {', '.join(WAITED_FOR)}"
+        raise invalid_request(f"for: {message}", [FieldError("/query/for", message)])
+    return value
+
+
 def _seconds(value: str | None) -> float:
     """The query parameter `wait`."""
     try:
@@ -259,7 +297,7 @@ def _document(services: Services, row: Job, sha256: str | None, kind: str) -> by
     if is_terminal(row):
         remedy = "The job's `error` and `stages` say what happened."
         raise AppError(f"no_{kind}", "Not there", 404, f"The job is {row.status} and has no {kind}.", remedy=remedy)
-    remedy = f"Wait for the job: GET /v1/jobs/{row.id}?wait=30"
+    remedy = f"Wait for the job: GET /v1/jobs/{row.id}?wait=30&for=end"
     raise conflict(f"{kind}_not_ready", f"The job is {row.status}.", remedy)
 
 

@@ -83,6 +83,26 @@ def test_bad_specs(client: httpx.Client, worker: Services, model: dict[str, Any]
     assert dispatched == []
 
 
+def test_a_typo_is_told_the_names_that_are_allowed(
+    client: httpx.Client, worker: Services, model: dict[str, Any]
+) -> None:
+    for change, pointer, meant, there in (
+        ({"validaton": {}}, "/body/validaton", "validation", "budget_seconds"),
+        ({"validation": {"max_acuracy_loss": 1}}, "/body/validation/max_acuracy_loss", None, "confidence"),
+        ({"constraints": {"p99_latency": 20}}, "/body/constraints/p99_latency", "p99_latency_ms", "max_size_mb"),
+        ({"targets": [{"hardware": "a", "price": 1}]}, "/body/targets/0/price", "price_per_hour", "currency"),
+        ({"shapes": {"x": {"mni": [1]}}}, "/body/shapes/x/mni", "min", "opt"),
+        ({"traffic": {"slo": {"p99": 20}}}, "/body/traffic/slo/p99", "p99_latency_ms", "timeout_ms"),
+    ):
+        response = client.post("/v1/jobs", json={"model_id": model["id"], **change})
+        problem = assert_problem(response, 422, "invalid_request")
+        told = {error["pointer"]: error["message"] for error in problem["errors"]}[pointer]
+        assert told.startswith("there is no such field")
+        assert there in told
+        if meant:
+            assert f"did you mean {meant}?" in told
+
+
 def test_metrics_that_cannot_be_formed(
     client: httpx.Client, worker: Services, model: dict[str, Any], npz: Callable[..., bytes]
 ) -> None:
@@ -197,6 +217,53 @@ def test_long_poll(client: httpx.Client, job: dict[str, Any], services: Services
     # Ended: it will not change any more
     assert client.get(path, params={"wait": 20}, headers={"If-None-Match": etag}).status_code == 304
     assert time.monotonic() - started < 5
+
+
+def test_a_poll_for_a_state_or_the_end_is_not_answered_at_every_tick(
+    client: httpx.Client, job: dict[str, Any], services: Services
+) -> None:
+    path = job["links"]["self"]
+    begun = later(0.3, lambda: advance(services, job["id"], Trigger.CLAIM, JobStatus.QUEUED))
+    started = time.monotonic()
+    assert client.get(path, params={"wait": 20, "for": "state"}).json()["status"] == "running"
+    assert time.monotonic() - started < 10
+    begun.join()
+
+    seen: list[int] = []
+
+    def ticks_then_end() -> None:
+        for progress in (0.1, 0.2, 0.3):
+            with services.db.write() as uow:
+                changes = {"progress": progress}
+                version = JobRepository(uow.session).update(job["id"], [], changes, "progress", changes)
+                assert version is not None
+                seen.append(version)
+            time.sleep(0.3)
+        advance(services, job["id"], Trigger.COMPLETE, JobStatus.RUNNING, progress=1.0)
+
+    # An ETag that is old by now does not answer it either.
+    headers = {"If-None-Match": client.get(path).headers["etag"]}
+    ticking = later(0.2, ticks_then_end)
+    answer = client.get(path, params={"wait": 20, "for": "end"}, headers=headers)
+    assert answer.json()["status"] == "succeeded"
+    ticking.join()
+    assert len(seen) == 3
+    # Ended: nothing is waited for.
+    started = time.monotonic()
+    assert client.get(path, params={"wait": 20, "for": "end"}).json()["status"] == "succeeded"
+    assert time.monotonic() - started < 5
+    problem = assert_problem(client.get(path, params={"wait": 1, "for": "ever"}), 422, "invalid_request")
+    assert problem["errors"] == [{"pointer": "/query/for", "message": "must be one of change, state, end"}]
+
+
+def test_a_poll_for_the_end_gives_up_after_its_time(
+    client: httpx.Client, job: dict[str, Any], services: Services
+) -> None:
+    ticking = later(0.1, lambda: advance(services, job["id"], Trigger.CLAIM, JobStatus.QUEUED))
+    started = time.monotonic()
+    assert client.get(job["links"]["self"], params={"wait": 0.8, "for": "end"}).json()["status"] == "running"
+    assert time.monotonic() - started > 0.7
+    ticking.join()
 
 
 def test_bad_wait(client: httpx.Client) -> None:
