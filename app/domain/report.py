@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # What is made here has no other fields; whoever reads a report is told that a later version may.
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"additionalProperties": True})
 
 
 class Analysis(_Part):

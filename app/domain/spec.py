@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
-from app.domain.limits import INT64_MAX
-from app.domain.strict import Dimension, Name, Strict
+from app.domain.shapes import ShapeRange, TensorRt
+from app.domain.strict import Name, Strict
 from app.domain.traffic import Traffic
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
@@ -25,7 +25,6 @@ Metric = Literal[
 ]
 # fmt: on
 MOST_TARGETS = 8
-Int64 = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
@@ -34,9 +33,13 @@ class Target(Strict):
     `compute_capability` any NVIDIA GPU of it ("8.9"), whichever worker has one."""
 
     device: Device = "auto"
+    """The kind of device; `auto`: whatever live workers offer, a GPU first."""
     hardware: Name | None = None
+    """A hardware id of `GET /v1/capabilities`: the engine is built and measured on that kind of machine."""
     compute_capability: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]?\.[0-9]$")] | None = None
+    """Any NVIDIA GPU of this compute capability, as "8.9"."""
     backends: list[Name] | None = Field(default=None, min_length=1, max_length=16)
+    """Inference libraries that may be used, of those that live workers report; null: all of them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -55,38 +58,21 @@ class Target(Strict):
         return self
 
 
-def _check_order(low: list[int], opt: list[int], high: list[int], length: str, place: str) -> None:
-    if not len(low) == len(opt) == len(high):
-        raise ValueError(f"min, opt and max must have the same {length}")
-    for i, (a, b, c) in enumerate(zip(low, opt, high, strict=True)):
-        if not a <= b <= c:
-            raise ValueError(f"{place} {i} needs min ≤ opt ≤ max, got {a}, {b}, {c}")
-
-
-class ShapeRange(Strict):
-    """Smallest, most usual and largest shape of one input; the first axis is the batch."""
-
-    min: list[Dimension] = Field(min_length=1, max_length=16)
-    opt: list[Dimension] = Field(min_length=1, max_length=16)
-    max: list[Dimension] = Field(min_length=1, max_length=16)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ShapeRange:
-        _check_order(self.min, self.opt, self.max, "rank", "axis")
-        return self
-
-
 class InputOptions(Strict):
     """`batch_axis`: the axis of an input along which the samples of a batch lie, where that is not the first one (1 for
     a recurrent state [layers, batch, size]); null for an input without a batch (an edge list, a set, a parameter)."""
 
     batch_axis: Annotated[int, Field(ge=0, le=63)] | None
+    """The axis along which a batch's samples lie; null for an input without a batch."""
 
 
 class Calibration(Strict):
     dataset_id: str
+    """The data set whose samples int8 ranges are found with."""
     method: CalibrationMethod = "auto"
+    """How ranges are found; `auto` tries what suits the model."""
     max_samples: int = Field(default=512, ge=1, le=100_000)
+    """At most so many samples calibrate."""
 
 
 class Validation(Strict):
@@ -96,18 +82,28 @@ class Validation(Strict):
     not ship."""
 
     dataset_id: str | None = None
+    """The data set that accuracy is judged on; null: the part of the calibration data that does not calibrate."""
     metric: Metric = "auto"
+    """How accuracy is judged; `auto`: by what the data hold (labels, references, else agreement with the original)."""
     max_accuracy_loss_percent: float = Field(default=1.0, ge=0, le=100)
+    """The largest loss of the metric that is agreed to."""
     max_samples: int = Field(default=2048, ge=1, le=1_000_000)
+    """At most so many samples judge."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of the bound that proves the loss."""
     strict: bool = False
+    """Whether an engine whose loss keeps the limit but is not proven to is refused."""
 
 
 class Constraints(Strict):
     p99_latency_ms: float | None = Field(default=None, gt=0)
+    """99 of 100 calls take at most so many milliseconds, at the batch size of the objective."""
     min_throughput_qps: float | None = Field(default=None, gt=0)
+    """At least so many samples per second."""
     max_memory_mb: float | None = Field(default=None, gt=0)
+    """At most so much memory: of the GPU for engines that run on one, else of the process."""
     max_size_mb: float | None = Field(default=None, gt=0)
+    """At most so large an engine file."""
 
 
 class Benchmark(Strict):
@@ -118,8 +114,11 @@ class Benchmark(Strict):
     batch_sizes: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
         default=[1, 8], min_length=1, max_length=16, json_schema_extra={"uniqueItems": True}
     )
+    """The batch sizes that engines are measured at."""
     min_seconds: float = Field(default=3.0, ge=0.1, le=600)
+    """Measured time per engine and batch size."""
     allow_noisy: bool = False
+    """Whether an engine may ship unproven where the machine was too busy to claim a speed-up."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Benchmark:
@@ -133,7 +132,9 @@ class Cost(Strict):
     good to compare configurations by, not to pay by."""
 
     price_per_hour: float = Field(gt=0, le=1e6)
+    """Of one machine."""
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+    """Three capital letters (ISO 4217)."""
 
 
 class PricedTarget(Cost):
@@ -141,6 +142,7 @@ class PricedTarget(Cost):
     `cuda`, a GPU's compute capability), where the live machines of that kind all have one id."""
 
     hardware: Name
+    """A hardware id, or a kind: `cpu`, `cuda`, a compute capability."""
 
 
 class Search(Strict):
@@ -148,6 +150,7 @@ class Search(Strict):
     those that can still win. `exhaustive`: the full method for every configuration; takes several times as long."""
 
     strategy: Literal["halving", "exhaustive"] = "halving"
+    """`halving`: short tries first; `exhaustive`: the full method for everything."""
 
 
 class Quantization(Strict):
@@ -155,45 +158,9 @@ class Quantization(Strict):
     `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
 
     keep_nodes: list[Name] = Field(default=[], max_length=1000)
+    """Nodes that stay in higher precision, by their names in the simplified graph."""
     win_back: bool = True
-
-
-class ValueRange(Strict):
-    """Smallest, most usual and largest values of an input that sets the shapes of other tensors."""
-
-    min: list[Int64] = Field(min_length=1, max_length=64)
-    opt: list[Int64] = Field(min_length=1, max_length=64)
-    max: list[Int64] = Field(min_length=1, max_length=64)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ValueRange:
-        _check_order(self.min, self.opt, self.max, "length", "value")
-        return self
-
-
-class TensorRtBuild(Strict):
-    """TensorRT's own settings. `workspace_mb`: most scratch memory of a tactic (None: all of the GPU's).
-    `avg_timing_iterations`: TensorRT's default is 1; more make a choice of tactics less random. `exact_timing`: fail
-    where the timing cache does not hold every layer."""
-
-    workspace_mb: int | None = Field(default=None, ge=1, le=1 << 20)
-    optimization_level: int = Field(default=3, ge=0, le=5)
-    max_tactics: int | None = Field(default=None, ge=1, le=10_000)
-    avg_timing_iterations: int = Field(default=8, ge=1, le=64)
-    max_aux_streams: int | None = Field(default=None, ge=0, le=16)
-    sparsity: bool = False
-    version_compatible: bool = False
-    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
-    timing_cache: bool = True
-    exact_timing: bool = False
-
-
-class TensorRt(TensorRtBuild):
-    """How TensorRT builds a job's engines; docs/gpu.md. `profiles`: several ranges of shapes instead of the job's
-    `shapes`, one optimization profile each. `shape_values`: of inputs that set the shapes of other tensors."""
-
-    profiles: list[dict[Name, ShapeRange]] | None = Field(default=None, min_length=1, max_length=8)
-    shape_values: dict[Name, ValueRange] | None = None
+    """Whether nodes that cost too much accuracy are looked for and kept."""
 
 
 def _possible(url: str) -> str:
@@ -224,6 +191,7 @@ class Webhook(Strict):
     url: Annotated[
         str, StringConstraints(pattern=r"^https?://[^\s\x00-\x20\x7f]+$", max_length=2048), AfterValidator(_possible)
     ]
+    """Told by a POST once the job has ended, until it answers 2xx."""
 
 
 class OptimizationSpec(Strict):
@@ -237,25 +205,45 @@ class OptimizationSpec(Strict):
     is better spent on further instances."""
 
     model_id: str
+    """The uploaded model."""
     objective: Objective = "latency"
+    """What is to be best: latency at the first batch size; throughput or cost at the largest."""
     target: Target = Target()
+    """Where the engine shall run."""
     targets: list[PricedTarget] | None = Field(default=None, min_length=1, max_length=MOST_TARGETS)
+    """Machines with prices that are compared; needs `traffic`."""
     precisions: list[Precision] | None = Field(default=None, min_length=1)
+    """Precisions that may be tried; null lets the service search."""
     shapes: dict[Name, ShapeRange] | None = None
+    """The range of each dynamic input's shape, by input."""
     inputs: dict[Name, InputOptions] | None = None
+    """Which axis is the batch, by input, where it is not the first."""
     calibration: Calibration | None = None
+    """Data that int8 needs; without it int8 is tried only where it needs none."""
     validation: Validation = Validation()
+    """How much accuracy may be lost, and what judges it."""
     constraints: Constraints = Constraints()
+    """Limits that the engine must keep, or the job fails and says what came nearest."""
     benchmark: Benchmark = Benchmark()
+    """What is measured, and for how long."""
     cost: Cost | None = None
+    """What the machine costs."""
     traffic: Traffic | None = None
+    """What the engine is to serve: it is measured and its serving tuned under it."""
     search: Search = Search()
+    """How configurations are tried."""
     quantization: Quantization = Quantization()
+    """How int8 is made."""
     tensorrt: TensorRt = TensorRt()
+    """How TensorRT builds."""
     measure: Literal["cached", "again"] = "cached"
+    """`again`: no timing is taken from an earlier job."""
     engines_per_bundle: Annotated[int, Field(ge=1, le=2)] | None = None
+    """2: the bundle may hold one engine for small and one for large batches."""
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
+    """After which the best engine so far ships."""
     webhook: Webhook | None = None
+    """Who is told of the job's end."""
 
     @property
     def most_engines(self) -> int:

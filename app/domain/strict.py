@@ -13,6 +13,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 class Strict(BaseModel):
-    """Unknown fields and numbers that are none are refused; what was said does not change."""
+    """Unknown fields and numbers that are none are refused; what was said does not change. The string below a field is
+    its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

@@ -23,7 +23,9 @@ class Slo(Strict):
     the limit where it is not said."""
 
     p99_latency_ms: float = Field(gt=0, le=600_000)
+    """99 of 100 requests are answered within so many milliseconds of when they were due."""
     timeout_ms: float | None = Field(default=None, gt=0, le=600_000)
+    """After which a caller has left; null: ten times the limit."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Slo:
@@ -36,7 +38,9 @@ class ShapeShare(Strict):
     """`dims`: the shape of every input, its batch axis included (any size stands there: `batch_mix` says it)."""
 
     dims: dict[Name, list[Dimension]] = Field(min_length=1)
+    """The shape of every input, its batch axis included."""
     share: Share
+    """Of all requests."""
 
 
 class Traffic(Strict):
@@ -47,14 +51,21 @@ class Traffic(Strict):
     `shape_mix`: shares of shapes; without it, those of the data set."""
 
     arrival: Literal["poisson", "constant", "trace"] = "poisson"
+    """When requests come: at random (`poisson`), evenly, or as the trace says."""
     rate_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    """Requests per second that are to be served; null: the highest rate within the limit is looked for."""
     trace: list[Annotated[float, Field(ge=0, le=1e10)]] | None = Field(
         default=None, min_length=LEAST_ARRIVALS, max_length=MOST_ARRIVALS
     )
+    """Arrival times in seconds, in order."""
     trace_gaps: Literal["refuse", "keep", "close"] = "refuse"
+    """What to make of pauses that no such traffic has by chance."""
     batch_mix: dict[Annotated[int, Field(ge=1, le=4096)], Share] = Field(default={1: 1.0}, min_length=1, max_length=16)
+    """Batch size → share of the requests."""
     shape_mix: list[ShapeShare] | None = Field(default=None, min_length=1, max_length=32)
+    """Shares of shapes; null: those of the data set."""
     slo: Slo
+    """The limit that is to be kept."""
 
     @field_validator("trace")
     @classmethod

@@ -8,7 +8,8 @@ from typing import Any
 
 from app.capabilities.service import offered
 from app.db.orm import Worker
-from app.domain.spec import OptimizationSpec, ShapeRange
+from app.domain.shapes import ShapeRange
+from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request
 from app.jobs.data_admission import MOST_ERRORS, axes_of
 from app.queue.messages import device_of_kind, queue_for

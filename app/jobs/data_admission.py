@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.domain.axes import PLACEHOLDER, batch_axes, batch_symbol
-from app.domain.spec import InputOptions, ShapeRange
+from app.domain.shapes import ShapeRange
+from app.domain.spec import InputOptions
 from app.errors import FieldError, invalid_request
 
 LABELS = "labels"

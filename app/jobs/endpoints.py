@@ -12,6 +12,8 @@ from fastapi.responses import StreamingResponse
 
 from app.db.orm import Job
 from app.domain.artifact_key import digest_of
+from app.domain.comparison import Comparison
+from app.domain.report import Report
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError, FieldError, conflict, invalid_request
 from app.http.deps import (
@@ -182,7 +184,7 @@ def cancel_job(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Res
     "/{job_id}/report",
     response_class=Response,
     responses={
-        200: {"description": "The report", "content": {_JSON: {"schema": {"type": "object"}}, "text/html": {}}},
+        200: {"description": "The report", "model": Report | Comparison, "content": {"text/html": {}}},
         **problems(404, 409),
     },
 )

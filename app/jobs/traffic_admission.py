@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from app.domain.spec import OptimizationSpec, ShapeRange
+from app.domain.shapes import ShapeRange
+from app.domain.spec import OptimizationSpec
 from app.domain.traffic import Traffic
 from app.errors import FieldError, invalid_request
 from app.jobs.data_admission import MOST_ERRORS, axes_of

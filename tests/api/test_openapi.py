@@ -52,6 +52,29 @@ def test_described(document: dict[str, Any]) -> None:
     assert "/tmp" not in text
 
 
+def test_whatever_a_job_may_ask_for_is_described(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    asked, seen = ["OptimizationSpec"], set[str]()
+    while asked:
+        name = asked.pop()
+        seen.add(name)
+        fields = schemas[name]["properties"]
+        assert not [f"{name}.{field}" for field, told in fields.items() if not told.get("description")]
+        asked += [found for found in _references(fields) if found not in seen]
+    assert {"Target", "ShapeRange", "Validation", "Constraints", "Traffic", "Slo", "TensorRt", "Webhook"} <= seen
+
+
+def test_the_report_has_a_schema_that_may_grow(document: dict[str, Any]) -> None:
+    answer = document["paths"]["/v1/jobs/{job_id}/report"]["get"]["responses"]["200"]["content"]
+    assert set(answer) == {"application/json", "text/html"}
+    kinds = _references(answer["application/json"])
+    assert kinds == ["Report", "Comparison"]
+    schemas = document["components"]["schemas"]
+    for name in (*kinds, "FinalMetrics", "CandidateReport", "ComparedTarget"):
+        assert schemas[name]["additionalProperties"] is True, name
+    assert {"analysis", "final_metrics", "candidates", "checks"} <= set(schemas["Report"]["properties"])
+
+
 def test_limits_are_told(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     assert schemas["Benchmark"]["properties"]["batch_sizes"]["uniqueItems"] is True

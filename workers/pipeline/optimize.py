@@ -12,7 +12,8 @@ from typing import Any
 from app.db.orm import Dataset, Job, SourceModel
 from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import StageFailure
-from app.domain.spec import OptimizationSpec, ShapeRange
+from app.domain.shapes import ShapeRange
+from app.domain.spec import OptimizationSpec
 from app.settings import LimitSettings
 from workers import devices, kernel
 from workers.candidates import Case

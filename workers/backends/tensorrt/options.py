@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.spec import TensorRtBuild
+from app.domain.shapes import TensorRtBuild
 
 
 class BuildOptions(TensorRtBuild):

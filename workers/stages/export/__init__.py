@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.domain.spec import ShapeRange
+from app.domain.shapes import ShapeRange
 from workers.artifacts import EXPORTED_PROGRAM, ONNX, PROGRAM_FILE
 from workers.graph.interface import Interface
 from workers.graph.labels import labels_of

@@ -12,7 +12,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, shape_inference
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
-from app.domain.spec import ShapeRange
+from app.domain.shapes import ShapeRange
 from workers.graph.onnx_graph import (
     STANDARD_DOMAINS,
     all_nodes,

@@ -8,7 +8,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from app.domain.spec import ShapeRange
+from app.domain.shapes import ShapeRange
 from workers.graph.onnx_files import read_skeleton
 from workers.graph.onnx_graph import model_specs, opset_of, real_inputs, set_values, tensor_spec
 from workers.measure.axes import with_axes
