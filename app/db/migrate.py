@@ -13,11 +13,14 @@ from sqlalchemy import inspect, text
 from app.db.uow import Database
 from app.errors import AppError
 
-_ROOT = Path(__file__).resolve().parents[2]
+# Beside `app`, in the checkout as in an installed wheel, which has no alembic.ini: that is for the command line.
+_MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
 def alembic_config(database_url: str) -> Config:
-    config = Config(str(_ROOT / "alembic.ini"))
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
     config.attributes["url"] = database_url
     return config
 

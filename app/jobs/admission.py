@@ -14,6 +14,13 @@ from app.errors import AppError, FieldError, invalid_request
 from app.jobs.data_admission import MOST_ERRORS, axes_of
 from app.queue.messages import device_of_kind, queue_for
 
+# What adds a model format that only some workers read.
+_ADDS = {
+    "pt2": "Start the service with `anneal serve --with torch`, which installs what reads a .pt2 (or install the extra "
+    "`torch` where a worker runs, and start it again); or upload the model as ONNX: `torch.onnx.export(model.eval(), "
+    "example_inputs, 'model.onnx', dynamo=True)`."
+}
+
 
 def check_shapes(shapes: Mapping[str, ShapeRange], inputs: Sequence[Mapping[str, Any]]) -> None:
     """Raise 422 where the wanted shapes contradict the model's inputs."""
@@ -168,7 +175,7 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
     fitting = [w for w in workers if not _lacks(spec, model_format, w)]
     if not fitting:
         lacks = sorted({reason for w in workers for reason in _lacks(spec, model_format, w)}) or ["no worker is known"]
-        raise _unavailable(lacks, workers)
+        raise _unavailable(lacks, workers, _ADDS.get(model_format) if _format(model_format) in lacks else None)
     if target.hardware:
         return queue_for("", target.hardware, model_format)
     if target.compute_capability:
@@ -180,13 +187,17 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
     return queue_for("cuda" if "cuda" in devices else "cpu", None, model_format)
 
 
-def _unavailable(lacks: Sequence[str], workers: Sequence[Worker]) -> AppError:
+def _format(model_format: str) -> str:
+    return f"model format {model_format!r}"
+
+
+def _unavailable(lacks: Sequence[str], workers: Sequence[Worker], remedy: str | None = None) -> AppError:
     return AppError(
         "unavailable_target",
         "Not on offer here",
         422,
         f"No worker can do what the job asks: {'; '.join(lacks)}.",
-        remedy="Ask for what GET /v1/capabilities offers, or start a worker that has it.",
+        remedy=remedy or "Ask for what GET /v1/capabilities offers, or start a worker that has it.",
         extra={"offered": offered(workers)},
     )
 
@@ -214,5 +225,5 @@ def _lacks(spec: OptimizationSpec, model_format: str, worker: Worker) -> list[st
         precisions = {p for b in usable for p in b["precisions"]}
         reasons += [f"precision {p!r}" for p in spec.precisions if p not in precisions]
     if model_format not in worker.formats:
-        reasons.append(f"model format {model_format!r}")
+        reasons.append(_format(model_format))
     return reasons

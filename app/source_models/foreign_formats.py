@@ -11,7 +11,7 @@ MAKE_PT2 = (
     "Where the model's code is, run `program = torch.export.export(model.eval(), example_inputs, "
     "dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in example_inputs)); "
     'torch.export.save(program, "model.pt2")` with example_inputs a tuple of tensors with a batch of at least 2, and '
-    "upload model.pt2."
+    "upload model.pt2. Where the service has no PyTorch yet, which a .pt2 needs, `anneal serve --with torch` adds it."
 )
 _TENSORFLOW = (
     "Convert it with `python -m tf2onnx.convert --saved-model FOLDER --opset 18 --output model.onnx`, and upload that."

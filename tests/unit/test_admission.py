@@ -46,8 +46,9 @@ def test_what_no_worker_has_is_refused_with_the_offer(wanted: dict[str, Any]) ->
 
 
 def test_a_format_that_no_worker_reads_is_refused() -> None:
-    with pytest.raises(AppError, match="pt2"):
+    with pytest.raises(AppError, match="pt2") as caught:
         choose_queue(_spec(), "pt2", [_worker()])
+    assert "anneal serve --with torch" in str(caught.value.remedy), "the one command that adds what is missing"
 
 
 def test_jobs_go_to_the_queue_of_their_hardware() -> None:

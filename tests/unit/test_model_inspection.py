@@ -411,6 +411,7 @@ def test_pickles_and_torchscript_get_the_command(
     error = refusal(inspect, torch_files[name], name)
     assert what in error.detail
     assert "torch.export.save(program" in str(error.remedy)
+    assert "anneal serve --with torch" in str(error.remedy)
 
 
 def test_a_gigabyte_of_external_data_in_flat_memory(tmp_path: Path) -> None:
