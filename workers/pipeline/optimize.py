@@ -5,7 +5,6 @@ last finished one."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +133,7 @@ class Optimizer:
         progress = self.runner.view.progress
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.job.fencing_token}")
-        search = Search(
-            case,
-            plan,
-            self.backends,
-            evaluator,
-            self.budget,
-            recorder=recorder,
-            tell=partial(self.runner.tell, "candidates"),
-        )
-        found = search.run()
+        found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder).run()
         progress.enter("final", 2.0 * (len(found.finalists) + 2) + len(found.finalists))
         done = Finals(evaluator, found).judged()
         return Proof(

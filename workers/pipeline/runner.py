@@ -385,11 +385,6 @@ class StageRunner:
 
         return on_progress
 
-    def tell(self, event_type: str, event: dict[str, Any]) -> None:
-        """An event of its own, beside those of the stage calls. Raises LeaseLost."""
-        changes = {"stages": [dict(s) for s in self.view.stages]}
-        self.ledger.progress(self.claim, changes, event_type, {**event, "progress": self.view.progress.at()})
-
     def _publish(self, call: _Call, fraction: float = 0.0, message: str = "") -> None:
         entry = call.entry
         progress = self.view.progress.at(fraction, call.weight)

@@ -22,7 +22,6 @@ from workers.search.policy import Policy
 from workers.search.recording import Recorder
 from workers.search.requests import Answer, Done, Request, Stopped, Subject
 from workers.search.state import CandidateState, Deadlines, Facts, Pair, SearchState
-from workers.search.telling import news
 
 
 @dataclass
@@ -45,8 +44,7 @@ class Found:
 
 
 class Search:
-    """Of one job. `answer`: who answers its requests, if not this worker by itself. `recorder`: writes them down.
-    `tell`: hears what was tried and who leads, as `telling.news` has it."""
+    """Of one job. `answer`: who answers its requests, if not this worker by itself. `recorder`: writes them down."""
 
     def __init__(
         self,
@@ -58,7 +56,6 @@ class Search:
         *,
         answer: Callable[[Request], Answer] | None = None,
         recorder: Recorder | None = None,
-        tell: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.case = case
         self.plan = plan
@@ -68,8 +65,6 @@ class Search:
         self.desk = Desk(evaluator)
         self.answer = answer or self.desk.answer
         self.recorder = recorder
-        self.tell = tell
-        self._told: dict[str, int] = {}
         self.facts = facts_of(case, evaluator)
         self.policy = Policy(self.facts, self._variants, self._final_seconds)
 
@@ -116,10 +111,6 @@ class Search:
         self.evaluator.apart = state.apart
         for found in state.candidates.values():
             self._write_down(found)
-        told = news(self.facts, state, self._told) if self.tell is not None else None
-        if self.tell is not None and told is not None:
-            self._told = {cid: len(found.history) for cid, found in state.candidates.items()}
-            self.tell(told)
 
     def _write_down(self, found: CandidateState) -> None:
         run = self.desk.run_of(found.plan)
