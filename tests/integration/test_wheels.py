@@ -1,0 +1,160 @@
+"""Both wheels, really built and installed into a new environment: the service migrates and serves from there, and the
+command `anneal` runs it, uses it and stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.factories import onnx_models
+from tests.factories.deployment import FAST
+from tests.servers import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 60
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Built from copies of what git knows, so that nothing is left in the checkout."""
+    found, folder = {}, tmp_path_factory.mktemp("wheels")
+    for name, source in (("anneal", ROOT), ("anneal_client", ROOT / "clients" / "python")):
+        copy = tmp_path_factory.mktemp(name)
+        for path in tracked(source):
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / path, copy / path)
+        run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(copy))
+        (found[name],) = folder.glob(f"{name}-*.whl")
+    return found
+
+
+def tracked(folder: Path) -> list[Path]:
+    """What belongs to the distribution in `folder`: files that git knows, or would."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=folder).split("\n")
+    wanted = ("app/", "workers/", "migrations/", "anneal_client/", "pyproject.toml", "README.md", "LICENSE")
+    return [Path(line) for line in listed if line.startswith(wanted) and (folder / line).is_file()]
+
+
+def run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def environment(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheels. What they depend on is that of this environment, which takes no time, but for
+    PyTorch, which nobody has at first."""
+    folder = tmp_path_factory.mktemp("env")
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    python = folder / "bin" / "python"
+    site = Path(run(str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    for base in [Path(p) for p in sys.path if p.endswith("site-packages")]:
+        for entry in base.iterdir():
+            left_out = entry.name.startswith(("torch", "onnxscript", "anneal", "__editable__", "_virtualenv"))
+            if not left_out and entry.suffix != ".pth" and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
+    run(str(python), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", *map(str, wheels.values()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stands for one, with PyTorch and its exporter: the names and versions, none of the gigabytes."""
+    folder = tmp_path_factory.mktemp("registry")
+    for name, version in (("torch", "2.9.0"), ("onnxscript", "0.5.7")):
+        info = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "raise ImportError('nothing but a name')\n")
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    return folder
+
+
+def test_everything_of_the_packages_is_in_the_wheels(wheels: dict[str, Path]) -> None:
+    for name, source in (("anneal", ROOT), ("anneal_client", ROOT / "clients" / "python")):
+        with zipfile.ZipFile(wheels[name]) as wheel:
+            there = set(wheel.namelist())
+        packages = ("app/", "workers/", "migrations/", "anneal_client/")
+        wanted = {str(p) for p in tracked(source) if str(p).startswith(packages)} - {"migrations/script.py.mako"}
+        assert not wanted - there, f"{name}: they are missing in the wheel"
+
+
+@contextlib.contextmanager
+def serving(environment: Path, folder: Path, *options: str, **variables: str) -> Iterator[str]:
+    """`anneal serve` in a folder that holds an `app.py` of somebody else; ended as Ctrl-C does."""
+    port = free_port()
+    (folder / "app.py").write_text("raise SystemExit('this is not the service')")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ANNEAL_", "WORKER_", "PYTHON"))}
+    command = [str(environment / "bin" / "anneal"), "serve", "--port", str(port), "--home", str(folder / "home")]
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, *options],
+            env={**kept, **FAST, "WORKER_LOCK_DIR": str(folder), **variables},
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_S
+        while not _ready(url):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield url
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _ready(url: str) -> bool:
+    try:
+        return bool(httpx.get(f"{url}/readyz").json()["status"] == "ready")
+    except httpx.HTTPError:
+        return False
+
+
+def test_the_installed_service_migrates_serves_and_gets_what_it_lacks(
+    environment: Path, registry: Path, tmp_path: Path
+) -> None:
+    def anneal(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(environment / "bin" / "anneal"), "--url", url, *arguments]
+        variables = {"PATH": os.environ["PATH"], "ANNEAL_CONFIG_DIR": str(tmp_path)}
+        return subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    model = onnx_models.save(onnx_models.mlp(), tmp_path / "net.onnx")
+    with serving(environment, tmp_path) as url:
+        assert (tmp_path / "home" / "anneal.db").is_file()
+        doctor = anneal("doctor")
+        assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+        assert "anneal serve --with torch" in doctor.stdout, "what reads a .pt2 is missing"
+        submitted = anneal("optimize", str(model), "--budget", "10s", "--json")
+        assert submitted.returncode == 0, submitted.stderr
+        assert anneal("cancel", json.loads(submitted.stdout)["id"]).returncode == 0
+    where = run(str(environment / "bin" / "python"), "-P", "-c", "import app; print(app.__file__)", cwd=tmp_path)
+    assert where.startswith(str(environment)), "it was the installed one, whatever lies where the tests stand"
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(registry)}
+    with serving(environment, tmp_path, "--with", "torch", **pip) as url:
+        assert "pt2" in json.loads(anneal("capabilities", "--json").stdout)["formats"]
+    with serving(environment, tmp_path, "--with", "torch", PIP_NO_INDEX="1") as url:
+        assert "torch is there already" in (tmp_path / "log").read_text()
