@@ -115,9 +115,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(BlobNotFound, _on_blob_not_found)
 
 
-def field_errors(
-    errors: Sequence[ErrorDetails] | Sequence[Mapping[str, Any]], body: Any = None
-) -> list[FieldError]:
+def field_errors(errors: Sequence[ErrorDetails] | Sequence[Mapping[str, Any]], body: Any = None) -> list[FieldError]:
     """pydantic's errors as JSON pointers and messages; what the client sent is not repeated to it. `body`: the type of
     the request's body, whose fields are named where one is unknown."""
     found = []

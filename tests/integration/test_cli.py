@@ -21,7 +21,18 @@ from tests.factories.deployment import Deployment, deployment, write_case
 
 pytestmark = pytest.mark.timeout(240)
 
-FAST_JOB = ["--budget", "12s", "--min-seconds", "0.1s", "--batch", "1", "--backend", "onnxruntime", "--max-loss", "100%"]
+FAST_JOB = [
+    "--budget",
+    "12s",
+    "--min-seconds",
+    "0.1s",
+    "--batch",
+    "1",
+    "--backend",
+    "onnxruntime",
+    "--max-loss",
+    "100%",
+]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +134,9 @@ def test_limits_that_nothing_keeps_exit_with_4(deployed: Deployment, case: tuple
     assert "p99_latency_ms to more than" in done.stdout, "the remedy"
 
 
-def test_a_job_that_fails_says_why_and_exits_with_5(deployed: Deployment, case: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_job_that_fails_says_why_and_exits_with_5(
+    deployed: Deployment, case: tuple[Path, Path], tmp_path: Path
+) -> None:
     model, data = case
     with np.load(data) as arrays:
         (name,) = arrays.files

@@ -173,6 +173,7 @@ def test_options_become_the_spec(tmp_path: Path) -> None:
 
 def test_figures_are_for_people() -> None:
     assert figures.number(17260.0) == "17 260"
+    assert figures.number(532) == "532"
     assert figures.number(0.00001234) == "0.0000123"
     assert "e" not in figures.number(1.7e12) + figures.number(1e-7)
     assert [figures.number(x) for x in (None, True, float("nan"), "x", 0)] == ["–", "–", "–", "–", "0"]

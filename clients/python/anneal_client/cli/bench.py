@@ -90,7 +90,7 @@ def run(ctx: Context, args: argparse.Namespace) -> Exit:
 def _row(row: Json, told: Mapping[str, Any]) -> list[str]:
     p50, p90, p99 = (figures.milliseconds(row.get(name)) for name in ("p50_ms", "p90_ms", "p99_ms"))
     rate, by_job = figures.number(row.get("samples_per_second")), told.get(str(row["batch"]))
-    return [str(row["batch"]), p50, p90, p99, rate, figures.number(row.get("calls"), 9), figures.milliseconds(by_job)]
+    return [str(row["batch"]), p50, p90, p99, rate, figures.number(row.get("calls")), figures.milliseconds(by_job)]
 
 
 def _folder(bundle: Path, temp: Path) -> Path:

@@ -61,7 +61,7 @@ def _words(command: _Command) -> str:
 
 
 def _bash(commands: Sequence[_Command]) -> Iterator[str]:
-    yield "# anneal completions for bash: eval \"$(anneal completions bash)\""
+    yield '# anneal completions for bash: eval "$(anneal completions bash)"'
     yield "_anneal() {"
     yield '  local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}" path="" word i'
     yield "  for ((i = 1; i < COMP_CWORD; i++)); do"
@@ -95,7 +95,7 @@ def _patterns(known: str) -> str:
 
 def _zsh(commands: Sequence[_Command]) -> Iterator[str]:
     yield "#compdef anneal"
-    yield "# anneal completions for zsh: a file _anneal in a folder of $fpath, or eval \"$(anneal completions zsh)\""
+    yield '# anneal completions for zsh: a file _anneal in a folder of $fpath, or eval "$(anneal completions zsh)"'
     yield "_anneal() {"
     yield '  local path_="" word i'
     yield "  for ((i = 2; i < CURRENT; i++)); do"

@@ -43,4 +43,3 @@ class Context:
         json.dump(document, sys.stdout, indent=2, default=str)
         sys.stdout.write("\n")
         sys.stdout.flush()
-

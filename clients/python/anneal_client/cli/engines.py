@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from anneal_client.cli import figures, values
+from anneal_client.cli import figures
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit, Stop
 from anneal_client.cli.listing import limited, listed
@@ -46,7 +46,9 @@ def list_engines(ctx: Context, args: argparse.Namespace) -> Exit:
 
 def run_pull(ctx: Context, args: argparse.Namespace) -> Exit:
     if args.unpack and args.engine_only:
-        raise Stop("An engine's file has nothing to unpack.", where="--unpack", remedy="Leave one out.", exit=Exit.USAGE)
+        raise Stop(
+            "An engine's file has nothing to unpack.", where="--unpack", remedy="Leave one out.", exit=Exit.USAGE
+        )
     with ctx.service(patient=True) as service:
         engine = _engine(service, args.engine)
         if args.engine_only:

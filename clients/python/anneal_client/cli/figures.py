@@ -15,11 +15,14 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any, digits: int = 3, unit: str = "") -> str:
-    """So many significant digits, never in scientific notation; thousands are set apart."""
+    """So many significant digits, never in scientific notation; thousands are set apart. Whole numbers are counts: they
+    keep all of theirs."""
     if not is_number(value):
         return DASH
     if value == 0:
         return f"0{unit}"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ") + unit
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 9)}f}".replace(",", " ") + unit
 

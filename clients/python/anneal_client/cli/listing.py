@@ -77,7 +77,9 @@ def list_jobs(ctx: Context, args: argparse.Namespace) -> Exit:
 
 def _job_row(job: Json) -> Sequence[str]:
     took = figures.between(job.get("started_at"), job.get("finished_at"))
-    progress = figures.number(100 * job["progress"], 3, " %") if figures.is_number(job.get("progress")) else figures.DASH
+    progress = (
+        figures.number(100 * job["progress"], 3, " %") if figures.is_number(job.get("progress")) else figures.DASH
+    )
     engines = job.get("engine_ids") or [figures.DASH]
     shown = [job.get("id"), job.get("status"), progress, job.get("stage") or "", figures.when(job.get("created_at"))]
     return [*map(str, shown), figures.duration(took), str(job.get("model_id")), str(engines[0])]
@@ -95,7 +97,7 @@ def list_models(ctx: Context, args: argparse.Namespace) -> Exit:
 def list_datasets(ctx: Context, args: argparse.Namespace) -> Exit:
     head = ("Data set", "Name", "Samples", "Size", "Arrays", "Made")
     listed(ctx, args, "/v1/datasets", {}, head, lambda d: [
-        str(d.get("id")), str(d.get("name")), figures.number(d.get("samples"), 9), figures.size(d.get("size_bytes")),
+        str(d.get("id")), str(d.get("name")), figures.number(d.get("samples")), figures.size(d.get("size_bytes")),
         tensors(d.get("arrays")), figures.when(d.get("created_at")),
     ])  # fmt: skip
     return Exit.OK
@@ -142,7 +144,9 @@ def show_job(ctx: Context, args: argparse.Namespace) -> Exit:
 def _show_error(screen: Screen, error: Any) -> None:
     if not isinstance(error, Mapping):
         return
-    screen.line(f"  {screen.paint(clean(error.get('code', 'failed')), 'bold', 'red')}: {clean(error.get('detail', ''))}")
+    screen.line(
+        f"  {screen.paint(clean(error.get('code', 'failed')), 'bold', 'red')}: {clean(error.get('detail', ''))}"
+    )
     for name in ("stage", "node", "tensor", "remedy"):
         if error.get(name):
             screen.line(f"  {name:<13} {clean(error[name])}")

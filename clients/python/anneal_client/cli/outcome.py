@@ -102,5 +102,7 @@ def show_end(ctx: Context, job: Mapping[str, Any], report: Json | None, exit: Ex
     engines = job.get("engine_ids") or []
     if engines:
         screen.line()
-        screen.line(f"  `anneal engines pull {clean(job['id'])}` fetches the engine, `anneal report {clean(job['id'])}` "
-                    "tells everything.")
+        screen.line(
+            f"  `anneal engines pull {clean(job['id'])}` fetches the engine, `anneal report {clean(job['id'])}` "
+            "tells everything."
+        )

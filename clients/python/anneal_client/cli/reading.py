@@ -69,7 +69,7 @@ def accuracy(final: Json) -> str:
     if not figures.is_number(loss):
         why = mapping(final.get("reasons")).get("accuracy_loss_percent")
         return f"accuracy: not measured{f' ({why})' if why else ''}"
-    samples = f", on {figures.number(final['accuracy_samples'], 9)} samples" if final.get("accuracy_samples") else ""
+    samples = f", on {figures.number(final['accuracy_samples'])} samples" if final.get("accuracy_samples") else ""
     proof = final.get("accuracy_verdict_reason") or final.get("accuracy_verdict") or "unproven"
     return f"accuracy loss {figures.percent(loss)}{f' of {metric}' if metric else ''}{samples}; {proof}"
 
@@ -119,7 +119,9 @@ def _show_applied(screen: Screen, report: Json) -> None:
         return
     screen.title("What each part brought")
     for entry in applied:
-        screen.bullet(f"{entry.get('name', figures.DASH)}: {entry.get('impact') or entry.get('reason') or figures.DASH}")
+        screen.bullet(
+            f"{entry.get('name', figures.DASH)}: {entry.get('impact') or entry.get('reason') or figures.DASH}"
+        )
 
 
 def candidates(report: Json) -> tuple[list[str], list[list[str]], list[tuple[str, ...]]]:

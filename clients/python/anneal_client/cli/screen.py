@@ -34,9 +34,7 @@ def _shown(char: str) -> str:
 
 def width(text: str) -> int:
     """Columns that it takes in a terminal."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def cut(text: str, columns: int) -> str:
@@ -144,7 +142,5 @@ class Screen:
 
     @staticmethod
     def _row(cells: Sequence[str], widths: Sequence[int], left: Sequence[int]) -> str:
-        shown = (
-            padded(cut(c, w), w, right=i not in left) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
+        shown = (padded(cut(c, w), w, right=i not in left) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         return "  ".join(shown).rstrip()

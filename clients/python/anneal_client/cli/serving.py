@@ -21,7 +21,7 @@ DISTRIBUTION = "anneal"
 _EXTRA = re.compile(r"""\bextra\s*==\s*["']([\w.-]+)["']""")
 _INSTALL = (
     "Install the service here: `pip install 'anneal[cpu,openvino] @ .'` in its checkout, or a wheel of it: "
-    "`pip install \"$(ls dist/anneal-*.whl)[cpu,openvino]\"`. A service elsewhere is used with --url or `anneal login`."
+    '`pip install "$(ls dist/anneal-*.whl)[cpu,openvino]"`. A service elsewhere is used with --url or `anneal login`.'
 )
 
 
@@ -29,9 +29,16 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("serve", help="run the service here: API and one worker, until Ctrl-C")
     parser.add_argument("--port", type=values.port, help="($ANNEAL_PORT or 8000)")
     parser.add_argument("--host", help="what it listens on ($ANNEAL_HOST or 127.0.0.1)")
-    parser.add_argument("--home", type=Path, metavar="FOLDER", help="where it keeps everything ($ANNEAL_HOME or .anneal)")
     parser.add_argument(
-        "--with", dest="extras", action="append", type=values.names, metavar="EXTRA", help="install this first: torch, …"
+        "--home", type=Path, metavar="FOLDER", help="where it keeps everything ($ANNEAL_HOME or .anneal)"
+    )
+    parser.add_argument(
+        "--with",
+        dest="extras",
+        action="append",
+        type=values.names,
+        metavar="EXTRA",
+        help="install this first: torch, …",
     )
     parser.set_defaults(run=run)
 
@@ -83,7 +90,9 @@ def requirements_of(extra: str) -> list[str]:
     extras = sorted({match.group(1) for line in told if (match := _EXTRA.search(line))})
     if extra not in extras:
         there = ", ".join(name for name in extras if name != "dev")
-        raise Stop(f"The service has no extra {extra!r}.", where="--with", remedy=f"There are {there}.", exit=Exit.USAGE)
+        raise Stop(
+            f"The service has no extra {extra!r}.", where="--with", remedy=f"There are {there}.", exit=Exit.USAGE
+        )
     found: list[str] = []
     for line in told:
         requirement, _, marker = (part.strip() for part in line.partition(";"))

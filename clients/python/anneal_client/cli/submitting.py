@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
     how.add_argument("--price", type=values.price, metavar="P", help="of one machine per hour, for the objective cost")
     how.add_argument("--on", type=values.target, metavar="TARGET", help="cpu, cuda, 8.9 (a GPU's), or a hardware id")
     how.add_argument("--backend", type=values.names, metavar="A,B", help="inference libraries that may be used")
-    how.add_argument("--precision", type=values.one_of("precision", *PRECISIONS), metavar="P,Q", help="that may be tried")
+    how.add_argument(
+        "--precision", type=values.one_of("precision", *PRECISIONS), metavar="P,Q", help="that may be tried"
+    )
     how.add_argument("--batch", type=values.batches, metavar="N,M", help="batch sizes that are measured (1,8)")
     how.add_argument("--shape", type=values.shape, action="append", metavar="IN=RANGE", help="x=1x3x32x32:8x…:32x…")
     how.add_argument("--budget", type=values.budget, metavar="TIME", help="10s to 24h (15m)")
