@@ -1,4 +1,4 @@
-"""The command line without a service: options at their limits, figures, tables, what a report and a job's events become."""
+"""The command line without a service: options at their limits, figures, tables, what reports and events become."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def test_options_become_the_spec(tmp_path: Path) -> None:
     more.write_text('{"search": {"strategy": "exhaustive"}, "validation": {"max_samples": 9, "strict": false}}')
     arguments = (
         "optimize m.onnx --max-loss 1% --p99 20ms --objective latency --on cpu --batch 1,8 --budget 2m --strict "
-        f"--confidence 99% --precision fp32,int8 --backend onnxruntime --max-size 20MB --shape x=1x4:8x4:16x4 --spec {more}"
+        "--confidence 99% --precision fp32,int8 --backend onnxruntime --max-size 20MB --shape x=1x4:8x4:16x4 "
+        f"--spec {more}"
     )
     assert spec_of(make_parser().parse_args(arguments.split())) == {
         "search": {"strategy": "exhaustive"},
@@ -236,14 +237,16 @@ def _candidate(name: str, standing: str, ratio: float | None, **more: Any) -> di
     return {**told, "speedup": None if ratio is None else _speed(ratio), "loss_percent": None, "reason": None, **more}
 
 
+TIMED = [_candidate("a", "screened", 1.5), _candidate("b", "screened", 2.5)]
+DROPPED = [_candidate("b", "refused", 2.5, reason="loses 3 %", loss_percent=3.0)]
 EVENTS = [
     Event("state", {"status": "queued"}),
     Event("state", {"status": "running"}),
     Event("stage", {"stage": "export", "status": "running", "progress": 0.02}),
     Event("candidates", {"candidates": [_candidate("a", "proposed", None), _candidate("b", "proposed", None)]}),
     Event("progress", {"stage": "benchmark", "candidate": "a", "progress": 0.4, "message": "round 2 \x1b[2J"}),
-    Event("candidates", {"candidates": [_candidate("a", "screened", 1.5), _candidate("b", "screened", 2.5)], "leader": "b"}),
-    Event("candidates", {"candidates": [_candidate("b", "refused", 2.5, reason="loses 3 %", loss_percent=3.0)], "leader": "a"}),
+    Event("candidates", {"leader": "b", "candidates": TIMED}),
+    Event("candidates", {"leader": "a", "candidates": DROPPED}),
     Event("note", {"message": "the trial run\ntells nothing"}),
     Event("state", {"status": "succeeded"}),
 ]  # fmt: skip
@@ -276,7 +279,7 @@ def test_on_a_terminal_it_is_drawn_again_with_the_leader_first() -> None:
     live = Live(shown, "job_1")
     for event in EVENTS[:6]:
         live(event)
-    lines = [line for line in live.lines()]
+    lines = live.lines()
     assert "40 %" in lines[0]
     assert "\x1b[2J" not in "".join(lines), "no message gives orders"
     rows = [line for line in lines if "the " in line]
@@ -284,7 +287,7 @@ def test_on_a_terminal_it_is_drawn_again_with_the_leader_first() -> None:
     assert "the a" in rows[1]
     for event in EVENTS[6:]:
         live(event)
-    assert out.getvalue().rstrip().endswith("\x1b[J"), "at the end the block is gone"
+    assert "░" not in out.getvalue().rpartition("\x1b[J")[2], "at the end the block is gone"
 
 
 # Verdicts and reports
@@ -318,8 +321,9 @@ REPORT: dict[str, Any] = {
     "baseline": {"id": "baseline", "precision": "fp32", "size_mb": 0.555, "batches": {"1": {"p50_ms": 0.237}}},
     "candidates": [
         {"id": "q", "name": "static int8", "precision": "int8", "status": "picked", "reason": "the fastest",
-         "batches": {"1": {"p50_ms": 0.111, "speedup": _speed(2.14)}}, "accuracy": {"loss_percent": 0.7245}, "size_mb": 0.153},
-        {"id": "f", "name": "fp32\x1b[31m", "precision": "fp32", "status": "dropped", "reason": "slower", "batches": {}},
+         "batches": {"1": {"p50_ms": 0.111, "speedup": _speed(2.14)}}, "accuracy": {"loss_percent": 0.7245},
+         "size_mb": 0.153},
+        {"id": "f", "name": "fp32\x1b[31m", "precision": "fp32", "status": "dropped", "reason": "slower"},
     ],
     "picked": "q",
     "checks": [{"name": "accuracy_loss_percent", "value": 0.7245, "limit": 1.0, "passed": True, "proven": True},

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(ctx: Context, args: argparse.Namespace) -> Exit:
+def run(ctx: Context, _: argparse.Namespace) -> Exit:
     found: list[Found] = []
     exit = Exit.OK
     for what, well, detail, remedy in _checks(ctx.url):

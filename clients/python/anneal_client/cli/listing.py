@@ -176,7 +176,7 @@ def cancel_jobs(ctx: Context, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-def capabilities(ctx: Context, args: argparse.Namespace) -> Exit:
+def capabilities(ctx: Context, _: argparse.Namespace) -> Exit:
     with ctx.service() as service:
         found = dict(service.client.capabilities())
     if ctx.json:

@@ -67,8 +67,9 @@ def find(url: str | None, environment: Mapping[str, str] | None = None) -> Place
 
 def config_file(environment: Mapping[str, str] | None = None) -> Path:
     env = os.environ if environment is None else environment
-    base = env.get("ANNEAL_CONFIG_DIR") or os.path.join(env.get("XDG_CONFIG_HOME") or "~/.config", "anneal")
-    return Path(base).expanduser() / "logins.json"
+    given = env.get("ANNEAL_CONFIG_DIR")
+    base = Path(given) if given else Path(env.get("XDG_CONFIG_HOME") or "~/.config") / "anneal"
+    return base.expanduser() / "logins.json"
 
 
 def keep(url: str, key: str | None) -> Path:

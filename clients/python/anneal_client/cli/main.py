@@ -1,4 +1,4 @@
-"""The parser, and what every command ends with: an exit code, and where something is wrong what, where and the remedy."""
+"""The parser, and what a command ends with: an exit code, and where something is wrong what, where and the remedy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from anneal_client.cli.screen import Screen, clean
 from anneal_client.errors import AnnealError
 
 _ORDER = (serving, signing, submitting, listing, outcome, reports, engines, bench, doctor, completing)
-_EPILOG = """exit codes: 0 done, the promise is kept; 1 refused; 2 wrong usage; 3 nothing is faster; 4 a limit is missed;
-5 the job failed; 6 no answer; 7 no valid key; 8 cancelled; 9 --timeout; 130 Ctrl-C
+_EPILOG = """exit codes: 0 done, the promise is kept; 1 refused; 2 wrong usage; 3 nothing is faster; 4 a limit is
+missed; 5 the job failed; 6 no answer; 7 no valid key; 8 cancelled; 9 --timeout; 130 Ctrl-C
 
 Address and key: --url and $ANNEAL_API_KEY, $ANNEAL_URL, or what `anneal login` keeps."""
 

@@ -31,10 +31,11 @@ def show_summary(screen: Screen, report: Json) -> None:
     if final:
         screen.line(f"  {headline(report)}")
         screen.line(f"  {clean(accuracy(final))}")
+        small, large = final.get("size_mb"), analysis.get("original_size_mb")
         screen.line(
             f"  on {clean(analysis.get('hardware', 'this machine'))}: {figures.number(final.get('throughput_qps'))} "
             f"samples per second, memory {figures.megabytes(final.get('memory_mb'))}, "
-            f"engine {figures.megabytes(final.get('size_mb'))} (was {figures.megabytes(analysis.get('original_size_mb'))})"
+            f"engine {figures.megabytes(small)}, was {figures.megabytes(large)}"
         )
     limited = [c for c in objects(report.get("checks")) if c.get("limit") is not None or c.get("passed") is False]
     if limited:

@@ -127,8 +127,8 @@ class Screen:
         styles: Sequence[Sequence[str]] = (),
         fit: int | None = None,
     ) -> list[str]:
-        """Columns as wide as their content; those in `left` to the left, figures to the right. `fit`: the column that is
-        cut where the screen is too narrow (on a terminal; elsewhere nothing is lost)."""
+        """Columns as wide as their content; those in `left` to the left, figures to the right. `fit`: the column that
+        is cut where the screen is too narrow (on a terminal; elsewhere nothing is lost)."""
         cells = [[clean(cell) for cell in row] for row in rows]
         widths = [max(map(width, column)) for column in zip(head, *cells, strict=True)]
         beyond = sum(widths) + 2 * len(widths) - self.width
