@@ -68,8 +68,8 @@ def _checks(url: str | None) -> Iterator[Found]:
         try:
             response = httpx.get(f"{place.url}/healthz", timeout=10)
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            stop = Stop.of(ConnectionFailed("connection_failed", str(error) or type(error).__name__), place.url)
-            yield "service", False, stop.what, stop.remedy
+            down = Stop.of(ConnectionFailed("connection_failed", str(error) or type(error).__name__), place.url)
+            yield "service", False, down.what, down.remedy
             return
         if response.status_code != httpx.codes.OK:
             remedy = "Is this the address of an Anneal service? Is a proxy in between?"

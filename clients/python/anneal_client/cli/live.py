@@ -157,5 +157,5 @@ class Live:
 
     def _rank(self, found: Candidate) -> tuple[bool, bool, float]:
         ratio = (found.speedup or {}).get("ratio")
-        fast = float(ratio) if figures.is_number(ratio) else 0.0
+        fast = float(ratio or 0.0) if figures.is_number(ratio) else 0.0
         return found.id != self._state.leader, found.standing in _OUT, -fast

@@ -131,7 +131,7 @@ def candidates(report: Json) -> tuple[list[str], list[list[str]], list[tuple[str
     entries = [baseline, *tried] if baseline else tried
     sizes = sorted({str(b) for e in entries for b in mapping(e.get("batches"))}, key=lambda b: (len(b), b))
     head = ["Configuration", "Precision", *(f"p50 b={b}" for b in sizes), *(f"Speed-up b={b}" for b in sizes)]
-    rows, styles = [], []
+    rows, styles = [], list[tuple[str, ...]]()
     for entry in entries:
         original = entry is baseline
         at = [mapping(mapping(entry.get("batches")).get(b)) for b in sizes]
