@@ -268,8 +268,9 @@ def _spawn(fd: int, extra: Sequence[str]) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join((root, *filter(None, [os.environ.get("PYTHONPATH")])))  # where plug-ins may lie
     env = {**child_environment(), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    # -P: what lies in the current folder (somebody's own app.py) is not what is meant.
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, pass_fds=[fd], stdin=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-P", "-c", code], env=env, pass_fds=[fd], stdin=subprocess.DEVNULL, start_new_session=True
     )
 
 
