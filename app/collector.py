@@ -16,8 +16,9 @@ from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute
 
 from app.capabilities.repository import StatisticsRepository
+from app.db.accounts import Tenant
 from app.db.base import utcnow
-from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Tenant, Worker
+from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Worker
 from app.db.uow import Database
 from app.references import lock_blob, referenced
 from app.settings import Settings

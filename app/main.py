@@ -43,6 +43,7 @@ from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads import endpoints as uploads
 from app.uploads.service import UploadService
+from app.web.pages import add_pages
 
 VERSION = "0.1.0"
 _CLEAN_S = 5.0
@@ -71,13 +72,14 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
             services.inspector.close()
             services.db.close()
 
-    app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.background = background
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.
     for module in (jobs, source_models, datasets, uploads, artifacts, capabilities):
         app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
     app.include_router(health.router)
+    add_pages(app)
     app.webhooks.include_router(jobs.webhooks)
     describe(app)
     # The last one added is the outermost.

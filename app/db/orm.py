@@ -18,34 +18,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
+from app.db.accounts import LOCAL_TENANT, ApiKey, BrowserSession, Tenant  # noqa: F401 (here every table is known)
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
-
-LOCAL_TENANT = "tnt_local"
 
 Id = String(64)
 Sha256 = String(64)
 Json = dict[str, Any]
-
-
-class Tenant(Base):
-    __tablename__ = "tenants"
-
-    id: Mapped[str] = mapped_column(Id, primary_key=True)
-    name: Mapped[str] = mapped_column(String(200), unique=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
-
-
-class ApiKey(Base):
-    """Only the SHA-256 of a key is stored; keys are 256 random bits, so no salt or slow hash is needed."""
-
-    __tablename__ = "api_keys"
-
-    id: Mapped[str] = mapped_column(Id, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
-    name: Mapped[str] = mapped_column(String(200))
-    key_sha256: Mapped[str] = mapped_column(Sha256, unique=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class SourceModel(Base):

@@ -1,49 +1,121 @@
-"""API keys: `Authorization: Bearer ank_…` names the tenant."""
+"""Who asks: `Authorization: Bearer ank_…` names the tenant, or the session of a browser that signed in with a key.
+
+A browser sends its cookie whoever made it ask. So a request that changes something counts only with a token that a page of
+another origin cannot know: bound to the session, and to a cookie of its own, which a form has before there is a session.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from app.db.orm import LOCAL_TENANT
+from starlette.requests import cookie_parser
+from starlette.types import Scope
+
+from app.db.accounts import LOCAL_TENANT
 from app.db.uow import Database
 from app.errors import AppError
 from app.http.threads import SharedReads
-from app.tenants import tenant_of
+from app.tenants import tenant_of, tenant_of_session
 
+SESSION_COOKIE = "anneal_session"
+SEED_COOKIE = "anneal_seed"
+TOKEN_HEADER = "x-csrf-token"  # noqa: S105 (the header's name)
 _REMEMBERED_S = 2.0
 _MOST_REMEMBERED = 10_000
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a request says of who sends it: the header `Authorization`, and a browser's cookies."""
+
+    authorization: str | None = None
+    session: str | None = None
+    seed: str | None = None
+
+    @classmethod
+    def of(cls, scope: Scope) -> Credentials:
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, value)
+        authorization, cookie = headers.get(b"authorization"), headers.get(b"cookie")
+        found = cookie_parser(cookie.decode("latin-1")) if cookie is not None else {}
+        return cls(
+            None if authorization is None else authorization.decode("latin-1"),
+            found.get(SESSION_COOKIE) or None,
+            found.get(SEED_COOKIE) or None,
+        )
+
+    def token(self) -> str:
+        """What a form of this browser has to send."""
+        return csrf_token(self.seed or "", self.session)
+
+    def check_token(self, given: str | None) -> None:
+        """Raises 403 `csrf` for a form that is none of this browser's own."""
+        if not self.seed or not given or not hmac.compare_digest(self.token().encode(), given.encode()):
+            detail = "The request does not come from a page of this service, or the page is too old."
+            raise AppError("csrf", "Refused", 403, detail, remedy="Load the page again, and send it once more.")
+
+
+def csrf_token(seed: str, session: str | None) -> str:
+    return hmac.new(seed.encode(), (session or "").encode(), hashlib.sha256).hexdigest()
 
 
 class Authenticator:
-    """Finds the tenant of a request. A good key is remembered for two seconds, so that polling costs one query."""
+    """Finds the tenant of a request. Who was let in is remembered for two seconds, so that polling costs one query."""
 
     def __init__(self, db: Database, keys_required: bool, reads: SharedReads) -> None:
         self._db = db
         self._reads = reads
         self._required = keys_required
-        self._known: dict[str, tuple[str, float]] = {}
+        self._known: dict[tuple[str, str], tuple[str, float]] = {}
 
-    async def tenant(self, authorization: str | None) -> str:
+    async def tenant(self, credentials: Credentials) -> str:
         """The tenant's id. 401 for no key where one is needed, and for a wrong one always."""
-        if authorization is None:
-            if self._required:
+        if credentials.authorization is None:
+            if not self._required:
+                return LOCAL_TENANT
+            found = None
+            if credentials.session is not None:
+                found = await self._tenant(("session", credentials.session), tenant_of_session)
+            if found is None:
                 raise _unauthorized("This service needs an API key.", 'Bearer realm="anneal"')
-            return LOCAL_TENANT
-        scheme, _, key = authorization.partition(" ")
+            return found
+        scheme, _, key = credentials.authorization.partition(" ")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
             raise _unauthorized("The Authorization header is not of the form 'Bearer <key>'.", 'Bearer realm="anneal"')
-        now = time.monotonic()
-        found = self._known.get(key)
-        if found is not None and found[1] > now:
-            return found[0]
-        self._known.pop(key, None)
-        tenant_id = await self._reads.read(("key", key), tenant_of, self._db, key)
-        if tenant_id is None:
+        found = await self._tenant(("key", key), tenant_of)
+        if found is None:
             raise _unauthorized("The API key is not valid.", 'Bearer realm="anneal", error="invalid_token"')
-        if len(self._known) >= _MOST_REMEMBERED:
-            self._known.clear()
-        self._known[key] = (tenant_id, now + _REMEMBERED_S)
+        return found
+
+    async def tenant_of_call(self, credentials: Credentials, method: str, token: str | None) -> str:
+        """The same of a call of the API, which a browser's session may make by a page of this service only."""
+        tenant_id = await self.tenant(credentials)
+        if self._required and credentials.authorization is None and method not in _SAFE:
+            credentials.check_token(token)
+        return tenant_id
+
+    def forget(self, session: str) -> None:
+        """A session that was ended here."""
+        self._known.pop(("session", session), None)
+
+    async def _tenant(self, who: tuple[str, str], find: Callable[[Database, str], str | None]) -> str | None:
+        now = time.monotonic()
+        known = self._known.get(who)
+        if known is not None and known[1] > now:
+            return known[0]
+        self._known.pop(who, None)
+        tenant_id = await self._reads.read(who, find, self._db, who[1])
+        if tenant_id is not None:
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.clear()
+            self._known[who] = (tenant_id, now + _REMEMBERED_S)
         return tenant_id
 
 

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import AppError
+from app.http.auth import TOKEN_HEADER, Credentials
 from app.http.metrics import Metrics
 from app.http.problem import database_problem, internal_error, problem_response
 from app.logging import bind_correlation_id, new_correlation_id
@@ -106,10 +107,10 @@ class KeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            given = [value for name, value in scope["headers"] if name == b"authorization"]
-            authorization = given[0].decode("latin-1") if given else None
+            credentials = scope["anneal.credentials"] = Credentials.of(scope)
+            auth, token = scope["app"].state.services.auth, Headers(scope=scope).get(TOKEN_HEADER)
             try:
-                scope["anneal.tenant"] = await scope["app"].state.services.auth.tenant(authorization)
+                scope["anneal.tenant"] = await auth.tenant_of_call(credentials, scope["method"], token)
             except AppError as error:
                 await problem_response(error, Request(scope))(scope, receive, send)
                 return

@@ -196,4 +196,7 @@ def allowed_methods(app: FastAPI, path: str) -> list[str]:
         pattern = "".join("[^/]+" if part.startswith("{") else re.escape(part) for part in _PARTS.split(template))
         if re.fullmatch(pattern, path):
             found.update(method.upper() for method in methods)
+    for route in getattr(app.state, "pages", ()):  # they stand in no document
+        if route.path_regex.fullmatch(path):
+            found.update(route.methods)
     return sorted(found)

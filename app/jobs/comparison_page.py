@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from app.figures import number
 from app.jobs.page_parts import Json, as_number, interval_text, objects, part_of, section, svg, table, text
 
 _HEAD = [
@@ -17,8 +18,8 @@ def comparison_body(report: Json) -> str:
         [
             f"<p><b>{text(report.get('headline'))}</b></p>",
             _for_rate(report),
-            section(f"Cost of a million requests within {report.get('limit')}", _bars(report, targets)),
-            section("Targets", table(_HEAD, [_row(target) for target in targets])),
+            section(f"Cost of a million requests within {report.get('limit')}", _bars(report, targets), 2),
+            section("Targets", table(_HEAD, [_row(target) for target in targets]), 2),
         ]
     )
 
@@ -59,7 +60,7 @@ def _bars(report: Json, targets: list[Json]) -> str:
         f"<text x=0 y={26 * i + 17}>{text(str(t.get('hardware'))[:40])}</text>"
         f"<rect x=270 y={26 * i + 4} width={330 * cost / most:.1f} height=18 rx=3 "
         f"fill='{'var(--good)' if t.get('rank') == 1 else 'var(--bar)'}'/>"
-        f"<text x={276 + 330 * cost / most:.1f} y={26 * i + 17}>{cost:.4g} {text(report.get('currency'))}</text>"
+        f"<text x={276 + 330 * cost / most:.1f} y={26 * i + 17}>{number(cost)} {text(report.get('currency'))}</text>"
         for i, (t, cost) in enumerate(known)
     )
     return svg(26 * len(known), "cost of a million requests by machine", marks)

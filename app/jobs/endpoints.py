@@ -167,7 +167,7 @@ async def follow_job(
     # `no-transform` and X-Accel-Buffering keep proxies from gathering events.
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
     return StreamingResponse(
-        event_stream(services, tenant_id, job_id, job, after, request.headers.get("authorization")),
+        event_stream(services, tenant_id, job_id, job, after, request.scope["anneal.credentials"]),
         headers=headers,
         media_type="text/event-stream",
     )
@@ -192,11 +192,8 @@ async def get_report(request: Request, services: ServicesDep, tenant_id: TenantI
     """What was measured and what came out of it; as a page with plots for `Accept: text/html`. Of a job with `targets`:
     what its traffic costs on each."""
     row = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, job_id)
-    make_page = report_page
-    if row.queue == PARENTS:
-        body, make_page = await services.storage.run(tenant_id, _comparison, services, row), comparison_page
-    else:
-        body = await services.storage.run(tenant_id, _document, services, row, row.report_sha256, "report")
+    make_page = comparison_page if row.queue == PARENTS else report_page
+    body = await services.storage.run(tenant_id, report_document, services, row)
     headers = {"Vary": "Accept", "Cache-Control": "private, no-cache"}
     if prefers_html(request.headers.get("accept", "")):
         headers["Content-Security-Policy"] = PAGE_POLICY
@@ -229,7 +226,7 @@ async def _waited(
     with services.waiting.taken(tenant_id):
         while (left := deadline - time.monotonic()) > 0:
             changed = await services.watcher.wait(job_id, job.version, left)
-            await services.auth.tenant(request.headers.get("authorization"))  # it may have been revoked meanwhile
+            await services.auth.tenant(request.scope["anneal.credentials"])  # it may have been revoked meanwhile
             if not changed:
                 break
             shared = ("job", tenant_id, job_id, job.version)  # others wait for the same
@@ -291,6 +288,13 @@ def prefers_html(accept: str) -> bool:
     if "text/html" not in kinds:
         return False
     return _JSON not in kinds or kinds.index("text/html") < kinds.index(_JSON)
+
+
+def report_document(services: Services, row: Job) -> bytes:
+    """The report as JSON; of a job with `targets`, the comparison. Blocks; raises 404 or 409 where there is none."""
+    if row.queue == PARENTS:
+        return _comparison(services, row)
+    return _document(services, row, row.report_sha256, "report")
 
 
 def _document(services: Services, row: Job, sha256: str | None, kind: str) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from app.db.orm import JobEvent
 from app.errors import AppError
+from app.http.auth import Credentials
 from app.http.services import Services
 from app.jobs.documents import JobDocument
 from app.jobs.schemas import timestamp
@@ -29,7 +30,7 @@ class _Batch:
 
 
 async def event_stream(
-    services: Services, tenant_id: str, job_id: str, job: JobDocument, after: int, authorization: str | None
+    services: Services, tenant_id: str, job_id: str, job: JobDocument, after: int, credentials: Credentials
 ) -> AsyncIterator[bytes]:
     """Events with `seq` above `after`, as they come; ends after the job's last one, and when the key is revoked. A
     comment every 15 s keeps proxies from closing the connection. Streams of one job share what they read."""
@@ -49,20 +50,21 @@ async def event_stream(
             if job.terminal:
                 return
             while not await services.watcher.wait(job_id, job.version, _RECHECK_S):
-                if await _revoked(services, tenant_id, authorization):
+                if await revoked(services, tenant_id, credentials):
                     return
                 if time.monotonic() - spoken >= HEARTBEAT_S:
                     yield b": ping\n\n"
                     spoken = time.monotonic()
-            if await _revoked(services, tenant_id, authorization):
+            if await revoked(services, tenant_id, credentials):
                 return
             key = ("job", tenant_id, job_id, job.version)
             job = await services.reads.read(key, services.job_documents.get, tenant_id, job_id)
 
 
-async def _revoked(services: Services, tenant_id: str, authorization: str | None) -> bool:
+async def revoked(services: Services, tenant_id: str, credentials: Credentials) -> bool:
+    """Whether what let a stream in would do so no more."""
     try:
-        return await services.auth.tenant(authorization) != tenant_id
+        return await services.auth.tenant(credentials) != tenant_id
     except AppError as error:
         return error.status == 401
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
+from pathlib import Path
 
+from app.figures import metric, number
 from app.jobs.by_batch_page import by_batch
 from app.jobs.comparison_page import comparison_body
 from app.jobs.page_parts import (
@@ -16,30 +19,30 @@ from app.jobs.page_parts import (
     objects,
     part_of,
     rows_table,
+    scrolling,
     section,
-    svg,
+    shapes_text,
     table,
     text,
 )
+from app.jobs.report_plots import configurations, latencies, pareto, speedups, waterfall
 from app.jobs.traffic_page import traffic
 
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; sandbox"
 )
-_STYLE = """
-:root{color-scheme:light dark;--line:#8884;--bar:#3b7dd8;--base:#8a8f98;--bad:#c0392b;--good:#2e8b57}
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin-bottom:0}
-h3{font-size:.9rem;opacity:.7;margin:1rem 0 .2rem}
-h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid var(--line)}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.sub{opacity:.7}.ok{color:var(--good)}.no{color:var(--bad)}
-.tiles{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
-.tile{border:1px solid var(--line);border-radius:.5rem;padding:.6rem 1rem}.tile b{display:block;font-size:1.3rem}
-svg text{font:12px system-ui,sans-serif;fill:currentColor}
-"""
+_STYLE = Path(__file__).parents[1] / "web" / "static" / "report.css"  # that of the pages
+_CHECKS = {
+    "accuracy_loss_percent": "accuracy lost, points",
+    "p99_latency_ms": "p99 latency, ms",
+    "throughput_qps": "throughput, samples/s",
+    "min_throughput_qps": "throughput, samples/s",
+    "memory_mb": "memory, MB",
+    "max_memory_mb": "memory, MB",
+    "size_mb": "size on disk, MB",
+    "max_size_mb": "size on disk, MB",
+}
 _COMPATIBILITY = {
     "backend": "backend",
     "accepted": "takes the model",
@@ -64,7 +67,7 @@ _SWEEP = {
     "p99_ms": "p99, ms",
     "throughput_qps": "samples/s",
     "memory_mb": "MB of memory",
-    "reason": "",
+    "reason": "note",
 }
 _SHAPES = {
     "label": "shape",
@@ -76,39 +79,56 @@ _SHAPES = {
     "in_use": "in use",
     "holds": "not slower",
     "answers": "answers",
-    "reason": "",
+    "reason": "note",
 }
 
 
 def report_page(report: Json, job_id: str) -> str:
     """HTML of a report. Parts that the report does not have are left out."""
-    analysis, final = part_of(report, "analysis"), part_of(report, "final_metrics")
-    parts = [
-        f"<h1>{text(analysis.get('model', job_id))}</h1>",
-        f"<p class=sub>{text(analysis.get('hardware'))} · job {text(job_id)}</p>",
-        _warnings(report),
+    title = text(part_of(report, "analysis").get("model", job_id))
+    head = f"<h1>{title}</h1><p class=sub>job {text(job_id)}</p>"
+    return _page(title, head + report_body(report))
+
+
+def report_body(report: Json) -> str:
+    """What stands below the title, in three parts: what it gained, whether to trust it, what to do next."""
+    final = part_of(report, "final_metrics")
+    gained = [
         _tiles(final),
         _measured_at(final),
         _beside_the_original(final),
-        section("Latency (p50, lower is better)", _latencies(report)),
-        section("Speed-up over the original, with its 95 % interval", _speedups(report)),
+        section("Latency (p50, lower is better)", latencies(report)),
+        section("Speed-up over the original, with its 95 % interval", speedups(report)),
         section("Which engine answers which batch", by_batch(part_of(report, "by_batch"))),
         section("At every shape", rows_table(report.get("shapes"), _SHAPES, 16)),
-        section("Candidates", _candidates(report)),
+        section("Speed, accuracy and size", pareto(report)),
+        section("What each part gained, measured by leaving it out", waterfall(report) + _applied(report)),
+    ]
+    trust = [
         section("Checks", _checks(report)),
-        section("What each part gained, measured by leaving it out", _applied(report)),
+        section("Candidates", _candidates(report)),
         section("The search, in the order of trying", _search(report)),
-        section("Under the job's traffic", traffic(part_of(report, "traffic"))),
-        section("Deployment", _deployment(report)),
-        section("Other bundles (GET /v1/engines/…/bundle?kind=)", rows_table(report.get("bundles"), _BUNDLES, 8)),
         section("Layers that quantization hurts most", rows_table(report.get("sensitivity"), _SENSITIVITY, 10)),
         section("Where the time goes", _profile(part_of(report, "profile"))),
-        section("Backends that did not run here", rows_table(report.get("compatibility"), _COMPATIBILITY, 8)),
-        section("Recommendations", bullets(report.get("recommendations"))),
         section("Method", facts_table(part_of(report, "method"))),
         section("Environment", facts_table(part_of(report, "environment"))),
     ]
-    return _page(text(analysis.get("model", job_id)), "".join(parts))
+    then = [
+        section("Recommendations", bullets(report.get("recommendations"))),
+        section("Under the job's traffic", traffic(part_of(report, "traffic"))),
+        section("Deployment", _deployment(report)),
+        section("Other bundles (GET /v1/engines/…/bundle?kind=)", rows_table(report.get("bundles"), _BUNDLES, 8)),
+        section("Backends that did not run here", rows_table(report.get("compatibility"), _COMPATIBILITY, 8)),
+    ]
+    hardware = part_of(report, "analysis").get("hardware")
+    parts = [
+        f"<p class=sub>Measured on {text(hardware)}</p>" if hardware else "",
+        _warnings(report),
+        section("What did I gain?", "".join(gained), 2),
+        section("Can I trust it?", "".join(trust), 2),
+        section("What next?", "".join(then), 2),
+    ]
+    return "".join(parts)
 
 
 def comparison_page(report: Json, job_id: str) -> str:
@@ -117,9 +137,15 @@ def comparison_page(report: Json, job_id: str) -> str:
     return _page(title, f"<h1>{title}</h1>{comparison_body(report)}")
 
 
+@functools.cache
+def _style() -> str:
+    return _STYLE.read_text()
+
+
 def _page(title: str, body: str) -> str:
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>"
+    whole = f"<body><main>{body}</main></body>"
+    return f"<!doctype html><html lang=en><head>{head}<style>{_style()}</style></head>{whole}</html>"
 
 
 def _tiles(final: Json) -> str:
@@ -161,7 +187,7 @@ def _measured_at(final: Json) -> str:
         return ""
     where = f"at batch size {text(batch)}"
     if isinstance(shape, Mapping):
-        where += ", with " + ", ".join(f"{text(name)} [{text(dims)}]" for name, dims in shape.items())
+        where += f", with {shapes_text(shape)}"
     fewer = [
         f"{text(name)}, axis {axis}: {text(bound[0] or 0)} to {text(bound[1] or 'any')}"
         for name, bounds in part_of(final, "accepts").items()
@@ -181,10 +207,16 @@ def _beside_the_original(final: Json) -> str:
     if bound.get("p50_ms") is not None:
         told.append(f"With inputs and outputs bound before, the engine takes {text(bound['p50_ms'])} ms.")
     if final.get("original_accuracy_value") is not None:
-        ours, theirs = text(final.get("accuracy_value")), text(final["original_accuracy_value"])
+        ours, theirs = (_value(final, name) for name in ("accuracy_value", "original_accuracy_value"))
         of = f"{text(final.get('accuracy_metric'))} is {ours}, the original's {theirs}"
         told.append(f"{of}, on {text(final.get('accuracy_samples'))} samples, by {text(final.get('accuracy_basis'))}.")
     return f"<p class=sub>{' '.join(told)}</p>" if told else ""
+
+
+def _value(found: Json, name: str, kind: str = "accuracy_metric") -> str:
+    """A value of the metric that stands beside it."""
+    value, which = as_number(found.get(name)), found.get(kind)
+    return text(found.get(name)) if value is None else text(metric(str(which), value))
 
 
 def _profile(profile: Json) -> str:
@@ -194,91 +226,18 @@ def _profile(profile: Json) -> str:
     return warning + rows if rows else ""
 
 
-def _configurations(report: Json) -> list[Json]:
-    """The baseline, then the candidates that were measured in full; the others stand in the search's table."""
-    baseline = part_of(report, "baseline")
-    return [*([{"name": "the original", **baseline}] if baseline else []), *_measured(report)]
-
-
-def _measured(report: Json) -> list[Json]:
-    return [c for c in objects(report.get("candidates")) if c.get("measured", "full") == "full"]
-
-
-def _batch_sizes(configurations: Sequence[Json]) -> list[str]:
-    sizes = {str(size) for c in configurations for size in part_of(c, "batches")}
-    return sorted(sizes, key=lambda size: (len(size), size))[:16]
-
-
-def _at(configuration: Json, size: str) -> Json:
-    return part_of(part_of(configuration, "batches"), size)
-
-
-def _colour(configuration: Json) -> str:
-    if configuration.get("status") == "picked":
-        return "var(--good)"
-    return "var(--base)" if configuration.get("id") == "baseline" else "var(--bar)"
-
-
-def _latencies(report: Json) -> str:
-    """One bar chart per batch size."""
-    configurations = _configurations(report)
-    charts = ""
-    for size in _batch_sizes(configurations):
-        rows = [(c, as_number(_at(c, size).get("p50_ms"))) for c in configurations]
-        known = [(c, value) for c, value in rows if value is not None]
-        if known:
-            longest = max(value for _, value in known) or 1.0
-            marks = "".join(
-                f"<text x=0 y={26 * i + 17}>{text(str(c.get('name'))[:40])}</text>"
-                f"<rect x=270 y={26 * i + 4} width={330 * value / longest:.1f} height=18 rx=3 fill='{_colour(c)}'/>"
-                f"<text x={276 + 330 * value / longest:.1f} y={26 * i + 17}>{value:.4g} ms</text>"
-                for i, (c, value) in enumerate(known)
-            )
-            charts += f"<h3>batch size {text(size)}</h3>{svg(26 * len(known), f'p50 at batch size {size}', marks)}"
-    return charts
-
-
-def _speedups(report: Json) -> str:
-    """Speed-up over the original with its 95 % interval: a dot and a whisker per candidate and batch size."""
-    rows = []
-    candidates = _measured(report)
-    for candidate in candidates:
-        for size in _batch_sizes(candidates):
-            speedup = part_of(_at(candidate, size), "speedup")
-            low, ratio, high = (as_number(speedup.get(k)) for k in ("low", "ratio", "high"))
-            if low is not None and ratio is not None and high is not None:
-                rows.append((f"{str(candidate.get('name'))[:32]}, b={size}", low, ratio, high, _colour(candidate)))
-    if not rows:
-        return ""
-    most = min(max(1.2, *(high for _, _, _, high, _ in rows)), 20.0)
-
-    def x(value: float) -> float:
-        return 270 + 330 * min(value, most) / most
-
-    height = 26 * len(rows)
-    marks = f"<line x1={x(1):.1f} x2={x(1):.1f} y1=0 y2={height} stroke='currentColor' stroke-dasharray='3 3'/>"
-    for i, (label, low, ratio, high, colour) in enumerate(rows):
-        y = 26 * i + 13
-        marks += (
-            f"<text x=0 y={y + 4}>{text(label)}</text>"
-            f"<line x1={x(low):.1f} x2={x(high):.1f} y1={y} y2={y} stroke='{colour}' stroke-width=3 />"
-            f"<circle cx={x(ratio):.1f} cy={y} r=5 fill='{colour}'/>"
-            f"<text x=612 y={y + 4}>{ratio:.2f}x [{low:.2f}, {high:.2f}]</text>"
-        )
-    return svg(height, "speed-up over the original with its 95 % interval", marks)
-
-
 def _candidates(report: Json) -> str:
     rows = []
-    for c in _configurations(report):
+    for c in configurations(report):
         accuracy = part_of(c, "accuracy")
         loss, samples = accuracy.get("loss_percent"), accuracy.get("samples")
         shown = None
         if loss is not None:
-            metric, values = text(accuracy.get("metric")), ""
+            name, values = text(accuracy.get("metric")), ""
             if accuracy.get("baseline_value") is not None:
-                values = f" {text(accuracy.get('value'))}, the original {text(accuracy['baseline_value'])}"
-            shown = f"{text(loss)} ({metric}{values}, {text(samples)} samples)"
+                ours, theirs = (_value(accuracy, key, "metric") for key in ("value", "baseline_value"))
+                values = f" {ours}, the original {theirs}"
+            shown = f"{text(loss)} ({name}{values}, {text(samples)} samples)"
         verdict = "the baseline" if c.get("id") == "baseline" else f"{text(c.get('status'))}: {c.get('reason')}"
         memory, on_gpu = c.get("memory_mb"), c.get("gpu_memory_mb")
         memory = memory if on_gpu is None else f"{text(memory)} and {text(on_gpu)} of the GPU's"
@@ -297,12 +256,14 @@ def _checks(report: Json) -> str:
             verdict += ", proven" if check.get("proven") else ", <b>unproven</b>"
         value, bound, limit = (text(check.get(k)) for k in ("value", "bound", "limit"))
         why = text(check.get("reason") or "")
+        name = str(check.get("name"))
         rows += (
-            f"<tr><td>{text(check.get('name'))}<td class=n>{value}<td class=n>{bound}<td class=n>{limit}<td>{verdict}"
+            f"<tr><td>{text(_CHECKS.get(name, name.replace('_', ' ')))}<td class=n>{value}<td class=n>{bound}<td class=n>{limit}<td>{verdict}"
         )
         rows += f"<td>{why}"
-    head = "<tr><th>check<th class=n>value<th class=n>not excluded, up to<th class=n>limit<th>verdict<th>"
-    return f"<table>{head}{rows}</table>" if rows else ""
+    names = ["check", "value", "not excluded, up to", "limit", "verdict", "why"]
+    head = "".join(f"<th scope=col{' class=n' if 0 < i < 4 else ''}>{name}" for i, name in enumerate(names))
+    return scrolling(f"<thead><tr>{head}<tbody>{rows}", names) if rows else ""
 
 
 def _applied(report: Json) -> str:
@@ -313,7 +274,7 @@ def _applied(report: Json) -> str:
         lost = None if cost is None else f"{text(cost)}{interval_text(item.get('accuracy_cost_ci'))}"
         note = item.get("reason") or item.get("compared_with") or ""
         rows.append([item.get("name"), item.get("impact"), shown, lost, note])
-    names = ["part", "impact", "latency with it over without [95 %]", "points of accuracy it costs [95 %]", ""]
+    names = ["part", "impact", "latency with it over without [95 %]", "points of accuracy it costs [95 %]", "note"]
     return table(names, rows)
 
 
@@ -326,7 +287,7 @@ def _search(report: Json) -> str:
         rows.append(
             [c.get("name"), ratio, part_of(c, "accuracy").get("loss_percent"), c.get("status"), c.get("reason")]
         )
-    return table(["configuration", "short timing", "points lost", "", "why"], rows)
+    return table(["configuration", "short timing", "points lost", "verdict", "why"], rows)
 
 
 def _deployment(report: Json) -> str:

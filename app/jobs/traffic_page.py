@@ -71,7 +71,7 @@ def traffic(found: Json) -> str:
 
 
 def _under(title: str, body: str) -> str:
-    return f"<h3>{text(title)}</h3>{body}" if body else ""
+    return f"<h4>{text(title)}</h4>{body}" if body else ""
 
 
 def _sentences(found: Json) -> str:
@@ -204,7 +204,7 @@ def _picture(engine: Json, original: Json, limit: float | None) -> str:
             marks += f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=2{dashes} />"
         for p in points:
             marks += f"<circle cx={x(p[0]):.1f} cy={y(p[2] if p[2] is not None else top):.1f} r=3 fill='{colour}'/>"
-        marks += f"<text x={_LEFT + 8} y={18 + 16 * number} style='fill:{colour}'>{text(name)}: p99, p50 dashed</text>"
+        marks += f"<text x={_LEFT + 8} y={18 + 16 * number} fill='{colour}'>{text(name)}: p99, p50 dashed</text>"
     return svg(_HEIGHT, "latency against rate, with the limit", marks)
 
 

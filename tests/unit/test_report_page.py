@@ -30,8 +30,8 @@ def test_every_headline_says_of_what_it_is() -> None:
         "at batch size 4",
         "The original takes 0.1 ms; both called as infer.py calls.",
         "With inputs and outputs bound before, the engine takes 0.03 ms.",
-        "top1 is 0.9575, the original's 0.96, on 400 samples, by labels.",
-        "0.25 (top1 0.9575, the original 0.96, 400 samples)",
+        "top1 is 95.75 %, the original's 96 %, on 400 samples, by labels.",
+        "0.25 (top1 95.75 %, the original 96 %, 400 samples)",
     ):
         assert words in page
 
@@ -51,3 +51,54 @@ def test_the_kinds_of_bundles_and_why_one_is_missing() -> None:
     for words in ("Other bundles", "<td>triton<td>python", "&lt;why&gt;", "requests: 96, executions: 40", "no server"):
         assert words in page
     assert "Other bundles" not in report_page({}, "job_1")
+
+
+def test_the_page_answers_three_questions_in_order() -> None:
+    report = {
+        "final_metrics": FINAL,
+        "checks": [{"name": "p99_latency_ms", "value": 17264.3, "limit": 20000.0, "passed": True}],
+        "recommendations": ["Serve it with batches of 8."],
+        "environment": {"hardware": {"memory_bytes": 25276510208, "isa": ["avx2", "vnni"], "gpu": None}},
+        "method": {"aa": {"1": {"ratio": 1.02}}, "raw_samples": [{"name": "samples.npz", "size_bytes": 6035}]},
+    }
+    page = report_page(report, "job_1")
+    places = [page.index(words) for words in ("What did I gain?", "Can I trust it?", "What next?")]
+    assert places == sorted(places)
+    assert "17,260" in page
+    assert "<td>p99 latency, ms<td class=n>17,260" in page
+    assert "<dt>memory bytes<dd>25.3 GB" in page
+    assert "<dt>ratio<dd>1.02" in page, "what lies deeper stands below its name, and is no dump"
+    assert "e+0" not in page
+    assert "{&#x27;" not in page
+    assert "gpu" not in page, "what there is nothing of is left out"
+
+
+def test_from_the_original_to_the_engine_part_by_part() -> None:
+    final = {"original_latency_ms": 10.0, "latency_ms": 4.0}
+    parts = [
+        {"name": "int8", "impact": "…", "latency_ratio": 0.5},  # without it: 8 ms
+        {"name": "<fusion>", "impact": "…", "latency_ratio": 0.8},  # without it: 5 ms
+    ]
+    page = report_page({"final_metrics": final, "optimizations_applied": parts}, "job_1")
+    assert "from the original&#x27;s latency to the engine&#x27;s, part by part" in page
+    for told in ("10 ms", "−4 ms", "−1 ms", "together, beyond each alone", "4 ms", "&lt;fusion&gt;"):
+        assert told in page
+    nothing = report_page({"final_metrics": final, "optimizations_applied": [{"name": "a", "impact": None}]}, "job_1")
+    assert "part by part" not in nothing
+
+
+def test_speed_accuracy_and_size_in_one_picture() -> None:
+    baseline = {"id": "baseline", "size_mb": 4.0, "batches": {"1": {"p50_ms": 2.0}}}
+    engine = {"id": "a", "name": "<a>", "status": "picked", "size_mb": 1.0, "accuracy": {"loss_percent": 0.2},
+              "batches": {"1": {"p50_ms": 1.0}}}  # fmt: skip
+    page = report_page({"baseline": baseline, "candidates": [engine]}, "job_1")
+    assert "Speed, accuracy and size" in page
+    assert "<li>&lt;a&gt;: 1 ms, 0.2 points, 1 MB" in page
+    assert "Speed, accuracy and size" not in report_page({"baseline": baseline}, "job_1")
+
+
+def test_tables_and_drawings_scroll_within_themselves() -> None:
+    layers = [{"name": "gelu", "op_type": "Gelu", "ms": 0.4, "share": 0.7245}]
+    page = report_page({"profile": {"layers": layers}, "final_metrics": FINAL}, "job_1")
+    assert page.count("<table>") == page.count("<div class=scroll tabindex=0 role=group") >= 1
+    assert "<td>72.45 %" in page

@@ -5,6 +5,7 @@ last finished one."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ class Optimizer:
         progress = self.runner.view.progress
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.job.fencing_token}")
-        found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder).run()
+        tell = partial(self.runner.tell, "candidates")
+        found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder, tell=tell).run()
         progress.enter("final", 2.0 * (len(found.finalists) + 2) + len(found.finalists))
         done = Finals(evaluator, found).judged()
         return Proof(

@@ -373,6 +373,10 @@ class StageRunner:
         )
         self.ledger.remember(self.claim, row)
 
+    def tell(self, event_type: str, event: dict[str, Any]) -> None:
+        """Leave an event for who watches the job."""
+        self.ledger.progress(self.claim, {}, event_type, event)
+
     def _progress(self, call: _Call) -> Callable[[float, str], None]:
         last = time.monotonic()
         every = _PROGRESS_OF_MEASURING_S if call.stage_type.exclusive_device else _PROGRESS_EVERY_S

@@ -21,6 +21,7 @@ from workers.search.desk import Desk
 from workers.search.policy import Policy
 from workers.search.recording import Recorder
 from workers.search.requests import Answer, Done, Request, Stopped, Subject
+from workers.search.standings import Standings
 from workers.search.state import CandidateState, Deadlines, Facts, Pair, SearchState
 
 
@@ -44,7 +45,8 @@ class Found:
 
 
 class Search:
-    """Of one job. `answer`: who answers its requests, if not this worker by itself. `recorder`: writes them down."""
+    """Of one job. `answer`: who answers its requests, if not this worker by itself. `recorder`: writes them down.
+    `tell`: told what changed in how the candidates stand."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Search:
         *,
         answer: Callable[[Request], Answer] | None = None,
         recorder: Recorder | None = None,
+        tell: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.case = case
         self.plan = plan
@@ -65,6 +68,7 @@ class Search:
         self.desk = Desk(evaluator)
         self.answer = answer or self.desk.answer
         self.recorder = recorder
+        self.tell, self.standings = tell, Standings()
         self.facts = facts_of(case, evaluator)
         self.policy = Policy(self.facts, self._variants, self._final_seconds)
 
@@ -111,6 +115,8 @@ class Search:
         self.evaluator.apart = state.apart
         for found in state.candidates.values():
             self._write_down(found)
+        if self.tell is not None and (news := self.standings.news(state)) is not None:
+            self.tell(news)
 
     def _write_down(self, found: CandidateState) -> None:
         run = self.desk.run_of(found.plan)

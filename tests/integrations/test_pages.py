@@ -1,0 +1,42 @@
+"""A person uses the pages in a real browser: signs in, uploads, submits, watches (in two tabs, over a restart of the
+API), reads, downloads, cancels, compares. Screenshots of every page stay in the test's folder."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.factories.deployment import deployment
+from tests.integrations.chromium import chromium
+from tests.integrations.environments import REPOSITORY, environment
+
+CHECK = Path(__file__).with_name("browser_check.py")
+DIGITS = REPOSITORY / "examples" / "digits"
+
+
+def test_a_person_uses_the_pages(tmp_path: Path) -> None:
+    python, browser = environment("browser") / "bin" / "python", chromium()
+    shots = tmp_path / "screenshots"
+    shots.mkdir()
+    with deployment(tmp_path / "home", {"ANNEAL_REQUIRE_KEYS": "true"}) as deployed:
+        key = deployed.run("app", "create-key", "--tenant", "test")
+        deployed.start_worker()
+        deployed.wait_ready(60)
+        files = [str(DIGITS / name) for name in ("model.onnx", "validation.npz")]
+        command = [str(python), str(CHECK), browser, deployed.url, key, str(shots), *files]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            told = process.stdout.readline()
+            if told == "restart\n":
+                api = deployed.processes[0]
+                api.kill()
+                api.wait()
+                deployed.start_api()
+                process.stdin.write("done\n")
+                process.stdin.flush()
+            out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, f"{told}{out}\n{err[-6000:]}\nscreenshots: {shots}"
+    assert len(list(shots.glob("*.png"))) > 30
