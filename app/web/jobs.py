@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -32,7 +32,7 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 JobId = Annotated[str, path_id("job")]
 _ROWS = 50
 _FEW = 8
-StatusFilter = Annotated[Status | None, Query()]
+StatusFilter = Annotated[Status | Literal[""], Query()]  # a form sends an empty one for any
 Cursor = Annotated[str | None, Query(max_length=200, pattern=CURSOR)]
 
 
@@ -60,12 +60,12 @@ def list_page(
     request: Request,
     services: ServicesDep,
     tenant_id: Visitor,
-    status: StatusFilter = None,
+    status: StatusFilter = "",
     model_id: IdFilter = None,
     cursor: Cursor = None,
 ) -> Response:
     """Newest first, by filters, a page at a time."""
-    values = _listed(services, tenant_id, status, model_id, cursor)
+    values = _listed(services, tenant_id, status or None, model_id, cursor)
     return page(request, "jobs.html", **values)
 
 
@@ -73,12 +73,12 @@ def list_page(
 def list_rows(
     services: ServicesDep,
     tenant_id: Visitor,
-    status: StatusFilter = None,
+    status: StatusFilter = "",
     model_id: IdFilter = None,
     cursor: Cursor = None,
 ) -> Response:
     """The rows alone, as they are now."""
-    return part(fragment("_job_rows.html", **_listed(services, tenant_id, status, model_id, cursor)))
+    return part(fragment("_job_rows.html", **_listed(services, tenant_id, status or None, model_id, cursor)))
 
 
 def _listed(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from app.capabilities.schemas import CapabilitiesOut
+from app.compatibility.schemas import CompatibilityOut
 from app.http.deps import ServicesDep, path_id
 from app.http.pagination import CURSOR, decode_cursor, encode_cursor
 from app.tenants import keys_of
@@ -31,9 +32,13 @@ def models_page(request: Request, services: ServicesDep, tenant_id: Visitor, cur
 
 
 @router.get("/models/{model_id}")
-def model_page(request: Request, services: ServicesDep, tenant_id: Visitor, model_id: ModelId) -> Response:
-    """A model: inputs, outputs, operators, what its file says of itself, its jobs."""
+def model_page(
+    request: Request, services: ServicesDep, tenant_id: Visitor, model_id: ModelId, ask: bool = False
+) -> Response:
+    """A model: inputs, outputs, operators, what its file says of itself, its jobs. `ask`: and which backends take it,
+    which idle workers find out."""
     model = services.models.get(tenant_id, model_id)
+    asked = CompatibilityOut.of(model_id, services.compatibility.ask(model)) if ask else None
     with services.db.read() as session:
         lines = PageRepository(session).lines(tenant_id, limit=_FEW, model_id=model_id)
     detail = dict(model.detail)
@@ -41,7 +46,8 @@ def model_page(request: Request, services: ServicesDep, tenant_id: Visitor, mode
     counted = sorted(ops.items(), key=lambda item: -item[1]) if isinstance(ops, dict) else []
     facts = {name: value for name, value in detail.items() if isinstance(value, str | int | float)}
     most = counted[0][1] if counted else 1
-    return page(request, "model.html", model=model, ops=counted, most=most, facts=facts, lines=lines)
+    values = {"ops": counted, "most": most, "facts": facts, "lines": lines, "asked": asked}
+    return page(request, "model.html", model=model, **values)
 
 
 @router.get("/datasets")

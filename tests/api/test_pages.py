@@ -48,8 +48,8 @@ def test_the_root_is_a_page_for_browsers_and_what_it_was_for_others(client: http
 
 
 def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[str, Any]) -> None:
-    paths = ["/", "/jobs", "/jobs?status=queued", "/jobs/new", f"/jobs/{job['id']}", "/jobs/rows", "/models"]
-    paths += [f"/models/{job['model_id']}", "/datasets", "/workers", "/keys", "/docs", f"/compare?job={job['id']}"]
+    paths = ["/", "/jobs", "/jobs?status=queued", "/jobs?status=", "/jobs/new", f"/jobs/{job['id']}", "/jobs/rows", "/models"]
+    paths += [f"/models/{job['model_id']}", f"/models/{job['model_id']}?ask=yes", "/datasets", "/workers", "/keys", "/docs", f"/compare?job={job['id']}"]
     paths += [f"/jobs/new?like={job['id']}", f"/jobs/new?model={job['model_id']}", "/compare"]
     for path in paths:
         page = browser.get(path)
@@ -59,7 +59,7 @@ def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[
         assert "unsafe" not in policy
         assert "script-src 'self';" in policy
         _nothing_inline(page.text)
-        for loaded in re.findall(r'(?:src|href)="([^"#]+\.(?:js|css|svg)[^"]*)"', page.text):
+        for loaded in re.findall(r'(?:src|href)="([^"#]+\.(?:js|css|svg)\?[^"]*)"', page.text):
             assert loaded.startswith("/static/"), "nothing from anywhere else"
             file = browser.get(loaded)
             assert file.status_code == 200, loaded
