@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ def number(value: float) -> str:
     """Four digits: 17,260 for 17264.3, 0.4328 for 0.432825, 1.2 × 10⁻⁵ for 0.000012."""
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         return str(value)
     if abs(value) >= 999.95:
         return f"{float(f'{value:.4g}'):,.0f}"

@@ -1,5 +1,5 @@
-"""Tenants, their API keys, and the browsers that signed in with one. Only the SHA-256 of a key is stored; a key is shown
-once, when it is made."""
+"""Tenants, their API keys, and the browsers that signed in with one. Only the SHA-256 of a key is stored; a key is
+shown once, when it is made."""
 
 from __future__ import annotations
 

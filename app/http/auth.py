@@ -1,7 +1,7 @@
 """Who asks: `Authorization: Bearer ank_…` names the tenant, or the session of a browser that signed in with a key.
 
-A browser sends its cookie whoever made it ask. So a request that changes something counts only with a token that a page of
-another origin cannot know: bound to the session, and to a cookie of its own, which a form has before there is a session.
+A browser sends its cookie whoever made it ask. So a request that changes something counts only with a token that a page
+of another origin cannot know: bound to the session, and to a cookie of its own, which there is before a session.
 """
 
 from __future__ import annotations

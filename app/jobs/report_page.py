@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.figures import metric, number
+from app.figures import metric
 from app.jobs.by_batch_page import by_batch
 from app.jobs.comparison_page import comparison_body
 from app.jobs.page_parts import (
@@ -257,10 +257,9 @@ def _checks(report: Json) -> str:
         value, bound, limit = (text(check.get(k)) for k in ("value", "bound", "limit"))
         why = text(check.get("reason") or "")
         name = str(check.get("name"))
-        rows += (
-            f"<tr><td>{text(_CHECKS.get(name, name.replace('_', ' ')))}<td class=n>{value}<td class=n>{bound}<td class=n>{limit}<td>{verdict}"
-        )
-        rows += f"<td>{why}"
+        words = text(_CHECKS.get(name, name.replace("_", " ")))
+        figures = "".join(f"<td class=n>{figure}" for figure in (value, bound, limit))
+        rows += f"<tr><td>{words}{figures}<td>{verdict}<td>{why}"
     names = ["check", "value", "not excluded, up to", "limit", "verdict", "why"]
     head = "".join(f"<th scope=col{' class=n' if 0 < i < 4 else ''}>{name}" for i, name in enumerate(names))
     return scrolling(f"<thead><tr>{head}<tbody>{rows}", names) if rows else ""

@@ -86,8 +86,8 @@ def speedups(report: Json) -> str:
 
 
 def waterfall(report: Json) -> str:
-    """From the original's latency to the engine's: what each part takes off, by leaving it out. Parts help or hinder each
-    other, so what they do together stands as a step of its own."""
+    """From the original's latency to the engine's: what each part takes off, by leaving it out. Parts help or hinder
+    each other, so what they do together stands as a step of its own."""
     final = part_of(report, "final_metrics")
     before, after = as_number(final.get("original_latency_ms")), as_number(final.get("latency_ms"))
     applied = objects(report.get("optimizations_applied"))
@@ -147,7 +147,9 @@ def pareto(report: Json) -> str:
     for i, (c, ms, loss, mb) in enumerate(points, 1):
         x, y = 60 + 670 * ms / most_ms, 220 - 190 * (loss - low) / spread
         radius = 4 + 14 * (mb / most_mb) ** 0.5
-        marks += f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} fill='{_colour(c)}' fill-opacity=.45 stroke='{_colour(c)}'/>"
+        marks += (
+            f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} fill='{_colour(c)}' fill-opacity=.45 stroke='{_colour(c)}'/>"
+        )
         marks += f"<text x={x + radius + 3:.1f} y={y + 4:.1f}>{i}</text>"
         lines += f"<li>{text(c.get('name'))}: {number(ms)} ms, {number(loss)} points, {number(mb)} MB"
     return svg(270, "latency, accuracy lost and size of each configuration", marks) + f"<ol>{lines}</ol>"

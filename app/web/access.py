@@ -12,11 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 
 from app.errors import AppError, invalid_request
 from app.http.auth import Credentials
 from app.http.deps import get_services
-from app.http.problem import database_problem, field_errors
+from app.http.problem import database_problem, field_errors, internal_error
 from app.storage.base import BlobNotFound
 from app.web.rendering import error_page, page, see_other
 
@@ -53,6 +54,11 @@ class PageRoute(APIRoute):
                 log.error("blob_missing", exc_info=error)
                 detail = "The storage does not hold this file."
                 return error_page(request, AppError("content_missing", "The content is gone", 503, detail))
+            except HTTPException:
+                raise
+            except Exception as error:
+                log.error("unhandled_error", method=request.method, path=request.url.path, exc_info=error)
+                return error_page(request, internal_error())
 
         return handle
 

@@ -46,7 +46,7 @@ def model_page(
     counted = sorted(ops.items(), key=lambda item: -item[1]) if isinstance(ops, dict) else []
     facts = {name: value for name, value in detail.items() if isinstance(value, str | int | float)}
     most = counted[0][1] if counted else 1
-    values = {"ops": counted, "most": most, "facts": facts, "lines": lines, "asked": asked}
+    values: dict[str, Any] = {"ops": counted, "most": most, "facts": facts, "lines": lines, "asked": asked}
     return page(request, "model.html", model=model, **values)
 
 

@@ -1,5 +1,5 @@
-"""Templates to responses. Whatever comes from users is escaped by Jinja2, in every template; what a page may load, run or
-talk to stands in its policy: this service's own files, no inline script, no inline style."""
+"""Templates to responses. Whatever comes from users is escaped by Jinja2, in every template; what a page may load, run
+or talk to stands in its policy: this service's own files, no inline script, no inline style."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def fragment(template: str, **values: Any) -> str:
     return environment().get_template(template).render(**values)
 
 
-def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
+def page(request: Request, template: str, *, code: int = 200, **values: Any) -> Response:
     """A page for the browser that asks. It gets a cookie that its forms are bound to, where it has none."""
     credentials = Credentials.of(request.scope)
     fresh = None if credentials.seed else secrets.token_urlsafe(24)
@@ -85,7 +85,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         known=not keys_required or "anneal.tenant" in request.scope,
         **values,
     )
-    response = Response(body, status, _HEADERS, "text/html")
+    response = Response(body, code, _HEADERS, "text/html")
     if fresh is not None:
         set_cookie(response, SEED_COOKIE, fresh, secure=False)
     return response
@@ -102,7 +102,7 @@ def see_other(path: str) -> Response:
 
 
 def error_page(request: Request, error: AppError) -> Response:
-    response = page(request, "error.html", status=error.status, error=error)
+    response = page(request, "error.html", code=error.status, error=error)
     response.headers.update({k: v for k, v in error.headers.items() if k.lower() != "www-authenticate"})
     return response
 

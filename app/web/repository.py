@@ -61,7 +61,8 @@ class PageRepository:
         """Newest first."""
         query = select(
             Job.id, Job.status, Job.stage, Job.progress, Job.created_at, Job.started_at, Job.finished_at,
-            Job.expected_end, Job.error, Job.queue, Job.model_id, SourceModel.name, Job.spec["objective"].as_string(),
+            Job.expected_end, Job.error, Job.queue, Job.model_id, SourceModel.name.label("model"),
+            Job.spec["objective"].as_string().label("objective"),
         ).join(SourceModel, SourceModel.id == Job.model_id)  # fmt: skip
         query = query.where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
         if before is not None:
@@ -73,8 +74,8 @@ class PageRepository:
         if ids is not None:
             query = query.where(Job.id.in_(ids))
         rows = self.session.execute(query).all()
-        found = self.engines(tenant_id, [row[0] for row in rows if row[1] == "succeeded"])
-        return [JobLine(*row, engine=found[row[0]].metrics if row[0] in found else None) for row in rows]
+        found = self.engines(tenant_id, [row.id for row in rows if row.status == "succeeded"])
+        return [JobLine(**row._mapping, engine=found[row.id].metrics if row.id in found else None) for row in rows]
 
     def engines(self, tenant_id: str, job_ids: Sequence[str]) -> dict[str, Engine]:
         """Of these jobs, by their ids; a job's newest one."""
@@ -86,7 +87,7 @@ class PageRepository:
     def active(self, tenant_id: str) -> dict[str, int]:
         """How many jobs wait and run."""
         query = select(Job.status, func.count()).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE))
-        return {status: count for status, count in self.session.execute(query.group_by(Job.status))}
+        return {row[0]: row[1] for row in self.session.execute(query.group_by(Job.status))}
 
     def told(self, job_id: str, event_type: str) -> list[dict[str, Any]]:
         """The data of a job's events of this type, in order."""

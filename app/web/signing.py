@@ -33,7 +33,7 @@ async def login(request: Request, services: ServicesDep, form: SentForm) -> Resp
     wanted = _own_path(text_field(form, "next"))
     token = await anyio.to_thread.run_sync(sign_in, services.db, text_field(form, "key"))
     if token is None:
-        return page(request, "login.html", status=403, wanted=wanted, refused=True)
+        return page(request, "login.html", code=403, wanted=wanted, refused=True)
     response = see_other(wanted)
     # What a browser says of its own page: behind a proxy that ends TLS, the connection itself does not tell.
     secure = request.headers.get("origin", "").startswith("https://")

@@ -19,8 +19,8 @@ async def live_stream(
     credentials: Credentials,
     render: Callable[[], tuple[int, bool, str]],
 ) -> AsyncIterator[bytes]:
-    """`render` answers the job's version, whether it has ended, and its fragment. Pages that show the same version share
-    one. A browser that lost the connection comes again and gets the state of that moment first; so nothing is missed
+    """`render` answers the job's version, whether it ended, and its fragment. Pages that show the same version share
+    one. A browser that lost the connection comes again and gets the state of that moment first, so nothing is missed
     whatever restarts. It ends with the event `end`, or when whoever asks is not let in any more."""
     with services.waiting.taken(tenant_id):
         yield b"retry: 1000\n\n"

@@ -59,8 +59,8 @@ LIMITS = (
         "p99",
         ("constraints", "p99_latency_ms"),
         "p99 latency, at most",
-        "99 of 100 calls have to be answered in this time. Empty: no limit. It takes some hundred calls to prove, so give "
-        "it budget.",
+        "99 of 100 calls have to be answered in this time. Empty: no limit. It takes some hundred calls to prove, so "
+        "give it budget.",
         "ms",
     ),
     Limit(
@@ -88,6 +88,15 @@ LIMITS = (
         integer=True,
     ),
 )
+_NAMED = {
+    "model_id": "Model",
+    "calibration": "Calibration data",
+    "validation": "Validation data",
+    "target": "Machine",
+    "precisions": "Precisions",
+    "benchmark": "Batch sizes",
+    "objective": "Best by",
+}
 
 
 @dataclass
@@ -136,17 +145,15 @@ async def submit(request: Request, services: ServicesDep, tenant_id: Visitor, fo
             lambda: services.jobs.submit(tenant_id, spec, correlation_id=request_id, idempotency=key)
         )
     except ValidationError as error:
-        filled.errors = [FieldError(_label(e.pointer), e.message) for e in field_errors(error.errors())]  # type: ignore[arg-type]  # pydantic's details
+        filled.errors = [FieldError(_label(e.pointer), e.message) for e in field_errors(error.errors())]
     except AppError as error:
         filled.problem, filled.errors = error, [FieldError(_label(e.pointer), e.message) for e in error.errors]
     else:
         return see_other(f"/jobs/{job.id}")
-    return await _form(request, services, tenant_id, filled, status=422)
+    return await _form(request, services, tenant_id, filled, code=422)
 
 
-async def _form(
-    request: Request, services: Services, tenant_id: str, filled: Filled, status: int = 200
-) -> Response:
+async def _form(request: Request, services: Services, tenant_id: str, filled: Filled, code: int = 200) -> Response:
     def read() -> dict[str, Any]:
         offer = services.capabilities.live()
         return {
@@ -160,7 +167,7 @@ async def _form(
     return page(
         request,
         "new.html",
-        status=status,
+        code=code,
         filled=filled,
         limits=LIMITS,
         objectives=_OBJECTIVES,
@@ -239,6 +246,4 @@ def _label(pointer: str) -> str:
     """What the form calls the place of an error."""
     steps = tuple(step for step in pointer.split("/") if step and step != "body")
     found = next((limit.words for limit in LIMITS if limit.path == steps[: len(limit.path)]), None)
-    named = {"model_id": "Model", "calibration": "Calibration data", "validation": "Validation data",
-             "target": "Machine", "precisions": "Precisions", "benchmark": "Batch sizes", "objective": "Best by"}  # fmt: skip
-    return found or named.get(steps[0] if steps else "", pointer)
+    return found or _NAMED.get(steps[0] if steps else "", pointer)

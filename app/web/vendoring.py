@@ -4,8 +4,8 @@
     fetch     take them out of the npm packages that the lock names, and compare with its digests
     update    the same, and write the digests anew: after the lock's versions were changed on purpose
 
-Needs npm for all but `check`. The lock, `vendor.json`, names for each package its version and licence, and for each file
-where it stands in the package, what it is called here and its SHA-256. Licences are kept beside the files.
+Needs npm for all but `check`. The lock, `vendor.json`, names for each package its version and licence, and for each
+file where it stands in the package, what it is called here and its SHA-256. Licences are kept beside the files.
 """
 
 from __future__ import annotations

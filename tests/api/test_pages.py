@@ -48,8 +48,25 @@ def test_the_root_is_a_page_for_browsers_and_what_it_was_for_others(client: http
 
 
 def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[str, Any]) -> None:
-    paths = ["/", "/jobs", "/jobs?status=queued", "/jobs?status=", "/jobs/new", f"/jobs/{job['id']}", "/jobs/rows", "/models"]
-    paths += [f"/models/{job['model_id']}", f"/models/{job['model_id']}?ask=yes", "/datasets", "/workers", "/keys", "/docs", f"/compare?job={job['id']}"]
+    paths = [
+        "/",
+        "/jobs",
+        "/jobs?status=queued",
+        "/jobs?status=",
+        "/jobs/new",
+        f"/jobs/{job['id']}",
+        "/jobs/rows",
+        "/models",
+    ]
+    paths += [
+        f"/models/{job['model_id']}",
+        f"/models/{job['model_id']}?ask=yes",
+        "/datasets",
+        "/workers",
+        "/keys",
+        "/docs",
+        f"/compare?job={job['id']}",
+    ]
     paths += [f"/jobs/new?like={job['id']}", f"/jobs/new?model={job['model_id']}", "/compare"]
     for path in paths:
         page = browser.get(path)
@@ -111,9 +128,11 @@ def test_a_form_counts_only_from_a_page_of_this_browser(browser: httpx.Client, j
     assert response.status_code == 303, response.text
     again = browser.post("/jobs", data={**fields, "csrf": token}, follow_redirects=False)
     assert again.headers["location"] == response.headers["location"], "sent twice, it is one job"
-    assert browser.post(cancel, data={"csrf": token}, follow_redirects=False).headers["location"] == f"/jobs/{job['id']}"
+    assert (
+        browser.post(cancel, data={"csrf": token}, follow_redirects=False).headers["location"] == f"/jobs/{job['id']}"
+    )
     assert browser.get(f"/v1/jobs/{job['id']}", headers={"Accept": "*/*"}).json()["status"] == "cancelled"
-    seed_cookie = httpx.get(f"{browser.base_url}/jobs", headers=HTML).headers["set-cookie"]
+    seed_cookie = httpx.get(browser.base_url.join("/jobs"), headers=HTML).headers["set-cookie"]
     assert "HttpOnly" in seed_cookie
     assert "SameSite=strict" in seed_cookie
 
@@ -161,7 +180,7 @@ def test_a_list_of_many_jobs_reads_one_page_of_them(browser: httpx.Client, servi
         statements.clear()
         page = browser.get(f"/jobs{query}")
         assert page.text.count('name="job"') == 50
-        assert len(statements) <= 2, "one for the jobs, one for their engines"
+        assert len([s for s in statements if s.startswith("SELECT")]) <= 2, "one for the jobs, one for their engines"
         assert all("stages" not in s.partition("FROM")[0] for s in statements), "no large column"
         seen = set(re.findall(r'value="(job_\w+)"', page.text))
         found = re.search(r'rel="next" href="([^"]+)"', page.text)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import update
+from sqlalchemy import func, select, update
 
 from app.db.accounts import BrowserSession
 from app.db.base import utcnow
@@ -33,10 +34,12 @@ def keys(keyed: tuple[str, Services]) -> dict[str, str]:
     return {name: create_key(keyed[1].db, name, f"key of {name}") for name in ("alice", "bob")}
 
 
-def sign_in(url: str, key: str, wanted: str = "/jobs") -> tuple[httpx.Client, httpx.Response]:
-    browser = httpx.Client(base_url=url, headers=HTML, timeout=20)
-    token = token_in(browser.get("/login"))
-    return browser, browser.post("/login", data={"csrf": token, "key": key, "next": wanted})
+@contextmanager
+def sign_in(url: str, key: str, wanted: str = "/jobs") -> Iterator[tuple[httpx.Client, httpx.Response]]:
+    """A browser, and what it was answered."""
+    with httpx.Client(base_url=url, headers=HTML, timeout=20) as browser:
+        token = token_in(browser.get("/login"))
+        yield browser, browser.post("/login", data={"csrf": token, "key": key, "next": wanted})
 
 
 def _job_of(url: str, key: str, model_bytes: bytes) -> dict[str, Any]:
@@ -57,8 +60,7 @@ def test_who_is_not_signed_in_is_led_to_do_so_and_back(keyed: tuple[str, Service
         foreign = browser.get("/jobs", headers={"Sec-Fetch-Site": "cross-site"})
         assert 'http-equiv="refresh"' in foreign.text, "led here by another site, it asks again as its own"
         assert_problem(browser.get("/", headers={"Accept": "*/*"}), 404, "not_found")
-    browser, response = sign_in(url, keys["alice"])
-    with browser:
+    with sign_in(url, keys["alice"]) as (browser, response):
         assert (response.status_code, response.headers["location"]) == (303, "/jobs")
         cookie = response.headers["set-cookie"]
         assert "anneal_session=" in cookie
@@ -67,12 +69,13 @@ def test_who_is_not_signed_in_is_led_to_do_so_and_back(keyed: tuple[str, Service
         assert "Secure" not in cookie
         assert keys["alice"] not in cookie
     for wanted in ("//evil.example", "https://evil.example", "/\\evil.example", "\\evil", "jobs", "/\tx", ""):
-        browser, response = sign_in(url, keys["alice"], wanted)
-        browser.close()
-        assert response.headers["location"] == "/", wanted
+        with sign_in(url, keys["alice"], wanted) as (_, response):
+            assert response.headers["location"] == "/", wanted
 
 
-def test_the_cookie_is_for_tls_alone_where_the_page_came_by_it(keyed: tuple[str, Services], keys: dict[str, str]) -> None:
+def test_the_cookie_is_for_tls_alone_where_the_page_came_by_it(
+    keyed: tuple[str, Services], keys: dict[str, str]
+) -> None:
     with httpx.Client(base_url=keyed[0], headers=HTML) as browser:
         data = {"csrf": token_in(browser.get("/login")), "key": keys["alice"]}
         response = browser.post("/login", data=data, headers={"Origin": "https://anneal.example"})
@@ -83,8 +86,7 @@ def test_a_wrong_key_signs_nobody_in(keyed: tuple[str, Services], keys: dict[str
     revoked = create_key(keyed[1].db, "alice", "old")
     assert revoke_key(keyed[1].db, revoked)
     for key in ("", "ank_wrong", revoked, "ä" * 10, "x" * 10_000, "\x00"):
-        browser, response = sign_in(keyed[0], key)
-        with browser:
+        with sign_in(keyed[0], key) as (browser, response):
             assert response.status_code == 403
             assert "not a live key" in response.text
             assert "anneal_session" not in browser.cookies
@@ -95,8 +97,7 @@ def test_a_browser_opens_all_of_its_own_and_nothing_of_others(
 ) -> None:
     url, _ = keyed
     own, others = (_job_of(url, keys[name], model_bytes) for name in ("alice", "bob"))
-    browser, _ = sign_in(url, keys["alice"])
-    with browser:
+    with sign_in(url, keys["alice"]) as (browser, _):
         for path in ("", "/live", "/outcome"):
             assert browser.get(f"/jobs/{others['id']}{path}").status_code == 404
         token = token_in(browser.get("/jobs"))
@@ -119,8 +120,7 @@ def test_a_browser_opens_all_of_its_own_and_nothing_of_others(
 def test_the_api_takes_a_session_only_from_a_page_of_this_service(
     keyed: tuple[str, Services], keys: dict[str, str], model_bytes: bytes
 ) -> None:
-    browser, _ = sign_in(keyed[0], keys["alice"])
-    with browser:
+    with sign_in(keyed[0], keys["alice"]) as (browser, _):
         target = "/v1/models?filename=a.onnx"
         assert_problem(browser.post(target, content=model_bytes), 403, "csrf")
         assert_problem(browser.post(target, content=model_bytes, headers={"X-CSRF-Token": "0" * 64}), 403, "csrf")
@@ -135,9 +135,8 @@ def test_a_session_ends_by_signing_out_with_its_key_and_by_time(
     keyed: tuple[str, Services], keys: dict[str, str]
 ) -> None:
     url, services = keyed
-    browser, _ = sign_in(url, keys["alice"])
-    session = browser.cookies["anneal_session"]
-    with browser:
+    with sign_in(url, keys["alice"]) as (browser, _):
+        session = browser.cookies["anneal_session"]
         token = token_in(browser.get("/jobs"))
         out = browser.post("/logout", data={"csrf": token})
         assert out.headers["location"] == "/login"
@@ -145,17 +144,14 @@ def test_a_session_ends_by_signing_out_with_its_key_and_by_time(
         browser.cookies.set("anneal_session", session)
         assert browser.get("/jobs").status_code == 303, "a copy of the cookie is worth nothing either"
     assert session.encode() not in b"".join(f.read_bytes() for f in services.settings.home_dir.glob("anneal.db*"))
-    browser, _ = sign_in(url, keys["bob"])
-    with browser:
+    with sign_in(url, keys["bob"]) as (browser, _):
         assert browser.get("/v1/jobs").status_code == 200
         assert revoke_key(services.db, keys["bob"])
         services.auth.forget(browser.cookies["anneal_session"])  # else it is remembered for two seconds
         assert_problem(browser.get("/v1/jobs"), 401, "unauthorized")
-    browser, _ = sign_in(url, keys["alice"])
-    with browser:
+    with sign_in(url, keys["alice"]) as (browser, _):
         with services.db.write() as uow:
             uow.session.execute(update(BrowserSession).values(expires_at=utcnow() - timedelta(seconds=1)))
         assert browser.get("/jobs").status_code == 303
-    sign_in(url, keys["alice"])[0].close()
-    with services.db.read() as found:
-        assert found.query(BrowserSession).count() == 1, "what is over is forgotten"
+    with sign_in(url, keys["alice"]), services.db.read() as found:
+        assert found.scalar(select(func.count()).select_from(BrowserSession)) == 1, "what is over is forgotten"

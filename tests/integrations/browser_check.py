@@ -1,5 +1,5 @@
-"""Run in the environment `browser`: a person uses the pages in a real Chromium. Prints what it wants done to the service
-(`restart`), waits for a line, and ends with 0 where all was as it should be.
+"""Run in the environment `browser`: a person uses the pages in a real Chromium. Prints what it wants done to the
+service (`restart`), waits for a line, and ends with 0 where all was as it should be.
 
     python browser_check.py CHROMIUM URL KEY FOLDER MODEL DATA
 """
@@ -193,7 +193,9 @@ def main() -> None:
         context.set_default_timeout(20_000)
         page = listen(context.new_page())
         foreign: list[str] = []
-        context.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((URL, "data:", "blob:")) else None)
+        context.on(
+            "request", lambda r: foreign.append(r.url) if not r.url.startswith((URL, "data:", "blob:")) else None
+        )
         signs_in(page)
         uploads(page)
         job = watches(page, context.new_page())

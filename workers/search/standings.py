@@ -38,7 +38,7 @@ class Standings:
         self._leader: str | None = None
 
     def news(self, state: SearchState) -> dict[str, Any] | None:
-        """{candidates: those that are new or stand elsewhere now, leader: an id or None}; None where nothing changed."""
+        """{candidates: those that are new or stand elsewhere now, leader: an id or None}; None without any news."""
         now = {cid: standing_of(found) for cid, found in state.candidates.items()}
         changed = [told for cid, told in now.items() if self._told.get(cid) != told]
         ahead = leader(state)
