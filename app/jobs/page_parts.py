@@ -52,6 +52,11 @@ def section(title: str, body: str, level: int = 3) -> str:
     return f"<h{level}>{text(title)}</h{level}>{body}" if body else ""
 
 
+def folded(title: str, body: str) -> str:
+    """A section that opens when it is asked to."""
+    return f"<details><summary><h3>{text(title)}</h3></summary>{body}</details>" if body else ""
+
+
 def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 

@@ -15,6 +15,7 @@ from app.jobs.page_parts import (
     as_number,
     bullets,
     facts_table,
+    folded,
     interval_text,
     objects,
     part_of,
@@ -110,8 +111,8 @@ def report_body(report: Json) -> str:
         section("The search, in the order of trying", _search(report)),
         section("Layers that quantization hurts most", rows_table(report.get("sensitivity"), _SENSITIVITY, 10)),
         section("Where the time goes", _profile(part_of(report, "profile"))),
-        section("Method", facts_table(part_of(report, "method"))),
-        section("Environment", facts_table(part_of(report, "environment"))),
+        folded("Method", facts_table(part_of(report, "method"))),
+        folded("Environment", facts_table(part_of(report, "environment"))),
     ]
     then = [
         section("Recommendations", bullets(report.get("recommendations"))),
@@ -144,7 +145,7 @@ def _style() -> str:
 
 def _page(title: str, body: str) -> str:
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
-    whole = f"<body><main>{body}</main></body>"
+    whole = f"<body><main class=report>{body}</main></body>"
     return f"<!doctype html><html lang=en><head>{head}<style>{_style()}</style></head>{whole}</html>"
 
 

@@ -138,7 +138,7 @@ def asked_for(spec: Json) -> list[tuple[str, Any]]:
     target, bench = spec.get("target") or {}, spec.get("benchmark") or {}
     found: list[tuple[str, Any]] = [("Best by", spec.get("objective"))]
     if check.get("max_accuracy_loss_percent") is not None:
-        found.append(("Accuracy loss", f"at most {check['max_accuracy_loss_percent']:g} points"))
+        found.append(("Accuracy loss", f"at most {check['max_accuracy_loss_percent']:g} percentage points"))
     if spec.get("targets"):
         found.append(("Machines", ", ".join(str(t.get("hardware")) for t in spec["targets"])))
     else:
