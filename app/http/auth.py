@@ -120,5 +120,8 @@ class Authenticator:
 
 
 def _unauthorized(detail: str, challenge: str) -> AppError:
-    remedy = "Send the header Authorization: Bearer <key>; an operator makes keys with the service's command line."
+    remedy = (
+        "Send the header Authorization: Bearer <key>, in a browser sign in at /login; an operator makes keys with the "
+        "service's command line."
+    )
     return AppError("unauthorized", "Unauthorized", 401, detail, remedy=remedy, headers={"WWW-Authenticate": challenge})

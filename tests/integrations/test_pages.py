@@ -6,7 +6,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.factories.deployment import deployment
+import pytest
+
+from tests.factories.deployment import Deployment, deployment, kill
 from tests.integrations.chromium import chromium
 from tests.integrations.environments import REPOSITORY, environment
 
@@ -14,6 +16,7 @@ CHECK = Path(__file__).with_name("browser_check.py")
 DIGITS = REPOSITORY / "examples" / "digits"
 
 
+@pytest.mark.timeout(900)  # with installing a browser
 def test_a_person_uses_the_pages(tmp_path: Path) -> None:
     python, browser = environment("browser") / "bin" / "python", chromium()
     shots = tmp_path / "screenshots"
@@ -27,16 +30,23 @@ def test_a_person_uses_the_pages(tmp_path: Path) -> None:
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            told = process.stdout.readline()
-            if told == "restart\n":
-                api = deployed.processes[0]
-                api.kill()
-                api.wait()
-                deployed.start_api()
-                process.stdin.write("done\n")
-                process.stdin.flush()
-            out, err = process.communicate(timeout=240)
+            try:
+                told = _restart_when_asked(process, deployed)
+                out, err = process.communicate(timeout=240)
+            finally:
+                process.kill()
     assert process.returncode == 0, f"{told}{out}\n{err[-6000:]}\nscreenshots: {shots}"
     assert len(list(shots.glob("*.png"))) > 30
+
+
+def _restart_when_asked(process: subprocess.Popen[str], deployed: Deployment) -> str:
+    """The API is killed and started anew in the middle of a job; what the person's script said first."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    told = process.stdout.readline()
+    if told == "restart\n":
+        kill(deployed.processes[0])
+        deployed.start_api()
+        process.stdin.write("done\n")
+        process.stdin.flush()
+    return told

@@ -28,5 +28,15 @@
     for (const id of open) document.getElementById(id)?.setAttribute("open", "");
     tell();
   });
+  // Browsers open few connections to one service: a page that nobody looks at gives its one back after a while.
+  let source;
+  let hidden;
+  document.addEventListener("htmx:sseOpen", (event) => (source = event.detail.source));
+  document.addEventListener("htmx:sseClose", () => (source = undefined));
+  document.addEventListener("visibilitychange", () => {
+    clearTimeout(hidden);
+    if (document.hidden) hidden = setTimeout(() => source?.close(), 30000);
+    else if (source?.readyState === EventSource.CLOSED) location.reload();
+  });
   document.addEventListener("DOMContentLoaded", () => document.getElementById("errors")?.focus());
 })();
