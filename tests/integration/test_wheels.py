@@ -4,15 +4,18 @@ command `anneal` runs it, uses it and stops it."""
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from email import message_from_bytes
 from pathlib import Path
 
 import httpx
@@ -93,6 +96,51 @@ def test_everything_of_the_packages_is_in_the_wheels(wheels: dict[str, Path]) ->
         packages = ("app/", "workers/", "migrations/", "anneal_client/")
         wanted = {str(p) for p in tracked(source) if str(p).startswith(packages)} - {"migrations/script.py.mako"}
         assert not wanted - there, f"{name}: they are missing in the wheel"
+
+
+def test_the_client_alone_needs_no_ml_library(
+    wheels: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As `pipx install` and `uvx` have it: the wheel, and what it requires."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
+    run(*pip, str(wheels["anneal_client"]))
+    site = Path(run(str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    with zipfile.ZipFile(wheels["anneal_client"]) as wheel:
+        (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+        required = [*message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist", [])]
+    names = installed_for(required)
+    assert len(names) < 12, f"a light client: {names}"
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for file in {f.parts[0] for f in distribution.files or ()} - {"..", "__pycache__"}:
+            (site / file).symlink_to(Path(str(distribution.locate_file(file))))
+    variables = {"PATH": os.environ["PATH"], "ANNEAL_CONFIG_DIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def anneal(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(folder / "bin" / "anneal"), *arguments]
+        return subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert "optimize" in anneal("--help").stdout
+    assert anneal("--url", "http://127.0.0.1:9", "doctor").returncode == 6
+    assert "anneal[cpu,openvino]" in anneal("serve").stderr, "what to install"
+    assert "complete" in anneal("completions", "bash").stdout
+
+
+def installed_for(required: Iterable[str]) -> set[str]:
+    """The distributions that these requirements take, without extras, and all below them."""
+    found: set[str] = set()
+    asked = [line for line in required if "extra ==" not in line]
+    while asked:
+        name = re.split(r"[^A-Za-z0-9._-]", asked.pop(), maxsplit=1)[0]
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another Python or system
+            below = importlib.metadata.requires(name) or []
+            if name not in found:
+                found.add(name)
+                asked += [line for line in below if "extra ==" not in line]
+    return found
 
 
 @contextlib.contextmanager
