@@ -1,7 +1,9 @@
 """Run in the environment `browser`: a person uses the pages in a real Chromium. Prints what it wants done to the
 service (`restart`), waits for a line, and ends with 0 where all was as it should be.
 
-    python browser_check.py CHROMIUM URL KEY FOLDER MODEL DATA
+    python browser_check.py CHROMIUM URL KEY FOLDER MODEL DATA WIDE
+
+WIDE is a model whose weights lie in another file beside it, as PyTorch writes it today.
 """
 
 import base64
@@ -14,7 +16,7 @@ from pathlib import Path
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect, sync_playwright
 
-CHROMIUM, URL, KEY, FOLDER, MODEL, DATA = sys.argv[1:]
+CHROMIUM, URL, KEY, FOLDER, MODEL, DATA, WIDE = sys.argv[1:]
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -178,6 +180,10 @@ def looks_around(page: Page) -> None:
     page.locator("tbody a").first.click()
     expect(page.get_by_role("heading", name="Operators")).to_be_visible()
     accessible(page, "model")
+    page.goto(f"{URL}/models")
+    page.locator("#file-models").set_input_files([WIDE, f"{WIDE}.data"])
+    page.wait_for_url(re.compile(r"/jobs/new\?model="))
+    expect(page.locator("#model option:checked")).to_contain_text("wide (archive")
     page.goto(f"{URL}/docs")
     expect(page.locator("#swagger-ui .opblock").first).to_be_visible(timeout=30_000)
     accessible(page, "docs")

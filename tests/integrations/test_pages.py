@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.factories.deployment import Deployment, deployment, kill
+from tests.factories.onnx_models import mlp, save_external
 from tests.integrations.chromium import chromium
 from tests.integrations.environments import REPOSITORY, environment
 
@@ -25,7 +26,8 @@ def test_a_person_uses_the_pages(tmp_path: Path) -> None:
         key = deployed.run("app", "create-key", "--tenant", "test")
         deployed.start_worker()
         deployed.wait_ready(60)
-        files = [str(DIGITS / name) for name in ("model.onnx", "validation.npz")]
+        wide = save_external(mlp(), tmp_path / "wide.onnx", location="wide.onnx.data")
+        files = [*(str(DIGITS / name) for name in ("model.onnx", "validation.npz")), str(wide)]
         command = [str(python), str(CHECK), browser, deployed.url, key, str(shots), *files]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
