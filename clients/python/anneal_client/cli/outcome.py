@@ -99,10 +99,8 @@ def show_end(ctx: Context, job: Mapping[str, Any], report: Json | None, exit: Ex
             screen.bullet(str(error["remedy"]), "→")
     if report is not None:
         show_summary(screen, report)
-    engines = job.get("engine_ids") or []
-    if engines:
+    hints = ["`anneal engines pull {}` fetches the engine"] if job.get("engine_ids") else []
+    hints += ["`anneal report {}` tells everything"] if report is not None else []
+    if hints:
         screen.line()
-        screen.line(
-            f"  `anneal engines pull {clean(job['id'])}` fetches the engine, `anneal report {clean(job['id'])}` "
-            "tells everything."
-        )
+        screen.line(f"  {', '.join(hint.format(clean(job['id'])) for hint in hints)}.")
