@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anneal_client.cli import logins
-from anneal_client.cli.screen import Screen
+from anneal_client.cli.screen import Screen, clean, cut
 from anneal_client.cli.service import Service
 
 
@@ -35,6 +35,11 @@ class Context:
         """A line for a person; none with --json or --quiet. The text is clean."""
         if not self.json and not self.quiet:
             self.screen.line(text)
+
+    def busy(self, text: str) -> None:
+        """A line until the next one, on a terminal."""
+        if not self.json and not self.quiet:
+            self.screen.draw([f"  … {cut(clean(text), self.screen.width - 4)}"])
 
     def emit(self, document: Any) -> None:
         """The answer to --json."""

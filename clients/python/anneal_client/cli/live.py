@@ -54,7 +54,8 @@ class State:
             self.status = str(data.get("status") or self.status)
         elif event.type in ("stage", "progress"):
             name = str(data.get("stage") or "")
-            self.stage = f"{name} · {data['candidate']}" if data.get("candidate") else name
+            of = data.get("candidate") or data.get("hardware")
+            self.stage = f"{name} · {of}" if of else name
             self.message = str(data.get("message") or "")
             self.expected_end = data.get("expected_end") or self.expected_end
         elif event.type == "candidates":

@@ -66,6 +66,7 @@ def run(ctx: Context, args: argparse.Namespace) -> Exit:
     _check(args)
     spec = spec_of(args)
     with ctx.service(patient=args.watch) as service:
+        ctx.busy(f"uploading {args.model}")
         found = upload.model(service, args.model, args.name)
         ctx.say(f"model  {clean(found['id'])}  {clean(found['name'])}, {figures.size(found.get('size_bytes'))}")
         _add_data(ctx, service, args, spec)
@@ -98,6 +99,7 @@ def _add_data(ctx: Context, service: Service, args: argparse.Namespace, spec: Js
         given = getattr(args, option)
         if given is None:
             continue
+        ctx.busy(f"uploading {given}")
         found = upload.dataset(service, given, f"--{option}")
         told = f"{clean(found['name'])}, {figures.number(found.get('samples'))} samples"
         ctx.say(f"data   {clean(found['id'])}  {told}")
