@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import inspect
 import json
-import re
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 
 from anneal_client import (
     AnnealError,
+    AsyncClient,
     Client,
     Conflict,
     ConnectionFailed,
@@ -26,138 +26,63 @@ from anneal_client import (
     NotFound,
     Unavailable,
     UploadInterrupted,
+    WaitTimeout,
 )
 from anneal_client.events import changes, parse_stream
+from tests.factories.faulty_service import (
+    FaultyService,
+    answer_json,
+    body,
+    cut_off,
+    drop,
+    faulty_service,
+    problem,
+    ranged,
+    stream,
+)
 
-Answer = Callable[["Handler"], None]
 
+class Looped:
+    """An `AsyncClient`, each call in an event loop: what blocks and what does not is held to the same tests."""
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FaultyService
+    def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
+        self._client, self._runner = client, runner
 
-    def _serve(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
-        path = urlsplit(self.path).path
-        self.server.seen.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, self.body))
-        for (method, pattern), answers in self.server.routes.items():
-            if method == self.command and re.fullmatch(pattern, path):
-                with self.server.lock:
-                    answer = answers[0] if len(answers) == 1 else answers.pop(0)
-                answer(self)
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = getattr(self._client, name)(*args, **kwargs)
+            return self._iterated(found) if hasattr(found, "__anext__") else self._runner.run(found)
+
+        return call
+
+    def _iterated(self, items: Any) -> Iterator[Any]:
+        while True:
+            try:
+                yield self._runner.run(anext(items))
+            except StopAsyncIteration:
                 return
-        self.send_error(404)
-
-    do_GET = do_POST = do_PUT = _serve
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class FaultyService(ThreadingHTTPServer):
-    """Answers each route with the next of its answers; the last one stays."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.routes: dict[tuple[str, str], list[Answer]] = {}
-        self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def on(self, method: str, pattern: str, *answers: Answer) -> None:
-        self.routes[method, pattern] = list(answers)
-
-
-def body(status: int, content: bytes, **headers: str) -> Answer:
-    def answer(handler: Handler) -> None:
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
-def answer_json(status: int, value: object, **headers: str) -> Answer:
-    return body(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
-
-
-def problem(status: int, **members: object) -> Answer:
-    return answer_json(status, members)
-
-
-def drop(handler: Handler) -> None:
-    handler.close_connection = True
-    handler.connection.shutdown(2)
-
-
-def cut_off(content: bytes, after: int, **headers: str) -> Answer:
-    def answer(handler: Handler) -> None:
-        handler.send_response(200)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content[:after])
-        handler.wfile.flush()
-        drop(handler)
-
-    return answer
-
-
-def ranged(content: bytes, etag: str) -> Answer:
-    def answer(handler: Handler) -> None:
-        match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        if not match:
-            body(200, content, ETag=etag)(handler)
-        elif int(match[1]) >= len(content):
-            body(416, b"", Content_Range=f"bytes */{len(content)}")(handler)
-        else:
-            start = int(match[1])
-            span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            body(206, content[start:], ETag=etag, Content_Range=span)(handler)
-
-    return answer
-
-
-def stream(text: str) -> Answer:
-    """An event stream that ends by closing the connection."""
-
-    def answer(handler: Handler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Type", "text/event-stream")
-        handler.send_header("Connection", "close")
-        handler.end_headers()
-        handler.wfile.write(text.encode())
-        handler.close_connection = True
-
-    return answer
 
 
 @pytest.fixture
 def service() -> Iterator[FaultyService]:
-    server = FaultyService()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with faulty_service() as server:
+        yield server
 
 
-@pytest.fixture
-def client(service: FaultyService, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+@pytest.fixture(params=["blocking", "looped"])
+def client(
+    request: pytest.FixtureRequest, service: FaultyService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Any]:
     monkeypatch.setattr("anneal_client.transport.MAX_PAUSE_S", 0.05)
-    with Client(service.url, "secret", retries=3) as client:
-        yield client
+    monkeypatch.setenv("ANNEAL_CACHE", str(tmp_path / "cache"))
+    if request.param == "blocking":
+        with Client(service.url, "secret", retries=3) as client:
+            yield client
+        return
+    with asyncio.Runner() as runner:
+        looped = Looped(AsyncClient(service.url, "secret", retries=3), runner)
+        yield looped
+        looped.close()
 
 
 def test_a_creating_call_is_retried_with_the_same_idempotency_key(service: FaultyService, client: Client) -> None:
@@ -350,3 +275,37 @@ def test_event_stream_grammar() -> None:
         Event("message", {"message": ""}, "7"),
     ]
     assert list(changes({}, {"status": "queued"})) == [Event("state", {"status": "queued", "error": None})]
+
+
+def test_a_wait_ends_with_the_job_or_with_its_time(service: FaultyService, client: Client) -> None:
+    running = stream('id: 1\nevent: progress\ndata: {"progress": 0.5}\n\n')
+    service.on("GET", "/v1/jobs/job_1/events", running)
+    service.on("GET", "/v1/jobs/job_1", answer_json(200, {"id": "job_1", "status": "running"}))
+    seen: list[Event] = []
+    with pytest.raises(WaitTimeout, match=r"running after 0\.3 s"):
+        client.wait("job_1", seen.append, timeout_s=0.3)
+    assert {event.type for event in seen} == {"progress"}
+
+
+def test_lists_are_followed_page_by_page(service: FaultyService, client: Client) -> None:
+    first = {"items": [{"id": "job_3"}, {"id": "job_2"}], "next_cursor": "c&1"}
+    second = {"items": [{"id": "job_1"}], "next_cursor": None}
+    service.on("GET", "/v1/jobs", answer_json(200, first), problem(503, code="x", detail="y"), answer_json(200, second))
+    jobs = client.jobs(status="failed")
+    assert next(jobs).id == "job_3"
+    assert len(service.seen) == 1
+    assert [job.id for job in jobs] == ["job_2", "job_1"]
+    assert service.queries == ["status=failed&limit=100", *["status=failed&limit=100&cursor=c%261"] * 2]
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    def calls(kind: type) -> dict[str, Any]:
+        return {n: f for n, f in vars(kind).items() if callable(f) and not n.startswith("_")}
+
+    blocking, looped = calls(Client), calls(AsyncClient)
+    assert list(blocking) == list(looped)
+    for name, call in blocking.items():
+        here, there = inspect.signature(call).parameters, inspect.signature(looped[name]).parameters
+        assert {n: (p.kind, p.default) for n, p in here.items()} == {n: (p.kind, p.default) for n, p in there.items()}
+        assert call.__doc__ is not None
+        assert call.__doc__ == looped[name].__doc__

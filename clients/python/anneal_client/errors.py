@@ -100,6 +100,26 @@ class JobFailed(AnnealError):
         )
 
 
+class WaitTimeout(AnnealError):
+    """The job had not ended in the time that the caller gave; it goes on. `job` is its state then."""
+
+    def __init__(self, job: Mapping[str, Any], timeout_s: float) -> None:
+        self.job = job
+        super().__init__(
+            "wait_timeout",
+            f"Job {job.get('id')} is {job.get('status')} after {timeout_s:g} s.",
+            remedy="Wait again: the job goes on. `cancel` ends it.",
+        )
+
+
+class EngineUnusable(AnnealError):
+    """The engine cannot be loaded in this process, or not be called so; `remedy` says what is missing."""
+
+
+class ConversionFailed(AnnealError):
+    """What was given cannot be made into what the service takes, or does not compute the same any more."""
+
+
 _BY_STATUS: dict[int, type[AnnealError]] = {
     400: InvalidRequest,
     401: Unauthorized,

@@ -24,24 +24,35 @@ class Event:
         return self.type == "state" and self.data.get("status") in TERMINAL
 
 
-def parse_stream(lines: Iterable[str]) -> Iterator[Event]:
-    """Events of a `text/event-stream` body, given line by line without line ends (WHATWG HTML, section 9.2.6).
-    Comments are left out; data that is not a JSON object comes as `{"message": <text>}`."""
-    kind, last_id, data = "", None, list[str]()
-    for line in lines:
+class StreamParser:
+    """A `text/event-stream` body, line by line (WHATWG HTML, section 9.2.6). Comments are left out; data that is not a
+    JSON object comes as `{"message": <text>}`."""
+
+    def __init__(self) -> None:
+        self._kind, self._data = "", list[str]()
+        self._last_id: str | None = None
+
+    def feed(self, line: str) -> Event | None:
+        """Take a line without its end; answers the event that it ends."""
         if line:
             name, _, value = line.partition(":")
             value = value.removeprefix(" ")
             if name == "event":
-                kind = value
+                self._kind = value
             elif name == "data":
-                data.append(value)
+                self._data.append(value)
             elif name == "id" and "\0" not in value:
-                last_id = value
-            continue
-        if data:
-            yield Event(kind or "message", _decoded("\n".join(data)), last_id)
-        kind, data = "", []
+                self._last_id = value
+            return None
+        event = Event(self._kind or "message", _decoded("\n".join(self._data)), self._last_id) if self._data else None
+        self._kind, self._data = "", []
+        return event
+
+
+def parse_stream(lines: Iterable[str]) -> Iterator[Event]:
+    """Events of a `text/event-stream` body, given line by line without line ends."""
+    parser = StreamParser()
+    yield from (event for line in lines if (event := parser.feed(line)) is not None)
 
 
 def _decoded(text: str) -> Mapping[str, Any]:

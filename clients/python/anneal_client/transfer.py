@@ -6,19 +6,21 @@ import base64
 import hashlib
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from anneal_client.errors import AnnealError, DigestMismatch, UploadInterrupted
-from anneal_client.transport import Transient, Transport, raise_for
+from anneal_client.sources import Source
+from anneal_client.transport import Transient, Transport, raise_for_opened
 
-BLOCK = 1 << 20
 MAX_LOOK_S = 5.0
+OPEN = "open"
+COMPLETED = "completed"
 _WITHOUT_URLS = {"part_urls": "false"}
 _SHA256 = re.compile(r"(?:sha-?256[:=-])?([0-9a-f]{64})", re.IGNORECASE)
 
@@ -34,108 +36,93 @@ def content_digest(sha256: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
 
 
-def blocks(path: Path, start: int, length: int) -> Iterator[bytes]:
-    """`length` bytes of the file from `start`, block by block."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while length > 0 and (block := file.read(min(BLOCK, length))):
-            length -= len(block)
-            yield block
-
-
 class PartedUpload:
     """An upload session: parts in parallel, each retried; parts that are there already are not sent again."""
 
-    def __init__(self, transport: Transport, path: Path) -> None:
+    def __init__(self, transport: Transport, source: Source) -> None:
         self._transport = transport
-        self._path = path
-        self._size = path.stat().st_size
+        self._source = source
 
-    def run(self, upload_id: str | None, *, workers: int) -> str:
-        """Send the file and complete the session; answers its id. Raises `UploadInterrupted`, which can be resumed."""
-        session = self._begin() if upload_id is None else self._state(upload_id)
+    async def begin(self, sha256: str) -> Mapping[str, Any]:
+        """A new session."""
+        wanted = {"filename": self._source.filename, "size_bytes": self._source.size, "sha256": sha256}
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        answer = await self._transport.request(
+            "POST", "/v1/uploads", params=_WITHOUT_URLS, json=wanted, headers=headers
+        )
+        session: Mapping[str, Any] = answer.json()
+        return session
+
+    async def state(self, upload_id: str) -> Mapping[str, Any]:
+        """The session as it stands."""
+        answer = await self._transport.request("GET", f"/v1/uploads/{upload_id}", params=_WITHOUT_URLS)
+        session: Mapping[str, Any] = answer.json()
+        size = session.get("size_bytes", self._source.size)
+        if size != self._source.size:
+            detail = f"Upload {upload_id} is for {size} bytes, the file has {self._source.size}."
+            raise AnnealError("upload_mismatch", detail)
+        return session
+
+    async def finish(self, session: Mapping[str, Any], *, workers: int) -> str:
+        """Send what is missing and complete the session; answers its id. Raises `UploadInterrupted`, which can be
+        resumed."""
         upload_id = str(session["id"])
         try:
-            if session.get("status", "open") == "open":  # else completed by a call whose answer was lost
-                self._send_missing(session, workers)
-            self._complete(upload_id)
+            if session.get("status", OPEN) == OPEN:  # else completed by a call whose answer was lost
+                await self._send_missing(session, workers)
+            await self._complete(upload_id)
         except AnnealError as error:
             raise UploadInterrupted(upload_id, error) from error
         return upload_id
 
-    def _complete(self, upload_id: str) -> None:
+    async def _complete(self, upload_id: str) -> None:
         """Have the parts joined; where that takes long, look until it is done. Raises what was wrong with them."""
         path = f"/v1/uploads/{upload_id}"
-        state: Mapping[str, Any] = self._transport.request("POST", f"{path}/complete").json()
+        state: Mapping[str, Any] = (await self._transport.request("POST", f"{path}/complete")).json()
         looks = 0
         while state.get("status") == "completing":
             looks += 1
-            time.sleep(min(MAX_LOOK_S, 0.2 * 2**looks))
-            state = self._transport.request("GET", path, params=_WITHOUT_URLS).json()
-        if state.get("status", "completed") not in ("completed", "consumed"):
+            await self._transport.io.sleep(min(MAX_LOOK_S, 0.2 * 2**looks))
+            state = (await self._transport.request("GET", path, params=_WITHOUT_URLS)).json()
+        if state.get("status", COMPLETED) not in (COMPLETED, "consumed"):
             # Joined and found wrong, or opened again for a part that has to be sent again: this says which.
-            self._transport.request("POST", f"{path}/complete")
+            await self._transport.request("POST", f"{path}/complete")
 
-    def _begin(self) -> Mapping[str, Any]:
-        wanted = {"filename": self._path.name, "size_bytes": self._size, "sha256": sha256_of(self._path)}
-        headers = {"Idempotency-Key": os.urandom(16).hex()}
-        answer = self._transport.request("POST", "/v1/uploads", params=_WITHOUT_URLS, json=wanted, headers=headers)
-        session: Mapping[str, Any] = answer.json()
-        return session
-
-    def _state(self, upload_id: str) -> Mapping[str, Any]:
-        answer = self._transport.request("GET", f"/v1/uploads/{upload_id}", params=_WITHOUT_URLS)
-        session: Mapping[str, Any] = answer.json()
-        size = session.get("size_bytes", self._size)
-        if size != self._size:
-            raise AnnealError("upload_mismatch", f"Upload {upload_id} is for {size} bytes, the file has {self._size}.")
-        return session
-
-    def _part_url(self, upload_id: str, number: int) -> str:
+    async def _part_url(self, upload_id: str, number: int) -> str:
         """Asked for when it is needed: it is good for a while only."""
-        return str(self._transport.request("GET", f"/v1/uploads/{upload_id}/parts/{number}").json()["url"])
+        return str((await self._transport.request("GET", f"/v1/uploads/{upload_id}/parts/{number}")).json()["url"])
 
-    def _send_missing(self, session: Mapping[str, Any], workers: int) -> None:
-        part_size = int(session["part_size"])
+    async def _send_missing(self, session: Mapping[str, Any], workers: int) -> None:
+        source, part_size = self._source, int(session["part_size"])
         urls: list[str] = session["part_urls"]  # of an earlier version of the service, which knows no other way
         there = {int(part["number"]) for part in session["received_parts"]}
-        count = max(1, -(-self._size // part_size))
-        missing = [number for number in range(1, count + 1) if number not in there]
+        count = max(1, -(-source.size // part_size))
 
-        def send(number: int) -> None:
+        async def send(number: int) -> None:
             start = (number - 1) * part_size
-            length = min(part_size, self._size - start)
-            self._transport.request(
+            length = min(part_size, source.size - start)
+            await self._transport.request(
                 "PUT",
-                urls[number - 1] if urls else self._part_url(str(session["id"]), number),
+                urls[number - 1] if urls else await self._part_url(str(session["id"]), number),
                 headers={"Content-Length": str(length)},
-                body=lambda: blocks(self._path, start, length),
+                body=lambda: source.blocks(start, length),
                 timeout_s=300,
             )
 
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            pending = [pool.submit(send, number) for number in missing]
-            try:
-                for future in pending:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        missing = [partial(send, number) for number in range(1, count + 1) if number not in there]
+        await self._transport.io.all(missing, workers)
 
 
-def download(transport: Transport, url: str, target: Path, sha256: str | None) -> Path:
+async def download(transport: Transport, url: str, target: Path, sha256: str | None) -> Path:
     """Fetch `url` into `target`, which appears only when whole and verified. An interrupted download goes on where it
     stopped, within the call and (where `sha256` is known beforehand) in a later call too.
 
     The digest is `sha256`, or else the one in the response's ETag. Raises `DigestMismatch`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{sha256[:16] if sha256 else 'partial'}.part")
-    if sha256 is None:
-        part.unlink(missing_ok=True)
+    part = await transport.io.call(_part_of, target, sha256)
     stated: list[str] = [sha256] if sha256 else []
-    transport.attempt(lambda: _fetch(transport, url, part, stated))
-    found = sha256_of(part)
+    await transport.attempt(lambda: _fetch(transport, url, part, stated))
+    found = await transport.io.call(sha256_of, part)
     if stated and found != stated[0]:
         part.unlink()
         raise DigestMismatch("digest_mismatch", f"{url} came as sha256 {found}, stated was {stated[0]}.")
@@ -143,30 +130,45 @@ def download(transport: Transport, url: str, target: Path, sha256: str | None) -
     return target
 
 
-def _fetch(transport: Transport, path: str, part: Path, stated: list[str]) -> None:
+def _part_of(target: Path, sha256: str | None) -> Path:
+    """Where the bytes gather; in a folder that is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{sha256[:16] if sha256 else 'partial'}.part")
+    if sha256 is None:
+        part.unlink(missing_ok=True)
+    return part
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+async def _fetch(transport: Transport, path: str, part: Path, stated: list[str]) -> None:
     """One attempt: append what is missing to `part`. Notes the digest of the first answer's ETag in `stated`."""
-    have = part.stat().st_size if part.exists() else 0
+    have = await transport.io.call(_size, part)
     url = transport.resolve(path)
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    with transport.client_for(url).stream("GET", url, headers=headers, follow_redirects=True) as response:
+    own = transport.is_own(url)
+    async with transport.io.stream(own, "GET", url, headers=headers, follow_redirects=True) as opened:
+        response = opened.response
         if have and response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return  # all of it was there already
-            part.unlink()
+            await transport.io.call(part.unlink)
             raise Transient(AnnealError("range_not_satisfiable", f"{path} is not what was begun; starting over."))
-        raise_for(response)
+        await raise_for_opened(opened)
         digest = next(filter(None, (etag_sha256(r) for r in (*response.history, response))), None)
         if digest and not stated:
             stated.append(digest)
         elif digest and digest != stated[0]:
-            part.unlink(missing_ok=True)
+            await transport.io.call(part.unlink, missing_ok=True)
             raise Transient(DigestMismatch("digest_mismatch", f"{path} changed while it was downloaded."))
-        mode = "ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb"
-        with part.open(mode) as file:
-            for block in response.iter_bytes():
-                file.write(block)
+        with part.open("ab" if response.status_code == httpx.codes.PARTIAL_CONTENT else "wb") as file:
+            async with aclosing(opened.blocks()) as blocks:
+                async for block in blocks:
+                    await transport.io.call(file.write, block)
 
 
 def etag_sha256(response: httpx.Response) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import httpx
 
 from anneal_client.errors import AnnealError, ConnectionFailed, error_from
+from anneal_client.io import Io, Opened
 
 T = TypeVar("T")
 
@@ -26,10 +26,11 @@ class Transient(Exception):
         self.retry_after_s = retry_after_s
 
 
-def pause(attempt: int, retry_after_s: float | None = None) -> None:
-    """Sleep before attempt `attempt` + 1: exponential with full jitter, or what the service asked for (bounded)."""
+def pause_s(attempt: int, retry_after_s: float | None = None) -> float:
+    """How long to wait before attempt `attempt` + 1: exponential with full jitter, or what the service asked for
+    (bounded)."""
     backoff = random.uniform(0.05, min(MAX_PAUSE_S, 0.2 * 2**attempt))
-    time.sleep(min(MAX_PAUSE_S, max(backoff, retry_after_s or 0.0)))
+    return min(MAX_PAUSE_S, max(backoff, retry_after_s or 0.0))
 
 
 def unreachable(error: httpx.TransportError) -> AnnealError:
@@ -39,10 +40,9 @@ def unreachable(error: httpx.TransportError) -> AnnealError:
 
 
 def raise_for(response: httpx.Response) -> None:
-    """Raise the typed error of a response with status ≥ 400, as `Transient` where it may pass."""
+    """Raise the typed error of a read response with status ≥ 400, as `Transient` where it may pass."""
     if response.status_code < 400:
         return
-    response.read()
     error = error_from(response)
     if response.status_code in RETRIED_STATUS:
         after = response.headers.get("Retry-After", "")
@@ -50,48 +50,54 @@ def raise_for(response: httpx.Response) -> None:
     raise error
 
 
+async def raise_for_opened(opened: Opened) -> None:
+    """`raise_for` of an answer whose body was not read."""
+    if opened.response.status_code >= 400:
+        await opened.read()
+        raise_for(opened.response)
+
+
+def parsed_base(base_url: str) -> httpx.URL:
+    """Raises `AnnealError` (`invalid_url`)."""
+    try:
+        url = httpx.URL(base_url.rstrip("/") + "/")
+    except httpx.InvalidURL as error:
+        raise AnnealError("invalid_url", f"{base_url!r}: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise AnnealError("invalid_url", f"{base_url!r} is no http(s) address.", remedy="Say http://host:port.")
+    return url
+
+
 class Transport:
     """HTTP connections to one service. Requests to other origins (presigned URLs) never carry the key."""
 
-    def __init__(self, base_url: str, api_key: str | None, *, timeout_s: float, retries: int) -> None:
-        try:
-            self.base_url = httpx.URL(base_url.rstrip("/") + "/")
-        except httpx.InvalidURL as error:
-            raise AnnealError("invalid_url", f"{base_url!r}: {error}") from error
-        if self.base_url.scheme not in ("http", "https") or not self.base_url.host:
-            raise AnnealError("invalid_url", f"{base_url!r} is no http(s) address.", remedy="Say http://host:port.")
+    def __init__(self, base_url: httpx.URL, io: Io, *, retries: int) -> None:
+        self.base_url = base_url
+        self.io = io
         self.retries = retries
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._own = httpx.Client(headers=headers, timeout=timeout_s)
-        self._foreign = httpx.Client(timeout=timeout_s)
-
-    def close(self) -> None:
-        self._own.close()
-        self._foreign.close()
 
     def resolve(self, url: str) -> httpx.URL:
         """An absolute URL, or a path of the service (`/v1/…`, below the base URL's own path)."""
         return httpx.URL(url) if "://" in url else self.base_url.join(url.lstrip("/"))
 
-    def client_for(self, url: httpx.URL) -> httpx.Client:
+    def is_own(self, url: httpx.URL) -> bool:
         base = self.base_url
-        same = (url.scheme, url.host, url.port) == (base.scheme, base.host, base.port)
-        return self._own if same else self._foreign
+        return (url.scheme, url.host, url.port) == (base.scheme, base.host, base.port)
 
-    def attempt(self, call: Callable[[], T]) -> T:
+    async def attempt(self, call: Callable[[], Awaitable[T]]) -> T:
         """What `call` returns, called again after connection errors and `Transient`; it must be safe to repeat."""
         for attempt in range(self.retries + 1):
             try:
-                return call()
+                return await call()
             except httpx.TransportError as error:
                 failure = Transient(unreachable(error))
             except Transient as error:
                 failure = error
             if attempt < self.retries:
-                pause(attempt, failure.retry_after_s)
+                await self.io.sleep(pause_s(attempt, failure.retry_after_s))
         raise failure.error
 
-    def request(
+    async def request(
         self,
         method: str,
         path: str,
@@ -99,20 +105,19 @@ class Transport:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         json: Any = None,
-        body: Callable[[], Any] | None = None,
+        body: Callable[[], Iterator[bytes]] | None = None,
         timeout_s: float | None = None,
     ) -> httpx.Response:
-        """One request that may be repeated. `body` makes a fresh body (bytes or an iterator of them) per attempt."""
+        """One request that may be repeated. `body` makes a fresh body per attempt."""
         url = self.resolve(path)
-        client = self.client_for(url)
         options: dict[str, Any] = {} if timeout_s is None else {"timeout": timeout_s}
 
-        def call() -> httpx.Response:
+        async def call() -> httpx.Response:
             content = body() if body is not None else None
-            response = client.request(
-                method, url, params=params, headers=headers, json=json, content=content, **options
+            response = await self.io.request(
+                self.is_own(url), method, url, params=params, headers=headers, json=json, content=content, **options
             )
             raise_for(response)
             return response
 
-        return self.attempt(call)
+        return await self.attempt(call)

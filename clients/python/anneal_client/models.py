@@ -1,0 +1,307 @@
+"""What the service answers. Made from openapi.json by `clients/python/generate.py`: do not edit."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from anneal_client.answers import Answer
+from anneal_client.requests import OptimizationSpec
+
+
+class BackendCompatibility(
+    Answer, defaults={"changes": [], "notes": [], "precisions": [], "refused": [], "refused_count": 0, "versions": {}}
+):
+    """What one backend says. `accepted` is null while the answer is pending, or where it could not be told."""
+
+    accepted: bool | None
+    answered_at: datetime | None
+    changes: list[str]  # What to change, so that it is taken
+    error: dict[str, Any] | None
+    how: str | None  # What was done to find out
+    name: str
+    notes: list[str]
+    precisions: list[Precision]
+    refused: list[Refused]
+    refused_count: int
+    status: str
+    versions: dict[str, str]
+
+
+class Backend(Answer, defaults={"devices": [], "precisions": [], "versions": {}}):
+    """An inference library of a worker, and the precisions that it gains by on that worker's hardware."""
+
+    devices: list[str]
+    name: str
+    precisions: list[str]
+    versions: dict[str, str]
+
+
+class Capabilities(Answer):
+    """What the live workers offer together, and each of them."""
+
+    backends: list[str]
+    devices: list[str]
+    formats: list[str]
+    hardware: list[str]  # Hardware ids that `target.hardware` of a job may name
+    links: dict[str, str]
+    precisions: list[str]
+    workers: list[Worker]
+
+
+class Check(Answer):
+    detail: str
+    ok: bool
+
+
+class Child(Answer):
+    """The job of one target of a job that compares several."""
+
+    hardware: str | None
+    id: str
+    links: dict[str, str]
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class Compatibility(Answer):
+    """Which backends take the model. `pending` until every backend that a live worker can ask has answered."""
+
+    backends: list[BackendCompatibility]
+    detail: str | None
+    links: dict[str, str]
+    model_id: str
+    status: str
+
+
+class Dataset(Answer):
+    arrays: list[Tensor]  # The shape is that of one sample, without the first axis
+    created_at: datetime
+    filename: str
+    format: str
+    id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    samples: int
+    sha256: str
+    size_bytes: int
+
+
+class Engine(Answer):
+    backend: str
+    bundle_filename: str
+    bundle_sha256: str
+    bundle_size_bytes: int
+    created_at: datetime
+    filename: str
+    format: str
+    hardware: dict[str, Any]  # What it was built and measured on
+    id: str
+    job_id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    metrics: dict[str, Any]
+    model_id: str
+    precision: str
+    runtime: dict[str, Any]  # The options to load it with
+    sha256: str
+    size_bytes: int
+
+
+class Health(Answer):
+    status: str
+
+
+class JobEnded(Answer):
+    """What a job's webhook is sent."""
+
+    job: JobNotice
+    type: Literal["job.succeeded", "job.failed", "job.cancelled"]
+
+
+class JobError(Answer):
+    """Why a job failed: what happened, where in the user's model, and what to do about it."""
+
+    code: str
+    detail: str
+    node: str | None
+    remedy: str | None
+    stage: str | None
+    tensor: str | None
+
+
+class JobNotice(Answer):
+    """What is told of a job where its spec and stages would be too much."""
+
+    created_at: datetime
+    engine_ids: list[str]
+    error: JobError | None
+    id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class Job(Answer, defaults={"children": []}):
+    """A job."""
+
+    cancel_requested: bool
+    children: list[Child]  # Of a job with `targets`: one for each, in their order
+    created_at: datetime
+    engine_ids: list[str]
+    error: JobError | None
+    expected_end: datetime | None  # Of a running job, by its pace and its budget
+    finished_at: datetime | None
+    id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    model_id: str
+    parent_id: str | None  # The job that compares this one's target with others
+    progress: float
+    spec: OptimizationSpec
+    stage: str | None  # The stage that runs now
+    stages: list[Stage]
+    started_at: datetime | None
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class Model(Answer):
+    created_at: datetime
+    detail: dict[str, Any]  # Producer, op counts and what else the file says of itself
+    filename: str
+    format: str
+    id: str
+    inputs: list[Tensor]
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    opset: int | None
+    outputs: list[Tensor]
+    sha256: str
+    size_bytes: int
+
+
+class Part(Answer):
+    number: int
+    size_bytes: int
+
+
+class PartUrl(Answer):
+    number: int
+    size_bytes: int  # What the part must have, exactly
+    url: str  # PUT it here; on S3 presigned
+
+
+class Plugin(Answer):
+    """A backend or stage from another package. `problem`: why the worker cannot use it; null where it can."""
+
+    distribution: str
+    group: str
+    name: str
+    problem: str | None
+    version: str
+
+
+class Precision(Answer):
+    """Whether something of the graph can be in this precision, and what the device must have for it."""
+
+    admitted: bool
+    name: str
+    needs: str | None
+    reason: str | None
+
+
+class Problem(Answer, defaults={"retryable": False}):
+    """An error as RFC 9457 describes it. `code` is stable; texts may change. Further members may follow."""
+
+    code: str  # Stable, snake_case
+    detail: str
+    errors: list[ProblemError] | None
+    instance: str  # Path of the request
+    node: str | None
+    remedy: str | None
+    request_id: str | None
+    retryable: bool  # The same request may succeed later
+    stage: str | None
+    status: int
+    tensor: str | None
+    title: str
+    type: str
+
+
+class ProblemError(Answer):
+    """One invalid field: JSON pointer (`/body/shapes/input/min`) and what is wrong with it."""
+
+    message: str
+    pointer: str
+
+
+class Readiness(Answer):
+    """Whether this process can serve, and what the service as a whole lacks."""
+
+    checks: dict[str, Check]
+    missing: list[str]  # Names of the checks that failed
+    ready: bool  # This process can serve; the answer's status is 200, else 503
+    status: Literal["ready", "degraded", "unavailable"]  # `degraded`: it can serve, but not everything works
+
+
+class Refused(Answer):
+    """Something of the model that the backend does not take, and what to do about it."""
+
+    code: str
+    node: str | None
+    op: str | None
+    reason: str
+    remedy: str | None
+    tensor: str | None
+
+
+class Stage(Answer, defaults={"cached": False}):
+    """One stage of a job. `cached`: its result was there already, and it did not run."""
+
+    cached: bool
+    finished_at: datetime | None
+    name: str
+    started_at: datetime | None
+    status: str
+
+
+class Tensor(Answer):
+    """Lower-case dtype as ONNX names it (`float32`, `int64` …); a symbolic dimension is a string."""
+
+    dtype: str
+    name: str
+    shape: list[int | str | None] | None
+
+
+class UploadError(Answer):
+    """Why the session was aborted by the service."""
+
+    code: str
+    detail: str
+    remedy: str | None
+
+
+class Upload(Answer):
+    created_at: datetime
+    error: UploadError | None
+    expires_at: datetime
+    filename: str
+    id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    part_size: int  # Bytes of each part but the last
+    part_urls: list[str]  # PUT part 1, 2, … to these; on S3 they are presigned and bypass the API
+    parts: int  # How many parts there are to send
+    received_parts: list[Part]
+    sha256: str | None  # As declared; once completed, as computed
+    size_bytes: int
+    status: str
+
+
+class Worker(Answer, defaults={"builds": {}, "examines": {}, "plugins": []}):
+    backends: list[Backend]
+    builds: dict[str, dict[str, list[str]]]
+    examines: dict[str, str]  # Backends that it can ask what they take of a model: version
+    formats: list[str]
+    hardware: dict[str, Any]  # CPU model, ISA flags, cores, memory, GPU …, as the worker found it
+    hostname: str
+    id: str
+    last_seen_at: datetime
+    plugins: list[Plugin]
+    queues: list[str]
+    started_at: datetime
