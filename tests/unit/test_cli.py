@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,50 @@ def test_a_service_that_is_down(capsys: pytest.CaptureFixture[str], monkeypatch:
     checks = {line["check"]: line for line in json.loads(capsys.readouterr().out)["checks"]}
     assert (checks["address"]["ok"], checks["service"]["ok"]) == (True, False)
     assert "anneal serve" in checks["service"]["remedy"]
+
+
+ANSWERS = {
+    "/empty": (200, {"Content-Type": "application/json"}, b"{}"),
+    "/list": (200, {"Content-Type": "application/json"}, b"[1]"),
+    "/page": (200, {"Content-Type": "text/html"}, b"<html>a proxy \x1b[2J</html>"),
+    "/refused": (403, {"Content-Type": "text/plain"}, b"go away \x1b[2J"),
+    "/round": (302, {"Location": "/round/v1/jobs"}, b""),
+    "/zip": (200, {"Content-Encoding": "gzip", "Content-Type": "application/json"}, b"no gzip"),
+}
+
+
+@pytest.fixture
+def something_else() -> Iterator[str]:
+    """A server that is no service of ours."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = ANSWERS["/" + self.path.split("/")[1]]
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_an_address_where_something_else_answers(
+    something_else: str, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["jobs"], ["job", "job_1"], ["compare", "job_1"], ["report", "job_1", "--json"], ["doctor"]):
+        code = main(["--url", something_else + path, *command])
+        told = capsys.readouterr()
+        assert code in (*((Exit.OK,) if path == "/empty" else ()), Exit.REFUSED, Exit.UNREACHABLE, Exit.UNAUTHORIZED)
+        assert "Traceback" not in told.out + told.err
+        assert "\x1b" not in told.out + told.err
 
 
 def test_options_become_the_spec(tmp_path: Path) -> None:

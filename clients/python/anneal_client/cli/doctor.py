@@ -86,8 +86,8 @@ def _guarded(check: Callable[[], Iterator[Found]]) -> Iterator[Found]:
     try:
         yield from check()
     except (AnnealError, httpx.TransportError, ValueError) as error:
-        remedy = error.remedy if isinstance(error, AnnealError) else None
-        yield "service", False, str(error), remedy
+        known = isinstance(error, AnnealError)
+        yield "service", False, error.detail if known else str(error), error.remedy if known else None
 
 
 def version(distribution: str) -> str:
@@ -128,7 +128,7 @@ def _key(service: Service) -> Iterator[Found]:
 
 
 def _parts(url: str) -> Iterator[Found]:
-    found = httpx.get(f"{url}/readyz", timeout=10).json()
+    found = mapping(httpx.get(f"{url}/readyz", timeout=10).json())
     missing = [str(name) for name in found.get("missing") or ()]
     checks = found.get("checks") or {}
     if found.get("status") == "ready":

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import httpx
+
 from anneal_client import __version__
 from anneal_client.cli import (
     bench,
@@ -32,6 +34,8 @@ _EPILOG = """exit codes: 0 done, the promise is kept; 1 refused; 2 wrong usage; 
 missed; 5 the job failed; 6 no answer; 7 no valid key; 8 cancelled; 9 --timeout; 130 Ctrl-C
 
 Address and key: --url and $ANNEAL_API_KEY, $ANNEAL_URL, or what `anneal login` keeps."""
+
+_NO_SERVICE = "Is this the address of an Anneal service? `anneal doctor` looks."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(ctx, stop)
     except AnnealError as error:
         return _fail(ctx, Stop.of(error, ctx.place.url))
+    except httpx.HTTPError as error:
+        what = f"{ctx.place.url}: {error or type(error).__name__}"
+        return _fail(ctx, Stop(what, where=ctx.place.url, remedy=_NO_SERVICE, exit=Exit.UNREACHABLE))
+    except KeyError as error:
+        return _fail(ctx, Stop(f"The answer has no {error}.", where=ctx.place.url, remedy=_NO_SERVICE))
     except KeyboardInterrupt:
         return _fail(ctx, Stop("Interrupted.", exit=Exit.INTERRUPTED))
     except BrokenPipeError:
