@@ -124,6 +124,18 @@ def test_a_typo_in_a_spec_file_is_told_what_is_allowed(anneal: Anneal, model_fil
     assert "did you mean validation?" in error["where"]
 
 
+def test_a_model_in_two_files_is_sent_whole(anneal: Anneal, tmp_path: Path, client: httpx.Client) -> None:
+    path = onnx_models.save_external(onnx_models.mlp(), tmp_path / "model.onnx", location="model.onnx.data")
+    code, out, err = anneal("optimize", str(path), "--json")
+    assert code == 0, err
+    model = client.get(f"/v1/models/{json.loads(out)['model_id']}").json()
+    assert (model["name"], model["format"]) == ("model", "archive")
+    (tmp_path / "model.onnx.data").unlink()
+    code, _, err = anneal("optimize", str(path))
+    assert code == Exit.REFUSED
+    assert "model.onnx.data" in err
+
+
 def test_readme_s_upload_takes_what_pytorch_writes(tmp_path: Path, base_url: str) -> None:
     """The command as it stands there, in a folder with a model in one or in two files."""
     root = Path(__file__).resolve().parents[2]

@@ -85,9 +85,10 @@ def _checks(url: str | None) -> Iterator[Found]:
 def _guarded(check: Callable[[], Iterator[Found]]) -> Iterator[Found]:
     try:
         yield from check()
-    except (AnnealError, httpx.TransportError, ValueError) as error:
-        known = isinstance(error, AnnealError)
-        yield "service", False, error.detail if known else str(error), error.remedy if known else None
+    except AnnealError as error:
+        yield "service", False, error.detail, error.remedy
+    except (httpx.HTTPError, ValueError) as error:
+        yield "service", False, str(error) or type(error).__name__, None
 
 
 def version(distribution: str) -> str:

@@ -11,7 +11,7 @@ from anneal_client.cli.service import Service
 
 
 def model(service: Service, given: str, name: str | None) -> dict[str, Any]:
-    """The uploaded model: `given` is the id of one, or a file."""
+    """The uploaded model: `given` is the id of one, or a file; an .onnx with its weights beside it goes whole."""
     if values.is_id("mdl", given):
         return service.get(f"/v1/models/{given}")
     path = Path(given).expanduser()
