@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import AppError
@@ -112,13 +113,23 @@ class KeyMiddleware:
             try:
                 scope["anneal.tenant"] = await auth.tenant_of_call(credentials, scope["method"], token)
             except AppError as error:
-                await problem_response(error, Request(scope))(scope, receive, send)
+                request = Request(scope)
+                response = _sign_in(request) if error.status == 401 else None
+                await (response or problem_response(error, request))(scope, receive, send)
                 return
             except SQLAlchemyError as error:
                 log.error("database_error", exc_info=error)
                 await problem_response(database_problem(error), Request(scope))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _sign_in(request: Request) -> Response | None:
+    """A person who opens a link in a browser signs in first, and comes back."""
+    if request.method != "GET" or request.headers.get("sec-fetch-mode") != "navigate":
+        return None
+    wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    return Response(None, 303, {"Location": f"/login?next={quote(wanted, safe='')}", "Cache-Control": "no-store"})
 
 
 class BodyLimitMiddleware:

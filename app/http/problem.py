@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from fastapi import FastAPI, Request
@@ -107,6 +107,14 @@ def problem_response(error: AppError, request: Request) -> Response:
     return Response(body, error.status, headers, MEDIA_TYPE)
 
 
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header names HTML before JSON, as browsers do."""
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    if "text/html" not in kinds:
+        return False
+    return "application/json" not in kinds or kinds.index("text/html") < kinds.index("application/json")
+
+
 def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AppError, _on_app_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -159,6 +167,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         detail = f"{request.method} is not possible here."
         headers["Allow"] = ", ".join(allowed_methods(request.app, request.url.path))
     failure = AppError(code, title, error.status_code, detail, headers=headers)
+    page = getattr(request.app.state, "error_page", None)  # of the pages, for who came by a browser
+    if page is not None and not request.url.path.startswith("/v1") and prefers_html(request.headers.get("accept", "")):
+        return cast(Response, page(request, failure))
     return problem_response(failure, request)
 
 

@@ -28,7 +28,7 @@ from app.http.deps import (
 )
 from app.http.downloads import etag_matches
 from app.http.pagination import page_response
-from app.http.problem import problems
+from app.http.problem import prefers_html, problems
 from app.http.services import Services
 from app.idempotency import Idempotency
 from app.jobs.comparison import compare
@@ -280,14 +280,6 @@ webhooks = APIRouter(tags=["jobs"])  # described only: it is the worker that sen
 )
 def job_ended(body: JobEnded) -> None:
     """What a job's `webhook.url` gets once the job has ended: at least once, until it answers 2xx."""
-
-
-def prefers_html(accept: str) -> bool:
-    """Whether an Accept header names HTML before JSON, as browsers do."""
-    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
-    if "text/html" not in kinds:
-        return False
-    return _JSON not in kinds or kinds.index("text/html") < kinds.index(_JSON)
 
 
 def report_document(services: Services, row: Job) -> bytes:

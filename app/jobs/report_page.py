@@ -165,6 +165,10 @@ def _tiles(final: Json) -> str:
         wanted["accuracy_loss_percent"] = f"points of accuracy lost, {text(verdict)}"
     if final.get("speedup_ci"):
         wanted["speedup"] = f"speed-up, 95 %{interval_text(final['speedup_ci'])}"
+    loss = as_number(final.get("accuracy_loss_percent"))
+    if loss is not None and loss < 0:
+        wanted["accuracy_loss_percent"] = wanted["accuracy_loss_percent"].replace("lost", "gained")
+        final = {**final, "accuracy_loss_percent": -loss}
     tiles = "".join(f"<div class=tile><b>{text(final[n])}</b>{wanted[n]}</div>" for n in there)
     if not tiles:
         return ""

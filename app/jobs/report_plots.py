@@ -140,7 +140,7 @@ def pareto(report: Json) -> str:
     spread = (high - low) or 1.0
     marks = (
         "<line x1=60 x2=740 y1=240 y2=240 stroke=currentColor /><line x1=60 x2=60 y1=10 y2=240 stroke=currentColor />"
-        f"<text x=560 y=262>p50 at batch size {text(sizes[0])}, up to {number(most_ms)} ms</text>"
+        f"<text x=740 y=262 text-anchor=end>p50 at batch size {text(sizes[0])}, up to {number(most_ms)} ms</text>"
         f"<text x=66 y=20>{number(high)} points lost</text><text x=66 y=236>{number(low)}</text>"
     )
     lines = ""

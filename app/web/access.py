@@ -63,12 +63,17 @@ class PageRoute(APIRoute):
         return handle
 
 
+def led_here(request: Request) -> bool:
+    """Whether a page of somebody else leads here: then a browser sends no strict cookie; asked again from a page of our
+    own, it does."""
+    return request.method == "GET" and request.headers.get("sec-fetch-site") == "cross-site"
+
+
 def _to_sign_in(request: Request) -> Response:
     # What a script asked for is no page: it is the page around it that goes to sign in.
     if "hx-request" in request.headers or "text/event-stream" in request.headers.get("accept", ""):
         return Response(None, 401, {"HX-Redirect": "/login", "Cache-Control": "no-store"})
-    # A browser sends no strict cookie where a page of somebody else leads here: seen from our own page, it does.
-    if request.headers.get("sec-fetch-site") == "cross-site" and request.method == "GET":
+    if led_here(request):
         return page(request, "again.html")
     wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return see_other("/login" if request.method != "GET" else f"/login?next={quote(wanted, safe='')}")

@@ -15,10 +15,10 @@ from app.errors import AppError
 from app.http.auth import Credentials
 from app.http.deps import IdFilter, ServicesDep, path_id
 from app.http.pagination import CURSOR, decode_cursor, encode_cursor
-from app.http.problem import problem_response
+from app.http.problem import prefers_html, problem_response
 from app.http.services import Services
 from app.jobs.comparison_page import comparison_body
-from app.jobs.endpoints import prefers_html, report_document
+from app.jobs.endpoints import report_document
 from app.jobs.family import PARENTS
 from app.jobs.report_page import report_body
 from app.jobs.schemas import Status

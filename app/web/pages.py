@@ -8,7 +8,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from app.web import compare, docs, jobs, library, signing, submitting
-from app.web.rendering import STATIC
+from app.web.rendering import STATIC, error_page
 
 _KEPT = "public, max-age=31536000, immutable"  # the address has the file's digest
 
@@ -23,6 +23,7 @@ class _Files(StaticFiles):
 def add_pages(app: FastAPI) -> None:
     """Beside the API's own routes. `/jobs/new` is tried before `/jobs/{job_id}`."""
     modules = (signing, submitting, jobs, compare, library, docs)
+    app.state.error_page = error_page
     app.state.pages = [route for module in modules for route in module.router.routes]
     for module in modules:
         app.include_router(module.router)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 
+from app.errors import AppError
 from app.http.auth import SESSION_COOKIE, Credentials
 from app.http.deps import ServicesDep
 from app.tenants import SESSION_TIME, sign_in, sign_out
-from app.web.access import PageRoute, SentForm, text_field
+from app.web.access import PageRoute, SentForm, led_here, text_field
 from app.web.rendering import drop_session, page, see_other, set_cookie
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -24,6 +26,12 @@ async def login_page(request: Request, services: ServicesDep, wanted: _NEXT = "/
     """The form; without keys there is nothing to sign in to."""
     if not services.settings.keys_required:
         return see_other("/")
+    if led_here(request):
+        return page(request, "again.html")
+    credentials = Credentials(session=Credentials.of(request.scope).session)
+    with suppress(AppError):
+        await services.auth.tenant(credentials)
+        return see_other(_own_path(wanted))
     return page(request, "login.html", wanted=_own_path(wanted), refused=False)
 
 

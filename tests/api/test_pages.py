@@ -168,6 +168,13 @@ def test_what_is_not_there_is_a_page_too(browser: httpx.Client) -> None:
         page = browser.get(path)
         assert page.status_code == 404, path
         assert "<h1>Not found</h1>" in page.text
+    nowhere = browser.get("/job")
+    assert nowhere.status_code == 404
+    assert "There is nothing at this path." in nowhere.text
+    assert nowhere.headers["content-type"].startswith("text/html")
+    assert_problem(browser.get("/job", headers={"Accept": "*/*"}), 404, "not_found")
+    assert_problem(browser.get("/v1/nothing"), 404, "not_found")
+    assert browser.patch("/login", headers={"Accept": "*/*"}).headers["allow"] == "GET, POST"
     assert browser.get("/jobs?status=odd").status_code == 422
     assert browser.get("/jobs?cursor=!!").status_code == 422
 

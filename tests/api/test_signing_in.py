@@ -60,6 +60,10 @@ def test_who_is_not_signed_in_is_led_to_do_so_and_back(keyed: tuple[str, Service
         foreign = browser.get("/jobs", headers={"Sec-Fetch-Site": "cross-site"})
         assert 'http-equiv="refresh"' in foreign.text, "led here by another site, it asks again as its own"
         assert_problem(browser.get("/", headers={"Accept": "*/*"}), 404, "not_found")
+        link = browser.get("/v1/jobs/job_1/report", headers={"Sec-Fetch-Mode": "navigate"})
+        assert link.headers["location"] == "/login?next=%2Fv1%2Fjobs%2Fjob_1%2Freport"
+        assert_problem(browser.get("/v1/jobs/job_1/report"), 401, "unauthorized")
+        assert browser.get("/jobs/rows", headers={"HX-Request": "true"}).headers["hx-redirect"] == "/login"
     with sign_in(url, keys["alice"]) as (browser, response):
         assert (response.status_code, response.headers["location"]) == (303, "/jobs")
         cookie = response.headers["set-cookie"]
@@ -68,6 +72,9 @@ def test_who_is_not_signed_in_is_led_to_do_so_and_back(keyed: tuple[str, Service
             assert attribute in cookie
         assert "Secure" not in cookie
         assert keys["alice"] not in cookie
+        assert browser.get("/login?next=%2Fmodels").headers["location"] == "/models", "who is signed in goes on"
+        foreign = browser.get("/login?next=%2Fmodels", headers={"Sec-Fetch-Site": "cross-site"})
+        assert 'http-equiv="refresh"' in foreign.text
     for wanted in ("//evil.example", "https://evil.example", "/\\evil.example", "\\evil", "jobs", "/\tx", ""):
         with sign_in(url, keys["alice"], wanted) as (_, response):
             assert response.headers["location"] == "/", wanted

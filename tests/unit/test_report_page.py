@@ -36,6 +36,11 @@ def test_every_headline_says_of_what_it_is() -> None:
         assert words in page
 
 
+def test_what_is_gained_is_no_negative_loss() -> None:
+    page = report_page({"final_metrics": {**FINAL, "accuracy_loss_percent": -0.188}}, "job_1")
+    assert "<b>0.188</b>points of accuracy gained" in page
+
+
 def test_a_profile_that_measures_the_profiler_says_so() -> None:
     layers = [{"name": "gelu", "op_type": "Gelu", "ms": 0.4, "share": 0.8}]
     told = report_page({"profile": {"layers": layers, "distorted": "the layers take <more>"}}, "job_1")
