@@ -136,6 +136,16 @@ def test_a_model_in_two_files_is_sent_whole(anneal: Anneal, tmp_path: Path, clie
     assert "model.onnx.data" in err
 
 
+def test_a_folder_of_shards_is_a_data_set(anneal: Anneal, model_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(2):
+        np.savez(folder / f"{i}.npz", input=np.full((5, 8), i, np.float32))
+    code, out, err = anneal("optimize", str(model_file), "--data", str(folder))
+    assert code == 0, err
+    assert "10 samples" in out
+
+
 def test_readme_s_upload_takes_what_pytorch_writes(tmp_path: Path, base_url: str) -> None:
     """The command as it stands there, in a folder with a model in one or in two files."""
     root = Path(__file__).resolve().parents[2]

@@ -127,7 +127,7 @@ def test_the_engine_is_fetched_and_timed(deployed: Deployment, job_id: str, tmp_
 
 def test_limits_that_nothing_keeps_exit_with_4(deployed: Deployment, case: tuple[Path, Path]) -> None:
     model, data = case
-    wanted = ["--data", str(data), *FAST_JOB, "--p99", "0.000001ms", "--watch"]
+    wanted = ["--data", str(data), *FAST_JOB, "--budget", "40s", "--p99", "0.000001ms", "--watch"]  # it ends at once
     done = anneal(deployed, "optimize", str(model), *wanted)
     assert done.returncode == 4, done.stdout + done.stderr
     assert "no_feasible_candidate" in done.stdout

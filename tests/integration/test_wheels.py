@@ -33,11 +33,11 @@ pytestmark = pytest.mark.timeout(280)
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Built from copies of what git knows, so that nothing is left in the checkout."""
+    """Built from copies, so that nothing is left in the checkout."""
     found, folder = {}, tmp_path_factory.mktemp("wheels")
     for name, source in (("anneal", ROOT), ("anneal_client", ROOT / "clients" / "python")):
         copy = tmp_path_factory.mktemp(name)
-        for path in tracked(source):
+        for path in parts(source):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / path, copy / path)
         run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(copy))
@@ -45,11 +45,15 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def tracked(folder: Path) -> list[Path]:
-    """What belongs to the distribution in `folder`: files that git knows, or would."""
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=folder).split("\n")
-    wanted = ("app/", "workers/", "migrations/", "anneal_client/", "pyproject.toml", "README.md", "LICENSE")
-    return [Path(line) for line in listed if line.startswith(wanted) and (folder / line).is_file()]
+PACKAGES = ("app", "workers", "migrations", "anneal_client")
+BESIDE = ("pyproject.toml", "README.md", "LICENSE")
+
+
+def parts(folder: Path) -> list[Path]:
+    """What the distribution in `folder` is made of."""
+    found = [p for name in PACKAGES if (folder / name).is_dir() for p in (folder / name).rglob("*") if p.is_file()]
+    found += [folder / name for name in BESIDE if (folder / name).is_file()]
+    return [p.relative_to(folder) for p in found if "__pycache__" not in p.parts]
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
@@ -93,8 +97,7 @@ def test_everything_of_the_packages_is_in_the_wheels(wheels: dict[str, Path]) ->
     for name, source in (("anneal", ROOT), ("anneal_client", ROOT / "clients" / "python")):
         with zipfile.ZipFile(wheels[name]) as wheel:
             there = set(wheel.namelist())
-        packages = ("app/", "workers/", "migrations/", "anneal_client/")
-        wanted = {str(p) for p in tracked(source) if str(p).startswith(packages)} - {"migrations/script.py.mako"}
+        wanted = {str(p) for p in parts(source) if p.parts[0] in PACKAGES} - {"migrations/script.py.mako"}
         assert not wanted - there, f"{name}: they are missing in the wheel"
 
 
