@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.factories.deployment import Deployment, deployment, write_case
+from tests.factories.deployment import Deployment, deployment, kill, write_case
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -147,6 +147,27 @@ def test_a_job_that_fails_says_why_and_exits_with_5(
     assert done.returncode == 5, done.stdout + done.stderr
     assert "dataset_not_finite" in done.stdout
     assert "→" in done.stdout, "the remedy"
+
+
+def test_who_watches_sees_no_more_of_a_restart_than_a_pause(deployed: Deployment, tmp_path: Path) -> None:
+    model, data = write_case(tmp_path, seed=72)
+    sent = anneal(deployed, "optimize", str(model), "--data", str(data), *FAST_JOB, "--json")
+    job_id = json.loads(sent.stdout)["id"]
+    command = [sys.executable, "-m", "anneal_client.cli", "--url", deployed.url, "watch", job_id]
+    watching = subprocess.Popen(
+        command, env=deployed.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert watching.stdout is not None
+        assert "queued" in watching.stdout.readline()
+        (api,) = (p for p in deployed.processes if p.poll() is None and "app" in p.args)
+        kill(api)
+        deployed.start_api()
+        out, _ = watching.communicate(timeout=100)
+    finally:
+        watching.kill()
+    assert watching.returncode in (0, 3), out
+    assert f"anneal report {job_id}" in out
 
 
 def test_on_a_terminal_it_is_drawn_and_in_no_colour_without_colours(deployed: Deployment, job_id: str) -> None:
