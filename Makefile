@@ -5,13 +5,14 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo serve test test-integrations lint format openapi constraints clean help
+.PHONY: demo serve test test-integrations test-airflow lint format openapi constraints clean help
 
 help:
 	@echo "make demo    start the service, optimize a trained model, show the report, stop"
 	@echo "make serve   run the service on 127.0.0.1:$(PORT) (PORT=, ANNEAL_HOME=) until Ctrl-C"
 	@echo "make test    run every test, on a real PostgreSQL, Redis and S3 server"
-	@echo "make test-integrations    bundles in the servers that they are for (Triton), in environments of their own"
+	@echo "make test-integrations    bundles in their servers (Triton), MLflow, Kubeflow, in environments of their own"
+	@echo "make test-airflow    the provider of clients/airflow in a real Airflow, in an environment of its own"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 
 # What the service and the demo run on.
@@ -50,6 +51,10 @@ endif
 # What the bundles are for, each in an environment of its own (tests/integrations/requirements-*.txt), kept by its digest.
 test-integrations: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+
+# The provider of clients/airflow in a real Airflow, which takes minutes to install: not part of what CI runs.
+test-airflow: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/airflow $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -140,6 +140,9 @@ class AsyncClient:
     async def report(self, job_id: str) -> Report:
         return await self._core.report(job_id)
 
+    async def report_page(self, job_id: str) -> str:
+        return await self._core.report_page(job_id)
+
     async def comparison(self, job_id: str) -> Comparison:
         return await self._core.comparison(job_id)
 

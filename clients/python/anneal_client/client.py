@@ -186,6 +186,10 @@ class Client:
         """The report of a job that succeeded."""
         return run(self._core.report(job_id))
 
+    def report_page(self, job_id: str) -> str:
+        """The report as an HTML page."""
+        return run(self._core.report_page(job_id))
+
     def comparison(self, job_id: str) -> Comparison:
         """The report of a job with `targets`: what its traffic costs on each."""
         return run(self._core.comparison(job_id))

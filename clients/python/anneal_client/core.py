@@ -163,6 +163,9 @@ class Core:
     async def report(self, job_id: str) -> Report:
         return await self.get(Report, f"{job_path(job_id)}/report", headers={"Accept": "application/json"})
 
+    async def report_page(self, job_id: str) -> str:
+        return (await self.http.request("GET", f"{job_path(job_id)}/report", headers={"Accept": "text/html"})).text
+
     async def comparison(self, job_id: str) -> Comparison:
         return await self.get(Comparison, f"{job_path(job_id)}/report", headers={"Accept": "application/json"})
 
