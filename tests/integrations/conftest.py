@@ -23,7 +23,7 @@ CLIENT = REPOSITORY / "clients" / "python"
 KEPT: dict[str, Any] = {
     "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
     "target": {"backends": ["toy"]},
-    "budget_seconds": 15,
+    "budget_seconds": 10,
 }
 MISSED: dict[str, Any] = {**KEPT, "constraints": {"max_size_mb": 0.000001}}
 

@@ -24,6 +24,7 @@ from anneal_client.mlflow.anneal_engine_pyfunc import Engine
 FLAVOR_NAME = "anneal"
 _BUNDLE = "bundle"
 _CODE = "code"
+_SERVERS = ("httptools", "uvicorn", "uvloop")  # of the bundle's own `serve.py`, which MLflow does not run
 
 
 def save_model(
@@ -39,7 +40,7 @@ def save_model(
     exist or be empty.
 
     `signature`: by default read from the bundle's manifest. `facts`: further entries of the flavour in `MLmodel`.
-    `pip_requirements`: by default MLflow and what the bundle's `requirements.txt` names.
+    `pip_requirements`: by default MLflow and what the bundle's `infer.py` needs.
     """
     folder = Path(path)
     if folder.exists() and any(folder.iterdir()):
@@ -120,7 +121,8 @@ def _write_environment(folder: Path, pip_requirements: Sequence[str] | None) -> 
     needed = pip_requirements
     if needed is None:
         told = (folder / _BUNDLE / "requirements.txt").read_text(encoding="utf-8").split()
-        needed = [f"mlflow=={mlflow.__version__}", *told]
+        own = [line for line in told if line.split("==")[0] not in _SERVERS]
+        needed = [f"mlflow=={mlflow.__version__}", *own]
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needed), encoding="utf-8")
     python = platform.python_version()
     # YAML's flow style is JSON.

@@ -87,8 +87,8 @@ def optimize(
 
     `model_uri`: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/…` or any other that MLflow knows; a model with an
     `.onnx` or a `.pt2`. `spec`: fields of the job. `calibration`, `validation`: data sets (`.npz`) to upload for it;
-    ids of uploaded ones go into the spec. The engine becomes a version of `registered_model_name` (default: NAME-anneal)
-    with `alias`, where it ships in place of the original, in a run of its own in the model's experiment.
+    ids of uploaded ones go into the spec. The engine becomes a version of `registered_model_name` (default:
+    NAME-anneal) with `alias`, where it ships in place of the original, in a run of its own in the model's experiment.
 
     Raises AnnealError: `JobFailed`, `unsupported_flavor`, `already_an_engine`, `no_such_model`, ….
     """
