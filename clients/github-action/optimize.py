@@ -84,7 +84,7 @@ def summary(told: Mapping[str, Any], exit_code: int) -> str:
 def plain(value: Any) -> str:
     """Text that stays text in a table of Markdown, whatever a model is named."""
     text = html.escape(" ".join(str("–" if value is None else value).split()))
-    return "".join(f"\\{c}" if c in "\\`*_{}[]|#" else c for c in text)
+    return "".join(f"\\{c}" if c in "\\`*{}[]|#" else c for c in text)
 
 
 def number(value: Any, unit: str = "") -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,18 +91,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The client as its users get it."""
     folder = tmp_path_factory.mktemp("package")
     python = environment("github-action") / "bin" / "python"
-    build = [
-        python,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder,
-        CLIENT,
-    ]
+    source = shutil.copytree(CLIENT, folder / "client", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    pip = (python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    build = [*pip, "--wheel-dir", folder, source]
     subprocess.run([str(part) for part in build], check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     return str(wheel)
