@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import time
@@ -21,7 +22,7 @@ from tests.factories.deployment import Deployment, deployment
 from tests.integration.test_plugin import EXAMPLE, install, sum_of_constants
 from tests.integrations.conftest import CLIENT, KEPT, MISSED
 from tests.integrations.environments import REPOSITORY, environment
-from tests.servers import answers, free_port, launched, stop
+from tests.servers import free_port, launched, stop
 
 PROVIDER = REPOSITORY / "clients" / "airflow"
 CHECK = Path(__file__).with_name("check.py")
@@ -86,12 +87,13 @@ class Airflow:
 
 @pytest.fixture(scope="module")
 def anneal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A service without a worker yet."""
     folder = tmp_path_factory.mktemp("service")
     (folder / "site").mkdir()
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     install(folder / "site", project["name"], project["version"], project["entry-points"], EXAMPLE / "anneal_toy.py")
     with deployment(folder / "home", {"PYTHONPATH": str(folder / "site")}) as found:
+        found.start_worker()
+        found.wait_ready()
         yield found
 
 
@@ -155,7 +157,7 @@ def test_airflow_knows_the_provider_and_its_connections(airflow: Airflow, anneal
 
 
 def test_a_job_outlives_the_triggerer_that_waited_for_it(airflow: Airflow, anneal: Deployment, tmp_path: Path) -> None:
-    """A scheduler, an API server, a DAG processor and a triggerer, which is killed while the job waits for a worker."""
+    """A scheduler, an API server, a DAG processor and a triggerer, which is killed while the job runs."""
     model = sum_of_constants(tmp_path / "sum.onnx")
     bundle = tmp_path / "bundle.zip"
     airflow.variables |= {"MODEL": str(model), "SPEC": json.dumps(KEPT), "BUNDLE": str(bundle)}
@@ -171,11 +173,13 @@ def test_a_job_outlives_the_triggerer_that_waited_for_it(airflow: Airflow, annea
         deadline = time.monotonic() + 30
         while not airflow.rows("select 1 from trigger where triggerer_id is not null") and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.killpg(first.pid, 9)
+        os.killpg(first.pid, signal.SIGKILL)
         first.wait()
-        assert airflow.wait_for("optimize", "deferred", timeout_s=1) == "deferred", "nobody waits for the job now"
-        anneal.start_worker()
-        anneal.wait_ready()
+        with anneal.client() as client:
+            (job,) = client.jobs()
+            assert job["status"] in ("queued", "running")
+            client.wait(job["id"])
+        assert airflow.wait_for("optimize", "deferred", timeout_s=1) == "deferred", "nobody heard of the job's end"
         started.append(airflow.start("triggerer", "--skip-serve-logs"))
         assert airflow.wait_for("deploy", "success", "failed", "upstream_failed", timeout_s=150) == "success", (
             airflow.logs()
@@ -183,7 +187,6 @@ def test_a_job_outlives_the_triggerer_that_waited_for_it(airflow: Airflow, annea
     finally:
         for process in (first, *started):
             stop(process)
-    assert answers(anneal.port)
     assert zipfile.is_zipfile(bundle)
     with anneal.client() as client:
         jobs = list(client.jobs())
@@ -193,9 +196,6 @@ def test_a_job_outlives_the_triggerer_that_waited_for_it(airflow: Airflow, annea
 def test_the_dag_runs_by_dag_test_and_fails_where_a_limit_is_missed(
     airflow: Airflow, anneal: Deployment, tmp_path: Path
 ) -> None:
-    if anneal.readiness()["status"] != "ready":
-        anneal.start_worker()
-        anneal.wait_ready()
     model = str(sum_of_constants(tmp_path / "sum.onnx"))
     bundle = tmp_path / "bundle.zip"
     path = f"{airflow.variables['PYTHONPATH']}:{PROVIDER}"
