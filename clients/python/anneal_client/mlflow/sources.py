@@ -12,8 +12,8 @@ from anneal_client.mlflow.flavor import FLAVOR_NAME
 
 
 def uploadable(folder: Path) -> Path:
-    """The file to upload of a downloaded MLflow model: its `.pt2` or its `.onnx` (weights beside it go with it). Nothing
-    is unpickled.
+    """The file to upload of a downloaded MLflow model: its `.pt2` or its `.onnx` (weights beside it go with it).
+    Nothing is unpickled.
 
     Raises AnnealError `already_an_engine`, `unsupported_flavor`."""
     flavors = Model.load(str(folder / MLMODEL_FILE_NAME)).flavors
