@@ -172,14 +172,70 @@ else:
 """
 
 
+TENSORFLOW = """
+import sys
+import numpy as np, tensorflow as tf
+import onnxruntime as ort
+from anneal_client import ConversionFailed
+from anneal_client.exporting import from_tensorflow
+
+def named(made):
+    session = ort.InferenceSession(str(made.path))
+    return [[(v.name, v.shape) for v in values] for values in (session.get_inputs(), session.get_outputs())]
+
+layers = tf.keras.layers
+x = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
+net = [tf.keras.Input((16, 16, 3), name="x"), layers.Conv2D(4, 3, activation="relu"), layers.BatchNormalization()]
+one = from_tensorflow(tf.keras.Sequential([*net, layers.GlobalAveragePooling2D(), layers.Dense(3)], name="net"), x)
+assert one.path.name == "net.onnx" and one.difference < 1e-3, one
+assert named(one) == [[("x", ["batch", 16, 16, 3])], [("output", ["batch", 3])]], named(one)
+
+a, b = tf.keras.Input((4,), name="a"), tf.keras.Input((4,), name="b")
+both = layers.Concatenate()([a, b])
+two = tf.keras.Model([a, b], {"z": layers.Dense(2)(both), "m": layers.Dense(1, activation="tanh")(both)})
+rows = {"a": x[:, 0, 0, :1].repeat(4, 1), "b": x[:, 1, 1, 1:2].repeat(4, 1)}
+made = from_tensorflow(two, rows)
+assert [n for n, _ in named(made)[0]] == ["a", "b"] and {n for n, _ in named(made)[1]} == {"z", "m"}, named(made)
+assert made.difference < 1e-3
+
+class Saved(tf.Module):
+    def __init__(self):
+        self.w = tf.Variable(np.eye(8, 2, dtype=np.float32))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 8], tf.float32, name="x")])
+    def __call__(self, x):
+        return {"y": tf.nn.softmax(x @ self.w)}
+
+saved = Saved()
+tf.saved_model.save(saved, sys.argv[1] + "/saved", signatures={"serving_default": saved.__call__})
+again = from_tensorflow(sys.argv[1] + "/saved", x.reshape(-1, 8))
+assert again.difference < 1e-3 and named(again)[1] == [("y", ["batch", 2])], again
+wide = np.zeros((2, 9), np.float32)
+for model, example, code in ((two, {"a": rows["a"]}, "wrong_inputs"), (saved, wide, "export_failed")):
+    try:
+        from_tensorflow(model, example)
+    except ConversionFailed as refused:
+        assert refused.code == code, refused
+    else:
+        raise AssertionError(code)
+"""
+
+
 @pytest.mark.parametrize("script", [SKLEARN, XGBOOST, HUGGINGFACE, TABLES], ids=["sklearn", "xgboost", "hf", "tables"])
 def test_made_with_the_real_library(script: str, tmp_path: Path) -> None:
+    base = sysconfig.get_paths()["purelib"]  # torch, onnx and scikit-learn are those of the service's tests
     (locked,) = environment("client-conversions").glob("lib/python3*/site-packages")
-    base = sysconfig.get_paths()[
-        "purelib"
-    ]  # torch, onnx, onnxruntime and scikit-learn as the service's tests have them
-    path = os.pathsep.join([str(REPOSITORY / "clients" / "python"), *map(str, sys.path[1:]), base, str(locked)])
+    run(sys.executable, script, tmp_path, [base, str(locked)])
+
+
+def test_made_of_keras_and_tensorflow(tmp_path: Path) -> None:
+    """In an environment of its own: TensorFlow's protobuf is not everybody's."""
+    run(str(environment("client-tensorflow") / "bin" / "python"), TENSORFLOW, tmp_path, [])
+
+
+def run(python: str, script: str, tmp_path: Path, libraries: list[str]) -> None:
+    path = os.pathsep.join([str(REPOSITORY / "clients" / "python"), *libraries])
     environ = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    command = [python, "-c", script, str(tmp_path)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -287,6 +287,23 @@ def test_a_wait_ends_with_the_job_or_with_its_time(service: FaultyService, clien
     assert {event.type for event in seen} == {"progress"}
 
 
+def test_calls_block_in_a_notebook_too(service: FaultyService) -> None:
+    """Where an event loop runs already, in the same thread."""
+    told = 'id: 1\nevent: state\ndata: {"status": "succeeded"}\n\n'
+    service.on("GET", "/v1/jobs/job_1/events", stream(told))
+    service.on("GET", "/v1/jobs/job_1", answer_json(200, {"id": "job_1", "status": "succeeded"}))
+    service.on("GET", "/v1/jobs", answer_json(200, {"items": [{"id": "job_1"}] * 3, "next_cursor": None}))
+
+    async def cell() -> None:
+        with Client(service.url) as client:
+            assert client.wait("job_1").status == "succeeded"
+            assert next(client.jobs()).id == "job_1"  # the rest is not asked for
+            assert len(list(client.jobs())) == 3
+        await asyncio.sleep(0)
+
+    asyncio.run(cell())
+
+
 def test_lists_are_followed_page_by_page(service: FaultyService, client: Client) -> None:
     first = {"items": [{"id": "job_3"}, {"id": "job_2"}], "next_cursor": "c&1"}
     second = {"items": [{"id": "job_1"}], "next_cursor": None}
