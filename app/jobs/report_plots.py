@@ -122,7 +122,8 @@ def waterfall(report: Json) -> str:
 
 
 def pareto(report: Json) -> str:
-    """Speed, accuracy and size in one picture: latency to the right, loss upwards, the circle's area is the size."""
+    """Speed, accuracy and size in one picture: latency to the right, loss upwards, the circle's area is the size. Those
+    that none beats in all three have a thick line."""
     found = configurations(report)
     sizes = _batch_sizes(found)
     if not sizes:
@@ -143,13 +144,12 @@ def pareto(report: Json) -> str:
         f"<text x=740 y=262 text-anchor=end>p50 at batch size {text(sizes[0])}, up to {number(most_ms)} ms</text>"
         f"<text x=66 y=20>{number(high)} points lost</text><text x=66 y=236>{number(low)}</text>"
     )
-    lines = ""
+    lines, best = "", report.get("pareto") if isinstance(report.get("pareto"), list) else []
     for i, (c, ms, loss, mb) in enumerate(points, 1):
         x, y = 60 + 670 * ms / most_ms, 220 - 190 * (loss - low) / spread
-        radius = 4 + 14 * (mb / most_mb) ** 0.5
-        marks += (
-            f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} fill='{_colour(c)}' fill-opacity=.45 stroke='{_colour(c)}'/>"
-        )
+        radius, line = 4 + 14 * (mb / most_mb) ** 0.5, 3 if best and c.get("id") in best else 1
+        drawn = f"fill='{_colour(c)}' fill-opacity=.45 stroke='{_colour(c)}' stroke-width={line}"
+        marks += f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} {drawn} />"
         marks += f"<text x={x + radius + 3:.1f} y={y + 4:.1f}>{i}</text>"
         lines += f"<li>{text(c.get('name'))}: {number(ms)} ms, {number(loss)} points, {number(mb)} MB"
     return svg(270, "latency, accuracy lost and size of each configuration", marks) + f"<ol>{lines}</ol>"

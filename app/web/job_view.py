@@ -32,6 +32,7 @@ STAGES = {
     "cold_start": "time the cold start",
     "compatibility": "ask other backends",
     "package": "pack the bundle",
+    "queue": "wait for a worker",
     "target": "another machine",
 }
 _STANDINGS = {

@@ -158,6 +158,7 @@ def reads(page: Page, job: str) -> None:
 
 def cancels_and_compares(page: Page, job: str) -> None:
     page.goto(f"{URL}/jobs/new?like={job}")
+    page.get_by_label("Batch sizes").fill("2, 3")  # so that it has something to measure
     second = submit(page)
     page.get_by_role("button", name="Cancel the job").click()
     expect(page.locator("#live .state")).to_contain_text("cancelled", timeout=20_000)

@@ -96,8 +96,9 @@ def test_speed_accuracy_and_size_in_one_picture() -> None:
     baseline = {"id": "baseline", "size_mb": 4.0, "batches": {"1": {"p50_ms": 2.0}}}
     engine = {"id": "a", "name": "<a>", "status": "picked", "size_mb": 1.0, "accuracy": {"loss_percent": 0.2},
               "batches": {"1": {"p50_ms": 1.0}}}  # fmt: skip
-    page = report_page({"baseline": baseline, "candidates": [engine]}, "job_1")
+    page = report_page({"baseline": baseline, "candidates": [engine], "pareto": ["a"]}, "job_1")
     assert "Speed, accuracy and size" in page
+    assert page.count("stroke-width=3 />") == 1
     assert "<li>&lt;a&gt;: 1 ms, 0.2 points, 1 MB" in page
     assert "Speed, accuracy and size" not in report_page({"baseline": baseline}, "job_1")
 
