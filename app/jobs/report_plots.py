@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from app.figures import number
 from app.jobs.page_parts import Json, as_number, objects, part_of, svg, text
 
+_FRONT = "<p class=sub>A thick line: none beats it in both speed and accuracy. A circle grows with the size on disk.</p>"
 _LEFT, _WIDTH = 270, 330  # where bars begin, and the longest
 
 
@@ -123,7 +124,7 @@ def waterfall(report: Json) -> str:
 
 def pareto(report: Json) -> str:
     """Speed, accuracy and size in one picture: latency to the right, loss upwards, the circle's area is the size. Those
-    that none beats in all three have a thick line."""
+    that none beats in both speed and accuracy have a thick line."""
     found = configurations(report)
     sizes = _batch_sizes(found)
     if not sizes:
@@ -152,4 +153,7 @@ def pareto(report: Json) -> str:
         marks += f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} {drawn} />"
         marks += f"<text x={x + radius + 3:.1f} y={y + 4:.1f}>{i}</text>"
         lines += f"<li>{text(c.get('name'))}: {number(ms)} ms, {number(loss)} points, {number(mb)} MB"
-    return svg(270, "latency, accuracy lost and size of each configuration", marks) + f"<ol>{lines}</ol>"
+    return (
+        svg(270, "latency, accuracy lost and size of each configuration", marks)
+        + f"{_FRONT if best else ''}<ol>{lines}</ol>"
+    )
