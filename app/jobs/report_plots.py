@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from app.figures import number
 from app.jobs.page_parts import Json, as_number, objects, part_of, svg, text
 
-_FRONT = "<p class=sub>A thick line: none beats it in both speed and accuracy. A circle grows with the size on disk.</p>"
+_FRONT = "<p class=sub>A thick line: none beats it in both speed and accuracy. A circle is as large as the engine.</p>"
 _LEFT, _WIDTH = 270, 330  # where bars begin, and the longest
 
 
