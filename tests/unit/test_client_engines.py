@@ -17,6 +17,8 @@ from anneal_client import AsyncClient, Client, EngineUnusable, load_bundle
 from tests.factories import onnx_models
 from tests.factories.bundled import bundled
 from tests.factories.faulty_service import FaultyService, answer_json, faulty_service, ranged
+from tests.unit.test_by_batch import MOST, apart, packaged, rows, side_by_side
+from workers.kernel import backends
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,18 @@ def test_an_engine_computes_here_and_its_bundle_is_fetched_once(
 
     anyio.run(looped)
     assert downloads(service) == 3
+
+
+def test_two_engines_of_two_libraries_in_one_bundle(tmp_path: Path) -> None:
+    engine, runtime = side_by_side(tmp_path, apart())
+    bundle, _ = packaged(tmp_path, engine, runtime)
+    both = load_bundle(bundle)
+    assert both.check()
+    for count, kind in ((1, "small"), (MOST + 1, "large")):
+        (found,) = both(rows(count)).values()
+        alone = next(e for e in runtime["engines"] if e["folder"] == kind)
+        session = backends()[alone["backend"]]().load(engine / kind, alone["runtime"])
+        assert np.allclose(found, next(iter(session.run(rows(count)).values())), atol=1e-5)
 
 
 def test_threads_share_an_engine(archive: Path) -> None:
