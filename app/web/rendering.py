@@ -81,6 +81,7 @@ def page(request: Request, template: str, *, code: int = 200, **values: Any) -> 
         template,
         csrf=token,
         path=request.url.path,
+        host=request.url.netloc,
         signed_in=keys_required and "anneal.tenant" in request.scope,
         known=not keys_required or "anneal.tenant" in request.scope,
         **values,

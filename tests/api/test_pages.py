@@ -45,6 +45,7 @@ def test_the_root_is_a_page_for_browsers_and_what_it_was_for_others(client: http
     page = client.get("/", headers=HTML)
     assert page.status_code == 200
     assert "No worker is there" in page.text
+    assert f"'{client.base_url.netloc.decode()}/v1/models?name=resnet" in page.text, "what is told works here"
 
 
 def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def cancels_and_compares(page: Page, job: str) -> None:
     page.get_by_label("Batch sizes").fill("2, 3")  # so that it has something to measure
     second = submit(page)
     page.get_by_role("button", name="Cancel the job").click()
-    expect(page.locator("#live .state")).to_contain_text("cancelled", timeout=20_000)
+    expect(page.locator("#live .badge")).to_have_text("cancelled", timeout=20_000)
     page.goto(f"{URL}/jobs")
     for one in (job, second):
         page.locator(f"#pick-{one}").check()
