@@ -38,9 +38,10 @@ _SERVICE_VARIABLES = (
 
 @pytest.fixture(scope="session", autouse=True)
 def machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Workers of the tests neither wait for those of the developer's nor hold them up."""
+    """Workers of the tests neither wait for those of the developer's nor hold them up; what the client keeps goes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKER_LOCK_DIR", str(tmp_path_factory.mktemp("locks")))
+        patch.setenv("ANNEAL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
