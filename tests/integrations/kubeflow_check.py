@@ -4,6 +4,7 @@
 import json
 import sys
 
+import example_pipeline
 from kfp import compiler, dsl, local
 from kfp.dsl import HTML, Input, Metrics, Model, Output
 
@@ -46,6 +47,8 @@ def main(url: str, source: str, folder: str, kept: str, missed: str) -> dict:
     compiler.Compiler().compile(release, f"{folder}/release.yaml")
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=f"{folder}/outputs")
     found = json.loads(release(source=source, url=url, spec=json.loads(kept)).output)
+    example = example_pipeline.release(source=source, url=url, spec=json.loads(kept)).output
+    assert "times as fast" in example, example
     try:
         release(source=source, url=url, spec=json.loads(missed))
     except RuntimeError as error:

@@ -40,6 +40,14 @@ def test_the_metadata_fits_the_published_schema(tmp_path: Path) -> None:
     assert schema_check(broken).returncode != 0, "the check finds a step without a shell"
 
 
+def test_the_example_says_what_the_action_takes() -> None:
+    (workflow,) = re.findall(r"```yaml\n(.*?)```", (ACTION / "README.md").read_text(), flags=re.DOTALL)
+    (step,) = [s for s in yaml.safe_load(workflow)["jobs"]["optimize"]["steps"] if s.get("id") == "anneal"]
+    inputs = yaml.safe_load((ACTION / "action.yml").read_text())["inputs"]
+    assert set(step["with"]) <= set(inputs)
+    assert {name for name, told in inputs.items() if told.get("required")} <= set(step["with"])
+
+
 @dataclass
 class Runner:
     """As much of GitHub's runner as a composite action sees."""

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests.integrations.conftest import CLIENT, KEPT, MISSED, Service, asked
-from tests.integrations.environments import environment
+from tests.integrations.environments import REPOSITORY, environment
 from tests.servers import answers, free_port, running
 
 CHECK = Path(__file__).with_name("mlflow_check.py")
@@ -145,6 +145,18 @@ def test_weights_beside_a_model_go_with_it(tracking: Tracking, service: Service,
     assert found["file"] == "model.onnx"
     assert found["size"] < 16 * 64 * 4 < found["uploaded"]["size_bytes"], "the weights lie beside the file"
     assert found["uploaded"]["outputs"][0]["shape"] == ["batch", 64]
+
+
+def test_what_the_page_tells_to_do_does_it(
+    logged: dict[str, Any], tracking: Tracking, service: Service, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", input=np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32))
+    page = REPOSITORY / "docs" / "platforms.md"
+    job = logged["tags"]["anneal.job_id"]
+    found = tracking.asked("documented", service.url, page, job, service.model, json.dumps(KEPT), tmp_path / "data.npz")
+    assert (found["blocks"], found["versions"]) == (2, 2)
+    rows = np.arange(32, dtype=np.float32).reshape(2, 16)
+    np.testing.assert_array_equal(np.array(found["output"], np.float32), rows + total_of(service.model))
 
 
 @contextmanager
