@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo serve test test-integrations test-airflow lint format openapi constraints clean help
+.PHONY: demo serve test test-integrations docs test-airflow lint format openapi constraints clean help
 
 help:
 	@echo "make demo    start the service, optimize a trained model, show the report, stop"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    run every test, on a real PostgreSQL, Redis and S3 server"
 	@echo "make test-integrations    bundles in their servers (Triton), MLflow, Kubeflow, in environments of their own"
 	@echo "make test-airflow    the provider of clients/airflow in a real Airflow, in an environment of its own"
+	@echo "make docs    the documentation as a site, below build/site"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 
 # What the service and the demo run on.
@@ -55,6 +56,10 @@ test-integrations: $(VENV)/.dev
 # The provider of clients/airflow in a real Airflow, which takes minutes to install: not part of what CI runs.
 test-airflow: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/airflow $(PYTEST_ARGS)
+
+# The documentation as a site, below build/site; a link that leads nowhere fails it.
+docs: $(VENV)/.dev
+	@$(BIN)/python -m tests.integrations.docs_site build/site && echo "build/site/index.html"
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
