@@ -87,7 +87,8 @@ def _check_report(report: dict[str, Any]) -> None:
     assert told["costs"]["cold_start_ms"] > 0
     candidates = {c["id"]: c for c in report["candidates"]}
     assert candidates["two-engines"]["status"] == "picked"
-    assert "slower at batch size 16" in candidates["toy-per-sample-sum"]["reason"]
+    # "alone: slower at batch size 16" follows where the machine is quiet enough to prove it
+    assert candidates["toy-per-sample-sum"]["reason"].startswith("one of the two engines in the bundle")
     assert report["deployment_config"]["backend"] == "by-batch"
     assert report["optimizations_applied"], "of the engine that answers at the batch size that counts"
 

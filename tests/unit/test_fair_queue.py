@@ -17,6 +17,17 @@ def ask(key: str = "x", rows: int = 1, caller: str = "a", at: float = 0.0) -> Re
     return Request(key, rows, caller, at)
 
 
+def test_nothing_is_due_when_what_was_to_run_again_has_left() -> None:
+    queue = FairQueue(10, 4)
+    queue.add(ask())
+    (request,) = queue.take(0.0)
+    queue.again(request)
+    assert queue.due_at() == 0.0
+    queue.remove(request)
+    assert queue.due_at() is None
+    assert queue.take(0.0) == []
+
+
 @given(st.lists(st.one_of(ADD, OTHER), max_size=120), st.integers(1, 12), st.sampled_from([(), (2, 4), (3,)]))
 def test_whatever_comes_in_comes_out_once(steps: list[tuple], most: int, preferred: tuple[int, ...]) -> None:
     queue, now = FairQueue(10, most, 1.0, preferred), 0.0

@@ -145,6 +145,8 @@ class FairQueue:
 
     def due_at(self) -> float | None:
         """When a group is due whose batch does not fill meanwhile; None where nothing waits."""
+        while self._again and not self._again[0].queued:  # it left meanwhile
+            self._again.popleft()
         if self._again:
             return 0.0
         return min((g.oldest() + self.delay for g in self._groups.values()), default=None)
