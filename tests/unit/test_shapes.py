@@ -253,5 +253,5 @@ def test_at_a_shape_that_nobody_uses_it_is_told() -> None:
     rows = shape_table(spec, {"shape": typical}, original, quick.figures, "1")
     assert [r["holds"] for r in rows] == [True, False]
     page = report_page({"final_metrics": {"batch_size": 1, "shape": {"ids": [1, 512]}}, "shapes": rows}, "j")
-    assert "Measured at batch size 1, with ids [1, 512]." in page
+    assert "Measured at batch size 1, with ids 1×512." in page
     assert "where neither data nor job are" in page
