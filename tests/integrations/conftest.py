@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 
 from tests.factories.deployment import Deployment, deployment
 from tests.integration.test_plugin import EXAMPLE, install, sum_of_constants
-from tests.integrations.environments import REPOSITORY, environment
+from tests.integrations.environments import REPOSITORY, NotInstalled, environment
 
 CLIENT = REPOSITORY / "clients" / "python"
 # The toy engine of `examples/plugin` adds once where the original adds 300 times: faster by far, whatever the machine
@@ -26,6 +26,27 @@ KEPT: dict[str, Any] = {
     "budget_seconds": 10,
 }
 MISSED: dict[str, Any] = {**KEPT, "constraints": {"max_size_mb": 0.000001}}
+
+
+def _skipped(missing: NotInstalled) -> None:
+    """A browser or a server that this machine cannot have says nothing about ours. What pip or apt said is shown."""
+    pytest.skip(f"cannot be installed on this machine: {str(missing)[-1500:]}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except NotInstalled as missing:
+        return _skipped(missing)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except NotInstalled as missing:
+        return _skipped(missing)
 
 
 @dataclass(frozen=True)
