@@ -77,7 +77,8 @@ def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_pat
 
         again = client.wait(client.submit(spec)["id"])
         made = {s["name"] for s in again["stages"] if not s["cached"]}
-        assert not made & {"export", "quantize"}, "what is made of the same bytes is not made again"
+        # Measured anew, a search may go another way, and quantize what the first one did not.
+        assert "export" not in made, "what is made of the same bytes is not made again"
         if not made & {"benchmark", "sweep"}:  # a measurement that claims nothing is no other job's to use
             assert made == {"package"}, "the same job again computes nothing; its bundle tells whose it is"
             assert client.engine(again["engine_ids"][0])["sha256"] == engine["sha256"]
