@@ -15,7 +15,7 @@ from app.jobs.documents import JobDocument
 from app.jobs.schemas import timestamp
 from app.jobs.service import JobService
 
-HEARTBEAT_S = 15.0
+_HEARTBEAT_S = 15.0
 _RECHECK_S = 3.0  # a key that was revoked ends its streams within this and what the authenticator remembers
 _BATCH = 500
 
@@ -49,20 +49,36 @@ async def event_stream(
                 continue
             if job.terminal:
                 return
-            while not await services.watcher.wait(job_id, job.version, _RECHECK_S):
-                if await revoked(services, tenant_id, credentials):
-                    return
-                if time.monotonic() - spoken >= HEARTBEAT_S:
-                    yield b": ping\n\n"
+            try:
+                async for ping in until_changed(services, tenant_id, job_id, job.version, credentials, spoken):
+                    yield ping
                     spoken = time.monotonic()
-            if await revoked(services, tenant_id, credentials):
+            except Revoked:
                 return
             key = ("job", tenant_id, job_id, job.version)
             job = await services.reads.read(key, services.job_documents.get, tenant_id, job_id)
 
 
-async def revoked(services: Services, tenant_id: str, credentials: Credentials) -> bool:
-    """Whether what let a stream in would do so no more."""
+class Revoked(Exception):
+    """What let a stream in would do so no more."""
+
+
+async def until_changed(
+    services: Services, tenant_id: str, job_id: str, version: int, credentials: Credentials, spoken: float
+) -> AsyncIterator[bytes]:
+    """Ends when the job is another than this version; until then comments that keep the connection, the first one 15 s
+    after `spoken`. Raises `Revoked`."""
+    changed = False
+    while not changed:
+        changed = await services.watcher.wait(job_id, version, _RECHECK_S)
+        if await _revoked(services, tenant_id, credentials):
+            raise Revoked
+        if not changed and time.monotonic() - spoken >= _HEARTBEAT_S:
+            yield b": ping\n\n"
+            spoken = time.monotonic()
+
+
+async def _revoked(services: Services, tenant_id: str, credentials: Credentials) -> bool:
     try:
         return await services.auth.tenant(credentials) != tenant_id
     except AppError as error:

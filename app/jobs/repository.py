@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from app.db.base import utcnow
@@ -27,6 +27,23 @@ LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
 
 _DOUBLINGS = 9
 _LONGEST_S = 3600.0
+
+
+_Q = TypeVar("_Q", bound=Select[*tuple[Any, ...]])
+
+
+def filtered(
+    query: _Q, tenant_id: str, *, limit: int, before: str | None, status: str | None, model_id: str | None
+) -> _Q:
+    """A page of a tenant's jobs, newest first, whatever the query takes of them."""
+    query = query.where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(Job.id < before)
+    if status is not None:
+        query = query.where(Job.status == status)
+    if model_id is not None:
+        query = query.where(Job.model_id == model_id)
+    return query
 
 
 class JobRepository:
@@ -65,13 +82,7 @@ class JobRepository:
     def page(
         self, tenant_id: str, *, limit: int, before: str | None, status: str | None, model_id: str | None
     ) -> list[Job]:
-        query = select(Job).where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
-        if before is not None:
-            query = query.where(Job.id < before)
-        if status is not None:
-            query = query.where(Job.status == status)
-        if model_id is not None:
-            query = query.where(Job.model_id == model_id)
+        query = filtered(select(Job), tenant_id, limit=limit, before=before, status=status, model_id=model_id)
         return [*self.session.scalars(query)]
 
     def count_active(self, tenant_id: str) -> int:

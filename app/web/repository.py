@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from app.db.orm import Engine, Job, JobEvent, SourceModel
 from app.jobs.family import PARENTS
-from app.jobs.repository import ACTIVE
+from app.jobs.repository import ACTIVE, filtered
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,7 @@ class PageRepository:
             Job.expected_end, Job.error, Job.queue, Job.model_id, SourceModel.name.label("model"),
             Job.spec["objective"].as_string().label("objective"),
         ).join(SourceModel, SourceModel.id == Job.model_id)  # fmt: skip
-        query = query.where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
-        if before is not None:
-            query = query.where(Job.id < before)
-        if status is not None:
-            query = query.where(Job.status == status)
-        if model_id is not None:
-            query = query.where(Job.model_id == model_id)
+        query = filtered(query, tenant_id, limit=limit, before=before, status=status, model_id=model_id)
         if ids is not None:
             query = query.where(Job.id.in_(ids))
         rows = self.session.execute(query).all()

@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from app.http.auth import Credentials
 from app.http.services import Services
-from app.jobs.events import HEARTBEAT_S, revoked
-
-_RECHECK_S = 3.0
+from app.jobs.events import Revoked, until_changed
 
 
 async def live_stream(
@@ -33,13 +31,11 @@ async def live_stream(
             if ended:
                 yield _event("end", "")
                 return
-            while not await services.watcher.wait(job_id, known, _RECHECK_S):
-                if await revoked(services, tenant_id, credentials):
-                    return
-                if time.monotonic() - spoken >= HEARTBEAT_S:
-                    yield b": ping\n\n"
+            try:
+                async for ping in until_changed(services, tenant_id, job_id, known, credentials, spoken):
+                    yield ping
                     spoken = time.monotonic()
-            if await revoked(services, tenant_id, credentials):
+            except Revoked:
                 return
 
 
