@@ -25,13 +25,13 @@ from workers.measure.load.arrivals import Arrivals, rate_of
 from workers.measure.load.bench import Bench, Clock, Limit
 from workers.measure.load.mix import Mix, mix_of
 from workers.measure.load.over_http import launch_server
-from workers.measure.load.padding import buckets_of, padding_of
+from workers.measure.load.padding import buckets_of, samples_of
 from workers.measure.load.served import launch_of, settings_of
 from workers.measure.load.trial import Found, Trial, mix_json, serves
 from workers.measure.load.tuning import Space
 from workers.measure.method import load_method, versions
 from workers.serving.batcher import Settings
-from workers.serving.probe import Padding
+from workers.serving.probe import Padding, padding
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _TIMEOUT = 10.0  # × the limit, where the job does not say when callers leave
@@ -217,7 +217,11 @@ def _padding(
 ) -> Padding:
     """What requests may be filled up to, tried on the engine that ships."""
     batched = [name for name, axis in base.batch_axis.items() if axis == 0]
-    if base.reason is not None or not batched or not buckets_of(mix, batched):
+    wanted = buckets_of(mix, batched) if base.reason is None else {}
+    if not wanted:
         return Padding()
     session = backend.load(bundle, options.runtime)
-    return padding_of(session.run, mix, batched, precision)
+    try:
+        return padding(session.run, samples_of(mix, batched), wanted, precision)
+    finally:
+        session.close()  # before anything is measured: its threads and memory are nobody's then

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from itertools import pairwise
 
 from workers.measure.load.mix import Kind, Mix
-from workers.serving.probe import Arrays, Padding, Run, padding
+from workers.serving.probe import Arrays
 
 _MOST_BUCKETS = 4
 Sizes = dict[str, dict[int, tuple[int, ...]]]
@@ -41,18 +41,12 @@ def buckets_of(mix: Mix, batched: Collection[str]) -> Sizes:
     return found
 
 
-def padding_of(run: Run, mix: Mix, batched: Collection[str], precision: str) -> Padding:
-    """What of `buckets_of` leaves the answers to the traffic's own requests as they are. Raises what `run` raises."""
-    wanted = buckets_of(mix, batched)
-    if not wanted:
-        return Padding()
-    return padding(run, [_one(kind, batched) for kind in mix.kinds], wanted, precision)
+def samples_of(mix: Mix, batched: Collection[str]) -> list[Arrays]:
+    """One of each kind of request: the first sample of its first one."""
+    return [
+        {name: array[:1] if name in batched else array for name, array in kind.feeds[0].items()} for kind in mix.kinds
+    ]
 
 
 def _elements(kind: Kind) -> int:
     return sum(array.size for array in kind.feeds[0].values()) // kind.batch
-
-
-def _one(kind: Kind, batched: Collection[str]) -> Arrays:
-    """The first sample of its first request."""
-    return {name: array[:1] if name in batched else array for name, array in kind.feeds[0].items()}
