@@ -120,7 +120,7 @@ def _clock(response: httpx.Response) -> Iterator[Found]:
 def _key(service: Service) -> Iterator[Found]:
     place = service.place
     try:
-        service.get("/v1/jobs", {"limit": "1"})
+        service.check_key()
     except Unauthorized as error:
         stop = Stop.of(error, place.url)
         yield "key", False, f"{place.key_source}: {stop.what}", stop.remedy
@@ -147,7 +147,7 @@ _REMEDIES = {
 
 
 def _workers(service: Service) -> Iterator[Found]:
-    found = service.get("/v1/capabilities")
+    found = service.client.capabilities()
     hardware = ", ".join(map(str, found.get("hardware") or ())) or "none"
     yield "workers", bool(found.get("workers")), f"{len(found.get('workers') or ())} live, on {hardware}", None
     formats = found.get("formats") or ()

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from anneal_client import Client
 from anneal_client.cli import figures
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit, Stop
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
 
 def list_engines(ctx: Context, args: argparse.Namespace) -> Exit:
     head = ("Engine", "Backend", "Precision", "Size", "Made", "Job", "Machine")
-    listed(ctx, args, "/v1/engines", {}, head, lambda e: [
+    listed(ctx, args, Client.engines, head, lambda e: [
         str(e.get("id")), str(e.get("backend")), str(e.get("precision")), figures.size(e.get("size_bytes")),
         figures.when(e.get("created_at")), str(e.get("job_id")), str((e.get("hardware") or {}).get("id", figures.DASH)),
     ])  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from anneal_client import Client
 from anneal_client.cli import figures, values
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit
@@ -46,12 +48,12 @@ def limited(parser: argparse.ArgumentParser) -> None:
 
 
 def listed(
-    ctx: Context, args: argparse.Namespace, path: str, params: Mapping[str, str], head: Sequence[str], row: Row
+    ctx: Context, args: argparse.Namespace, ask: Callable[[Client], Iterator[Json]], head: Sequence[str], row: Row
 ) -> list[Json]:
     """Show a list, and say where there is more."""
     most = None if args.all else args.limit
     with ctx.service() as service:
-        found = list(service.items(path, params, None if most is None else most + 1))
+        found = list(itertools.islice(ask(service.client), None if most is None else most + 1))
     more = most is not None and len(found) > most
     found = found if most is None else found[:most]
     if ctx.json:
@@ -69,9 +71,8 @@ def listed(
 
 
 def list_jobs(ctx: Context, args: argparse.Namespace) -> Exit:
-    params = {"status": args.status, "model_id": args.model}
     head = ("Job", "Status", "Progress", "Stage", "Made", "Took", "Model", "Engine")
-    listed(ctx, args, "/v1/jobs", {k: v for k, v in params.items() if v}, head, _job_row)
+    listed(ctx, args, lambda client: client.jobs(status=args.status, model_id=args.model), head, _job_row)
     return Exit.OK
 
 
@@ -87,7 +88,7 @@ def _job_row(job: Json) -> Sequence[str]:
 
 def list_models(ctx: Context, args: argparse.Namespace) -> Exit:
     head = ("Model", "Name", "Format", "Size", "Inputs", "Made")
-    listed(ctx, args, "/v1/models", {}, head, lambda m: [
+    listed(ctx, args, Client.models, head, lambda m: [
         str(m.get("id")), str(m.get("name")), str(m.get("format")), figures.size(m.get("size_bytes")),
         tensors(m.get("inputs")), figures.when(m.get("created_at")),
     ])  # fmt: skip
@@ -96,7 +97,7 @@ def list_models(ctx: Context, args: argparse.Namespace) -> Exit:
 
 def list_datasets(ctx: Context, args: argparse.Namespace) -> Exit:
     head = ("Data set", "Name", "Samples", "Size", "Arrays", "Made")
-    listed(ctx, args, "/v1/datasets", {}, head, lambda d: [
+    listed(ctx, args, Client.datasets, head, lambda d: [
         str(d.get("id")), str(d.get("name")), figures.number(d.get("samples")), figures.size(d.get("size_bytes")),
         tensors(d.get("arrays")), figures.when(d.get("created_at")),
     ])  # fmt: skip

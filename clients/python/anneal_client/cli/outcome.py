@@ -53,7 +53,7 @@ def conclude(
     found = verdict(job, report)
     kept: Json = {}
     if html is not None and report is not None:
-        write(html, service.page(f"/v1/jobs/{job_id}/report"))
+        write(html, service.client.report_page(job_id))
         kept["html"] = str(html)
     engines = job.get("engine_ids") or []
     if out is not None and engines:

@@ -43,7 +43,7 @@ def show(ctx: Context, args: argparse.Namespace) -> Exit:
     with ctx.service() as service:
         job_id = job_of(service, args.job)
         if args.html is not None:
-            write(args.html, service.page(f"/v1/jobs/{job_id}/report"))
+            write(args.html, service.client.report_page(job_id))
             ctx.say(f"  {clean(args.html)}")
         report: Json = dict(service.client.report(job_id))
     if args.markdown is not None:

@@ -31,7 +31,7 @@ def run_login(ctx: Context, args: argparse.Namespace) -> Exit:
     key = _key(args, wanted)
     if wanted or key:
         with Service(logins.Place(url, key, "login", "login")) as service:
-            service.get("/v1/jobs", {"limit": "1"})  # says whether it is valid
+            service.check_key()
     path = logins.keep(url, key)
     if ctx.json:
         ctx.emit({"url": url, "key": key is not None, "kept_in": str(path)})
@@ -44,7 +44,7 @@ def run_login(ctx: Context, args: argparse.Namespace) -> Exit:
 def _needs_key(url: str) -> bool:
     with Service(logins.Place(url, None, "login", "none")) as service:
         try:
-            service.get("/v1/jobs", {"limit": "1"})
+            service.check_key()
         except Unauthorized:
             return True
     return False

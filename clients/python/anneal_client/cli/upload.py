@@ -13,7 +13,7 @@ from anneal_client.cli.service import Service
 def model(service: Service, given: str, name: str | None) -> dict[str, Any]:
     """The uploaded model: `given` is the id of one, or a file; an .onnx with its weights beside it goes whole."""
     if values.is_id("mdl", given):
-        return service.get(f"/v1/models/{given}")
+        return service.client.model(given)
     path = Path(given).expanduser()
     if not path.exists():
         remedy = "Give a file (.onnx, .pt2, a .zip or .tar of one) or the id of an uploaded model: `anneal models`."
@@ -23,7 +23,7 @@ def model(service: Service, given: str, name: str | None) -> dict[str, Any]:
 
 def dataset(service: Service, given: str, option: str) -> dict[str, Any]:
     if values.is_id("dst", given):
-        return service.get(f"/v1/datasets/{given}")
+        return service.client.dataset(given)
     path = Path(given).expanduser()
     if not path.exists():
         remedy = "Give an .npz, an archive of them, or the id of an uploaded data set: `anneal datasets`."
