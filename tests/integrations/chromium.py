@@ -6,18 +6,18 @@ import os
 import shutil
 import subprocess
 
-from tests.integrations.environments import NotInstalled
+from tests.integrations.environments import NoSystemPackage
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _INSTALL_TIMEOUT_S = 280
 
 
 def chromium() -> str:
-    """Its path. Raises `NotInstalled` with what to do, where there is none and none can be installed."""
+    """Its path. Raises `NoSystemPackage` with what to do, where there is none and none can be installed."""
     found = _installed()
     if found is None:
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
-            raise NotInstalled("The pages are tested in Chromium: install your system's package `chromium`.")
+            raise NoSystemPackage("The pages are tested in Chromium: install your system's package `chromium`.")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"]):
             environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
             done = subprocess.run(
@@ -25,10 +25,10 @@ def chromium() -> str:
                 timeout=_INSTALL_TIMEOUT_S,
             )  # fmt: skip
             if done.returncode:
-                raise NotInstalled(f"apt-get {command[0]}\n{(done.stdout + done.stderr)[-4000:]}")
+                raise NoSystemPackage(f"apt-get {command[0]}\n{(done.stdout + done.stderr)[-4000:]}")
         found = _installed()
     if found is None:
-        raise NotInstalled("apt-get installed no chromium")
+        raise NoSystemPackage("apt-get installed no chromium")
     return found
 
 

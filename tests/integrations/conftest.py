@@ -15,7 +15,7 @@ import pytest
 
 from tests.factories.deployment import Deployment, deployment
 from tests.integration.test_plugin import EXAMPLE, install, sum_of_constants
-from tests.integrations.environments import REPOSITORY, NotInstalled, environment
+from tests.integrations.environments import REPOSITORY, NoSystemPackage, environment
 
 CLIENT = REPOSITORY / "clients" / "python"
 # The toy engine of `examples/plugin` adds once where the original adds 300 times: faster by far, whatever the machine
@@ -28,16 +28,16 @@ KEPT: dict[str, Any] = {
 MISSED: dict[str, Any] = {**KEPT, "constraints": {"max_size_mb": 0.000001}}
 
 
-def _skipped(missing: NotInstalled) -> None:
-    """A browser or a server that this machine cannot have says nothing about ours. What pip or apt said is shown."""
-    pytest.skip(f"cannot be installed on this machine: {str(missing)[-1500:]}")
+def _skipped(missing: NoSystemPackage) -> None:
+    """README asks for a Python registry, whose environments have to come together; it asks for no system packages."""
+    pytest.skip(str(missing)[-1500:])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, Any, Any]:
     try:
         return (yield)
-    except NotInstalled as missing:
+    except NoSystemPackage as missing:
         return _skipped(missing)
 
 
@@ -45,7 +45,7 @@ def pytest_runtest_setup() -> Generator[None, Any, Any]:
 def pytest_runtest_call() -> Generator[None, Any, Any]:
     try:
         return (yield)
-    except NotInstalled as missing:
+    except NoSystemPackage as missing:
         return _skipped(missing)
 
 

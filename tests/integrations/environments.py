@@ -19,6 +19,10 @@ class NotInstalled(RuntimeError):
     """An environment could not be made; the message carries the end of what pip said."""
 
 
+class NoSystemPackage(RuntimeError):
+    """A program that comes with the system's packages is not there, and this machine lets us install none."""
+
+
 def environment(name: str) -> Path:
     """The folder of the environment. The lock file names every package: nothing else is installed."""
     requirements = Path(__file__).with_name(f"requirements-{name}.txt")

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.integrations.environments import FOLDER, NotInstalled
+from tests.integrations.environments import FOLDER, NoSystemPackage
 
 _TIMEOUT_S = 200
 
 
 def promtool() -> Path:
-    """Raises `NotInstalled` where there is none, and no apt to fetch it with."""
+    """Raises `NoSystemPackage` where there is none, and no apt to fetch it with."""
     if found := shutil.which("promtool"):
         return Path(found)
     folder = FOLDER / "prometheus"
@@ -30,11 +30,11 @@ def promtool() -> Path:
                 _run(["dpkg-deb", "--extract", str(package), str(folder)], folder)
                 package.unlink()
             except (OSError, ValueError) as error:
-                raise NotInstalled("promtool is neither installed nor to be had from Debian's packages") from error
+                raise NoSystemPackage("promtool is neither installed nor to be had from Debian's packages") from error
     return tool
 
 
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode != 0:
-        raise NotInstalled(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-2000:]}")
+        raise NoSystemPackage(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-2000:]}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.docs_site import build
-from tests.integrations.environments import REPOSITORY, environment
+from tests.integrations.environments import REPOSITORY
 
 _LOADED = re.compile(r'<(?:script|img|iframe)[^>]+src="([^"]+)"|<link[^>]+stylesheet[^>]+href="([^"]+)"')
 
@@ -36,6 +36,5 @@ def test_a_link_that_leads_nowhere_fails_it(link: str, tmp_path: Path, monkeypat
     index = copied / "docs" / "index.md"
     index.write_text(index.read_text() + f"\n[more]({link})\n")
     monkeypatch.setattr("tests.integrations.docs_site.REPOSITORY", copied)
-    environment("docs")
     with pytest.raises(RuntimeError, match="no-such"):
         build(tmp_path / "site")
