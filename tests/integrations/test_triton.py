@@ -150,16 +150,23 @@ def _state_first() -> ModelProto:
     return models.make_model(nodes, [x, state], [models.value("next", [2, "batch", 4])], [])
 
 
+def _number_for_all() -> ModelProto:
+    nodes = [helper.make_node("Mul", ["x", "factor"], ["y"])]
+    x, factor = models.value("x", ["batch", 4]), models.value("factor", [])
+    return models.make_model(nodes, [x, factor], [models.value("y", ["batch", 4])], [])
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     ("model", "batch", "dims"),
     [
         (_number_for_each_sample(), 8, [["4"], ["1"]]),
         (_state_first(), 0, [["-1", "4"], ["2", "-1", "4"]]),
+        (_number_for_all(), 0, [["-1", "4"], ["1"]]),
         (models.mlp(batch=3), 0, [["3", "8"]]),
         (models.embedding(), 8, [["-1"]]),
     ],
-    ids=["numbers", "state", "fixed", "sequence"],
+    ids=["numbers", "state", "number", "fixed", "sequence"],
 )
 def test_other_shapes(
     server: Path, backend: str, model: ModelProto, batch: int, dims: list[list[str]], tmp_path: Path

@@ -282,6 +282,18 @@ def test_what_depends_on_the_batch_is_served_one_by_one(tmp_path: Path) -> None:
     assert data["serving"]["reason"] in (bundle / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_numbers_without_an_axis_are_served(name: str, tmp_path: Path) -> None:
+    """Seen: a voice detector's sample rate ended the job as it was packaged, and its server refused what was sent."""
+    nodes = [helper.make_node("Mul", ["x", "factor"], ["y"]), helper.make_node("ReduceMax", ["y"], ["m"], keepdims=0)]
+    inputs = [models.value("x", ["n", 4]), models.value("factor", [])]
+    model = models.make_model(nodes, inputs, [models.value("y", ["n", 4]), models.value("m", [])], [])
+    bundle, data = packaged(name, model, tmp_path, figures={"batches": {"1": {}, "8": {}}})
+    assert data["tried"]["largest_difference"] < 1e-5
+    assert data["kinds"]["triton"]["backend"] == "python"
+    assert 'key: "SCALARS"' in (bundle / "triton" / "config.pbtxt").read_text()
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [

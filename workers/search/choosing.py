@@ -15,7 +15,8 @@ def choose(d: Draft, both: Sequence[str] = ()) -> None:
     timed = _one_for_each_engine(d, both)
     ranked = [(i, d.speed(i), d.safe(i)) for i in timed]
     over_all = {i: halving.over_all_sizes(d.spec, d[i].figures) for i in timed}
-    chosen, reasons = halving.finalists(ranked, over_all=over_all)
+    likely = next((i for i in timed if not is_quantized(d[i].plan)), None)
+    chosen, reasons = halving.finalists(ranked, over_all=over_all, fallback=likely)
     for cid in timed:
         if cid in reasons and cid not in both:
             d.drop(cid, "finalists", reasons[cid])

@@ -96,13 +96,15 @@ def finalists(
     most: int = MOST_FINALISTS,
     *,
     over_all: Mapping[str, float] | None = None,
+    fallback: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Who is measured in full, the fastest first, and why the others are not. Of those that cannot be told from the
     fastest at the batch size that counts, those come first that gain the most over all sizes (`over_all`, by id).
 
     `ranked`: (id, speed, safe). `safe` says that its accuracy is beyond doubt (the same arithmetic, or well inside of
     the limit): the fastest safe one always goes on, so that a gate that fails late does not leave the job with nothing;
-    it costs no full measurement where the faster one is confirmed (`sparing`).
+    it costs no full measurement where the faster one is confirmed (`sparing`). `fallback` does where nobody is safe:
+    one flip among two hundred samples is enough for an interval that reaches over a limit of 1 %.
     The others were timed beside them already: a third that is as fast is nothing lost.
     """
     order = sorted(ranked, key=lambda r: -r[1].ratio)
@@ -113,7 +115,7 @@ def finalists(
         tied = [r for r in order if can_win(r[1], best.low) and r[1].ratio >= TIE * best.ratio]
         order = sorted(tied, key=lambda r: -over_all[r[0]]) + [r for r in order if r not in tied]
     chosen = [cid for cid, speed, _ in order if can_win(speed, best.low)][:most]
-    safe = next((cid for cid, _, sure in order if sure), None)
+    safe = next((cid for cid, _, sure in order if sure), fallback)
     if safe is not None and safe not in chosen:
         chosen.append(safe)
     reasons = {cid: _not_chosen(speed, leader, best) for cid, speed, _ in order if cid not in chosen}

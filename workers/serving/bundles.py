@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from workers.kernel import Backend, Session
 from workers.measure.axes import batch_axes
 from workers.members import scripts_of
 from workers.serving import kserve, triton
-from workers.serving.native import Instances
+from workers.serving.native import Instances, InTriton
 from workers.serving.triton_server import Example, NotLoaded, replayed, running
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Kinds:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_SCALARS = "Triton has no tensors without an axis where there is no batch, and the engine has such"
+
+
 def other_kinds(bundled: Bundled) -> Kinds:
     kinds = Kinds()
     _triton(bundled, kinds)
@@ -82,6 +86,9 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
     threads = serving.get("threads")
     runtime = backend.with_threads(bundled.runtime, threads) if threads else dict(bundled.runtime)
     native = backend.in_triton(Instances(bundled.engine, runtime, int(serving["instances"]), bundled.hardware))
+    scalars = [spec.name for spec in bundled.session.inputs if not spec.shape]
+    if not bundled.batched and any(not spec.shape for spec in (*bundled.session.inputs, *bundled.session.outputs)):
+        native = InTriton(why=_SCALARS, parameters={"SCALARS": json.dumps(scalars)})
     scripts = scripts_of(backend.name, runtime)
     # As members of the bundle: its own, unless they load the engine otherwise.
     at = {

@@ -111,7 +111,7 @@ def _asked(port: int, name: str, sample: Arrays, expected: Arrays, allowed: floa
     """The largest difference of its answer, over the largest number of an output."""
     connection, worst = Connection(port, name, _LIMIT_S), 0.0
     try:
-        answer: Mapping[str, Any] = connection.infer(sample, list(expected), batched=False)
+        answer: Mapping[str, Any] = connection.infer(sample, list(expected))
     except (Refused, OSError, http.client.HTTPException) as error:
         raise _failure(folder, "serve", f"did not answer: {error}") from None
     finally:

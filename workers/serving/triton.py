@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from workers.kernel import TensorSpec
@@ -166,7 +167,7 @@ def _tensor(spec: TensorSpec, served: Served, most: int) -> dict[str, Any]:
     dims = [_dim(dim, bound) for dim, bound in zip(spec.shape, _bounds(spec, served), strict=True)]
     dims = dims[1:] if most else dims
     told: dict[str, Any] = {"name": spec.name, "data_type": Word(_TYPES[spec.dtype]), "dims": dims or [1]}
-    if not dims:
+    if not dims and most:
         told["reshape"] = {"shape": []}  # a number for each sample: Triton's dims are never empty
     return told
 
@@ -209,9 +210,9 @@ def _warmed(served: Served) -> list[tuple[int, TensorSpec]]:
     return list(enumerate(served.inputs))
 
 
-def _one(served: Served) -> slice:
+def _one(served: Served) -> slice | EllipsisType:
     """Of a sample's arrays, what one request of a batch has."""
-    return slice(0, 1) if served.batched else slice(None)
+    return slice(0, 1) if served.batched else ...
 
 
 def _warm_up(served: Served, size: int) -> dict[str, Any]:

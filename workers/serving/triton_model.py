@@ -23,6 +23,9 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.batched = config["max_batch_size"] > 0
         self.inputs = [item["name"] for item in config["input"]]
+        # Of no axis at all, for which Triton has [1].
+        scalars = config.get("parameters", {}).get("SCALARS", {}).get("string_value", "[]")
+        self.scalars = set(json.loads(scalars))
         self.outputs = [
             (item["name"], pb_utils.triton_string_to_numpy(item["data_type"])) for item in config["output"]
         ]
@@ -34,12 +37,16 @@ class TritonPythonModel:
         _, self.run = infer.load()
 
     def execute(self, requests):
-        feeds = [{n: pb_utils.get_input_tensor_by_name(r, n).as_numpy() for n in self.inputs} for r in requests]
+        feeds = [{n: self.array(request, n) for n in self.inputs} for request in requests]
         answers = [None] * len(feeds)
         for members in self.groups(feeds):
             for index, answer in zip(members, self.answered([feeds[i] for i in members])):
                 answers[index] = answer
         return answers
+
+    def array(self, request, name):
+        found = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+        return found.reshape(()) if name in self.scalars else found
 
     def groups(self, feeds):
         """Which requests run together: those of the same sizes but for the batch."""

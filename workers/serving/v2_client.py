@@ -32,16 +32,16 @@ class Connection:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
         self._path = f"/v2/models/{model}/infer"
 
-    def infer(self, feeds: Mapping[str, Any], outputs: Sequence[str], *, batched: bool) -> Arrays:
-        """All of `outputs`, or all there are where none is named. Where `batched`, a number for each sample goes as
-        [samples, 1] (Triton's dims are never empty), and comes back so. Raises `Refused`, OSError and what
-        `http.client` raises."""
+    def infer(self, feeds: Mapping[str, Any], outputs: Sequence[str], *, batched: bool | None = None) -> Arrays:
+        """All of `outputs`, or all there are where none is named. Triton's dims are never empty: where `batched` is
+        told, a number for each sample goes as [samples, 1], a single one as [1], and comes back so. Raises `Refused`,
+        OSError and what `http.client` raises."""
         inputs, parts = [], []
         for name, array in feeds.items():
             part = np.ascontiguousarray(array).tobytes()
             told = {
                 "name": name,
-                "shape": [*array.shape, *[1] * (array.ndim == int(batched))],
+                "shape": [*array.shape, *[1] * (batched is not None and array.ndim == int(batched))],
                 "datatype": _KINDS[str(array.dtype)],
             }
             inputs.append({**told, "parameters": {"binary_data_size": len(part)}})

@@ -119,7 +119,7 @@ def started(folder: Path, until: float) -> Start:
         ready = _until(process, log, until, lambda: _status(port, "ready", until) == http.HTTPStatus.OK) - began
         connection = Connection(port, _MODEL, max(until - time.monotonic(), 0.1))
         try:
-            connection.infer(feeds, outputs, batched=False)
+            connection.infer(feeds, outputs)
         except (Refused, OSError, http.client.HTTPException) as error:
             raise _failure(f"its server does not answer: {error}", log) from error
         finally:
