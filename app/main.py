@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ from app.jobs import endpoints as jobs
 from app.jobs.documents import JobDocuments
 from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
+from app.operations.tracing import NO_TRACING, make_tracing
 from app.queue.producer import Dispatch, make_dispatch
 from app.scratch import remove_stale
 from app.settings import Settings, load_settings
@@ -60,6 +63,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         services = make_services(settings, metrics, dispatch or make_dispatch(settings))
         metrics.watch(health.CachedSnapshot(lambda: health.snapshot(services)))
         app.state.services = services
+        app.state.tracing = tracing = make_tracing(settings, "anneal-api", f"{socket.gethostname()}-{os.getpid()}")
         app.state.readiness = health.CachedReadiness(health.Examiner(health.probes_of(services, background)))
         background.keep("job-watcher", services.watcher.run)
         background.keep("cleaner", lambda: _clean(settings.temp_dir))
@@ -71,9 +75,11 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
             services.watcher.wake_all()
             services.inspector.close()
             services.db.close()
+            await anyio.to_thread.run_sync(tracing.close)
 
     app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.background = background
+    app.state.tracing = NO_TRACING
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.
     for module in (jobs, source_models, datasets, uploads, artifacts, capabilities):

@@ -98,7 +98,25 @@ class WorkerSettings(BaseSettings):
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)
     tritonserver: Path | None = Field(default=None, description="Bundles for Triton are tried in it; None = not tried")
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="Of the worker's own /metrics; 0 = none")
     searches_dir: Path | None = Field(default=None, description="Where searches are recorded; None = nowhere")
+
+
+class MetricsSettings(BaseSettings):
+    """What `/metrics` tells, which anybody may ask who reaches the API."""
+
+    model_config = SettingsConfigDict(env_prefix="METRICS_", extra="ignore")
+
+    tenants: int = Field(default=0, ge=0, le=200, description="So many, by id, those with the most waiting jobs")
+
+
+class TracingSettings(BaseSettings):
+    """Where spans go, by OTLP over HTTP; empty = there are none. The exporter reads the other `OTEL_…` variables."""
+
+    model_config = SettingsConfigDict(env_prefix="OTEL_", extra="ignore")
+
+    exporter_otlp_endpoint: str = ""
 
 
 class CollectorSettings(BaseSettings):
@@ -128,6 +146,8 @@ class Settings(BaseSettings):
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
     collector: CollectorSettings = Field(default_factory=CollectorSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
 
     @property
     def home_dir(self) -> Path:

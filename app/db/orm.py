@@ -20,6 +20,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.accounts import LOCAL_TENANT, ApiKey, BrowserSession, Tenant  # noqa: F401 (here every table is known)
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
+from app.db.operations import OperationCount  # noqa: F401 (likewise)
 
 Id = String(64)
 Sha256 = String(64)
@@ -105,7 +106,7 @@ class Job(Base):
     was shut down gave back.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
     then an ended job stands in its status's `JobTally`. `parent_id`: of the job that compares this one's target with
-    others (`app.jobs.family`).
+    others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced.
     """
 
     __tablename__ = "jobs"
@@ -124,6 +125,7 @@ class Job(Base):
     report_sha256: Mapped[str | None] = mapped_column(Sha256)
     manifest_sha256: Mapped[str | None] = mapped_column(Sha256)
     correlation_id: Mapped[str] = mapped_column(String(128))
+    traceparent: Mapped[str | None] = mapped_column(String(55))
     version: Mapped[int] = mapped_column(BigInteger, default=1)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     attempts_in_all: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))

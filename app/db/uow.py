@@ -12,6 +12,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
+from app.db.counts import write_noted
+
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
@@ -55,6 +57,7 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             uow = UnitOfWork(session)
             yield uow
+            write_noted(session)
             session.commit()
         for callback in uow.callbacks:
             callback()

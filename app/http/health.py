@@ -20,10 +20,11 @@ from app.db.migrate import check_revision
 from app.db.uow import Database
 from app.errors import AppError
 from app.http.deps import ServicesDep
-from app.http.metrics import CONTENT_TYPE, Snapshot
+from app.http.metrics import CONTENT_TYPE
 from app.http.problem import problems
 from app.http.services import Services
 from app.http.threads import SharedReads
+from app.operations.statistics import Snapshot, take
 from app.queue.producer import check_broker
 
 log = structlog.get_logger(__name__)
@@ -138,9 +139,9 @@ def ping(db: Database) -> str:
 
 def snapshot(services: Services) -> Snapshot:
     """The service's state for the metrics."""
+    live = services.capabilities.live()
     with services.db.read() as session:
-        jobs, queued = StatisticsRepository(session).job_counts()
-    return Snapshot(jobs=jobs, queued=queued, live_workers=len(services.capabilities.live()))
+        return take(session, live, tenants=services.settings.metrics.tenants)
 
 
 class CachedReadiness:

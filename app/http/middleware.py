@@ -20,14 +20,17 @@ from app.http.metrics import Metrics
 from app.http.problem import database_problem, internal_error, problem_response
 from app.logging import bind_correlation_id, new_correlation_id
 from app.network import is_loopback
+from app.operations.tracing import Span, Tracing, traceparent_of
 
 log = structlog.get_logger("anneal.http")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_LONGEST_PATH = 200  # of a span's attribute
 # Probes and status polls: logged for debugging only, unless they fail.
-_QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/v1/jobs/{job_id}"})
+_POLL = "/v1/jobs/{job_id}"
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics", _POLL})
 # Their bodies are files, which the routes stream and limit themselves.
 _FILE_ROUTES = re.compile(r"POST /v1/(models|datasets)|PUT /v1/uploads/[^/]+/parts/[^/]+")
 
@@ -46,6 +49,7 @@ class RequestContextMiddleware:
         request_id = _request_id(scope)
         scope["anneal.request_id"] = request_id
         bind_correlation_id(request_id)
+        span = _span(scope)
         started = time.perf_counter()
         status = 0
 
@@ -73,13 +77,44 @@ class RequestContextMiddleware:
         finally:
             self.metrics.in_flight.dec()
             self._note(scope, status, time.perf_counter() - started)
+            if span is not None:
+                _end(span, scope, status)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = _template(scope)
         method = scope["method"] if scope["method"] in _METHODS else "(other)"
-        self.metrics.observe(method, route, status, seconds)
+        # What is asked to wait is no slow answer.
+        waits = b"wait=" in scope["query_string"] and route == _POLL
+        self.metrics.observe(method, f"{route}?wait" if waits else route, status, seconds)
         write = log.debug if route in _QUIET and status < 400 else log.info
         write("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 2))
+
+
+def _span(scope: Scope) -> Span | None:
+    """Of a request that changes something, or whose caller traces it: else polls would be all that there is to see. What
+    it leads to finds its parent in the scope."""
+    caller = traceparent_of(Headers(scope=scope).get("traceparent"))
+    if caller is None and (scope["method"] in _SAFE or scope["method"] not in _METHODS):
+        return None
+    tracing: Tracing = scope["app"].state.tracing
+    method, path = scope["method"], scope["path"]
+    attributes = {"http.request.method": method, "url.path": path[:_LONGEST_PATH]}
+    span = tracing.start(method, parent=caller, kind="server", attributes=attributes)
+    scope["anneal.traceparent"] = span.traceparent
+    return span
+
+
+def _end(span: Span, scope: Scope, status: int) -> None:
+    route = _template(scope)
+    told: dict[str, str | int | float | bool] = {
+        "http.route": route,
+        "http.response.status_code": status,
+        "anneal.request.id": scope["anneal.request_id"],
+    }
+    if "anneal.tenant" in scope:
+        told["anneal.tenant.id"] = scope["anneal.tenant"]
+    failed = f"answered {status}" if status >= 500 or not status else None
+    span.end(told, name=f"{scope['method']} {route}", failed=failed)
 
 
 def _template(scope: Scope) -> str:

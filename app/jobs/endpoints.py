@@ -116,7 +116,13 @@ def submit_job(
     _refuse_unstorable(document, "/body")
     idempotency = None if key is None else Idempotency(key, digest_of(["job", document]))
     correlation_id = request.scope["anneal.request_id"]
-    row, new = services.jobs.submit(tenant_id, spec, correlation_id=correlation_id, idempotency=idempotency)
+    row, new = services.jobs.submit(
+        tenant_id,
+        spec,
+        correlation_id=correlation_id,
+        idempotency=idempotency,
+        traceparent=request.scope.get("anneal.traceparent"),
+    )
     headers = {"Location": f"/v1/jobs/{row.id}", "ETag": job_etag(row)}
     if not new:
         headers["Idempotency-Replayed"] = "true"

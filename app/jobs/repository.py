@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
+from app.db import counts
 from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
@@ -111,10 +112,18 @@ class JobRepository:
         data = {"status": target.value, **(event or {})}
         version = self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
         if version is not None:
+            self._count(trigger, changes)
             parent_id = self.session.scalar(select(Job.parent_id).where(Job.id == job_id))
             if parent_id is not None:
                 self._follow(parent_id, job_id)
         return version
+
+    def _count(self, trigger: Trigger, changes: dict[str, Any]) -> None:
+        """What is rare, and what operators want to know after the worker is gone."""
+        if trigger is Trigger.FAIL:
+            counts.note(self.session, counts.FAILED, str((changes.get("error") or {}).get("code", "unknown")))
+        elif trigger in (Trigger.RELEASE, Trigger.LEASE_EXPIRED):
+            counts.note(self.session, counts.REQUEUED, trigger.value)
 
     def _follow(self, parent_id: str, job_id: str) -> None:
         """A child's state has changed. Two that do so at once do not miss each other: the second waits here for the

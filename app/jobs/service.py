@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,15 @@ from app.settings import Settings
 from app.storage.content import ContentStore
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a job comes from: whose it is, and the request that submitted it."""
+
+    tenant_id: str
+    correlation_id: str
+    traceparent: str | None = None
+
+
 class JobService:
     def __init__(self, db: Database, content: ContentStore, dispatch: Dispatch, settings: Settings) -> None:
         self.db = db
@@ -40,20 +50,29 @@ class JobService:
         self.capabilities = CapabilityService(db, settings)
 
     def submit(
-        self, tenant_id: str, spec: OptimizationSpec, *, correlation_id: str, idempotency: Idempotency | None
+        self,
+        tenant_id: str,
+        spec: OptimizationSpec,
+        *,
+        correlation_id: str,
+        idempotency: Idempotency | None,
+        traceparent: str | None = None,
     ) -> tuple[Job, bool]:
-        """Queue a job; the row, and whether it is new. Raises `AppError` for a spec that cannot be met here."""
+        """Queue a job; the row, and whether it is new. `traceparent`: of the span that its own are to follow. Raises
+        `AppError` for a spec that cannot be met here."""
+        origin = Origin(tenant_id, correlation_id, traceparent)
         try:
-            return self._submit(tenant_id, spec, correlation_id, idempotency)
+            return self._submit(origin, spec, idempotency)
         except IntegrityError:
             # The same key came twice at the same time and the other won: answer with its job.
             if idempotency is None:
                 raise
-            return self._submit(tenant_id, spec, correlation_id, idempotency)
+            return self._submit(origin, spec, idempotency)
 
     def _submit(
-        self, tenant_id: str, spec: OptimizationSpec, correlation_id: str, idempotency: Idempotency | None
+        self, origin: Origin, spec: OptimizationSpec, idempotency: Idempotency | None
     ) -> tuple[Job, bool]:
+        tenant_id = origin.tenant_id
         live, known = self.capabilities.live(), self.capabilities.known()
         with self.db.write() as uow:
             session, jobs = uow.session, JobRepository(uow.session)
@@ -75,7 +94,7 @@ class JobService:
             else:
                 wanted = [(spec, find_queue(spec, model.format, live, known))]
             self._check_quota(jobs.count_active(tenant_id), len(wanted))
-            queued = partial(_queued, tenant_id=tenant_id, model_id=model.id, correlation_id=correlation_id)
+            queued = partial(_queued, origin=origin, model_id=model.id)
             parent = _running(queued(new_id("job"), spec, Queue(PARENTS), None)) if spec.targets is not None else None
             if parent is not None:
                 jobs.add(parent)
@@ -221,14 +240,13 @@ def _queued(
     queue: Queue,
     parent: Job | None,
     *,
-    tenant_id: str,
+    origin: Origin,
     model_id: str,
-    correlation_id: str,
 ) -> Job:
     now = utcnow()
     return Job(
         id=job_id,
-        tenant_id=tenant_id,
+        tenant_id=origin.tenant_id,
         model_id=model_id,
         status=JobStatus.QUEUED.value,
         stage=None,
@@ -238,7 +256,8 @@ def _queued(
         stages=queue.stages,
         error=None,
         engine_ids=[],
-        correlation_id=correlation_id,
+        correlation_id=origin.correlation_id,
+        traceparent=origin.traceparent,
         webhook_url=spec.webhook.url if spec.webhook else None,
         webhook_attempts=0,
         version=1,

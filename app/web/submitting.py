@@ -142,7 +142,13 @@ async def submit(request: Request, services: ServicesDep, tenant_id: Visitor, fo
         key = Idempotency(f"page-{once}", digest_of(["job", document])) if once.isascii() and once else None
         request_id = request.scope["anneal.request_id"]
         job, _ = await anyio.to_thread.run_sync(
-            lambda: services.jobs.submit(tenant_id, spec, correlation_id=request_id, idempotency=key)
+            lambda: services.jobs.submit(
+                tenant_id,
+                spec,
+                correlation_id=request_id,
+                idempotency=key,
+                traceparent=request.scope.get("anneal.traceparent"),
+            )
         )
     except ValidationError as error:
         filled.errors = [FieldError(_label(e.pointer), e.message) for e in field_errors(error.errors())]
