@@ -20,7 +20,7 @@ from app.collector import Collector
 from app.compatibility.service import CompatibilityService
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
-from app.db.orm import Engine
+from app.db.orm import Dataset, Engine, Job, SourceModel
 from app.db.uow import Database
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
@@ -55,6 +55,7 @@ from workers.pipeline.shared_caches import SharedCaches
 from workers.pipeline.workspace import Workspace, open_workspace, remove_stale
 from workers.prebuilder import Prebuilder
 from workers.spare import SpareTime
+from workers.telemetry.telling import Attempt, Telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -101,6 +102,7 @@ class WorkerService:
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
         confine(self.hardware, settings.worker.gpu)
         self.fingerprint = fingerprint(self.hardware)
+        self.telemetry = Telemetry(settings, self.id, self.hardware)
         for plugin in plugins.found():
             if plugin.problem is not None:
                 log.warning("plugin_left_out", **plugin.to_json())
@@ -131,6 +133,7 @@ class WorkerService:
     def start(self) -> None:
         self._remove_stale()
         self.isolated.start()
+        self.telemetry.start()
         self._sign_on()
         self._background.start("housekeeping", self._housekeep)
         self._background.start("sweeper", self._sweep)
@@ -159,6 +162,7 @@ class WorkerService:
             log.warning("could_not_sign_off", error=str(error)[:200])
         for db in (self.db, self._job_db, self._renewal_db):
             db.close()
+        self.telemetry.close()
 
     def _remove_stale(self) -> None:
         if stale := remove_stale(self.settings.home_dir):
@@ -213,8 +217,9 @@ class WorkerService:
         not a Celery task: it must not wait behind a long job, nor depend on the broker whose losses it mends."""
         while not self.shutdown.wait(self.settings.worker.sweep_s):
             try:
-                self.ledger.sweep()
+                self.telemetry.swept(self.ledger.sweep())
             except (SQLAlchemyError, AppError, OSError) as error:
+                self.telemetry.chore_failed("sweeper")
                 log.warning("sweep_failed", error=str(error)[:300])
 
     def _run_errands(self) -> None:
@@ -237,12 +242,13 @@ class WorkerService:
             try:
                 with machine.hold(Place(alone=False), self.shutdown.is_set, lambda: None):
                     began = time.monotonic()  # and let go: no measurement is to wait for a storage that hangs
-                self.collector.collect()
+                self.telemetry.collected(self.collector.collect(), time.monotonic() - began)
                 if not self.collector.round_over:
                     pause = max(time.monotonic() - began, _LEAST_REST_S)
             except Interrupted:
                 return
             except (SQLAlchemyError, AppError, OSError, StageFailure) as error:
+                self.telemetry.chore_failed("collector")
                 log.warning("collecting_failed", error=str(error)[:300])
 
     # Jobs
@@ -270,6 +276,18 @@ class WorkerService:
     def _run(self, claim: Claim, keeper: LeaseKeeper) -> None:
         job, model, datasets = self.ledger.load(claim)
         bind_correlation_id(job.correlation_id)
+        with self.telemetry.attempt(job, claim, lambda: keeper.reason) as attempt:
+            self._attempt(claim, keeper, attempt, job, model, datasets)
+
+    def _attempt(
+        self,
+        claim: Claim,
+        keeper: LeaseKeeper,
+        attempt: Attempt,
+        job: Job,
+        model: SourceModel,
+        datasets: Mapping[str, Dataset],
+    ) -> None:
         log.info("job_started", job_id=job.id, attempt=claim.attempt)
         stages: list[dict[str, Any]] = []
         try:
@@ -287,6 +305,7 @@ class WorkerService:
                     installation=self._installation(claim.tenant_id),
                     shared_caches=self.shared_caches,
                     measure_again=job.spec.get("measure") == "again",
+                    watch=attempt,
                 )
                 stages = runner.view.stages
                 found = Optimizer(
@@ -302,15 +321,19 @@ class WorkerService:
                 if keeper.should_stop():
                     raise Interrupted
                 self._finish(claim, found, runner)
+                shipped = found.package is not None
+                attempt.succeeded(found.spent_seconds, found.spec.budget_seconds, shipped=shipped)
             self._ended(None)
         except StageFailure as failure:
-            self._failed(claim, failure, stages)
+            again = self._failed(claim, failure, stages)
+            attempt.failed(failure.code, again=again)
             self._ended(failure.code)
         except (LeaseLost, Interrupted, SQLAlchemyError):
             raise
         except Exception:  # a fault of ours: the job gets a typed error, the trace stays in the log
             log.exception("job_internal_error", job_id=claim.job_id)
             self.ledger.fail(claim, _INTERNAL.public(), {"stages": stages})
+            attempt.failed(_INTERNAL.code)
             self._ended(_INTERNAL.code)
         log.info("job_ended", job_id=job.id)
 
@@ -382,13 +405,15 @@ class WorkerService:
             created_at=utcnow(),
         )
 
-    def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> None:
+    def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> bool:
+        """Whether the job is tried again."""
         log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
         exhausted = self.ledger.exhausted(claim.attempt, claim.attempts_in_all)
         if failure.code in _RETRIED_LATER and not exhausted:
             self.ledger.retry_later(claim, failure.detail)
-            return
+            return True
         self.ledger.fail(claim, failure.public(), {"stages": stages})
+        return False
 
     def _interrupted(self, claim: Claim, keeper: LeaseKeeper) -> None:
         log.info("job_interrupted", job_id=claim.job_id, reason=keeper.reason)

@@ -68,6 +68,11 @@ class Accelerator(ABC):
         nothing tells."""
         return None
 
+    def reading(self, hardware: Hardware) -> dict[str, float]:  # noqa: ARG002
+        """Of the device as it stands now, for the worker's metrics: `memory_used_bytes`, `utilization_ratio`,
+        `temperature_celsius`, as far as it tells them within some milliseconds."""
+        return {}
+
     def company(self, hardware: Hardware) -> Callable[[], str | None] | None:  # noqa: ARG002
         """Watches the device from now on: each call says what disturbed it since the last one, or None. None where the
         machine's own watch sees it all, or nothing tells."""

@@ -31,6 +31,7 @@ from workers.pipeline.progress import JobProgress
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.shared_caches import SharedCaches
 from workers.pipeline.workspace import Workspace
+from workers.telemetry.watch import NOBODY, StageSeen, Watch
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +89,7 @@ class _Call:
     weight: float
     seconds: float
     soft_seconds: float | None
+    seen: StageSeen
 
     def outcome(
         self, outputs: dict[str, ArtifactRef], data: dict[str, Any], *, cached: bool, seconds: float
@@ -125,8 +127,10 @@ class StageRunner:
         installation: Installation | None = None,
         shared_caches: SharedCaches | None = None,
         measure_again: bool = False,
+        watch: Watch = NOBODY,
     ) -> None:
-        """`measure_again`: measurements of other jobs are not taken; this job's own are, after a crash."""
+        """`measure_again`: measurements of other jobs are not taken; this job's own are, after a crash. `watch`: is told
+        of every call."""
         self.claim = claim
         self.ledger = ledger
         self.isolated = isolated
@@ -139,6 +143,7 @@ class StageRunner:
         self.installation = installation or Installation()
         self.shared_caches = shared_caches
         self.measure_again = measure_again
+        self.watch = watch
         self.view = JobView()
         self.calls: list[Outcome] = []
 
@@ -158,8 +163,12 @@ class StageRunner:
         LeaseLost."""
         call = self._call(stage, inputs, options, candidate, weight, seconds, soft_seconds)
         self.view.stages.append(call.entry)
+        with self.watch.stage(call.seen):
+            return self._run(call)
+
+    def _run(self, call: _Call) -> Outcome:
         try:
-            with infrastructure_faults(stage):
+            with infrastructure_faults(call.stage_type.name):
                 outcome = self._recall(call)
             if outcome is None:
                 self._publish(call)
@@ -170,6 +179,7 @@ class StageRunner:
             self._publish(call)
             raise
         seconds = round(outcome.seconds, 3)
+        call.seen.seconds = outcome.seconds
         call.entry.update(status="succeeded", cached=outcome.cached, finished_at=_now(), seconds=seconds)
         self.view.progress.done(call.weight)
         self._publish(call)
@@ -212,7 +222,8 @@ class StageRunner:
             "detail": None,
         }
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
-        return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds)
+        seen = StageSeen(stage, next((b.name for b in keys.backends(complete)), ""), candidate)
+        return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds, seen)
 
     def _hardware(self, stage_type: type[kernel.Stage[Any]], options: Mapping[str, Any]) -> str | None:
         if not stage_type.hardware_bound:
@@ -225,6 +236,7 @@ class StageRunner:
         row = row or self._recall_partial(call)
         if row is None:
             return None
+        call.seen.cached = True
         if row.failure is not None:
             raise StageFailure.from_json(row.failure)
         outputs = {name: ArtifactRef.from_json(files) for name, files in row.outputs.items()}
@@ -246,6 +258,7 @@ class StageRunner:
 
     def _execute(self, call: _Call) -> Outcome:
         for attempt in range(1, _TRIES + 1):
+            call.seen.tries = attempt
             try:
                 with infrastructure_faults(call.stage_type.name):
                     result, outputs = self._attempt(call)
@@ -293,8 +306,13 @@ class StageRunner:
         builds = self.shared_caches if sharing else None
         if builds is not None:
             builds.pull()
-        with self.machine.hold(self._place(call), self.should_stop, lambda: self._tell_waiting(call)) as waited:
+        place = self._place(call)
+        with (
+            self.machine.hold(place, self.should_stop, lambda: self._tell_waiting(call)) as waited,
+            self.watch.held(alone=place.alone or place.gpu is not None),
+        ):
             if waited:
+                call.seen.waited += waited
                 call.entry.update(detail=None, waited_seconds=round(waited, 3))
                 request = replace(request, limits=self._limits_of(call, waited))
             result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
@@ -348,6 +366,7 @@ class StageRunner:
         return Limits(hard, self.limits.memory_bytes, self.limits.file_bytes, soft)
 
     def _tell_waiting(self, call: _Call) -> None:
+        self.watch.waiting()
         call.entry["detail"] = "waiting for the machine"
         self._publish(call, message="waiting for the machine")
 

@@ -74,6 +74,10 @@ class Cuda(Accelerator):
         uuid = _card(hardware).get("uuid")
         return None if uuid is None else gpus.memory_used_mb(str(uuid))
 
+    def reading(self, hardware: Hardware) -> dict[str, float]:
+        uuid = _card(hardware).get("uuid")
+        return {} if uuid is None else gpus.reading(str(uuid))
+
     def company(self, hardware: Hardware) -> Callable[[], str | None] | None:
         uuid = _card(hardware).get("uuid")
         return None if uuid is None else _Company(str(uuid))

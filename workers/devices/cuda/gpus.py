@@ -90,6 +90,21 @@ def state(uuid: str) -> dict[str, Any]:
     return {}
 
 
+def reading(uuid: str) -> dict[str, float]:
+    """`memory_used_bytes`, `utilization_ratio` and `temperature_celsius` by NVML, without what it does not tell. It is
+    asked again and again: nvidia-smi, a process of a second or so, is not started for it."""
+    with contextlib.suppress(Exception):
+        now = _nvml_state(uuid)
+        used, busy, warm = now["memory_used_mb"], now["utilization_percent"], now["temperature_c"]
+        told = {
+            "memory_used_bytes": None if used is None else used * 1e6,
+            "utilization_ratio": None if busy is None else busy / 100,
+            "temperature_celsius": warm,
+        }
+        return {name: float(value) for name, value in told.items() if value is not None}
+    return {}
+
+
 def processes(uuid: str) -> set[int]:
     """Ids of the processes that have a CUDA context on this GPU, as the host counts them; empty where NVML does not
     tell."""
