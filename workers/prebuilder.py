@@ -27,6 +27,7 @@ from workers.pipeline.protocol import Limits
 from workers.pipeline.runner import StageRunner
 from workers.pipeline.workspace import Workspace, open_workspace
 from workers.spare import Held, SpareTime
+from workers.telemetry.watch import NOBODY, Watch
 
 log = structlog.get_logger(__name__)
 
@@ -64,12 +65,13 @@ class Prebuilder:
         limits: Limits,
         installation: Callable[[str], Installation],
         spare: SpareTime,
+        watch: Watch = NOBODY,
     ) -> None:
         self.targets = targets_of(hardware)
         self._service, self._ledger, self._content, self._isolated = service, ledger, content, isolated
         self._settings, self._worker_id, self._formats = settings, worker_id, model_formats()
         self._hardware, self._fingerprint, self._limits = hardware, fingerprint, limits
-        self._installation, self._spare = installation, spare
+        self._installation, self._spare, self._watch = installation, spare, watch
 
     @property
     def offers(self) -> dict[str, dict[str, list[str]]]:
@@ -123,6 +125,7 @@ class Prebuilder:
             lock_dir=self._settings.worker.lock_dir,
             should_stop=held.should_stop,
             installation=self._installation(hold.tenant_id),
+            watch=self._watch,
         )
         target, backend = self.targets[hold.backend][hold.target], kernel.backends()[hold.backend]
         offered = kernel.BackendInfo(hold.backend, {}, (backend.device,), target.precisions)

@@ -103,6 +103,7 @@ class WorkerService:
         confine(self.hardware, settings.worker.gpu)
         self.fingerprint = fingerprint(self.hardware)
         self.telemetry = Telemetry(settings, self.id, self.hardware)
+        self.webhooks.told = self.telemetry.delivered
         for plugin in plugins.found():
             if plugin.problem is not None:
                 log.warning("plugin_left_out", **plugin.to_json())
@@ -125,6 +126,7 @@ class WorkerService:
             self._limits(),
             self._installation,
             self.spare,
+            self.telemetry,
         )
         self._background = Background(self.shutdown, self.give_up)
         self._unwell = InARow(_TOO_MANY)
@@ -322,7 +324,7 @@ class WorkerService:
                     raise Interrupted
                 self._finish(claim, found, runner)
                 shipped = found.package is not None
-                attempt.succeeded(found.spent_seconds, found.spec.budget_seconds, shipped=shipped)
+                attempt.judged(found.spent_seconds, found.spec.budget_seconds, shipped=shipped)
             self._ended(None)
         except StageFailure as failure:
             again = self._failed(claim, failure, stages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
 
@@ -42,6 +43,7 @@ class WebhookSender:
         self.db = db
         self.settings = settings.webhooks
         self.transport = WebhookTransport(settings)
+        self.told: Callable[[str], None] = lambda _outcome: None  # delivered, failed, given_up: of every attempt
         self._places = _Places()
 
     def run(self, stopping: threading.Event, every_s: float) -> None:
@@ -105,13 +107,16 @@ class WebhookSender:
             log.warning("webhook_failed", job_id=job.id, attempt=attempt, reason=str(error)[:200])
             with self.db.write() as uow:
                 repository = WebhookRepository(uow.session)
-                if attempt >= self.settings.max_attempts:
+                over = attempt >= self.settings.max_attempts
+                self.told("given_up" if over else "failed")
+                if over:
                     repository.done(job, f"webhook given up after {self.settings.max_attempts} attempts: {error}")
                 else:
                     repository.again(job, utcnow() + timedelta(seconds=_pause_s(job)))
             return False
         with self.db.write() as uow:
             WebhookRepository(uow.session).done(job, "webhook delivered")
+        self.told("delivered")
         return True
 
 

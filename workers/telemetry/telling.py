@@ -23,6 +23,7 @@ from workers.telemetry.watch import StageSeen, Watch
 
 LEASE_LOST = "lease_lost"
 _NO_BACKEND = "none"
+_NOTHING_SHIPS = "no_feasible_candidate"
 
 
 class Telemetry(Watch):
@@ -166,9 +167,9 @@ class Attempt(Watch):
             },
         )
 
-    def succeeded(self, spent_seconds: float, budget_seconds: float, *, shipped: bool) -> None:
+    def judged(self, spent_seconds: float, budget_seconds: float, *, shipped: bool) -> None:
         """It ended with a verdict; `shipped`: and an engine."""
-        self.outcome = "succeeded" if shipped else "failed"
+        self.outcome, self.code = ("succeeded", None) if shipped else ("failed", _NOTHING_SHIPS)
         self._telemetry.metrics.budget_used.observe(spent_seconds / budget_seconds)
 
     def failed(self, code: str, *, again: bool = False) -> None:
