@@ -19,6 +19,20 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
+# Codes of failures that are none of a job's own; alerts watch them.
+OF_THE_SERVICE = (
+    "internal",
+    "worker_lost",
+    "child_lost",
+    "machine_busy",
+    "storage_unavailable",
+    "storage_full",
+    "blob_missing",
+    "io_error",
+)
+_REASONS = ("release", "lease_expired")
+
+
 class Metrics:
     """A registry of its own, so that several apps in one process (tests) do not meet."""
 
@@ -90,12 +104,15 @@ def families(state: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "anneal_lease_overdue_seconds", "Since when a running job's lease is over and nobody saw to it", value=overdue
     )
-    yield GaugeMetricFamily("anneal_webhooks_waiting", "Ended jobs whose webhook has to hear of it", value=state.webhooks.depth)
+    waiting = state.webhooks
+    yield GaugeMetricFamily("anneal_webhooks_waiting", "Ended jobs whose webhook has to hear of it", value=waiting.depth)
     yield GaugeMetricFamily(
-        "anneal_webhooks_oldest_seconds", "How long the oldest of them waits", value=state.webhooks.seconds(state.at)
+        "anneal_webhooks_oldest_seconds", "How long the oldest of them waits", value=waiting.seconds(state.at)
     )
-    yield _counter("anneal_jobs_failed_total", "Jobs that failed, ever", "code", state.failed)
-    yield _counter("anneal_jobs_requeued_total", "Jobs queued again, ever", "reason", state.requeued)
+    # Those that are watched stand there from the beginning: the first one is a rise, too.
+    failed, requeued = dict.fromkeys(OF_THE_SERVICE, 0) | state.failed, dict.fromkeys(_REASONS, 0) | state.requeued
+    yield _counter("anneal_jobs_failed_total", "Jobs that failed, ever", "code", failed)
+    yield _counter("anneal_jobs_requeued_total", "Jobs queued again, ever", "reason", requeued)
 
 
 def _by_tenant(state: Snapshot) -> Iterator[Metric]:
