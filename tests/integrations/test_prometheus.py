@@ -1,0 +1,82 @@
+"""Prometheus' own tool on the service's configuration, rules and dashboards: they parse, and each alert fires at what it
+is for and at nothing else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.integrations.environments import REPOSITORY
+from tests.integrations.promtool import promtool
+from tests.unit.test_observability import dashboard_queries, rules
+
+FOLDER = REPOSITORY / "docker" / "prometheus"
+CASES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("alerts_test.yml").read_text())
+ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+
+
+def tool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([promtool(), *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_configuration_and_the_rules_are_prometheus_own() -> None:
+    for command in (("check", "config", "prometheus.yml"), ("check", "rules", "recording.yml", "alerts.yml")):
+        done = tool(FOLDER, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboards_ask_in_prometheus_own_language(tmp_path: Path) -> None:
+    queries = [query.replace('"$worker"', '".*"') for query in dashboard_queries()]
+    recorded = [{"record": f"query_{index}", "expr": query} for index, query in enumerate(queries)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboards", "rules": recorded}]}))
+    done = tool(tmp_path, "check", "rules", "rules.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(queries)} rules found" in done.stdout
+
+
+@pytest.mark.parametrize("case", CASES["tests"], ids=lambda case: case["name"].replace(" ", "-"))
+def test_alerts_fire_at_what_they_are_for(case: dict[str, Any], tmp_path: Path) -> None:
+    for name in CASES["rule_files"]:
+        text = (FOLDER / name).read_text()
+        # What is said beside is for people; its numbers are compared with nothing here.
+        (tmp_path / name).write_text(re.sub(r'^( +summary: ).*$', r"\1x", text, flags=re.MULTILINE))
+    at, fired = case["fires"]["at"], case["fires"]["alerts"]
+    expected = []
+    for name, rule in ALERTS.items():
+        annotations = {"summary": "x", "runbook": rule["annotations"]["runbook"]}
+        alerts = [{"exp_labels": a["labels"], "exp_annotations": annotations} for a in fired if a["name"] == name]
+        expected.append({"eval_time": at, "alertname": name, "exp_alerts": alerts})
+    test = {key: value for key, value in case.items() if key != "fires"}
+    document = {**CASES, "tests": [{**test, "alert_rule_test": expected}]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(document))
+    done = tool(tmp_path, "test", "rules", "test.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_seen_to_fire() -> None:
+    fired = {alert["name"] for case in CASES["tests"] for alert in case["fires"]["alerts"]}
+    assert fired == set(ALERTS)
+
+
+def test_the_texts_of_the_alerts_can_be_rendered(tmp_path: Path) -> None:
+    """By the tool itself, with the labels that there are: an unknown function or a broken brace fails."""
+    for name in CASES["rule_files"]:
+        shutil.copy(FOLDER / name, tmp_path)
+    case = next(case for case in CASES["tests"] if case["name"] == "no worker is live, and jobs wait")
+    wanted = ALERTS["AnnealQueueWithoutWorker"]["annotations"]
+    summary = "5 jobs wait in anneal.cpu, which no worker takes from"
+    alert = {
+        "exp_labels": {"severity": "ticket", "queue": "anneal.cpu"},
+        "exp_annotations": {"summary": summary, "runbook": wanted["runbook"]},
+    }
+    test = {key: value for key, value in case.items() if key != "fires"}
+    told = [{"eval_time": "20m", "alertname": "AnnealQueueWithoutWorker", "exp_alerts": [alert]}]
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({**CASES, "tests": [{**test, "alert_rule_test": told}]}))
+    done = tool(tmp_path, "test", "rules", "test.yml")
+    assert done.returncode == 0, done.stdout + done.stderr

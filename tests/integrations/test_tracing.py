@@ -1,0 +1,122 @@
+"""One trace from a caller's request to the stages of its job, as a collector receives it; and a collector that is away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.factories.deployment import Deployment, deployment
+from tests.factories.otlp import Receiver, receiving
+from tests.integration.test_plugin import sum_of_constants
+from tests.integrations.environments import environment
+from tests.servers import free_port
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SPEC: dict[str, Any] = {
+    "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
+    "target": {"backends": ["onnxruntime"]},
+    "precisions": ["fp32"],
+    "budget_seconds": 10,
+}
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def packages() -> str:
+    (found,) = environment("otel").glob("lib/python3*/site-packages")
+    return str(found)
+
+
+def submit(found: Deployment, folder: Path, **headers: str) -> str:
+    with found.client() as client:
+        model = client.upload_model(sum_of_constants(folder / "sum.onnx"), "sum")
+    answer = httpx.post(f"{found.url}/v1/jobs", json={"model_id": model["id"], **SPEC}, headers=headers)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+def until(ready: Callable[[], bool], found: Deployment, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, found.logs()
+        time.sleep(0.1)
+
+
+def ended(found: Deployment, job_id: str) -> Callable[[], bool]:
+    return lambda: httpx.get(f"{found.url}/v1/jobs/{job_id}").json()["status"] == "succeeded"
+
+
+def test_a_request_its_job_and_its_stages_are_one_trace(tmp_path: Path) -> None:
+    port = free_port()
+    with receiving() as receiver:
+        told = {
+            "PYTHONPATH": packages(),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+            "WORKER_METRICS_PORT": str(port),
+        }
+        with deployment(tmp_path / "home", told) as found:
+            found.start_worker()
+            found.wait_ready()
+            job_id = submit(found, tmp_path, traceparent=f"00-{TRACE}-{PARENT}-01")
+            until(ended(found, job_id), found)
+            assert httpx.get(f"{found.url}/v1/jobs/{job_id}").status_code == 200
+            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            until(lambda: bool(receiver.named("job") and receiver.named("POST /v1/jobs")), found)
+    check_trace(receiver, job_id)
+    check_metrics(metrics)
+    assert {path for path, _ in receiver.requests} == {"/v1/traces"}
+    assert {headers["Content-Type"] for _, headers in receiver.requests} == {"application/x-protobuf"}
+
+
+def check_trace(receiver: Receiver, job_id: str) -> None:
+    (request,) = receiver.named("POST /v1/jobs")
+    (job,) = receiver.named("job")
+    assert (request["trace_id"], request["parent_id"]) == (TRACE, PARENT), "it goes on below its caller's"
+    assert (job["trace_id"], job["parent_id"]) == (TRACE, request["span_id"])
+    assert request["resource"]["service.name"] == "anneal-api"
+    assert job["resource"]["service.name"] == "anneal-worker"
+    assert request["attributes"]["http.response.status_code"] == 202
+    attributes = job["attributes"]
+    assert (attributes["anneal.job.id"], attributes["anneal.outcome"]) == (job_id, "succeeded")
+    assert attributes["anneal.request.id"] == request["attributes"]["anneal.request.id"]
+    stages = [span for span in receiver.spans if span["name"].startswith("stage ")]
+    assert {"stage export", "stage build", "stage benchmark", "stage package"} <= {span["name"] for span in stages}
+    for span in stages:
+        assert (span["trace_id"], span["parent_id"]) == (TRACE, job["span_id"])
+        assert span["attributes"]["anneal.outcome"] in ("succeeded", "failed")
+        assert isinstance(span["attributes"]["anneal.cached"], bool)
+    built = next(span for span in stages if span["name"] == "stage build")
+    assert built["attributes"]["anneal.backend"] == "onnxruntime"
+    polls = [span["name"] for span in receiver.spans if span["name"].startswith("GET")]
+    assert polls == [], "polls that nobody traces are not recorded"
+    others = [span for span in receiver.spans if span["trace_id"] != TRACE]
+    assert {span["name"] for span in others} == {"POST /v1/models"}, "an upload of its own"
+
+
+def check_metrics(metrics: str) -> None:
+    lines = metrics.splitlines()
+    assert any(line.startswith('anneal_stage_seconds_count{backend="onnxruntime",stage="build"}') for line in lines)
+    (ended,) = [line for line in lines if "anneal_job_attempt_seconds_count{" in line]
+    assert 'outcome="succeeded"' in ended
+    assert "anneal_job_budget_used_ratio_count 1.0" in lines
+    assert "anneal_worker_busy 0.0" in lines
+
+
+def test_a_collector_that_is_away_costs_spans_alone(tmp_path: Path) -> None:
+    with receiving() as receiver:
+        receiver.refuses = True
+        told = {"PYTHONPATH": packages(), "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+        with deployment(tmp_path / "home", told) as found:
+            found.start_worker()
+            found.wait_ready()
+            until(ended(found, submit(found, tmp_path)), found)
+            assert receiver.requests, "it was tried"
+            began = time.monotonic()
+            found.close()
+            assert time.monotonic() - began < 10, "nobody waits for it at the end"
+            assert [process.returncode for process in found.processes] == [0, 0], found.logs()
