@@ -24,7 +24,7 @@ COPY pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir app && touch app/__init__.py \
-    && pip install ${NVIDIA_INDEX_URL:+--extra-index-url "$NVIDIA_INDEX_URL"} ".[gpu,tensorrt]" nvidia-cublas \
+    && pip install ${NVIDIA_INDEX_URL:+--extra-index-url "$NVIDIA_INDEX_URL"} ".[gpu,tensorrt,otel]" nvidia-cublas \
     && pip uninstall --yes anneal
 COPY app app
 COPY workers workers

@@ -17,7 +17,7 @@ COPY requirements/constraints.txt requirements/
 RUN --mount=type=cache,target=/root/.cache/pip pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
 COPY pyproject.toml README.md LICENSE ./
 # With `tensorrt-rtx` among them it builds for NVIDIA GPUs that other workers have (docs/gpu.md; NVIDIA's own licence).
-ARG EXTRAS=cpu,openvino,torch
+ARG EXTRAS=cpu,openvino,torch,otel
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir app && touch app/__init__.py \
