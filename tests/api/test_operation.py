@@ -30,6 +30,7 @@ from app.settings import Settings
 from tests import servers
 from tests.api.conftest import HARDWARE, report_worker, serving
 
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 READY = Readiness(ready=True, status="ready", missing=[], checks={})
 
 
@@ -262,3 +263,25 @@ def test_metrics(client: httpx.Client, job: dict[str, Any]) -> None:
     assert 'anneal_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="200"} 1.0' in text
     assert job["id"] not in text
     assert "anneal_uploaded_bytes_total" in text
+    assert "anneal_database_up 1.0" in text
+    assert 'anneal_queue_workers{queue="anneal.cpu"} 1.0' in text
+    assert 'anneal_jobs_failed_total{code="internal"} 0.0' in text
+    assert "anneal_tenant" not in text, "anybody may ask"
+
+
+def test_polls_that_wait_are_counted_apart(client: httpx.Client, job: dict[str, Any]) -> None:
+    client.get(job["links"]["self"], params={"wait": 0.01})
+    text = client.get("/metrics").text
+    assert 'anneal_http_requests_total{method="GET",route="/v1/jobs/{job_id}?wait",status="200"} 1.0' in text
+    assert 'route="/v1/jobs/{job_id}"' not in text
+
+
+@pytest.mark.parametrize("sent", [TRACEPARENT, "00-not-a-traceparent-01", None])
+def test_a_callers_trace_stays_with_the_job(
+    client: httpx.Client, worker: Services, model: dict[str, Any], sent: str | None
+) -> None:
+    headers = {} if sent is None else {"traceparent": sent}
+    job = client.post("/v1/jobs", json={"model_id": model["id"]}, headers=headers).json()
+    row = worker.jobs.get("tnt_local", job["id"])
+    assert row.traceparent == (sent if sent == TRACEPARENT else None)
+    assert "traceparent" not in job

@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.factories.deployment import Deployment, deployment
+from tests.servers import free_port
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 BROKEN = {"anneal.backends": {"broken": "anneal_broken:Nothing", "none": "anneal_toy:TOY_SUM"}}
@@ -47,7 +48,8 @@ def deployed(tmp_path: Path) -> Iterator[Deployment]:
     install(site, project["name"], project["version"], project["entry-points"], EXAMPLE / "anneal_toy.py")
     (tmp_path / "anneal_broken.py").write_text("import no_such_library\n")
     install(site, "anneal-broken", "1.0", BROKEN, tmp_path / "anneal_broken.py")
-    with deployment(tmp_path / "home", {"PYTHONPATH": str(site)}) as found:
+    told = {"PYTHONPATH": str(site), "WORKER_METRICS_PORT": str(free_port())}
+    with deployment(tmp_path / "home", told) as found:
         found.start_worker()
         found.wait_ready()
         yield found
@@ -97,6 +99,11 @@ def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tm
         assert backend["name"] == "toy in place of onnxruntime"
         made = next(s for s in manifest["stages"] if s["stage"] == "toy_fold")
         assert made["libraries"]["anneal-toy"] == "0.1.0", "its version is part of the key"
+        metrics = httpx.get(f"http://127.0.0.1:{deployed.environment['WORKER_METRICS_PORT']}/metrics").text.splitlines()
+        assert 'anneal_stage_seconds_count{backend="none",stage="toy_fold"} 1.0' in metrics
+        assert 'anneal_stage_seconds_count{backend="toy",stage="build"} 1.0' in metrics
+        assert 'anneal_job_attempts_total{queue="anneal.cpu"} 1.0' in metrics
+        assert "anneal_job_budget_used_ratio_count 1.0" in metrics
         bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
         assert report["bundles"]["triton"]["backend"] == "python", "Triton has no backend for it"
         models = client.download_bundle(job["engine_ids"][0], tmp_path / "models.tar", kind="triton")

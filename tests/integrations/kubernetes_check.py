@@ -1,8 +1,8 @@
 """Run in the environment `kubernetes`: `python kubernetes_check.py FILE…` ends with 1 where a manifest does not fit the
 published schema of its kind; unknown fields count as faults.
 
-KServe's own Python SDK has the schema of an InferenceService (`openapi_types`), `cloudcoil` has those of KEDA and of
-the Prometheus operator, `kubernetes-validate` those of Kubernetes itself (here of the containers, in a Pod).
+A file may hold several. KServe's own Python SDK has the schema of an InferenceService (`openapi_types`), `cloudcoil` has those of KEDA and of
+the Prometheus operator, `kubernetes-validate` those of Kubernetes itself (of an InferenceService: of its containers, in a Pod).
 """
 
 import importlib
@@ -18,6 +18,7 @@ from cloudcoil.models.prometheus_operator import v1 as monitoring
 from pydantic import BaseModel
 
 KUBERNETES = "1.30"
+BUILT_IN = {"v1", "apps/v1", "batch/v1", "policy/v1", "networking.k8s.io/v1"}
 SIMPLE = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 
@@ -87,6 +88,9 @@ def inner(annotation):
 
 def faults(document):
     kind = document["kind"]
+    if document["apiVersion"] in BUILT_IN:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        return []
     if kind == "InferenceService":
         containers = document["spec"]["predictor"]["containers"]
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": containers}}
@@ -98,6 +102,7 @@ def faults(document):
     return unknown_to(model, document, kind)
 
 
-found = [f"{path}: {fault}" for path in sys.argv[1:] for fault in faults(yaml.safe_load(Path(path).read_text()))]
+read = [(path, document) for path in sys.argv[1:] for document in yaml.safe_load_all(Path(path).read_text())]
+found = [f"{path}: {fault}" for path, document in read for fault in faults(document)]
 sys.stdout.write("\n".join([*found, ""]))
 sys.exit(1 if found else 0)

@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _PATIENCE_S
     server_version, sys_version = "anneal", ""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802  # the name that its base calls
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404)
             return
