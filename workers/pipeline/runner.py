@@ -222,7 +222,7 @@ class StageRunner:
             "detail": None,
         }
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
-        seen = StageSeen(stage, next((b.name for b in keys.backends(complete)), ""), candidate)
+        seen = StageSeen(stage, _backend(complete), candidate)
         return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds, seen)
 
     def _hardware(self, stage_type: type[kernel.Stage[Any]], options: Mapping[str, Any]) -> str | None:
@@ -448,6 +448,14 @@ def _wrong_artifact(wanted: Sequence[str], there: Sequence[str], stage: str | No
         stage,
         remedy="Report this to whoever maintains the backend that proposed it.",
     )
+
+
+def _backend(options: Mapping[str, Any]) -> str:
+    """Whose engine a call is about; "" for none, `several` where it compares."""
+    if isinstance(named := options.get("backend"), str):
+        return named
+    used = [b.name for b in keys.backends(options)]
+    return used[0] if len(used) == 1 else "several" if used else ""
 
 
 def _allowed(call: _Call) -> float:

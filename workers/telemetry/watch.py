@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass
 class StageSeen:
-    """One stage call, filled while it runs. `backend`: "" where no engine has a part in it; `seconds`: the stage's own
+    """One stage call, filled while it runs. `backend`: "" where no engine has a part in it, `several` where
+    it compares some; `seconds`: the stage's own
     work, of the run that succeeded; `waited`: for the machine; `tries`: begun, 0 where cached."""
 
     stage: str
