@@ -199,3 +199,19 @@ def test_company_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "_nvml", _no_nvml)
     monkeypatch.setattr(gpus, "_run_smi", lambda *_: None)
     assert DeviceCompany(["onnxruntime-cuda"], {"gpu": {"uuid": "GPU-aa11"}})() is None
+
+
+def test_a_reading_for_metrics_is_nvml_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = _Nvml()
+    machine = {"gpu": {"uuid": "GPU-aa11"}}
+    monkeypatch.setattr(gpus, "_nvml", lambda: contextlib.nullcontext(told))
+    assert devices.named("cuda").reading(machine) == {}, "what it does not tell is not there"
+    monkeypatch.setattr(_Nvml, "nvmlDeviceGetMemoryInfo", lambda *_: SimpleNamespace(used=3_000_000_000), raising=False)
+    monkeypatch.setattr(_Nvml, "nvmlDeviceGetUtilizationRates", lambda *_: SimpleNamespace(gpu=37), raising=False)
+    monkeypatch.setattr(_Nvml, "nvmlDeviceGetTemperature", lambda *_: 61, raising=False)
+    found = devices.named("cuda").reading(machine)
+    assert found == {"memory_used_bytes": 3e9, "utilization_ratio": 0.37, "temperature_celsius": 61.0}
+    assert devices.HOST.reading(machine) == devices.named("cuda").reading({}) == {}
+    monkeypatch.setattr(gpus, "_nvml", _no_nvml)
+    monkeypatch.setattr(gpus, "_run_smi", lambda *_: pytest.fail("a process for a scrape"))
+    assert devices.named("cuda").reading(machine) == {}

@@ -18,7 +18,7 @@ from app.db.orm import Job
 from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, LeaseLost
 from app.operations import tracing
-from app.operations.tracing import NO_TRACING, Attributes, Kind, Span, Tracing, make_tracing, traceparent_of
+from app.operations.tracing import NO_ATTRIBUTES, NO_TRACING, Attributes, Kind, Span, Tracing, make_tracing, traceparent_of
 from app.settings import Settings, TracingSettings, WorkerSettings
 from tests.servers import free_port
 from workers.pipeline.isolated import Interrupted
@@ -36,13 +36,13 @@ class Recorded(Tracing):
         self.spans: list[dict[str, Any]] = []
 
     def start(
-        self, name: str, *, parent: str | None = None, kind: Kind = "internal", attributes: Attributes = {}
+        self, name: str, *, parent: str | None = None, kind: Kind = "internal", attributes: Attributes = NO_ATTRIBUTES
     ) -> Span:
         told: dict[str, Any] = {"name": name, "parent": parent, "kind": kind, **attributes}
         self.spans.append(told)
 
         class Kept(Span):
-            def end(self, attributes: Attributes = {}, *, name: str | None = None, failed: str | None = None) -> None:
+            def end(self, attributes: Attributes = NO_ATTRIBUTES, *, name: str | None = None, failed: str | None = None) -> None:
                 told.update(attributes, ended=True, failed=failed)
 
         return Kept(name)
@@ -80,7 +80,7 @@ def failing(code: str) -> StageFailure:
 
 
 def test_stages_are_counted_by_how_they_ended(telemetry: Telemetry) -> None:
-    with telemetry.stage(StageSeen("build", "openvino")) as _:
+    with telemetry.stage(StageSeen("build", "openvino")):
         pass
     seen = StageSeen("build", "openvino", seconds=3.0, waited=2.0, tries=3)
     with telemetry.stage(seen):

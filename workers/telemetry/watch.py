@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass
 class StageSeen:
-    """One stage call, filled while it runs. `backend`: "" where no engine has a part in it, `several` where
-    it compares some; `seconds`: the stage's own
-    work, of the run that succeeded; `waited`: for the machine; `tries`: begun, 0 where cached."""
+    """One stage call, filled while it runs. `backend`: "" where no engine has a part in it, `several` where it compares
+    some; `seconds`: the stage's own work, of the run that succeeded; `waited`: for the machine; `tries`: begun, 0 where
+    cached."""
 
     stage: str
     backend: str = ""
@@ -23,7 +23,7 @@ class StageSeen:
 
 
 class Watch:
-    """Sees nothing. `waiting`, `waited` and `held` are called in a call's own thread."""
+    """Sees nothing. `waiting` and `held` are called in a call's own thread."""
 
     @contextmanager
     def stage(self, seen: StageSeen) -> Iterator[None]:  # noqa: ARG002
