@@ -1,8 +1,8 @@
 """Counts that outlive the process which counts, kept with what they count in one transaction.
 
-They are written last, just before the commit, and in one order: a row that everybody writes is held for the length of a
-commit, and nobody who holds one waits for anything else. So only what is rare is counted here; what happens at every job
-or stage is counted in the workers' own metrics.
+They are written last, just before the commit, and in one order: a row that everybody writes is held for the length of
+a commit, and nobody who holds one waits for anything else. So only what is rare is counted here; what happens at every
+job or stage is counted in the workers' own metrics.
 """
 
 from __future__ import annotations

@@ -105,12 +105,15 @@ def families(state: Snapshot) -> Iterator[Metric]:
         "anneal_lease_overdue_seconds", "Since when a running job's lease is over and nobody saw to it", value=overdue
     )
     waiting = state.webhooks
-    yield GaugeMetricFamily("anneal_webhooks_waiting", "Ended jobs whose webhook has to hear of it", value=waiting.depth)
+    yield GaugeMetricFamily(
+        "anneal_webhooks_waiting", "Ended jobs whose webhook has to hear of it", value=waiting.depth
+    )
     yield GaugeMetricFamily(
         "anneal_webhooks_oldest_seconds", "How long the oldest of them waits", value=waiting.seconds(state.at)
     )
     # Those that are watched stand there from the beginning: the first one is a rise, too.
-    failed, requeued = dict.fromkeys(OF_THE_SERVICE, 0) | state.failed, dict.fromkeys(_REASONS, 0) | state.requeued
+    failed = {**dict.fromkeys(OF_THE_SERVICE, 0), **state.failed}
+    requeued = {**dict.fromkeys(_REASONS, 0), **state.requeued}
     yield _counter("anneal_jobs_failed_total", "Jobs that failed, ever", "code", failed)
     yield _counter("anneal_jobs_requeued_total", "Jobs queued again, ever", "reason", requeued)
 

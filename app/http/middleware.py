@@ -91,8 +91,8 @@ class RequestContextMiddleware:
 
 
 def _span(scope: Scope) -> Span | None:
-    """Of a request that changes something, or whose caller traces it: else polls would be all that there is to see. What
-    it leads to finds its parent in the scope."""
+    """Of a request that changes something, or whose caller traces it: else polls would be all that there is to see.
+    What it leads to finds its parent in the scope."""
     caller = traceparent_of(Headers(scope=scope).get("traceparent"))
     if caller is None and (scope["method"] in _SAFE or scope["method"] not in _METHODS):
         return None

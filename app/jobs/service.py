@@ -69,9 +69,7 @@ class JobService:
                 raise
             return self._submit(origin, spec, idempotency)
 
-    def _submit(
-        self, origin: Origin, spec: OptimizationSpec, idempotency: Idempotency | None
-    ) -> tuple[Job, bool]:
+    def _submit(self, origin: Origin, spec: OptimizationSpec, idempotency: Idempotency | None) -> tuple[Job, bool]:
         tenant_id = origin.tenant_id
         live, known = self.capabilities.live(), self.capabilities.known()
         with self.db.write() as uow:

@@ -100,7 +100,7 @@ class OperatingRepository:
     def running(self) -> dict[str, int]:
         """Without those that only compare others: no worker has them."""
         query = select(Job.queue, func.count()).where(Job.status == JobStatus.RUNNING.value, Job.queue != PARENTS)
-        return {queue: count for queue, count in self.session.execute(query.group_by(Job.queue))}
+        return {row[0]: row[1] for row in self.session.execute(query.group_by(Job.queue))}
 
     def overdue_since(self, now: datetime) -> datetime | None:
         lease = func.min(Job.lease_expires_at)

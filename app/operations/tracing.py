@@ -42,7 +42,12 @@ class Tracing:
     """Records nothing."""
 
     def start(
-        self, name: str, *, parent: str | None = None, kind: Kind = "internal", attributes: Attributes = NO_ATTRIBUTES
+        self,
+        name: str,  # noqa: ARG002
+        *,
+        parent: str | None = None,
+        kind: Kind = "internal",  # noqa: ARG002
+        attributes: Attributes = NO_ATTRIBUTES,  # noqa: ARG002
     ) -> Span:
         """Begin a span; the caller ends it. `parent`: a traceparent; without one, a trace begins."""
         return Span(parent)

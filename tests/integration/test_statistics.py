@@ -86,7 +86,6 @@ def test_the_tenants_with_the_most_are_named_where_that_is_asked_for(desk: Desk)
     one, three = add_tenant(desk, "one", 1), add_tenant(desk, "three", 3)
     assert snapshot(desk).tenants == {}
     named = snapshot(desk, tenants=1).tenants
-    (queue,) = {queue for queue, _ in named}
     assert {tenant: waiting.depth for (_, tenant), waiting in named.items()} == {three: 3, OTHER: 2}
     named = snapshot(desk, tenants=10).tenants
     assert {tenant: waiting.depth for (_, tenant), waiting in named.items()} == {three: 3, one: 1, LOCAL_TENANT: 1}
@@ -115,9 +114,14 @@ def test_what_failed_and_what_was_queued_again_is_counted_once_for_all(desk: Des
         claim = desk.ledger.claim(job.id, "w1")
         assert claim is not None
         (desk.ledger.retry_later if reason == "storage" else desk.ledger.release)(claim, reason)
-    with pytest.raises(KeyError), desk.db.write() as uow:
-        counts.note(uow.session, counts.FAILED, "never")
-        raise KeyError("a fault before the commit")
+
+    def fail() -> None:
+        with desk.db.write() as uow:
+            counts.note(uow.session, counts.FAILED, "never")
+            raise KeyError("a fault before the commit")
+
+    with pytest.raises(KeyError):
+        fail()
     found = snapshot(desk)
     assert found.failed == {"bad_model": 2, "internal": 1}
     assert found.requeued == {"release": 2}

@@ -1,8 +1,9 @@
 """Run in the environment `kubernetes`: `python kubernetes_check.py FILE…` ends with 1 where a manifest does not fit the
 published schema of its kind; unknown fields count as faults.
 
-A file may hold several. KServe's own Python SDK has the schema of an InferenceService (`openapi_types`), `cloudcoil` has those of KEDA and of
-the Prometheus operator, `kubernetes-validate` those of Kubernetes itself (of an InferenceService: of its containers, in a Pod).
+A file may hold several. KServe's own Python SDK has the schema of an InferenceService (`openapi_types`), `cloudcoil`
+has those of KEDA and of the Prometheus operator, `kubernetes-validate` those of Kubernetes itself (of an
+InferenceService: of its containers, in a Pod).
 """
 
 import importlib

@@ -1,5 +1,5 @@
-"""Prometheus' own tool on the service's configuration, rules and dashboards: they parse, and each alert fires at what it
-is for and at nothing else."""
+"""Prometheus' own tool on the service's configuration, rules and dashboards: they parse, and each alert fires at what
+it is for and at nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_alerts_fire_at_what_they_are_for(case: dict[str, Any], tmp_path: Path) 
     for name in CASES["rule_files"]:
         text = (FOLDER / name).read_text()
         # What is said beside is for people; its numbers are compared with nothing here.
-        (tmp_path / name).write_text(re.sub(r'^( +summary: ).*$', r"\1x", text, flags=re.MULTILINE))
+        (tmp_path / name).write_text(re.sub(r"^( +summary: ).*$", r"\1x", text, flags=re.MULTILINE))
     at, fired = case["fires"]["at"], case["fires"]["alerts"]
     expected = []
     for name, rule in ALERTS.items():

@@ -1,4 +1,4 @@
-"""One trace from a caller's request to the stages of its job, as a collector receives it; and a collector that is away."""
+"""One trace from a caller's request to the stages of its job, as a collector receives it; a collector that is away."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from tests.factories.deployment import Deployment, deployment
 from tests.factories.otlp import Receiver, receiving
 from tests.integration.test_plugin import sum_of_constants
-from tests.integrations.environments import environment
 from tests.servers import free_port
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -25,11 +24,6 @@ SPEC: dict[str, Any] = {
 }
 
 pytestmark = pytest.mark.timeout(200)
-
-
-def packages() -> str:
-    (found,) = environment("otel").glob("lib/python3*/site-packages")
-    return str(found)
 
 
 def submit(found: Deployment, folder: Path, **headers: str) -> str:
@@ -54,11 +48,7 @@ def ended(found: Deployment, job_id: str) -> Callable[[], bool]:
 def test_a_request_its_job_and_its_stages_are_one_trace(tmp_path: Path) -> None:
     port = free_port()
     with receiving() as receiver:
-        told = {
-            "PYTHONPATH": packages(),
-            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
-            "WORKER_METRICS_PORT": str(port),
-        }
+        told = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "WORKER_METRICS_PORT": str(port)}
         with deployment(tmp_path / "home", told) as found:
             found.start_worker()
             found.wait_ready()
@@ -110,7 +100,7 @@ def check_metrics(metrics: str) -> None:
 def test_a_collector_that_is_away_costs_spans_alone(tmp_path: Path) -> None:
     with receiving() as receiver:
         receiver.refuses = True
-        told = {"PYTHONPATH": packages(), "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+        told = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
         with deployment(tmp_path / "home", told) as found:
             found.start_worker()
             found.wait_ready()

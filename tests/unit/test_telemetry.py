@@ -18,7 +18,16 @@ from app.db.orm import Job
 from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, LeaseLost
 from app.operations import tracing
-from app.operations.tracing import NO_ATTRIBUTES, NO_TRACING, Attributes, Kind, Span, Tracing, make_tracing, traceparent_of
+from app.operations.tracing import (
+    NO_ATTRIBUTES,
+    NO_TRACING,
+    Attributes,
+    Kind,
+    Span,
+    Tracing,
+    make_tracing,
+    traceparent_of,
+)
 from app.settings import Settings, TracingSettings, WorkerSettings
 from tests.servers import free_port
 from workers.pipeline.isolated import Interrupted
@@ -42,7 +51,9 @@ class Recorded(Tracing):
         self.spans.append(told)
 
         class Kept(Span):
-            def end(self, attributes: Attributes = NO_ATTRIBUTES, *, name: str | None = None, failed: str | None = None) -> None:
+            def end(
+                self, attributes: Attributes = NO_ATTRIBUTES, *, name: str | None = None, failed: str | None = None
+            ) -> None:
                 told.update(attributes, ended=True, failed=failed)
 
         return Kept(name)
@@ -92,9 +103,14 @@ def test_stages_are_counted_by_how_they_ended(telemetry: Telemetry) -> None:
         pass
     with pytest.raises(StageFailure), telemetry.stage(StageSeen("export", cached=True)):
         raise failing("bad_model")
-    with pytest.raises(Interrupted), telemetry.stage(StageSeen("benchmark", tries=1)):
-        telemetry.waiting()
-        raise Interrupted
+
+    def interrupted() -> None:
+        with telemetry.stage(StageSeen("benchmark", tries=1)):
+            telemetry.waiting()
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        interrupted()
     assert value(telemetry, "anneal_stage_seconds_count", stage="build", backend="openvino") == 2
     assert value(telemetry, "anneal_stage_seconds_sum", stage="build", backend="openvino") == 3
     assert value(telemetry, "anneal_stage_cache_misses_total", stage="build") == 2

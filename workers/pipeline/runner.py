@@ -129,8 +129,8 @@ class StageRunner:
         measure_again: bool = False,
         watch: Watch = NOBODY,
     ) -> None:
-        """`measure_again`: measurements of other jobs are not taken; this job's own are, after a crash. `watch`: is told
-        of every call."""
+        """`measure_again`: measurements of other jobs are not taken; this job's own are, after a crash. `watch`: is
+        told of every call."""
         self.claim = claim
         self.ledger = ledger
         self.isolated = isolated

@@ -1,7 +1,7 @@
 """`GET /metrics` of a worker, on a port of its own.
 
-What is measured on this machine is not to be disturbed: while it is, an answer is the one rendered before, and a new one
-is made once a minute at most.
+What is measured on this machine is not to be disturbed: while it is, an answer is the one rendered before, and a new
+one is made once a minute at most.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _PATIENCE_S
     server_version, sys_version = "anneal", ""
 
-    def do_GET(self) -> None:  # noqa: N802  # the name that its base calls
+    def do_GET(self) -> None:  # the name that its base calls
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404)
             return
