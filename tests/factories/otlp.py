@@ -1,8 +1,8 @@
 """A receiver of spans, OTLP over HTTP with protobuf: as a collector takes them, read by protobuf's own wire format.
 
 The messages (opentelemetry-proto, `collector/trace/v1`): ExportTraceServiceRequest {1: ResourceSpans}, ResourceSpans
-{1: Resource, 2: ScopeSpans}, ScopeSpans {2: Span}, Span {1: trace_id, 2: span_id, 4: parent_span_id, 5: name, 6: kind, 9:
-KeyValue, 15: Status}, KeyValue {1: key, 2: AnyValue}, AnyValue {1: string, 2: bool, 3: int, 4: double}.
+{1: Resource, 2: ScopeSpans}, ScopeSpans {2: Span}, Span {1: trace_id, 2: span_id, 4: parent_span_id, 5: name, 6: kind,
+9: KeyValue, 15: Status}, KeyValue {1: key, 2: AnyValue}, AnyValue {1: string, 2: bool, 3: int, 4: double}.
 """
 
 from __future__ import annotations

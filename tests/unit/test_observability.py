@@ -60,7 +60,7 @@ def in_code() -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def in_docs() -> dict[str, tuple[str, frozenset[str]]]:
-    rows = re.findall(r"^\| `(anneal_\w+)` \| (\w+) \| ([\w, ]*) \|", DOCS.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(anneal_\w+)` \| (\w+) \|([\w, ]*)\|", DOCS.read_text(), re.MULTILINE)
     return {name: (kind, frozenset(filter(None, labels.strip().split(", ")))) for name, kind, labels in rows}
 
 
