@@ -11,6 +11,7 @@ ENV PATH=/venv/bin:$PATH
 # The dependencies alone first: this layer stays as long as they do, whatever changes in the code.
 COPY requirements/constraints.txt requirements/
 COPY pyproject.toml README.md LICENSE ./
+# hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir app && touch app/__init__.py \
     && pip install ".[otel]" \

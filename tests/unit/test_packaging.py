@@ -175,7 +175,7 @@ def test_containers_are_hardened(compose: dict[str, Any]) -> None:
             assert "cap_add" not in service
             assert (ROOT / service["build"]["dockerfile"]).is_file()
         else:
-            assert re.fullmatch(r"[\w./-]+:\d[\w.-]*", service["image"]), "a version, not a moving tag"
+            assert re.fullmatch(r"[\w./-]+:v?\d[\w.-]*", service["image"]), "a version, not a moving tag"
 
 
 def test_the_worker_health_check_tells_live_from_dead(tmp_path: Path) -> None:
