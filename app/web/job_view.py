@@ -19,6 +19,7 @@ STAGES = {
     "convert": "convert precision",
     "quantize": "quantize",
     "quantize_nncf": "quantize",
+    "observe": "see how large values get",
     "sensitivity": "look for what quantization hurts",
     "build": "build the engine",
     "reference_outputs": "the original's answers",

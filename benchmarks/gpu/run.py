@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider, PyTorch and TensorRT side by side on one GPU: ResNet-50, ViT-B/16, BERT-base.
+"""ONNX Runtime's CUDA provider, PyTorch and TensorRT side by side on one GPU, on the models of `models.py`.
 
     python benchmarks/gpu/run.py --json figures.json --markdown figures.md
 
@@ -139,7 +139,7 @@ def torch_contender(name: str, feeds: Arrays, stream: Stream, how: str) -> tuple
     for _ in range(3):
         output = submit()
     external.synchronize()
-    return submit, {models.MODELS[name].output: output.float().cpu().numpy()}
+    return submit, models.MODELS[name].named(output)
 
 
 def trt_contender(folder: Path, root: Path, runtime: Json, feeds: Arrays) -> tuple[Callable[[], Any], Arrays, Json]:

@@ -23,6 +23,8 @@ from tests.unit.test_export import Notes
 from workers import installation
 from workers.artifacts import EXPORTED_PROGRAM
 from workers.backends.inductor import InductorCudaBackend
+from workers.graph import program_ranges
+from workers.graph.exported_program import ProgramFolder
 from workers.installation import KEY_BYTES, Installation
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
@@ -105,6 +107,25 @@ def test_the_gpu_computes_what_torch_does(kind: str, precision: str, most: float
         assert profile["compute_ms"] > 0
         told = f"load {loaded:.2f} s, first call {first:.2f} s, b=8 bound {1e3 * float(np.median(times)):.3f} ms"
         tell(f"  {'graph' if graph else 'plain'}: {told}, compute {profile['compute_ms']} ms")
+
+
+def test_products_in_float8(tmp_path: Path) -> None:
+    """Of a calibrated program; on a GPU that has none the failure is the compiler's or the library's, and typed."""
+    import torch
+
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the GPU has no float8 products")
+    dims = {"batch": (1, 32), "time": (2, 64)}
+    model = programs.folder(programs.transformer(), tmp_path / "model", TEXT, SCORES, dims)
+    program_ranges.write(model, program_ranges.observed(ProgramFolder.read(model), [feeds_of("transformer", 8)]))
+    (tmp_path / "engine").mkdir()
+    data = GPU.build(model, tmp_path / "engine", {"precision": "fp16"}, Notes(), EXPORTED_PROGRAM)
+    assert (data["precision"], data["fused"]) == ("fp8", {"fp8_product": 8})
+    session, net = GPU.load(tmp_path / "engine", {**data["runtime"], "cuda_graph": True}), programs.transformer()
+    for batch in (1, 8, 3):
+        feeds = feeds_of("transformer", batch)
+        assert 0.001 < far(session.run(feeds)["scores"], programs.answers(net, feeds)[0]) < 0.2
+    session.close()
 
 
 @pytest.mark.parametrize("form", ["package", "cache"])

@@ -23,10 +23,11 @@ from tests.factories import programs
 from tests.unit.test_export import Notes
 from workers import installation
 from workers.artifacts import EXPORTED_PROGRAM, ONNX
-from workers.backends.inductor import InductorBackend, InductorCudaBackend, build, lowering, session
-from workers.candidates import Case
+from workers.backends.inductor import InductorBackend, InductorCudaBackend, build, session
+from workers.candidates import Case, Proposal, Step
 from workers.hardware import CXX
 from workers.installation import KEY_BYTES, Installation
+from workers.kernel import stages
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra `torch`"),
@@ -278,63 +279,6 @@ def test_a_loader_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "no such symbol" in (build._refused(tmp_path / "model.pt2", tmp_path) or "")
 
 
-def test_lowering_keeps_what_bears_no_narrower_type() -> None:
-    """Types of inputs and outputs stay; sums of exponentials, recurrent layers and casts that the program asks for are
-    computed in float32."""
-    import torch
-    from torch import nn
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.gru, self.b = nn.Linear(8, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 4)
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            y = torch.relu(self.a(x))
-            z, _ = self.gru(y + 1)
-            total = torch.logsumexp(z.to(torch.float32), -1).cumsum(-1)
-            return self.b(torch.softmax(z, -1, dtype=torch.float32)), total
-
-    torch.manual_seed(0)
-    net, x = Net().eval(), torch.randn(2, 5, 8)
-    with torch.no_grad():
-        graph = torch.export.export(net, (x,)).module()
-        assert lowering.lower(graph, torch.bfloat16) == 2
-        found, wanted = graph(x), net(x)
-    assert [t.dtype for t in found] == [torch.float32, torch.float32]
-    for a, b in zip(found, wanted, strict=True):
-        assert far(a.numpy(), b.numpy()) < 0.03
-    assert [n for n in graph.graph.nodes if "to.dtype" in str(n.target)]
-
-
-def test_lowering_refuses_what_it_cannot_keep() -> None:
-    """An operation in place that needs float32, and texts that would become source."""
-    import torch
-    from torch import nn
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.a(x)
-            y.exp_()
-            return torch.div(y, 2.0, rounding_mode="floor")
-
-    program = torch.export.export(Net().eval(), (torch.randn(2, 8),))
-    assert lowering.lowered(torch, program, "fp32", "cpu")
-    with pytest.raises(StageFailure, match="in place") as caught:
-        lowering.lowered(torch, program, "bf16", "cpu")
-    assert caught.value.code == "unsupported_op"
-    graph = program.module()
-    (node,) = [n for n in graph.graph.nodes if "rounding_mode" in n.kwargs]
-    node.kwargs = {"rounding_mode": 'floor"); system("true'}
-    with pytest.raises(StageFailure, match="not compiled") as caught:
-        lowering.check_texts(graph)
-    assert caught.value.code == "unsafe_program"
-
-
 def case(**changes: Any) -> Case:
     spec = OptimizationSpec.model_validate({"model_id": "m", "budget_seconds": 300, **changes.pop("spec", {})})
     known = Case(spec, {"Conv": 3}, "cnn", kinds=(ONNX, EXPORTED_PROGRAM), isa=("avx512_bf16",), cores=2)
@@ -354,9 +298,33 @@ def test_what_is_proposed() -> None:
         assert re.search(said, found.skipped[0].reason)
     (skipped,) = INDUCTOR.propose(replace(case(), isa=())).skipped
     assert "no bf16 instructions" in skipped.reason
-    card = {"cxx": "g++ 12", "gpu": {"compute_capability": "9.0"}}
-    ids = [c.id for c in InductorCudaBackend().propose(replace(case(), hardware=card)).candidates]
-    assert ids == ["tic-fp32", "tic-fp16", "tic-fp16-nhwc", "tic-bf16", "tic-bf16-nhwc"]
+
+
+def test_what_is_proposed_for_a_gpu() -> None:
+    """Convolutions with channels last, unless they are few; fp8 of calibrated matrix products where the GPU has them."""
+
+    def proposal(capability: str = "9.0", ops: dict[str, int] | None = None, **changes: Any) -> Proposal:
+        card = {"cxx": "g++ 12", "gpu": {"compute_capability": capability}}
+        known = replace(case(**changes), hardware=card, ops=ops or {"Conv": 3})
+        return InductorCudaBackend().propose(known)
+
+    found = proposal().candidates
+    assert [c.id for c in found] == ["tic-fp32", "tic-fp16", "tic-bf16"]
+    assert [c.build_options.get("channels_last", False) for c in found] == [False, True, True]
+    vit, data = {"Conv": 1, "MatMul": 72}, {"calibration": {"dataset_id": "d", "max_samples": 100}}
+    (*plain, fp8) = proposal(ops=vit, spec=data, has_calibration=True).candidates
+    assert not [c for c in plain if "channels_last" in c.build_options]
+    assert (fp8.id, fp8.precision, fp8.lossless, fp8.build_options) == ("tic-fp8", "fp8", False, {"precision": "fp16"})
+    assert fp8.steps == (Step("observe", {"max_samples": 64, "part": "all"}, ("calibration",)),)
+    assert stages()["observe"].gives["model"] in InductorCudaBackend.accepts
+    asked = {"precisions": ["fp8"]}
+    for unfit, said in (
+        (proposal("8.6", vit, spec=data | asked, has_calibration=True), "needs? 8.9"),
+        (proposal(spec=data | asked, has_calibration=True), "no float32 matrix products"),
+        (proposal(ops=vit, spec=asked), "needs calibration data"),
+    ):
+        assert not unfit.candidates
+        assert re.search(said, unfit.skipped[0].reason)
 
 
 def test_the_compiler_is_part_of_the_key() -> None:

@@ -92,8 +92,10 @@ class InductorCudaBackend(_Inductor):
         version = torch_version()
         if version is None or version.endswith("+cpu") or not cuda_runtime.available():
             return None
-        precisions = ("fp32", "fp16", "bf16") if compute_capability(hardware) >= 8.0 else ("fp32", "fp16")
-        return BackendInfo(self.name, {"torch": version}, ("cuda",), precisions)
+        capability = compute_capability(hardware)
+        half = ("fp16", "bf16") if capability >= 8.0 else ("fp16",)
+        fp8 = ("fp8",) if capability >= inductor_recipes.FP8_FROM else ()
+        return BackendInfo(self.name, {"torch": version}, ("cuda",), ("fp32", *half, *fp8))
 
     def propose(self, case: Case) -> Proposal:
         return inductor_recipes.propose_cuda(case, compute_capability(case.hardware))

@@ -20,6 +20,7 @@ from workers.backends.inductor.lowering import lowered
 from workers.backends.inductor.options import BuildOptions, RuntimeOptions
 from workers.backends.inductor.session import exact_products, load_session
 from workers.backends.inductor.sidecar import PACKAGE_FILE, Sidecar
+from workers.graph import program_ranges
 from workers.graph.exported_program import ProgramFolder, quiet
 from workers.graph.interface import Interface
 from workers.hardware import CXX
@@ -35,9 +36,9 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
     """Compile `model`, an exported program, into `out`.
 
     Raises StageFailure: `backend_unavailable`, `compiler_missing`, `invalid_model`, `unsupported_io`,
-    `unsafe_program`, `unsupported_op`, `nothing_to_convert`, `compile_failed`, `out_of_memory`, `gpu_out_of_memory`,
-    `storage_full`, `engine_key_missing`, `load_failed`, `inference_failed`.
-    Returns `runtime`, `form`, `precision`, `fused` (batch norms), `compiler`, `trial_run`.
+    `unsafe_program`, `unsupported_op`, `nothing_to_convert`, `precision_unsupported`, `compile_failed`, `out_of_memory`,
+    `gpu_out_of_memory`, `storage_full`, `engine_key_missing`, `load_failed`, `inference_failed`.
+    Returns `runtime`, `form`, `precision`, `fused` (batch norms, products in float8), `compiler`, `trial_run`.
     """
     signing.require_key()  # before a minute is spent
     compiler = require_compiler()
@@ -47,7 +48,8 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
         source = ProgramFolder.read(model)
         _check_types(source.interface)
         reporter.progress(0.1, "lowering")
-        graph, fused = _lowered(torch, source, options, device)
+        magnitudes = program_ranges.read(model)
+        graph, fused = _lowered(torch, source, options, device, magnitudes)
         reporter.progress(0.2, "compiling")
         form = options.form or "package"
         if form == "package":
@@ -59,7 +61,8 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
                     raise _unloadable(why)
                 reporter.note("AOTInductor's package cannot be loaded here; the engine is its cache.", reason=why)
                 (out / PACKAGE_FILE).unlink()
-                form, (graph, _) = "cache", _lowered(torch, source, options, device)  # compiling rewrote the first
+                graph, _ = _lowered(torch, source, options, device, magnitudes)  # compiling rewrote the first
+                form = "cache"
         if form == "cache":
             try:
                 caching.write(graph, source, out, options, device)
@@ -76,8 +79,8 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
     return {
         "runtime": RuntimeOptions(form=form).to_json(),
         "form": form,
-        "precision": options.precision,
-        "fused": {"batch_norm": fused} if fused else {},
+        "precision": "fp8" if magnitudes else options.precision,
+        "fused": fused,
         "compiler": Path(compiler).name,
         "trial_run": trial,
     }
@@ -108,9 +111,11 @@ def _check_types(interface: Interface) -> None:
             )
 
 
-def _lowered(torch: Any, source: ProgramFolder, options: BuildOptions, device: str) -> tuple[Any, int]:
+def _lowered(
+    torch: Any, source: ProgramFolder, options: BuildOptions, device: str, magnitudes: Mapping[str, float] | None
+) -> tuple[Any, dict[str, int]]:
     try:
-        return lowered(torch, source.program, options.precision, device)
+        return lowered(torch, source.program, options.precision, device, magnitudes)
     except StageFailure:
         raise
     except Exception as error:  # whatever a graph of another making trips over
@@ -118,11 +123,10 @@ def _lowered(torch: Any, source: ProgramFolder, options: BuildOptions, device: s
 
 
 def settings(options: BuildOptions, device: str) -> dict[str, Any]:
-    """Inductor's own names and values. On a CPU weights are constants ("freezing"), which packs them for oneDNN and
-    lets it lay convolutions out with channels last; threads are torch's at the time of the call, not of the build."""
-    found: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1}
-    if device == "cpu":
-        found["freezing"] = True
+    """Inductor's own names and values. Weights are constants ("freezing"): on a CPU they are packed for oneDNN, on a GPU
+    products of one input become one, and convolutions' weights are laid out once; threads are torch's at the time of
+    the call, not of the build."""
+    found: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1, "freezing": True}
     if options.channels_last:
         found["force_layout_optimization"] = True
     return found

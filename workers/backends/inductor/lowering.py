@@ -1,45 +1,29 @@
 """What is done to an exported program's graph before Inductor compiles it: batch norms folded into convolutions, and
-products computed in fewer bits.
-
-The rules of mixed precision are those of `torch.autocast`: matrix products and convolutions in the lower type, what
-sums or exponentiates beyond them in float32. Here they are written into the graph, which keeps the ranges of its
-dynamic sizes; tracing the program again under autocast loses them.
-"""
+products computed in fewer bits (`narrowing`)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from app.domain.failures import model_failure
+from app.domain.failures import StageFailure, model_failure
+from workers.backends.inductor.fp8 import quantize
+from workers.backends.inductor.narrowing import lower
+from workers.backends.inductor.nodes import cleaned, is_node, keep, op_of, tensor_of
 
 if TYPE_CHECKING:
-    from torch import dtype
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
-# Computed in the lower type: all their float32 inputs are cast.
-_PRODUCTS = (
-    *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "scaled_dot_product_attention"),
-)
-# Taken in the type that comes: they round once, or compute inside in float32 anyhow. Where types meet they promote.
-_FOLLOWERS = (
-    *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "leaky_relu"),
-    *("gelu", "silu", "silu_", "sigmoid", "tanh", "elu", "mish", "clamp", "clamp_min", "clamp_max", "abs", "neg"),
-    *("add", "add_", "sub", "mul", "mul_", "div", "softmax", "_softmax", "layer_norm", "batch_norm", "group_norm"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "mean"),
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze"),
-    *("cat", "stack", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "expand", "contiguous"),
-    *("clone", "dropout", "alias", "detach", "constant_pad_nd", "pad", "upsample_nearest2d", "upsample_bilinear2d"),
-    *("pixel_shuffle", "roll", "flip", "narrow", "movedim", "expand_as", "view_as", "repeat", "maximum", "minimum"),
-)
 _TEXT = re.compile(r"[\w ,.>:/-]{0,1000}", re.ASCII)
-_LISTS = ("unbind", "split", "split_with_sizes", "chunk")
 
 
-def lowered(torch: Any, program: Any, precision: str, device: str) -> tuple[GraphModule, int]:
-    """The graph of an exported program as it is to be compiled, on `device`, and how many batch norms were folded.
-    Raises StageFailure(`nothing_to_convert`), and what torch raises."""
+def lowered(
+    torch: Any, program: Any, precision: str, device: str, magnitudes: Mapping[str, float] | None = None
+) -> tuple[GraphModule, dict[str, int]]:
+    """The graph of an exported program as it is to be compiled, on `device`, and how many batch norms were folded and
+    products are in float8. `magnitudes`: of the products' inputs, where they were calibrated for that. Raises
+    StageFailure(`nothing_to_convert`, `precision_unsupported`), and what torch raises."""
     if device == "cuda":
         from torch.export.passes import move_to_device_pass
 
@@ -50,18 +34,27 @@ def lowered(torch: Any, program: Any, precision: str, device: str) -> tuple[Grap
             graph.graph.erase_node(node)
         delattr(graph, "_guards_fn")
     for node in list(graph.graph.nodes):  # what the trace knew of types and devices: "cuda" is not "cuda:0"
-        if _op(node) == "_assert_tensor_metadata":
+        if op_of(node) == "_assert_tensor_metadata":
             graph.graph.erase_node(node)
-    _cleaned(graph)
+    cleaned(graph)
     check_texts(graph)
-    folded = fold_batch_norms(graph)
-    if precision != "fp32" and not lower(graph, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]):
-        raise model_failure(
-            "nothing_to_convert",
-            "The program has no float32 product or convolution.",
-            remedy="Use fp32 for this model.",
-        )
-    return graph, folded
+    told = {"batch_norm": fold_batch_norms(graph)}
+    to = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    if to is not None and not lower(graph, to, whole=device == "cuda"):
+        raise _nothing("product or convolution", "fp32")
+    if magnitudes:
+        if to is None:
+            raise model_failure("precision_unsupported", "Products in float8 give float16 or bfloat16, not float32.")
+        told["fp8_product"] = quantize(graph, magnitudes, to)
+        if not told["fp8_product"]:
+            raise _nothing("matrix product of sizes that are multiples of 16", "fp16")
+    return graph, {what: count for what, count in told.items() if count}
+
+
+def _nothing(what: str, instead: str) -> StageFailure:
+    return model_failure(
+        "nothing_to_convert", f"The program has no float32 {what}.", remedy=f"Use {instead} for this model."
+    )
 
 
 def check_texts(graph: GraphModule) -> None:
@@ -89,13 +82,13 @@ def fold_batch_norms(graph: GraphModule) -> int:
 
     folded = 0
     for node in list(graph.graph.nodes):
-        conv: Any = node.args[0] if _op(node) == "batch_norm" and node.args else None
-        if not _is_node(conv) or not _op(conv).startswith("conv") or "transpose" in _op(conv) or len(conv.users) > 1:
+        conv: Any = node.args[0] if op_of(node) == "batch_norm" and node.args else None
+        if not is_node(conv) or not op_of(conv).startswith("conv") or "transpose" in op_of(conv) or len(conv.users) > 1:
             continue
         x, weight, bias, *rest = [*conv.args, None, None][: max(len(conv.args), 3)]
         _, gamma, beta, mean, variance, training, _momentum, eps, *_ = node.args
         stored = (weight, bias, gamma, beta, mean, variance)
-        tensors = [_stored(graph, n) for n in stored]
+        tensors = [tensor_of(graph, n) for n in stored]
         missing = any(t is None and n is not None for t, n in zip(tensors, stored, strict=True))
         if training or missing or conv.kwargs or any(tensors[i] is None for i in (0, 4, 5)):
             continue
@@ -104,116 +97,10 @@ def fold_batch_norms(graph: GraphModule) -> int:
         places = []
         with graph.graph.inserting_before(conv):
             for part, value in zip(("weight", "bias"), fused, strict=True):
-                name = f"_folded_{folded}_{part}"
-                graph.register_buffer(name, value.detach())
-                place = graph.graph.get_attr(name)
-                place.meta["val"] = value.detach()
-                places.append(place)
+                places.append(keep(graph, f"_folded_{folded}_{part}", value))
         conv.args = (x, *places, *rest)
         node.replace_all_uses_with(conv)
         graph.graph.erase_node(node)
         folded += 1
-    _cleaned(graph)
+    cleaned(graph)
     return folded
-
-
-def lower(graph: GraphModule, to: dtype) -> int:
-    """Have products and convolutions compute in `to`; inputs and outputs of the program keep their types. How many
-    products there are."""
-    import torch
-
-    cast = torch.ops.aten.to.dtype
-    lowered: set[Node] = set()  # whose values are, or may be, in the lower type
-    products = 0
-    for node in list(graph.graph.nodes):
-        if node.op == "output" or (node.op == "call_function" and _rule(node) == "float32"):
-            if _in_place(node) and any(n in lowered for n in node.all_input_nodes):
-                raise model_failure(
-                    "unsupported_op",
-                    f"{_op(node)} changes a tensor in place, which is not computed in a lower type.",
-                    node=node.name,
-                    remedy="Use fp32 for this model, or export it without the operation in place.",
-                )
-            _replace(graph, node, lambda n: n in lowered, cast, torch.float32)
-        elif _rule(node) == "lower":
-            _replace(graph, node, _is_float32, cast, to)
-            lowered.add(node)
-            products += 1
-        elif _rule(node) == "follow" and any(n in lowered for n in node.all_input_nodes):
-            lowered.add(node)
-    _cleaned(graph)
-    return products
-
-
-def _rule(node: Node) -> str:
-    """`lower`, `follow`, or `float32` for whatever is not known to bear a narrower type."""
-    import operator
-
-    if node.op != "call_function":
-        return "none"
-    if node.target is operator.getitem:
-        source = node.args[0]
-        return "follow" if _is_node(source) and _op(source) in _LISTS else "float32"
-    op = _op(node)
-    if op in _PRODUCTS and _is_float32(node):
-        return "lower"
-    return "follow" if op in _FOLLOWERS and not _casts(node) else "float32"
-
-
-def _in_place(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
-def _casts(node: Node) -> bool:
-    """Whether it names the type that it computes in, as `softmax(x, dim, dtype)` may."""
-    import torch
-
-    return any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
-
-
-def _replace(graph: GraphModule, node: Node, which: Any, cast: Any, to: dtype) -> None:
-    """Those inputs of `node`, cast."""
-    for source in node.all_input_nodes:
-        if not which(source):
-            continue
-        with graph.graph.inserting_before(node):
-            made = graph.graph.call_function(cast, (source, to))
-        node.replace_input_with(source, made)
-
-
-def _op(node: Any) -> str:
-    """`conv2d` of `aten.conv2d.default`; empty where it is no ATen operator."""
-    if not _is_node(node) or node.op != "call_function":
-        return ""
-    text = str(node.target)
-    return text.split(".")[1] if text.startswith("aten.") else ""
-
-
-def _is_node(value: Any) -> bool:
-    from torch.fx import Node
-
-    return isinstance(value, Node)
-
-
-def _is_float32(node: Node) -> bool:
-    import torch
-
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
-
-
-def _stored(graph: GraphModule, node: Any) -> Any:
-    """The tensor that a `get_attr` node stands for; None where it is something else."""
-    if not _is_node(node) or node.op != "get_attr":
-        return None
-    owner: Any = graph
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
-    return owner
-
-
-def _cleaned(graph: GraphModule) -> None:
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from workers import recipes
 from workers.artifacts import EXPORTED_PROGRAM
-from workers.candidates import Candidate, Case, Proposal, Skipped
+from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 
 # Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16. Guesses beside OpenVINO's measured ones; they
 # decide the order of trying and nothing else.
 _CPU_PRIORS = {"cnn": (1.0, 0.6), "transformer": (1.0, 0.6), "rnn": (1.2, 1.0), "other": (1.0, 0.8)}
-# Over the CUDA provider's fp32, whose own fp16 is at 0.4. On one H200 `torch.compile` with a CUDA graph took 0.46 to
-# 0.70 of the best that other libraries took in fp16 (ResNet-50, ViT-B/16).
-_CUDA_PRIORS = {"fp32": 0.9, "bf16": 0.3, "fp16": 0.28}
+# Over the CUDA provider's fp32, whose own fp16 is at 0.4 (docs/gpu-figures.md). Of fp16's time fp8 took 0.88 to 0.93 at
+# batch 32 and 1.1 at batch 1, on transformers.
+_CUDA_PRIORS = {"fp32": 0.9, "bf16": 0.3, "fp16": 0.28, "fp8": 0.27}
 # Compiling takes a minute of a small budget, in which several other engines are built and timed.
 LEAST_BUDGET_S = 60
+_FP8_SAMPLES = 64  # each is an inference in float32 on the CPU
 _HALF_FROM = {"fp16": 7.0, "bf16": 8.0}  # compute capability
+FP8_FROM = 8.9
+_KINDS_OF_PRODUCTS = (("Conv", "ConvTranspose"), ("MatMul", "Gemm", "Attention"))
 
 
 def propose_cpu(case: Case) -> Proposal:
@@ -41,17 +46,46 @@ def propose_cuda(case: Case, capability: float) -> Proposal:
     why = _why_not(case)
     if why is not None:
         return Proposal(skipped=(Skipped("Torch Inductor on CUDA", why),))
-    found = []
+    found: list[Candidate] = []
+    skipped: list[Skipped] = []
     if case.wants("fp32"):
         found.append(_candidate("inductor-cuda", "tic-fp32", "fp32", _CUDA_PRIORS["fp32"]))
     for precision, least in _HALF_FROM.items():
         if not case.wants(precision) or capability < least or not _products(case):
             continue
         prior = _CUDA_PRIORS[precision]
-        found.append(_candidate("inductor-cuda", f"tic-{precision}", precision, prior))
-        if case.kind == "cnn":
-            found.append(_candidate("inductor-cuda", f"tic-{precision}-nhwc", precision, prior, channels_last=True))
-    return Proposal(tuple(found))
+        found.append(
+            _candidate("inductor-cuda", f"tic-{precision}", precision, prior, channels_last=_convolves(case))
+        )
+    if case.wants("fp8"):
+        why = _why_no_fp8(case, capability)
+        if why is None:
+            found.append(_fp8(case))
+        elif case.spec.precisions is not None:
+            skipped.append(Skipped("tic-fp8", why))
+    return Proposal(tuple(found), tuple(skipped))
+
+
+def _fp8(case: Case) -> Candidate:
+    """The program calibrated, and compiled with its matrix products in float8, the rest in fp16."""
+    plain = _candidate("inductor-cuda", "tic-fp8", "fp16", _CUDA_PRIORS["fp8"], channels_last=_convolves(case))
+    calibration = recipes.calibration_options(case)
+    calibration["max_samples"] = min(calibration["max_samples"], _FP8_SAMPLES)
+    step = Step("observe", calibration, ("calibration",))
+    name = "Torch Inductor CUDA, products in fp8, fp16"
+    return replace(plain, name=name, precision="fp8", steps=(step,), rest="fp16")
+
+
+def _why_no_fp8(case: Case, capability: float) -> str | None:
+    if capability < FP8_FROM:
+        return f"the GPU has no float8 products (compute capability {capability}; they need {FP8_FROM})"
+    if case.quantized or not case.has("MatMul", "Gemm", "Attention"):
+        return "the model has no float32 matrix products to convert"
+    if not case.has_calibration:
+        return "static fp8 needs calibration data"
+    if case.spec.quantization.keep_nodes:
+        return "nodes that the job keeps in higher precision have no names in an exported program"
+    return None
 
 
 def variants_cpu(case: Case, candidate: Candidate) -> tuple[Candidate, ...]:
@@ -82,6 +116,13 @@ def _why_not(case: Case) -> str | None:
     return None
 
 
+def _convolves(case: Case) -> bool:
+    """Whether its convolutions are to be laid out with channels last: Inductor does so by itself only where the batch
+    size is fixed, and not where they are few among other products (the patches of a ViT)."""
+    convolutions, products = (sum(case.ops.get(op, 0) for op in ops) for ops in _KINDS_OF_PRODUCTS)
+    return 10 * convolutions > products
+
+
 def _products(case: Case) -> bool:
     return not case.quantized and bool(case.has("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention"))
 
@@ -98,6 +139,4 @@ def _candidate(backend: str, cid: str, precision: str, prior: float, *, channels
         build_options={"precision": precision, **({"channels_last": True} if channels_last else {})},
         lossless=precision == "fp32",
         prior=prior,
-        # Its own rule lays convolutions out so wherever that paid in its measurements.
-        unlikely="Inductor chooses channels last by itself where it expects a gain" if channels_last else None,
     )
