@@ -7,8 +7,8 @@
 Needs torch with CUDA and a C++ compiler, no ONNX Runtime. An engine is built once per model, from a program whose batch
 size is dynamic; torch's contenders are made for each batch size, in float16: eager, `torch.compile` in its default mode
 and by `max-autotune`, all captured in a CUDA graph, and with weights in channels-last layout where there are
-convolutions. All of a batch size are measured in turns in one process, one model on a GPU at a time; with several GPUs
-(`--gpus`) models are measured side by side, each on one of its own. "GPU ms" is the median of the time between two CUDA
+convolutions. All of a batch size are measured in turns in one process, one model on a GPU at a time, while nothing is
+built there; with several GPUs (`--gpus`) models are measured side by side, each on one of its own. "GPU ms" is the median of the time between two CUDA
 events around one call with its inputs on the GPU, "ms" that of the wall clock until the GPU is done.
 
 What is measured is written after each batch size; what `--results` holds already is not measured again.
@@ -17,6 +17,7 @@ What is measured is written after each batch size; what `--results` holds alread
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -159,11 +161,20 @@ class Measured:
         batches = [b for b in self.arguments.batch if not self._known(b)]
         if not batches:
             return
-        source = program(self.name, self.root / "model")
-        for label in self.arguments.engines:
-            self._tried(label, lambda label=label: self._build(label, source))
-        for batch in batches:
-            self._measure(batch)
+        with self._gpu(fcntl.LOCK_SH):
+            source = program(self.name, self.root / "model")
+            for label in self.arguments.engines:
+                self._tried(label, lambda label=label: self._build(label, source))
+        with self._gpu(fcntl.LOCK_EX):
+            for batch in batches:
+                self._measure(batch)
+
+    @contextmanager
+    def _gpu(self, how: int) -> Iterator[None]:
+        """Shared by those that build, and for one alone that measures."""
+        with (self.path.parent / f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}.lock").open("w") as lock:
+            fcntl.flock(lock, how)
+            yield
 
     def _known(self, batch: int) -> bool:
         wanted = {*self.arguments.engines, *(f"torch {how}" for how in self._torch(batch))}
@@ -247,9 +258,9 @@ def alone(name: str, arguments: argparse.Namespace) -> None:
 
 
 def spread(names: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Each model in a process of its own, on the first GPU that is free."""
+    """Each model in a process of its own, two on a GPU: what they build is built side by side."""
     free: Queue[str] = Queue()
-    for gpu in range(arguments.gpus):
+    for gpu in (*range(arguments.gpus), *range(arguments.gpus)):
         free.put(str(gpu))
 
     def one(name: str) -> None:
@@ -260,7 +271,7 @@ def spread(names: Sequence[str], arguments: argparse.Namespace) -> None:
         finally:
             free.put(gpu)
 
-    with ThreadPoolExecutor(arguments.gpus) as pool:
+    with ThreadPoolExecutor(2 * arguments.gpus) as pool:
         list(pool.map(one, names))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 
 
 def tables(folder: Path, labels: Mapping[str, str]) -> str:
-    """One table per model, then how each engine compares with the fastest of torch's contenders."""
+    """One table per model, then how the engine in fp16 compares with the fastest of torch's contenders, and with fp8."""
     found = {name: json.loads(path.read_text()) for name in labels if (path := folder / f"{name}.json").exists()}
-    return "\n\n".join([*(_model(labels[name], one) for name, one in found.items()), _ratios(labels, found)])
+    ratios = _ratios("fp16 ÷ the fastest of torch", labels, found, lambda who: who.startswith("torch"))
+    against = _ratios("fp16 ÷ fp8", labels, found, lambda who: who == "fp8")
+    return "\n\n".join([*(_model(labels[name], one) for name, one in found.items()), ratios, against])
 
 
 def _model(label: str, found: Mapping[str, Any]) -> str:
@@ -33,22 +35,23 @@ def _model(label: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratios(labels: Mapping[str, str], found: Mapping[str, Any]) -> str:
+def _ratios(
+    head: str, labels: Mapping[str, str], found: Mapping[str, Any], theirs: Callable[[str], bool]
+) -> str:
+    """Of GPU times: `fp16` over the fastest of `theirs`."""
     sizes = sorted({s for one in found.values() for s in one["batches"]}, key=int)
-    lines = ["| engine ÷ the fastest of torch | " + " | ".join(f"b={s}" for s in sizes) + " |"]
-    lines.append("|" + "---|" * (len(sizes) + 1))
+    lines = [f"| {head} | " + " | ".join(f"b={s}" for s in sizes) + " |", "|" + "---|" * (len(sizes) + 1)]
     every: list[float] = []
     for name, one in found.items():
         cells = []
         for size in sizes:
             figures = one["batches"].get(size, {})
-            ours = [v["gpu_ms"] for n, v in figures.items() if not n.startswith("torch")]
-            theirs = [v["gpu_ms"] for n, v in figures.items() if n.startswith("torch")]
-            if not ours or not theirs:
+            others = [v["gpu_ms"] for who, v in figures.items() if theirs(who)]
+            if "fp16" not in figures or not others:
                 cells.append("–")
                 continue
-            every.append(min(ours) / min(theirs))
+            every.append(figures["fp16"]["gpu_ms"] / min(others))
             cells.append(f"{every[-1]:.3f}")
-        lines.append(f"| {labels[name]} | " + " | ".join(cells) + " |")
-    mean = f"\nGeometric mean: {float(np.exp(np.mean(np.log(every)))):.3f}" if every else ""
-    return "\n".join(lines) + mean
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {labels[name]} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *([f"\nGeometric mean: {float(np.exp(np.mean(np.log(every)))):.3f}"] if every else [])])

@@ -301,7 +301,8 @@ def test_what_is_proposed() -> None:
 
 
 def test_what_is_proposed_for_a_gpu() -> None:
-    """Convolutions with channels last, unless they are few; fp8 of calibrated matrix products where the GPU has them."""
+    """Convolutions with channels last, without where they are few, both where they are neither; fp8 of calibrated matrix
+    products where the GPU has them."""
 
     def proposal(capability: str = "9.0", ops: dict[str, int] | None = None, **changes: Any) -> Proposal:
         card = {"cxx": "g++ 12", "gpu": {"compute_capability": capability}}
@@ -309,8 +310,10 @@ def test_what_is_proposed_for_a_gpu() -> None:
         return InductorCudaBackend().propose(known)
 
     found = proposal().candidates
-    assert [c.id for c in found] == ["tic-fp32", "tic-fp16", "tic-bf16"]
+    assert [c.id for c in found] == ["tic-fp32", "tic-fp16-nhwc", "tic-bf16-nhwc"]
     assert [c.build_options.get("channels_last", False) for c in found] == [False, True, True]
+    mixed = proposal(ops={"Conv": 22, "MatMul": 37}, spec={"precisions": ["fp16"]}).candidates
+    assert [c.id for c in mixed] == ["tic-fp16-nhwc", "tic-fp16"]
     vit, data = {"Conv": 1, "MatMul": 72}, {"calibration": {"dataset_id": "d", "max_samples": 100}}
     (*plain, fp8) = proposal(ops=vit, spec=data, has_calibration=True).candidates
     assert not [c for c in plain if "channels_last" in c.build_options]
