@@ -8,8 +8,9 @@ Needs torch with CUDA and a C++ compiler, no ONNX Runtime. An engine is built on
 size is dynamic; torch's contenders are made for each batch size, in float16: eager, `torch.compile` in its default mode
 and by `max-autotune`, all captured in a CUDA graph, and with weights in channels-last layout where there are
 convolutions. All of a batch size are measured in turns in one process, one model on a GPU at a time, while nothing is
-built there; with several GPUs (`--gpus`) models are measured side by side, each on one of its own. "GPU ms" is the median of the time between two CUDA
-events around one call with its inputs on the GPU, "ms" that of the wall clock until the GPU is done.
+built there; with several GPUs (`--gpus`) models are measured side by side, each on one of its own. "GPU ms" is the
+median of the time between two CUDA events around one call with its inputs on the GPU, "ms" that of the wall clock until
+the GPU is done.
 
 What is measured is written after each batch size; what `--results` holds already is not measured again.
 """
@@ -231,7 +232,9 @@ class Measured:
             self._tried(label, lambda label=label: enter(label, lambda: self._engine(label, feeds)))
         for how in self._torch(batch):
             label = f"torch {how}"
-            self._tried(label, lambda how=how, label=label: enter(label, lambda: torch_contender(self.name, feeds, how)))
+            self._tried(
+                label, lambda how=how, label=label: enter(label, lambda: torch_contender(self.name, feeds, how))
+            )
         figures = timed(calls, self.arguments.seconds)
         kept = self.result["batches"].setdefault(str(batch), {})
         kept |= {label: {**figures[label], **seen[label]} for label in calls}
@@ -245,7 +248,9 @@ class Measured:
         try:
             work()
         except Exception as error:
-            self.result.setdefault("failed", {})[label] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self.result.setdefault("failed", {})[label] = (
+                f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            )
             say(f"{self.name}: {label}: {self.result['failed'][label]}")
 
 
@@ -281,7 +286,9 @@ def main() -> int:
     parser.add_argument("--only", choices=list(models.MODELS), nargs="+", default=list(models.MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--engines", choices=list(ENGINES), nargs="+", default=["fp16"])
-    parser.add_argument("--torch", nargs="*", choices=["eager", "compiled", "max-autotune"], default=["eager", "compiled"])
+    parser.add_argument(
+        "--torch", nargs="*", choices=["eager", "compiled", "max-autotune"], default=["eager", "compiled"]
+    )
     parser.add_argument("--autotune-at", type=int, nargs="*", default=[1, 8, 32], help="batch sizes of max-autotune")
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and batch size")
     parser.add_argument("--gpus", type=int, default=1, help="how many to spread the models over")

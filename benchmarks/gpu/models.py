@@ -1,5 +1,6 @@
-"""Models of `benchmarks/gpu`: ResNet-50, EfficientNet-B0, ConvNeXt-T, ViT-B/16, BERT-base, a detector as DETR is; seeded
-weights; as torch modules and as ONNX."""
+"""Models of `benchmarks/gpu`: ResNet-50, EfficientNet-B0, ConvNeXt-T, ViT-B/16, BERT-base, a detector as DETR is.
+
+Weights are seeded. As torch modules and as ONNX."""
 
 from __future__ import annotations
 
@@ -64,9 +65,7 @@ class Model:
 
 MODELS = {
     "resnet50": Model("ResNet-50", lambda: settled(vision.ResNet50()), images, convolutions=True),
-    "efficientnet": Model(
-        "EfficientNet-B0", lambda: settled(networks.EfficientNet()), images, convolutions=True
-    ),
+    "efficientnet": Model("EfficientNet-B0", lambda: settled(networks.EfficientNet()), images, convolutions=True),
     "convnext": Model("ConvNeXt-T", lambda: networks.ConvNeXt().eval(), images, convolutions=True),
     "vit": Model("ViT-B/16", lambda: networks.ViT().eval(), images),
     "bert": Model("BERT-base, 128 tokens", lambda: language.Classifier().eval(), sentences),

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def tables(folder: Path, labels: Mapping[str, str]) -> str:
-    """One table per model, then how the engine in fp16 compares with the fastest of torch's contenders, and with fp8."""
+    """One table per model, then how the engine in fp16 compares with the fastest of torch's, and with fp8."""
     found = {name: json.loads(path.read_text()) for name in labels if (path := folder / f"{name}.json").exists()}
     ratios = _ratios("fp16 ÷ the fastest of torch", labels, found, lambda who: who.startswith("torch"))
     against = _ratios("fp16 ÷ fp8", labels, found, lambda who: who == "fp8")
@@ -35,9 +35,7 @@ def _model(label: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratios(
-    head: str, labels: Mapping[str, str], found: Mapping[str, Any], theirs: Callable[[str], bool]
-) -> str:
+def _ratios(head: str, labels: Mapping[str, str], found: Mapping[str, Any], theirs: Callable[[str], bool]) -> str:
     """Of GPU times: `fp16` over the fastest of `theirs`."""
     sizes = sorted({s for one in found.values() for s in one["batches"]}, key=int)
     lines = [f"| {head} | " + " | ".join(f"b={s}" for s in sizes) + " |", "|" + "---|" * (len(sizes) + 1)]

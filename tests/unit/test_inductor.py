@@ -301,8 +301,8 @@ def test_what_is_proposed() -> None:
 
 
 def test_what_is_proposed_for_a_gpu() -> None:
-    """Convolutions with channels last, without where they are few, both where they are neither; fp8 of calibrated matrix
-    products where the GPU has them."""
+    """Convolutions with channels last, without where they are few, both where they are neither; fp8 of calibrated
+    matrix products where the GPU has them."""
 
     def proposal(capability: str = "9.0", ops: dict[str, int] | None = None, **changes: Any) -> Proposal:
         card = {"cxx": "g++ 12", "gpu": {"compute_capability": capability}}

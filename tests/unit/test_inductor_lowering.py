@@ -55,8 +55,8 @@ def casts(graph: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("whole", "wide"), [(False, True), (True, False)])
 def test_weights_are_cast_once_and_for_all(transformer: Path, whole: bool, wide: bool) -> None:
-    """No call reads a float32 weight of a product; with `whole` nothing between the products is wider either, embeddings
-    and masks included."""
+    """No call reads a float32 weight of a product; with `whole` nothing between the products is wider either,
+    embeddings and masks included."""
     import torch
 
     source = ProgramFolder.read(transformer)
@@ -257,7 +257,9 @@ def test_what_is_not_calibrated(transformer: Path, tmp_path: Path) -> None:
         lowering.lowered(torch, source.program, "bf16", "cpu", {"nothing": 1.0})
     assert caught.value.code == "nothing_to_convert"
     row = {"input": ("float32", ("batch", 8))}
-    model = programs.folder(programs.linear(), tmp_path / "linear", row, {"y": ("float32", ("batch", 3))}, {"batch": (2, 4)})
+    model = programs.folder(
+        programs.linear(), tmp_path / "linear", row, {"y": ("float32", ("batch", 3))}, {"batch": (2, 4)}
+    )
     rows = np.ones((5, 8), np.float32)
     assert program_ranges.observed(ProgramFolder.read(model), [{"input": rows[:4]}])["linear"] == 1.0
     rows[0, 0] = np.nan

@@ -36,8 +36,8 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
     """Compile `model`, an exported program, into `out`.
 
     Raises StageFailure: `backend_unavailable`, `compiler_missing`, `invalid_model`, `unsupported_io`,
-    `unsafe_program`, `unsupported_op`, `nothing_to_convert`, `precision_unsupported`, `compile_failed`, `out_of_memory`,
-    `gpu_out_of_memory`, `storage_full`, `engine_key_missing`, `load_failed`, `inference_failed`.
+    `unsafe_program`, `unsupported_op`, `nothing_to_convert`, `precision_unsupported`, `compile_failed`,
+    `out_of_memory`, `gpu_out_of_memory`, `storage_full`, `engine_key_missing`, `load_failed`, `inference_failed`.
     Returns `runtime`, `form`, `precision`, `fused` (batch norms, products in float8), `compiler`, `trial_run`.
     """
     signing.require_key()  # before a minute is spent
@@ -122,10 +122,10 @@ def _lowered(
         raise _cannot(error) from error
 
 
-def settings(options: BuildOptions, device: str) -> dict[str, Any]:
-    """Inductor's own names and values. Weights are constants ("freezing"): on a CPU they are packed for oneDNN, on a GPU
-    products of one input become one, and convolutions' weights are laid out once; threads are torch's at the time of
-    the call, not of the build."""
+def settings(options: BuildOptions) -> dict[str, Any]:
+    """Inductor's own names and values. Weights are constants ("freezing"): on a CPU they are packed for oneDNN, on a
+    GPU products of one input become one, and convolutions' weights are laid out once; threads are torch's at the time
+    of the call, not of the build."""
     found: dict[str, Any] = {"cpp.dynamic_threads": True, "compile_threads": 1, "freezing": True}
     if options.channels_last:
         found["force_layout_optimization"] = True
@@ -138,7 +138,7 @@ def _compile(graph: Any, source: ProgramFolder, package: Path, options: BuildOpt
 
     args, kwargs = source.program.example_inputs
     args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
-    wanted = {**settings(options, device), "aot_inductor.package": True, "cpp.cxx": (require_compiler(),)}
+    wanted = {**settings(options), "aot_inductor.package": True, "cpp.cxx": (require_compiler(),)}
     try:
         files = torch._inductor.aot_compile(graph, args, kwargs, options=wanted)
         package_aoti(str(package), files)

@@ -1,5 +1,5 @@
-"""Matrix products in float8 (E4M3) with static scales, as `torch._scaled_mm` computes them on compute capability 8.9 and
-later.
+"""Matrix products in float8 (E4M3) with static scales, as `torch._scaled_mm` computes them on a GPU of compute
+capability 8.9 or later.
 
 One scale per tensor: of a weight its largest magnitude over 448, of an activation the largest that calibration saw over
 448. What is beyond is clipped. Products of one input become one product, as Inductor does with float16's. Sums are kept

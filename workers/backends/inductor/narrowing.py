@@ -13,7 +13,7 @@ the lower type. On a GPU such values are most of the memory traffic, and fused a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app.domain.failures import model_failure
 from workers.backends.inductor.nodes import cleaned, is_float32, is_node, keep, op_of, tensor_of

@@ -25,8 +25,9 @@ class RuntimeOptions(BaseModel):
 
 
 class BuildOptions(BaseModel):
-    """`precision`: of products and convolutions; matrix products of a calibrated program compute in float8 beside it. `channels_last`: for convolutions, whatever Inductor would decide.
-    `form`: None takes the package, and the cache where a package cannot be loaded. `shapes`: as in the job's spec."""
+    """`precision`: of products and convolutions; matrix products of a calibrated program compute in float8 beside it.
+    `channels_last`: for convolutions, whatever Inductor would decide. `form`: None takes the package, and the cache
+    where a package cannot be loaded. `shapes`: as in the job's spec."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -118,9 +118,9 @@ def _why_not(case: Case) -> str | None:
 
 
 def _layouts(case: Case) -> tuple[bool, ...]:
-    """Whether convolutions are laid out with channels last, the likelier first. Inductor chooses by itself only where the
-    batch size is fixed. Where they are most of the products it paid (ResNet-50, EfficientNet-B0); where they are few (the
-    patches of a ViT) there is little to gain; between, a job measures both."""
+    """Whether convolutions are laid out with channels last, the likelier first. Inductor chooses by itself only where
+    the batch size is fixed. Where they are most of the products it paid (ResNet-50, EfficientNet-B0); where they are
+    few (the patches of a ViT) there is little to gain; between, a job measures both."""
     convolutions, products = (sum(case.ops.get(op, 0) for op in ops) for ops in _KINDS_OF_PRODUCTS)
     if 10 * convolutions <= products:
         return (False,)
