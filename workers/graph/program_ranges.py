@@ -22,7 +22,7 @@ def observed(source: ProgramFolder, batches: Iterable[Mapping[str, Any]], device
 
     found: dict[str, float] = {}
 
-    class Observer(torch.fx.Interpreter):  # type: ignore[misc]  # torch's own is untyped here
+    class Observer(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             if n.op == "call_function" and n.target is torch.ops.aten.linear.default:
                 x = self.fetch_args_kwargs_from_env(n)[0][0]
