@@ -25,9 +25,11 @@ from workers import installation
 from workers.artifacts import EXPORTED_PROGRAM, ONNX
 from workers.backends.inductor import InductorBackend, InductorCudaBackend, build, session
 from workers.candidates import Case, Proposal, Step
+from workers.graph import program_ranges
+from workers.graph.exported_program import ProgramFolder
 from workers.hardware import CXX
 from workers.installation import KEY_BYTES, Installation
-from workers.kernel import stages
+from workers.pipeline import planner
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra `torch`"),
@@ -242,6 +244,25 @@ def test_the_other_form(tmp_path: Path) -> None:
         assert np.array_equal(found["y"], here.run(feeds)["y"])
 
 
+def test_an_engine_with_products_in_float8(tmp_path: Path) -> None:
+    """Of a calibrated program, built, loaded and run: a GPU is needed for its speed alone."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    shapes = {"input": ("float32", ("batch", 16))}, {"y": ("float32", ("batch", 16))}
+    model = programs.folder(net, tmp_path / "model", *shapes, {"batch": (1, 64)})
+    rows = np.random.default_rng(0).standard_normal((64, 16), dtype=np.float32)
+    program_ranges.write(model, program_ranges.observed(ProgramFolder.read(model), [{"input": rows}]))
+    data, engine = built(model, tmp_path / "engine", precision="bf16")
+    assert (data["precision"], data["fused"]) == ("fp8", {"fp8_product": 2})
+    loaded = INDUCTOR.load(engine, data["runtime"])
+    for batch in (1, 7):
+        feeds = {"input": rows[:batch]}
+        assert 0.001 < far(loaded.run(feeds)["y"], programs.answers(net, feeds)[0]) < 0.1
+
+
 def test_a_program_that_inductor_cannot_compile(tmp_path: Path) -> None:
     shapes = {"x": ("float32", (4, 4))}
     model = programs.folder(programs.unlowered(), tmp_path / "model", shapes, {"y": ("float32", (4, 4))})
@@ -319,7 +340,8 @@ def test_what_is_proposed_for_a_gpu() -> None:
     assert not [c for c in plain if "channels_last" in c.build_options]
     assert (fp8.id, fp8.precision, fp8.lossless, fp8.build_options) == ("tic-fp8", "fp8", False, {"precision": "fp16"})
     assert fp8.steps == (Step("observe", {"max_samples": 64, "part": "all"}, ("calibration",)),)
-    assert stages()["observe"].gives["model"] in InductorCudaBackend.accepts
+    assert planner._misfit(fp8, (ONNX, EXPORTED_PROGRAM), InductorCudaBackend.accepts) is None
+    assert "observe takes exported-program" in (planner._misfit(fp8, (ONNX,), InductorCudaBackend.accepts) or "")
     asked = {"precisions": ["fp8"]}
     for unfit, said in (
         (proposal("8.6", vit, spec=data | asked, has_calibration=True), "needs? 8.9"),
