@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from app.capabilities.repository import StatisticsRepository
@@ -84,7 +84,8 @@ def take(session: Session, live: Collection[Worker], *, tenants: int) -> Snapsho
 
 
 class OperatingRepository:
-    """All SQL on it, over all tenants. Each question is answered from a partial index of what has not ended."""
+    """All SQL on it, over all tenants. Each question is answered from a partial index: of jobs that were not tallied,
+    which none that lives was; of webhooks that wait."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -93,18 +94,18 @@ class OperatingRepository:
         """(queue, tenant) → how many are queued, and since when the oldest waits: since it was submitted, or was taken
         last by a worker that did not end it."""
         since = func.min(func.coalesce(Job.claimed_at, Job.created_at))
-        query = select(Job.queue, Job.tenant_id, func.count(), since).where(Job.status == JobStatus.QUEUED.value)
+        query = select(Job.queue, Job.tenant_id, func.count(), since).where(*_in(JobStatus.QUEUED))
         found = self.session.execute(query.group_by(Job.queue, Job.tenant_id))
         return {(queue, tenant): (count, since) for queue, tenant, count, since in found}
 
     def running(self) -> dict[str, int]:
         """Without those that only compare others: no worker has them."""
-        query = select(Job.queue, func.count()).where(Job.status == JobStatus.RUNNING.value, Job.queue != PARENTS)
+        query = select(Job.queue, func.count()).where(*_in(JobStatus.RUNNING), Job.queue != PARENTS)
         return {row[0]: row[1] for row in self.session.execute(query.group_by(Job.queue))}
 
     def overdue_since(self, now: datetime) -> datetime | None:
         lease = func.min(Job.lease_expires_at)
-        query = select(lease).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
+        query = select(lease).where(*_in(JobStatus.RUNNING), Job.lease_expires_at < now)
         return self.session.scalar(query)
 
     def webhooks(self) -> Waiting:
@@ -114,6 +115,10 @@ class OperatingRepository:
             Job.webhook_url.is_not(None), Job.webhook_done_at.is_(None), Job.finished_at.is_not(None)
         )
         return Waiting(*self.session.execute(query).one())
+
+
+def _in(status: JobStatus) -> list[ColumnElement[bool]]:
+    return [Job.status == status.value, Job.tallied_at.is_(None)]
 
 
 def _named(found: Mapping[tuple[str, str], tuple[int, datetime]], most: int) -> dict[tuple[str, str], Waiting]:

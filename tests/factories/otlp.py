@@ -43,7 +43,7 @@ def receiving() -> Iterator[Receiver]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            found.requests.append((self.path, dict(self.headers)))
+            found.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
             if not found.refuses:
                 found.spans.extend(spans_of(body))
             self.send_response(503 if found.refuses else 200)

@@ -18,6 +18,7 @@ from app.db.uow import Database
 from app.jobs.ledger import Claim
 from app.jobs.repository import JobRepository
 from app.library import LibraryRepository
+from app.operations.statistics import take
 from app.references import forget_results, is_referenced, is_uploaded, keep_result, referenced
 from tests.factories import filled
 from tests.integration.conftest import Desk
@@ -83,6 +84,7 @@ def test_nothing_reads_a_whole_table(grown: Database) -> None:
         statistics = StatisticsRepository(session)
         assert statistics.job_counts() == ({"succeeded": 18_000, "failed": 2_000, "cancelled": 0}, {})
         assert statistics.tally(10) == 0
+        assert take(session, [], tenants=5).waiting == {}
         forget_results(session, LOCAL_TENANT, digest("output", 7))
         assert not is_referenced(session, LOCAL_TENANT, digest("output", 7))
     assert len(seen) > 40
