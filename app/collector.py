@@ -20,6 +20,7 @@ from app.db.accounts import Tenant
 from app.db.base import utcnow
 from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Worker
 from app.db.uow import Database
+from app.db.webhooks import WebhookDelivery, WebhookEndpoint
 from app.references import lock_blob, referenced
 from app.settings import Settings
 from app.storage.base import StoredObject
@@ -78,6 +79,8 @@ class Collector:
         keys = [IdempotencyKey.created_at < _before(settings.idempotency_days)]
         workers = [Worker.last_seen_at < _before(_WORKER_DAYS)]
         removals = [BlobRemoval.removed_at < _before(_REMOVAL_DAYS)]
+        deliveries = [WebhookDelivery.created_at < _before(settings.deliveries_days), WebhookDelivery.due_at.is_(None)]
+        endpoints = [WebhookEndpoint.deleted_at < _before(settings.deliveries_days + 1)]  # their deliveries went before
         old_removals = self._delete_rows([BlobRemoval.tenant_id, BlobRemoval.sha256], removals)
         # The database's own first: they do not depend on the storage.
         counts = {
@@ -85,6 +88,8 @@ class Collector:
             "results": self._delete_rows([StageResult.tenant_id, StageResult.key], results),
             "idempotency_keys": self._delete_rows([IdempotencyKey.tenant_id, IdempotencyKey.key], keys),
             "workers": self._delete_rows([Worker.id], workers),
+            "webhook_deliveries": self._delete_rows([WebhookDelivery.id], deliveries),
+            "webhook_endpoints": self._delete_rows([WebhookEndpoint.id], endpoints),
         }
         more_rows = max(*counts.values(), old_removals) >= _ROWS
         counts |= {"temporary_files": self._remove_temporary(), "blobs": 0, "orphans": 0}

@@ -47,6 +47,8 @@ from app.storage.factory import make_store
 from app.uploads import endpoints as uploads
 from app.uploads.service import UploadService
 from app.web.pages import add_pages
+from app.webhooks import endpoints as webhooks
+from app.webhooks.service import WebhookService
 
 VERSION = "0.1.0"
 _CLEAN_S = 5.0
@@ -82,11 +84,11 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     app.state.tracing = NO_TRACING
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.
-    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities):
+    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities, webhooks):
         app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
     app.include_router(health.router)
     add_pages(app)
-    app.webhooks.include_router(jobs.webhooks)
+    app.webhooks.include_router(webhooks.webhooks)
     describe(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, limit=settings.limits.json_bytes)
@@ -126,6 +128,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         engines=EngineService(db),
         capabilities=capability_service,
         compatibility=CompatibilityService(db, capability_service),
+        webhooks=WebhookService(db, settings),
         watcher=JobWatcher(jobs_service.versions),
         files=CapacityLimiter(16),
         storage=SharedThreads(24, each=12, patience_s=10),

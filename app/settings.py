@@ -68,7 +68,8 @@ class LimitSettings(BaseSettings):
 
 
 class WebhookSettings(BaseSettings):
-    """How job ends are told to webhooks. `WEBHOOK_SECRET` signs them (HMAC-SHA256 over the body)."""
+    """How job ends are told to webhooks. `WEBHOOK_SECRET` signs those that jobs name; endpoints have secrets of their
+    own, and are disabled when nothing has reached them for `disable_after_h`."""
 
     model_config = SettingsConfigDict(env_prefix="WEBHOOK_", extra="ignore")
 
@@ -76,7 +77,9 @@ class WebhookSettings(BaseSettings):
     allow_private: bool | None = Field(default=None, description="None = only the embedded default, without keys")
     deny: Networks = Field(default=[], description="Networks never connected to, whatever else is allowed")
     timeout_s: float = Field(default=5, gt=0, le=60)
-    max_attempts: int = Field(default=8, ge=1, le=50)
+    max_attempts: int = Field(default=11, ge=1, le=50, description="Of one delivery: the default goes on for a day")
+    disable_after_h: float = Field(default=72, gt=0)
+    endpoints_per_tenant: int = Field(default=20, ge=0)
 
 
 class WorkerSettings(BaseSettings):
@@ -128,6 +131,7 @@ class CollectorSettings(BaseSettings):
     grace_s: float = Field(default=24 * 3600, ge=0)
     results_days: int = Field(default=30, ge=1)
     idempotency_days: int = Field(default=7, ge=1)
+    deliveries_days: int = Field(default=30, ge=1)
 
 
 class Settings(BaseSettings):

@@ -25,7 +25,6 @@ from app.db.uow import Database
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
-from app.jobs.webhooks import WebhookSender
 from app.logging import bind_correlation_id
 from app.prebuilds.service import PrebuildService
 from app.queue.producer import make_dispatch
@@ -33,6 +32,7 @@ from app.settings import Settings
 from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
+from app.webhooks.sender import WebhookSender
 from workers import plugins
 from workers.background import Background, InARow, Regularly
 from workers.devices.cuda import confine

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from app.db.accounts import LOCAL_TENANT, ApiKey, BrowserSession, Tenant  # noqa: F401 (here every table is known)
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
 from app.db.operations import OperationCount  # noqa: F401 (likewise)
+from app.db.webhooks import WebhookDelivery, WebhookEndpoint  # noqa: F401 (likewise)
 
 Id = String(64)
 Sha256 = String(64)

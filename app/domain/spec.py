@@ -187,10 +187,13 @@ def _possible(url: str) -> str:
     return url
 
 
+WebhookUrl = Annotated[
+    str, StringConstraints(pattern=r"^https?://[^\s\x00-\x20\x7f]+$", max_length=2048), AfterValidator(_possible)
+]
+
+
 class Webhook(Strict):
-    url: Annotated[
-        str, StringConstraints(pattern=r"^https?://[^\s\x00-\x20\x7f]+$", max_length=2048), AfterValidator(_possible)
-    ]
+    url: WebhookUrl
     """Told by a POST once the job has ended, until it answers 2xx."""
 
 

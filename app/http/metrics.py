@@ -106,10 +106,10 @@ def families(state: Snapshot) -> Iterator[Metric]:
     )
     waiting = state.webhooks
     yield GaugeMetricFamily(
-        "anneal_webhooks_waiting", "Ended jobs whose webhook has to hear of it", value=waiting.depth
+        "anneal_webhooks_waiting", "Deliveries of webhooks that have yet to be made", value=waiting.depth
     )
     yield GaugeMetricFamily(
-        "anneal_webhooks_oldest_seconds", "How long the oldest of them waits", value=waiting.seconds(state.at)
+        "anneal_webhooks_oldest_seconds", "How long an attempt at one of them is overdue", value=waiting.seconds(state.at)
     )
     # Those that are watched stand there from the beginning: the first one is a rise, too.
     failed = {**dict.fromkeys(OF_THE_SERVICE, 0), **state.failed}

@@ -22,6 +22,7 @@ from app.settings import Settings
 from app.source_models.service import SourceModelService
 from app.storage.content import ContentStore
 from app.uploads.service import UploadService
+from app.webhooks.service import WebhookService
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Services:
     engines: EngineService
     capabilities: CapabilityService
     compatibility: CompatibilityService
+    webhooks: WebhookService
     watcher: JobWatcher
     files: CapacityLimiter
     storage: SharedThreads

@@ -36,7 +36,7 @@ from app.jobs.documents import JobDocument
 from app.jobs.events import event_stream
 from app.jobs.family import PARENTS
 from app.jobs.report_page import PAGE_POLICY, comparison_page, report_page
-from app.jobs.schemas import JobEnded, JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
+from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
 from app.names import storable
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -262,30 +262,6 @@ def _seconds(value: str | None) -> float:
         message = f"must be a number of seconds from 0 to {_LONGEST_WAIT_S}"
         raise invalid_request(f"wait: {message}", [FieldError("/query/wait", message)])
     return seconds
-
-
-webhooks = APIRouter(tags=["jobs"])  # described only: it is the worker that sends them
-
-
-@webhooks.post(
-    "job-ended",
-    status_code=204,
-    responses={"default": {"description": "Anything but 2xx: it is sent again, after growing pauses"}},
-    openapi_extra={
-        "parameters": [
-            {"name": "X-Anneal-Delivery", "in": "header", "required": True, "schema": {"type": "string"}},
-            {
-                "name": "X-Anneal-Signature",
-                "in": "header",
-                "required": False,
-                "schema": {"type": "string"},
-                "description": "`sha256=` and the HMAC of the body, where the operator has set a secret",
-            },
-        ]
-    },
-)
-def job_ended(body: JobEnded) -> None:
-    """What a job's `webhook.url` gets once the job has ended: at least once, until it answers 2xx."""
 
 
 def report_document(services: Services, row: Job) -> bytes:

@@ -15,6 +15,7 @@ from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 from app.jobs.family import PARENTS, Child, fate, progress_of, stages_of
+from app.webhooks.outbox import job_ended
 
 ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 
@@ -111,6 +112,8 @@ class JobRepository:
             changes.setdefault("lease_expires_at", None)
         data = {"status": target.value, **(event or {})}
         version = self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
+        if version is not None and target in TERMINAL:
+            job_ended(self.session, job_id)
         if version is not None:
             self._count(trigger, changes)
             parent_id = self.session.scalar(select(Job.parent_id).where(Job.id == job_id))

@@ -144,15 +144,27 @@ class JobPage(ItemPage[JobOut]):
 
 
 class JobEnded(BaseModel):
-    """What a job's webhook is sent."""
+    """What webhooks are sent. Of a test, which an endpoint is sent on demand, the job is none."""
 
-    type: Literal["job.succeeded", "job.failed", "job.cancelled"]
+    type: Literal["job.succeeded", "job.failed", "job.cancelled", "webhook.test"]
+    timestamp: datetime | None = Field(default=None, description="When it happened; that of the attempt is a header")
     job: JobNotice
 
     @classmethod
     def of(cls, row: Job) -> JobEnded:
-        values: dict[str, Any] = {"type": f"job.{row.status}", "job": JobNotice.of(row)}
+        values: dict[str, Any] = {
+            "type": f"job.{row.status}",
+            "timestamp": row.finished_at,
+            "job": JobNotice.of(row),
+        }
         return cls.model_construct(**values)
+
+    @classmethod
+    def sample(cls, at: datetime) -> JobEnded:
+        notice = JobNotice(
+            id="job_test", created_at=at, links={}, status="succeeded", error=None, engine_ids=["eng_test"]
+        )
+        return cls(type="webhook.test", timestamp=at, job=notice)
 
     def to_json(self) -> bytes:
         return self.model_dump_json(warnings=False).encode()

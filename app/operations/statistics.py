@@ -14,6 +14,7 @@ from app.capabilities.repository import StatisticsRepository
 from app.db import counts
 from app.db.base import utcnow
 from app.db.orm import Job, Worker
+from app.db.webhooks import WebhookDelivery
 from app.domain.job_state import JobStatus
 from app.jobs.family import PARENTS
 
@@ -109,11 +110,9 @@ class OperatingRepository:
         return self.session.scalar(query)
 
     def webhooks(self) -> Waiting:
-        """Ended jobs whose webhook has yet to hear of it."""
-        since = func.min(Job.finished_at)
-        query = select(func.count(), since).where(
-            Job.webhook_url.is_not(None), Job.webhook_done_at.is_(None), Job.finished_at.is_not(None)
-        )
+        """Deliveries that have yet to be made, and when the next attempt at one is due: in the past, where nobody
+        makes it. What a receiver refuses is due again later."""
+        query = select(func.count(), func.min(WebhookDelivery.due_at)).where(WebhookDelivery.due_at.is_not(None))
         return Waiting(*self.session.execute(query).one())
 
 

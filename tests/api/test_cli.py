@@ -21,9 +21,11 @@ from app.http.services import Services
 from app.main import create_app
 from app.settings import Settings
 from app.tenants import create_key
+from app.webhooks.sender import WebhookSender
 from tests.api.conftest import report_worker, serving
 from tests.api.test_jobs import finish
 from tests.factories import onnx_models
+from tests.factories.webhooks import deliver_due
 
 Said = tuple[int, str, str]
 Anneal = Callable[..., Said]
@@ -268,3 +270,32 @@ def test_login_keeps_a_key_that_works(
     monkeypatch.setenv("ANNEAL_API_KEY", "ank_wrong")
     assert main(["--url", url, "doctor"]) == Exit.UNAUTHORIZED
     assert "$ANNEAL_API_KEY" in capsys.readouterr().out
+
+
+def test_webhooks_are_made_listed_tested_and_removed(anneal: Anneal, worker: Services) -> None:
+    made = json.loads(anneal("webhooks", "add", "http://127.0.0.1:9/", "--event", "job.failed", "--json")[1])
+    assert made["secret"].startswith("whsec_")
+    hook = made["id"]
+    code, out, _ = anneal("webhooks")
+    assert (code, hook in out, "job.failed" in out, "enabled" in out, made["secret"] in out) == (
+        0,
+        True,
+        True,
+        True,
+        False,
+    )
+    sent = json.loads(anneal("webhooks", "test", hook, "--json")[1])
+    assert deliver_due(WebhookSender(worker.db, Settings())) == 0
+    out = anneal("webhooks", "deliveries", "--webhook", hook)[1]
+    assert sent["id"] in out
+    assert "refused" in out
+    assert anneal("webhooks", "redeliver", sent["id"])[0] == Exit.OK
+    code, out, _ = anneal("webhooks", "rotate", hook, "-q")
+    assert out.strip().startswith("whsec_")
+    assert out.strip() != made["secret"]
+    assert anneal("webhooks", "remove", hook)[0] == Exit.OK
+    assert json.loads(anneal("webhooks", "--json")[1])["items"] == []
+    assert anneal("webhooks", "test", hook)[0] == Exit.REFUSED
+    for bad in (["test", "job_1"], ["add"], ["add", "http://a/", "--event", "job.started"], ["redeliver", "msg"]):
+        assert anneal("webhooks", *bad)[0] == Exit.USAGE
+    assert anneal("webhooks", "add", "ftp://a/")[0] == Exit.REFUSED

@@ -83,7 +83,7 @@ def test_limits_are_told(document: dict[str, Any]) -> None:
         assert (parameters["name"]["minLength"], parameters["name"]["maxLength"]) == (1, 200)
         assert (parameters["filename"]["minLength"], parameters["filename"]["maxLength"]) == (1, 255)
     lists = [o for _, method, o in operations(document) if method == "get" and "Page" in json.dumps(o["responses"])]
-    assert len(lists) == 4
+    assert len(lists) == 7
     for operation in lists:
         (cursor,) = (p["schema"] for p in operation["parameters"] if p["name"] == "cursor")
         assert cursor["pattern"] == "^[A-Za-z0-9_-]{1,100}$"

@@ -65,6 +65,7 @@ def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[
         "/datasets",
         "/workers",
         "/keys",
+        "/webhooks?status=failed",
         "/docs",
         f"/compare?job={job['id']}",
     ]

@@ -52,7 +52,18 @@ def _job_of(url: str, key: str, model_bytes: bytes) -> dict[str, Any]:
 def test_who_is_not_signed_in_is_led_to_do_so_and_back(keyed: tuple[str, Services], keys: dict[str, str]) -> None:
     url, _ = keyed
     with httpx.Client(base_url=url, headers=HTML) as browser:
-        for path in ("/", "/jobs", "/jobs/job_1", "/models", "/datasets", "/workers", "/keys", "/compare", "/jobs/new"):
+        for path in (
+            "/",
+            "/jobs",
+            "/jobs/job_1",
+            "/models",
+            "/datasets",
+            "/workers",
+            "/webhooks",
+            "/keys",
+            "/compare",
+            "/jobs/new",
+        ):
             response = browser.get(path)
             assert (response.status_code, response.headers["location"].partition("?")[0]) == (303, "/login"), path
         assert browser.get("/jobs?status=failed").headers["location"] == "/login?next=%2Fjobs%3Fstatus%3Dfailed"

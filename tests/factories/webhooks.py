@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
-from app.jobs.webhooks import WebhookSender
+from app.webhooks.sender import WebhookSender
 
 
 @dataclass
@@ -51,6 +51,65 @@ def receiving() -> Iterator[Receiver]:
     try:
         yield found
     finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+Behaviour = int | Literal["hang", "cut", "cut body"]
+
+
+@dataclass
+class Unruly:
+    """Does with each request what is next in `behaviours`, the last one for all further ones: answers a status; hangs
+    until the end; breaks off in its answer's first line, or in its body."""
+
+    behaviours: list[Behaviour]
+    port: int = 0
+    requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook"
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the messages, in the order of the requests."""
+        return [headers["webhook-id"] for headers, _ in self.requests]
+
+
+@contextlib.contextmanager
+def unruly(*behaviours: Behaviour) -> Iterator[Unruly]:
+    found, over = Unruly([*behaviours]), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            found.requests.append((dict(self.headers), body))
+            behaviour = found.behaviours.pop(0) if len(found.behaviours) > 1 else found.behaviours[0]
+            if behaviour == "hang":
+                over.wait(30)
+            elif behaviour == "cut":
+                self.wfile.write(b"HTTP/1.1 2")
+            elif behaviour == "cut body":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nyes, and")
+            else:
+                self.send_response(behaviour)
+                self.send_header("Location", found.url)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    found.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -35,7 +35,10 @@ from tests.factories.onnx_models import mlp
 from tests.integration.conftest import Desk
 
 _OLD = timedelta(days=31)
-_KINDS = ("tallied", "results", "idempotency_keys", "workers", "temporary_files", "blobs", "orphans")
+_KINDS = (
+    "tallied", "results", "idempotency_keys", "workers", "webhook_deliveries", "webhook_endpoints", "temporary_files",
+    "blobs", "orphans",
+)  # fmt: skip
 _NOTHING = dict.fromkeys(_KINDS, 0)
 
 

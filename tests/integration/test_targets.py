@@ -21,7 +21,7 @@ from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.idempotency import Idempotency
 from app.jobs.family import PARENTS
-from app.jobs.webhook_repository import Passed, WebhookRepository
+from app.webhooks.queue import DeliveryQueue, Passed
 from tests.factories.deployment import Deployment, deployment, job_row, kill, submit_case, wait_for_stage
 from tests.integration.conftest import Desk
 
@@ -175,7 +175,7 @@ def test_cancel_reaches_all_and_the_webhook_hears_of_it_once(machines: Desk) -> 
     claim = machines.ledger.claim(running.id, "w")
     assert claim is not None
     with machines.db.read() as session:
-        assert WebhookRepository(session).next_of(LOCAL_TENANT, utcnow(), Passed()) is None
+        assert DeliveryQueue(session).next_of(LOCAL_TENANT, utcnow(), Passed()) is None
     asked = machines.service.cancel(LOCAL_TENANT, parent.id)
     assert (asked.status, asked.cancel_requested_at is not None) == ("running", True)
     assert [c.status for c in _children(machines, parent)] == ["running", "cancelled"]
@@ -183,10 +183,10 @@ def test_cancel_reaches_all_and_the_webhook_hears_of_it_once(machines: Desk) -> 
     machines.ledger.cancelled(claim, {})
     assert machines.job(parent.id).status == "cancelled"
     with machines.db.read() as session:
-        due = WebhookRepository(session).next_of(LOCAL_TENANT, utcnow(), Passed())
+        due = DeliveryQueue(session).next_of(LOCAL_TENANT, utcnow(), Passed())
         assert due is not None
-        assert due.id == parent.id
-        assert WebhookRepository(session).waiting_tenants(utcnow(), Passed(jobs=[parent.id])) == []
+        assert due.job_id == parent.id
+        assert DeliveryQueue(session).waiting_tenants(utcnow(), Passed(deliveries=[due.id])) == []
     seen = [e.data["status"] for e in machines.service.events_after(LOCAL_TENANT, parent.id, 0) if e.type != "note"]
     assert seen == ["running", "running", "cancelled", "cancelled"]
 

@@ -16,16 +16,19 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import update
 
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
 from app.db.orm import LOCAL_TENANT, Job, Tenant
 from app.db.uow import Database
+from app.db.webhooks import WebhookDelivery
 from app.domain.spec import OptimizationSpec
-from app.jobs import webhooks
 from app.jobs.schemas import JobEnded, JobNotice, job_json
-from app.jobs.webhooks import WebhookSender
 from app.settings import Settings, WebhookSettings
+from app.webhooks import places
+from app.webhooks import sender as sending
+from app.webhooks.sender import WebhookSender
 from tests.factories.webhooks import Receiver, Silent, deliver_due, delivering, eventually, receiving
 from tests.integration.conftest import Desk
 
@@ -55,8 +58,9 @@ def _ended_job(desk: Desk, url: str) -> Job:
 
 
 def _make_due(desk: Desk, job: Job) -> None:
+    due = update(WebhookDelivery).where(WebhookDelivery.job_id == job.id, WebhookDelivery.due_at.is_not(None))
     with desk.db.write() as uow:
-        uow.session.get_one(Job, job.id).webhook_due_at = utcnow()
+        uow.session.execute(due.values(due_at=utcnow()))
 
 
 def test_an_ended_job_is_told_once_and_signed(desk: Desk, receiver: Receiver) -> None:
@@ -209,7 +213,7 @@ def test_a_receiver_that_trickles_its_answer_is_hung_up_on(desk: Desk) -> None:
 
 
 def _ended_jobs(desk: Desk, count: int, url: str, tenant_id: str = LOCAL_TENANT) -> None:
-    """Rows of jobs that have ended and whose webhook is due."""
+    """Rows of jobs that have ended and whose webhook is due, as the release before leaves them."""
     model = desk.add_model(tenant_id)
     with desk.db.write() as uow:
         uow.session.add_all(
@@ -236,7 +240,7 @@ def _add_tenant(desk: Desk, tenant_id: str) -> str:
 
 def _attempts(desk: Desk) -> Counter[int]:
     with desk.db.read() as session:
-        return Counter(job.webhook_attempts for job in session.query(Job))
+        return Counter(delivery.attempts for delivery in session.query(WebhookDelivery))
 
 
 def test_a_silent_receiver_holds_up_its_own_webhooks_only(desk: Desk, silent: Silent, receiver: Receiver) -> None:
@@ -247,9 +251,9 @@ def test_a_silent_receiver_holds_up_its_own_webhooks_only(desk: Desk, silent: Si
     _ended_jobs(desk, 1, receiver.url, _add_tenant(desk, "tnt_other"))
     with delivering(_sender(desk, timeout_s=60)):
         assert eventually(lambda: len(receiver.requests) == 2)
-        assert eventually(lambda: silent.connections == webhooks._OF_A_RECEIVER)
+        assert eventually(lambda: silent.connections == places.OF_A_RECEIVER)
         time.sleep(0.3)
-        assert silent.connections == webhooks._OF_A_RECEIVER
+        assert silent.connections == places.OF_A_RECEIVER
         _ended_jobs(desk, 1, receiver.url, "tnt_other")
         assert eventually(lambda: len(receiver.requests) == 3), "one that comes later, too"
         silent.close()  # what hangs fails: those threads are not left behind
@@ -257,27 +261,27 @@ def test_a_silent_receiver_holds_up_its_own_webhooks_only(desk: Desk, silent: Si
 
 def test_a_tenant_with_many_silent_receivers_holds_up_its_own_webhooks_only(desk: Desk, receiver: Receiver) -> None:
     with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(contextlib.closing(Silent())) for _ in range(webhooks._PLACES)]
+        silent = [stack.enter_context(contextlib.closing(Silent())) for _ in range(places.PLACES)]
         for one in silent:
             _ended_jobs(desk, 2, one.url)
         _ended_jobs(desk, 3, receiver.url, _add_tenant(desk, "tnt_other"))
         with delivering(_sender(desk, timeout_s=60)):
             assert eventually(lambda: len(receiver.requests) == 3)
-            assert sum(one.connections for one in silent) <= webhooks._OF_A_TENANT
+            assert sum(one.connections for one in silent) <= places.OF_A_TENANT
             stack.close()
 
 
 def test_tenants_take_turns_at_a_receiver_that_both_use(
     desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks, "_OF_A_RECEIVER", 1)
+    monkeypatch.setattr(places, "OF_A_RECEIVER", 1)
     _ended_jobs(desk, 10, receiver.url)
     _ended_jobs(desk, 3, receiver.url, _add_tenant(desk, "tnt_other"))
     with delivering(_sender(desk)):
         assert eventually(lambda: len(receiver.requests) == 13)
     with desk.db.read() as session:
-        jobs = session.query(Job).order_by(Job.webhook_done_at).all()
-    turns = [job.tenant_id for job in jobs]
+        deliveries = session.query(WebhookDelivery).order_by(WebhookDelivery.delivered_at).all()
+    turns = [delivery.tenant_id for delivery in deliveries]
     assert turns[:6].count("tnt_other") == 3, turns
 
 
@@ -285,7 +289,7 @@ def test_several_processes_never_make_two_attempts_at_once(
     desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where an attempt lasts longer than the pause that follows it."""
-    monkeypatch.setattr(webhooks, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(sending, "_FIRST_PAUSE_S", 0.05)
     receiver.takes_s = 0.3
     _ended_jobs(desk, 12, receiver.url)
     url = desk.db.engine.url.render_as_string(hide_password=False)
@@ -305,12 +309,10 @@ def test_several_processes_never_make_two_attempts_at_once(
 def test_the_pause_begins_when_the_attempt_has_failed(
     desk: Desk, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks, "_FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr(sending, "_FIRST_PAUSE_S", 0.2)
     receiver.status = 500
     _ended_jobs(desk, 1, receiver.url)
     with delivering(_sender(desk)):
-        assert eventually(lambda: len(receiver.requests) == 3), (
-            "long before the first attempt's place would be given up"
-        )
+        assert eventually(lambda: len(receiver.requests) == 3), "long before the first attempt's lease would be over"
         time.sleep(1)
         assert len(receiver.requests) == 3, "0.2 s, 0.8 s, 3.2 s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,7 +13,19 @@ from anneal_client.core import Core, OnEvent, has_ended, job_path, path_of
 from anneal_client.engines import LocalEngine
 from anneal_client.events import Event
 from anneal_client.io import LoopIo
-from anneal_client.models import Capabilities, Compatibility, Dataset, Engine, Job, Model, Readiness
+from anneal_client.models import (
+    Capabilities,
+    Compatibility,
+    Dataset,
+    Engine,
+    Job,
+    Model,
+    Readiness,
+    WebhookDelivery,
+    WebhookEndpoint,
+    WebhookMessage,
+    WebhookSecret,
+)
 from anneal_client.reports import Comparison, Report
 from anneal_client.requests import OptimizationSpec
 from anneal_client.results import AsyncResult
@@ -163,6 +175,37 @@ class AsyncClient:
 
     async def load_engine(self, engine_id: str, *, threads: int | None = None) -> LocalEngine:
         return await self._core.load_engine(engine_id, threads)
+
+    # Who is told
+
+    async def create_webhook(
+        self, url: str, *, events: Sequence[str] | None = None, description: str = ""
+    ) -> WebhookSecret:
+        return await self._core.create_webhook(url, events, description)
+
+    def webhooks(self) -> AsyncIterator[WebhookEndpoint]:
+        return self._core.listed(WebhookEndpoint, "/v1/webhooks", {})
+
+    async def change_webhook(self, webhook_id: str, **changes: Any) -> WebhookEndpoint:
+        return await self._core.call(WebhookEndpoint, "PATCH", path_of("webhooks", webhook_id), json=changes)
+
+    async def delete_webhook(self, webhook_id: str) -> None:
+        await self._core.delete(path_of("webhooks", webhook_id))
+
+    async def rotate_webhook_secret(self, webhook_id: str, *, overlap_seconds: int = 86_400) -> WebhookSecret:
+        return await self._core.rotate_webhook_secret(webhook_id, overlap_seconds)
+
+    async def test_webhook(self, webhook_id: str) -> WebhookMessage:
+        return await self._core.call(WebhookMessage, "POST", f"{path_of('webhooks', webhook_id)}/test")
+
+    def deliveries(
+        self, *, webhook_id: str | None = None, job_id: str | None = None, status: str | None = None
+    ) -> AsyncIterator[WebhookDelivery]:
+        filters = {"webhook_id": webhook_id, "job_id": job_id, "status": status}
+        return self._core.listed(WebhookDelivery, "/v1/deliveries", filters)
+
+    async def redeliver(self, delivery_id: str) -> WebhookMessage:
+        return await self._core.call(WebhookMessage, "POST", f"{path_of('deliveries', delivery_id)}/redeliver")
 
 
 for _name, _call in vars(AsyncClient).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -11,7 +11,19 @@ from anneal_client.core import Core, has_ended, job_path, path_of
 from anneal_client.engines import LocalEngine
 from anneal_client.events import Event
 from anneal_client.io import BlockingIo, iterate, run
-from anneal_client.models import Capabilities, Compatibility, Dataset, Engine, Job, Model, Readiness
+from anneal_client.models import (
+    Capabilities,
+    Compatibility,
+    Dataset,
+    Engine,
+    Job,
+    Model,
+    Readiness,
+    WebhookDelivery,
+    WebhookEndpoint,
+    WebhookMessage,
+    WebhookSecret,
+)
 from anneal_client.reports import Comparison, Report
 from anneal_client.requests import OptimizationSpec
 from anneal_client.results import Result
@@ -221,3 +233,41 @@ class Client:
         a service that you trust. `threads`: that compute, where it is not as many as were measured. Raises
         `EngineUnusable` (a library is missing, other hardware), with the command that helps."""
         return run(self._core.load_engine(engine_id, threads))
+
+    # Who is told
+
+    def create_webhook(self, url: str, *, events: Sequence[str] | None = None, description: str = "") -> WebhookSecret:
+        """Have `url` told of the end of every job, or of these events ("job.succeeded", "job.failed", "job.cancelled").
+        The answer has the secret that `verify_webhook` needs, this once."""
+        return run(self._core.create_webhook(url, events, description))
+
+    def webhooks(self) -> Iterator[WebhookEndpoint]:
+        """The endpoints, newest first."""
+        return iterate(self._core.listed(WebhookEndpoint, "/v1/webhooks", {}))
+
+    def change_webhook(self, webhook_id: str, **changes: Any) -> WebhookEndpoint:
+        """Change `url`, `events`, `description` or `enabled` of an endpoint."""
+        return run(self._core.call(WebhookEndpoint, "PATCH", path_of("webhooks", webhook_id), json=changes))
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        """Delete an endpoint; what waits for it is not sent."""
+        run(self._core.delete(path_of("webhooks", webhook_id)))
+
+    def rotate_webhook_secret(self, webhook_id: str, *, overlap_seconds: int = 86_400) -> WebhookSecret:
+        """A new secret for an endpoint; the one of before signs beside it for so long."""
+        return run(self._core.rotate_webhook_secret(webhook_id, overlap_seconds))
+
+    def test_webhook(self, webhook_id: str) -> WebhookMessage:
+        """Have an endpoint sent a message of type `webhook.test`."""
+        return run(self._core.call(WebhookMessage, "POST", f"{path_of('webhooks', webhook_id)}/test"))
+
+    def deliveries(
+        self, *, webhook_id: str | None = None, job_id: str | None = None, status: str | None = None
+    ) -> Iterator[WebhookDelivery]:
+        """What was sent, or is to be ("pending", "delivered", "failed"); newest first."""
+        filters = {"webhook_id": webhook_id, "job_id": job_id, "status": status}
+        return iterate(self._core.listed(WebhookDelivery, "/v1/deliveries", filters))
+
+    def redeliver(self, delivery_id: str) -> WebhookMessage:
+        """Have it sent once more, now, under the same id."""
+        return run(self._core.call(WebhookMessage, "POST", f"{path_of('deliveries', delivery_id)}/redeliver"))

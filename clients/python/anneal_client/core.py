@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from anneal_client.errors import AnnealError, JobFailed
 from anneal_client.events import TERMINAL, Event
 from anneal_client.following import Followed
 from anneal_client.io import Io
-from anneal_client.models import Capabilities, Compatibility, Dataset, Engine, Job, Model, Readiness
+from anneal_client.models import Capabilities, Compatibility, Dataset, Engine, Job, Model, Readiness, WebhookSecret
 from anneal_client.reports import Comparison, Report
 from anneal_client.resuming import Note, note_of
 from anneal_client.sources import Source, data_source, model_source
@@ -221,6 +221,19 @@ class Core:
             finally:
                 archive.unlink(missing_ok=True)
         return await self.http.io.call(engines.load_bundle, folder, threads=threads)
+
+    # Who is told
+
+    async def create_webhook(self, url: str, events: Sequence[str] | None, description: str) -> WebhookSecret:
+        body = {"url": url, "events": None if events is None else list(events), "description": description}
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        made = await self.call(WebhookSecret, "POST", "/v1/webhooks", json=body, headers=headers)
+        # Without one, the answer that had the secret was lost, and the request repeated: nobody has it.
+        return made if made.secret else await self.rotate_webhook_secret(made.id, 0)
+
+    async def rotate_webhook_secret(self, webhook_id: str, overlap_seconds: int) -> WebhookSecret:
+        body = {"overlap_seconds": overlap_seconds}
+        return await self.call(WebhookSecret, "POST", f"{path_of('webhooks', webhook_id)}/rotate", json=body)
 
     # All of it
 

@@ -111,10 +111,11 @@ class Health(Answer):
 
 
 class JobEnded(Answer):
-    """What a job's webhook is sent."""
+    """What webhooks are sent. Of a test, which an endpoint is sent on demand, the job is none."""
 
     job: JobNotice
-    type: Literal["job.succeeded", "job.failed", "job.cancelled"]
+    timestamp: datetime | None  # When it happened; that of the attempt is a header
+    type: Literal["job.succeeded", "job.failed", "job.cancelled", "webhook.test"]
 
 
 class JobError(Answer):
@@ -291,6 +292,78 @@ class Upload(Answer):
     sha256: str | None  # As declared; once completed, as computed
     size_bytes: int
     status: str
+
+
+class WebhookDelivery(Answer):
+    """A message to a receiver. Its id is the message's, `webhook-id`, in every attempt."""
+
+    attempts: int
+    created_at: datetime
+    delivered_at: datetime | None
+    event: str
+    id: str
+    job_id: str | None
+    last_attempt_at: datetime | None
+    last_error: str | None
+    last_status: int | None  # Of the last attempt's answer; null where there was none
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    next_attempt_at: datetime | None
+    status: Literal["pending", "delivered", "failed"]
+    url: str
+    webhook_id: str | None  # The endpoint; null where the job named the URL
+
+
+class WebhookEndpoint(Answer):
+    """Where the service tells of events."""
+
+    created_at: datetime
+    description: str
+    disabled_at: datetime | None
+    disabled_reason: str | None  # Why the service disabled it; null where you did
+    enabled: bool
+    events: list[str] | None  # What it is told of; null: of everything
+    failing_since: datetime | None  # No attempt since then was answered with 2xx
+    id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    previous_secret_until: datetime | None  # Until then the secret of before signs, too
+    url: str
+
+
+class WebhookMessage(Answer):
+    """A delivery with what it says."""
+
+    attempts: int
+    created_at: datetime
+    delivered_at: datetime | None
+    event: str
+    id: str
+    job_id: str | None
+    last_attempt_at: datetime | None
+    last_error: str | None
+    last_status: int | None  # Of the last attempt's answer; null where there was none
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    next_attempt_at: datetime | None
+    payload: dict[str, Any]  # The body; what is signed are its bytes as they were sent
+    status: Literal["pending", "delivered", "failed"]
+    url: str
+    webhook_id: str | None  # The endpoint; null where the job named the URL
+
+
+class WebhookSecret(Answer):
+    """An endpoint with its secret, which is shown this once."""
+
+    created_at: datetime
+    description: str
+    disabled_at: datetime | None
+    disabled_reason: str | None  # Why the service disabled it; null where you did
+    enabled: bool
+    events: list[str] | None  # What it is told of; null: of everything
+    failing_since: datetime | None  # No attempt since then was answered with 2xx
+    id: str
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    previous_secret_until: datetime | None  # Until then the secret of before signs, too
+    secret: str | None  # `whsec_…`; null where the request was repeated: rotate it, if you lost it
+    url: str
 
 
 class Worker(Answer, defaults={"builds": {}, "examines": {}, "plugins": []}):

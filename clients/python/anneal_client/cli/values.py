@@ -126,10 +126,10 @@ def existing_file(text: str) -> Path:
     return path
 
 
-def identifier(prefix: str, listed_by: str) -> Callable[[str], str]:
+def identifier(prefix: str, kind: str, listed_by: str | None = None) -> Callable[[str], str]:
     def read(text: str) -> str:
         if not re.fullmatch(rf"{prefix}_[0-9a-zA-Z]{{1,60}}", text):
-            raise _wrong(text, f"id of a {listed_by}; `anneal {listed_by}s` lists them ({prefix}_…)")
+            raise _wrong(text, f"id of a {kind}; `anneal {listed_by or kind + 's'}` lists them ({prefix}_…)")
         return text
 
     return read

@@ -3,14 +3,13 @@ is `v1,` and the Base64 of HMAC-SHA256 over `DELIVERY_ID.TIMESTAMP.BODY`, as Sta
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import hmac
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from anneal_client.signing import is_recent, signature
 
 TOLERANCE_S = 300.0
 
@@ -32,12 +31,6 @@ class Delivery:
     data: Mapping[str, Any]
 
 
-def signed(secret: str, delivery_id: str, timestamp: str, body: bytes) -> str:
-    """The header `X-MLflow-Signature`."""
-    content = f"{delivery_id}.{timestamp}.".encode() + body
-    return "v1," + base64.b64encode(hmac.new(secret.encode(), content, hashlib.sha256).digest()).decode()
-
-
 def verified(
     secret: str, headers: Mapping[str, str], body: bytes, *, now: float | None = None, tolerance_s: float = TOLERANCE_S
 ) -> Delivery:
@@ -49,16 +42,15 @@ def verified(
         raise ValueError("an empty secret verifies nothing")
     given = {name.lower(): value for name, value in headers.items()}
     try:
-        delivery_id, timestamp, signature = (given[f"x-mlflow-{n}"] for n in ("delivery-id", "timestamp", "signature"))
+        delivery_id, timestamp, found = (given[f"x-mlflow-{n}"] for n in ("delivery-id", "timestamp", "signature"))
     except KeyError as missing:
         raise NotVerified(f"the header {missing.args[0]} is missing") from None
     # First of all the signature: what is not MLflow's is not looked into.
-    if not hmac.compare_digest(signed(secret, delivery_id, timestamp, body).encode(), signature.encode()):
+    if not hmac.compare_digest(signature(secret.encode(), delivery_id, timestamp, body).encode(), found.encode()):
         raise NotVerified("the signature is not that of this webhook's secret")
-    if not (timestamp.isascii() and timestamp.isdigit()):
-        raise NotVerified("the timestamp is not a Unix time")
-    if abs((time.time() if now is None else now) - int(timestamp)) > tolerance_s:
-        raise NotVerified("the timestamp is too far from now")
+    recent = is_recent(timestamp, tolerance_s, now)
+    if not recent:
+        raise NotVerified("the timestamp is " + ("not a Unix time" if recent is None else "too far from now"))
     try:
         told = json.loads(body)
         event, data = f"{told['entity']}.{told['action']}", told["data"]

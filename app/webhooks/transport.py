@@ -5,8 +5,6 @@ answer is read."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
 import http.client
 import socket
 import ssl
@@ -19,7 +17,11 @@ from app.settings import Settings
 
 
 class UndeliverableWebhook(Exception):
-    """The message says why this attempt failed."""
+    """The message says why this attempt failed. `status`: of the answer, if there was one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 # What `post` raises. ValueError: what is no URL after all (a broken IPv6 address, port 99999, a label of 70 letters)
@@ -41,12 +43,9 @@ class WebhookTransport:
         """To look up a name and to connect, or to the deadline of the whole; and what a busy machine adds."""
         return 3 * self._settings.timeout_s + 5
 
-    def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """POST the JSON `body`, signed where there is a secret. Raises one of `FAILURES` unless 2xx is answered."""
+    def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """POST the JSON `body`; the status, which is 2xx. Raises one of `FAILURES` for any other."""
         headers = {"Content-Type": "application/json", "User-Agent": "anneal-webhook/1", **headers}
-        if self._settings.secret is not None:
-            key = self._settings.secret.get_secret_value().encode()
-            headers["X-Anneal-Signature"] = "sha256=" + hmac.new(key, body, hashlib.sha256).hexdigest()
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with (
@@ -56,7 +55,8 @@ class WebhookTransport:
             connection.request("POST", target, body, headers)
             status = connection.getresponse().status
         if not 200 <= status < 300:
-            raise UndeliverableWebhook(f"it answered {status}")
+            raise UndeliverableWebhook(f"it answered {status}", status)
+        return status
 
     @contextlib.contextmanager
     def _connect(
