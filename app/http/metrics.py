@@ -109,7 +109,9 @@ def families(state: Snapshot) -> Iterator[Metric]:
         "anneal_webhooks_waiting", "Deliveries of webhooks that have yet to be made", value=waiting.depth
     )
     yield GaugeMetricFamily(
-        "anneal_webhooks_oldest_seconds", "How long an attempt at one of them is overdue", value=waiting.seconds(state.at)
+        "anneal_webhooks_oldest_seconds",
+        "How long an attempt at one of them is overdue",
+        value=waiting.seconds(state.at),
     )
     # Those that are watched stand there from the beginning: the first one is a rise, too.
     failed = {**dict.fromkeys(OF_THE_SERVICE, 0), **state.failed}

@@ -16,6 +16,7 @@ from app.db.accounts import LOCAL_TENANT, Tenant
 from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.uow import Database
+from app.db.webhooks import WebhookDelivery
 from app.domain.spec import OptimizationSpec
 from app.http.metrics import Metrics
 from app.operations.statistics import OTHER, Snapshot, take
@@ -93,14 +94,19 @@ def test_the_tenants_with_the_most_are_named_where_that_is_asked_for(desk: Desk)
 
 def test_webhooks_that_wait_are_told(desk: Desk) -> None:
     job = desk.submit()
+    change(desk, job.id, webhook_url="https://example.org/")
     assert snapshot(desk).webhooks.depth == 0
-    ended = utcnow() - timedelta(seconds=30)
-    change(desk, job.id, webhook_url="https://example.org/", status="cancelled", finished_at=ended)
-    found = snapshot(desk)
-    assert found.webhooks.depth == 1
-    assert 30 <= found.webhooks.seconds(found.at) < 60
-    change(desk, job.id, webhook_done_at=utcnow())
-    assert snapshot(desk).webhooks.depth == 0
+    desk.service.cancel(LOCAL_TENANT, job.id)
+    for due_at, status, overdue in (
+        (utcnow() - timedelta(seconds=30), "pending", range(30, 60)),
+        (utcnow() + timedelta(hours=1), "pending", range(1)),  # refused, and due again later
+        (None, "delivered", None),
+    ):
+        with desk.db.write() as uow:
+            uow.session.execute(update(WebhookDelivery).values(due_at=due_at, status=status))
+        found = snapshot(desk)
+        assert found.webhooks.depth == (0 if overdue is None else 1)
+        assert int(found.webhooks.seconds(found.at)) in (overdue or range(1))
 
 
 def test_what_failed_and_what_was_queued_again_is_counted_once_for_all(desk: Desk) -> None:

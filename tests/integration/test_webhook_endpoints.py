@@ -239,6 +239,8 @@ def test_one_that_fails_for_days_is_disabled_and_says_why(desk: Desk, webhooks: 
         endpoint = _endpoint(webhooks, receiver.url)
         job = _cancelled(desk)
         sender = _sender(desk, max_attempts=50)
+        outcomes: list[str] = []
+        sender.told = outcomes.append
         for _ in range(sending._DISABLING):
             _pass_time(desk)
             assert deliver_due(sender) == 0
@@ -264,6 +266,8 @@ def test_one_that_fails_for_days_is_disabled_and_says_why(desk: Desk, webhooks: 
         webhooks.redeliver(LOCAL_TENANT, lost.id)
         assert deliver_due(sender) == 1
         assert receiver.ids[-1] == receiver.ids[0] == lost.id
+    assert set(outcomes[:-1]) == {"failed"}
+    assert outcomes[-1] == "delivered"
 
 
 def test_one_that_is_gone_is_disabled_at_once(desk: Desk, webhooks: WebhookService) -> None:
