@@ -76,26 +76,26 @@ def test_values(read: Callable[[str], Any], text: str, value: Any) -> None:
     assert read(text) == value
 
 
-@pytest.mark.parametrize(
-    ("option", "wrong"),
-    [
-        ("--max-loss", ["-1%", "101%", "1kg", "", "nan", "1e999%"]),
-        ("--confidence", ["50%", "100%", "x"]),
-        ("--p99", ["0ms", "-1ms", "20 parsecs", "inf"]),
-        ("--throughput", ["0", "fast"]),
-        ("--max-memory", ["0MB", "1 lot"]),
-        ("--budget", ["9s", "25h", "0", "soon"]),
-        ("--min-seconds", ["0.05s", "601s"]),
-        ("--batch", ["0", "4097", "1,1", "1,,8", "1.5", ",".join(map(str, range(1, 18)))]),
-        ("--precision", ["fp33", "int8,int8", ""]),
-        ("--shape", ["x", "x=", "=1x3", "x=0x3", "x=1x3:2x3", "x=2x3:1x3:4x3", "x=1x3:1:1x3"]),
-        ("--on", ["a b", "", "\x1b[31m", "../x"]),
-        ("--objective", ["speed"]),
-        ("--price", ["0", "-1", "1e9"]),
-        ("--spec", ["/nowhere/spec.json"]),
-        ("--timeout", ["0s"]),
-    ],
-)
+OF_OPTIMIZE: list[tuple[str, list[str]]] = [
+    ("--max-loss", ["-1%", "101%", "1kg", "", "nan", "1e999%"]),
+    ("--confidence", ["50%", "100%", "x"]),
+    ("--p99", ["0ms", "-1ms", "20 parsecs", "inf"]),
+    ("--throughput", ["0", "fast"]),
+    ("--max-memory", ["0MB", "1 lot"]),
+    ("--budget", ["9s", "25h", "0", "soon"]),
+    ("--min-seconds", ["0.05s", "601s"]),
+    ("--batch", ["0", "4097", "1,1", "1,,8", "1.5", ",".join(map(str, range(1, 18)))]),
+    ("--precision", ["fp33", "int8,int8", ""]),
+    ("--shape", ["x", "x=", "=1x3", "x=0x3", "x=1x3:2x3", "x=2x3:1x3:4x3", "x=1x3:1:1x3"]),
+    ("--on", ["a b", "", "\x1b[31m", "../x"]),
+    ("--objective", ["speed"]),
+    ("--price", ["0", "-1", "1e9"]),
+    ("--spec", ["/nowhere/spec.json"]),
+    ("--timeout", ["0s"]),
+]
+
+
+@pytest.mark.parametrize(("option", "wrong"), OF_OPTIMIZE)
 def test_an_option_beyond_its_limits_says_what_where_and_the_remedy(
     option: str, wrong: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +107,75 @@ def test_an_option_beyond_its_limits_says_what_where_and_the_remedy(
         assert "Traceback" not in told.err
         assert "\x1b" not in told.err
         assert told.out == ""
+
+
+OF_OTHERS: list[tuple[list[str], str, list[str]]] = [
+    (["jobs"], "--limit", ["0", "-1", "100001", "many", "1.5"]),
+    (["jobs"], "--status", ["done", ""]),
+    (["jobs"], "--model", ["job_1", "mdl_", "mdl_../x", "\x1b[31m"]),
+    (["models"], "--limit", ["0"]),
+    (["datasets"], "--limit", ["0"]),
+    (["engines"], "--limit", ["0"]),
+    (["engines", "pull", "eng_1"], "--kind", ["zip", ""]),
+    (["watch", "job_1"], "--timeout", ["0s", "-1s", "never", "inf", "nan"]),
+    (["bench", "bundle.zip"], "--batch", ["0", "4097", "1,1"]),
+    (["bench", "bundle.zip"], "--seconds", ["0.05s", "601s", "long"]),
+    (["bench", "bundle.zip"], "--input", ["/nowhere/x.npz"]),
+    (["serve"], "--port", ["0", "65536", "http"]),
+    (["serve"], "--with", ["", "torch,torch"]),
+    (["optimize", "m.onnx"], "--backend", ["", "a,,b", "a,a"]),
+    (["optimize", "m.onnx"], "--max-size", ["0MB", "-1MB", "1 lot", "inf"]),
+    (["optimize", "m.onnx"], "--idempotency-key", ["", "ü", "a\nb", "x" * 256]),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "wrong"), OF_OTHERS, ids=lambda value: str(value)[:40])
+def test_options_of_every_command_have_limits(
+    command: list[str], option: str, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in wrong:
+        assert main([*command, f"{option}={value}"]) == Exit.USAGE, value
+        told = capsys.readouterr()
+        assert option in told.err
+        assert "remedy:" in told.err
+        assert "Traceback" not in told.err
+        assert "\x1b" not in told.err
+
+
+def test_no_option_with_limits_is_left_untried() -> None:
+    tried = {option for option, _ in OF_OPTIMIZE} | {option for _, option, _ in OF_OTHERS}
+
+    def walk(parser: argparse.ArgumentParser) -> Iterator[str]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    yield from walk(child)
+            elif action.option_strings and (action.choices or action.type not in (None, Path)):
+                yield action.option_strings[-1]
+
+    assert set(walk(make_parser())) - tried == set()
+
+
+def test_a_file_that_is_missing_is_told_before_anything_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"")
+    for option in ("--data", "--calibration", "--validation"):
+        assert main(["--url", "http://127.0.0.1:9", "optimize", str(model), option, "none.npz"]) == Exit.USAGE
+        assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["ank_ü", "two words", "a\nb"])
+def test_a_key_that_is_none_is_told_before_anything_is_sent(
+    key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANNEAL_API_KEY", key)
+    for command in (["jobs"], ["doctor"]):
+        assert main(["--url", "http://127.0.0.1:9", *command]) == Exit.UNAUTHORIZED
+        told = capsys.readouterr()
+        assert "copy it again" in told.out + told.err
+        assert key not in told.out + told.err
 
 
 def test_what_cannot_go_together_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import httpx
 
 from anneal_client import engines
 from anneal_client.answers import Answer, Manifest
-from anneal_client.errors import AnnealError, JobFailed
+from anneal_client.errors import AnnealError, InvalidRequest, JobFailed, Unauthorized
 from anneal_client.events import TERMINAL, Event
 from anneal_client.following import Followed
 from anneal_client.io import Io
@@ -41,6 +41,9 @@ class Core:
         self, base_url: str, api_key: str | None, make_io: Callable[[Mapping[str, str], float], Io], **options: Any
     ) -> None:
         url = parsed_base(base_url)
+        if api_key and not _is_printable(api_key, " "):
+            detail = "The API key holds spaces or characters that no key has."
+            raise Unauthorized("invalid_key", detail, remedy="A key is one word (ank_…): copy it again.")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.http = Transport(url, make_io(headers, options["timeout_s"]), retries=options["retries"])
         # Whose uploads a note is about: not the key itself, which no file of the cache should tell.
@@ -138,6 +141,9 @@ class Core:
     # Jobs
 
     async def submit(self, spec: Mapping[str, Any], idempotency_key: str | None) -> Job:
+        if idempotency_key is not None and not (_is_printable(idempotency_key) and 1 <= len(idempotency_key) <= 255):
+            detail = f"{idempotency_key[:40]!r} is no Idempotency-Key: 1 to 255 printable characters of ASCII."
+            raise InvalidRequest("invalid_idempotency_key", detail, remedy="Use a UUID, or a hash of what it stands for.")
         headers = {"Idempotency-Key": idempotency_key or os.urandom(16).hex()}
         return await self.call(Job, "POST", "/v1/jobs", json=dict(spec), headers=headers)
 
@@ -276,6 +282,11 @@ def job_path(job_id: str) -> str:
 def has_ended(job: Mapping[str, Any]) -> bool:
     """Whether a job has come to its end, well or not."""
     return job.get("status") in TERMINAL
+
+
+def _is_printable(text: str, *without: str) -> bool:
+    """What a header carries as it is."""
+    return text.isascii() and text.isprintable() and not any(c in text for c in without)
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:

@@ -53,7 +53,12 @@ def add(commands: Any) -> None:
     how.add_argument("--webhook", metavar="URL", help="told of the job's end")
     how.add_argument("--spec", type=values.existing_file, metavar="FILE", help="further fields of the job, as JSON")
     how.add_argument("--name", help="of the model, in lists and reports (its file's name)")
-    how.add_argument("--idempotency-key", metavar="KEY", help="the same key and options answer the same job")
+    how.add_argument(
+        "--idempotency-key",
+        type=values.idempotency_key,
+        metavar="KEY",
+        help="the same key and options answer the same job",
+    )
     after = parser.add_argument_group("then")
     after.add_argument("--watch", action="store_true", help="follow it to the end; the exit code says what came out")
     after.add_argument("--timeout", type=values.patience, metavar="TIME", help="with --watch: exit 9 after it")
@@ -65,6 +70,7 @@ def add(commands: Any) -> None:
 def run(ctx: Context, args: argparse.Namespace) -> Exit:
     _check(args)
     spec = spec_of(args)
+    _require_files(args)
     with ctx.service(patient=args.watch) as service:
         ctx.busy(f"uploading {args.model}")
         found = upload.model(service, args.model, args.name)
@@ -92,6 +98,14 @@ def _check(args: argparse.Namespace) -> None:
                 raise Stop("It is for --watch.", where=f"--{name}", remedy=remedy, exit=Exit.USAGE)
 
 
+def _require_files(args: argparse.Namespace) -> None:
+    """Before a large model has gone up for nothing."""
+    upload.require("mdl", args.model, "MODEL")
+    for name in ("data", "calibration", "validation"):
+        if (given := getattr(args, name)) is not None:
+            upload.require("dst", given, f"--{name}")
+
+
 def _add_data(ctx: Context, service: Service, args: argparse.Namespace, spec: Json) -> None:
     """Upload the data; what calibrates and judges alike is sent once."""
     sections = [("data", "calibration"), ("calibration", "calibration"), ("validation", "validation")]
@@ -100,7 +114,7 @@ def _add_data(ctx: Context, service: Service, args: argparse.Namespace, spec: Js
         if given is None:
             continue
         ctx.busy(f"uploading {given}")
-        found = upload.dataset(service, given, f"--{option}")
+        found = upload.dataset(service, given)
         told = f"{clean(found['name'])}, {figures.number(found.get('samples'))} samples"
         ctx.say(f"data   {clean(found['id'])}  {told}")
         spec[section] = {**(spec.get(section) or {}), "dataset_id": found["id"]}

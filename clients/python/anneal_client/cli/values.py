@@ -119,6 +119,12 @@ def target(text: str) -> dict[str, Any]:
     return {"hardware": text}
 
 
+def idempotency_key(text: str) -> str:
+    if not (text.isascii() and text.isprintable() and 1 <= len(text) <= 255):
+        raise _wrong(text, "key: 1 to 255 printable characters of ASCII, as a UUID")
+    return text
+
+
 def existing_file(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_file():
