@@ -69,6 +69,60 @@ def test_every_module_is_in_it(wheel: Path) -> None:
     assert names == {str(p.relative_to(package.parent)) for p in package.rglob("*") if p.suffix in (".py", ".typed")}
 
 
+@pytest.fixture(scope="module")
+def wheelhouse(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel and what it needs, as an index would have them."""
+    folder = tmp_path_factory.mktemp("wheelhouse")
+    shutil.copy(wheel, folder)
+    locked = Path(__file__).with_name("requirements-client.txt")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, "--requirement", str(locked)], check=True, timeout=120)
+    return folder
+
+
+def outcome(command: list[str | Path], **variables: str | Path) -> str:
+    told = {"HOME": variables.pop("home"), "PATH": "/usr/bin:/bin", "ANNEAL_URL": "http://127.0.0.1:9", **variables}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={name: str(value) for name, value in told.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return f"{done.returncode} {done.stdout}{done.stderr}"
+
+
+def test_uvx_runs_it_without_installing(wheelhouse: Path, tmp_path: Path) -> None:
+    uvx = [environment("tools") / "bin" / "uvx", "--offline", "--no-index", "--find-links", wheelhouse]
+    variables = {"home": tmp_path, "UV_CACHE_DIR": tmp_path / "cache", "UV_PYTHON": sys.executable}
+    (wheel,) = wheelhouse.glob("anneal_client-*.whl")
+    told = outcome([*uvx, "--from", wheel, "anneal", "--version"], **variables)
+    assert told.startswith("0 anneal-client 0.1.0"), told
+    told = outcome([*uvx, "--from", "anneal-client", "anneal", "serve"], **variables)
+    assert told.startswith("1 "), told
+    assert "The service is not installed beside this client." in told
+
+
+def test_pipx_installs_it(wheelhouse: Path, tmp_path: Path) -> None:
+    (wheel,) = wheelhouse.glob("anneal_client-*.whl")
+    variables = {
+        "home": tmp_path,
+        "PIPX_HOME": tmp_path / "pipx",
+        "PIPX_BIN_DIR": tmp_path / "bin",
+        "PIPX_DEFAULT_PYTHON": sys.executable,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": wheelhouse,
+    }
+    told = outcome([environment("tools") / "bin" / "pipx", "install", wheel], **variables)
+    assert told.startswith("0 "), told
+    anneal = tmp_path / "bin" / "anneal"
+    assert outcome([anneal, "--version"], home=tmp_path) == "0 anneal-client 0.1.0\n"
+    told = outcome([anneal, "jobs", "--json"], home=tmp_path)
+    assert told.startswith("6 "), told
+    assert "connection_failed" in told
+
+
 def test_it_is_all_that_a_user_needs(wheel: Path, tmp_path: Path) -> None:
     folder = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
