@@ -40,6 +40,17 @@ def test_a_data_set_from_a_data_loader(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("data.tar").is_file()
 
 
+def test_a_model_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(3600, 5))
+    names: dict[str, Any] = {"model": model}
+    for block in blocks("how-to/bring-a-model.md"):
+        exec(block, names)
+    assert Path("model.onnx").is_file()
+    assert names["exported"].difference < 1e-3
+
+
 def test_an_engine_in_one_s_own_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = bundled.bundled("onnxruntime", onnx_models.mlp(), tmp_path / "made")
     monkeypatch.chdir(tmp_path)
