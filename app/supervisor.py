@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,11 +51,37 @@ def refuse_open_server(settings: Settings) -> None:
         )
 
 
+def refuse_taken_address(settings: Settings) -> None:
+    """Before anything is started or said."""
+    host, port = settings.host, settings.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            tried.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            other = port + 1 if port < 65_535 else 8000
+            remedy = (
+                f"Something listens there already, perhaps another `make serve`. Take another port: `make serve "
+                f"PORT={other}`, `anneal serve --port {other}`, or ANNEAL_PORT={other}."
+            )
+        else:
+            remedy = "ANNEAL_HOST and ANNEAL_PORT (`anneal serve --host --port`) say where to listen."
+        raise SystemExit(f"Cannot listen on {host}:{port}: {error.strerror}. {remedy}") from None
+
+
 def serve(settings: Settings) -> int:
     """Migrate, start API and worker, and wait. Ctrl-C, SIGTERM, or the death of either ends both."""
     refuse_open_server(settings)
+    refuse_taken_address(settings)
     _logging(settings)
-    settings.home_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.home_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "ANNEAL_HOME (`anneal serve --home`) names another folder."
+        raise SystemExit(f"Cannot keep anything in {settings.home_dir}: {error.strerror}. {remedy}") from None
     upgrade(settings.database)
     stop: list[int] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,25 @@ def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3, "API, worker and the worker's zygote"
     return children
+
+
+def test_what_it_cannot_begin_with_is_said_with_the_remedy(tmp_path: Path) -> None:
+    """A port that is taken, an address that is not this machine's, a file where its folder should be."""
+    (tmp_path / "file").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for told, words in (
+            ({"ANNEAL_PORT": port}, ["already", "anneal serve --port"]),
+            ({"ANNEAL_HOST": "no.such.host.invalid", "ANNEAL_REQUIRE_KEYS": "true"}, ["no.such.host.invalid", "--host"]),
+            ({"ANNEAL_PORT": str(free_port()), "ANNEAL_HOME": str(tmp_path / "file")}, ["file", "anneal serve --home"]),
+        ):
+            environment = {**os.environ, "ANNEAL_HOME": str(tmp_path / "home"), **told}
+            command = [sys.executable, "-m", "app", "serve"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+            assert done.returncode == 1, told
+            assert all(word in done.stderr for word in words), done.stderr
+            assert "Traceback" not in done.stderr
+            assert len(done.stderr.splitlines()) == 1, "nothing was started"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
