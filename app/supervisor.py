@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib.util
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from app.settings import Settings
 log = structlog.get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_OF_A_WORKER = ("numpy", "onnx", "onnxslim")
 _GRACE_S = 8.0
 
 
@@ -72,9 +74,20 @@ def refuse_taken_address(settings: Settings) -> None:
         raise SystemExit(f"Cannot listen on {host}:{port}: {error.strerror}. {remedy}") from None
 
 
+def refuse_without_worker() -> None:
+    """The service was installed without an extra: its worker would end as soon as it starts, again and again."""
+    missing = [name for name in _OF_A_WORKER if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"A worker needs {', '.join(missing)}, which this installation does not have. `anneal serve --with "
+            "cpu,openvino` adds them, or pip install 'anneal[cpu,openvino]'. `python -m app api` serves without a worker."
+        )
+
+
 def serve(settings: Settings) -> int:
     """Migrate, start API and worker, and wait. Ctrl-C, SIGTERM, or the death of either ends both."""
     refuse_open_server(settings)
+    refuse_without_worker()
     refuse_taken_address(settings)
     _logging(settings)
     try:

@@ -69,6 +69,20 @@ def test_what_it_cannot_begin_with_is_said_with_the_remedy(tmp_path: Path) -> No
             assert len(done.stderr.splitlines()) == 1, "nothing was started"
 
 
+def test_an_installation_without_a_worker_s_libraries_says_what_adds_them(tmp_path: Path) -> None:
+    script = (
+        "import importlib.util as u; real = u.find_spec; u.find_spec = lambda name, *a: None if name == 'onnx' else "
+        "real(name, *a); from app.__main__ import main; main(['serve'])"
+    )
+    environment = {**os.environ, "ANNEAL_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert "A worker needs onnx," in done.stderr
+    assert "anneal serve --with cpu,openvino" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_everything(served: tuple[subprocess.Popen[bytes], str], number: signal.Signals) -> None:
     process, _ = served
