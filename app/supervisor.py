@@ -80,7 +80,7 @@ def refuse_without_worker() -> None:
     if missing:
         raise SystemExit(
             f"A worker needs {', '.join(missing)}, which this installation does not have. `anneal serve --with "
-            "cpu,openvino` adds them, or pip install 'anneal[cpu,openvino]'. `python -m app api` serves without a worker."
+            "cpu,openvino` adds them, or pip install 'anneal[cpu,openvino]'. `python -m app api` serves without one."
         )
 
 

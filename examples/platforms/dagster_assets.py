@@ -1,6 +1,6 @@
 """Assets of Dagster: a model, the job that optimizes it, the engine with a check on the promise, what is deployed.
 
-    ANNEAL_URL=http://127.0.0.1:8000 dagster dev -f dagster_assets.py
+ANNEAL_URL=http://127.0.0.1:8000 dagster dev -f dagster_assets.py
 """
 
 import os

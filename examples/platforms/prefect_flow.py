@@ -1,6 +1,6 @@
 """A flow of Prefect 3: optimizes a model, and deploys the engine where the promise is kept.
 
-    ANNEAL_URL=http://127.0.0.1:8000 python prefect_flow.py model.onnx data.npz
+ANNEAL_URL=http://127.0.0.1:8000 python prefect_flow.py model.onnx data.npz
 """
 
 import os

@@ -22,7 +22,11 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+            torch.nn.Conv2d(3, 4, 3),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(144, 5),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,6 +37,7 @@ def without_comments(code: str) -> str:
     return re.sub(r" +#.*", "", code).strip()
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own deprecations
 def test_a_pytorch_model_and_its_data_are_taken(
     client: httpx.Client, worker: Services, base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,10 @@ def test_what_it_cannot_begin_with_is_said_with_the_remedy(tmp_path: Path) -> No
         port = str(taken.getsockname()[1])
         for told, words in (
             ({"ANNEAL_PORT": port}, ["already", "anneal serve --port"]),
-            ({"ANNEAL_HOST": "no.such.host.invalid", "ANNEAL_REQUIRE_KEYS": "true"}, ["no.such.host.invalid", "--host"]),
+            (
+                {"ANNEAL_HOST": "no.such.host.invalid", "ANNEAL_REQUIRE_KEYS": "true"},
+                ["no.such.host.invalid", "--host"],
+            ),
             ({"ANNEAL_PORT": str(free_port()), "ANNEAL_HOME": str(tmp_path / "file")}, ["file", "anneal serve --home"]),
         ):
             environment = {**os.environ, "ANNEAL_HOME": str(tmp_path / "home"), **told}

@@ -59,7 +59,7 @@ def main(url: str, model: str, folder: str, kept: str, missed: str) -> dict:
 
 
 def gated(url: str, model: str, bundle: str, instance: dg.DagsterInstance) -> dict:
-    """An engine that is not faster, which no machine can be made to find each time: what comes after it does not run."""
+    """An engine that is not faster, which no machine can be made to find each time: what follows does not run."""
 
     @dg.asset(name="engine")
     def no_faster() -> dict:

@@ -1,4 +1,4 @@
-"""The flow of `examples/platforms` on a temporary server of Prefect's own (test_orchestrators.py). The last line is JSON."""
+"""The flow of `examples/platforms` on a server of Prefect's own (test_orchestrators.py). The last line is JSON."""
 
 import json
 import socket

@@ -1,10 +1,13 @@
-"""Makes README's picture anew, of the report of the demo's job: `python -m tests.integrations.report_picture docs/report.png`.
+"""Makes README's picture anew: `python -m tests.integrations.report_picture docs/report.png`.
+
+It shows the report of the demo's job.
 
 On a quiet machine: where it is too busy to claim a speed-up, the job runs again, and in the end nothing is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -44,8 +47,10 @@ few.save(target, optimize=True)
 
 def make(target: Path) -> bool:
     """Whether a speed-up was claimed, and so a picture made."""
-    with tempfile.TemporaryDirectory(prefix="anneal-picture-") as folder:
-        with deployment(Path(folder) / "home") as deployed, deployed.client() as client:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="anneal-picture-"))
+        deployed = stack.enter_context(deployment(Path(folder) / "home"))
+        with deployed.client() as client:
             deployed.start_worker()
             deployed.wait_ready(60)
             model = client.upload_model(DIGITS / "model.onnx", "digits")

@@ -1,5 +1,5 @@
-"""What the pages tell a reader to type runs: the Python of the start page and of the client's pages, and README's commands,
-on a service that runs. Only names, addresses, ids and the time that a job may take are ours."""
+"""What the pages tell a reader to type runs on a service: the Python of the start page and of the client's pages, and
+README's commands. Only names, addresses, ids and the time that a job may take are ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The reader's: `model.onnx` and `data.npz`. Jobs are small ones on the engine that is sure to win."""
     shutil.copyfile(service.model, tmp_path / "model.onnx")
     samples = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
@@ -47,7 +46,7 @@ def folder(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         Client, "submit", lambda self, spec=None, **more: submit(self, {**KEPT, **(spec or {})}, **more)
     )
-    yield tmp_path
+    return tmp_path
 
 
 def run(block: str, service: Service, names: dict[str, Any]) -> None:

@@ -174,7 +174,7 @@ def test_a_key_that_is_none_is_told_before_anything_is_sent(
     for command in (["jobs"], ["doctor"]):
         assert main(["--url", "http://127.0.0.1:9", *command]) == Exit.UNAUTHORIZED
         told = capsys.readouterr()
-        assert "copy it again" in told.out + told.err
+        assert "characters that no key has" in told.out + told.err
         assert key not in told.out + told.err
 
 

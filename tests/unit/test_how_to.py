@@ -40,6 +40,7 @@ def test_a_data_set_from_a_data_loader(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("data.tar").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own deprecations
 def test_a_model_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)

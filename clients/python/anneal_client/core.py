@@ -143,7 +143,9 @@ class Core:
     async def submit(self, spec: Mapping[str, Any], idempotency_key: str | None) -> Job:
         if idempotency_key is not None and not (_is_printable(idempotency_key) and 1 <= len(idempotency_key) <= 255):
             detail = f"{idempotency_key[:40]!r} is no Idempotency-Key: 1 to 255 printable characters of ASCII."
-            raise InvalidRequest("invalid_idempotency_key", detail, remedy="Use a UUID, or a hash of what it stands for.")
+            raise InvalidRequest(
+                "invalid_idempotency_key", detail, remedy="Use a UUID, or a hash of what it stands for."
+            )
         headers = {"Idempotency-Key": idempotency_key or os.urandom(16).hex()}
         return await self.call(Job, "POST", "/v1/jobs", json=dict(spec), headers=headers)
 

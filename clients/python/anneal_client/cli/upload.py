@@ -9,7 +9,6 @@ from anneal_client.cli import values
 from anneal_client.cli.exits import Exit, Stop
 from anneal_client.cli.service import Service
 
-
 _REMEDIES = {
     "mdl": "Give a file (.onnx, .pt2, a .zip or .tar of one) or the id of an uploaded model: `anneal models`.",
     "dst": "Give an .npz, an archive of them, or the id of an uploaded data set: `anneal datasets`.",
