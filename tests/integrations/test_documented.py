@@ -111,7 +111,8 @@ def test_the_readme_of_the_client(service: Service, folder: Path) -> None:
 def commands(heading: str) -> list[str]:
     """The commands of a section of README, each in one line, without what is said of it."""
     section = (REPOSITORY / "README.md").read_text().partition(f"## {heading}")[2].partition("\n## ")[0]
-    text = "".join(re.findall(r"^```\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL))
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    text = "".join(code for language, code in fenced if not language)
     joined = re.sub(r",\n +", ", ", text)
     return [re.sub(r"  #.*", "", line) for line in joined.splitlines()]
 

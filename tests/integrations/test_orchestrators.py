@@ -20,7 +20,12 @@ pytestmark = pytest.mark.timeout(400)  # with installing
 def told_by(platform: str, service: Service, folder: Path, **variables: str) -> dict[str, Any]:
     check = Path(__file__).with_name(f"{platform}_check.py")
     arguments = (service.url, service.model, folder, json.dumps(KEPT), json.dumps(MISSED))
-    variables |= {"PYTHONPATH": f"{CLIENT}:{EXAMPLES}", "HOME": str(folder), "DO_NOT_TRACK": "1"}
+    variables |= {
+        "PYTHONPATH": f"{CLIENT}:{EXAMPLES}",
+        "HOME": str(folder),
+        "DO_NOT_TRACK": "1",
+        "ANNEAL_URL": service.url,
+    }
     return asked(platform, check, *arguments, variables=variables, timeout_s=200)
 
 
