@@ -111,8 +111,9 @@ def test_pipx_installs_it(wheelhouse: Path, tmp_path: Path) -> None:
         "PIPX_HOME": tmp_path / "pipx",
         "PIPX_BIN_DIR": tmp_path / "bin",
         "PIPX_DEFAULT_PYTHON": sys.executable,
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": wheelhouse,
+        # It installs by uv where there is one, else by pip.
+        **{"UV_NO_INDEX": "1", "UV_FIND_LINKS": wheelhouse, "UV_OFFLINE": "1", "UV_CACHE_DIR": tmp_path / "cache"},
+        **{"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheelhouse},
     }
     told = outcome([environment("tools") / "bin" / "pipx", "install", wheel], **variables)
     assert told.startswith("0 "), told
