@@ -1,4 +1,4 @@
-"""Prometheus' own `promtool`: the installed one, else that of Debian's package `prometheus`, unpacked and kept."""
+"""Prometheus and its `promtool`: the installed ones, else those of Debian's package `prometheus`, unpacked and kept."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ _TIMEOUT_S = 200
 
 def promtool() -> Path:
     """Raises `NoSystemPackage` where there is none, and no apt to fetch it with."""
-    if found := shutil.which("promtool"):
+    return _program("promtool")
+
+
+def prometheus() -> Path:
+    """The server; raises likewise."""
+    return _program("prometheus")
+
+
+def _program(name: str) -> Path:
+    if found := shutil.which(name):
         return Path(found)
     folder = FOLDER / "prometheus"
-    tool = folder / "usr/bin/promtool"
+    tool = folder / "usr/bin" / name
     with Path(__file__).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not tool.is_file():
@@ -30,7 +39,7 @@ def promtool() -> Path:
                 _run(["dpkg-deb", "--extract", str(package), str(folder)], folder)
                 package.unlink()
             except (OSError, ValueError) as error:
-                raise NoSystemPackage("promtool is neither installed nor to be had from Debian's packages") from error
+                raise NoSystemPackage(f"{name} is neither installed nor to be had from Debian's packages") from error
     return tool
 
 

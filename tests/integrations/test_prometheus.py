@@ -6,14 +6,18 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
+from tests.factories.deployment import deployment
 from tests.integrations.environments import REPOSITORY
-from tests.integrations.promtool import promtool
+from tests.integrations.promtool import prometheus, promtool
+from tests.servers import free_port, running
 from tests.unit.test_observability import dashboard_queries, rules
 
 FOLDER = REPOSITORY / "docker" / "prometheus"
@@ -80,3 +84,53 @@ def test_the_texts_of_the_alerts_can_be_rendered(tmp_path: Path) -> None:
     (tmp_path / "test.yml").write_text(yaml.safe_dump({**CASES, "tests": [{**test, "alert_rule_test": told}]}))
     done = tool(tmp_path, "test", "rules", "test.yml")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_real_server_watches_a_real_service(tmp_path: Path) -> None:
+    """It scrapes API and worker, evaluates every rule, answers what the dashboards ask; and nothing is wrong."""
+    server, metrics, port = prometheus(), free_port(), free_port()
+    with deployment(tmp_path / "home", {"WORKER_METRICS_PORT": str(metrics)}) as found:
+        found.start_worker()
+        found.wait_ready()
+        for name in CASES["rule_files"]:
+            shutil.copy(FOLDER / name, tmp_path)
+        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        for scraped, at in zip(config["scrape_configs"], (found.port, metrics), strict=True):
+            del scraped["dns_sd_configs"]
+            scraped["static_configs"] = [{"targets": [f"127.0.0.1:{at}"]}]
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+        where = [f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
+        command = [server, f"--config.file={tmp_path / 'prometheus.yml'}", *where]
+        with running(command, log=tmp_path / "prometheus.log", ready=lambda: _evaluated(port), timeout_s=60):
+            up = {(r["metric"]["job"], r["value"][1]) for r in asked(port, "query", query="up")["result"]}
+            assert up == {("anneal-api", "1"), ("anneal-worker", "1")}
+            (workers,) = asked(port, "query", query='anneal:queue_workers{queue="anneal.cpu"}')["result"]
+            assert workers["value"][1] == "1"
+            groups = asked(port, "rules")["groups"]
+            told = [rule for group in groups for rule in group["rules"]]
+            assert len(told) == len(rules())
+            assert [rule for rule in told if rule["health"] != "ok"] == []
+            assert [rule["name"] for rule in told if rule.get("state", "inactive") != "inactive"] == []
+            for query in dashboard_queries():
+                asked(port, "query", query=query.replace('"$worker"', '".*"'))
+
+
+def asked(port: int, what: str, **parameters: str) -> dict[str, Any]:
+    answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/{what}", params=parameters)
+    assert answer.status_code == 200, answer.text
+    data: dict[str, Any] = answer.json()["data"]
+    return data
+
+
+def _evaluated(port: int) -> bool:
+    """Both were scraped, and every rule was evaluated since."""
+    try:
+        if len(asked(port, "query", query="up == 1")["result"]) < 2:
+            return False
+        found = asked(port, "query", query="anneal:queue_workers")["result"]
+        told = [rule for group in asked(port, "rules")["groups"] for rule in group["rules"]]
+    except (httpx.HTTPError, AssertionError):
+        time.sleep(0.2)
+        return False
+    return bool(found) and all(rule["health"] != "unknown" for rule in told)
