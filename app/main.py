@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio.to_thread
+import structlog
 from anyio import CapacityLimiter
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.artifacts import endpoints as artifacts
 from app.artifacts.service import EngineService
@@ -34,7 +36,9 @@ from app.http.threads import Places, SharedReads, SharedThreads
 from app.inspection.pool import Inspector
 from app.jobs import endpoints as jobs
 from app.jobs.documents import JobDocuments
+from app.jobs.outlook import Outlooks
 from app.jobs.service import JobService
+from app.jobs.sweep import end_overdue
 from app.jobs.watcher import JobWatcher
 from app.operations.tracing import NO_TRACING, make_tracing
 from app.queue.producer import Dispatch, make_dispatch
@@ -50,8 +54,11 @@ from app.web.pages import add_pages
 from app.webhooks import endpoints as webhooks
 from app.webhooks.service import WebhookService
 
+log = structlog.get_logger(__name__)
+
 VERSION = "0.1.0"
 _CLEAN_S = 5.0
+_OVERDUE_S = 2.0
 
 
 def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = None) -> FastAPI:
@@ -69,6 +76,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         app.state.readiness = health.CachedReadiness(health.Examiner(health.probes_of(services, background)))
         background.keep("job-watcher", services.watcher.run)
         background.keep("cleaner", lambda: _clean(settings.temp_dir))
+        background.keep("queue times", lambda: _end_overdue(services.db))
         try:
             yield
         finally:
@@ -106,6 +114,16 @@ async def _clean(temp_dir: Path) -> None:
         await asyncio.sleep(_CLEAN_S)
 
 
+async def _end_overdue(db: Database) -> None:
+    """Ends jobs that waited too long. Workers do that, too; but where none lives, jobs wait too long."""
+    while True:
+        await asyncio.sleep(_OVERDUE_S)
+        try:
+            await anyio.to_thread.run_sync(end_overdue, db)
+        except SQLAlchemyError as error:  # the database is away
+            log.warning("could_not_end_overdue_jobs", error=str(error)[:200])
+
+
 def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> Services:
     """Every part of the API. The database is connected to on first use."""
     db = Database(make_engine(settings.database))
@@ -124,7 +142,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         datasets=DatasetService(db, content, settings, inspector),
         uploads=UploadService(db, content, settings),
         jobs=jobs_service,
-        job_documents=JobDocuments(jobs_service),
+        job_documents=JobDocuments(jobs_service, Outlooks(db, capability_service)),
         engines=EngineService(db),
         capabilities=capability_service,
         compatibility=CompatibilityService(db, capability_service),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -50,12 +52,23 @@ def run_worker(service: WorkerService) -> int:
     setup_logging.connect(on_setup_logging)
     worker: CeleryWorker = app.Worker(
         hostname=f"anneal@{service.id}",
-        queues=service.queues,
+        queues=[*service.offer.queues],
         pool="threads",
         concurrency=1,
         without_gossip=True,
         without_mingle=True,
         quiet=True,
     )
+    service.lookout.told = partial(_listen, worker, service.offer.queues)
     worker.start()
     return int(worker.exitcode or 0)
+
+
+def _listen(worker: CeleryWorker, queues: Sequence[str], draining: bool) -> None:
+    """A worker that takes no jobs leaves the messages to others. Called by another thread than Celery's."""
+    consumer: Any = getattr(worker, "consumer", None)  # which celery-types leaves out
+    if consumer is None:
+        return
+    change = consumer.cancel_task_queue if draining else consumer.add_task_queue
+    for queue in queues:
+        consumer.call_soon(change, queue)

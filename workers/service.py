@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ from app.db.uow import Database
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
+from app.jobs.schedule import Offer
 from app.logging import bind_correlation_id
 from app.prebuilds.service import PrebuildService
 from app.queue.producer import make_dispatch
@@ -40,6 +42,7 @@ from workers.examiner import Examiner
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.libraries import model_formats
+from workers.lookout import Lookout
 from workers.offer import backends_of, queues_of
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
@@ -108,7 +111,9 @@ class WorkerService:
             if plugin.problem is not None:
                 log.warning("plugin_left_out", **plugin.to_json())
         self.backends = backends_of(self.hardware)
-        self.queues = queues_of(self.backends, self.hardware)
+        self.offer = Offer(self.id, tuple(queues_of(self.backends, self.hardware)))
+        swept, failed = self.telemetry.swept, partial(self.telemetry.chore_failed, "sweeper")
+        self.lookout = Lookout(self.ledger, self.offer, settings.worker.sweep_s, self.shutdown, swept, failed)
         self.spare = SpareTime(self.shutdown)
         compatibility = CompatibilityService(self.db, self.capabilities)
         self.examiner = Examiner(
@@ -138,7 +143,7 @@ class WorkerService:
         self.telemetry.start()
         self._sign_on()
         self._background.start("housekeeping", self._housekeep)
-        self._background.start("sweeper", self._sweep)
+        self._background.start("sweeper", self.lookout.run)
         self._background.start("errands", self._run_errands)
         self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
         self._background.start("collector", self._collect)
@@ -156,6 +161,7 @@ class WorkerService:
 
     def close(self) -> None:
         self.shutdown.set()
+        self.lookout.stop()
         self.isolated.close()
         self._background.join(timeout_s=5)
         try:
@@ -199,7 +205,7 @@ class WorkerService:
                 for b in self.backends
             ],
             formats=model_formats(),
-            queues=self.queues,
+            queues=self.offer.queues,
             plugins=[plugin.to_json() for plugin in plugins.found()],
             examines=self.examiner.backends,
             builds=self.prebuilder.offers,
@@ -209,20 +215,12 @@ class WorkerService:
         """The heartbeat, and nothing that may take long."""
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
-                if not self.capabilities.heartbeat(self.id):
+                beat = self.capabilities.heartbeat(self.id)
+                if beat is None:
                     self._report_self()
+                self.lookout.drain(beat is not None and beat.draining)
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("housekeeping_failed", error=str(error)[:300])
-
-    def _sweep(self) -> None:
-        """Every worker sweeps, also while it runs a job: as long as one lives, nothing stays lost. A thread of its own,
-        not a Celery task: it must not wait behind a long job, nor depend on the broker whose losses it mends."""
-        while not self.shutdown.wait(self.settings.worker.sweep_s):
-            try:
-                self.telemetry.swept(self.ledger.sweep())
-            except (SQLAlchemyError, AppError, OSError) as error:
-                self.telemetry.chore_failed("sweeper")
-                log.warning("sweep_failed", error=str(error)[:300])
 
     def _run_errands(self) -> None:
         """What may take long and must not hold up the heartbeat."""
@@ -255,23 +253,24 @@ class WorkerService:
 
     # Jobs
 
-    def run_job(self, job_id: str) -> None:
-        """Claim the job and take it to its end; nothing where it is not there to take."""
-        with self.spare.jobs_first():
-            self._run_claimed(job_id)
+    def run_job(self) -> None:
+        """Take the best of the jobs that wait to its end; nothing where there is none for this worker."""
+        with self.lookout.at_work():
+            if self.lookout.takes_jobs():
+                with self.spare.jobs_first():
+                    self._run_claimed()
 
-    def _run_claimed(self, job_id: str) -> None:
+    def _run_claimed(self) -> None:
         asked = time.monotonic()
-        claim = self.ledger.claim(job_id, self.id)
-        if claim is None:
-            log.info("nothing_to_claim", job_id=job_id)
+        claim = self.ledger.claim(self.offer)
+        if claim is None:  # another was faster
             return
         renewals, on_lost = self._renewals, self.isolated.interrupt
         with LeaseKeeper(renewals, claim, self.shutdown, asked=asked, on_lost=on_lost) as keeper:
             try:
                 self._run(claim, keeper)
             except LeaseLost:
-                log.warning("lease_lost", job_id=job_id, token=claim.token)
+                log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
             except Interrupted:
                 self._interrupted(claim, keeper)
 
@@ -410,8 +409,7 @@ class WorkerService:
     def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> bool:
         """Whether the job is tried again."""
         log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
-        exhausted = self.ledger.exhausted(claim.attempt, claim.attempts_in_all)
-        if failure.code in _RETRIED_LATER and not exhausted:
+        if failure.code in _RETRIED_LATER and not self.ledger.exhausted(claim):
             self.ledger.retry_later(claim, failure.detail)
             return True
         self.ledger.fail(claim, failure.public(), {"stages": stages})

@@ -31,10 +31,17 @@ class WorkerRepository:
         for name, value in fields.items():
             setattr(row, name, value)
         row.started_at = row.last_seen_at = now
-        row.stopped_at = None
+        row.stopped_at = row.draining_at = None
 
-    def touch(self, worker_id: str) -> bool:
+    def touch(self, worker_id: str) -> bool | None:
+        """A sign of life; whether it is to take no more jobs, or None where there is no such worker."""
         statement = update(Worker).where(Worker.id == worker_id).values(last_seen_at=utcnow(), stopped_at=None)
+        row = self.session.execute(statement.returning(Worker.id, Worker.draining_at)).one_or_none()
+        return None if row is None else row.draining_at is not None
+
+    def drain(self, worker_id: str, *, draining: bool) -> bool:
+        at = utcnow() if draining else None
+        statement = update(Worker).where(Worker.id == worker_id).values(draining_at=at)
         return self.session.scalar(statement.returning(Worker.id)) is not None
 
     def stop(self, worker_id: str) -> None:

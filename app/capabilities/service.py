@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,13 @@ from app.db.uow import Database
 from app.settings import Settings
 
 _KNOWN_FOR = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker is told at its heartbeat. `draining`: it is to take no more jobs."""
+
+    draining: bool
 
 
 class CapabilityService:
@@ -56,20 +64,29 @@ class CapabilityService:
         with self._db.write() as uow:
             WorkerRepository(uow.session).upsert(worker_id, fields)
 
-    def heartbeat(self, worker_id: str) -> bool:
-        """A sign of life. False where nobody knows this worker (any more): it has to `report` again."""
+    def heartbeat(self, worker_id: str) -> Beat | None:
+        """A sign of life, and what it is answered. None where nobody knows this worker (any more): it has to `report`
+        again."""
         with self._db.write() as uow:
-            return WorkerRepository(uow.session).touch(worker_id)
+            draining = WorkerRepository(uow.session).touch(worker_id)
+        return None if draining is None else Beat(draining)
 
     def stopped(self, worker_id: str) -> None:
         """An orderly goodbye."""
         with self._db.write() as uow:
             WorkerRepository(uow.session).stop(worker_id)
 
+    def drain(self, worker_id: str, *, draining: bool) -> bool:
+        """From its next heartbeat on this worker takes no job, or does so again, until it starts anew. False where
+        nobody knows it."""
+        with self._db.write() as uow:
+            return WorkerRepository(uow.session).drain(worker_id, draining=draining)
+
     def live(self) -> list[Worker]:
         """Workers that would take a job now."""
         with self._db.read() as session:
-            return WorkerRepository(session).seen_since(utcnow() - self._live_for, stopped=False)
+            found = WorkerRepository(session).seen_since(utcnow() - self._live_for, stopped=False)
+        return [worker for worker in found if worker.draining_at is None]
 
     def known(self) -> list[Worker]:
         """Workers seen in the last 24 hours, live or not."""

@@ -13,11 +13,14 @@ LOCAL_TENANT = "tnt_local"
 
 
 class Tenant(Base):
+    """`served_at`: when a worker took one of its jobs last (`app.jobs.schedule`)."""
+
     __tablename__ = "tenants"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(200), unique=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class ApiKey(Base):

@@ -105,6 +105,8 @@ class Job(Base):
     `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
     `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
     was shut down gave back.
+    `turn` (of its `priority`) and `not_before` say when it is next (`app.jobs.schedule`); `start_by`: queued until then without having
+    been begun, it fails. `dispatched_at` and `dispatches` are the previous release's, which may run beside this one.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
     then an ended job stands in its status's `JobTally`. `parent_id`: of the job that compares this one's target with
     others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced.
@@ -135,6 +137,10 @@ class Job(Base):
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     dispatched_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     dispatches: Mapped[int] = mapped_column(Integer, default=0)
+    priority: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
+    turn: Mapped[int] = mapped_column(Integer, default=1, server_default=text("1"))
+    not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    start_by: Mapped[datetime | None] = mapped_column(UtcDateTime)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     webhook_url: Mapped[str | None] = mapped_column(String(2048))
     webhook_attempts: Mapped[int] = mapped_column(Integer, default=0)
@@ -172,6 +178,23 @@ class Job(Base):
             "lease_expires_at",
             sqlite_where=text("status IN ('queued', 'running')"),
             postgresql_where=text("status IN ('queued', 'running')"),
+        ),
+        # Whose turn is next among a tenant's jobs; with the queue, those of other workers are passed over quickly.
+        Index(
+            "ix_jobs_waiting",
+            "tenant_id",
+            "turn",
+            "id",
+            "queue",
+            sqlite_where=text("status = 'queued'"),
+            postgresql_where=text("status = 'queued'"),
+        ),
+        # Those that wait too long.
+        Index(
+            "ix_jobs_start_by",
+            "start_by",
+            sqlite_where=text("status = 'queued' AND start_by IS NOT NULL"),
+            postgresql_where=text("status = 'queued' AND start_by IS NOT NULL"),
         ),
         Index(
             "ix_jobs_webhook",
@@ -312,7 +335,7 @@ class IdempotencyKey(Base):
 
 
 class Worker(Base):
-    """A worker that reported itself; live while `last_seen_at` is recent."""
+    """A worker that reported itself; live while `last_seen_at` is recent. From `draining_at` on it takes no job."""
 
     __tablename__ = "workers"
 
@@ -325,6 +348,7 @@ class Worker(Base):
     started_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     last_seen_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow, index=True)
     stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    draining_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class Examination(Base):

@@ -25,6 +25,7 @@ Metric = Literal[
 ]
 # fmt: on
 MOST_TARGETS = 8
+OF_THE_QUEUE = ("priority", "max_queue_seconds")  # kept in columns of the job, beside its spec
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
@@ -205,7 +206,10 @@ class OptimizationSpec(Strict):
     `engines_per_bundle`: with 2, the bundle may hold two engines, one for small and one for large batches, where that
     gains at one of `benchmark.batch_sizes`; both are loaded, so that it takes the memory of both. By default 2 where
     latency is the objective, which promises something at every batch size, and 1 for throughput and cost, where memory
-    is better spent on further instances."""
+    is better spent on further instances.
+
+    `priority` and `max_queue_seconds` are about the queue, not about the engine: they change nothing of what is found,
+    nor what an earlier job's results are good for."""
 
     model_id: str
     """The uploaded model."""
@@ -245,6 +249,10 @@ class OptimizationSpec(Strict):
     """2: the bundle may hold one engine for small and one for large batches."""
     budget_seconds: int = Field(default=900, ge=10, le=86_400)
     """After which the best engine so far ships."""
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Above 0: before your other jobs. Below: after everybody's."""
+    max_queue_seconds: Annotated[int, Field(ge=1, le=30 * 86_400)] | None = None
+    """The job fails where no worker has taken it by then."""
     webhook: Webhook | None = None
     """Who is told of the job's end."""
 

@@ -123,10 +123,11 @@ def submit_job(
         idempotency=idempotency,
         traceparent=request.scope.get("anneal.traceparent"),
     )
-    headers = {"Location": f"/v1/jobs/{row.id}", "ETag": job_etag(row)}
+    job = services.job_documents.get(tenant_id, row.id)
+    headers = {"Location": f"/v1/jobs/{row.id}", "ETag": job.etag}
     if not new:
         headers["Idempotency-Replayed"] = "true"
-    return Response(job_json(row), 202, headers, _JSON)
+    return Response(job.body, 202, headers, _JSON)
 
 
 @router.get("", response_model=JobPage)
@@ -142,7 +143,7 @@ def list_jobs(
     def fetch(limit: int, before: str | None) -> list[Job]:
         return services.jobs.list(tenant_id, limit=limit, before=before, status=status, model_id=model_id)
 
-    return page_response(page, fetch, job_json)
+    return page_response(page, fetch, services.job_documents.render)
 
 
 @router.get(

@@ -4,7 +4,6 @@ and comes back finds its token outdated and stops."""
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.jobs.holds import Hold
 from app.jobs.repository import JobRepository
+from app.jobs.schedule import Offer, next_job, turn_of
+from app.jobs.sweep import Sweeper, exhausted
 from app.queue.producer import Dispatch
 from app.references import forget_results, is_uploaded, keep_result, lock_blob
 from app.settings import WorkerSettings
@@ -29,8 +30,7 @@ from app.storage.content import ContentStore
 
 log = structlog.get_logger(__name__)
 
-_SENT_AT_ONCE = 200  # by one sweep; fewer where the broker is slow: leases are to be looked after again soon
-_ROUNDS = 4  # so often an attempt counts anew after a finished stage, for failures of infrastructure
+_LONGEST_PAUSE_S = 3600.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,17 +82,16 @@ class JobLedger:
 
     # The lease
 
-    def claim(self, job_id: str, owner: str) -> Claim | None:
-        """Take a queued job, or None where there is nothing to take (done, cancelled, another's)."""
-        now = utcnow()
+    def claim(self, offer: Offer) -> Claim | None:
+        """Take the best of the queued jobs that this worker can run, or None where there is nothing to take."""
+        now, owner = utcnow(), offer.worker_id
         with self.db.write() as uow:
-            jobs = JobRepository(uow.session)
-            job = jobs.get_any_tenant(job_id)
-            if job is None or job.status != JobStatus.QUEUED.value:
+            job = next_job(uow.session, offer.queues, now)
+            if job is None:
                 return None
             token = job.fencing_token + 1
-            taken = jobs.apply(
-                job_id,
+            taken = JobRepository(uow.session).apply(
+                job.id,
                 Trigger.CLAIM,
                 source=JobStatus.QUEUED,
                 where=[Job.fencing_token == job.fencing_token],
@@ -104,13 +103,20 @@ class JobLedger:
                     "attempts_in_all": job.attempts_in_all + 1,
                     "started_at": job.started_at or now,
                     "claimed_at": now,
+                    "not_before": None,
+                    "turn": turn_of(job.priority, begun=True),
                 },
                 event={"worker": owner, "attempt": job.attempts + 1},
             )
             if taken is None:
                 return None
             attempt, in_all = job.attempts + 1, job.attempts_in_all + 1
-            return Claim(job_id, job.tenant_id, token, owner, attempt, now, job.spent_seconds, in_all)
+            return Claim(job.id, job.tenant_id, token, owner, attempt, now, job.spent_seconds, in_all)
+
+    def waiting(self, offer: Offer) -> Job | None:
+        """The job that `claim` would take now."""
+        with self.db.read() as session:
+            return next_job(session, offer.queues, utcnow(), take=False)
 
     def renew(self, claim: Claim) -> bool:
         """Extend the lease; True when the user asked to cancel. Raises `LeaseLost`."""
@@ -123,26 +129,22 @@ class JobLedger:
             return job is not None and job.cancel_requested_at is not None
 
     def release(self, claim: Claim, reason: str) -> None:
-        """Give the job back at shutdown; it counts as no attempt."""
-        values = {
-            "attempts": max(0, claim.attempt - 1),
-            "attempts_in_all": claim.attempts_in_all - 1,
-            "dispatched_at": None,
-        }
-        self._give_back(claim, reason, values, dispatch=True)
+        """Give the job back at shutdown, and wake another worker for it; it counts as no attempt."""
+        values = {"attempts": max(0, claim.attempt - 1), "attempts_in_all": claim.attempts_in_all - 1}
+        self._give_back(claim, reason, values, wake=True)
 
-    def exhausted(self, attempts: int, in_all: int) -> bool:
-        """Whether a job has been tried often enough: without a stage finished in between, or for all it finished. What
-        it finishes may be lost each time, by a storage that damages it."""
-        most = self.settings.max_attempts
-        return attempts >= most or in_all >= _ROUNDS * most
+    def exhausted(self, claim: Claim) -> bool:
+        """Whether this was the last attempt."""
+        return exhausted(self.settings, claim.attempt, claim.attempts_in_all)
 
     def retry_later(self, claim: Claim, reason: str) -> None:
-        """Queue the job again after a failure of infrastructure; the sweeper sends it, later with every attempt."""
-        self._give_back(claim, reason, {"dispatched_at": utcnow(), "dispatches": claim.attempt}, dispatch=False)
+        """Queue the job again after a failure of infrastructure; nobody takes it before a pause that doubles with every
+        attempt."""
+        pause = min(self.settings.redispatch_s * 2 ** (claim.attempt - 1), _LONGEST_PAUSE_S)
+        self._give_back(claim, reason, {"not_before": utcnow() + timedelta(seconds=pause)}, wake=False)
 
     @_patient
-    def _give_back(self, claim: Claim, reason: str, values: dict[str, Any], *, dispatch: bool) -> None:
+    def _give_back(self, claim: Claim, reason: str, values: dict[str, Any], *, wake: bool) -> None:
         """To the queue; or to its end, where the user has asked for that in the meantime."""
         worked = max((utcnow() - claim.claimed_at).total_seconds(), 0.0)
         values = {**values, "spent_seconds": claim.spent_seconds + worked, "expected_end": None}
@@ -155,8 +157,9 @@ class JobLedger:
                 claim.job_id, Trigger.RELEASE, source=running, where=wanted, values=values, event=event
             )
             if released is not None:
-                if dispatch:
-                    self._dispatch_later(uow.session, claim.job_id, uow.after_commit)
+                if wake:
+                    job = uow.session.get_one(Job, claim.job_id)
+                    uow.after_commit(lambda: self.dispatch(job))
             elif jobs.apply(claim.job_id, Trigger.CANCEL, source=running, where=claim.holds()) is None:
                 raise LeaseLost(claim.job_id)
 
@@ -293,80 +296,9 @@ class JobLedger:
         if done is None:
             raise LeaseLost(claim.job_id)
 
-    # The sweeper
-
     def sweep(self) -> dict[str, int]:
-        """Give on the jobs of dead workers, end what cannot go on, and send lost messages again. Any number of workers
-        may sweep at once: each change is a compare-and-set."""
-        counts = {"expired": self._sweep_expired(), "redispatched": self._sweep_undispatched()}
-        if any(counts.values()):
-            log.info("swept", **counts)
-        return counts
-
-    def _sweep_expired(self) -> int:
-        now = utcnow()
-        with self.db.read() as session:
-            expired = JobRepository(session).expired(now, limit=200)
-        done = 0
-        for job in expired:
-            guard = [Job.fencing_token == job.fencing_token, Job.lease_expires_at < now]
-            trigger, values, event = self._fate(job)
-            with self.db.write() as uow:
-                jobs = JobRepository(uow.session)
-                if jobs.apply(job.id, trigger, source=JobStatus.RUNNING, where=guard, values=values, event=event):
-                    done += 1  # whoever looks for lost messages finds what is queued again, and sends it
-        return done
-
-    def _fate(self, job: Job) -> tuple[Trigger, dict[str, Any], dict[str, Any]]:
-        """What becomes of a job whose worker died: cancelled where the user wanted that, failed after too many lost
-        workers with no stage finished in between (it may be what kills them), else queued again."""
-        if job.cancel_requested_at is not None:
-            return Trigger.CANCEL, {}, {}
-        if self.exhausted(job.attempts, job.attempts_in_all):
-            error = {
-                "code": "worker_lost",
-                "detail": "Worker after worker was lost while it ran this job: the last "
-                f"{job.attempts} attempts finished no stage; {job.attempts_in_all} were made in all.",
-                "stage": job.stage,
-                "remedy": "Ask the operator to look at the workers' logs; submit again once they are well.",
-            }
-            return Trigger.FAIL, {"error": error}, {"error": error}
-        values = {
-            "dispatched_at": None,
-            "dispatches": 0,
-            "spent_seconds": self._spent(job),
-            "expected_end": None,
-        }
-        return Trigger.LEASE_EXPIRED, values, {"reason": "worker_lost", "worker": job.lease_owner}
-
-    def _spent(self, job: Job) -> float:
-        """Of the job's budget, with the attempt that was lost: until it last renewed its lease."""
-        if job.claimed_at is None or job.lease_expires_at is None:
-            return job.spent_seconds
-        renewed = job.lease_expires_at - timedelta(seconds=self.settings.lease_s)
-        return job.spent_seconds + max((renewed - job.claimed_at).total_seconds(), 0.0)
-
-    def _sweep_undispatched(self) -> int:
-        now = utcnow()
-        with self.db.read() as session:
-            waiting = JobRepository(session).undispatched(now, self.settings.redispatch_s, limit=_SENT_AT_ONCE)
-        sent, until = 0, time.monotonic() + self.settings.sweep_s
-        for job in waiting:
-            # Sent first and noted then: twice is harmless. Where the broker is away nothing counts and the rest waits.
-            if time.monotonic() > until or not self.dispatch(job):
-                break
-            guard = [Job.status == JobStatus.QUEUED.value, Job.dispatches == job.dispatches]
-            with self.db.write() as uow:
-                changes = {"dispatched_at": now, "dispatches": job.dispatches + 1}
-                JobRepository(uow.session).touch(job.id, guard, changes)
-            sent += 1
-        return sent
-
-    def _dispatch_later(self, session: Any, job_id: str, after_commit: Any) -> None:
-        session.flush()
-        job = session.get_one(Job, job_id, populate_existing=True)
-        job.dispatched_at, job.dispatches = utcnow(), 1
-        after_commit(lambda: self.dispatch(job))
+        """Give on the jobs of dead workers, end what cannot go on or waited too long."""
+        return Sweeper(self.db, self.dispatch, self.settings).sweep()
 
 
 @contextmanager

@@ -4,10 +4,10 @@ compares this one's target with others follows in the same transaction."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, func, select, update
 from sqlalchemy.orm import Session, defer
 
 from app.db import counts
@@ -25,10 +25,6 @@ _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_i
 
 # What sweeps look at: without what a client may have made large.
 LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
-
-
-_DOUBLINGS = 9
-_LONGEST_S = 3600.0
 
 
 _Q = TypeVar("_Q", bound=Select[*tuple[Any, ...]])
@@ -210,25 +206,3 @@ class JobRepository:
         """Running jobs whose worker has let the lease run out."""
         query = select(Job).options(*LEAN).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]
-
-    def undispatched(self, now: datetime, first_s: float, limit: int) -> list[Job]:
-        """Queued jobs whose message may be lost: it was sent `first_s` ago, and twice as long for every further one, at
-        most an hour. Those of which the fewest were sent come first: what waits for a worker that never comes holds up
-        nobody's lost message."""
-        late = [
-            and_(_nth_message(n), Job.dispatched_at < now - timedelta(seconds=min(first_s * 2 ** (n - 1), _LONGEST_S)))
-            for n in range(1, _DOUBLINGS + 1)
-        ]
-        query = (
-            select(Job)
-            .options(*LEAN)
-            .where(Job.status == JobStatus.QUEUED.value, or_(Job.dispatched_at.is_(None), *late))
-            .order_by(Job.dispatched_at.is_not(None), Job.dispatches, Job.dispatched_at, Job.id)
-        )
-        return [*self.session.scalars(query.limit(limit))]
-
-
-def _nth_message(n: int) -> ColumnElement[bool]:
-    if n == 1:
-        return Job.dispatches <= 1
-    return Job.dispatches >= n if n == _DOUBLINGS else Job.dispatches == n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Any, Literal, Self, cast
+from zlib import crc32
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +12,7 @@ from app.db.orm import Job
 from app.domain.job_state import TERMINAL
 from app.domain.spec import OptimizationSpec
 from app.jobs.family import PARENTS
+from app.jobs.outlook import Outlook, to_json
 from app.schemas import ItemPage, Resource
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -48,6 +50,17 @@ class ChildOut(BaseModel):
     hardware: str | None
     status: Status
     links: dict[str, str]
+
+
+class QueueOut(BaseModel):
+    """What a queued job can expect."""
+
+    position: int | None = Field(description="1 is next, among the jobs that the same workers may take")
+    ahead: int | None
+    expected_start: datetime | None = Field(
+        description="By the pace of the jobs that run and that ran; in the past: a worker is free; null: not known"
+    )
+    waiting_for: str | None = Field(description="Why no worker takes it now")
 
 
 class JobNotice(Resource):
@@ -103,9 +116,17 @@ class JobOut(JobNotice):
     started_at: datetime | None
     finished_at: datetime | None
     expected_end: datetime | None = Field(default=None, description="Of a running job, by its pace and its budget")
+    queue: QueueOut | None = Field(default=None, description="Of a queued job: what it can expect")
     cancel_requested: bool
     parent_id: str | None = Field(default=None, description="The job that compares this one's target with others")
     children: list[ChildOut] = Field(default=[], description="Of a job with `targets`: one for each, in their order")
+
+    @classmethod
+    def seen(cls, row: Job, outlook: Outlook | None) -> Self:
+        """With what it can expect of the queue."""
+        job = cls.of(row)
+        job.queue = None if outlook is None else cast(QueueOut, to_json(outlook))
+        return job
 
     @classmethod
     def _values(cls, row: Job) -> dict[str, Any]:
@@ -114,7 +135,7 @@ class JobOut(JobNotice):
             "stage": row.stage,
             "progress": row.progress,
             "model_id": row.model_id,
-            "spec": row.spec,
+            "spec": spec_of(row),
             "stages": row.stages,
             "started_at": row.started_at,
             "finished_at": row.finished_at,
@@ -123,6 +144,12 @@ class JobOut(JobNotice):
             "parent_id": row.parent_id,
             "children": _children(row),
         }
+
+
+def spec_of(row: Job) -> dict[str, Any]:
+    """What was submitted, with every default."""
+    seconds = None if row.start_by is None else round((row.start_by - row.created_at).total_seconds())
+    return {**row.spec, "priority": row.priority, "max_queue_seconds": seconds}
 
 
 def _children(row: Job) -> list[dict[str, Any]]:
@@ -170,19 +197,25 @@ class JobEnded(BaseModel):
         return self.model_dump_json(warnings=False).encode()
 
 
-def job_json(row: Job) -> bytes:
-    return JobOut.of(row).to_json()
+def job_json(row: Job, outlook: Outlook | None = None) -> bytes:
+    return JobOut.seen(row, outlook).to_json()
 
 
-def job_etag(row: Job) -> str:
-    """Strong: every change that a client can see raises the version."""
-    return f'"{row.id}-{row.version}"'
+def job_etag(row: Job, outlook: Outlook | None = None) -> str:
+    """Strong: every change that a client can see raises the version, but for what a queued job can expect, which stands
+    behind it."""
+    return f'"{row.id}-{row.version}{"" if outlook is None else f".{_digest(outlook)}"}"'
+
+
+def _digest(outlook: Outlook) -> str:
+    return f"{crc32(repr(outlook).encode()):08x}"
 
 
 def version_in(etags: str | None, job_id: str) -> int | None:
     """The version of this job that an If-None-Match header names."""
     for tag in (etags or "").split(","):
         name, _, version = tag.strip().removeprefix("W/").strip('"').rpartition("-")
+        version = version.partition(".")[0]
         if name == job_id and version.isdecimal() and len(version) < 19:
             return int(version)
     return None

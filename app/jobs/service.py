@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from app.db.ids import new_id
 from app.db.orm import Job, JobEvent, SourceModel
 from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
-from app.domain.spec import OptimizationSpec
+from app.domain.spec import OF_THE_QUEUE, OptimizationSpec
 from app.errors import AppError, FieldError, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
@@ -24,6 +25,7 @@ from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.family import PARENTS, stages_of
 from app.jobs.metric_admission import check_metric
 from app.jobs.repository import JobRepository
+from app.jobs.schedule import turn_of
 from app.jobs.target_admission import per_target
 from app.jobs.traffic_admission import fit_traffic
 from app.prebuilds.repository import PrebuildRepository
@@ -249,7 +251,11 @@ def _queued(
         status=JobStatus.QUEUED.value,
         stage=None,
         progress=0.0,
-        spec=spec.model_dump(mode="json"),
+        # Workers of the previous release refuse a spec with fields that they do not know.
+        spec=spec.model_dump(mode="json", exclude=set(OF_THE_QUEUE)),
+        priority=spec.priority,
+        turn=turn_of(spec.priority),
+        start_by=None if spec.max_queue_seconds is None else now + timedelta(seconds=spec.max_queue_seconds),
         queue=queue.name,
         stages=queue.stages,
         error=None,
@@ -261,8 +267,6 @@ def _queued(
         version=1,
         attempts=0,
         fencing_token=0,
-        dispatched_at=now,
-        dispatches=1,
         created_at=now,
         parent_id=None if parent is None else parent.id,
     )

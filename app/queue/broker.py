@@ -16,8 +16,9 @@ def make_celery(settings: Settings, *, sends_only: bool = False) -> Celery:
     """A Celery app for the broker of the settings. Nothing connects here. One that `sends_only` gives up on a broker
     that is away after about a second; a worker's waits for it to come back.
 
-    Messages are at least once: acknowledged late, sent again when a worker is lost. What makes a job safe is the lease
-    in the database and the sweeper, so a transport that loses messages (the file-system one) is good enough.
+    Messages only wake: what makes a job safe is its row, the lease there and the sweeper, so a transport that loses
+    messages (the file-system one) is good enough. They are acknowledged late so that a worker that runs a job takes no
+    second one: whoever is idle is to hear it.
     """
     TRANSPORT_ALIASES["filesystem"] = "app.queue.filesystem:Transport"
     app = Celery("anneal", broker=settings.broker, set_as_current=False)

@@ -1,8 +1,8 @@
 """Kombu's file-system transport, with whole messages only.
 
 Kombu's own writes a message in place, so a consumer that looks often enough finds it empty, and the worker ends on what
-it cannot parse. Here a message appears by a rename, is taken by a rename, and what cannot be parsed is left out: the
-sweeper sends the job again.
+it cannot parse. Here a message appears by a rename, is taken by a rename, and what cannot be parsed is left out:
+workers look for themselves.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ _TRIES = 50
 
 
 class Channel(filesystem.Channel):
-    """Messages are files `<priority>_<nanoseconds>_<uuid>.<queue>.msg` in one folder: by priority, oldest first."""
+    """Messages are files `<nanoseconds>_<uuid>.<queue>.msg` in one folder, oldest first."""
 
     # The stubs of kombu's own class and of its base disagree on the name of the second parameter.
     def _put(self, queue: str, payload: Any, **_: Any) -> None:  # type: ignore[override]
         folder = Path(self.data_folder_out)
-        priority = self._get_message_priority(payload, reverse=False)
-        name = f"{priority}_{time.monotonic_ns():020d}_{uuid.uuid4()}"
+        name = f"{time.monotonic_ns():020d}_{uuid.uuid4()}"
         partial = folder / f"{name}.partial"
         partial.write_bytes(dumps(payload).encode())
         partial.rename(folder / f"{name}.{queue}.msg")

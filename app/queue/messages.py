@@ -1,14 +1,10 @@
-"""What travels through the broker: task names and ids, nothing else."""
+"""What travels through the broker: task names and ids, nothing else. A message wakes a worker that listens to its
+queue; which job that one takes, the database decides (`app.jobs.schedule`)."""
 
 from __future__ import annotations
 
 OPTIMIZE = "anneal.optimize"
 QUEUE_PREFIX = "anneal"
-# Priorities, the lower the sooner (Redis, as kombu has it, and the file-system transport).
-FIRST = 0
-USUAL = 3
-
-
 SPECIAL_FORMATS = ("pt2",)  # model formats that only some workers read: each has queues of its own
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from app.db.orm import Job
 from app.domain.job_state import TERMINAL
 from app.jobs.family import PARENTS
+from app.jobs.outlook import Outlook
 
 Json = Mapping[str, Any]
 STAGES = {
@@ -79,6 +80,7 @@ class JobView:
     model_name: str
     board: Board
     now: datetime
+    outlook: Outlook | None = None
 
     @property
     def terminal(self) -> bool:

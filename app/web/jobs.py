@@ -148,7 +148,8 @@ def view_of(services: Services, tenant_id: str, job_id: str) -> JobView:
         pages = PageRepository(session)
         told = pages.told(job_id, "candidates")
         lines = pages.lines(tenant_id, limit=1, ids=[job_id])
-    return JobView(job, lines[0].model if lines else job.model_id, Board.of(told), utcnow())
+    outlook = services.job_documents.get(tenant_id, job_id).outlook if job.status == "queued" else None
+    return JobView(job, lines[0].model if lines else job.model_id, Board.of(told), utcnow(), outlook)
 
 
 async def _outcome(services: Services, view: JobView) -> dict[str, Any]:

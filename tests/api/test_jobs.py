@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 
 from app.db.base import utcnow
-from app.db.orm import LOCAL_TENANT, Job
+from app.db.orm import LOCAL_TENANT, Job, Worker
 from app.domain.job_state import JobStatus, Trigger
 from app.http.services import Services
 from app.jobs.repository import JobRepository
@@ -193,6 +193,61 @@ def test_etag(client: httpx.Client, job: dict[str, Any], services: Services) -> 
     assert changed.status_code == 200
     assert changed.headers["etag"] != etag
     assert (changed.json()["status"], changed.json()["stage"]) == ("running", "export")
+
+
+def test_a_queued_job_says_what_it_can_expect(client: httpx.Client, job: dict[str, Any], services: Services) -> None:
+    assert job["queue"] == {"position": 1, "ahead": 0, "expected_start": job["created_at"], "waiting_for": None}
+    path = client.post("/v1/jobs", json={"model_id": job["model_id"]}).json()["links"]["self"]
+    deadline = time.monotonic() + 10
+    while (second := client.get(path)).json()["queue"] is None:  # the picture of the queue is older
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    etag = second.headers["etag"]
+    assert second.json()["queue"]["position"] == 2
+    assert client.get(path, headers={"If-None-Match": etag}).status_code == 304
+    client.post(job["links"]["cancel"])
+    deadline = time.monotonic() + 10
+    while (moved := client.get(path, headers={"If-None-Match": etag})).status_code == 304:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert moved.json()["queue"]["position"] == 1
+    assert moved.headers["etag"] != etag, "the ETag is a strong one"
+    # Whoever waits for a change of the job is not woken by its position.
+    assert client.get(path, params={"wait": 0.3}, headers={"If-None-Match": moved.headers["etag"]}).status_code == 304
+    with services.db.write() as uow:
+        uow.session.get_one(Worker, "worker-1").stopped_at = utcnow()
+    deadline = time.monotonic() + 10
+    while (alone := client.get(path).json()["queue"])["waiting_for"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (alone["position"], alone["waiting_for"]) == (None, "no live worker with cpu")
+    advance(services, second.json()["id"], Trigger.CLAIM, JobStatus.QUEUED)
+    assert client.get(path).json()["queue"] is None
+
+
+def test_priority_and_the_longest_wait(client: httpx.Client, worker: Services, model: dict[str, Any]) -> None:
+    def submit(**fields: Any) -> httpx.Response:
+        return client.post("/v1/jobs", json={"model_id": model["id"], **fields})
+
+    plain = submit().json()
+    assert (plain["spec"]["priority"], plain["spec"]["max_queue_seconds"]) == (0, None)
+    asked = submit(priority=-3, max_queue_seconds=90).json()
+    assert (asked["spec"]["priority"], asked["spec"]["max_queue_seconds"]) == (-3, 90)
+    row = worker.jobs.get(LOCAL_TENANT, asked["id"])
+    assert row.start_by is not None
+    assert (row.priority, (row.start_by - row.created_at).total_seconds()) == (-3, 90)
+    assert not {"priority", "max_queue_seconds"} & set(row.spec), "the release before would refuse the job"
+    for wrong in ({"priority": 11}, {"priority": -11}, {"priority": 1.5}, {"max_queue_seconds": 0}):
+        assert_problem(submit(**wrong), 422, "invalid_request")
+
+
+def test_a_job_that_nobody_took_in_time_ends_though_no_worker_lives(
+    client: httpx.Client, worker: Services, model: dict[str, Any]
+) -> None:
+    job = client.post("/v1/jobs", json={"model_id": model["id"], "max_queue_seconds": 1}).json()
+    ended = client.get(job["links"]["self"], params={"wait": 30, "for": "end"}).json()
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "queued_too_long")
+    assert ended["error"]["remedy"]
 
 
 def test_long_poll(client: httpx.Client, job: dict[str, Any], services: Services) -> None:

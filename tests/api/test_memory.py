@@ -14,6 +14,7 @@ from app.db.orm import LOCAL_TENANT, Job
 from app.http.services import Services
 from app.jobs.documents import JobDocuments
 from app.jobs.ledger import JobLedger
+from app.jobs.outlook import Outlooks
 from app.settings import Settings, WorkerSettings
 from app.webhooks.sender import WebhookSender
 from tests.api.conftest import assert_problem
@@ -27,7 +28,7 @@ def add_jobs(services: Services, model_id: str, count: int, **fields: Any) -> li
     now = utcnow()
     with services.db.write() as uow:
         for job_id in ids:
-            columns = {"status": "queued", "dispatched_at": None, "dispatches": 1, **fields}
+            columns = {"status": "queued", **fields}
             spec = {"model_id": model_id, "quantization": {"keep_nodes": LARGE}}
             uow.session.add(
                 Job(
@@ -77,7 +78,7 @@ def test_pages_end_before_they_grow_large(client: httpx.Client, services: Servic
 
 
 def test_documents_are_kept_by_their_bytes_and_once_a_job(services: Services, model_id: str) -> None:
-    documents = JobDocuments(services.jobs, kept_bytes=3 << 20)
+    documents = JobDocuments(services.jobs, Outlooks(services.db, services.capabilities), kept_bytes=3 << 20)
     ids = add_jobs(services, model_id, 20)
     for job_id in ids:
         assert len(documents.get(LOCAL_TENANT, job_id).body) > 500_000
@@ -99,7 +100,7 @@ def model_id(model: dict[str, Any]) -> str:
 def test_sweeps_and_webhooks_leave_specs_where_they_are(services: Services, settings: Settings, model_id: str) -> None:
     statements: list[str] = []
     event.listen(services.db.engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
-    add_jobs(services, model_id, 2)
+    add_jobs(services, model_id, 1, start_by=utcnow())
     add_jobs(services, model_id, 2, status="running", lease_expires_at=utcnow(), fencing_token=1)
     ended = {
         "status": "succeeded",
@@ -111,9 +112,10 @@ def test_sweeps_and_webhooks_leave_specs_where_they_are(services: Services, sett
     sent: list[str] = []
     ledger = JobLedger(services.db, services.content, lambda job: not sent.append(job.id), WorkerSettings())
     statements.clear()
-    assert ledger.sweep() == {"expired": 2, "redispatched": 4}
+    assert ledger.sweep() == {"expired": 2, "overdue": 1}
+    assert len(sent) == 2
     lists = [s for s in statements if s.startswith("SELECT") and "jobs.lease_expires_at <" in s]
-    lists += [s for s in statements if s.startswith("SELECT") and "jobs.dispatched_at" in s.partition("WHERE")[2]]
+    lists += [s for s in statements if s.startswith("SELECT") and "jobs.start_by <" in s]
     assert len(lists) == 2
     statements.clear()
     assert deliver_due(WebhookSender(services.db, settings)) == 0

@@ -14,7 +14,8 @@ from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Dataset, Job, SourceModel
 from app.db.uow import Database
 from app.domain.spec import OptimizationSpec
-from app.jobs.ledger import JobLedger
+from app.jobs.ledger import Claim, JobLedger
+from app.jobs.schedule import Offer
 from app.jobs.service import JobService
 from app.settings import Settings, WorkerSettings
 from app.storage.content import ContentStore
@@ -95,6 +96,12 @@ class Desk:
         job, created = self.service.submit(LOCAL_TENANT, spec, correlation_id="test", idempotency=None)
         assert created
         return job
+
+    def claim(self, job: Job, owner: str = "w1", ledger: JobLedger | None = None) -> Claim | None:
+        """As a worker that serves the queue of this job, whose turn it is to be."""
+        claim = (ledger or self.ledger).claim(Offer(owner, (job.queue,)))
+        assert claim is None or claim.job_id == job.id
+        return claim
 
     def job(self, job_id: str) -> Job:
         return self.service.get(LOCAL_TENANT, job_id)

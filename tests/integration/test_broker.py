@@ -6,15 +6,12 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
 
-from app.db.base import utcnow
 from app.db.orm import Job
 from app.queue.broker import make_celery
-from app.queue.messages import USUAL
 from app.queue.producer import check_broker, make_dispatch
 from app.settings import Settings
 from tests.servers import HOST, free_port
@@ -51,29 +48,8 @@ def test_sent_and_received(fresh_redis: str) -> None:
         # A restarted broker has closed the connections of everybody.
         client.client_kill_filter(_type="normal", skipme=True)
         assert [dispatch(JOB), dispatch(JOB)][-1] is True
-        waiting = f"{JOB.queue}\x06\x16{USUAL}"  # as kombu names the list of a priority
-        assert client.llen(waiting) >= 2
-        assert "job_1" in json.dumps(json.loads(client.lindex(waiting, 0))["headers"])
-
-
-def test_a_job_that_was_begun_goes_before_those_that_wait(fresh_redis: str) -> None:
-    settings = Settings(BROKER_URL=fresh_redis)
-    _send_begun_last(settings)
-    with make_celery(settings).connection_for_read() as connection, connection.channel() as channel:
-        assert [channel._get(JOB.queue)["headers"]["argsrepr"] for _ in range(3)] == ["['b']", "['a']", "['c']"]
-
-
-def _send_begun_last(settings: Settings) -> None:
-    dispatch = make_dispatch(settings)
-    for job_id, started_at in (("a", None), ("c", None), ("b", utcnow())):
-        assert dispatch(Job(id=job_id, queue=JOB.queue, started_at=started_at))
-
-
-def test_so_it_does_without_a_server(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path)
-    _send_begun_last(settings)
-    with make_celery(settings).connection_for_read() as connection, connection.channel() as channel:
-        assert [channel._get(JOB.queue)["headers"]["argsrepr"] for _ in range(3)] == ["['b']", "['a']", "['c']"]
+        assert client.llen(JOB.queue) >= 2
+        assert "job_1" in json.dumps(json.loads(client.lindex(JOB.queue, 0))["headers"])
 
 
 def test_a_broker_that_refuses_the_message(fresh_redis: str) -> None:

@@ -114,7 +114,7 @@ def test_a_crash_is_kept_only_where_the_key_holds_the_machine(
     isolated = IsolatedRunner(["tests.factories.stages"])
     monkeypatch.setattr(Misbehave, "hardware_bound", bound)
     job = desk.submit()
-    claim = desk.ledger.claim(job.id, "w1")
+    claim = desk.claim(job)
     assert claim is not None
     home = Settings(home=tmp_path).home_dir
     desk.put_blob("0" * 64)

@@ -9,7 +9,7 @@ import pytest
 
 from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Job, JobEvent, SourceModel, StageResult
-from app.jobs import ledger as ledger_module
+from app.jobs import sweep as sweep_module
 from app.settings import Settings, WorkerSettings
 from app.storage.local import LocalStore
 from tests.factories import onnx_models
@@ -37,7 +37,9 @@ class Damaging(LocalStore):
 
 @pytest.fixture
 def worker(desk: Desk, tmp_path: Path, database_url: str) -> WorkerService:
-    settings = Settings(home=tmp_path, DATABASE_URL=database_url, worker=WorkerSettings(max_attempts=MOST))
+    settings = Settings(
+        home=tmp_path, DATABASE_URL=database_url, worker=WorkerSettings(max_attempts=MOST, redispatch_s=1e-6)
+    )
     upgrade(database_url)
     found = WorkerService(settings)
     found.isolated.start()
@@ -48,7 +50,7 @@ def worker(desk: Desk, tmp_path: Path, database_url: str) -> WorkerService:
 def test_a_job_whose_results_are_damaged_each_time_ends(
     desk: Desk, worker: WorkerService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "_ROUNDS", 2)
+    monkeypatch.setattr(sweep_module, "_ROUNDS", 2)
     model = onnx_models.save(onnx_models.mlp(), tmp_path / "net.onnx")
     store = Damaging(tmp_path / "damaging")
     store.sound = hashlib.sha256(model.read_bytes()).hexdigest()
@@ -60,7 +62,7 @@ def test_a_job_whose_results_are_damaged_each_time_ends(
     attempts = 0
     try:
         while desk.job(job.id).status == "queued":
-            worker.run_job(job.id)
+            worker.run_job()
             attempts += 1
             assert attempts <= 2 * MOST
     finally:
@@ -76,7 +78,7 @@ def test_stages_that_are_finished_in_vain_do_not_make_it_begin_anew_for_ever(des
     """Workers are lost, and so is what they finished."""
     job = desk.submit()
     claims = 0
-    while (claim := desk.ledger.claim(job.id, "w")) is not None:
+    while (claim := desk.claim(job)) is not None:
         claims += 1
         assert claims <= 100
         row = StageResult(tenant_id=LOCAL_TENANT, key="7" * 64, stage="export", outputs={}, data={}, seconds=0.1)
@@ -85,7 +87,7 @@ def test_stages_that_are_finished_in_vain_do_not_make_it_begin_anew_for_ever(des
             uow.session.get_one(Job, job.id).lease_expires_at = claim.claimed_at
         desk.ledger.sweep()
     ended = desk.job(job.id)
-    assert claims == ledger_module._ROUNDS * desk.ledger.settings.max_attempts
+    assert claims == sweep_module._ROUNDS * desk.ledger.settings.max_attempts
     assert ended.status == "failed"
     assert ended.error is not None
     assert ended.error["code"] == "worker_lost"
@@ -94,7 +96,7 @@ def test_stages_that_are_finished_in_vain_do_not_make_it_begin_anew_for_ever(des
 def test_what_a_worker_gives_back_at_its_end_is_no_attempt(desk: Desk) -> None:
     job = desk.submit()
     for _ in range(30):
-        claim = desk.ledger.claim(job.id, "w")
+        claim = desk.claim(job)
         assert claim is not None
         desk.ledger.release(claim, "the worker shuts down")
     assert desk.job(job.id).attempts_in_all == 0

@@ -93,7 +93,8 @@ def test_a_stage_ends_with_its_lease_while_the_database_hangs(fresh_postgres: st
     content, dispatch = ContentStore(LocalStore(tmp_path / "blobs")), lambda _: True
     ledger, renewals = (JobLedger(Database(make_engine(url, s)), content, dispatch, settings) for s in (4, 4 / 3))
     service = JobService(ledger.db, content, dispatch, Settings(home=tmp_path))
-    job = Desk(ledger.db, service, ledger, content, tmp_path).submit()
+    desk = Desk(ledger.db, service, ledger, content, tmp_path)
+    job = desk.submit()
     isolated = IsolatedRunner(["tests.factories.stages"])
     isolated.start()
     (tmp_path / "work").mkdir()
@@ -104,7 +105,7 @@ def test_a_stage_ends_with_its_lease_while_the_database_hangs(fresh_postgres: st
 
     def work() -> None:
         asked = time.monotonic()
-        claim = ledger.claim(job.id, "w1")
+        claim = desk.claim(job)
         assert claim is not None
         with LeaseKeeper(renewals, claim, threading.Event(), asked=asked, on_lost=isolated.interrupt) as keeper:
             try:

@@ -17,6 +17,7 @@ from app.db.orm import LOCAL_TENANT, Dataset, Job, SourceModel, StageFile, Stage
 from app.db.uow import Database
 from app.jobs.ledger import Claim
 from app.jobs.repository import JobRepository
+from app.jobs.schedule import Offer
 from app.library import LibraryRepository
 from app.operations.statistics import take
 from app.references import forget_results, is_referenced, is_uploaded, keep_result, referenced
@@ -177,7 +178,7 @@ def _ended(desk: Desk, how: str) -> str:
     if how == "cancelled":
         desk.service.cancel(LOCAL_TENANT, job.id)
         return job.id
-    claim = desk.ledger.claim(job.id, "w1")
+    claim = desk.claim(job)
     assert isinstance(claim, Claim)
     desk.ledger.fail(claim, {"code": "x", "detail": "y"}, {})
     return job.id
@@ -186,8 +187,10 @@ def _ended(desk: Desk, how: str) -> str:
 def test_counts_are_exact_whatever_has_been_tallied(desk: Desk) -> None:
     for how in ("failed", "failed", "cancelled"):
         _ended(desk, how)
-    waiting, running = desk.submit(), desk.submit()
-    assert desk.ledger.claim(running.id, "w1") is not None
+    both = desk.submit(), desk.submit()
+    claim = desk.ledger.claim(Offer("w1", (both[0].queue,)))
+    assert claim is not None
+    (waiting,) = [job for job in both if job.id != claim.job_id]
     expected = {"queued": 1, "running": 1, "failed": 2, "cancelled": 1, "succeeded": 0}
     assert _counts(desk.db) == (expected, {waiting.queue: 1})
     assert _tally(desk.db, limit=2) == 2

@@ -132,6 +132,40 @@ def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Dat
             client.cancel(other)
 
 
+@pytest.mark.parametrize("deployed", ["servers"], indirect=True)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_idle_worker_goes_on_with_what_another_left(
+    deployed: Deployment, db: Database, tmp_path: Path, how: signal.Signals
+) -> None:
+    with deployed.client() as client:
+        worker = deployed.start_worker()
+        job_id = submit_case(client, tmp_path, 40, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
+        assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
+        deployed.start_worker()
+        deployed.wait_for(lambda: len(client.capabilities()["workers"]) == 2)
+        first = job_row(db, job_id).lease_owner
+        worker.send_signal(how)
+        deployed.wait_for(lambda: job_row(db, job_id).lease_owner not in (None, first))
+        assert client.wait(job_id)["status"] == "succeeded"
+    assert _states(db, job_id) == ["queued", "running", "queued", "running", "succeeded"]
+
+
+@pytest.mark.parametrize("deployed", ["embedded"], indirect=True)
+def test_a_drained_worker_ends_its_job_and_takes_no_other(deployed: Deployment, db: Database, tmp_path: Path) -> None:
+    with deployed.client() as client:
+        deployed.start_worker()
+        first = submit_case(client, tmp_path, 50, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
+        assert wait_for_stage(db, first, {"benchmark"}) == "benchmark"
+        (worker_id,) = [worker["id"] for worker in client.capabilities()["workers"]]
+        second = submit_case(client, tmp_path, 51)["id"]
+        deployed.run("app", "drain", worker_id)
+        assert client.wait(first)["status"] == "succeeded"
+        time.sleep(2)
+        assert job_row(db, second).status == "queued"
+        deployed.run("app", "drain", "--undo", worker_id)
+        assert client.wait(second)["status"] == "succeeded"
+
+
 def test_cancel_ends_the_work_within_ten_seconds(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
         worker = deployed.start_worker()

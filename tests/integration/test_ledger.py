@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import update
 
 from app.db.base import utcnow
 from app.db.ids import new_id
@@ -19,12 +18,13 @@ from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.idempotency import Idempotency
 from app.jobs.ledger import Claim, LeaseLost
+from app.jobs.schedule import Offer
 from app.storage.content import blob_key
 from tests.integration.conftest import Desk
 
 
 def _claim(desk: Desk, job: Job, owner: str = "w1") -> Claim:
-    claim = desk.ledger.claim(job.id, owner)
+    claim = desk.claim(job, owner)
     assert claim is not None
     return claim
 
@@ -80,7 +80,7 @@ def test_only_one_of_many_workers_gets_the_job(desk: Desk) -> None:
 
     def take(owner: str) -> None:
         barrier.wait()
-        claims.append(desk.ledger.claim(job.id, owner))
+        claims.append(desk.claim(job, owner))
 
     threads = [threading.Thread(target=take, args=(f"w{i}",)) for i in range(6)]
     for thread in threads:
@@ -135,19 +135,6 @@ def test_many_sweepers_requeue_once(desk: Desk) -> None:
     assert sum(counts) == 1
 
 
-def test_a_lost_message_is_sent_again_ever_more_seldom(desk: Desk) -> None:
-    job = desk.submit()
-    desk.sent.clear()
-    assert desk.ledger.sweep()["redispatched"] == 0
-    time.sleep(0.25)
-    assert desk.ledger.sweep()["redispatched"] == 1
-    time.sleep(0.25)
-    assert desk.ledger.sweep()["redispatched"] == 0
-    time.sleep(0.25)
-    assert desk.ledger.sweep()["redispatched"] == 1
-    assert desk.sent == [job.id, job.id]
-
-
 def test_a_job_that_loses_worker_after_worker_fails_in_the_end(desk: Desk) -> None:
     job = desk.submit()
     for _ in range(3):
@@ -176,7 +163,7 @@ def test_finished_stages_make_an_attempt_count_anew(desk: Desk) -> None:
 def test_cancel_in_every_state(desk: Desk) -> None:
     queued = desk.submit()
     assert desk.service.cancel(LOCAL_TENANT, queued.id).status == JobStatus.CANCELLED
-    assert desk.ledger.claim(queued.id, "w1") is None
+    assert desk.claim(queued) is None
     running = desk.submit()
     claim = _claim(desk, running)
     asked = desk.service.cancel(LOCAL_TENANT, running.id)
@@ -217,20 +204,22 @@ def test_a_job_that_is_given_back_after_a_cancel_is_cancelled(desk: Desk, how: s
     assert desk.job(job.id).status == JobStatus.CANCELLED
 
 
-def test_messages_that_the_broker_did_not_take_do_not_count(desk: Desk) -> None:
+def test_a_broker_that_is_away_holds_up_the_sweeper_once(desk: Desk) -> None:
     jobs = [desk.submit() for _ in range(3)]
+    while desk.ledger.claim(Offer("w1", (jobs[0].queue,))) is not None:
+        pass
+    for job in jobs:
+        _expire(desk, job)
     asked: list[str] = []
 
     def refused(job: Job) -> bool:
         asked.append(job.id)
         return False
 
-    taken, desk.ledger.dispatch = desk.ledger.dispatch, refused
-    time.sleep(0.25)
-    assert desk.ledger.sweep()["redispatched"] == 0
-    assert len(asked) == 1, "one refusal ends the sweep"
-    desk.ledger.dispatch = taken
-    assert desk.ledger.sweep()["redispatched"] == len(jobs)
+    desk.ledger.dispatch = refused
+    assert desk.ledger.sweep()["expired"] == len(jobs)
+    assert len(asked) == 1, "one refusal is enough"
+    assert {desk.job(job.id).status for job in jobs} == {"queued"}
 
 
 def test_every_change_leaves_an_event_with_the_version(desk: Desk) -> None:
@@ -313,25 +302,3 @@ def test_a_job_taken_up_again_has_spent_what_its_lost_attempts_took(desk: Desk) 
     assert second.spent_seconds == pytest.approx(40.0, abs=0.01)
     desk.ledger.release(replace(second, claimed_at=second.claimed_at - timedelta(seconds=5)), "the worker shuts down")
     assert _claim(desk, job, "w3").spent_seconds == pytest.approx(45.0, abs=0.5)
-
-
-def test_jobs_that_wait_for_absent_hardware_hold_up_no_lost_message(desk: Desk) -> None:
-    """1,100 of them, older and sent nine times; the next message of those is due in a while."""
-    first, lost = desk.submit(), desk.submit()
-    columns = {c.name: getattr(first, c.name) for c in Job.__table__.columns}
-    columns |= {"dispatches": 9, "dispatched_at": utcnow() - timedelta(seconds=10)}
-    with desk.db.write() as uow:
-        uow.session.add_all(Job(**{**columns, "id": f"job_0{n:04d}"}) for n in range(1100))
-    desk.sent.clear()
-    time.sleep(0.3)
-    desk.ledger.sweep()
-    assert {first.id, lost.id} == set(desk.sent)
-    # Those that are due come after whoever has had fewer messages, and not all at once.
-    with desk.db.write() as uow:
-        uow.session.execute(update(Job).where(Job.dispatches == 9).values(dispatched_at=utcnow() - timedelta(hours=2)))
-        uow.session.execute(update(Job).where(Job.id == lost.id).values(dispatches=1))
-    desk.sent.clear()
-    time.sleep(0.3)
-    desk.ledger.sweep()
-    assert desk.sent[0] == lost.id
-    assert 1 < len(desk.sent) < 1100

@@ -118,7 +118,7 @@ def test_it_ends_when_the_jobs_own_worker_has_it_and_what_was_made_stays(desk: D
     job = submitted(desk)
     hold = taken(service)
     desk.ledger.remember(hold, result("a" * 64))
-    claim = desk.ledger.claim(job.id, "gpu-1")
+    claim = desk.claim(job, "gpu-1")
     assert claim is not None
     assert not service.renew(hold)
     for write in (lambda: progress(desk, hold), lambda: desk.ledger.remember(hold, result("b" * 64))):
@@ -150,7 +150,7 @@ def test_after_some_lost_builders_nobody_tries_again_and_the_job_waits(desk: Des
         _expire(desk, job)
     assert service.take("b9", TARGETS, FORMATS) is None
     assert desk.job(job.id).status == "queued"
-    assert desk.ledger.claim(job.id, "gpu-1") is not None
+    assert desk.claim(job, "gpu-1") is not None
 
 
 def _expire(desk: Desk, job: Job) -> None:

@@ -67,7 +67,7 @@ def stalled(desk: Desk, fresh_bucket: S3Bucket) -> Iterator[Stalled]:
             settings = WorkerSettings(lease_s=LEASE_S)
             ledger = JobLedger(desk.db, desk.content, desk.ledger.dispatch, settings)
             job, asked = desk.submit(), time.monotonic()
-            claim = ledger.claim(job.id, "w1")
+            claim = desk.claim(job, ledger=ledger)
             assert claim is not None
             yield Stalled(desk, staller, ledger, claim, asked)
 

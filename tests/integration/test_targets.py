@@ -83,7 +83,7 @@ def test_each_target_waits_in_the_queue_of_its_machine(machines: Desk) -> None:
     machines.ledger.sweep()
     assert parent.id not in machines.sent
     assert machines.job(parent.id).status == "running"
-    assert machines.ledger.claim(parent.id, "w") is None
+    assert machines.claim(parent) is None
 
 
 def test_the_same_key_is_the_same_job_with_the_same_children(machines: Desk) -> None:
@@ -118,7 +118,7 @@ def test_a_target_that_is_not_live_leaves_nothing_behind(machines: Desk) -> None
 
 
 def _end(desk: Desk, job: Job, how: str) -> None:
-    claim = desk.ledger.claim(job.id, "w")
+    claim = desk.claim(job)
     assert claim is not None
     if how == "failed":
         desk.ledger.fail(claim, {"code": "x", "detail": f"{job.id} failed"}, {})
@@ -160,7 +160,7 @@ def test_targets_that_end_at_one_moment_are_all_seen(machines: Desk) -> None:
 def test_a_cancel_and_an_end_at_one_moment_wait_for_each_other(machines: Desk) -> None:
     for _ in range(8):
         parent, _new = _submit(machines, "a", "b", "c")
-        claims = [machines.ledger.claim(child.id, "w") for child in _children(machines, parent)[:2]]
+        claims = [machines.claim(child) for child in _children(machines, parent)[:2]]
         _at_once(
             partial(machines.service.cancel, LOCAL_TENANT, parent.id),
             *(partial(machines.ledger.fail, c, {"code": "x", "detail": "d"}, {}) for c in claims if c is not None),
@@ -172,7 +172,7 @@ def test_a_cancel_and_an_end_at_one_moment_wait_for_each_other(machines: Desk) -
 def test_cancel_reaches_all_and_the_webhook_hears_of_it_once(machines: Desk) -> None:
     parent, _ = _submit(machines, "a", "b", webhook={"url": "http://127.0.0.1:9/hook"})
     running, _queued = _children(machines, parent)
-    claim = machines.ledger.claim(running.id, "w")
+    claim = machines.claim(running)
     assert claim is not None
     with machines.db.read() as session:
         assert DeliveryQueue(session).next_of(LOCAL_TENANT, utcnow(), Passed()) is None
@@ -194,7 +194,7 @@ def test_cancel_reaches_all_and_the_webhook_hears_of_it_once(machines: Desk) -> 
 def test_a_dead_worker_costs_its_target_only_time(machines: Desk) -> None:
     parent, _ = _submit(machines, "a", "b")
     lost, other = _children(machines, parent)
-    assert machines.ledger.claim(lost.id, "dies") is not None
+    assert machines.claim(lost, "dies") is not None
     _end(machines, other, "failed")
     time.sleep(0.4)
     machines.ledger.sweep()

@@ -103,9 +103,10 @@ def _jobs(
     monkeypatch.setattr(worker, "give_up", reasons.append)
     monkeypatch.setattr(service_module, "Optimizer", Ends)
     try:
-        jobs = [desk.submit().id for _ in ends]
-        for job_id in jobs:
-            worker.run_job(job_id)
+        jobs = []
+        for _ in ends:
+            jobs.append(desk.submit().id)
+            worker.run_job()  # what was given back is in its pause
         return [desk.service.get(LOCAL_TENANT, j).status for j in jobs], reasons
     finally:
         worker.close()

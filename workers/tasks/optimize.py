@@ -1,4 +1,4 @@
-"""The one task: run a job by its id. At least once, in any order: the claim in the database decides."""
+"""The one task: a message came, so there may be a job. Which one, the claim in the database decides."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = structlog.get_logger(__name__)
 def register(app: Celery, service: WorkerService) -> None:
     """Bind the task to this worker's service."""
 
-    def optimize(job_id: str) -> None:
+    def optimize(_job_id: str | None = None) -> None:
         bind_correlation_id(new_correlation_id())
         try:
-            service.run_job(str(job_id))
+            service.run_job()
         except Exception:  # the database is away, say: the lease runs out and the sweeper gives the job on
-            log.exception("task_failed", job_id=job_id)
+            log.exception("task_failed")
 
     app.task(name=OPTIMIZE, ignore_result=True)(optimize)

@@ -155,6 +155,7 @@ class Job(Answer, defaults={"children": []}):
     model_id: str
     parent_id: str | None  # The job that compares this one's target with others
     progress: float
+    queue: Queue | None  # Of a queued job: what it can expect
     spec: OptimizationSpec
     stage: str | None  # The stage that runs now
     stages: list[Stage]
@@ -230,6 +231,15 @@ class ProblemError(Answer):
 
     message: str
     pointer: str
+
+
+class Queue(Answer):
+    """What a queued job can expect."""
+
+    ahead: int | None
+    expected_start: datetime | None
+    position: int | None  # 1 is next, among the jobs that the same workers may take
+    waiting_for: str | None  # Why no worker takes it now
 
 
 class Readiness(Answer):

@@ -53,7 +53,10 @@ class OptimizationSpec(TypedDict, total=False):
     `engines_per_bundle`: with 2, the bundle may hold two engines, one for small and one for large batches, where that
     gains at one of `benchmark.batch_sizes`; both are loaded, so that it takes the memory of both. By default 2 where
     latency is the objective, which promises something at every batch size, and 1 for throughput and cost, where memory
-    is better spent on further instances."""
+    is better spent on further instances.
+
+    `priority` and `max_queue_seconds` are about the queue, not about the engine: they change nothing of what is found,
+    nor what an earlier job's results are good for."""
 
     benchmark: Benchmark  # What is measured, and for how long.
     budget_seconds: int  # After which the best engine so far ships.
@@ -62,12 +65,14 @@ class OptimizationSpec(TypedDict, total=False):
     cost: Cost | None  # What the machine costs.
     engines_per_bundle: int | None  # 2: the bundle may hold one engine for small and one for large batches.
     inputs: dict[str, InputOptions] | None  # Which axis is the batch, by input, where it is not the first.
+    max_queue_seconds: int | None  # The job fails where no worker has taken it by then.
     measure: Literal["cached", "again"]  # `again`: no timing is taken from an earlier job.
     model_id: str  # The uploaded model.
     objective: Literal["latency", "throughput", "cost"]
     precisions: (
         list[Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]] | None
     )  # Precisions that may be tried; null lets the service search.
+    priority: int  # Above 0: before your other jobs. Below: after everybody's.
     quantization: Quantization  # How int8 is made.
     search: Search  # How configurations are tried.
     shapes: dict[str, ShapeRange] | None  # The range of each dynamic input's shape, by input.
