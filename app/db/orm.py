@@ -105,8 +105,9 @@ class Job(Base):
     `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
     `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
     was shut down gave back.
-    `turn` (of its `priority`) and `not_before` say when it is next (`app.jobs.schedule`); `start_by`: queued until then without having
-    been begun, it fails. `dispatched_at` and `dispatches` are the previous release's, which may run beside this one.
+    `turn` (of its `priority`) and `not_before` say when it is next (`app.jobs.schedule`); `start_by`: queued until then
+    without having been begun, it fails. `dispatched_at` and `dispatches` are the previous release's, which may run
+    beside this one.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
     then an ended job stands in its status's `JobTally`. `parent_id`: of the job that compares this one's target with
     others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced.
