@@ -10,8 +10,9 @@ from app.db.orm import Job
 from app.db.uow import Database
 from app.domain.job_state import JobStatus, Trigger
 from app.errors import AppError, conflict, not_found
+from app.jobs.columns import LEAN
 from app.jobs.family import PARENTS
-from app.jobs.repository import LEAN, JobRepository
+from app.jobs.repository import JobRepository
 from app.jobs.schedule import RUNNING
 from app.jobs.sweep import requeued
 from app.queue.producer import Dispatch

@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, select, update
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import Session
 
 from app.db import counts
 from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
+from app.jobs.columns import LEAN
 from app.jobs.family import PARENTS, Child, fate, progress_of, stages_of
 from app.webhooks.outbox import job_ended
 
@@ -22,9 +23,6 @@ ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 
 # Built once: composing it costs more than the database takes to answer it.
 _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
-
-# What sweeps look at: without what a client may have made large.
-LEAN = (defer(Job.spec, raiseload=True), defer(Job.stages, raiseload=True))
 
 
 _Q = TypeVar("_Q", bound=Select[*tuple[Any, ...]])

@@ -27,8 +27,8 @@ from sqlalchemy.orm import Session, aliased
 
 from app.db.accounts import Tenant
 from app.db.orm import Job
+from app.jobs.columns import LEAN
 from app.jobs.family import PARENTS
-from app.jobs.repository import LEAN
 
 # Literals: a partial index is of no use to a statement whose status is a parameter.
 QUEUED: ColumnElement[str] = literal_column("'queued'")

@@ -14,7 +14,8 @@ from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.uow import Database
 from app.domain.job_state import JobStatus, Trigger, transition
-from app.jobs.repository import LEAN, JobRepository
+from app.jobs.columns import LEAN
+from app.jobs.repository import JobRepository
 from app.jobs.schedule import QUEUED
 from app.queue.producer import Dispatch
 from app.settings import WorkerSettings
