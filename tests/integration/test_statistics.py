@@ -61,7 +61,7 @@ def test_queues_are_told_with_their_oldest_job_and_their_workers(desk: Desk) -> 
     assert (found.waiting[queue].depth, found.workers[queue], found.running[queue]) == (2, 1, 0)
     assert 500 <= found.waiting[queue].seconds(found.at) < 600
     assert (found.waiting["anneal.other"].depth, found.workers["anneal.other"]) == (0, 1)
-    assert desk.ledger.claim(first.id, "w1") is not None
+    assert desk.claim(first) is not None
     found = snapshot(desk)
     assert (found.waiting[queue].depth, found.running[queue]) == (1, 1)
     assert found.waiting[queue].seconds(found.at) < 60
@@ -69,7 +69,7 @@ def test_queues_are_told_with_their_oldest_job_and_their_workers(desk: Desk) -> 
 
 
 def test_a_lease_that_nobody_sees_to_is_told(desk: Desk) -> None:
-    claim = desk.ledger.claim(desk.submit().id, "w1")
+    claim = desk.claim(desk.submit())
     assert claim is not None
     assert snapshot(desk).overdue_since is None
     change(desk, claim.job_id, lease_expires_at=utcnow() - timedelta(seconds=90))
@@ -112,12 +112,12 @@ def test_webhooks_that_wait_are_told(desk: Desk) -> None:
 def test_what_failed_and_what_was_queued_again_is_counted_once_for_all(desk: Desk) -> None:
     """With the change itself: what was not committed did not happen."""
     for code in ("bad_model", "bad_model", "internal"):
-        claim = desk.ledger.claim(desk.submit().id, "w1")
+        claim = desk.claim(desk.submit())
         assert claim is not None
         desk.ledger.fail(claim, {"code": code, "detail": "x"}, {})
     job = desk.submit()
-    for reason in ("storage", "shutdown"):
-        claim = desk.ledger.claim(job.id, "w1")
+    for reason in ("shutdown", "storage"):  # after the latter it pauses
+        claim = desk.claim(job)
         assert claim is not None
         (desk.ledger.retry_later if reason == "storage" else desk.ledger.release)(claim, reason)
 
