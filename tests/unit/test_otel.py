@@ -53,7 +53,8 @@ def test_what_a_caller_does_not_sample_is_handed_on_and_not_sent() -> None:
 def test_nobody_waits_for_a_receiver_that_is_away() -> None:
     """Neither who records more spans than are kept, nor the process at its end."""
     code = (
-        "import sys; from app.operations.otel import OtelTracing; tracing = OtelTracing(sys.argv[1], 'anneal-api', '1')\n"
+        "import sys; from app.operations.otel import OtelTracing\n"
+        "tracing = OtelTracing(sys.argv[1], 'anneal-api', '1')\n"
         "for _ in range(5000): tracing.start('POST').end()\n"
         "tracing.close()"
     )
