@@ -12,6 +12,9 @@ from sqlalchemy import or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app.blobs.content import ContentStore, blob_key, sha256_file
+from app.blobs.references import lock_blob
+from app.blobs.removal import release
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Dataset, Job, SourceModel, Upload
@@ -22,11 +25,9 @@ from app.errors import AppError, FieldError, blob_corrupted, conflict, invalid_r
 from app.idempotency import Idempotency, recall, remember, resource_gone
 from app.inspection.pool import Inspector
 from app.names import forbidden_character
-from app.references import is_referenced, lock_blob
 from app.scratch import scratch_folder
 from app.settings import Settings
 from app.storage.base import BlobNotFound
-from app.storage.content import ContentStore, blob_key, sha256_file
 
 Row = TypeVar("Row", SourceModel, Dataset)
 
@@ -166,7 +167,7 @@ class FileLibrary(Generic[Row]):
                 raise conflict("in_use", f"The {self.kind} is used by job {job_id}.", remedy)
             row.deleted_at = utcnow()
             sha256 = row.sha256
-        release_blob(self._db, self._content, tenant_id, sha256)
+        release(self._db, self._content, tenant_id, [sha256])
 
     def _trusted(self, tenant_id: str, sha256: str) -> bool:
         with self._db.read() as session:
@@ -249,16 +250,6 @@ class FileLibrary(Generic[Row]):
 
 def _consumed() -> AppError:
     return conflict("upload_consumed", "The upload has become a model or a data set already, or was aborted.")
-
-
-def release_blob(db: Database, content: ContentStore, tenant_id: str, sha256: str) -> None:
-    """Remove a blob, row and bytes, unless something of the tenant still needs it."""
-    with db.write() as uow:
-        lock_blob(uow.session, tenant_id, sha256)
-        if is_referenced(uow.session, tenant_id, sha256):
-            return
-        condemned = content.condemn(uow.session, tenant_id, sha256)
-    content.remove(db, [condemned])
 
 
 @contextmanager

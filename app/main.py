@@ -18,6 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.artifacts import endpoints as artifacts
 from app.artifacts.service import EngineService
 from app.background import Background
+from app.blobs.content import ContentStore
+from app.blobs.retention import Policies
 from app.capabilities import endpoints as capabilities
 from app.capabilities.service import CapabilityService
 from app.compatibility.service import CompatibilityService
@@ -46,7 +48,6 @@ from app.scratch import remove_stale
 from app.settings import Settings, load_settings
 from app.source_models import endpoints as source_models
 from app.source_models.service import SourceModelService
-from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads import endpoints as uploads
 from app.uploads.service import UploadService
@@ -129,6 +130,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
     db = Database(make_engine(settings.database))
     content = ContentStore(make_store(settings))
     reads = SharedReads()
+    policies = Policies(db, settings)
     inspector = Inspector(settings.limits)
     capability_service = CapabilityService(db, settings)
     jobs_service = JobService(db, content, dispatch, settings)
@@ -142,8 +144,9 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         datasets=DatasetService(db, content, settings, inspector),
         uploads=UploadService(db, content, settings),
         jobs=jobs_service,
-        job_documents=JobDocuments(jobs_service, Outlooks(db, capability_service)),
-        engines=EngineService(db),
+        job_documents=JobDocuments(jobs_service, Outlooks(db, capability_service), policies),
+        policies=policies,
+        engines=EngineService(db, content),
         capabilities=capability_service,
         compatibility=CompatibilityService(db, capability_service),
         webhooks=WebhookService(db, settings),

@@ -20,6 +20,14 @@ class Resource(BaseModel):
     links: dict[str, str] = Field(description="Paths of this API that belong to the resource")
 
 
+class Expiring(Resource):
+    """A resource that a policy may delete."""
+
+    expires_at: datetime | None = Field(
+        default=None, description="When the tenant's retention deletes it; not before a job that uses it has ended"
+    )
+
+
 class ItemPage(BaseModel, Generic[Item]):
     """One page, newest first."""
 

@@ -134,6 +134,19 @@ class CollectorSettings(BaseSettings):
     deliveries_days: int = Field(default=30, ge=1)
 
 
+class RetentionSettings(BaseSettings):
+    """Days after which what users made expires, where a tenant has no policy of its own; None = never."""
+
+    model_config = SettingsConfigDict(env_prefix="RETAIN_", extra="ignore")
+
+    jobs_days: int | None = Field(default=None, ge=1, le=36_500, description="After their end")
+    events_days: int | None = Field(default=None, ge=1, le=36_500, description="Of jobs that stay, after their end")
+    engines_days: int | None = Field(default=None, ge=1, le=36_500)
+    models_days: int | None = Field(default=None, ge=1, le=36_500)
+    datasets_days: int | None = Field(default=None, ge=1, le=36_500)
+    uploads_days: int | None = Field(default=None, ge=1, le=36_500, description="None = LIMIT_UPLOAD_EXPIRES_S")
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ANNEAL_", extra="ignore")
 
@@ -152,6 +165,7 @@ class Settings(BaseSettings):
     collector: CollectorSettings = Field(default_factory=CollectorSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
+    retention: RetentionSettings = Field(default_factory=RetentionSettings)
 
     @property
     def home_dir(self) -> Path:

@@ -25,6 +25,7 @@ from _common import CannotMeasure, execute, parser, say, scratch, spread, table
 from growth import postgres
 from sqlalchemy import Engine, func, select
 
+from app.blobs.content import ContentStore
 from app.db.base import make_engine
 from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Job
@@ -32,7 +33,6 @@ from app.db.uow import Database
 from app.jobs.ledger import JobLedger
 from app.jobs.schedule import Offer
 from app.settings import Settings, WorkerSettings
-from app.storage.content import ContentStore
 from app.storage.local import LocalStore
 from tests.factories import filled
 

@@ -29,15 +29,15 @@ from _common import CannotMeasure, Server, api, execute, parser, say, scratch, s
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from app.blobs.collector import Collector
+from app.blobs.content import ContentStore
+from app.blobs.references import is_referenced, referenced
 from app.capabilities.repository import StatisticsRepository
-from app.collector import Collector
 from app.db.base import make_engine
 from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT
 from app.db.uow import Database
-from app.references import is_referenced, referenced
 from app.settings import Settings
-from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.tenants import create_key
 from tests import servers

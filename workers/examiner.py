@@ -12,11 +12,11 @@ from typing import Any
 
 import structlog
 
+from app.blobs.content import ContentStore
 from app.compatibility.service import LEASE, CompatibilityService, Question
 from app.db.orm import SourceModel
 from app.domain.failures import FailureKind, StageFailure
 from app.settings import LimitSettings, Settings
-from app.storage.content import ContentStore
 from workers import kernel
 from workers.libraries import installed_versions, model_formats
 from workers.pipeline.faults import infrastructure_faults

@@ -11,11 +11,11 @@ from typing import Any
 
 import structlog
 
+from app.blobs.content import ContentStore
 from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import JobLedger, LeaseLost
 from app.prebuilds.service import LEASE, PrebuildHold, PrebuildService
 from app.settings import Settings
-from app.storage.content import ContentStore
 from workers import devices, kernel
 from workers.candidates import Target
 from workers.installation import Installation

@@ -16,8 +16,9 @@ from typing import Any
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.blobs.collector import Collector
+from app.blobs.content import ContentStore
 from app.capabilities.service import CapabilityService
-from app.collector import Collector
 from app.compatibility.service import CompatibilityService
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
@@ -31,7 +32,6 @@ from app.logging import bind_correlation_id
 from app.prebuilds.service import PrebuildService
 from app.queue.producer import make_dispatch
 from app.settings import Settings
-from app.storage.content import ContentStore
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
 from app.webhooks.sender import WebhookSender

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app.artifacts.kinds import PYTHON, BundleKind, Joined, KindMissing, Stored, rearranged
 from app.artifacts.schemas import EngineOut, EnginePage
+from app.blobs.content import blob_key
 from app.db.orm import Engine
 from app.errors import AppError
 from app.http.deps import IdFilter, PageDep, ServicesDep, TenantId, path_id
@@ -18,7 +19,6 @@ from app.http.pagination import page_response
 from app.http.problem import problems
 from app.http.responses import DOWNLOAD_RESPONSES, HEAD_RESPONSES
 from app.http.services import Services
-from app.storage.content import blob_key
 
 router = APIRouter(prefix="/engines", tags=["engines"])
 
@@ -38,13 +38,14 @@ def list_engines(
     def fetch(limit: int, before: str | None) -> list[Engine]:
         return services.engines.page(tenant_id, limit=limit, before=before, job_id=job_id, model_id=model_id)
 
-    return page_response(page, fetch, lambda row: EngineOut.of(row).model_dump_json().encode())
+    policy = services.policies.of(tenant_id)
+    return page_response(page, fetch, lambda row: EngineOut.of(row, policy).model_dump_json().encode())
 
 
 @router.get("/{engine_id}", response_model=EngineOut, responses=problems(404))
 def get_engine(services: ServicesDep, tenant_id: TenantId, engine_id: EngineId) -> EngineOut:
     """One engine."""
-    return EngineOut.of(services.engines.get(tenant_id, engine_id))
+    return EngineOut.of(services.engines.get(tenant_id, engine_id), services.policies.of(tenant_id))
 
 
 @router.head("/{engine_id}/download", response_class=Response, responses=HEAD_RESPONSES)
@@ -70,6 +71,12 @@ async def download_bundle(
     if kind != PYTHON:
         file = await anyio.to_thread.run_sync(_kind, services, file, kind, limiter=services.files)
     return await download_response(request, services, file)
+
+
+@router.delete("/{engine_id}", status_code=204, responses=problems(404, 413, 507))
+async def delete_engine(services: ServicesDep, tenant_id: TenantId, engine_id: EngineId) -> None:
+    """Delete an engine and its bundle. Its job and the report stay; the job names it no more."""
+    await services.storage.run(tenant_id, services.engines.delete, tenant_id, engine_id)
 
 
 def _kind(services: Services, bundle: Download, kind: BundleKind) -> Download:

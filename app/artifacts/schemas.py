@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
+from app.blobs.retention import Policy
 from app.db.orm import Engine
-from app.schemas import ItemPage, Resource
+from app.schemas import Expiring, ItemPage
 
 
-class EngineOut(Resource):
+class EngineOut(Expiring):
     job_id: str
     model_id: str
     backend: str
@@ -27,11 +28,12 @@ class EngineOut(Resource):
     metrics: dict[str, Any]
 
     @classmethod
-    def of(cls, row: Engine) -> EngineOut:
+    def of(cls, row: Engine, policy: Policy) -> EngineOut:
         self = f"/v1/engines/{row.id}"
         return cls(
             id=row.id,
             created_at=row.created_at,
+            expires_at=policy.until("engines", row.created_at),
             job_id=row.job_id,
             model_id=row.model_id,
             backend=row.backend,

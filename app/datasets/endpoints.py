@@ -49,7 +49,8 @@ async def create_dataset(
     row, new = await create_from_request(
         request, services, services.datasets, tenant_id, name=name, filename=filename, key=key
     )
-    return created(DatasetOut.of(row), new)
+    policy = await anyio.to_thread.run_sync(services.policies.of, tenant_id)
+    return created(DatasetOut.of(row, policy), new)
 
 
 @router.get("", response_model=DatasetPage)
@@ -59,13 +60,14 @@ def list_datasets(services: ServicesDep, tenant_id: TenantId, page: PageDep, nam
     def fetch(limit: int, before: str | None) -> list[Dataset]:
         return services.datasets.page(tenant_id, limit=limit, before=before, name=name)
 
-    return page_response(page, fetch, lambda row: DatasetOut.of(row).model_dump_json().encode())
+    policy = services.policies.of(tenant_id)
+    return page_response(page, fetch, lambda row: DatasetOut.of(row, policy).model_dump_json().encode())
 
 
 @router.get("/{dataset_id}", response_model=DatasetOut, responses=problems(404))
 def get_dataset(services: ServicesDep, tenant_id: TenantId, dataset_id: DatasetId) -> DatasetOut:
     """One data set."""
-    return DatasetOut.of(services.datasets.get(tenant_id, dataset_id))
+    return DatasetOut.of(services.datasets.get(tenant_id, dataset_id), services.policies.of(tenant_id))
 
 
 @router.head("/{dataset_id}/download", response_class=Response, responses=HEAD_RESPONSES)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from app.blobs.retention import Policy
 from app.db.orm import Dataset
-from app.schemas import ItemPage, Resource, Tensor
+from app.schemas import Expiring, ItemPage, Tensor
 
 
-class DatasetOut(Resource):
+class DatasetOut(Expiring):
     name: str
     filename: str
     format: str = Field(examples=["npz", "zip", "tar"])
@@ -18,11 +19,12 @@ class DatasetOut(Resource):
     arrays: list[Tensor] = Field(description="The shape is that of one sample, without the first axis")
 
     @classmethod
-    def of(cls, row: Dataset) -> DatasetOut:
+    def of(cls, row: Dataset, policy: Policy) -> DatasetOut:
         self = f"/v1/datasets/{row.id}"
         return cls(
             id=row.id,
             created_at=row.created_at,
+            expires_at=policy.until("datasets", row.created_at),
             name=row.name,
             filename=row.filename,
             format=row.format,

@@ -7,13 +7,14 @@ from datetime import datetime
 from sqlalchemy import ForeignKey, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.db.base import Base, UtcDateTime, utcnow
+from app.db.base import Base, NullableJson, UtcDateTime, utcnow
 
 LOCAL_TENANT = "tnt_local"
 
 
 class Tenant(Base):
-    """`served_at`: when a worker took one of its jobs last (`app.jobs.schedule`)."""
+    """`served_at`: when a worker took one of its jobs last (`app.jobs.schedule`). `retention`: days after which what is
+    named there expires (`app.blobs.retention`), null for never; the settings say it of what is not named."""
 
     __tablename__ = "tenants"
 
@@ -21,6 +22,7 @@ class Tenant(Base):
     name: Mapped[str] = mapped_column(String(200), unique=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
     served_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    retention: Mapped[dict[str, int | None] | None] = mapped_column(NullableJson)
 
 
 class ApiKey(Base):

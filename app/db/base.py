@@ -25,6 +25,7 @@ NAMING = {
 }
 
 JsonColumn = JSON().with_variant(JSONB(), "postgresql")
+NullableJson = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")  # None is NULL, not `null`
 
 
 def dump_json(value: Any) -> str:

@@ -161,9 +161,17 @@ class Job(Base):
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
         Index("ix_jobs_tenant_id_status_id", "tenant_id", "status", "id"),
         Index("ix_jobs_model_id_id", "model_id", "id"),
-        # What refers to a blob (`app.references`).
+        # What refers to a blob (`app.blobs.references`).
         Index("ix_jobs_tenant_id_report_sha256", "tenant_id", "report_sha256"),
         Index("ix_jobs_tenant_id_manifest_sha256", "tenant_id", "manifest_sha256"),
+        # What expires by a tenant's retention.
+        Index(
+            "ix_jobs_ended",
+            "tenant_id",
+            "finished_at",
+            sqlite_where=text("finished_at IS NOT NULL"),
+            postgresql_where=text("finished_at IS NOT NULL"),
+        ),
         # What the metrics count.
         Index(
             "ix_jobs_untallied",
@@ -252,7 +260,7 @@ class StageResult(Base):
 
 
 class StageFile(Base):
-    """A blob that a stage result holds: each is found by the other. Written by `app.references.keep_result`."""
+    """A blob that a stage result holds: each is found by the other. Written by `app.blobs.references.keep_result`."""
 
     __tablename__ = "stage_files"
 
@@ -294,13 +302,13 @@ class BlobRemoval(Base):
 
 
 class Engine(Base):
-    """A delivered engine: the file, its bundle, and how it runs."""
+    """A delivered engine: the file, its bundle, and how it runs. It may outlive its job."""
 
     __tablename__ = "engines"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    job_id: Mapped[str] = mapped_column(Id, index=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("source_models.id"), index=True)
     backend: Mapped[str] = mapped_column(String(64))
     format: Mapped[str] = mapped_column(String(64))

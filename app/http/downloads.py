@@ -12,10 +12,10 @@ import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
+from app.blobs.content import blob_key
 from app.errors import AppError
 from app.http.services import Services
 from app.names import content_disposition
-from app.storage.content import blob_key
 
 _CHUNK = 1 << 20
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from anyio import CapacityLimiter
 
 from app.artifacts.service import EngineService
+from app.blobs.content import ContentStore
+from app.blobs.retention import Policies
 from app.capabilities.service import CapabilityService
 from app.compatibility.service import CompatibilityService
 from app.datasets.service import DatasetService
@@ -20,7 +22,6 @@ from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
 from app.settings import Settings
 from app.source_models.service import SourceModelService
-from app.storage.content import ContentStore
 from app.uploads.service import UploadService
 from app.webhooks.service import WebhookService
 
@@ -41,6 +42,7 @@ class Services:
     uploads: UploadService
     jobs: JobService
     job_documents: JobDocuments
+    policies: Policies
     engines: EngineService
     capabilities: CapabilityService
     compatibility: CompatibilityService

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from app.blobs.retention import Policies
 from app.db.orm import Job
 from app.domain.job_state import JobStatus
 from app.jobs.outlook import Outlook, Outlooks
@@ -20,9 +21,10 @@ _OVERHEAD = 500  # of one document beside its body
 
 @dataclass(frozen=True)
 class JobDocument:
-    """A rendered job: JSON, strong ETag."""
+    """A rendered job: JSON, strong ETag. `days`: after which it expires once it has ended."""
 
     version: int
+    days: int | None
     status: str
     terminal: bool
     etag: str
@@ -33,8 +35,8 @@ class JobDocument:
 class JobDocuments:
     """Keeps the newest document of the jobs last asked for, up to so many bytes in all. Threads may share it."""
 
-    def __init__(self, jobs: JobService, outlooks: Outlooks, kept_bytes: int = _KEPT_BYTES) -> None:
-        self._jobs, self._outlooks = jobs, outlooks
+    def __init__(self, jobs: JobService, outlooks: Outlooks, policies: Policies, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._jobs, self._outlooks, self._policies = jobs, outlooks, policies
         self._most = kept_bytes
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], JobDocument] = OrderedDict()
@@ -43,20 +45,17 @@ class JobDocuments:
     def get(self, tenant_id: str, job_id: str) -> JobDocument:
         """The job as it is now; raises 404."""
         key, version = (tenant_id, job_id), self._jobs.version(tenant_id, job_id)
+        days = self._policies.of(tenant_id).jobs
         with self._lock:
             found = self._kept.get(key)
-            if found is not None and found.version >= version:
+            if found is not None and found.version >= version and found.days == days:
                 self._kept.move_to_end(key)
                 if found.status != JobStatus.QUEUED:
                     return found
         if found is not None and found.version >= version and self._outlooks.of(job_id) == found.outlook:
             return found
         # The job may have changed since its version was asked for; what is rendered then is newer, which is fine.
-        row = self._jobs.get(tenant_id, job_id)
-        seen = self._outlook(row)
-        document = JobDocument(
-            row.version, row.status, is_terminal(row), job_etag(row, seen), job_json(row, seen), seen
-        )
+        document = self.of(self._jobs.get(tenant_id, job_id))
         with self._lock:
             self._drop(key)
             self._kept[key] = document
@@ -65,12 +64,13 @@ class JobDocuments:
                 self._drop(next(iter(self._kept)))
         return document
 
-    def render(self, row: Job) -> bytes:
-        """A row as JSON, with what it can expect."""
-        return job_json(row, self._outlook(row))
-
-    def _outlook(self, row: Job) -> Outlook | None:
-        return self._outlooks.of(row.id) if row.status == JobStatus.QUEUED else None
+    def of(self, row: Job) -> JobDocument:
+        """The job as this row has it, with what it can expect: of the queue, or of the tenant's retention."""
+        seen = self._outlooks.of(row.id) if row.status == JobStatus.QUEUED else None
+        policy = self._policies.of(row.tenant_id)
+        body = job_json(row, seen, policy.until("jobs", row.finished_at))
+        etag = job_etag(row, seen, policy.jobs)
+        return JobDocument(row.version, policy.jobs, row.status, is_terminal(row), etag, body, seen)
 
     def _drop(self, key: tuple[str, str]) -> None:
         dropped = self._kept.pop(key, None)

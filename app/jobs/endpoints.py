@@ -1,4 +1,4 @@
-"""`/v1/jobs`: submit, poll, follow, cancel; report and manifest."""
+"""`/v1/jobs`: submit, poll, follow, cancel, delete; report and manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.db.orm import Job
@@ -36,12 +36,13 @@ from app.jobs.documents import JobDocument
 from app.jobs.events import event_stream
 from app.jobs.family import PARENTS
 from app.jobs.report_page import PAGE_POLICY, comparison_page, report_page
-from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, job_etag, job_json, version_in
+from app.jobs.schemas import JobOut, JobPage, Status, is_terminal, version_in
 from app.names import storable
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 JobId = Annotated[str, path_id("job")]
+WithEngines = Annotated[bool, Query(description="Delete the engines that it delivered, too")]
 _JSON = "application/json"
 _LONGEST_WAIT_S = 3600
 WAITED_FOR = ("change", "state", "end")
@@ -143,7 +144,7 @@ def list_jobs(
     def fetch(limit: int, before: str | None) -> list[Job]:
         return services.jobs.list(tenant_id, limit=limit, before=before, status=status, model_id=model_id)
 
-    return page_response(page, fetch, services.job_documents.render)
+    return page_response(page, fetch, lambda row: services.job_documents.of(row).body)
 
 
 @router.get(
@@ -183,8 +184,19 @@ async def follow_job(
 @router.post("/{job_id}/cancel", status_code=202, response_model=JobOut, responses=problems(404, 413, 507))
 def cancel_job(services: ServicesDep, tenant_id: TenantId, job_id: JobId) -> Response:
     """Cancel the job, in any state; one that has ended stays as it is."""
-    row = services.jobs.cancel(tenant_id, job_id)
-    return Response(job_json(row), 202, {"ETag": job_etag(row)}, _JSON)
+    job = services.job_documents.of(services.jobs.cancel(tenant_id, job_id))
+    return Response(job.body, 202, {"ETag": job.etag}, _JSON)
+
+
+@router.delete("/{job_id}", status_code=204, responses=problems(404, 409, 413, 507))
+async def delete_job(services: ServicesDep, tenant_id: TenantId, job_id: JobId, engines: WithEngines = False) -> None:
+    """Delete a job that has ended, with its events, report and manifest. Its engines stay, unless `engines` is true. A
+    job with `targets` goes with the jobs of these."""
+
+    def delete() -> None:
+        services.jobs.delete(tenant_id, job_id, engines=engines)
+
+    await services.storage.run(tenant_id, delete)
 
 
 @router.get(

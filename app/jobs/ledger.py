@@ -13,6 +13,9 @@ from typing import Any, TypeVar, cast
 import structlog
 from sqlalchemy import ColumnElement
 
+from app.blobs.content import ContentStore
+from app.blobs.references import keep_result
+from app.blobs.removal import discard
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database, patiently
@@ -23,10 +26,8 @@ from app.jobs.repository import JobRepository
 from app.jobs.schedule import Offer, next_job, turn_of
 from app.jobs.sweep import Sweeper, exhausted
 from app.queue.producer import Dispatch
-from app.references import forget_results, is_uploaded, keep_result, lock_blob
 from app.settings import WorkerSettings
 from app.storage.base import BlobNotFound
-from app.storage.content import ContentStore
 
 log = structlog.get_logger(__name__)
 
@@ -207,21 +208,8 @@ class JobLedger:
 
     @_patient
     def discard(self, tenant_id: str, sha256: str) -> bool:
-        """Forget the stage results that hold a damaged blob, and remove it, unless it was uploaded: then it is made
-        again, also for the engine of an earlier job (until then there is none to download, rather than a wrong one).
-        False where it was uploaded: only its owner has it, and replaces it by uploading it again."""
-        condemned = []
-        with self.db.write() as uow:
-            lock_blob(uow.session, tenant_id, sha256)
-            uploaded = is_uploaded(uow.session, tenant_id, sha256)
-            if uploaded:
-                self.content.forget(uow.session, tenant_id, sha256)
-            else:
-                forget_results(uow.session, tenant_id, sha256)
-                condemned.append(self.content.condemn(uow.session, tenant_id, sha256))
-        self.content.remove(self.db, condemned)
-        log.warning("damaged_blob", tenant_id=tenant_id, sha256=sha256, discarded=not uploaded)
-        return not uploaded
+        """As `app.blobs.removal.discard`: have a damaged blob made again; False where it was uploaded."""
+        return discard(self.db, self.content, tenant_id, sha256)
 
     @_patient
     def remember(self, claim: Hold, result: StageResult) -> None:

@@ -118,6 +118,7 @@ class JobOut(JobNotice):
     expected_end: datetime | None = Field(default=None, description="Of a running job, by its pace and its budget")
     queue: QueueOut | None = Field(default=None, description="Of a queued job: what it can expect")
     cancel_requested: bool
+    expires_at: datetime | None = Field(default=None, description="Of one that has ended: when retention deletes it")
     parent_id: str | None = Field(default=None, description="The job that compares this one's target with others")
     children: list[ChildOut] = Field(default=[], description="Of a job with `targets`: one for each, in their order")
 
@@ -197,14 +198,17 @@ class JobEnded(BaseModel):
         return self.model_dump_json(warnings=False).encode()
 
 
-def job_json(row: Job, outlook: Outlook | None = None) -> bytes:
-    return JobOut.seen(row, outlook).to_json()
+def job_json(row: Job, outlook: Outlook | None = None, expires_at: datetime | None = None) -> bytes:
+    job = JobOut.seen(row, outlook)
+    job.expires_at = expires_at
+    return job.to_json()
 
 
-def job_etag(row: Job, outlook: Outlook | None = None) -> str:
-    """Strong: every change that a client can see raises the version, but for what a queued job can expect, which stands
-    behind it."""
-    return f'"{row.id}-{row.version}{"" if outlook is None else f".{_digest(outlook)}"}"'
+def job_etag(row: Job, outlook: Outlook | None = None, days: int | None = None) -> str:
+    """Strong: every change that a client can see raises the version, but for what a queued job can expect, and `days`
+    after which an ended one expires: these stand behind it."""
+    kept = f".{days}" if days is not None and is_terminal(row) else ""
+    return f'"{row.id}-{row.version}{kept if outlook is None else f".{_digest(outlook)}"}"'
 
 
 def _digest(outlook: Outlook) -> str:

@@ -1,4 +1,4 @@
-"""What clients can do with jobs: submit, look, cancel."""
+"""What clients can do with jobs: submit, look, cancel, delete."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app.blobs.content import ContentStore
+from app.blobs.removal import release
 from app.capabilities.service import CapabilityService
 from app.db.base import utcnow
 from app.db.ids import new_id
@@ -18,12 +20,13 @@ from app.db.orm import Job, JobEvent, SourceModel
 from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OF_THE_QUEUE, OptimizationSpec
-from app.errors import AppError, FieldError, invalid_request, not_found
-from app.idempotency import Idempotency, recall, remember
+from app.errors import AppError, FieldError, conflict, invalid_request, not_found
+from app.idempotency import Idempotency, recall, remember, resource_gone
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
 from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.family import PARENTS, stages_of
 from app.jobs.metric_admission import check_metric
+from app.jobs.removal import remove_jobs
 from app.jobs.repository import JobRepository
 from app.jobs.schedule import turn_of
 from app.jobs.target_admission import per_target
@@ -31,7 +34,6 @@ from app.jobs.traffic_admission import fit_traffic
 from app.prebuilds.repository import PrebuildRepository
 from app.queue.producer import Dispatch
 from app.settings import Settings
-from app.storage.content import ContentStore
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class JobService:
             earlier = recall(session, tenant_id, idempotency) if idempotency else None
             if earlier is not None:
                 job = jobs.get(tenant_id, earlier)
-                if job is not None:
-                    return job, False
+                if job is None:
+                    raise resource_gone("job")
+                return job, False
             model = self._model(session, tenant_id, spec)
             if spec.inputs is not None:
                 check_inputs(spec.inputs, model.inputs)
@@ -210,6 +213,22 @@ class JobService:
             if not children:
                 _ask_to_cancel(jobs, job_id, JobStatus(job.status))
             return uow.session.get_one(Job, job_id, populate_existing=True)
+
+    def delete(self, tenant_id: str, job_id: str, *, engines: bool = False) -> None:
+        """Remove a job that has ended, its events, report and manifest, with `engines` also these. One that compares
+        targets goes with its jobs; one of these goes with it only."""
+        with self.db.write() as uow:
+            job = JobRepository(uow.session).get(tenant_id, job_id)
+            if job is None:
+                raise not_found("job", job_id)
+            if job.parent_id is not None:
+                remedy = f"Delete job {job.parent_id}: this one goes with it."
+                raise conflict("in_use", f"The job is one of those that job {job.parent_id} compares.", remedy)
+            gone = remove_jobs(uow.session, tenant_id, [job_id], engines=engines)
+            if not gone.job_ids:
+                remedy = f"Cancel it first: POST /v1/jobs/{job_id}/cancel, and wait for its end."
+                raise conflict("job_active", f"The job is {job.status}.", remedy)
+        release(self.db, self.content, tenant_id, gone.digests)
 
     def events_after(self, tenant_id: str, job_id: str, seq: int, limit: int = 500) -> Sequence[JobEvent]:
         with self.db.read() as session:

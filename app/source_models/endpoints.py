@@ -52,7 +52,8 @@ async def create_model(
     row, new = await create_from_request(
         request, services, services.models, tenant_id, name=name, filename=filename, key=key
     )
-    return created(ModelOut.of(row), new)
+    policy = await anyio.to_thread.run_sync(services.policies.of, tenant_id)
+    return created(ModelOut.of(row, policy), new)
 
 
 @router.get("", response_model=ModelPage)
@@ -62,13 +63,14 @@ def list_models(services: ServicesDep, tenant_id: TenantId, page: PageDep, name:
     def fetch(limit: int, before: str | None) -> list[SourceModel]:
         return services.models.page(tenant_id, limit=limit, before=before, name=name)
 
-    return page_response(page, fetch, lambda row: ModelOut.of(row).model_dump_json().encode())
+    policy = services.policies.of(tenant_id)
+    return page_response(page, fetch, lambda row: ModelOut.of(row, policy).model_dump_json().encode())
 
 
 @router.get("/{model_id}", response_model=ModelOut, responses=problems(404))
 def get_model(services: ServicesDep, tenant_id: TenantId, model_id: ModelId) -> ModelOut:
     """One model."""
-    return ModelOut.of(services.models.get(tenant_id, model_id))
+    return ModelOut.of(services.models.get(tenant_id, model_id), services.policies.of(tenant_id))
 
 
 @router.head("/{model_id}/download", response_class=Response, responses=HEAD_RESPONSES)

@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
+from app.blobs.retention import Policy
 from app.db.orm import SourceModel
-from app.schemas import ItemPage, Resource, Tensor
+from app.schemas import Expiring, ItemPage, Tensor
 
 
-class ModelOut(Resource):
+class ModelOut(Expiring):
     name: str
     filename: str
     format: str = Field(examples=["onnx", "archive", "pt2"])
@@ -22,11 +23,12 @@ class ModelOut(Resource):
     detail: dict[str, Any] = Field(description="Producer, op counts and what else the file says of itself")
 
     @classmethod
-    def of(cls, row: SourceModel) -> ModelOut:
+    def of(cls, row: SourceModel, policy: Policy) -> ModelOut:
         self = f"/v1/models/{row.id}"
         return cls(
             id=row.id,
             created_at=row.created_at,
+            expires_at=policy.until("models", row.created_at),
             name=row.name,
             filename=row.filename,
             format=row.format,

@@ -101,7 +101,7 @@ class S3Store:
         # A session of its own: the default one is shared by the process and not safe for threads.
         self._session = boto3.session.Session()
         self._client = self._make_client(settings.s3_endpoint_url)
-        # A removal has an end (`app.storage.content`): what deletes gives up after less than a minute.
+        # A removal has an end (`app.blobs.content`): what deletes gives up after less than a minute.
         self._deleter = self._make_client(settings.s3_endpoint_url, attempts=2, connect_s=5, read_s=15)
         # Readiness is asked often and must answer soon: no retries.
         self._probe = self._make_client(settings.s3_endpoint_url, attempts=1, connect_s=2, read_s=5)

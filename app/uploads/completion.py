@@ -14,13 +14,13 @@ from datetime import timedelta
 
 import structlog
 
+from app.blobs.content import CHUNK, ContentStore
 from app.db.base import utcnow
 from app.db.orm import Upload
 from app.db.uow import Database
 from app.domain.upload_state import DONE, UploadState
 from app.errors import AppError, conflict, storage_unavailable
 from app.storage.base import BlobNotFound, InvalidUpload, StoredPart
-from app.storage.content import CHUNK, ContentStore
 from app.uploads.parts import check_parts
 from app.uploads.repository import UploadRepository
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import structlog
 from sqlalchemy.exc import IntegrityError
 
+from app.blobs.content import ContentStore
+from app.blobs.removal import release
+from app.blobs.retention import Policies
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Upload
@@ -18,10 +21,9 @@ from app.domain.artifact_key import digest_of
 from app.domain.upload_state import DONE, ENDED, UploadState
 from app.errors import AppError, conflict, not_found
 from app.idempotency import Idempotency, recall, remember, resource_gone
-from app.library import clean_filename, release_blob
+from app.library import clean_filename
 from app.settings import Settings
 from app.storage.base import InvalidUpload, StoredPart
-from app.storage.content import ContentStore
 from app.uploads.completion import Completion, WrongContent
 from app.uploads.parts import part_bytes, part_count, part_size, part_size_mismatch
 from app.uploads.repository import UploadRepository
@@ -37,6 +39,7 @@ class UploadService:
         self._content = content
         self._store = content.store
         self._settings = settings
+        self._policies = Policies(db, settings)
         self._stopping = threading.Event()
         self._completion = Completion(db, content, settings.limits.upload_lease_s, self._stopping)
 
@@ -60,6 +63,7 @@ class UploadService:
         if earlier is not None:
             return self._begun(earlier), False
         now = utcnow()
+        expires_at = now + timedelta(seconds=self._settings.limits.upload_expires_s)
         upload_id = new_id("upl")
         upload = Upload(
             id=upload_id,
@@ -72,7 +76,7 @@ class UploadService:
             storage_upload_id="",
             status=UploadState.OPENING,
             created_at=now,
-            expires_at=now + timedelta(seconds=self._settings.limits.upload_expires_s),
+            expires_at=self._policies.of(tenant_id).until("uploads", now) or expires_at,
         )
         try:
             # The row first: what the storage begins for it is never without one that tells of it.
@@ -201,7 +205,7 @@ class UploadService:
             else:
                 self._store.abort_uploads(upload.storage_key)
             if stored and upload.sha256 is not None:
-                release_blob(self._db, self._content, upload.tenant_id, upload.sha256)
+                release(self._db, self._content, upload.tenant_id, [upload.sha256])
         self._completion.clear(upload)
 
     def expire_uploads(self, limit: int = 100) -> int:

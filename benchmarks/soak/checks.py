@@ -12,10 +12,10 @@ from cluster import Cluster
 from sqlalchemy import func, select
 from users import Accepted
 
+from app.blobs.references import referenced
 from app.db.base import make_engine
 from app.db.orm import Engine, IdempotencyKey, Job, JobEvent, SourceModel
 from app.db.uow import Database
-from app.references import referenced
 from app.settings import Settings
 
 TERMINAL = ("succeeded", "failed", "cancelled")

@@ -89,6 +89,15 @@ def test_submit_list_look_and_cancel(anneal: Anneal, model_file: Path, tmp_path:
     assert anneal("cancel", job_id) == (0, f"  {job_id}  cancelled\n", "")
     assert anneal("cancel", job_id)[0] == 0, "what has ended stays as it is"
     assert "none" in anneal("jobs", "--status", "failed")[1]
+    assert anneal("delete", job_id, "--with-engines") == (0, f"  {job_id}  deleted\n", "")
+    other = json.loads(anneal("jobs", "--json")[1])["items"][0]
+    code, _, err = anneal("delete", other["id"])
+    assert (code, "Cancel it first" in err) == (1, True)
+    anneal("cancel", other["id"])
+    assert json.loads(anneal("delete", other["id"], other["model_id"], "--json")[1]) == {
+        "deleted": [other["id"], other["model_id"]]
+    }
+    assert anneal("delete", "upl_1")[0] == 2
 
 
 def test_refusals_say_what_where_and_the_remedy(anneal: Anneal, model_file: Path, tmp_path: Path) -> None:

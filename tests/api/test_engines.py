@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.blobs.content import blob_key
 from app.db.ids import new_id
 from app.db.orm import LOCAL_TENANT, Engine
 from app.errors import AppError
@@ -19,7 +20,6 @@ from app.http.services import Services
 from app.main import create_app
 from app.names import content_disposition
 from app.settings import Settings
-from app.storage.content import blob_key
 from tests.api.conftest import assert_problem, serving
 from tests.conftest import S3Bucket
 

@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import numpy as np
 
+from app.blobs.content import sha256_file
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job, Worker
 from app.domain.job_state import JobStatus, Trigger
 from app.http.services import Services
 from app.jobs.repository import JobRepository
 from app.jobs.schemas import JobOut
-from app.storage.content import sha256_file
 from tests.api.conftest import assert_problem
 
 

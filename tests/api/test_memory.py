@@ -78,7 +78,8 @@ def test_pages_end_before_they_grow_large(client: httpx.Client, services: Servic
 
 
 def test_documents_are_kept_by_their_bytes_and_once_a_job(services: Services, model_id: str) -> None:
-    documents = JobDocuments(services.jobs, Outlooks(services.db, services.capabilities), kept_bytes=3 << 20)
+    outlooks = Outlooks(services.db, services.capabilities)
+    documents = JobDocuments(services.jobs, outlooks, services.policies, kept_bytes=3 << 20)
     ids = add_jobs(services, model_id, 20)
     for job_id in ids:
         assert len(documents.get(LOCAL_TENANT, job_id).body) > 500_000

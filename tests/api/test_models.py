@@ -11,11 +11,11 @@ import httpx
 import numpy as np
 import pytest
 
+from app.blobs.content import blob_key
+from app.blobs.references import keep_result
 from app.db.orm import LOCAL_TENANT, Blob, Job, StageResult
 from app.http.services import Services
-from app.references import keep_result
 from app.settings import Settings
-from app.storage.content import blob_key
 from tests.api.conftest import assert_problem, files_in
 
 

@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
+from app.blobs.references import keep_result
 from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, StageResult
 from app.http.services import Services
-from app.references import keep_result
 from app.settings import Settings
 from tests.api.conftest import assert_problem, files_in
 from tests.factories import onnx_models

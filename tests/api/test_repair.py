@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from app.blobs.content import blob_key, sha256_file
 from app.db.orm import LOCAL_TENANT, Job
 from app.http.services import Services
 from app.jobs.ledger import JobLedger
 from app.settings import Settings
-from app.storage.content import blob_key, sha256_file
 from tests.api.conftest import assert_problem
 
 

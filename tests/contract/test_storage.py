@@ -13,12 +13,12 @@ from uuid import uuid4
 
 import pytest
 
+from app.blobs.content import ContentStore, blob_key
 from app.errors import AppError
 from app.names import content_disposition
 from app.settings import Settings
 from app.storage.base import BlobNotFound, BlobStore, InvalidUpload, StoredPart
 from app.storage.common import validate_key
-from app.storage.content import ContentStore, blob_key
 from app.storage.factory import make_store
 from app.storage.local import LocalStore
 from app.storage.s3 import S3Store

@@ -19,8 +19,8 @@ import numpy as np
 from onnx import ModelProto
 from sqlalchemy import select
 
+from app.blobs.references import is_referenced
 from app.db.orm import Blob, Dataset, Job, SourceModel, Upload
-from app.references import is_referenced
 from tests.factories.deployment import Deployment, deployment
 
 Json = dict[str, Any]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from app.blobs.content import ContentStore
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
 from app.db.migrate import upgrade
@@ -18,7 +19,6 @@ from app.jobs.ledger import Claim, JobLedger
 from app.jobs.schedule import Offer
 from app.jobs.service import JobService
 from app.settings import Settings, WorkerSettings
-from app.storage.content import ContentStore
 from app.storage.local import LocalStore
 
 

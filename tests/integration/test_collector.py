@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from app import collector
-from app.collector import Collector
+from app.blobs import collector
+from app.blobs.collector import Collector
+from app.blobs.content import ContentStore, blob_key
+from app.blobs.references import keep_result
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
 from app.db.migrate import upgrade
@@ -24,11 +26,9 @@ from app.inspection.pool import Inspector
 from app.jobs.ledger import JobLedger
 from app.jobs.service import JobService
 from app.library import IncomingFile
-from app.references import keep_result
 from app.settings import CollectorSettings, Settings
 from app.source_models.service import SourceModelService
 from app.storage.base import BlobNotFound
-from app.storage.content import ContentStore, blob_key
 from app.storage.s3 import S3Store
 from tests.conftest import S3Bucket
 from tests.factories.onnx_models import mlp
@@ -37,7 +37,7 @@ from tests.integration.conftest import Desk
 _OLD = timedelta(days=31)
 _KINDS = (
     "tallied", "results", "idempotency_keys", "workers", "webhook_deliveries", "webhook_endpoints", "temporary_files",
-    "blobs", "orphans",
+    "expired", "blobs", "orphans",
 )  # fmt: skip
 _NOTHING = dict.fromkeys(_KINDS, 0)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from app.collector import Collector
+from app.blobs.collector import Collector
+from app.blobs.content import ContentStore, blob_key
+from app.blobs.references import keep_result
 from app.db.base import make_engine, utcnow
 from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Blob, StageResult
 from app.db.uow import Database
 from app.errors import AppError, storage_unavailable
-from app.references import keep_result
 from app.settings import CollectorSettings, Settings, WorkerSettings
-from app.storage.content import ContentStore, blob_key
 from app.storage.local import LocalStore
 from app.storage.s3 import S3Store
 from tests.conftest import S3Bucket

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from app.blobs.content import blob_key, sha256_file
 from app.db.orm import LOCAL_TENANT, SourceModel, StageResult
 from app.db.uow import Database
 from app.domain.failures import StageFailure
 from app.settings import Settings
-from app.storage.content import blob_key, sha256_file
 from app.storage.factory import make_store
 from tests.conftest import S3Bucket
 from tests.factories import onnx_models

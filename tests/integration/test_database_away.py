@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import OperationalError
 
+from app.blobs.content import ContentStore
 from app.db.base import make_engine
 from app.db.migrate import upgrade
 from app.db.orm import Worker
@@ -21,7 +22,6 @@ from app.db.uow import Database, patiently
 from app.jobs.ledger import JobLedger
 from app.jobs.service import JobService
 from app.settings import Settings, WorkerSettings
-from app.storage.content import ContentStore
 from app.storage.local import LocalStore
 from tests.factories.deployment import deployment, gone
 from tests.integration.conftest import Desk

@@ -7,20 +7,24 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, func, select
 
+from app.blobs.references import forget_results, is_referenced, is_uploaded, keep_result, referenced, references_between
+from app.blobs.retention import Retention, change_policy
 from app.capabilities.repository import StatisticsRepository
 from app.db.orm import LOCAL_TENANT, Dataset, Job, SourceModel, StageFile, StageResult, Tenant
 from app.db.uow import Database
 from app.jobs.ledger import Claim
+from app.jobs.removal import remove_engine, remove_jobs
 from app.jobs.repository import JobRepository
 from app.jobs.schedule import Offer
 from app.library import LibraryRepository
 from app.operations.statistics import take
-from app.references import forget_results, is_referenced, is_uploaded, keep_result, referenced
+from app.settings import RetentionSettings, Settings
 from tests.factories import filled
 from tests.integration.conftest import Desk
 
@@ -91,6 +95,25 @@ def test_nothing_reads_a_whole_table(grown: Database) -> None:
     assert len(seen) > 40
     asked = [statement for statement in seen if statement[0].startswith(("SELECT", "DELETE", "UPDATE"))]
     walks = [walk for statement in asked for walk in _walks(grown, statement)]
+    assert not walks, "\n\n".join(walks)
+
+
+def test_what_expires_is_found_without_reading_all(grown: Database, tmp_path: Path) -> None:
+    never = RetentionSettings(jobs_days=36_500, engines_days=36_500, models_days=36_500, datasets_days=36_500)
+    settings = Settings(home=tmp_path, retention=never)
+    with grown.write() as uow:
+        change_policy(uow.session, LOCAL_TENANT, {"results": 36_500, "events": 36_500}, ())
+    with _watched(grown) as seen:
+        assert sum(Retention(grown, settings).walk()) == 0
+        with grown.write() as uow:
+            first, last = filled.digest("report", 1), filled.digest("report", 100)
+            assert len(references_between(uow.session, LOCAL_TENANT, first, last)) == 100
+            number = filled.digest("engine", 7)[-32:]
+            assert remove_engine(uow.session, LOCAL_TENANT, f"eng_{number}") is not None
+            assert remove_jobs(uow.session, LOCAL_TENANT, [f"job_{number}"]).job_ids == [f"job_{number}"]
+    asked = [statement for statement in seen if statement[0].startswith(("SELECT", "DELETE", "UPDATE"))]
+    walks = [walk for statement in asked for walk in _walks(grown, statement)]
+    assert len(asked) > 10
     assert not walks, "\n\n".join(walks)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from app.blobs.content import blob_key
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import LOCAL_TENANT, Engine, Job, JobEvent, StageResult
@@ -19,7 +20,6 @@ from app.errors import AppError
 from app.idempotency import Idempotency
 from app.jobs.ledger import Claim, LeaseLost
 from app.jobs.schedule import Offer
-from app.storage.content import blob_key
 from tests.integration.conftest import Desk
 
 

@@ -16,12 +16,12 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app.blobs.references import referenced
 from app.capabilities.repository import StatisticsRepository
 from app.db import postgres
 from app.db.base import make_engine
 from app.db.migrate import alembic_config
 from app.db.orm import LOCAL_TENANT
-from app.references import referenced
 from app.settings import Settings
 
 _NOW = "'2026-11-01 12:00:00'"

@@ -14,7 +14,8 @@ from datetime import timedelta
 
 import pytest
 
-from app.collector import Collector
+from app.blobs.collector import Collector
+from app.blobs.content import blob_key
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import LOCAL_TENANT, Engine, StageResult, Upload
@@ -22,7 +23,6 @@ from app.errors import AppError, storage_unavailable
 from app.jobs.ledger import Claim, JobLedger
 from app.settings import CollectorSettings, Settings, WorkerSettings
 from app.storage.base import BlobNotFound
-from app.storage.content import blob_key
 from app.storage.local import LocalStore
 from app.storage.s3 import S3Store
 from app.uploads.service import UploadService

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from anneal_client import SignatureMismatch, verify_webhook
-from app.collector import Collector
+from app.blobs.collector import Collector
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job, Tenant
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
+from app.blobs.content import sha256_file
 from app.domain.artifact_key import ArtifactRef, FileRef
 from app.domain.failures import StageFailure
-from app.storage.content import sha256_file
 from tests.factories import onnx_models as models
 from tests.unit.test_bundle import Notes, infer, loaded
 from workers.artifacts import names_in

@@ -207,7 +207,8 @@ def test_what_cannot_go_together_is_told(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_service_that_is_down(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anneal_client.transport.MAX_PAUSE_S", 0.05)
     nowhere = "http://127.0.0.1:9"
-    for command in (["jobs"], ["capabilities"], ["job", "job_1"], ["report", "job_1"], ["cancel", "job_1"]):
+    about = [[verb, "job_1"] for verb in ("job", "report", "cancel", "delete")]
+    for command in (["jobs"], ["capabilities"], *about):
         assert main(["--url", nowhere, *command]) == Exit.UNREACHABLE
         told = capsys.readouterr().err
         assert nowhere in told

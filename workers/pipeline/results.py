@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from app.blobs.content import ContentStore
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.report import Report
-from app.storage.content import ContentStore
 from workers.pipeline.checks import Check
 from workers.pipeline.outcome import Optimization
 

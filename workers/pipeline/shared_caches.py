@@ -16,9 +16,9 @@ from pathlib import Path
 
 import structlog
 
+from app.blobs.content import sha256_file
 from app.errors import AppError
 from app.storage.base import BlobNotFound, BlobStore, StoredObject
-from app.storage.content import sha256_file
 from workers.installation import CACHE, LARGEST_CACHE, OTHERS
 
 log = structlog.get_logger(__name__)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.blobs.content import ContentStore, sha256_file
 from app.domain.artifact_key import ArtifactRef, FileRef
-from app.storage.content import ContentStore, sha256_file
 
 
 @dataclass

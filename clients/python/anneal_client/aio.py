@@ -111,6 +111,9 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> Job:
         return await self._core.call(Job, "POST", f"{job_path(job_id)}/cancel")
 
+    async def delete_job(self, job_id: str, *, engines: bool = False) -> None:
+        await self._core.delete_job(job_id, engines)
+
     def events(self, job_id: str, last_event_id: str | None = None) -> AsyncIterator[Event]:
         return self._core.events(job_id, last_event_id)
 
@@ -166,6 +169,9 @@ class AsyncClient:
 
     def engines(self, *, job_id: str | None = None, model_id: str | None = None) -> AsyncIterator[Engine]:
         return self._core.listed(Engine, "/v1/engines", {"job_id": job_id, "model_id": model_id})
+
+    async def delete_engine(self, engine_id: str) -> None:
+        await self._core.delete(path_of("engines", engine_id))
 
     async def download_engine(self, engine_id: str, path: str | Path) -> Path:
         return await self._core.download_engine(engine_id, Path(path))

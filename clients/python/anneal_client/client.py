@@ -142,6 +142,10 @@ class Client:
         """Ask for the job's end; answers it. No error where it has ended already."""
         return run(self._core.call(Job, "POST", f"{job_path(job_id)}/cancel"))
 
+    def delete_job(self, job_id: str, *, engines: bool = False) -> None:
+        """Delete a job that has ended, its report and its events; with `engines`, also what it delivered."""
+        run(self._core.delete_job(job_id, engines))
+
     def events(self, job_id: str, last_event_id: str | None = None) -> Iterator[Event]:
         """What happens to the job, from its beginning (or after `last_event_id`) to its end.
 
@@ -217,6 +221,10 @@ class Client:
     def engines(self, *, job_id: str | None = None, model_id: str | None = None) -> Iterator[Engine]:
         """Engines, newest first."""
         return iterate(self._core.listed(Engine, "/v1/engines", {"job_id": job_id, "model_id": model_id}))
+
+    def delete_engine(self, engine_id: str) -> None:
+        """Delete the engine and its bundle; its job and the report stay."""
+        run(self._core.delete(path_of("engines", engine_id)))
 
     def download_engine(self, engine_id: str, path: str | Path) -> Path:
         """The engine's bytes into the file `path`, verified by SHA-256; an interrupted download is resumed."""

@@ -55,8 +55,11 @@ class Core:
     async def call(self, kind: type[A], method: str, path: str, **options: Any) -> A:
         return kind(_object(await self.http.request(method, path, **options)))
 
-    async def delete(self, path: str) -> None:
-        await self.http.request("DELETE", path)
+    async def delete(self, path: str, **params: str) -> None:
+        await self.http.request("DELETE", path, params=params)
+
+    async def delete_job(self, job_id: str, engines: bool) -> None:
+        await self.delete(job_path(job_id), **({"engines": "true"} if engines else {}))
 
     async def listed(self, kind: type[A], path: str, filters: Mapping[str, str | None]) -> AsyncGenerator[A, None]:
         params = {name: value for name, value in filters.items() if value is not None} | {"limit": str(_PAGE)}

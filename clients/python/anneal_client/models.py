@@ -76,6 +76,7 @@ class Compatibility(Answer):
 class Dataset(Answer):
     arrays: list[Tensor]  # The shape is that of one sample, without the first axis
     created_at: datetime
+    expires_at: datetime | None
     filename: str
     format: str
     id: str
@@ -92,6 +93,7 @@ class Engine(Answer):
     bundle_sha256: str
     bundle_size_bytes: int
     created_at: datetime
+    expires_at: datetime | None
     filename: str
     format: str
     hardware: dict[str, Any]  # What it was built and measured on
@@ -149,6 +151,7 @@ class Job(Answer, defaults={"children": []}):
     engine_ids: list[str]
     error: JobError | None
     expected_end: datetime | None  # Of a running job, by its pace and its budget
+    expires_at: datetime | None  # Of one that has ended: when retention deletes it
     finished_at: datetime | None
     id: str
     links: dict[str, str]  # Paths of this API that belong to the resource
@@ -166,6 +169,7 @@ class Job(Answer, defaults={"children": []}):
 class Model(Answer):
     created_at: datetime
     detail: dict[str, Any]  # Producer, op counts and what else the file says of itself
+    expires_at: datetime | None
     filename: str
     format: str
     id: str

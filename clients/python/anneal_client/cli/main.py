@@ -15,6 +15,7 @@ from anneal_client import __version__
 from anneal_client.cli import (
     bench,
     completing,
+    deleting,
     doctor,
     engines,
     listing,
@@ -30,7 +31,20 @@ from anneal_client.cli.exits import Exit, Stop
 from anneal_client.cli.screen import Screen, clean
 from anneal_client.errors import AnnealError
 
-_ORDER = (serving, signing, submitting, listing, outcome, reports, engines, bench, webhooks, doctor, completing)
+_ORDER = (
+    serving,
+    signing,
+    submitting,
+    listing,
+    outcome,
+    reports,
+    engines,
+    deleting,
+    bench,
+    webhooks,
+    doctor,
+    completing,
+)
 _EPILOG = """exit codes: 0 done, the promise is kept; 1 refused; 2 wrong usage; 3 nothing is faster; 4 a limit is
 missed; 5 the job failed; 6 no answer; 7 no valid key; 8 cancelled; 9 --timeout; 130 Ctrl-C
 

@@ -144,5 +144,14 @@ def identifier(prefix: str, kind: str, listed_by: str | None = None) -> Callable
 job_id = identifier("job", "job")
 
 
+def any_id(*prefixes: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if not any(is_id(prefix, text) for prefix in prefixes):
+            raise _wrong(text, f"id ({', '.join(f'{prefix}_…' for prefix in prefixes)})")
+        return text
+
+    return read
+
+
 def is_id(prefix: str, text: str) -> bool:
     return re.fullmatch(rf"{prefix}_[0-9a-zA-Z]{{1,60}}", text) is not None

@@ -1,5 +1,6 @@
-"""Removes what nothing needs any more: old stage results, the files that they and deleted resources leave behind, files
-of workers killed between storing a file and noting it, and rows that have had their time. Tallies jobs that ended."""
+"""Removes what nothing needs any more: what has expired, old stage results, the files that they and deleted resources
+leave behind, files of workers killed between storing a file and noting it, and rows that have had their time. Tallies
+jobs that ended."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ import structlog
 from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute
 
+from app.blobs.content import ContentStore, blob_key, blob_prefix
+from app.blobs.references import referenced
+from app.blobs.removal import remove_unneeded
+from app.blobs.retention import Retention
 from app.capabilities.repository import StatisticsRepository
 from app.db.accounts import Tenant
 from app.db.base import utcnow
 from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Worker
 from app.db.uow import Database
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint
-from app.references import lock_blob, referenced
 from app.settings import Settings
 from app.storage.base import StoredObject
-from app.storage.content import ContentStore, blob_key, blob_prefix
 from app.storage.local import LocalStore
 
 log = structlog.get_logger(__name__)
@@ -47,15 +50,16 @@ class _Batch:
     digests: list[str]
 
 
-# One step of a walk over all blobs: some to remove, or None for a page that has been looked at.
-_Walk: TypeAlias = Iterator[_Batch | None]
+# One step of a walk: blobs to remove, how many rows it has deleted, or None for a page that has been looked at.
+_Walk: TypeAlias = Iterator[_Batch | int | None]
 
 
 class Collector:
     """Any number of them may work at once, beside running jobs and uploads; each is used by one thread.
 
-    A file is condemned while its lock (`lock_blob`) is held, after another look at what refers to it: whoever stores
-    the same content either has noted it by then, or takes the lock later and finds that its bytes were taken.
+    A file is condemned while its lock (`lock_blob`) is held, after another look at what refers to it (`removal`):
+    whoever stores the same content either has noted it by then, or takes the lock later and finds that its bytes were
+    taken.
 
     `round_over`: the last pass found nothing left to do. Every blob has been looked at since the round began.
     """
@@ -64,6 +68,7 @@ class Collector:
         self._db = db
         self._content = content
         self._settings = settings.collector
+        self._retention = Retention(db, settings)
         # Where a walk stands is kept from pass to pass. Each round begins at any tenant, so that a collector that never
         # lives long does not look at the same tenants always.
         self._walks: dict[str, _Walk] = {}
@@ -73,9 +78,15 @@ class Collector:
         """One pass, of bounded work: how much of each kind was removed. Raises what database and storage raise; what
         is left then is for the next pass."""
         if not self._walks:
-            self._walks = {"blobs": self._walk_recorded(), "orphans": self._walk_stored()}
+            self._walks = {
+                "expired": self._retention.walk(),
+                "blobs": self._walk_recorded(),
+                "orphans": self._walk_stored(),
+            }
         settings = self._settings
         results = [StageResult.used_at < _before(settings.results_days)]
+        if own := self._tenants_with_own("results"):
+            results.append(StageResult.tenant_id.not_in(own))
         keys = [IdempotencyKey.created_at < _before(settings.idempotency_days)]
         workers = [Worker.last_seen_at < _before(_WORKER_DAYS)]
         removals = [BlobRemoval.removed_at < _before(_REMOVAL_DAYS)]
@@ -92,7 +103,7 @@ class Collector:
             "webhook_endpoints": self._delete_rows([WebhookEndpoint.id], endpoints),
         }
         more_rows = max(*counts.values(), old_removals) >= _ROWS
-        counts |= {"temporary_files": self._remove_temporary(), "blobs": 0, "orphans": 0}
+        counts |= {"temporary_files": self._remove_temporary(), "expired": 0, "blobs": 0, "orphans": 0}
         for kind in [*self._walks]:
             counts[kind] = self._advance(kind)
         self.round_over = not self._walks and not more_rows
@@ -130,7 +141,7 @@ class Collector:
         return store.remove_stale(self._settings.grace_s) if isinstance(store, LocalStore) else 0
 
     def _advance(self, kind: str) -> int:
-        """Go on with a walk, and forget it at its end: how many files were removed."""
+        """Go on with a walk, and forget it at its end: how much was removed."""
         walk, until = self._walks[kind], time.monotonic() + _PASS_S
         removed = pages = 0
         while removed < _FILES and pages < _PAGES and time.monotonic() < until:
@@ -142,10 +153,10 @@ class Collector:
             except BaseException:
                 self._walks.clear()  # this one has ended, without having seen all
                 raise
-            if batch is None:
-                pages += 1
-            else:
+            if isinstance(batch, _Batch):
                 removed += self._remove(batch)
+            else:
+                pages, removed = pages + 1, removed + (batch or 0)
         return removed
 
     def _walk_recorded(self) -> _Walk:
@@ -176,6 +187,12 @@ class Collector:
                     recorded = set(session.scalars(query))
                 yield from self._unreferenced(tenant_id, [sha256 for sha256 in digests if sha256 not in recorded])
 
+    def _tenants_with_own(self, kind: str) -> list[str]:
+        """Those whose retention says how long they keep this kind."""
+        query = select(Tenant.id, Tenant.retention).where(Tenant.retention.is_not(None))
+        with self._db.read() as session:
+            return [tenant_id for tenant_id, own in session.execute(query) if kind in (own or {})]
+
     def _tenants(self) -> list[str]:
         with self._db.read() as session:
             tenants = list(session.scalars(select(Tenant.id)))
@@ -194,29 +211,7 @@ class Collector:
                 yield _Batch(tenant_id, unneeded[start : start + _BATCH])
 
     def _remove(self, batch: _Batch) -> int:
-        """Remove what is still not needed: rows under the locks, and the bytes afterwards."""
-        tenant_id, content, cutoff = batch.tenant_id, self._content, self._cutoff
-        marks = content.marks(self._db, tenant_id, batch.digests)
-        # Stored again just now, perhaps, by someone who has yet to note it. Who does so after this look is told when
-        # he comes to note it.
-        stored = {sha256: content.modified_at(tenant_id, sha256) for sha256 in marks}
-        old = [sha256 for sha256, modified_at in sorted(stored.items()) if modified_at is None or modified_at < cutoff]
-        condemned, removed = [], 0
-        with self._db.write() as uow:
-            for sha256 in old:
-                lock_blob(uow.session, tenant_id, sha256)
-            needed = referenced(uow.session, tenant_id, old)
-            query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(old))
-            needed.update(uow.session.scalars(query.where(Blob.created_at >= cutoff)))
-            for sha256 in old:
-                if sha256 in needed or not content.unchanged(uow.session, tenant_id, sha256, marks[sha256]):
-                    continue
-                known = content.known(uow.session, tenant_id, sha256)
-                if known or stored[sha256] is not None:
-                    condemned.append(content.condemn(uow.session, tenant_id, sha256))
-                    removed += 1
-        content.remove(self._db, condemned)
-        return removed
+        return remove_unneeded(self._db, self._content, batch.tenant_id, batch.digests, self._cutoff)
 
 
 def _before(days: int) -> datetime:

@@ -18,12 +18,12 @@ from pathlib import Path
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from app.blobs.references import lock_blob
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Blob, BlobRemoval
 from app.db.uow import Database
 from app.errors import blob_corrupted
-from app.references import lock_blob
 from app.storage.base import BlobNotFound, BlobStore
 
 CHUNK = 4 << 20
@@ -69,7 +69,7 @@ class Condemned:
 
 
 class ContentStore:
-    """Puts files in storage first and rows second: a crash in between leaves a blob, which `app.collector`
+    """Puts files in storage first and rows second: a crash in between leaves a blob, which `app.blobs.collector`
     finds, never a row without its bytes."""
 
     def __init__(self, store: BlobStore) -> None:
