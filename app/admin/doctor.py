@@ -21,7 +21,7 @@ from app.db.orm import Job, Upload
 from app.domain.job_state import JobStatus
 from app.domain.upload_state import UploadState
 from app.errors import AppError
-from app.jobs.ledger import JobLedger
+from app.jobs.sweep import Sweeper
 from app.storage.factory import make_store
 from app.uploads.service import UploadService
 
@@ -91,7 +91,7 @@ def _stuck(desk: Desk, content: ContentStore, tenant_id: str | None, *, mend: bo
     before = [*_late(desk, tenant_id)]
     if mend and any(kind == _LEASE for kind, *_ in before):
         # Nothing is sent: workers look for what is queued and was not sent.
-        JobLedger(desk.db, content, lambda _job: False, desk.settings.worker).sweep()
+        Sweeper(desk.db, lambda _job: False, desk.settings.worker).sweep()
     if mend and any(kind == _UPLOAD for kind, *_ in before):
         _go_on(desk, content, [(tenant, upload) for kind, tenant, upload in before if kind == _UPLOAD])
     still = {what for _, _, what in _late(desk, tenant_id)} if mend else set()

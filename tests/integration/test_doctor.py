@@ -25,6 +25,7 @@ from app.settings import CollectorSettings, Settings
 from app.storage.base import StoredObject
 from tests.integration.conftest import Desk
 from tests.integration.test_collector import _age, _engine, _exists_anywhere, _put, _record, _result, _upload
+from tests.integration.test_ledger import _claim
 
 _OLD_S = 7200
 Doctor = Callable[..., tuple[int, list[dict[str, Any]]]]
@@ -239,8 +240,7 @@ def test_what_is_stuck(desk: Desk, told: Doctor) -> None:
     job, well = desk.submit(), _well(desk)
     with desk.db.write() as uow:
         uow.session.get_one(SourceModel, job.model_id).sha256 = well
-    claim = desk.ledger.claim(job.id, "gone")
-    assert claim is not None
+    _claim(desk, job)
     upload = _upload(_record(desk, "upload"), "completed")
     upload.expires_at = utcnow() - timedelta(hours=1)
     with desk.db.write() as uow:
