@@ -174,7 +174,7 @@ def cancels_and_compares(page: Page, job: str) -> None:
 
 
 def looks_around(page: Page) -> None:
-    for path in ("models", "datasets", "workers", "keys"):
+    for path in ("models", "datasets", "workers", "webhooks", "keys"):
         page.goto(f"{URL}/{path}")
         accessible(page, path)
     page.goto(f"{URL}/models")
