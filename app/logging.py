@@ -115,7 +115,7 @@ def configure_logging(json: bool, level: str) -> None:
     handler = _StderrHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _without_twins, *shared],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
@@ -132,6 +132,12 @@ def configure_logging(json: bool, level: str) -> None:
         logger.setLevel(logging.NOTSET)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
+
+
+def _without_twins(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """uvicorn tells its messages twice, once with a terminal's escape codes."""
+    event.pop("color_message", None)
+    return event
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -119,7 +119,7 @@ async def form_page(
 ) -> Response:
     """The form, filled as asked: with a model, a data set, or as another job was."""
     values: dict[str, Any] = {limit.name: limit.default for limit in LIMITS}
-    values.update(dict.fromkeys(("model", "calibration", "validation", "strict")))
+    values.update(dict.fromkeys(("model", "calibration", "validation", "strict", "allow_noisy")))
     values.update(objective="latency", batch_sizes="1, 8", precisions=[], hardware="")
     if like is not None:
         job = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, like)
@@ -183,7 +183,7 @@ async def _form(request: Request, services: Services, tenant_id: str, filled: Fi
 
 
 def _fields() -> list[str]:
-    own = ["model", "calibration", "validation", "objective", "hardware", "batch_sizes", "strict"]
+    own = ["model", "calibration", "validation", "objective", "hardware", "batch_sizes", "strict", "allow_noisy"]
     return [*own, *(limit.name for limit in LIMITS)]
 
 
@@ -214,6 +214,8 @@ def spec_of(values: Mapping[str, Any]) -> dict[str, Any]:
     sizes = str(values.get("batch_sizes") or "").replace(",", " ").split()
     if sizes:
         spec["benchmark"] = {"batch_sizes": [_number(size) for size in sizes[:32]]}
+    if values.get("allow_noisy"):
+        spec.setdefault("benchmark", {})["allow_noisy"] = True
     return spec
 
 
@@ -230,15 +232,16 @@ def _number(typed: str) -> Any:
 
 def _as_typed(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The other way round, for the form that starts from a job."""
-    check, target = spec.get("validation") or {}, spec.get("target") or {}
+    check, target, measured = (spec.get(name) or {} for name in ("validation", "target", "benchmark"))
     values: dict[str, Any] = {
         "objective": spec.get("objective"),
         "calibration": (spec.get("calibration") or {}).get("dataset_id"),
         "validation": check.get("dataset_id"),
         "strict": check.get("strict"),
+        "allow_noisy": measured.get("allow_noisy"),
         "hardware": target.get("hardware") or "",
         "precisions": spec.get("precisions") or [],
-        "batch_sizes": ", ".join(str(size) for size in (spec.get("benchmark") or {}).get("batch_sizes") or ()),
+        "batch_sizes": ", ".join(str(size) for size in measured.get("batch_sizes") or ()),
     }
     for limit in LIMITS:
         found: Any = spec

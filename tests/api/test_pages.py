@@ -156,13 +156,15 @@ def test_what_is_wrong_with_a_form_is_said_and_nothing_typed_is_lost(
     page = browser.post("/jobs", data={"csrf": token, "model": "mdl_0"})
     assert "There is no model" in page.text
     good = {"csrf": token, "model": model["id"], "loss": "0,5", "p99": "20", "budget": "60", "batch_sizes": "1 4",
-            "precisions": ["fp32", "int8"], "strict": "yes"}  # fmt: skip
+            "precisions": ["fp32", "int8"], "strict": "yes", "allow_noisy": "yes"}  # fmt: skip
     job_id = browser.post("/jobs", data=good, follow_redirects=False).headers["location"].rpartition("/")[2]
     spec = browser.get(f"/v1/jobs/{job_id}").json()["spec"]
     assert spec["validation"]["max_accuracy_loss_percent"] == 0.5
     assert spec["validation"]["strict"] is True
     assert spec["constraints"]["p99_latency_ms"] == 20
     assert (spec["benchmark"]["batch_sizes"], spec["precisions"]) == ([1, 4], ["fp32", "int8"])
+    assert spec["benchmark"]["allow_noisy"] is True
+    assert 'name="allow_noisy" value="yes" checked' in browser.get(f"/jobs/new?like={job_id}").text
 
 
 def test_what_is_not_there_is_a_page_too(browser: httpx.Client) -> None:

@@ -64,6 +64,14 @@ def test_loggers_of_libraries_have_the_same_shape(capsys: pytest.CaptureFixture[
     assert (line["correlation_id"], line["path"]) == ("task-1", "/v1")
 
 
+def test_what_uvicorn_says_twice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(json=True, level="INFO")
+    logging.getLogger("uvicorn.error").info("running on %s", "here", extra={"color_message": "\x1b[1mrunning\x1b[0m"})
+    (line,) = lines(capsys)
+    assert line["event"] == "running on here"
+    assert "color_message" not in line
+
+
 def test_exceptions_are_one_line_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(json=True, level="INFO")
     for logger in (structlog.get_logger("a"), logging.getLogger("b")):
