@@ -19,7 +19,7 @@ from tests.integrations.environments import REPOSITORY, environment
 
 DIGITS = REPOSITORY / "examples" / "digits"
 _TRIES = 3
-# In the environment `browser`: from the title to the end of what was tried, as a screen of twice the density shows it.
+# In the environment `browser`: as a screen of twice the density shows it.
 _SHOOT = """
 import sys
 from PIL import Image
@@ -30,17 +30,21 @@ with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
     page = browser.new_page(viewport={"width": 960, "height": 800}, device_scale_factor=2, color_scheme="light")
     page.goto(url)
-    end = page.evaluate(
-        '''() => {
-            const found = [...document.querySelectorAll("h3")].find((h) => h.textContent.startsWith("The search"));
-            return found.getBoundingClientRect().top + window.scrollY;
-        }'''
+    page.screenshot(path=target, full_page=True)
+    at = page.evaluate(
+        '''() => Object.fromEntries([...document.querySelectorAll("h3")].map(
+            (h) => [h.textContent, h.getBoundingClientRect().top + scrollY]))'''
     )
-    page.screenshot(path=target, full_page=True, clip={"x": 0, "y": 0, "width": 960, "height": end - 12})
     browser.close()
-with Image.open(target) as picture:
-    # Flat colours and grey edges of letters: 64 of them look the same, at a third of the size.
-    few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+# The headline and the evidence; then what was tried.
+parts = [(0, at["At every shape"]), (at["Candidates"], at["The search, in the order of trying"])]
+with Image.open(target) as whole:
+    cuts = [whole.convert("RGB").crop((0, int(2 * a) - 30 * (a > 0), whole.width, int(2 * b) - 30)) for a, b in parts]
+joined = Image.new("RGB", (cuts[0].width, sum(cut.height for cut in cuts)))
+for place, cut in zip((0, cuts[0].height), cuts):
+    joined.paste(cut, (0, place))
+# Flat colours and grey edges of letters: 48 of them look the same, at a third of the size.
+few = joined.quantize(48, dither=Image.Dither.NONE)
 few.save(target, optimize=True)
 """
 
