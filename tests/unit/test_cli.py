@@ -142,18 +142,24 @@ def test_options_of_every_command_have_limits(
         assert "\x1b" not in told.err
 
 
-def test_no_option_with_limits_is_left_untried() -> None:
-    tried = {option for option, _ in OF_OPTIMIZE} | {option for _, option, _ in OF_OTHERS}
-
-    def walk(parser: argparse.ArgumentParser) -> Iterator[str]:
+def test_every_option_with_limits_refuses_what_no_limit_admits(capsys: pytest.CaptureFixture[str]) -> None:
+    def walk(parser: argparse.ArgumentParser, path: list[str]) -> Iterator[tuple[list[str], argparse.Action]]:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
-                for child in action.choices.values():
-                    yield from walk(child)
+                for name, child in action.choices.items():
+                    yield from walk(child, [*path, name])
             elif action.option_strings and (action.choices or action.type not in (None, Path)):
-                yield action.option_strings[-1]
+                yield path, action
 
-    assert set(walk(make_parser())) - tried == set()
+    found = list(walk(make_parser(), []))
+    assert len(found) > 30
+    for path, action in found:
+        option = action.option_strings[-1]
+        wrong = "" if action.type is values.names else "\x1b[31m"
+        assert main([*path, f"{option}={wrong}"]) == Exit.USAGE, (path, option)
+        told = capsys.readouterr().err
+        assert option in told
+        assert "\x1b" not in told
 
 
 def test_a_file_that_is_missing_is_told_before_anything_is_sent(
