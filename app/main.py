@@ -131,7 +131,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
     content = ContentStore(make_store(settings))
     reads = SharedReads()
     policies = Policies(db, settings)
-    inspector = Inspector(settings.limits)
+    inspector = Inspector(settings.limits, scratch=settings.temp_dir, hidden=settings.hidden)
     capability_service = CapabilityService(db, settings)
     jobs_service = JobService(db, content, dispatch, settings)
     return Services(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -21,6 +21,8 @@ def _split(value: object) -> object:
 
 # In the environment: separated by commas.
 Networks = Annotated[list[Network], NoDecode, BeforeValidator(_split)]
+Folders = Annotated[list[Path], NoDecode, BeforeValidator(_split)]
+Sandbox = Literal["auto", "required", "off"]
 
 
 class StorageSettings(BaseSettings):
@@ -64,6 +66,7 @@ class LimitSettings(BaseSettings):
     waiting_per_tenant: int = Field(default=500, ge=1)
     inspect_cpu_s: float = Field(default=30, gt=0)
     inspect_memory_mb: int = Field(default=1024, ge=128)
+    inspect_sandbox: Sandbox = "auto"
     active_jobs_per_tenant: int = Field(default=1000, ge=1)
 
 
@@ -100,6 +103,8 @@ class WorkerSettings(BaseSettings):
     stage_timeout_s: float = Field(default=1800, gt=0)
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)
+    sandbox: Sandbox = Field(default="auto", description="Models in children without files, network and others' sight")
+    sandbox_read: Folders = Field(default=[], description="Folders that stages may read beside the system and Python")
     tritonserver: Path | None = Field(default=None, description="Bundles for Triton are tried in it; None = not tried")
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Of the worker's own /metrics; 0 = none")
@@ -196,6 +201,14 @@ class Settings(BaseSettings):
     def temp_dir(self) -> Path:
         """Scratch space on the same disk as the embedded blob folder, so that storing is a rename."""
         return self.home_dir / "tmp"
+
+    @property
+    def hidden(self) -> list[Path]:
+        """What no process that handles a user's model ever reads, wherever it lies."""
+        key = [self.worker.engine_key_file] if self.worker.engine_key_file else []
+        urls = ((self.database, "sqlite:///"), (self.storage_url, "file://"))
+        files = [Path(url.removeprefix(scheme)) for url, scheme in urls if url.startswith(scheme)]
+        return [self.home_dir, *(path.expanduser().resolve() for path in (*key, *files))]
 
     @property
     def embedded(self) -> bool:

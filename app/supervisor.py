@@ -19,6 +19,8 @@ import uvicorn
 
 from app.db.migrate import upgrade
 from app.logging import configure_logging
+from app.sandbox.features import found
+from app.sandbox.syscalls import hide_from_tracing
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -35,6 +37,8 @@ def run_api(settings: Settings) -> int:
     from app.main import create_app
 
     refuse_open_server(settings)
+    _refuse_unconfined(settings)
+    hide_from_tracing()  # keys and passwords of the whole installation are in this process
     _logging(settings)
     raise_descriptor_limit()
     app = create_app(settings)
@@ -84,11 +88,17 @@ def refuse_without_worker() -> None:
         )
 
 
+def _refuse_unconfined(settings: Settings) -> None:
+    if settings.limits.inspect_sandbox == "required" and not (features := found()).enough:
+        raise SystemExit(f"LIMIT_INSPECT_SANDBOX=required, and this machine leaves open: {features.missing()}")
+
+
 def serve(settings: Settings) -> int:
     """Migrate, start API and worker, and wait. Ctrl-C, SIGTERM, or the death of either ends both."""
     refuse_open_server(settings)
     refuse_without_worker()
     refuse_taken_address(settings)
+    hide_from_tracing()
     _logging(settings)
     try:
         settings.home_dir.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,11 @@ from types import FrameType
 
 from app.background import tell_of_dead_threads
 from app.logging import configure_logging
+from app.sandbox.syscalls import hide_from_tracing
 from app.settings import load_settings
 from workers.celery_app import run_worker
 from workers.devices.cuda import UnknownGpu
+from workers.pipeline.confining import Unconfined
 from workers.service import WorkerService
 
 
@@ -19,6 +21,7 @@ def main() -> int:
     settings = load_settings()
     log_json = settings.log_json if settings.log_json is not None else not sys.stderr.isatty()
     configure_logging(json=log_json, level=settings.log_level)
+    hide_from_tracing()  # keys and passwords of the whole installation are in this process
     try:
         service = WorkerService(settings)
     except UnknownGpu as error:
@@ -31,6 +34,8 @@ def main() -> int:
         with contextlib.suppress(SystemExit):  # of a signal that came before Celery listens to any
             service.start()
             status = run_worker(service)
+    except Unconfined as missing:
+        sys.exit(f"WORKER_SANDBOX=required, and this machine leaves open: {missing}")
     finally:
         service.close()
     return status or int(service.failed is not None)

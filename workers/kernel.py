@@ -120,6 +120,7 @@ class Stage(ABC, Generic[OptionsT]):
     libraries: ClassVar[tuple[str, ...]] = ()
     hardware_bound: ClassVar[bool] = False
     exclusive_device: ClassVar[bool] = False  # a measurement: one at a time on a device
+    loopback: ClassVar[bool] = False  # it speaks TCP with processes of its own; no other stage has any network
     # What it is to the rest: nobody asks for its name.
     takes: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds that its input `model` may be, the preferred one first
     gives: ClassVar[Mapping[str, str]] = {}  # kinds of its outputs, by name
@@ -239,6 +240,7 @@ class Backend(ABC):
     signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
+    uses_cache: ClassVar[bool] = False  # it writes to the installation's cache folder, where no other call reaches it
     stops: ClassVar[bool] = False  # its build takes the option `max_seconds`, and ends by itself
     script_libraries: ClassVar[tuple[str, ...]] = ()  # what `infer_script` imports beside `libraries`
     device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks

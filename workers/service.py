@@ -44,6 +44,7 @@ from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.libraries import model_formats
 from workers.lookout import Lookout
 from workers.offer import backends_of, queues_of
+from workers.pipeline.confining import check_features, host_of
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
@@ -96,7 +97,7 @@ class WorkerService:
         self.webhooks = WebhookSender(self.db, settings)
         self.uploads = UploadService(self.db, self.content, settings)
         self.collector = Collector(self.db, self.content, settings)
-        self.isolated = IsolatedRunner()
+        self.isolated = IsolatedRunner(host=host_of(settings))
         self.shutdown = threading.Event()
         self._engine_key = load_or_make_key(
             settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"
@@ -141,6 +142,7 @@ class WorkerService:
         self._remove_stale()
         self.isolated.start()
         self.telemetry.start()
+        check_features(self.isolated.features, self.settings.worker.sandbox)
         self._sign_on()
         self._background.start("housekeeping", self._housekeep)
         self._background.start("sweeper", self.lookout.run)
@@ -209,6 +211,7 @@ class WorkerService:
             plugins=[plugin.to_json() for plugin in plugins.found()],
             examines=self.examiner.backends,
             builds=self.prebuilder.offers,
+            isolation=self.isolated.features.to_json(self.settings.worker.sandbox),
         )
 
     def _housekeep(self) -> None:

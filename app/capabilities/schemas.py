@@ -11,7 +11,7 @@ from app.capabilities.service import offered
 from app.db.orm import Worker
 
 # What a worker reports beside its hardware, in the same column.
-_APART = ("plugins", "examines", "builds")
+_APART = ("plugins", "examines", "builds", "isolation")
 
 
 class BackendOut(BaseModel):
@@ -33,6 +33,20 @@ class PluginOut(BaseModel):
     problem: str | None
 
 
+class IsolationOut(BaseModel):
+    """What a worker confines models with. `missing`: what is open for want of something, in words."""
+
+    mode: str = Field(description="auto: with what the machine has; required: with no less than files and network; off")
+    landlock: int = Field(description="ABI of the kernel's Landlock, 0 = none")
+    seccomp: bool
+    namespaces: bool
+    network: str | None = Field(None, description="of stages: none, or open")
+    network_of_load_tests: str | None = Field(
+        None, description="of stages that serve: own (a loopback of their own), ports (those handed out), tcp, open"
+    )
+    missing: list[str] = []
+
+
 class WorkerOut(BaseModel):
     id: str
     hostname: str
@@ -45,6 +59,7 @@ class WorkerOut(BaseModel):
     builds: dict[str, dict[str, list[str]]] = Field(
         {}, description="Backends that it builds with for devices that it need not have: target: precisions"
     )
+    isolation: IsolationOut | None = None
     started_at: datetime
     last_seen_at: datetime
 
@@ -75,6 +90,7 @@ class CapabilitiesOut(BaseModel):
                     plugins=[PluginOut.model_validate(plugin) for plugin in row.hardware.get("plugins", ())],
                     examines=row.hardware.get("examines") or {},
                     builds=row.hardware.get("builds") or {},
+                    isolation=IsolationOut.model_validate(told) if (told := row.hardware.get("isolation")) else None,
                     started_at=row.started_at,
                     last_seen_at=row.last_seen_at,
                 )

@@ -43,15 +43,17 @@ class CapabilityService:
         plugins: Sequence[Mapping[str, Any]] = (),
         examines: Mapping[str, str] | None = None,
         builds: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+        isolation: Mapping[str, Any] | None = None,
     ) -> None:
         """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}. `plugins`:
         list of {group, name, distribution, version, problem}, those that cannot be used among them. `examines`:
         backend → version, of those that it can ask what they take of a model. `builds`: backend → target → precisions,
-        of those that it builds for without having one.
+        of those that it builds for without having one. `isolation`: `app.sandbox.features.Features.to_json`.
         """
         apart = {
             "plugins": [dict(plugin) for plugin in plugins],
             "examines": dict(examines or {}),
+            "isolation": dict(isolation or {}),
             "builds": {backend: {k: [*v] for k, v in targets.items()} for backend, targets in (builds or {}).items()},
         }
         fields = {

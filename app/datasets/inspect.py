@@ -59,14 +59,14 @@ class _Shard:
     unpacked_bytes: int
 
 
-def describe_dataset(path: Path, filename: str, limits: ArchiveLimits) -> dict[str, Any]:
+def describe_dataset(path: Path, filename: str, limits: ArchiveLimits, scratch: Path) -> dict[str, Any]:
     """The columns of an uploaded data set's row, as JSON. Raises what `inspect_dataset` raises."""
-    info = inspect_dataset(path, filename, limits)
+    info = inspect_dataset(path, filename, limits, scratch)
     return {"format": info.format, "samples": info.samples, "arrays": info.arrays}
 
 
-def inspect_dataset(path: Path, filename: str, limits: ArchiveLimits) -> DatasetInfo:
-    """`filename` is what the client calls the file. Scratch space for compressed shards is taken beside `path`."""
+def inspect_dataset(path: Path, filename: str, limits: ArchiveLimits, scratch: Path | None = None) -> DatasetInfo:
+    """`filename` is what the client calls the file. `scratch`: a folder for compressed shards; None: beside `path`."""
     bounds = Limits.of(limits)
     with path.open("rb") as file:
         head = file.read(512)
@@ -84,7 +84,7 @@ def inspect_dataset(path: Path, filename: str, limits: ArchiveLimits) -> Dataset
                 shard = _inspect_npz(file, "the .npz", bounds)
             return DatasetInfo("npz", shard.samples, shard.arrays, 1)
         with open_archive(path, bounds) as archive:
-            return _inspect_archive(archive, filename, path.parent, bounds)
+            return _inspect_archive(archive, filename, scratch or path.parent, bounds)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from app.errors import AppError
+from app.sandbox.policy import Host
 from app.settings import LimitSettings, child_environment
 
 log = structlog.get_logger(__name__)
@@ -35,8 +36,18 @@ _BYTES_PER_CPU_SECOND = 10 << 20
 class Inspector:
     """Threads share it. `inspect` blocks; one tenant never has all of its processes."""
 
-    def __init__(self, limits: LimitSettings, processes: int | None = None) -> None:
-        self._limits = limits
+    def __init__(
+        self,
+        limits: LimitSettings,
+        processes: int | None = None,
+        *,
+        scratch: Path | None = None,
+        hidden: Sequence[Path] = (),
+    ) -> None:
+        """`scratch`: where compressed parts of a file are unpacked for a moment; None: beside it. `hidden`: what no
+        file is read from, wherever it lies (`Settings.hidden`)."""
+        self._limits, self._scratch = limits, scratch
+        self._host = Host(limits.inspect_sandbox, hidden=tuple(map(str, hidden)))
         self._most = processes or min(4, max(2, os.cpu_count() or 1))
         self._turn = threading.Condition()
         self._idle: list[_Child] = []
@@ -52,6 +63,7 @@ class Inspector:
         request = {
             "kind": kind,
             "path": str(path.resolve()),
+            "scratch": str((self._scratch or path.parent).resolve()),
             "filename": filename,
             "limits": {
                 "unpacked_bytes": limits.unpacked_bytes,
@@ -66,6 +78,8 @@ class Inspector:
             answer = child.ask(request, 60 + 4 * cpu_s)
         if answer is None:
             raise _unfinished(child.process.wait(), kind, filename)
+        if "ended" in answer:
+            raise _unfinished(answer["ended"], kind, filename)
         if "limit" in answer:
             raise _too_costly(kind, filename)
         if "error" in answer:
@@ -107,7 +121,7 @@ class Inspector:
                 self._turn.notify_all()
 
     def _start(self, dead: _Child | None) -> _Child:
-        child = _Child()
+        child = _Child(self._host)
         with self._turn:
             if dead is not None:
                 self._children.discard(dead)
@@ -121,9 +135,9 @@ class Inspector:
 
 
 class _Child:
-    def __init__(self) -> None:
+    def __init__(self, host: Host) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "app.inspection.child"],
+            [sys.executable, "-m", "app.inspection.child", json.dumps(host.to_json())],
             cwd=_ROOT,
             env={**child_environment(), "PYTHONPATH": str(_ROOT)},
             stdin=subprocess.PIPE,

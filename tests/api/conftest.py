@@ -22,6 +22,7 @@ from app.http.server import make_config
 from app.http.services import Services
 from app.logging import configure_logging
 from app.main import create_app
+from app.sandbox.features import Features
 from app.settings import LimitSettings, Settings
 from tests.factories import onnx_models
 
@@ -105,6 +106,7 @@ def report_worker(services: Services) -> None:
         backends=BACKENDS,
         formats=["onnx", "archive"],
         queues=["anneal.cpu", "anneal.hw.cpu-test"],
+        isolation=Features(landlock=4, seccomp=True, namespaces=True).to_json("auto"),
     )
 
 

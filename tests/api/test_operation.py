@@ -46,6 +46,9 @@ def test_capabilities(client: httpx.Client, services: Services) -> None:
     assert body["hardware"] == ["cpu-test"]
     assert body["workers"][0]["hardware"] == HARDWARE
     assert body["workers"][0]["backends"][0]["versions"] == {"onnxruntime": "1.32.0"}
+    isolation = body["workers"][0]["isolation"]
+    assert (isolation["landlock"], isolation["network"], isolation["network_of_load_tests"]) == (4, "none", "own")
+    assert "Linux 6.12" in isolation["missing"][0]
 
 
 def test_a_worker_comes_and_goes(services: Services) -> None:

@@ -42,5 +42,5 @@ if __name__ == "__main__":
     from workers.__main__ import main
     from workers.pipeline.isolated import IsolatedRunner
 
-    service.IsolatedRunner = lambda: IsolatedRunner([__spec__.name])  # type: ignore[attr-defined]
+    service.IsolatedRunner = lambda **how: IsolatedRunner([__spec__.name], **how)  # type: ignore[attr-defined]
     sys.exit(main())

@@ -8,7 +8,7 @@ from workers import service
 from workers.__main__ import main
 from workers.pipeline.isolated import IsolatedRunner
 
-service.IsolatedRunner = lambda: IsolatedRunner(["tests.factories.tensorrt_rtx_builds"])  # type: ignore[attr-defined]
+service.IsolatedRunner = lambda **how: IsolatedRunner(["tests.factories.tensorrt_rtx_builds"], **how)  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,7 @@ def _describe(gpu: str = "") -> dict[str, Any]:
 
 
 service.describe = _describe  # type: ignore[attr-defined]
-service.IsolatedRunner = lambda: IsolatedRunner(["tests.factories.tensorrt_rtx_installed"])  # type: ignore[attr-defined]
+service.IsolatedRunner = lambda **how: IsolatedRunner(["tests.factories.tensorrt_rtx_installed"], **how)  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +69,7 @@ def inspect(tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
 
     def run(content: bytes, **limits: float) -> dict[str, Any]:
         if not inspectors or limits:
-            inspectors.append(Inspector(LimitSettings.model_validate(limits), processes=1))
+            inspectors.append(Inspector(LimitSettings().model_copy(update=limits), processes=1))
         path = tmp_path / f"{threading.get_ident()}.onnx"
         path.write_bytes(content)
         return inspectors[-1].inspect("t", "model", path, "m.onnx")
@@ -97,7 +95,7 @@ def test_a_file_that_takes_too_much_time_or_memory_is_refused_and_the_next_one_i
     with pytest.raises(AppError, match="no inputs"):
         inspect(large, inspect_memory_mb=1024)
     with pytest.raises(AppError, match="more time or memory"):
-        inspect(large, inspect_memory_mb=128)
+        inspect(large, inspect_memory_mb=48)
     assert inspect(GOOD)["format"] == "onnx"
 
 
@@ -106,29 +104,19 @@ def test_a_killed_process_is_told_as_such_and_replaced(inspect: Callable[..., di
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(inspect, FIELDS)
         (child,) = children(psutil.Process())
-        while child.cpu_times().user < 0.5:
+        while not [fork for fork in child.children() if fork.cpu_times().user >= 0.5]:
             time.sleep(0.01)
+        forks = child.children()
         child.send_signal(signal.SIGKILL)
         with pytest.raises(AppError) as told:
             running.result(timeout=20)
     assert (told.value.status, told.value.retryable) == (503, True)
+    assert psutil.wait_procs(forks, timeout=5)[1] == []
     assert inspect(GOOD)["format"] == "onnx"
     (child,) = children(psutil.Process())
     child.kill()  # while nobody asks
     child.wait()
     assert inspect(GOOD)["format"] == "onnx"
-
-
-def test_a_process_that_can_take_no_more_requests_ends(tmp_path: Path) -> None:
-    """Its main thread would wait for ever, also when the API is gone."""
-    code = (
-        "import time\nfrom app.inspection import child\n"
-        "class Full:\n    def put(self, line): raise MemoryError\n    def get(self): time.sleep(60)\n"
-        "child.SimpleQueue = Full\nchild.main()"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, input=b"{}\n", cwd=Path(__file__).parents[2], timeout=20, check=False)
-    assert done.returncode == 0, "which the pool takes for no fault of the file"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from workers.candidates import Case
@@ -58,6 +58,10 @@ class Accelerator(ABC):
     def facts_of_speed(self, hardware: Hardware) -> dict[str, Any]:  # noqa: ARG002
         """What decides an engine's speed beside the processor, for the machine's fingerprint."""
         return {}
+
+    def device_files(self, hardware: Hardware) -> Sequence[str]:  # noqa: ARG002
+        """What a process opens to use this machine's device."""
+        return ()
 
     def conditions(self, hardware: Hardware) -> dict[str, Any]:  # noqa: ARG002
         """What could explain a difference between two measurements beside the processor's state, as it stands now."""

@@ -25,19 +25,13 @@ from app.errors import AppError
 from workers import installation, kernel
 from workers.pipeline.protocol import RESULT_FILE, Limits, StageRequest
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 # Address space that is reserved but not used (thread stacks, allocator arenas) counts against RLIMIT_DATA; the worker
 # watches the memory really used. This limit only stops what grows faster than the watch looks.
 _DATA_SLACK = 2 << 30
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; exit at once where it already has."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+# Likewise of processes and threads, which the worker counts: what stops a fork bomb between two looks. Not root's.
+_TASKS = 16_384
 
 
 def name_process(name: str) -> None:
@@ -63,13 +57,28 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def apply_limits(limits: Limits) -> None:
+def tasks_of_user() -> int:
+    """Processes and threads of this user on this machine."""
+    user, found = os.geteuid(), 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == user:
+                found += len([*(process / "task").iterdir()])
+    return found
+
+
+def apply_limits(limits: Limits, tasks: int = 0) -> None:
+    """`tasks`: that this user has beside those of the call, of which the kernel counts the sum."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
     data = limits.memory_bytes + _DATA_SLACK
     resource.setrlimit(resource.RLIMIT_DATA, (data, data))
     cpu = math.ceil(limits.seconds * (os.cpu_count() or 1)) + 60
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+    most = tasks + _TASKS
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # too large a file is then an OSError with EFBIG
 
 
@@ -122,6 +131,11 @@ def run_request(request: StageRequest, progress_fd: int | None) -> dict[str, Any
         traceback.print_exc()
         body = {"failure": _translate(error, request.stage).to_json()}
     return {**body, "notes": reporter.notes, "seconds": time.perf_counter() - started}
+
+
+def failed(failure: StageFailure) -> dict[str, Any]:
+    """The result of a call that did not come to run."""
+    return {"failure": failure.to_json(), "notes": [], "seconds": 0.0}
 
 
 def _run(request: StageRequest, reporter: kernel.Reporter) -> kernel.StageResult:

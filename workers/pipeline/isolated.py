@@ -23,20 +23,23 @@ from typing import Any
 import structlog
 
 from app.domain.failures import FailureKind, StageFailure, infrastructure_failure
+from app.sandbox.features import NOTHING, Features
+from app.sandbox.policy import Host
 from app.settings import child_environment
+from workers.pipeline.answers import read_result, tail_of_log
 from workers.pipeline.child import out_of_memory
+from workers.pipeline.folders import Written
 from workers.pipeline.memory import TreeMemory
 from workers.pipeline.protocol import (
-    LOG_FILE,
     MAX_DATAGRAM,
     REQUEST_FILE,
-    RESULT_FILE,
     Call,
     ChildEnd,
     Limits,
     StageRequest,
     Started,
     decode_answer,
+    decode_ready,
     encode,
 )
 from workers.pipeline.zygote import SOCKET_FD
@@ -74,6 +77,7 @@ class _Watch:
     call: int
     request: StageRequest
     memory: TreeMemory
+    written: Written
     pid: int = 0
     stopped: StageFailure | None = None
     interrupted: bool = False
@@ -97,9 +101,12 @@ class _Watch:
 class IsolatedRunner:
     """Runs stage calls in children of a zygote process, one at a time. Start it in the thread that outlives it."""
 
-    def __init__(self, extra_modules: Sequence[str] = ()) -> None:
-        """`extra_modules` are imported beside `workers.stages`: where further stages register themselves."""
+    def __init__(self, extra_modules: Sequence[str] = (), host: Host | None = None) -> None:
+        """`extra_modules` are imported beside `workers.stages`: where further stages register themselves. `host`: how
+        this installation confines calls."""
         self._extra = tuple(extra_modules)
+        self.host = host or Host()
+        self.features: Features = NOTHING  # what calls are confined with, once it has started
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._zygote: subprocess.Popen[bytes] | None = None
@@ -149,12 +156,14 @@ class IsolatedRunner:
         path.touch(mode=0o600)  # it holds the key that engines are signed with
         path.write_bytes(request.encode())
         channel = self._ensure()
-        watch = _Watch(next(self._numbers), request, TreeMemory(request.limits.memory_bytes))
+        limits = request.limits
+        written = Written([Path(request.workspace), Path(request.outputs)], limits.file_bytes)
+        watch = _Watch(next(self._numbers), request, TreeMemory(limits.memory_bytes), written)
         read_fd, write_fd = os.pipe()
         try:
             try:
                 self._open = watch
-                socket.send_fds(channel, [encode(Call(watch.call, str(path)))], [write_fd])
+                socket.send_fds(channel, [encode(Call(watch.call, str(path), limits.processes))], [write_fd])
             except OSError as error:
                 raise _ZygoteLost(error) from error
             finally:
@@ -234,11 +243,12 @@ class IsolatedRunner:
         try:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                self._zygote = _spawn(theirs.fileno(), self._extra)
+                self._zygote = _spawn(theirs.fileno(), self._extra, self.host)
             ready, _, _ = select.select([self._channel], [], [], _START_S)
-            if ready and _receive(self._channel) == b"ready":
+            if ready:
+                self.features = Features(**decode_ready(_receive(self._channel)).features)
                 return self._channel
-        except OSError as error:
+        except (OSError, ValueError, TypeError) as error:
             raise _ZygoteLost(error) from error
         raise _ZygoteLost("it did not come up")
 
@@ -262,9 +272,10 @@ def _receive(channel: socket.socket) -> bytes:
     return raw
 
 
-def _spawn(fd: int, extra: Sequence[str]) -> subprocess.Popen[bytes]:
+def _spawn(fd: int, extra: Sequence[str], host: Host) -> subprocess.Popen[bytes]:
     # A shell-free way to place the socket at a fixed number in the child, whatever its number is here.
-    code = f"import os; os.dup2({fd}, {SOCKET_FD}); from workers.pipeline.zygote import serve; serve({extra!r})"
+    code = f"import os; os.dup2({fd}, {SOCKET_FD}); from workers.pipeline.zygote import serve"
+    code += f"; serve({extra!r}, {host.to_json()!r})"
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join((root, *filter(None, [os.environ.get("PYTHONPATH")])))  # where plug-ins may lie
     env = {**child_environment(), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -303,6 +314,10 @@ def _over_limit(watch: _Watch) -> StageFailure | None:
     watch.peak_bytes = max(watch.peak_bytes, used)
     if used > limits.memory_bytes:
         return out_of_memory(stage, limits.memory_bytes)
+    if watch.memory.processes >= limits.processes:
+        return _too_many_processes(stage, limits.processes)
+    if (too_much := watch.written.too_much()) is not None:
+        return _too_much_written(stage, too_much)
     if time.monotonic() > watch.ends_at:
         return StageFailure(
             "timed_out",
@@ -319,16 +334,16 @@ def _outcome(watch: _Watch, end: ChildEnd) -> StageOutcome:
     request = watch.request
     if watch.stopped is not None:
         raise watch.stopped
-    result_path = Path(request.workspace) / RESULT_FILE
-    if os.WIFEXITED(end.wait_status) and result_path.exists():
-        result = json.loads(result_path.read_text())
-        if "failure" in result:
-            failure = StageFailure.from_json(result["failure"])
-            if failure.code == "internal":
-                log.error("stage_internal_error", stage=request.stage, log=_tail(request))
-            raise failure
+    workspace = Path(request.workspace)
+    try:
+        result = read_result(workspace, request.stage) if os.WIFEXITED(end.wait_status) else None
+    except StageFailure as failure:
+        if failure.code in ("internal", "invalid_output"):
+            log.error("stage_internal_error", stage=request.stage, code=failure.code, log=tail_of_log(workspace))
+        raise
+    if result is not None:
         return StageOutcome(result["outputs"], result["data"], result["notes"], result["seconds"], result["reusable"])
-    log.warning("stage_died", stage=request.stage, status=end.wait_status, log=_tail(request))
+    log.warning("stage_died", stage=request.stage, status=end.wait_status, log=tail_of_log(workspace))
     raise _death(watch, end)
 
 
@@ -361,8 +376,21 @@ def _lost(stage: str, why: str) -> StageFailure:
     )
 
 
-def _tail(request: StageRequest) -> str:
-    try:
-        return (Path(request.workspace) / LOG_FILE).read_text(errors="replace")[-4000:]
-    except OSError:
-        return ""
+def _too_many_processes(stage: str, limit: int) -> StageFailure:
+    return StageFailure(
+        "too_many_processes",
+        f"The {stage} stage started {limit} processes and more.",
+        FailureKind.MODEL,
+        stage,
+        remedy="Check that the model comes from a source that you trust; report this if it does.",
+        cacheable=False,
+    )
+
+
+def _too_much_written(stage: str, what: str) -> StageFailure:
+    return infrastructure_failure(
+        "storage_full",
+        f"The {stage} stage wrote too much: {what}.",
+        stage=stage,
+        remedy="Free disk space on the worker, or raise WORKER_STAGE_DISK_MB.",
+    )

@@ -23,6 +23,7 @@ class TreeMemory:
     """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.processes = 0  # as of the last look
         self._near = _CLOSE * limit_bytes
         self._exact = 0
         self._again = 0.0
@@ -39,6 +40,7 @@ class TreeMemory:
 
     def _look(self, pid: int) -> int:
         family = descendants(pid)
+        self.processes = len(family)
         bound = sum(_resident(p) for p in family)
         if bound <= self._near:
             return bound

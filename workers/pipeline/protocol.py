@@ -20,12 +20,13 @@ MAX_DATAGRAM = 1 << 16
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one stage call: wall seconds, private memory and size of any one file in bytes."""
+    """Of one stage call: wall seconds, private memory in bytes, bytes of its files (of one and of all), processes."""
 
     seconds: float
     memory_bytes: int
     file_bytes: int
     soft_seconds: float | None = None  # by which a stage that can stop earlier should
+    processes: int = 1024
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,20 @@ class StageRequest:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """The zygote's first word: what it confines calls with (`app.sandbox.features.Features` as JSON)."""
+
+    features: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Call:
-    """One call: its number, unlike that of every other of this worker, and the file that holds the request."""
+    """One call: its number, unlike that of every other of this worker, the file that holds the request, and how many
+    processes it may have."""
 
     call: int
     path: str
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,14 @@ class ChildEnd:
     cpu_seconds: float
 
 
-def encode(message: Call | Started | ChildEnd) -> bytes:
+def encode(message: Ready | Call | Started | ChildEnd) -> bytes:
     """One datagram."""
     return json.dumps(asdict(message)).encode()
+
+
+def decode_ready(raw: bytes) -> Ready:
+    """What the zygote says first. Raises ValueError or TypeError for anything else."""
+    return Ready(**json.loads(raw))
 
 
 def decode_answer(raw: bytes) -> Started | ChildEnd:

@@ -3,7 +3,6 @@ database, so the stages need not know it."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,9 @@ from app.storage.base import BlobNotFound
 from workers import devices, kernel
 from workers.installation import Installation
 from workers.pipeline import keys
+from workers.pipeline.answers import plain_files
 from workers.pipeline.faults import infrastructure_faults
+from workers.pipeline.folders import remove_tree
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
 from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
 from workers.pipeline.progress import JobProgress
@@ -318,8 +319,10 @@ class StageRunner:
             result = self.isolated.run(request, on_progress=self._progress(call), should_stop=self.should_stop)
         if builds is not None:
             builds.push()
-        outputs = {name: self.workspace.store(folder / "out" / name) for name in result.outputs}
-        shutil.rmtree(folder, ignore_errors=True)
+        most = request.limits.file_bytes
+        files = {name: plain_files(folder / "out", name, most, stage) for name in dict.fromkeys(result.outputs)}
+        outputs = {name: self.workspace.store(paths) for name, paths in files.items()}
+        remove_tree(folder)
         return result, outputs
 
     def _fetch(self, inputs: Mapping[str, ArtifactRef]) -> dict[str, str]:

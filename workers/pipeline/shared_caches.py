@@ -59,6 +59,8 @@ class SharedCaches:
         """Store the local caches that have changed, and remove the states that are part of them."""
         for path in sorted(self._folder.glob(f"*{CACHE}")):
             name = path.stem
+            if path.is_symlink() or not path.is_file() or not _KEY.fullmatch(f"{PREFIX}{name}/{'0' * 64}"):
+                continue  # a build made it, on somebody's model
             try:
                 digest = sha256_file(path)
                 known = self._known.setdefault(name, set())
@@ -74,7 +76,7 @@ class SharedCaches:
 
     def _local(self, name: str) -> str | None:
         path = self._folder / f"{name}{CACHE}"
-        return sha256_file(path) if path.is_file() else None
+        return sha256_file(path) if path.is_file() and not path.is_symlink() else None
 
     def _stored(self) -> list[tuple[str, str, StoredObject]]:
         """(name, digest, object), the newest states first."""

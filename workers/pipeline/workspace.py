@@ -6,13 +6,14 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.blobs.content import ContentStore, sha256_file
 from app.domain.artifact_key import ArtifactRef, FileRef
+from workers.pipeline.folders import remove_tree
 
 
 @dataclass
@@ -47,17 +48,13 @@ class Workspace:
             (folder / name).mkdir(parents=True)
         return folder
 
-    def store(self, folder: Path) -> ArtifactRef:
-        """Hash the files of an output folder and put them in storage."""
+    def store(self, paths: Sequence[Path]) -> ArtifactRef:
+        """Hash the files of an output (`answers.plain_files`) and put them in storage."""
         files = []
-        for path in sorted(folder.iterdir()):
-            if path.is_symlink() or not path.is_file():
-                raise ValueError(f"a stage left {path.name!r}, which is no plain file, among its outputs")
+        for path in paths:
             digest = sha256_file(path)
             files.append(FileRef(path.name, digest, path.stat().st_size))
             self.content.put(self.tenant_id, path, digest)
-        if not files:
-            raise ValueError(f"a stage left no file in its output {folder.name!r}")
         return ArtifactRef(tuple(files))
 
 
@@ -101,12 +98,12 @@ def open_workspace(home: Path, name: str, tenant_id: str, content: ContentStore)
     base.mkdir(parents=True, exist_ok=True)
     root = base / name
     with _locked(base / f"{name}.lock", wait=True):
-        shutil.rmtree(root, ignore_errors=True)
+        remove_tree(root)
         root.mkdir()
         try:
             yield Workspace(root, tenant_id, content)
         finally:
-            shutil.rmtree(root, ignore_errors=True)
+            remove_tree(root)
             (base / f"{name}.lock").unlink(missing_ok=True)
 
 
@@ -117,7 +114,7 @@ def remove_stale(home: Path) -> int:
     for name in {path.name.removesuffix(".lock") for path in base.iterdir()} if base.exists() else ():
         with contextlib.suppress(OSError), _locked(base / f"{name}.lock", wait=False) as mine:
             if mine:
-                shutil.rmtree(base / name, ignore_errors=True)
+                remove_tree(base / name)
                 (base / f"{name}.lock").unlink(missing_ok=True)
                 removed += 1
     return removed

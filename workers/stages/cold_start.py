@@ -69,6 +69,7 @@ class ColdStart(Stage[ColdStartOptions]):
     Options = ColdStartOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "uvicorn")
     hardware_bound = True
+    loopback = True
     exclusive_device = True
     weight: ClassVar[float] = 0.5
 

@@ -64,6 +64,7 @@ class LoadTest(Stage[LoadTestOptions]):
     Options = LoadTestOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
+    loopback = True
     exclusive_device = True
     weight: ClassVar[float] = 6.0
 

@@ -74,6 +74,7 @@ class Package(Stage[PackageOptions]):
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
+    loopback = True
 
     def run(self, ctx: StageContext, options: PackageOptions) -> StageResult:
         engine = ctx.inputs["engine"]

@@ -112,6 +112,18 @@ class Health(Answer):
     status: str
 
 
+class Isolation(Answer, defaults={"missing": []}):
+    """What a worker confines models with. `missing`: what is open for want of something, in words."""
+
+    landlock: int  # ABI of the kernel's Landlock, 0 = none
+    missing: list[str]
+    mode: str
+    namespaces: bool
+    network: str | None  # of stages: none, or open
+    network_of_load_tests: str | None
+    seccomp: bool
+
+
 class JobEnded(Answer):
     """What webhooks are sent. Of a test, which an endpoint is sent on demand, the job is none."""
 
@@ -388,6 +400,7 @@ class Worker(Answer, defaults={"builds": {}, "examines": {}, "plugins": []}):
     hardware: dict[str, Any]  # CPU model, ISA flags, cores, memory, GPU …, as the worker found it
     hostname: str
     id: str
+    isolation: Isolation | None
     last_seen_at: datetime
     plugins: list[Plugin]
     queues: list[str]

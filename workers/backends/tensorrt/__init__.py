@@ -166,6 +166,7 @@ class TensorRtBackend(_Plans):
     libraries: ClassVar[tuple[str, ...]] = (*TENSORRT.distributions, "numpy")
     engine_format: ClassVar[str] = TENSORRT.engine_format
     shares_cache: ClassVar[bool] = TENSORRT.keeps_timings
+    uses_cache: ClassVar[bool] = True
 
 
 class TensorRtRtxBackend(_Plans):
@@ -174,6 +175,7 @@ class TensorRtRtxBackend(_Plans):
     libraries: ClassVar[tuple[str, ...]] = (*RTX.distributions, "numpy")
     engine_format: ClassVar[str] = RTX.engine_format
     shares_cache: ClassVar[bool] = RTX.keeps_timings
+    uses_cache: ClassVar[bool] = True
 
 
 def _io_of(sidecar: Mapping[str, Any]) -> list[tuple[str, str, list[int | str]]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from workers.candidates import Case
@@ -15,6 +16,7 @@ from workers.devices.cuda import gpus
 _SHARE = 0.85  # of a GPU's memory: each process has a CUDA context of its own
 # Of the GPU's time, by the largest sample: what an idle server's heartbeat does not reach.
 MOST_BUSY_PERCENT = 5
+_DEVICE_FILES = ("nvidia*", "dxg", "nvhost*", "nvmap")  # a server's or desktop's, Windows', a Jetson's
 _OWN_DOING = ("power cap",)  # what an engine that works hard meets by itself, on every such card
 
 
@@ -63,6 +65,11 @@ class Cuda(Accelerator):
     def facts_of_speed(self, hardware: Hardware) -> dict[str, Any]:
         card = _card(hardware)
         return {"gpu": gpus.facts_of_speed(card)} if card else {}
+
+    def device_files(self, hardware: Hardware) -> Sequence[str]:
+        if not _card(hardware):
+            return ()
+        return sorted(str(path) for pattern in _DEVICE_FILES for path in Path("/dev").glob(pattern))
 
     def conditions(self, hardware: Hardware) -> dict[str, Any]:
         card = _card(hardware)

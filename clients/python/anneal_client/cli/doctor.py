@@ -16,7 +16,7 @@ import httpx
 from anneal_client.cli import logins
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit, Stop
-from anneal_client.cli.reading import mapping
+from anneal_client.cli.reading import mapping, objects
 from anneal_client.cli.screen import clean
 from anneal_client.cli.service import Service
 from anneal_client.errors import AnnealError, ConnectionFailed, Unauthorized
@@ -150,6 +150,12 @@ def _workers(service: Service) -> Iterator[Found]:
     found = service.client.capabilities()
     hardware = ", ".join(map(str, found.get("hardware") or ())) or "none"
     yield "workers", bool(found.get("workers")), f"{len(found.get('workers') or ())} live, on {hardware}", None
+    for worker in objects(found.get("workers")):
+        isolation = mapping(worker.get("isolation"))
+        if "missing" in isolation:
+            open_ = "; ".join(map(str, isolation["missing"])) or "nothing is left open"
+            remedy = "What that means: docs/security.md of the service." if isolation["missing"] else None
+            yield "isolation", None, f"of models on {worker.get('id')}: {open_}", remedy
     formats = found.get("formats") or ()
     if "pt2" not in formats:
         remedy = "`anneal serve --with torch` adds it where the service runs here."
