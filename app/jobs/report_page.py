@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from app.figures import metric
 from app.jobs.by_batch_page import by_batch
@@ -231,6 +232,12 @@ def _profile(profile: Json) -> str:
     return warning + rows if rows else ""
 
 
+def _why(report: Json, candidate: Json) -> Any:
+    """Why a candidate fell; what disturbed the machine stands in the warning at the top, and not in every row again."""
+    reason, told = candidate.get("reason"), part_of(report, "disturbance").get("reason")
+    return reason.replace(f": {told}", ", as said above") if isinstance(reason, str) and told else reason
+
+
 def _candidates(report: Json) -> str:
     rows = []
     for c in configurations(report):
@@ -243,7 +250,7 @@ def _candidates(report: Json) -> str:
                 ours, theirs = (_value(accuracy, key, "metric") for key in ("value", "baseline_value"))
                 values = f" {ours}, the original {theirs}"
             shown = f"{text(loss)} ({name}{values}, {text(samples)} samples)"
-        verdict = "the baseline" if c.get("id") == "baseline" else f"{text(c.get('status'))}: {c.get('reason')}"
+        verdict = "the baseline" if c.get("id") == "baseline" else f"{text(c.get('status'))}: {_why(report, c)}"
         memory, on_gpu = c.get("memory_mb"), c.get("gpu_memory_mb")
         memory = memory if on_gpu is None else f"{text(memory)} and {text(on_gpu)} of the GPU's"
         rows.append([c.get("name"), c.get("precision"), c.get("size_mb"), memory, shown, verdict])
@@ -289,7 +296,7 @@ def _search(report: Json) -> str:
         timed = [s for s in objects(c.get("search")) if s.get("decision") == "timed"]
         ratio = None if not timed else f"{text(timed[-1].get('ratio'))}x"
         rows.append(
-            [c.get("name"), ratio, part_of(c, "accuracy").get("loss_percent"), c.get("status"), c.get("reason")]
+            [c.get("name"), ratio, part_of(c, "accuracy").get("loss_percent"), c.get("status"), _why(report, c)]
         )
     return table(["configuration", "short timing", "points lost", "verdict", "why"], rows)
 

@@ -78,6 +78,15 @@ def test_the_page_answers_three_questions_in_order() -> None:
     assert "gpu" not in page, "what there is nothing of is left out"
 
 
+def test_what_disturbed_the_machine_is_told_once() -> None:
+    why = "batch 1: 0 of 10 rounds of the original were undisturbed"
+    told = [{"id": n, "name": n, "status": "kept", "reason": f"no speed-up is claimed: {why}"} for n in "abc"]
+    warning = f"No speed-up is claimed, the original ships: {why}."
+    page = report_page({"candidates": told, "disturbance": {"reason": why}, "warnings": [warning]}, "job_1")
+    assert page.count(why) == 1
+    assert page.count("no speed-up is claimed, as said above") >= 3
+
+
 def test_from_the_original_to_the_engine_part_by_part() -> None:
     final = {"original_latency_ms": 10.0, "latency_ms": 4.0}
     parts = [
