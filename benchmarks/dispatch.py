@@ -88,8 +88,8 @@ def fill(engine: Engine, queued: int, ended: int) -> None:
             "finished": "now()",
             "queue": QUEUE,
         },
-        {**waits, "kind": "q", "tenant": f"'tnt_' || (n % {TENANTS})", "queue": QUEUE},
-        {**waits, "kind": "n", "tenant": f"'tnt_' || (n % {TENANTS // 2})", "queue": "anneal.cuda"},
+        {**waits, "kind": "q", "tenant": f"'tnt_' || mod(n, {TENANTS})", "queue": QUEUE},
+        {**waits, "kind": "n", "tenant": f"'tnt_' || mod(n, {TENANTS // 2})", "queue": "anneal.cuda"},
     ]
     with engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
