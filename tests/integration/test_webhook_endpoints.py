@@ -72,7 +72,7 @@ def _cancelled(desk: Desk, url: str | None = None) -> Job:
 
 def _failed(desk: Desk) -> Job:
     job = desk.submit()
-    claim = desk.ledger.claim(job.id, "w")
+    claim = desk.claim(job)
     assert claim is not None
     desk.ledger.fail(claim, {"code": "x", "detail": "d"}, {})
     return desk.job(job.id)
