@@ -171,6 +171,8 @@ class _Zip(Archive):
     @staticmethod
     def _check_entry(info: zipfile.ZipInfo) -> None:
         name = repr(info.filename[:200])
+        if not info.filename:
+            raise invalid_archive("It has a member without a name.")
         if info.flag_bits & 0x41:
             raise archive_error(
                 "archive_encrypted", f"The member {name} is encrypted.", "Pack the files without a password."
