@@ -12,6 +12,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app.audit import current_actor, record
 from app.blobs.content import ContentStore, blob_key, sha256_file
 from app.blobs.references import lock_blob
 from app.blobs.removal import release
@@ -28,6 +29,7 @@ from app.names import forbidden_character
 from app.scratch import scratch_folder
 from app.settings import Settings
 from app.storage.base import BlobNotFound
+from app.tenants.quotas import Quotas
 
 Row = TypeVar("Row", SourceModel, Dataset)
 
@@ -108,6 +110,7 @@ class FileLibrary(Generic[Row]):
             if not trusted:
                 self._replace(tenant_id, file)
             return earlier, False
+        self.check_room(tenant_id, file.size_bytes, file.sha256)
         columns = self._inspector.inspect(tenant_id, self.kind, file.path, file.filename)
         self._content.put(tenant_id, file.path, file.sha256, move=True, trusted=trusted)
         row = self._row(tenant_id, name, file.filename, file.sha256, file.size_bytes, columns)
@@ -130,6 +133,7 @@ class FileLibrary(Generic[Row]):
             return earlier, False
         if upload.status == UploadState.CONSUMED:
             raise _consumed()
+        self.check_room(tenant_id, upload.size_bytes, upload.sha256)
         try:
             with local_copy(self._content, tenant_id, upload.sha256, self._settings.temp_dir) as path:
                 if not self._trusted(tenant_id, upload.sha256) and sha256_file(path) != upload.sha256:
@@ -167,7 +171,20 @@ class FileLibrary(Generic[Row]):
                 raise conflict("in_use", f"The {self.kind} is used by job {job_id}.", remedy)
             row.deleted_at = utcnow()
             sha256 = row.sha256
+            detail = {"name": row.name, "sha256": sha256, "size_bytes": row.size_bytes}
+            record(uow.session, tenant_id, current_actor(), f"{self.kind.replace(' ', '')}.delete", row_id, detail)
         release(self._db, self._content, tenant_id, [sha256])
+
+    def check_room(self, tenant_id: str, size_bytes: int, sha256: str | None) -> None:
+        """413 where a file that is on its way does not fit the tenant's plan. Whether it does in the end is asked where
+        it is noted. `sha256`: where it is known."""
+        with self._db.read() as session:
+            self._ask_room(Quotas(session, tenant_id, self._settings.limits, lock=False), size_bytes, sha256)
+
+    def _ask_room(self, quotas: Quotas, size_bytes: int, sha256: str | None) -> None:
+        if self.table is SourceModel:
+            quotas.check_model(size_bytes)
+        quotas.check_bytes(size_bytes, sha256=sha256)
 
     def _trusted(self, tenant_id: str, sha256: str) -> bool:
         with self._db.read() as session:
@@ -222,6 +239,7 @@ class FileLibrary(Generic[Row]):
         try:
             seen = self._content.sight(self._db, tenant_id, [sha256])
             with self._db.write() as uow:
+                self._ask_room(Quotas(uow.session, tenant_id, self._settings.limits), row.size_bytes, sha256)
                 self._content.record(uow.session, seen, {sha256: row.size_bytes})
                 if upload_id is not None:
                     # Locked and looked at again: two requests may have come this far with one upload.
@@ -240,6 +258,9 @@ class FileLibrary(Generic[Row]):
                 raise
             return earlier, False
         except AppError as error:
+            if error.code in ("storage_quota", "model_quota"):  # another one took the room meanwhile
+                release(self._db, self._content, tenant_id, [sha256])
+                raise
             # The same request may have come twice at the same time, and the other one has consumed the upload.
             earlier = self._recall(tenant_id, idempotency) if error.code == "upload_consumed" else None
             if earlier is None:

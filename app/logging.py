@@ -38,6 +38,8 @@ _SECRETS_IN_TEXT = (
     (re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE), rf"\1 {_REDACTED}"),
     # scheme://user:password@host
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/?#@]*):[^\s/?#@]+@", re.IGNORECASE), rf"\1:{_REDACTED}@"),
+    # keys of this service
+    (re.compile(r"\bank_[A-Za-z0-9_-]{16,}"), f"ank_{_REDACTED}"),
     # presigned URLs
     (re.compile(r"\b(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", re.IGNORECASE), rf"\1{_REDACTED}"),
 )

@@ -33,6 +33,7 @@ from app.http.metrics import Metrics
 from app.http.middleware import BodyLimitMiddleware, KeyMiddleware, LocalGuardMiddleware, RequestContextMiddleware
 from app.http.openapi import describe
 from app.http.problem import install_handlers, problems
+from app.http.rates import Rates
 from app.http.services import Services
 from app.http.threads import Places, SharedReads, SharedThreads
 from app.inspection.pool import Inspector
@@ -49,6 +50,9 @@ from app.settings import Settings, load_settings
 from app.source_models import endpoints as source_models
 from app.source_models.service import SourceModelService
 from app.storage.factory import make_store
+from app.tenants import endpoints as tenants
+from app.tenants.keys import KeyService
+from app.tenants.service import TenantService
 from app.uploads import endpoints as uploads
 from app.uploads.service import UploadService
 from app.web.pages import add_pages
@@ -78,11 +82,14 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         background.keep("job-watcher", services.watcher.run)
         background.keep("cleaner", lambda: _clean(settings.temp_dir))
         background.keep("queue times", lambda: _end_overdue(services.db))
+        background.keep("key-uses", services.auth.uses.run)
         try:
             yield
         finally:
             services.uploads.stop()
             await background.stop()
+            await services.auth.uses.write()
+            await services.rates.close()
             services.watcher.wake_all()
             services.inspector.close()
             services.db.close()
@@ -93,8 +100,8 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     app.state.tracing = NO_TRACING
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.
-    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities, webhooks):
-        app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 500, 503))
+    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities, webhooks, tenants):
+        app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 429, 500, 503))
     app.include_router(health.router)
     add_pages(app)
     app.webhooks.include_router(webhooks.webhooks)
@@ -129,7 +136,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
     """Every part of the API. The database is connected to on first use."""
     db = Database(make_engine(settings.database))
     content = ContentStore(make_store(settings))
-    reads = SharedReads()
+    reads, rates = SharedReads(), Rates(settings.broker)
     policies = Policies(db, settings)
     inspector = Inspector(settings.limits, scratch=settings.temp_dir, hidden=settings.hidden)
     capability_service = CapabilityService(db, settings)
@@ -138,7 +145,10 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         settings=settings,
         db=db,
         content=content,
-        auth=Authenticator(db, settings.keys_required, reads),
+        auth=Authenticator(db, settings, reads, rates),
+        rates=rates,
+        tenants=TenantService(db, settings.limits),
+        keys=KeyService(db),
         metrics=metrics,
         models=SourceModelService(db, content, settings, inspector),
         datasets=DatasetService(db, content, settings, inspector),

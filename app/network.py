@@ -55,6 +55,17 @@ def meant(address: str) -> Address:
     return ip
 
 
+def address_of(host: str) -> str:
+    """What counts as one address: an IPv4 address, or the /64 that an IPv6 host usually has to itself."""
+    try:
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
+        return str(ipaddress.IPv6Network((ip, 64), strict=False))
+    return host
+
+
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet; IPv6 that stands for an IPv4 address is judged by that."""
     ip = meant(address)

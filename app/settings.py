@@ -68,6 +68,7 @@ class LimitSettings(BaseSettings):
     inspect_memory_mb: int = Field(default=1024, ge=128)
     inspect_sandbox: Sandbox = "auto"
     active_jobs_per_tenant: int = Field(default=1000, ge=1)
+    sign_ins_per_minute: int = Field(default=30, ge=0, description="From one address; 0 = no limit")
 
 
 class WebhookSettings(BaseSettings):
@@ -137,6 +138,7 @@ class CollectorSettings(BaseSettings):
     results_days: int = Field(default=30, ge=1)
     idempotency_days: int = Field(default=7, ge=1)
     deliveries_days: int = Field(default=30, ge=1)
+    audit_days: int = Field(default=365, ge=1)
 
 
 class RetentionSettings(BaseSettings):

@@ -16,7 +16,7 @@ from app.settings import load_settings
 
 # Each is a module of this package with `HELP` and `add(parser)`, which sets `run` to a function of the arguments and
 # the desk that returns an exit code.
-NOUNS = ("doctor", "retention")
+NOUNS = ("audit", "doctor", "keys", "plans", "retention", "tenants")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from app.artifacts.repository import EngineRepository
+from app.audit import current_actor, record
 from app.blobs.content import ContentStore
 from app.blobs.removal import release
 from app.db.orm import Engine
@@ -40,4 +41,5 @@ class EngineService:
             digests = remove_engine(uow.session, tenant_id, engine_id)
             if digests is None:
                 raise not_found("engine", engine_id)
+            record(uow.session, tenant_id, current_actor(), "engine.delete", engine_id)
         release(self._db, self._content, tenant_id, digests)

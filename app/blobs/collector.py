@@ -21,7 +21,7 @@ from app.blobs.references import referenced
 from app.blobs.removal import remove_unneeded
 from app.blobs.retention import Retention
 from app.capabilities.repository import StatisticsRepository
-from app.db.accounts import Tenant
+from app.db.accounts import AuditEvent, Tenant
 from app.db.base import utcnow
 from app.db.orm import Blob, BlobRemoval, IdempotencyKey, StageResult, Worker
 from app.db.uow import Database
@@ -92,12 +92,14 @@ class Collector:
         removals = [BlobRemoval.removed_at < _before(_REMOVAL_DAYS)]
         deliveries = [WebhookDelivery.created_at < _before(settings.deliveries_days), WebhookDelivery.due_at.is_(None)]
         endpoints = [WebhookEndpoint.deleted_at < _before(settings.deliveries_days + 1)]  # their deliveries went before
+        audited = [AuditEvent.created_at < _before(settings.audit_days)]
         old_removals = self._delete_rows([BlobRemoval.tenant_id, BlobRemoval.sha256], removals)
         # The database's own first: they do not depend on the storage.
         counts = {
             "tallied": self._tally(),
             "results": self._delete_rows([StageResult.tenant_id, StageResult.key], results),
             "idempotency_keys": self._delete_rows([IdempotencyKey.tenant_id, IdempotencyKey.key], keys),
+            "audit_events": self._delete_rows([AuditEvent.id], audited),
             "workers": self._delete_rows([Worker.id], workers),
             "webhook_deliveries": self._delete_rows([WebhookDelivery.id], deliveries),
             "webhook_endpoints": self._delete_rows([WebhookEndpoint.id], endpoints),

@@ -18,7 +18,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.db.accounts import LOCAL_TENANT, ApiKey, BrowserSession, Tenant  # noqa: F401 (here every table is known)
+from app.db.accounts import (  # noqa: F401 (here every table is known)
+    LOCAL_TENANT,
+    ApiKey,
+    AuditEvent,
+    BrowserSession,
+    GpuUse,
+    Plan,
+    Tenant,
+)
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
 from app.db.operations import OperationCount  # noqa: F401 (likewise)
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint  # noqa: F401 (likewise)

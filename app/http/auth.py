@@ -1,4 +1,5 @@
-"""Who asks: `Authorization: Bearer ank_…` names the tenant, or the session of a browser that signed in with a key.
+"""Who asks: `Authorization: Bearer ank_…` names the tenant and a role, or the session of a browser that signed in with
+a key.
 
 A browser sends its cookie whoever made it ask. So a request that changes something counts only with a token that a page
 of another origin cannot know: bound to the session, and to a cookie of its own, which there is before a session.
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 from starlette.requests import cookie_parser
 from starlette.types import Scope
 
-from app.db.accounts import LOCAL_TENANT
 from app.db.uow import Database
+from app.domain.roles import needed_by
 from app.errors import AppError
+from app.http.rates import Rate, Rates
 from app.http.threads import SharedReads
-from app.tenants import tenant_of, tenant_of_session
+from app.network import address_of
+from app.settings import Settings
+from app.tenants.callers import LOCAL, Caller, KeyUses, caller_of_key, caller_of_session
 
 SESSION_COOKIE = "anneal_session"
 SEED_COOKIE = "anneal_seed"
@@ -66,57 +70,83 @@ def csrf_token(seed: str, session: str | None) -> str:
 
 
 class Authenticator:
-    """Finds the tenant of a request. Who was let in is remembered for two seconds, so that polling costs one query."""
+    """Finds who sends a request. Who was let in is remembered for two seconds, so that polling costs one query."""
 
-    def __init__(self, db: Database, keys_required: bool, reads: SharedReads) -> None:
+    def __init__(self, db: Database, settings: Settings, reads: SharedReads, rates: Rates) -> None:
         self._db = db
         self._reads = reads
-        self._required = keys_required
-        self._known: dict[tuple[str, str], tuple[str, float]] = {}
+        self._rates = rates
+        self._required = settings.keys_required
+        self._sign_ins = settings.limits.sign_ins_per_minute
+        self._known: dict[tuple[str, str], tuple[Caller, float]] = {}
+        self.uses = KeyUses(db)
 
-    async def tenant(self, credentials: Credentials) -> str:
-        """The tenant's id. 401 for no key where one is needed, and for a wrong one always."""
+    async def caller(self, credentials: Credentials) -> Caller:
+        """401 for no key where one is needed, and for a wrong one always; 403 where its tenant is switched off."""
         if credentials.authorization is None:
             if not self._required:
-                return LOCAL_TENANT
+                return LOCAL
             found = None
             if credentials.session is not None:
-                found = await self._tenant(("session", credentials.session), tenant_of_session)
-            if found is None:
+                found = await self._caller(("session", credentials.session), caller_of_session)
+            if found is None or found.expired():
                 raise _unauthorized("This service needs an API key.", 'Bearer realm="anneal"')
-            return found
+            return found.admitted()
         scheme, _, key = credentials.authorization.partition(" ")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
             raise _unauthorized("The Authorization header is not of the form 'Bearer <key>'.", 'Bearer realm="anneal"')
-        found = await self._tenant(("key", key), tenant_of)
-        if found is None:
-            raise _unauthorized("The API key is not valid.", 'Bearer realm="anneal", error="invalid_token"')
-        return found
+        found = await self._caller(("key", key), caller_of_key)
+        if found is None or found.expired():
+            detail = "The API key is not valid." if found is None else "The API key has expired."
+            raise _unauthorized(detail, 'Bearer realm="anneal", error="invalid_token"')
+        return found.admitted()
 
-    async def tenant_of_call(self, credentials: Credentials, method: str, token: str | None) -> str:
-        """The same of a call of the API, which a browser's session may make by a page of this service only."""
-        tenant_id = await self.tenant(credentials)
+    async def tenant(self, credentials: Credentials) -> str:
+        """The id of the caller's tenant."""
+        return (await self.caller(credentials)).tenant_id
+
+    async def caller_of_call(self, credentials: Credentials, method: str, token: str | None) -> Caller:
+        """Who sends a call of the API, which a browser's session may make by a page of this service only. 403 where the
+        role is too small for what the method may change."""
+        caller = await self.caller(credentials)
         if self._required and credentials.authorization is None and method not in _SAFE:
             credentials.check_token(token)
-        return tenant_id
+        caller.require(needed_by(method))
+        return caller
+
+    async def counted(self, caller: Caller) -> Rate | None:
+        """One more request of this caller's tenant, where its plan limits them; 429 where it has no more."""
+        allowed = caller.requests_per_minute
+        rate = None if allowed is None else await self._rates.take("tenant", caller.tenant_id, allowed)
+        if rate is not None and rate.exceeded:
+            raise rate.refusal("The tenant")
+        return rate
+
+    async def count_sign_in(self, address: str) -> None:
+        """One more attempt from this address; 429 where it has no more."""
+        if self._sign_ins:
+            rate = await self._rates.take("sign-in", address_of(address), self._sign_ins)
+            if rate is not None and rate.exceeded:
+                raise rate.refusal("An address that signs in")
 
     def forget(self, session: str) -> None:
         """A session that was ended here."""
         self._known.pop(("session", session), None)
 
-    async def _tenant(self, who: tuple[str, str], find: Callable[[Database, str], str | None]) -> str | None:
+    async def _caller(self, who: tuple[str, str], find: Callable[[Database, str], Caller | None]) -> Caller | None:
         now = time.monotonic()
         known = self._known.get(who)
         if known is not None and known[1] > now:
             return known[0]
         self._known.pop(who, None)
-        tenant_id = await self._reads.read(who, find, self._db, who[1])
-        if tenant_id is not None:
+        caller = await self._reads.read(who, find, self._db, who[1])
+        if caller is not None and not caller.disabled and not caller.expired():
+            self.uses.note(caller)
             if len(self._known) >= _MOST_REMEMBERED:
                 self._known.clear()
-            self._known[who] = (tenant_id, now + _REMEMBERED_S)
-        return tenant_id
+            self._known[who] = (caller, now + _REMEMBERED_S)
+        return caller
 
 
 def _unauthorized(detail: str, challenge: str) -> AppError:

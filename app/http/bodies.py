@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
+import anyio.to_thread
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -68,6 +69,10 @@ async def create_from_request(
     form = content_type.partition(";")[0].strip().lower() == "multipart/form-data"
     limit = services.settings.limits.upload_bytes
     check_declared(request, limit + (_FORM_OVERHEAD if form else 0))
+    # Not of what was sent before perhaps: that takes no further room.
+    if (declared := request.headers.get("content-length", "")).isdigit() and not form and key is None:
+        digest = next(iter(_declared_digests(request)), None)
+        await anyio.to_thread.run_sync(_check_room, library, tenant_id, int(declared[:20]), digest)
     async with file_sink(services.settings.temp_dir, limit, services.files) as sink:
         if form:
             reader = FormReader(boundary_of(content_type), sink)
@@ -83,6 +88,15 @@ async def create_from_request(
         services.metrics.uploaded.inc(sink.size_bytes)
         file = IncomingFile(sink.path, clean_filename(filename or name or "upload"), sha256, sink.size_bytes)
         return await services.creations.run(tenant_id, library.create, tenant_id, name, file, key)
+
+
+def _check_room(library: FileLibrary[Any], tenant_id: str, size_bytes: int, sha256: str | None) -> None:
+    """413 before a byte is read, where the tenant's plan has no room for so many."""
+    try:
+        library.check_room(tenant_id, size_bytes, sha256)
+    except AppError as error:
+        error.headers = {"Connection": "close"}  # what still comes would be taken for the next request
+        raise
 
 
 async def receive(request: Request, sink: FileSink) -> str:

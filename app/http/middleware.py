@@ -14,13 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.audit import acting
 from app.errors import AppError
 from app.http.auth import TOKEN_HEADER, Credentials
 from app.http.metrics import Metrics
 from app.http.problem import database_problem, internal_error, problem_response
+from app.http.rates import Rate
 from app.logging import bind_correlation_id, new_correlation_id
 from app.network import is_loopback
 from app.operations.tracing import Span, Tracing, traceparent_of
+from app.tenants.callers import Caller
 
 log = structlog.get_logger("anneal.http")
 
@@ -136,7 +139,8 @@ def _request_id(scope: Scope) -> str:
 
 
 class KeyMiddleware:
-    """Finds the tenant of a request to `/v1` before anything else of it is looked at, its body least of all."""
+    """Finds who sends a request to `/v1`, and whether the role is enough for its method, before anything else of it is
+    looked at, its body least of all."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -146,7 +150,9 @@ class KeyMiddleware:
             credentials = scope["anneal.credentials"] = Credentials.of(scope)
             auth, token = scope["app"].state.services.auth, Headers(scope=scope).get(TOKEN_HEADER)
             try:
-                scope["anneal.tenant"] = await auth.tenant_of_call(credentials, scope["method"], token)
+                caller = await auth.caller_of_call(credentials, scope["method"], token)
+                admit(scope, caller)
+                rate = await auth.counted(caller)
             except AppError as error:
                 request = Request(scope)
                 response = _sign_in(request) if error.status == 401 else None
@@ -156,7 +162,29 @@ class KeyMiddleware:
                 log.error("database_error", exc_info=error)
                 await problem_response(database_problem(error), Request(scope))(scope, receive, send)
                 return
+            if rate is not None:
+                send = _telling(send, rate)
         await self.app(scope, receive, send)
+
+
+def _telling(send: Send, rate: Rate) -> Send:
+    """Answers say what is left of the minute."""
+    told = [(name.lower().encode(), value.encode()) for name, value in rate.headers().items()]
+
+    async def telling(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), *told]
+        await send(message)
+
+    return telling
+
+
+def admit(scope: Scope, caller: Caller) -> None:
+    """From here on the request is this caller's: for the routes, in its log lines and in audit rows."""
+    scope["anneal.caller"], scope["anneal.tenant"] = caller, caller.tenant_id
+    acting(caller.actor)
+    told = {} if caller.key_id is None else {"key_id": caller.key_id}
+    structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id, **told)
 
 
 def _sign_in(request: Request) -> Response | None:

@@ -7,15 +7,21 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from app.domain.roles import needed_by
 from app.http.problem import Problem
 
 DESCRIPTION = """Inference optimization as a service: upload a trained model, get back an engine that was measured to
 be faster, with the evidence. Errors are `application/problem+json` (RFC 9457)."""
 
+NEEDED = "x-needed-role"  # of an operation, on its way to its `security`
+
 _API_KEY = {
     "type": "http",
     "scheme": "bearer",
-    "description": "`ank_…`, made by the operator. Not needed where the service listens on loopback without keys.",
+    "description": "`ank_…`, made by the operator or an admin of the tenant. Not needed where the service listens on "
+    "loopback without keys. Each operation names the role that its key must have: `read` looks and downloads; "
+    "`submit` may do so too, upload, run, cancel and delete; `admin` may do all of it, and has the tenant's keys and "
+    "audit rows.",
 }
 
 
@@ -34,8 +40,9 @@ def describe(app: FastAPI) -> None:
             document.setdefault("components", {})["securitySchemes"] = {"ApiKey": _API_KEY}
             for path, operations in document["paths"].items():
                 if path.startswith("/v1/"):
-                    for operation in operations.values():
-                        operation["security"] = [{"ApiKey": []}]
+                    for method, operation in operations.items():
+                        needed = operation.pop(NEEDED, needed_by(method.upper()).value)
+                        operation["security"] = [{"ApiKey": [needed]}]
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(problem.pop("$defs", {}))

@@ -8,7 +8,6 @@ an answer may go unread, connections per address. A refusal is a problem documen
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import resource
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import AppError
 from app.http.problem import MEDIA_TYPE, problem_body
+from app.network import address_of
 from app.settings import LimitSettings, Settings
 
 log = structlog.get_logger("anneal.http")
@@ -78,7 +78,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._body_bytes = self._unread_bytes = 0
         self._timer: asyncio.TimerHandle | None = None  # for a head, or for a body
         self._write_timer: asyncio.TimerHandle | None = None
-        self._address = _address(self.client[0]) if self.client else ""
+        self._address = address_of(self.client[0]) if self.client else ""
         self.addresses[self._address] += 1
         most = self.limits.connections_per_address
         if (most and self._address and self.addresses[self._address] > most) or (
@@ -238,14 +238,3 @@ class _LimitedProtocol(HttpToolsProtocol):
 def _too_many_headers(limits: LimitSettings) -> AppError:
     detail = f"The headers take more than {limits.header_bytes} bytes, or are more than {limits.header_count}."
     return AppError("headers_too_large", "Headers too large", 431, detail)
-
-
-def _address(host: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 that an IPv6 host usually has to itself."""
-    try:
-        ip = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
-        return str(ipaddress.IPv6Network((ip, 64), strict=False))
-    return host

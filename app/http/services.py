@@ -15,6 +15,7 @@ from app.datasets.service import DatasetService
 from app.db.uow import Database
 from app.http.auth import Authenticator
 from app.http.metrics import Metrics
+from app.http.rates import Rates
 from app.http.threads import Places, SharedReads, SharedThreads
 from app.inspection.pool import Inspector
 from app.jobs.documents import JobDocuments
@@ -22,6 +23,8 @@ from app.jobs.service import JobService
 from app.jobs.watcher import JobWatcher
 from app.settings import Settings
 from app.source_models.service import SourceModelService
+from app.tenants.keys import KeyService
+from app.tenants.service import TenantService
 from app.uploads.service import UploadService
 from app.webhooks.service import WebhookService
 
@@ -36,6 +39,9 @@ class Services:
     db: Database
     content: ContentStore
     auth: Authenticator
+    rates: Rates
+    tenants: TenantService
+    keys: KeyService
     metrics: Metrics
     models: SourceModelService
     datasets: DatasetService

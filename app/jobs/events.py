@@ -82,7 +82,7 @@ async def _revoked(services: Services, tenant_id: str, credentials: Credentials)
     try:
         return await services.auth.tenant(credentials) != tenant_id
     except AppError as error:
-        return error.status == 401
+        return error.status in (401, 403)  # the key has ended, or its tenant is switched off
 
 
 def _read_batch(jobs: JobService, tenant_id: str, job_id: str, seq: int) -> _Batch:

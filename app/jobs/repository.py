@@ -3,11 +3,11 @@ compares this one's target with others follows in the same transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, select, update
 from sqlalchemy.orm import Session
 
 from app.db import counts
@@ -15,7 +15,9 @@ from app.db.base import utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 from app.jobs.columns import LEAN
-from app.jobs.family import PARENTS, Child, fate, progress_of, stages_of
+from app.jobs.family import Child, fate, progress_of, stages_of
+from app.queue.messages import on_gpu
+from app.tenants.quotas import spend_gpu
 from app.webhooks.outbox import job_ended
 
 ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
@@ -81,11 +83,6 @@ class JobRepository:
         query = filtered(select(Job), tenant_id, limit=limit, before=before, status=status, model_id=model_id)
         return [*self.session.scalars(query)]
 
-    def count_active(self, tenant_id: str) -> int:
-        """Without those that only compare others: these count themselves."""
-        query = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE))
-        return self.session.scalar(query.where(Job.queue != PARENTS)) or 0
-
     def apply(
         self,
         job_id: str,
@@ -105,11 +102,14 @@ class JobRepository:
             changes.setdefault("lease_owner", None)
             changes.setdefault("lease_expires_at", None)
         data = {"status": target.value, **(event or {})}
+        spent = self._gpu_seconds(job_id, changes) if source is JobStatus.RUNNING else None
         version = self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
         if version is not None and target in TERMINAL:
             job_ended(self.session, job_id)
         if version is not None:
             self._count(trigger, changes)
+            if spent is not None:
+                spend_gpu(self.session, *spent)
             parent_id = self.session.scalar(select(Job.parent_id).where(Job.id == job_id))
             if parent_id is not None:
                 self._follow(parent_id, job_id)
@@ -121,6 +121,16 @@ class JobRepository:
             counts.note(self.session, counts.FAILED, str((changes.get("error") or {}).get("code", "unknown")))
         elif trigger in (Trigger.RELEASE, Trigger.LEASE_EXPIRED):
             counts.note(self.session, counts.REQUEUED, trigger.value)
+
+    def _gpu_seconds(self, job_id: str, changes: Mapping[str, Any]) -> tuple[str, float] | None:
+        """Whose job's attempt is about to end that ran on a GPU, and how long it did; None for one that did not. What
+        `changes` say of it goes before the clock: who gives on the job of a lost worker knows when that was."""
+        columns = (Job.tenant_id, Job.queue, Job.claimed_at, Job.spent_seconds)
+        row = self.session.execute(select(*columns).where(Job.id == job_id)).one_or_none()
+        if row is None or row.claimed_at is None or not on_gpu(row.queue):
+            return None
+        worked = (utcnow() - row.claimed_at).total_seconds()
+        return row.tenant_id, max(changes.get("spent_seconds", row.spent_seconds + worked) - row.spent_seconds, 0.0)
 
     def _follow(self, parent_id: str, job_id: str) -> None:
         """A child's state has changed. Two that do so at once do not miss each other: the second waits here for the

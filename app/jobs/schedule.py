@@ -29,6 +29,7 @@ from app.db.accounts import Tenant
 from app.db.orm import Job
 from app.jobs.columns import LEAN
 from app.jobs.family import PARENTS
+from app.tenants.quotas import may_run
 
 # Literals: a partial index is of no use to a statement whose status is a parameter.
 QUEUED: ColumnElement[str] = literal_column("'queued'")
@@ -110,6 +111,8 @@ def next_job(session: Session, queues: Collection[str], now: datetime, *, take: 
     counts = running_jobs(session) if len(heads) > 1 else {}
     shares = {job.tenant_id: Share(counts.get(job.tenant_id, 0), served) for job, served in heads}
     for head in sorted((job for job, _ in heads), key=lambda job: turn(job, shares[job.tenant_id])):
+        if not may_run(session, head.tenant_id, lock=take):
+            continue  # as many of its jobs run as its plan allows
         query = _in_turn(select(Job).options(*LEAN), Job, head.tenant_id, queues, now)
         job: Job | None = session.scalar(query.with_for_update(skip_locked=True) if take else query)
         if job is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app.audit import current_actor, record
 from app.blobs.content import ContentStore
 from app.blobs.removal import release
 from app.capabilities.service import CapabilityService
@@ -20,7 +21,7 @@ from app.db.orm import Job, JobEvent, SourceModel
 from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OF_THE_QUEUE, OptimizationSpec
-from app.errors import AppError, FieldError, conflict, invalid_request, not_found
+from app.errors import FieldError, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember, resource_gone
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
 from app.jobs.data_admission import check_dataset, check_inputs
@@ -32,8 +33,10 @@ from app.jobs.schedule import turn_of
 from app.jobs.target_admission import per_target
 from app.jobs.traffic_admission import fit_traffic
 from app.prebuilds.repository import PrebuildRepository
+from app.queue.messages import on_gpu
 from app.queue.producer import Dispatch
 from app.settings import Settings
+from app.tenants.quotas import Quotas
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class JobService:
                 if job is None:
                     raise resource_gone("job")
                 return job, False
+            quotas = Quotas(session, tenant_id, self.settings.limits)
             model = self._model(session, tenant_id, spec)
             if spec.inputs is not None:
                 check_inputs(spec.inputs, model.inputs)
@@ -96,7 +100,10 @@ class JobService:
                 wanted = per_target(spec, model.format, live)
             else:
                 wanted = [(spec, find_queue(spec, model.format, live, known))]
-            self._check_quota(jobs.count_active(tenant_id), len(wanted))
+            quotas.check_jobs(len(wanted))
+            quotas.check_results()
+            if any(on_gpu(queue.name) for _, queue in wanted):
+                quotas.check_gpu()
             queued = partial(_queued, origin=origin, model_id=model.id)
             parent = _running(queued(new_id("job"), spec, Queue(PARENTS), None)) if spec.targets is not None else None
             if parent is not None:
@@ -109,25 +116,10 @@ class JobService:
             if parent is not None:
                 parent.stages = stages_of(jobs.children(parent.id))
             submitted = parent or added[0]
+            record(session, tenant_id, current_actor(), "job.submit", submitted.id, {"model_id": model.id})
             if idempotency is not None:
                 remember(session, tenant_id, idempotency, submitted.id)
             return submitted, True
-
-    def _check_quota(self, active: int, more: int) -> None:
-        most = self.settings.limits.active_jobs_per_tenant
-        if active + more <= most:
-            return
-        several = f" {more} more would exceed {most}." if more > 1 else ""
-        remedy = "Wait for some of them to end, or cancel them." if more <= most else "Name fewer targets."
-        raise AppError(
-            "too_many_jobs",
-            "Too many jobs",
-            429,
-            f"{active} jobs are queued or running already.{several}",
-            retryable=more <= most,
-            remedy=remedy,
-            headers={"Retry-After": "30"},
-        )
 
     def _add(self, uow: UnitOfWork, job: Job, queue: Queue) -> None:
         JobRepository(uow.session).add(job)
@@ -212,6 +204,7 @@ class JobService:
                 _ask_to_cancel(jobs, child.id, JobStatus(child.status))
             if not children:
                 _ask_to_cancel(jobs, job_id, JobStatus(job.status))
+            record(uow.session, tenant_id, current_actor(), "job.cancel", job_id, {"status": job.status})
             return uow.session.get_one(Job, job_id, populate_existing=True)
 
     def delete(self, tenant_id: str, job_id: str, *, engines: bool = False) -> None:
@@ -225,6 +218,7 @@ class JobService:
                 remedy = f"Delete job {job.parent_id}: this one goes with it."
                 raise conflict("in_use", f"The job is one of those that job {job.parent_id} compares.", remedy)
             gone = remove_jobs(uow.session, tenant_id, [job_id], engines=engines)
+            record(uow.session, tenant_id, current_actor(), "job.delete", job_id, {"engines": engines})
             if not gone.job_ids:
                 remedy = f"Cancel it first: POST /v1/jobs/{job_id}/cancel, and wait for its end."
                 raise conflict("job_active", f"The job is {job.status}.", remedy)

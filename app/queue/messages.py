@@ -17,3 +17,8 @@ def queue_for(device: str, hardware: str | None = None, model_format: str = "onn
     """The queue that jobs for this device, or for this very hardware, wait in."""
     base = f"{QUEUE_PREFIX}.hw.{hardware}" if hardware else f"{QUEUE_PREFIX}.{device}"
     return f"{base}.{model_format}" if model_format in SPECIAL_FORMATS else base
+
+
+def on_gpu(queue: str) -> bool:
+    """Whether jobs of this queue run on a machine with a GPU."""
+    return queue.startswith((f"{QUEUE_PREFIX}.cuda", f"{QUEUE_PREFIX}.hw.gpu-"))

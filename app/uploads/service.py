@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy.exc import IntegrityError
 
+from app.audit import current_actor, record
 from app.blobs.content import ContentStore
 from app.blobs.removal import release
 from app.blobs.retention import Policies
@@ -24,6 +25,7 @@ from app.idempotency import Idempotency, recall, remember, resource_gone
 from app.library import clean_filename
 from app.settings import Settings
 from app.storage.base import InvalidUpload, StoredPart
+from app.tenants.quotas import Quotas
 from app.uploads.completion import Completion, WrongContent
 from app.uploads.parts import part_bytes, part_count, part_size, part_size_mismatch
 from app.uploads.repository import UploadRepository
@@ -81,6 +83,7 @@ class UploadService:
         try:
             # The row first: what the storage begins for it is never without one that tells of it.
             with self._db.write() as uow:
+                Quotas(uow.session, tenant_id, self._settings.limits).check_bytes(size_bytes)
                 uow.session.add(upload)
                 remember(uow.session, tenant_id, idempotency, upload_id)
         except IntegrityError:
@@ -193,6 +196,10 @@ class UploadService:
             if upload.status in (UploadState.CONSUMED, UploadState.ABORTED):
                 return
             stored = upload.status not in (UploadState.OPENING, UploadState.OPEN)
+            if upload.status != UploadState.ABORTING:
+                record(
+                    uow.session, tenant_id, current_actor(), "upload.abort", upload_id, {"filename": upload.filename}
+                )
             upload.status, upload.error = UploadState.ABORTING, upload.error or error
             upload.lease_expires_at = utcnow() + timedelta(seconds=self._settings.limits.upload_lease_s)
         self._clear(upload, stored)

@@ -14,9 +14,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
+from app.domain.roles import needed_by
 from app.errors import AppError, invalid_request
 from app.http.auth import Credentials
 from app.http.deps import get_services
+from app.http.middleware import admit
 from app.http.problem import database_problem, field_errors, internal_error
 from app.storage.base import BlobNotFound
 from app.web.rendering import error_page, page, see_other
@@ -80,16 +82,19 @@ def _to_sign_in(request: Request) -> Response:
 
 
 async def visitor(request: Request) -> str:
-    """The tenant's id. A key in the Authorization header does as well as a session."""
+    """The tenant's id. A key in the Authorization header does as well as a session. 403 for what the role does not
+    allow."""
     services = await get_services(request)
     try:
-        tenant_id = await services.auth.tenant(Credentials.of(request.scope))
+        caller = await services.auth.caller(Credentials.of(request.scope))
     except AppError as error:
         if error.status != 401:
             raise
         raise SignInNeeded from error
-    request.scope["anneal.tenant"] = tenant_id
-    return tenant_id
+    admit(request.scope, caller)
+    await services.auth.counted(caller)
+    caller.require(needed_by(request.method))
+    return caller.tenant_id
 
 
 Visitor = Annotated[str, Depends(visitor)]

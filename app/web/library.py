@@ -1,4 +1,4 @@
-"""Models, data sets, workers and keys."""
+"""Models, data sets and workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from app.capabilities.schemas import CapabilitiesOut
 from app.compatibility.schemas import CompatibilityOut
 from app.http.deps import ServicesDep, path_id
 from app.http.pagination import CURSOR, decode_cursor, encode_cursor
-from app.tenants import keys_of
 from app.web.access import PageRoute, Visitor
 from app.web.rendering import page
 from app.web.repository import PageRepository
@@ -67,12 +66,6 @@ def dataset_page(request: Request, services: ServicesDep, tenant_id: Visitor, da
 def workers_page(request: Request, services: ServicesDep, _tenant_id: Visitor) -> Response:
     """Live workers and what they offer."""
     return page(request, "workers.html", offer=CapabilitiesOut.of(services.capabilities.live()))
-
-
-@router.get("/keys")
-def keys_page(request: Request, services: ServicesDep, tenant_id: Visitor) -> Response:
-    """The tenant's API keys, as far as the service knows them."""
-    return page(request, "keys.html", keys=keys_of(services.db, tenant_id))
 
 
 def _before(cursor: str | None) -> str | None:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from app import figures
 from app.db.base import utcnow
+from app.domain.roles import Role
 from app.errors import AppError
 from app.http.auth import SEED_COOKIE, SESSION_COOKIE, Credentials, csrf_token
 from app.jobs.schemas import timestamp
@@ -77,13 +78,16 @@ def page(request: Request, template: str, *, code: int = 200, **values: Any) -> 
     fresh = None if credentials.seed else secrets.token_urlsafe(24)
     token = csrf_token(credentials.seed or fresh or "", credentials.session)
     keys_required = request.app.state.services.settings.keys_required
+    caller = request.scope.get("anneal.caller")
     body = fragment(
         template,
         csrf=token,
         path=request.url.path,
         host=request.url.netloc,
-        signed_in=keys_required and "anneal.tenant" in request.scope,
-        known=not keys_required or "anneal.tenant" in request.scope,
+        signed_in=keys_required and caller is not None,
+        known=not keys_required or caller is not None,
+        may_submit=caller is None or caller.role.may(Role.SUBMIT),
+        may_admin=caller is not None and caller.role.may(Role.ADMIN),
         **values,
     )
     response = Response(body, code, _HEADERS, "text/html")

@@ -39,7 +39,9 @@ async def login_page(request: Request, services: ServicesDep, wanted: _NEXT = "/
 async def login(request: Request, services: ServicesDep, form: SentForm) -> Response:
     """A session for a live key; the form again for any other."""
     wanted = _own_path(text_field(form, "next"))
-    token = await anyio.to_thread.run_sync(sign_in, services.db, text_field(form, "key"))
+    address = request.client.host if request.client else ""
+    await services.auth.count_sign_in(address)
+    token = await anyio.to_thread.run_sync(sign_in, services.db, text_field(form, "key"), address)
     if token is None:
         return page(request, "login.html", code=403, wanted=wanted, refused=True)
     response = see_other(wanted)

@@ -17,7 +17,7 @@ from app.db.orm import LOCAL_TENANT, Engine
 from app.domain.job_state import JobStatus, Trigger
 from app.http.services import Services
 from app.settings import Settings
-from app.tenants import create_key, sign_in, sign_out, tenant_of_session
+from app.tenants import caller_of_session, create_key, sign_in, sign_out
 from tests.api.test_jobs import REPORT, advance, finish
 from tests.api.test_pages import HTML, _nothing_inline
 
@@ -28,22 +28,22 @@ def browser(client: httpx.Client) -> httpx.Client:
     return client
 
 
-def _engine_of(job: dict[str, Any], metrics: dict[str, Any]) -> Engine:
+def _engine_of(job: dict[str, Any], metrics: dict[str, Any], tenant_id: str) -> Engine:
     return Engine(
-        id=new_id("eng"), tenant_id=LOCAL_TENANT, job_id=job["id"], model_id=job["model_id"], backend="onnxruntime",
+        id=new_id("eng"), tenant_id=tenant_id, job_id=job["id"], model_id=job["model_id"], backend="onnxruntime",
         format="onnx", precision="int8", filename="m.onnx", sha256="0" * 64, size_bytes=153_000,
         bundle_filename="m.zip", bundle_sha256="1" * 64, bundle_size_bytes=1_200_000,
         hardware={"cpu_model": "Test CPU"}, runtime={}, metrics=metrics, created_at=utcnow(),
     )  # fmt: skip
 
 
-def deliver(services: Services, job: dict[str, Any], folder: Path) -> Engine:
+def deliver(services: Services, job: dict[str, Any], folder: Path, tenant_id: str = LOCAL_TENANT) -> Engine:
     """The job ends with a report and an engine."""
     path = folder / "report.json"
     path.write_text(json.dumps(REPORT))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    services.content.put(LOCAL_TENANT, path, sha256)
-    engine = _engine_of(job, {"speedup": "2.2x", "latency_ms": 17264.3, "speedup_ci": [2.1, 2.3]})
+    services.content.put(tenant_id, path, sha256)
+    engine = _engine_of(job, {"speedup": "2.2x", "latency_ms": 17264.3, "speedup_ci": [2.1, 2.3]}, tenant_id)
     with services.db.write() as uow:
         uow.session.add(engine)
     finish(services, job["id"], report_sha256=sha256, engine_ids=[engine.id])
@@ -126,7 +126,7 @@ def test_lists_and_sessions_on_postgres(
     key = create_key(services.db, "alice", "one")
     token = sign_in(services.db, key)
     assert token is not None
-    assert tenant_of_session(services.db, token) is not None
+    assert caller_of_session(services.db, token) is not None
     sign_out(services.db, token)
-    assert tenant_of_session(services.db, token) is None
+    assert caller_of_session(services.db, token) is None
     assert sign_in(services.db, "ank_wrong") is None

@@ -19,7 +19,7 @@ from app.http.services import Services
 from app.main import create_app
 from app.network import is_loopback
 from app.settings import Settings
-from app.tenants import create_key, revoke_key, tenant_of
+from app.tenants import caller_of_key, create_key, revoke_key
 from tests.api.conftest import assert_problem, serving
 
 
@@ -182,12 +182,12 @@ def test_create_and_revoke_keys_from_the_command_line(settings: Settings) -> Non
     assert identifier.startswith("key_")
     db = Database(make_engine(settings.database))
     try:
-        assert tenant_of(db, first) is not None
+        assert caller_of_key(db, first) is not None
         assert [run("revoke-key", first).returncode for _ in range(2)] == [0, 1]
-        assert tenant_of(db, first) is None
-        assert tenant_of(db, second) is not None, "another key of the same tenant"
+        assert caller_of_key(db, first) is None
+        assert caller_of_key(db, second) is not None, "another key of the same tenant"
         assert run("revoke-key", identifier).returncode == 0
-        assert tenant_of(db, second) is None
+        assert caller_of_key(db, second) is None
         assert not revoke_key(db, "key_\0\udcff")
     finally:
         db.close()

@@ -64,6 +64,7 @@ def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[
         f"/models/{job['model_id']}?ask=yes",
         "/datasets",
         "/workers",
+        "/account",
         "/keys",
         "/webhooks?status=failed",
         "/docs",

@@ -36,8 +36,8 @@ from tests.integration.conftest import Desk
 
 _OLD = timedelta(days=31)
 _KINDS = (
-    "tallied", "results", "idempotency_keys", "workers", "webhook_deliveries", "webhook_endpoints", "temporary_files",
-    "expired", "blobs", "orphans",
+    "tallied", "results", "idempotency_keys", "workers", "audit_events", "webhook_deliveries", "webhook_endpoints",
+    "temporary_files", "expired", "blobs", "orphans",
 )  # fmt: skip
 _NOTHING = dict.fromkeys(_KINDS, 0)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # What makes an error with a code as its first argument.
-_MAKERS = re.compile(r"(AppError|StageFailure|_?failure|[a-z]+_failure|archive_error|conflict)")
+_MAKERS = re.compile(r"(AppError|StageFailure|_?failure|[a-z]+_failure|archive_error|conflict|_refusal)")
 _CODE = re.compile(r"[a-z]+(_[a-z0-9]+)*")
 # The servers in bundles answer in the words of their own protocol (docs/bundles.md).
 _ELSEWHERE = ROOT / "workers" / "serving"

@@ -9,6 +9,17 @@ from anneal_client.answers import Answer
 from anneal_client.requests import OptimizationSpec
 
 
+class Audit(Answer):
+    """Something that was done."""
+
+    action: str  # What is acted on, and how
+    actor: str
+    created_at: datetime
+    detail: dict[str, Any]
+    id: str
+    resource: str | None  # Its id
+
+
 class BackendCompatibility(
     Answer, defaults={"changes": [], "notes": [], "precisions": [], "refused": [], "refused_count": 0, "versions": {}}
 ):
@@ -178,6 +189,45 @@ class Job(Answer, defaults={"children": []}):
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
+class KeyMade(Answer):
+    """A new key. It is shown this once."""
+
+    created_at: datetime
+    expires_at: datetime | None
+    id: str
+    key: str
+    last_used_at: datetime | None  # To within a minute
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    revoked_at: datetime | None
+    role: Role
+
+
+class Key(Answer):
+    """A key as far as it is known: all but the key itself."""
+
+    created_at: datetime
+    expires_at: datetime | None
+    id: str
+    last_used_at: datetime | None  # To within a minute
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    revoked_at: datetime | None
+    role: Role
+
+
+class Limits(Answer):
+    """Null: as much as the service itself takes (its `LIMIT_…` settings). 0 refuses all. What is smaller than what a
+    tenant uses already takes nothing away: it blocks growth."""
+
+    active_jobs: int | None  # Jobs that wait and run, together.
+    gpu_seconds: int | None  # Seconds on GPUs by jobs of the last 30 days. A job that was begun goes on.
+    model_bytes: int | None  # Bytes of one model.
+    requests_per_minute: int | None  # Requests of the API and of pages.
+    running_jobs: int | None  # Jobs that run at once; further ones wait.
+    stored_bytes: int | None
+
+
 class Model(Answer):
     created_at: datetime
     detail: dict[str, Any]  # Producer, op counts and what else the file says of itself
@@ -278,6 +328,13 @@ class Refused(Answer):
     tensor: str | None
 
 
+class Role(Answer):
+    """`read`: look and download. `submit`: upload, run and cancel jobs, delete what is the tenant's. `admin`: the
+    tenant's keys and its audit rows, too."""
+
+    pass
+
+
 class Stage(Answer, defaults={"cached": False}):
     """One stage of a job. `cached`: its result was there already, and it did not run."""
 
@@ -286,6 +343,21 @@ class Stage(Answer, defaults={"cached": False}):
     name: str
     started_at: datetime | None
     status: str
+
+
+class Tenant(Answer):
+    """Whose key this is, what it may do, and how much of the service is left."""
+
+    created_at: datetime
+    id: str
+    key_expires_at: datetime | None
+    key_id: str | None  # Of the key that asks; null where none is needed
+    limits: Limits
+    links: dict[str, str]
+    name: str
+    plan: str
+    role: Role  # Of the key that asks
+    usage: Usage
 
 
 class Tensor(Answer):
@@ -318,6 +390,16 @@ class Upload(Answer):
     sha256: str | None  # As declared; once completed, as computed
     size_bytes: int
     status: str
+
+
+class Usage(Answer):
+    """What stands against the limits."""
+
+    gpu_seconds: float  # Of the last 30 days, running jobs included
+    jobs_queued: int
+    jobs_running: int
+    stored_bytes: int
+    upload_bytes: int  # What open upload sessions were declared with; it counts for `stored_bytes`
 
 
 class WebhookDelivery(Answer):

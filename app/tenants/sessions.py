@@ -1,0 +1,51 @@
+"""Browsers that sign in with an API key, for twelve hours at most."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import timedelta
+
+from app.audit import record
+from app.db.accounts import BrowserSession
+from app.db.base import utcnow
+from app.db.uow import Database
+from app.tenants.callers import caller_of_key, hash_key, utterable
+from app.tenants.repository import TenantRepository
+
+SESSION_TIME = timedelta(hours=12)
+
+
+def sign_in(db: Database, key: str, address: str = "") -> str | None:
+    """Begin a browser's session by a live key: its token, 43 characters; None for any other key. 403 where the key's
+    tenant is switched off. `address`: of the browser, for the audit row."""
+    caller = caller_of_key(db, key)
+    if caller is None or caller.expired() or caller.disabled:
+        _note_refusal(db, key, address)
+        if caller is not None:
+            caller.admitted()
+        return None
+    token, now = secrets.token_urlsafe(32), utcnow()
+    with db.write() as uow:
+        TenantRepository(uow.session).forget_sessions()
+        uow.session.add(
+            BrowserSession(
+                token_sha256=hash_key(token), key_id=caller.key_id, created_at=now, expires_at=now + SESSION_TIME
+            )
+        )
+        record(uow.session, caller.tenant_id, caller.actor, "session.begin", caller.key_id, {"address": address})
+    return token
+
+
+def sign_out(db: Database, token: str) -> None:
+    """End a browser's session. Other API processes forget it within two seconds."""
+    with db.write() as uow:
+        TenantRepository(uow.session).forget_sessions(hash_key(token))
+
+
+def _note_refusal(db: Database, key: str, address: str) -> None:
+    """Of a key that has ended, in its tenant's name; of what is none, in nobody's. Never what was typed."""
+    with db.write() as uow:
+        tenants = TenantRepository(uow.session)
+        row = tenants.key(tenants.named("", hash_key(key))) if utterable(key) else None
+        tenant_id, resource = (None, None) if row is None else (row.tenant_id, row.id)
+        record(uow.session, tenant_id, f"address:{address or 'unknown'}", "session.refuse", resource)

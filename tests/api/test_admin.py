@@ -1,0 +1,119 @@
+"""The operator's command line, on the service's own database."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from app.admin import __main__ as admin
+from app.db.base import make_engine
+from app.db.uow import Database
+from app.settings import Settings
+from app.tenants import caller_of_key
+
+
+@pytest.fixture
+def run(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Exit code, rows, and what was said."""
+    monkeypatch.setattr(admin, "load_settings", lambda: settings)
+
+    def run(*arguments: str) -> tuple[int, list[Any], str]:
+        code = admin.main(["--json", *arguments])
+        told = capsys.readouterr()
+        rows = [json.loads(line) if line.startswith("{") else line for line in told.out.splitlines()]
+        return code, rows, told.err
+
+    return run
+
+
+def test_tenants_and_keys(run: Any, settings: Settings) -> None:
+    code, (acme,), _ = run("tenants", "create", "acme")
+    assert (code, acme["name"], acme["plan"], acme["disabled_at"]) == (0, "acme", "default", None)
+    assert run("tenants", "create", "acme")[0] == 1
+    assert [row["name"] for row in run("tenants", "list")[1]] == ["acme", "local"]
+    code, (key,), said = run("keys", "create", "--tenant", "acme", "--role", "submit", "--days", "7")
+    assert (code, len(key)) == (0, 47)
+    (row,) = run("keys", "list", "--tenant", acme["id"])[1]
+    assert (row["role"], row["tenant"]) == ("submit", "acme")
+    assert row["id"] in said
+    assert row["expires_at"] is not None
+    db = Database(make_engine(settings.database))
+    try:
+        caller = caller_of_key(db, key)
+        assert caller is not None
+        assert (caller.tenant_id, caller.role) == (acme["id"], "submit")
+        code, (new,), _ = run("keys", "rotate", row["id"], "--grace-hours", "0")
+        assert code == 0
+        old = caller_of_key(db, key)
+        assert old is not None
+        assert old.expired()
+        assert run("keys", "revoke", new)[0] == 0
+        assert caller_of_key(db, new) is None
+        assert run("tenants", "disable", "acme")[1][0]["disabled_at"] is not None
+        assert run("tenants", "enable", "acme")[1][0]["disabled_at"] is None
+    finally:
+        db.close()
+    for arguments in (("keys", "revoke", "key_0"), ("keys", "revoke", "ä\0"), ("tenants", "disable", "nobody"),
+                      ("keys", "create", "--tenant", "nobody"), ("tenants", "create", "")):  # fmt: skip
+        code, rows, said = run(*arguments)
+        assert (code, rows) == (1, []), arguments
+        assert said
+    assert run("keys", "create", "--tenant", "acme", "--days", "0")[0] == 2
+    with pytest.raises(SystemExit):
+        run("keys", "create", "--tenant", "acme", "--role", "root")
+
+
+def test_plans(run: Any) -> None:
+    run("tenants", "create", "acme")
+    code, (small,), _ = run("plans", "set", "small", "--stored-bytes", "1000", "--active-jobs", "2")
+    assert (code, small["stored_bytes"], small["gpu_seconds"]) == (0, 1000, None)
+    assert [plan["name"] for plan in run("plans", "list")[1]] == ["default", "small"]
+    _, rows, said = run("tenants", "plan", "acme", "--plan", "small", "--active-jobs", "none", "--gpu-seconds", "60")
+    assert "plan small" in said
+    found = {row["limit"]: (row["allowed"], row["by"]) for row in rows}
+    assert found["stored_bytes"] == (1000, "the plan")
+    assert found["gpu_seconds"] == (60, "its own")
+    assert found["active_jobs"][0] == 1000, "as many as the service takes"
+    _, rows, _ = run("tenants", "plan", "acme", "--clear")
+    assert {row["limit"]: row["allowed"] for row in rows}["active_jobs"] == 2
+    for arguments in (("plans", "set", "x", "--stored-bytes", "many"), ("plans", "set", "x", "--active-jobs", "-1"),
+                      ("tenants", "plan", "acme", "--plan", "nothing")):  # fmt: skip
+        code, _, said = run(*arguments)
+        assert code == 1, arguments
+        assert said
+
+
+def test_what_was_done_is_told_to_the_operator(run: Any) -> None:
+    run("tenants", "create", "acme")
+    run("keys", "create", "--tenant", "acme")
+    run("plans", "set", "small")
+    rows = run("audit")[1]
+    assert {row["action"] for row in rows} == {"tenant.create", "key.create", "plan.set"}
+    assert all(row["actor"].startswith("operator:") for row in rows)
+    (made,) = run("audit", "--tenant", "acme", "--action", "key.create")[1]
+    assert made["tenant"] == "acme"
+    assert len(run("audit", "--limit", "1")[1]) == 1
+
+
+def test_for_people(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(admin, "load_settings", lambda: settings)
+    assert admin.main(["tenants", "list"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["id", "name"]
+    assert "local" in line
+    assert admin.main(["keys", "list"]) == 0
+    assert "None." in capsys.readouterr().err
+    away = settings.model_copy(update={"database_url": "postgresql://nobody@127.0.0.1:1/x"})
+    monkeypatch.setattr(admin, "load_settings", lambda: away)
+    assert admin.main(["tenants", "list"]) == 3
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_noun_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for noun in admin.NOUNS:
+        with pytest.raises(SystemExit) as end:
+            admin.main([noun, "--help"])
+        assert end.value.code == 0
+        assert noun in capsys.readouterr().out

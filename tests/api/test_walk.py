@@ -1,0 +1,226 @@
+"""Every operation of the OpenAPI document, asked by whoever may not: with another tenant's ids, and with too small a
+role. An operation that is new fails here until it is said what it is asked with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.domain.roles import Role
+from app.http.services import Services
+from app.main import create_app
+from app.settings import Settings
+from app.tenants import create_key
+from app.tenants.keys import KeyService
+from app.tenants.service import TenantService
+from tests.api.conftest import assert_problem, report_worker, serving
+from tests.api.test_ended_pages import deliver
+
+# What a path's parameters are filled with: alice's own, by name; and what is nobody's, of the same kind.
+_NOBODYS = {
+    "model_id": "mdl_0",
+    "dataset_id": "dst_0",
+    "upload_id": "upl_0",
+    "job_id": "job_0",
+    "engine_id": "eng_0",
+    "key_id": "key_0",
+    "webhook_id": "whk_0",
+    "delivery_id": "dlv_0",
+    "number": "1",
+}
+# Bodies that are right but for whose ids stand in the path.
+_BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("put", "/v1/uploads/{upload_id}/parts/{number}"): {"content": b"x"},
+    ("post", "/v1/keys/{key_id}/rotate"): {"json": {"grace_seconds": 0}},
+    ("patch", "/v1/webhooks/{webhook_id}"): {"json": {"enabled": False}},
+    ("post", "/v1/webhooks/{webhook_id}/rotate"): {"json": {"overlap_seconds": 0}},
+}
+# Operations without an id in their path, and how each is shown below to keep to its tenant.
+_COLLECTIONS = {
+    ("get", "/v1/models"): "list",
+    ("get", "/v1/datasets"): "list",
+    ("get", "/v1/jobs"): "list",
+    ("get", "/v1/engines"): "list",
+    ("get", "/v1/keys"): "list",
+    ("get", "/v1/audit"): "list",
+    ("get", "/v1/webhooks"): "list",
+    ("get", "/v1/deliveries"): "list",
+    ("get", "/v1/tenant"): "own",
+    ("get", "/v1/capabilities"): "of all",
+    ("post", "/v1/models"): "refers",
+    ("post", "/v1/datasets"): "refers",
+    ("post", "/v1/jobs"): "refers",
+    ("post", "/v1/uploads"): "makes",
+    ("post", "/v1/keys"): "makes",
+    ("post", "/v1/webhooks"): "makes",
+}
+_NPZ = {"params": {"name": "d", "filename": "d.npz"}}
+
+
+@dataclass
+class Two:
+    """A service with keys, and two tenants, of which alice has one of everything."""
+
+    url: str
+    services: Services
+    document: dict[str, Any]
+    keys: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+
+    def client(self, name: str) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.keys[name]}"}, timeout=20)
+
+    def only(self, path: str) -> str:
+        """The id of the one item of alice's list."""
+        with self.client("alice") as alice:
+            (item,) = alice.get(path).json()["items"]
+        return str(item["id"])
+
+    def operations(self) -> Iterator[tuple[str, str, str]]:
+        """Method, path, and the role that its key needs."""
+        for path, methods in self.document["paths"].items():
+            for method, operation in methods.items():
+                if path.startswith("/v1/"):
+                    yield method, path, operation["security"][0]["ApiKey"][0]
+
+
+@pytest.fixture
+def two(settings: Settings, model_bytes: bytes, npz: Any, tmp_path: Path) -> Iterator[Two]:
+    import numpy as np
+
+    app = create_app(settings.model_copy(update={"require_keys": True}), dispatch=lambda job: True)
+    with serving(app) as url:
+        services: Services = app.state.services
+        report_worker(services)
+        found = Two(url, services, app.openapi())
+        found.keys = {name: create_key(services.db, name, f"key of {name}") for name in ("alice", "bob")}
+        alice = TenantService(services.db, services.settings.limits).get("alice")
+        for role in (Role.READ, Role.SUBMIT):
+            made = KeyService(services.db).make(alice.id, role.value, role, None, actor="test")
+            found.keys[role.value] = made.secret
+        found.keys["admin"] = found.keys["alice"]
+        with found.client("alice") as client:
+            content = npz(input=np.zeros((6, 8), np.float32))
+            headers = {"Idempotency-Key": "same"}
+            model = client.post("/v1/models?name=m&filename=m.onnx", content=model_bytes, headers=headers).json()
+            dataset = client.post("/v1/datasets", content=content, **_NPZ).json()
+            job = client.post("/v1/jobs", json={"model_id": model["id"]}).json()
+            upload = client.post("/v1/uploads", json={"filename": "u.onnx", "size_bytes": 1}).json()
+            key = client.post("/v1/keys", json={"name": "spare"}).json()
+            webhook = client.post("/v1/webhooks", json={"url": "https://hooks.example/anneal"}).json()
+        engine = deliver(services, job, tmp_path, alice.id)
+        found.ids = {
+            "model_id": model["id"],
+            "dataset_id": dataset["id"],
+            "upload_id": upload["id"],
+            "job_id": job["id"],
+            "engine_id": engine.id,
+            "key_id": key["id"],
+            "webhook_id": webhook["id"],
+            "delivery_id": found.only("/v1/deliveries"),
+            "number": "1",
+        }
+        yield found
+
+
+def _told(response: httpx.Response, own: str) -> dict[str, Any]:
+    """What an answer says, but for the ids that were asked with."""
+    return {k: v for k, v in response.json().items() if k not in ("detail", "instance", "request_id")} | {
+        "detail": response.json()["detail"].replace(own, "ID")
+    }
+
+
+def test_another_tenants_ids_answer_like_ids_of_nobody(two: Two) -> None:
+    asked = 0
+    with two.client("bob") as bob:
+        for method, path, _ in two.operations():
+            if "{" not in path:
+                assert (method, path) in _COLLECTIONS, f"say how {method} {path} keeps to its tenant"
+                continue
+            body = _BODIES.get((method, path), {})
+            answers = []
+            for ids in (two.ids, _NOBODYS):
+                response = bob.request(method, path.format(**ids), **body)
+                assert response.status_code == 404, (method, path, response.text)
+                if method != "head":
+                    own = next(v for k, v in ids.items() if f"{{{k}}}" in path)
+                    answers.append(_told(response, own))
+            assert len(answers) == 0 or answers[0] == answers[1], (method, path)
+            asked += 1
+    assert asked > 20
+    with two.client("alice") as alice:  # and nothing of it has done anything
+        for path in ("models/{model_id}", "datasets/{dataset_id}", "uploads/{upload_id}", "keys/{key_id}"):
+            found = alice.get("/v1/" + path.format(**two.ids)).json()
+            assert found.get("revoked_at") is None
+            assert found.get("status", "open") == "open"
+        assert alice.get(f"/v1/engines/{two.ids['engine_id']}").status_code == 200
+        assert alice.get("/v1/audit?action=job.cancel").json()["items"] == []
+
+
+def test_lists_and_references_stay_with_their_tenant(two: Two, model_bytes: bytes) -> None:
+    ids = two.ids
+    with two.client("bob") as bob, two.client("alice") as alice:
+        for (method, path), kind in _COLLECTIONS.items():
+            if kind != "list":
+                continue
+            own, others = alice.get(path).json()["items"], bob.get(path).json()["items"]
+            assert own, path
+            assert not {item["id"] for item in own} & {item["id"] for item in others}, (method, path)
+        for query in (f"model_id={ids['model_id']}", f"job_id={ids['job_id']}"):
+            assert bob.get(f"/v1/engines?{query}").json()["items"] == []
+        assert bob.get(f"/v1/jobs?model_id={ids['model_id']}").json()["items"] == []
+        mine = bob.get("/v1/tenant").json()
+        assert (mine["name"], mine["usage"]["stored_bytes"], mine["usage"]["upload_bytes"]) == ("bob", 0, 0)
+
+        # What is another's cannot be built upon
+        unknown = bob.post("/v1/jobs", json={"model_id": ids["model_id"]})
+        assert_problem(unknown, 422, "invalid_request")
+        nobodys = bob.post("/v1/jobs", json={"model_id": "mdl_0"})
+        assert _told(unknown, ids["model_id"]) == _told(nobodys, "mdl_0")
+        for kind in ("models", "datasets"):
+            assert_problem(bob.post(f"/v1/{kind}", json={"upload_id": ids["upload_id"]}), 404, "not_found")
+
+        # Neither an Idempotency-Key nor a digest reaches over: the same bytes are another resource, counted anew
+        headers = {"Idempotency-Key": "same"}
+        theirs = bob.post("/v1/models?name=m&filename=m.onnx", content=model_bytes, headers=headers)
+        assert theirs.status_code == 201
+        assert "idempotency-replayed" not in theirs.headers
+        assert theirs.json()["id"] != ids["model_id"]
+        assert bob.get("/v1/tenant").json()["usage"]["stored_bytes"] == len(model_bytes)
+        spec = {"model_id": theirs.json()["id"], "calibration": {"dataset_id": ids["dataset_id"]}}
+        assert_problem(bob.post("/v1/jobs", json=spec), 422, "invalid_request")
+
+
+def test_a_role_that_is_too_small_is_refused_everywhere(two: Two) -> None:
+    needs = {(method, path): Role(needed) for method, path, needed in two.operations()}
+    assert {Role.READ, Role.SUBMIT, Role.ADMIN} == set(needs.values())
+    for (method, path), needed in needs.items():
+        if method not in ("get", "head"):
+            assert needed is not Role.READ, f"{method} {path} changes something"
+    for role in Role:
+        with two.client(role.value) as client:
+            for (method, path), needed in needs.items():
+                # Nobody's ids: what is let in finds nothing. A body that is none: what is let in makes nothing.
+                response = client.request(method, path.format(**_NOBODYS), headers={"Content-Type": "application/json"})
+                refused = response.status_code == 403
+                assert refused is not role.may(needed), (role, method, path, response.text)
+                if refused and method != "head":
+                    problem = assert_problem(response, 403, "role_required")
+                    assert problem["role"] == role.value
+                    assert not role.may(Role(problem["needed"]))
+
+
+def test_the_embedded_default_may_do_all(client: httpx.Client, model: dict[str, Any]) -> None:
+    mine = client.get("/v1/tenant").json()
+    assert (mine["name"], mine["role"], mine["key_id"], mine["plan"]) == ("local", "admin", None, "default")
+    assert mine["usage"]["stored_bytes"] == model["size_bytes"]
+    assert mine["limits"]["active_jobs"] == 1000
+    assert [e["action"] for e in client.get("/v1/audit").json()["items"]] == []
+    assert client.delete(model["links"]["self"]).status_code == 204
+    (event,) = client.get("/v1/audit").json()["items"]
+    assert (event["actor"], event["action"], event["resource"]) == ("local", "model.delete", model["id"])

@@ -1,0 +1,180 @@
+"""What a plan allows, on both databases: of those who race for the last place one gets it, and GPUs are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+
+from app.blobs.content import sha256_file
+from app.db.accounts import GpuUse
+from app.db.base import utcnow
+from app.db.orm import LOCAL_TENANT, Blob, Job
+from app.domain.job_state import JobStatus, Trigger
+from app.domain.plan import Limits
+from app.domain.spec import OptimizationSpec
+from app.errors import AppError
+from app.inspection.pool import Inspector
+from app.jobs.repository import JobRepository
+from app.library import IncomingFile
+from app.source_models.service import SourceModelService
+from app.tenants.quotas import Quotas, may_run
+from app.tenants.service import TenantService
+from app.uploads.service import UploadService
+from tests.factories import onnx_models
+from tests.integration.conftest import Desk
+
+_RACERS = 6
+
+
+def _limit(desk: Desk, **limits: int | None) -> None:
+    service = TenantService(desk.db, desk.service.settings.limits)
+    service.put_on("local", None, Limits.model_validate(limits), clear=True, actor="test")
+
+
+def _race(call: Callable[[int], Any]) -> list[str]:
+    """The codes of those that were refused; the others passed."""
+    together = Barrier(_RACERS)
+
+    def run(n: int) -> str | None:
+        together.wait(10)
+        try:
+            call(n)
+        except AppError as error:
+            return error.code
+        return None
+
+    with ThreadPoolExecutor(_RACERS) as threads:
+        return [code for code in threads.map(run, range(_RACERS)) if code is not None]
+
+
+def test_of_jobs_that_race_as_many_pass_as_may(desk: Desk) -> None:
+    spec = OptimizationSpec(model_id=desk.add_model().id)
+    _limit(desk, active_jobs=2)
+    refused = _race(lambda _: desk.service.submit(LOCAL_TENANT, spec, correlation_id="c", idempotency=None))
+    assert refused == ["too_many_jobs"] * (_RACERS - 2)
+
+
+def test_of_files_that_race_as_many_pass_as_fit(desk: Desk, tmp_path: Path) -> None:
+    settings = desk.service.settings
+    uploads = UploadService(desk.db, desk.content, settings)
+    inspector = Inspector(settings.limits)
+    models = SourceModelService(desk.db, desk.content, settings, inspector)
+    content = onnx_models.mlp().SerializeToString()
+    _limit(desk, stored_bytes=len(content) + 150)
+
+    def send(n: int) -> None:
+        if n % 2:
+            uploads.create(LOCAL_TENANT, f"u{n}", 100, None, None)
+        else:
+            path = tmp_path / f"m{n}.onnx"
+            path.write_bytes(content + _producer(n))
+            file = IncomingFile(path, "m.onnx", sha256_file(path), path.stat().st_size)
+            models.create(LOCAL_TENANT, None, file, None)
+
+    try:
+        refused = _race(send)
+    finally:
+        inspector.close()
+    assert set(refused) == {"storage_quota"}
+    with desk.db.read() as session:
+        quotas = Quotas(session, LOCAL_TENANT, settings.limits, lock=False)
+        used = quotas.stored_bytes() + quotas.upload_bytes()
+        kept = set(session.scalars(select(Blob.sha256)))
+    assert 0 < used <= len(content) + 150
+    stored = {path.name for path in (desk.scratch / "blobs").rglob("*") if path.is_file() and len(path.name) == 64}
+    assert stored == kept, "what was refused is gone"
+
+
+def _producer(n: int) -> bytes:
+    """A model with another producer name: the same network, other bytes."""
+    name = f"p{n:03}".encode()
+    return bytes([0x12, len(name)]) + name  # ModelProto.producer_name, once more: the last one counts
+
+
+def test_a_session_that_was_let_in_may_be_completed(desk: Desk, tmp_path: Path) -> None:
+    uploads = UploadService(desk.db, desk.content, desk.service.settings)
+    upload, _ = uploads.create(LOCAL_TENANT, "u", 3, None, None)
+    _limit(desk, stored_bytes=0)
+    part = tmp_path / "part"
+    part.write_bytes(b"abc")
+    uploads.put_part(LOCAL_TENANT, upload.id, 1, part, 3)
+    assert uploads.complete(LOCAL_TENANT, upload.id).status == "completed"
+    with desk.db.read() as session:
+        usage = Quotas(session, LOCAL_TENANT, desk.service.settings.limits, lock=False).usage()
+    assert (usage.stored_bytes, usage.upload_bytes) == (3, 0)
+
+
+def _on_gpu(desk: Desk, queue: str = "anneal.hw.gpu-nvidia-l4") -> Job:
+    job = desk.submit()
+    with desk.db.write() as uow:
+        uow.session.execute(update(Job).where(Job.id == job.id).values(queue=queue))
+    return desk.job(job.id)
+
+
+def _gpu_seconds(desk: Desk) -> float:
+    with desk.db.read() as session:
+        return Quotas(session, LOCAL_TENANT, desk.service.settings.limits, lock=False).gpu_seconds()
+
+
+def _backdate(desk: Desk, job_id: str, seconds: float) -> None:
+    with desk.db.write() as uow:
+        at = utcnow() - timedelta(seconds=seconds)
+        uow.session.execute(update(Job).where(Job.id == job_id).values(claimed_at=at))
+
+
+def test_seconds_on_gpus_are_counted_once_however_an_attempt_ends(desk: Desk) -> None:
+    job = _on_gpu(desk)
+    claim = desk.claim(job)
+    assert claim is not None
+    _backdate(desk, job.id, 100)
+    assert 100 <= _gpu_seconds(desk) < 110, "while it runs"
+    with desk.db.write() as uow:  # given back, by who says how long it was at it
+        JobRepository(uow.session).apply(
+            job.id, Trigger.RELEASE, source=JobStatus.RUNNING, values={"spent_seconds": 40.0}
+        )
+    assert _gpu_seconds(desk) == 40
+    again = desk.claim(job)
+    assert again is not None
+    _backdate(desk, job.id, 10)
+    desk.ledger.fail(again, {"code": "x", "detail": "x"}, {})
+    assert 50 <= _gpu_seconds(desk) < 60
+    plain = desk.submit()
+    on_cpu = desk.claim(plain)
+    assert on_cpu is not None
+    _backdate(desk, plain.id, 1000)
+    desk.ledger.fail(on_cpu, {"code": "x", "detail": "x"}, {})
+    assert 50 <= _gpu_seconds(desk) < 60, "what ran on a CPU does not count"
+    with desk.db.write() as uow:
+        uow.session.execute(update(GpuUse).values(day=utcnow().date() - timedelta(days=30)))
+    assert _gpu_seconds(desk) == 0, "nor does what is past"
+
+
+def test_a_job_for_a_gpu_is_refused_once_the_seconds_are_used(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    _limit(desk, gpu_seconds=30)
+    with desk.db.write() as uow:
+        uow.session.add(GpuUse(tenant_id=LOCAL_TENANT, day=utcnow().date(), seconds=30.5))
+    desk.submit()
+    monkeypatch.setattr("app.jobs.service.on_gpu", lambda queue: True)
+    with pytest.raises(AppError) as caught:
+        desk.submit()
+    assert (caught.value.code, caught.value.status, caught.value.extra["used"]) == ("gpu_quota", 403, 30)
+
+
+def test_no_more_of_a_tenants_jobs_run_than_its_plan_says(desk: Desk) -> None:
+    first, second = desk.submit(), desk.submit()
+    _limit(desk, running_jobs=1)
+    claim = desk.claim(first)
+    assert claim is not None
+    with desk.db.write() as uow:
+        assert not may_run(uow.session, LOCAL_TENANT, lock=True)
+    assert desk.claim(second) is None, "it waits, whatever worker is free"
+    assert desk.job(second.id).status == "queued"
+    desk.ledger.fail(claim, {"code": "x", "detail": "x"}, {})
+    assert desk.claim(second) is not None
