@@ -14,11 +14,10 @@ RANGES_FILE = "ranges.json"
 _FORMAT = 1
 
 
-def observed(source: ProgramFolder, batches: Iterable[Mapping[str, Any]], device: str = "cpu") -> dict[str, float]:
+def observed(source: ProgramFolder, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The largest magnitude of each `linear`'s input over `batches` (arrays by name), by the node's name in the
     program's module; infinite where one was no number. Raises what torch raises."""
     import torch
-    from torch.export.passes import move_to_device_pass
 
     found: dict[str, float] = {}
 
@@ -30,11 +29,11 @@ def observed(source: ProgramFolder, batches: Iterable[Mapping[str, Any]], device
                 found[n.name] = max(found.get(n.name, 0.0), most if math.isfinite(most) else math.inf)
             return super().run_node(n)
 
-    program = source.program if device == "cpu" else move_to_device_pass(source.program, device)
+    program = source.program
     observer = Observer(program.module())
     with torch.no_grad():
         for arrays in batches:
-            given = {name: torch.from_numpy(arrays[name].copy()).to(device) for name in source.order}
+            given = {name: torch.from_numpy(arrays[name].copy()) for name in source.order}
             flat = [given.get(name, name) for name in program.graph_signature.user_inputs]
             observer.run(*flat, enable_io_processing=False)
     return found
