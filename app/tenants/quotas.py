@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from app.blobs.usage import bytes_of
 from app.db.accounts import GpuUse, Plan, Tenant
 from app.db.base import utcnow
 from app.db.orm import Blob, Job, Upload
@@ -116,8 +117,7 @@ class Quotas:
         )
 
     def stored_bytes(self) -> int:
-        query = select(func.sum(Blob.size_bytes)).where(Blob.tenant_id == self._tenant_id)
-        return int(self._session.scalar(query) or 0)
+        return bytes_of(self._session, self._tenant_id)
 
     def upload_bytes(self) -> int:
         """What open upload sessions were declared with: their room is theirs until they end."""
