@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from app.audit import SYSTEM, record
 from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint
@@ -89,6 +90,8 @@ class DeliveryQueue:
         Without a reason it was its tenant's wish."""
         endpoint.disabled_at, endpoint.disabled_reason = utcnow(), reason[:_WORDS] if reason else None
         self.session.flush()
+        if reason:
+            record(self.session, endpoint.tenant_id, SYSTEM, "webhook.disable", endpoint.id, {"reason": reason[:_WORDS]})
         self.drop_all(endpoint.id, "The endpoint was disabled.")
 
     def drop_all(self, endpoint_id: str, reason: str) -> None:

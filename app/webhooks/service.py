@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.exc import IntegrityError
 
+from app.audit import current_actor, record
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.uow import Database
@@ -68,6 +69,7 @@ class WebhookService:
             )
             webhooks.add(endpoint)
             remember(uow.session, tenant_id, idempotency, endpoint.id)
+            record(uow.session, tenant_id, current_actor(), "webhook.create", endpoint.id)
             return endpoint, True
 
     def get(self, tenant_id: str, endpoint_id: str) -> WebhookEndpoint:
@@ -96,6 +98,8 @@ class WebhookService:
                 endpoint.failures = 0
             if wanted.enabled is False and endpoint.disabled_at is None:
                 DeliveryQueue(uow.session).disable(endpoint, None)
+            if changed := sorted(wanted.model_fields_set):
+                record(uow.session, tenant_id, current_actor(), "webhook.change", endpoint.id, {"fields": changed})
             return endpoint
 
     def delete(self, tenant_id: str, endpoint_id: str) -> None:
@@ -105,6 +109,7 @@ class WebhookService:
             endpoint.deleted_at = utcnow()
             endpoint.secret, endpoint.previous = "", []
             uow.session.flush()
+            record(uow.session, tenant_id, current_actor(), "webhook.delete", endpoint.id)
             DeliveryQueue(uow.session).drop_all(endpoint.id, "The endpoint was deleted.")
 
     def rotate(self, tenant_id: str, endpoint_id: str, overlap_s: int) -> WebhookEndpoint:
@@ -112,6 +117,7 @@ class WebhookService:
         with self.db.write() as uow:
             endpoint = _found(WebhookRepository(uow.session), tenant_id, endpoint_id, lock=True)
             rotate(endpoint, utcnow(), overlap_s)
+            record(uow.session, tenant_id, current_actor(), "webhook.rotate", endpoint.id)
             return endpoint
 
     def test(self, tenant_id: str, endpoint_id: str) -> WebhookDelivery:

@@ -68,6 +68,8 @@ def test_an_endpoint_from_its_beginning_to_its_end(client: httpx.Client) -> None
     for call in (client.get, client.delete):
         assert_problem(call(made["links"]["self"]), 404, "not_found")
     assert client.get("/v1/webhooks").json()["items"] == []
+    done = [e["action"] for e in client.get("/v1/audit").json()["items"] if e["resource"] == made["id"]]
+    assert done[::-1] == [f"webhook.{what}" for what in ("create", "change", "change", "rotate", "rotate", "delete")]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_a_job_tries_its_bundle_in_the_operators_server(tmp_path: Path) -> None:
             }
             job = client.wait(client.submit(spec)["id"])
             told = client.report(job["id"])["bundles"]["triton"]
-            assert told["tried"]["requests"] == CALLS, told
+            assert told.get("tried", told).get("requests") == CALLS, told
             (engine,) = job["engine_ids"]
             bundle = client.download_bundle(engine, tmp_path / "bundle.zip")
             models_tar = client.download_bundle(engine, tmp_path / "models.tar", kind="triton")
