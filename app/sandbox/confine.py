@@ -61,6 +61,7 @@ def _ruleset(policy: Policy, grounds: Grounds, features: Features) -> landlock.R
     rules.allow(policy.inputs, landlock.INPUT, follow=False)
     rules.allow(policy.own, landlock.OWN, follow=False)
     rules.allow(policy.shared, landlock.SHARED, follow=False)
+    rules.allow(policy.folders, landlock.FOLDERS, follow=False)
     rules.allow(policy.devices, landlock.DEVICE)
     if policy.shared_memory_bytes:
         rules.allow(("/dev/shm",), landlock.OWN if features.namespaces else landlock.UNSEEN)  # noqa: S108

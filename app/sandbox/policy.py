@@ -31,16 +31,17 @@ PLAIN_DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "rando
 @dataclass(frozen=True)
 class Policy:
     """Folders and files by what may be done with them: `read` (and started), `listed`, `inputs` (read only), `own`
-    (everything), `shared` (written to, no links), `devices`. What is in none of them is out of reach. `loopback`: TCP
-    on this machine; without it there is no network. `packets`: local sockets of that kind. `processes`: whether any may
-    be started; `counted`: each is asked for. `shared_memory_bytes`: of /dev/shm, which is its own where that can be;
-    0 = none."""
+    (everything), `shared` (written to, no links), `folders` (empty ones are made and removed), `devices`. What is in
+    none of them is out of reach. `loopback`: TCP on this machine; without it there is no network. `packets`: local
+    sockets of that kind. `processes`: whether any may be started; `counted`: each is asked for. `shared_memory_bytes`:
+    of /dev/shm, which is its own where that can be; 0 = none."""
 
     read: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     devices: tuple[str, ...] = PLAIN_DEVICES
     loopback: bool = False
     packets: bool = False

@@ -91,7 +91,9 @@ class DeliveryQueue:
         endpoint.disabled_at, endpoint.disabled_reason = utcnow(), reason[:_WORDS] if reason else None
         self.session.flush()
         if reason:
-            record(self.session, endpoint.tenant_id, SYSTEM, "webhook.disable", endpoint.id, {"reason": reason[:_WORDS]})
+            record(
+                self.session, endpoint.tenant_id, SYSTEM, "webhook.disable", endpoint.id, {"reason": reason[:_WORDS]}
+            )
         self.drop_all(endpoint.id, "The endpoint was disabled.")
 
     def drop_all(self, endpoint_id: str, reason: str) -> None:

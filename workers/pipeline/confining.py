@@ -15,6 +15,9 @@ from workers import devices, kernel
 from workers.pipeline import keys
 from workers.pipeline.protocol import StageRequest
 
+# Triton's Python backend makes an empty folder there, whatever TMPDIR says, and ends where it cannot.
+_TRITON_FOLDERS = ("/tmp",)  # noqa: S108
+
 log = structlog.get_logger(__name__)
 
 
@@ -61,6 +64,7 @@ def policy_of(request: StageRequest) -> Policy:
         inputs=tuple(dict.fromkeys(request.inputs.values())),
         own=(request.workspace, request.outputs),
         shared=(cache,) if cached else (),
+        folders=_TRITON_FOLDERS if request.options.get("tritonserver") else (),
         devices=(*PLAIN_DEVICES, *used),
         packets=bool(used),
         counted=True,
