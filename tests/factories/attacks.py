@@ -158,6 +158,7 @@ class Attack(Stage[AttackOptions]):
             with (ctx.output("file") / str(number)).open("wb") as file:
                 for _ in range(4):
                     file.write(block)
+            time.sleep(0.01)  # 400 MB/s at most: the watch looks now and then, and a test's disk is to hold it
 
     def _fill_shared_memory(self, ctx: StageContext, options: AttackOptions) -> None:
         with Path("/dev/shm/filled").open("wb") as file:
