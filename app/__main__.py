@@ -1,5 +1,5 @@
-"""The command line: `python -m app serve | api | migrate | create-key | revoke-key | workers | drain | requeue |
-openapi`."""
+"""The command line: `python -m app serve | api | migrate | create-key | revoke-key | openapi`; what else an operator
+does is `anneal-admin` (`app.admin`)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     key.add_argument("--name", default="default", help="what the key is for")
     revoked = commands.add_parser("revoke-key", help="revoke an API key")
     revoked.add_argument("key", help="the key, or its id, which create-key prints too")
-    commands.add_parser("workers", help="list the workers of the last 24 hours, and the jobs that they hold")
-    drain = commands.add_parser("drain", help="let a worker end its job and take no other, until it starts anew")
-    drain.add_argument("worker", help="its id, as `workers` shows it")
-    drain.add_argument("--undo", action="store_true", help="let it take jobs again")
-    requeue = commands.add_parser("requeue", help="take a running job from its worker; end the pause of a queued one")
-    which = requeue.add_mutually_exclusive_group(required=True)
-    which.add_argument("job", nargs="?")
-    which.add_argument("--worker", metavar="ID", help="all jobs that this worker holds: it is dead, or hangs")
     commands.add_parser("openapi", help="print the OpenAPI document")
     arguments = parser.parse_args(argv)
     run = {
@@ -38,9 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "migrate": _migrate,
         "create-key": _create_key,
         "revoke-key": _revoke_key,
-        "workers": _operate,
-        "drain": _operate,
-        "requeue": _operate,
         "openapi": _openapi,
     }[arguments.command]
     return run(arguments)
@@ -92,12 +81,6 @@ def _revoke_key(arguments: argparse.Namespace) -> int:
         db.close()
     sys.stderr.write("Revoked.\n" if revoked else "There is no such live key.\n")
     return 0 if revoked else 1
-
-
-def _operate(arguments: argparse.Namespace) -> int:
-    from app.jobs.operator_commands import run
-
-    return run(arguments, load_settings())
 
 
 def _openapi(_: argparse.Namespace) -> int:

@@ -1,13 +1,16 @@
 """`Idempotency-Key`: the same key and request answers the same resource; the same key with another request is refused.
 
 The answer is noted in the transaction that makes the resource. Where two equal requests race, the second commit fails
-on the primary key (`IntegrityError`): its service rolls back and calls `recall` again.
+on the primary key (`IntegrityError`): `once` rolls it back and has it done again, and then `recall` finds the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.db.orm import IdempotencyKey
@@ -20,6 +23,20 @@ class Idempotency:
 
     key: str
     request_sha256: str
+
+
+T = TypeVar("T")
+
+
+def once(idempotency: Idempotency | None, make: Callable[[], T]) -> T:
+    """What `make` answers, a transaction that begins with `recall`; where another request with the same key won at the
+    same time, that one's resource."""
+    try:
+        return make()
+    except IntegrityError:
+        if idempotency is None:
+            raise
+        return make()
 
 
 def recall(session: Session, tenant_id: str, idempotency: Idempotency | None) -> str | None:

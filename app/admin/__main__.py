@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextvars import copy_context
 from importlib import import_module
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.admin.desk import Desk
+from app.audit import acting
 from app.errors import AppError
 from app.logging import configure_logging
 from app.settings import load_settings
 
 # Each is a module of this package with `HELP` and `add(parser)`, which sets `run` to a function of the arguments and
 # the desk that returns an exit code.
-NOUNS = ("audit", "doctor", "keys", "plans", "retention", "tenants")
+NOUNS = ("audit", "doctor", "jobs", "keys", "plans", "retention", "tenants", "workers")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Answers are on stdout, and nothing else.
     configure_logging(json=not sys.stderr.isatty(), level="WARNING")
     with Desk(settings, json=arguments.json) as desk:
+        context = copy_context()
+        context.run(acting, desk.actor)
         try:
-            return int(arguments.run(arguments, desk))
+            return int(context.run(arguments.run, arguments, desk))
         except AppError as error:
             desk.complain(f"{error.detail}{f' {error.remedy}' if error.remedy else ''}")
             return 1

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import select
 
 from app.admin.desk import Desk
+from app.audit import record
 from app.blobs.retention import KINDS, LONGEST_DAYS, Policy, change_policy, policy_of
 from app.db.accounts import Tenant
 
@@ -64,6 +65,7 @@ def change(arguments: argparse.Namespace, desk: Desk) -> int:
             desk.complain(f"There is no tenant {arguments.tenant!r}.")
             return 1
         change_policy(uow.session, tenant_id, own, forgotten)
+        record(uow.session, tenant_id, desk.actor, "tenant.retention", tenant_id, {"changes": dict(wanted)})
     return show(arguments, desk)
 
 

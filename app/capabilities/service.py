@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from app.audit import current_actor, record
 from app.capabilities.repository import WorkerRepository
 from app.db.base import utcnow
 from app.db.orm import Worker
@@ -82,7 +83,11 @@ class CapabilityService:
         """From its next heartbeat on this worker takes no job, or does so again, until it starts anew. False where
         nobody knows it."""
         with self._db.write() as uow:
-            return WorkerRepository(uow.session).drain(worker_id, draining=draining)
+            known = WorkerRepository(uow.session).drain(worker_id, draining=draining)
+            if known:
+                action = "worker.drain" if draining else "worker.resume"
+                record(uow.session, None, current_actor(), action, worker_id)
+            return known
 
     def live(self) -> list[Worker]:
         """Workers that would take a job now."""

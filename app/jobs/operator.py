@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import select
 
+from app.audit import current_actor, record
 from app.db.orm import Job
 from app.db.uow import Database
 from app.domain.job_state import JobStatus, Trigger
@@ -41,6 +42,7 @@ class JobOperator:
         if job.status == JobStatus.QUEUED.value:
             with self._db.write() as uow:
                 JobRepository(uow.session).touch(job_id, [Job.status == job.status], {"not_before": None})
+                record(uow.session, job.tenant_id, current_actor(), "job.requeue", job_id)
                 uow.after_commit(lambda: self._dispatch(job))
             return
         if not self._take(job):
@@ -62,6 +64,8 @@ class JobOperator:
             jobs, source = JobRepository(uow.session), JobStatus.RUNNING
             done = jobs.apply(job.id, Trigger.RELEASE, source=source, where=guard, values=values, event=event)
             if done is not None:
+                detail = {"worker": job.lease_owner}
+                record(uow.session, job.tenant_id, current_actor(), "job.requeue", job.id, detail)
                 uow.after_commit(lambda: self._dispatch(job))
             return done is not None
 

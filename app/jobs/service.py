@@ -8,7 +8,6 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.audit import current_actor, record
@@ -22,7 +21,7 @@ from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
 from app.domain.spec import OF_THE_QUEUE, OptimizationSpec
 from app.errors import FieldError, conflict, invalid_request, not_found
-from app.idempotency import Idempotency, recall, remember, resource_gone
+from app.idempotency import Idempotency, once, recall, remember, resource_gone
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
 from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.family import PARENTS, stages_of
@@ -68,13 +67,7 @@ class JobService:
         """Queue a job; the row, and whether it is new. `traceparent`: of the span that its own are to follow. Raises
         `AppError` for a spec that cannot be met here."""
         origin = Origin(tenant_id, correlation_id, traceparent)
-        try:
-            return self._submit(origin, spec, idempotency)
-        except IntegrityError:
-            # The same key came twice at the same time and the other won: answer with its job.
-            if idempotency is None:
-                raise
-            return self._submit(origin, spec, idempotency)
+        return once(idempotency, lambda: self._submit(origin, spec, idempotency))
 
     def _submit(self, origin: Origin, spec: OptimizationSpec, idempotency: Idempotency | None) -> tuple[Job, bool]:
         tenant_id = origin.tenant_id

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy.exc import IntegrityError
-
 from app.audit import current_actor, record
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.uow import Database
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint
 from app.errors import AppError, conflict, not_found
-from app.idempotency import Idempotency, recall, remember, resource_gone
+from app.idempotency import Idempotency, once, recall, remember, resource_gone
 from app.jobs.schemas import JobEnded
 from app.settings import Settings
 from app.webhooks.outbox import delivery
@@ -33,13 +31,7 @@ class WebhookService:
         self, tenant_id: str, wanted: WebhookEndpointIn, idempotency: Idempotency | None
     ) -> tuple[WebhookEndpoint, bool]:
         """The endpoint, and whether it is new. Raises 409 `too_many_webhooks`."""
-        try:
-            return self._create(tenant_id, wanted, idempotency)
-        except IntegrityError:
-            # The same key came twice at the same time and the other won: answer with its endpoint.
-            if idempotency is None:
-                raise
-            return self._create(tenant_id, wanted, idempotency)
+        return once(idempotency, lambda: self._create(tenant_id, wanted, idempotency))
 
     def _create(
         self, tenant_id: str, wanted: WebhookEndpointIn, idempotency: Idempotency | None

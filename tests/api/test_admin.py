@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from app.admin import __main__ as admin
+from app.capabilities.service import CapabilityService
 from app.db.base import make_engine
 from app.db.uow import Database
 from app.settings import Settings
@@ -95,6 +96,28 @@ def test_what_was_done_is_told_to_the_operator(run: Any) -> None:
     (made,) = run("audit", "--tenant", "acme", "--action", "key.create")[1]
     assert made["tenant"] == "acme"
     assert len(run("audit", "--limit", "1")[1]) == 1
+
+
+def test_workers_and_their_jobs(run: Any, settings: Settings) -> None:
+    db = Database(make_engine(settings.database))
+    backend = {"name": "onnxruntime", "versions": {}, "devices": ["cpu"], "precisions": ["fp32"]}
+    one: dict[str, Any] = {"hardware": {"id": "cpu-x"}, "backends": [backend], "formats": ["onnx"]}
+    try:
+        CapabilityService(db, settings).report("w1", hostname="h", queues=["anneal.cpu"], **one)
+        (row,) = run("workers", "list")[1]
+        assert (row["id"], row["state"], row["jobs"]) == ("w1", "live", [])
+        assert run("workers", "drain", "w1")[0] == 0
+        assert run("workers", "list")[1][0]["state"] == "draining"
+        assert run("workers", "drain", "--undo", "w1")[0] == 0
+        assert run("retention", "set", "local", "jobs=30")[0] == 0
+    finally:
+        db.close()
+    done = {(event["action"], event["resource"]) for event in run("audit")[1]}
+    assert {("worker.drain", "w1"), ("worker.resume", "w1"), ("tenant.retention", "tnt_local")} <= done
+    for arguments in (("workers", "drain", "w2"), ("jobs", "requeue", "job_0"), ("jobs", "requeue", "--worker", "w1")):
+        code, rows, said = run(*arguments)
+        assert (code, rows) == (1, []), arguments
+        assert said
 
 
 def test_for_people(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,11 +158,11 @@ def test_a_drained_worker_ends_its_job_and_takes_no_other(deployed: Deployment, 
         assert wait_for_stage(db, first, {"benchmark"}) == "benchmark"
         (worker_id,) = [worker["id"] for worker in client.capabilities()["workers"]]
         second = submit_case(client, tmp_path, 51)["id"]
-        deployed.run("app", "drain", worker_id)
+        deployed.run("app.admin", "workers", "drain", worker_id)
         assert client.wait(first)["status"] == "succeeded"
         time.sleep(2)
         assert job_row(db, second).status == "queued"
-        deployed.run("app", "drain", "--undo", worker_id)
+        deployed.run("app.admin", "workers", "drain", "--undo", worker_id)
         assert client.wait(second)["status"] == "succeeded"
 
 
