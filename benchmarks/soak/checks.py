@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from cluster import Cluster
 from sqlalchemy import func, select
 from users import Accepted
 
@@ -17,6 +16,7 @@ from app.db.base import make_engine
 from app.db.orm import Engine, IdempotencyKey, Job, JobEvent, SourceModel
 from app.db.uow import Database
 from app.settings import Settings
+from tests.cluster.cluster import Cluster
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 _COLLECTED_WITHIN_S = 300.0

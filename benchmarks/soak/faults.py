@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import httpx
 import redis
-from cluster import LEASE_S, Cluster, Managed
 
 from tests import servers
+from tests.cluster.cluster import LEASE_S, Cluster, Managed
 from tests.factories import onnx_models
 
 

@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from checks import check_jobs, check_leftovers, check_storage, open_database, wait_for_the_end
-from cluster import Cluster, cluster
 from faults import Injector
 from users import Accepted, User
+
+from tests.cluster.cluster import Cluster, cluster
 
 _LAST_JOBS_S = 600.0
 _ZERO = ("lost_jobs", "lost_models", "ended_twice", "never_ended", "engines_twice", "without_engine")

@@ -1,4 +1,4 @@
-"""The cluster of the soak, of real processes on this machine: PostgreSQL, Redis, an S3 server, API processes, workers.
+"""PostgreSQL, Redis, an S3 server, API processes and workers, as real processes on this machine.
 Each can be killed, stopped (SIGSTOP) and started again; a supervisor starts again what died, as an operator's would."""
 
 from __future__ import annotations
