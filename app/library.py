@@ -275,14 +275,15 @@ def _consumed() -> AppError:
 
 @contextmanager
 def local_copy(content: ContentStore, tenant_id: str, sha256: str, temp_dir: Path) -> Iterator[Path]:
-    """The blob as a file on this machine: where it lies, or a copy that is removed at the end. Read-only."""
-    path = content.store.local_path(blob_key(tenant_id, sha256))
-    if path is not None:
-        yield path
-        return
+    """The blob as a file of the caller's own, removed at the end (on one disk with the storage, a link). Read-only.
+    Where the object lies, another upload of the same bytes may put its own file in the place of this one meanwhile,
+    which those that look into it are not allowed to open."""
     with scratch_folder(temp_dir) as folder:
-        copy = folder / "blob"
-        content.fetch(tenant_id, sha256, copy)
+        copy, key = folder / "blob", blob_key(tenant_id, sha256)
+        if content.store.local_path(key) is None:
+            content.fetch(tenant_id, sha256, copy)
+        else:
+            content.store.fetch(key, copy)
         yield copy
 
 

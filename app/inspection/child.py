@@ -9,6 +9,7 @@ whoever hits them dies, and the pool says so to the client.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -34,6 +35,8 @@ from app.source_models.inspect import describe_model
 MOST_ANSWER_BYTES = 64 << 20
 _DATA_SET = "data set"
 _CHUNK = 1 << 20
+_NOT_THE_FILE = 0  # the status that the pool takes for no fault of the file
+_OF_THE_MACHINE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ENFILE)
 
 
 def main() -> None:
@@ -95,9 +98,15 @@ def _fork(request: dict[str, Any], write_fd: int, parent: int, ground: _Ground) 
         try:
             confine(Policy(inputs=(request["path"],), own=own, processes=False), ground.grounds, ground.features)
         except OSError:
-            os._exit(0)  # which the pool takes for no fault of the file
+            os._exit(_NOT_THE_FILE)
     die_with_parent(parent)
-    answer = memoryview(json.dumps(_answer(request, ground.scratch)).encode())
+    try:
+        found = _answer(request, ground.scratch)
+    except OSError as error:
+        if error.errno in _OF_THE_MACHINE:
+            os._exit(_NOT_THE_FILE)
+        raise
+    answer = memoryview(json.dumps(found).encode())
     while answer:
         answer = answer[os.write(write_fd, answer) :]
 

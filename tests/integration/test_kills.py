@@ -138,14 +138,18 @@ def test_an_idle_worker_goes_on_with_what_another_left(
     deployed: Deployment, db: Database, tmp_path: Path, how: signal.Signals
 ) -> None:
     with deployed.client() as client:
-        worker = deployed.start_worker()
+        workers = {}
+        for _ in range(2):  # both are there before the job is: a start can take longer than a job
+            process = deployed.start_worker()
+            deployed.wait_for(lambda: len(client.capabilities()["workers"]) == len(workers) + 1, 120)
+            (new,) = {found["id"] for found in client.capabilities()["workers"]} - {*workers}
+            workers[new] = process
         job_id = submit_case(client, tmp_path, 40, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
-        deployed.start_worker()
-        deployed.wait_for(lambda: len(client.capabilities()["workers"]) == 2)
         first = job_row(db, job_id).lease_owner
-        worker.send_signal(how)
-        deployed.wait_for(lambda: job_row(db, job_id).lease_owner not in (None, first))
+        assert first is not None
+        workers[first].send_signal(how)
+        deployed.wait_for(lambda: job_row(db, job_id).lease_owner not in (None, first), 120)
         assert client.wait(job_id)["status"] == "succeeded"
     assert _states(db, job_id) == ["queued", "running", "queued", "running", "succeeded"]
 
