@@ -24,12 +24,12 @@ PYTHON: BundleKind = "python"  # the .zip itself
 KINDS_FILE = "kinds.json"
 _BLOCK = 512
 _MTIME = 315532800  # 1980-01-01, as in the .zip
-_END = 2 * _BLOCK  # of zeros
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a .zip's member: its signature, the lengths of its name and extra field
 _READ = 1 << 20
 _MOST_INDEX = 4 << 20  # bytes of `KINDS_FILE`
+AGAIN = "Run the job again: engines of this version have it."
 
-# Opens so many bytes of the stored .zip from an offset on; None: all.
+# Opens so many bytes of a stored .zip from an offset on; None: all.
 Opener = Callable[[int, int | None], BinaryIO]
 
 
@@ -39,11 +39,15 @@ class KindMissing(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` bytes: these, or those of the .zip from `start` on."""
+    """`length` bytes: these, or those of the .zip from `start` on. `source`: of which .zip, where there are several."""
 
     length: int
     content: bytes | None = None
     start: int = 0
+    source: int = 0
+
+
+END = Piece(2 * _BLOCK, bytes(2 * _BLOCK))  # of a .tar
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,19 @@ def pieces_of(bundle: BinaryIO, files: Mapping[str, str]) -> list[Piece]:
             member = archive.getinfo(files[path])
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
-            header = _header(path, member.file_size)
-            pieces += [Piece(len(header), header), Piece(member.file_size, None, _start(bundle, member))]
-            if rest := -member.file_size % _BLOCK:
-                pieces.append(Piece(rest, bytes(rest)))
-    return [*pieces, Piece(_END, bytes(_END))]
+            pieces += _entry(path, Piece(member.file_size, None, _start(bundle, member)))
+    return [*pieces, END]
+
+
+def text_pieces(texts: Mapping[str, bytes]) -> list[Piece]:
+    """The part of a .tar that holds these files, without its `END`."""
+    return [piece for path in sorted(texts) for piece in _entry(path, Piece(len(texts[path]), texts[path]))]
+
+
+def _entry(path: str, content: Piece) -> list[Piece]:
+    header = _header(path, content.length)
+    rest = -content.length % _BLOCK
+    return [Piece(len(header), header), content, *([Piece(rest, bytes(rest))] if rest else [])]
 
 
 def index_of(files: Mapping[str, Mapping[str, Any]], bundle: BinaryIO) -> bytes:
@@ -79,34 +91,42 @@ def index_of(files: Mapping[str, Mapping[str, Any]], bundle: BinaryIO) -> bytes:
         told[kind] = dict(entry)
         if "files" in entry:
             pieces = pieces_of(bundle, entry["files"])
-            told[kind] |= {"sha256": _digest(bundle, pieces), "size_bytes": sum(p.length for p in pieces)}
+            told[kind] |= {"sha256": digest([bundle], pieces), "size_bytes": sum(p.length for p in pieces)}
     return json.dumps(told, indent=1, sort_keys=True).encode()
 
 
 def rearranged(bundle: BinaryIO, kind: BundleKind) -> Rearranged:
     """How this kind is sent. Raises `KindMissing`."""
-    again = "Run the job again: engines of this version have it."
+    entry, pieces = entry_of(bundle, kind)
+    return Rearranged(tuple(pieces), str(entry["sha256"]), int(entry["size_bytes"]))
+
+
+def entry_of(bundle: BinaryIO, kind: BundleKind) -> tuple[dict[str, Any], list[Piece]]:
+    """What the bundle says of this kind, and the pieces of its .tar. Raises `KindMissing`."""
     try:
         with zipfile.ZipFile(bundle) as archive:
             if archive.getinfo(KINDS_FILE).file_size > _MOST_INDEX:
                 raise ValueError(f"{KINDS_FILE} is too large")
-            entry = json.loads(archive.read(KINDS_FILE))[kind]
+            entry: dict[str, Any] = json.loads(archive.read(KINDS_FILE))[kind]
         if "files" not in entry:
             raise KindMissing(str(entry["reason"]))
         pieces = pieces_of(bundle, entry["files"])
     except KindMissing:
         raise
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
-        raise KindMissing(f"the bundle was made without it. {again}") from error
+        raise KindMissing(f"the bundle was made without it. {AGAIN}") from error
     if sum(p.length for p in pieces) != entry["size_bytes"]:
-        raise KindMissing(f"what the bundle says of it does not fit its files. {again}")
-    return Rearranged(tuple(pieces), str(entry["sha256"]), int(entry["size_bytes"]))
+        raise KindMissing(f"what the bundle says of it does not fit its files. {AGAIN}")
+    return entry, pieces
 
 
 class Joined(io.RawIOBase):
-    """A stream over `length` bytes of the pieces from `start`; each part of the .zip is opened when it is reached."""
+    """A stream over `length` bytes of the pieces from `start`; each part of a .zip is opened when it is reached.
+    `opened`: for each .zip that the pieces are of."""
 
-    def __init__(self, pieces: Sequence[Piece], opened: Opener, start: int = 0, length: int | None = None) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], opened: Sequence[Opener], start: int = 0, length: int | None = None
+    ) -> None:
         self._parts = _cut(pieces, start, length)
         self._opened = opened
         self._part: IO[bytes] | None = None
@@ -124,7 +144,8 @@ class Joined(io.RawIOBase):
                 if piece is None:
                     return b""
                 found = piece.content
-                self._part = self._opened(piece.start, piece.length) if found is None else io.BytesIO(found)
+                opened = self._opened[piece.source]
+                self._part = opened(piece.start, piece.length) if found is None else io.BytesIO(found)
             if block := self._part.read(size):
                 return block
             self._part.close()
@@ -188,12 +209,14 @@ def _start(bundle: BinaryIO, member: zipfile.ZipInfo) -> int:
     return member.header_offset + _LOCAL_HEADER.size + int(name) + int(extra)
 
 
-def _digest(bundle: BinaryIO, pieces: Sequence[Piece]) -> str:
+def digest(bundles: Sequence[BinaryIO], pieces: Sequence[Piece]) -> str:
+    """SHA-256 of what these pieces of the bundles make up."""
     found = hashlib.sha256()
     for piece in pieces:
         if piece.content is not None:
             found.update(piece.content)
             continue
+        bundle = bundles[piece.source]
         bundle.seek(piece.start)
         left = piece.length
         while left and (block := bundle.read(min(_READ, left))):
@@ -211,5 +234,5 @@ def _cut(pieces: Sequence[Piece], start: int, length: int | None) -> Iterator[Pi
         last = piece.length if end is None else min(piece.length, end - at)
         if first < last:
             content = None if piece.content is None else piece.content[first:last]
-            yield Piece(last - first, content, piece.start + first)
+            yield Piece(last - first, content, piece.start + first, piece.source)
         at += piece.length

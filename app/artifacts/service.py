@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from app.artifacts.ensembles import Chains
 from app.artifacts.repository import EngineRepository
 from app.audit import current_actor, record
 from app.blobs.content import ContentStore
@@ -18,6 +19,7 @@ class EngineService:
     def __init__(self, db: Database, content: ContentStore) -> None:
         self._db = db
         self._content = content
+        self.chains = Chains()
 
     def get(self, tenant_id: str, engine_id: str) -> Engine:
         with self._db.read() as session:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from onnx import ModelProto
 
+from app.artifacts.ensembles import ensemble
 from app.artifacts.kinds import BundleKind, Joined, rearranged
 from tests.factories import onnx_models as models
 from workers.hardware import describe
@@ -43,7 +44,7 @@ class Made:
     def archive(self, kind: BundleKind) -> bytes:
         with self.bundle.open("rb") as file:
             found = rearranged(file, kind)
-        return Joined(found.pieces, self.opened).read()
+        return Joined(found.pieces, [self.opened]).read()
 
     def unpacked(self, kind: BundleKind, folder: Path) -> Path:
         folder.mkdir(parents=True)
@@ -59,6 +60,18 @@ class Made:
             return {key: arrays[key] for key in arrays.files}
 
 
+def chained(first: Made, second: Made, folder: Path, connect: Sequence[str] = ()) -> str:
+    """The repository of both and their ensemble, as the API sends it, unpacked into a new folder; the ensemble's
+    name."""
+    with first.bundle.open("rb") as one, second.bundle.open("rb") as other:
+        found = ensemble(one, other, connect)
+    folder.mkdir(parents=True)
+    sent = Joined(found.joined.pieces, [first.opened, second.opened]).read()
+    with tarfile.open(fileobj=io.BytesIO(sent)) as archive:
+        archive.extractall(folder, filter="data")
+    return found.name
+
+
 def bundled(
     backend: str,
     model: ModelProto,
@@ -67,13 +80,16 @@ def bundled(
     runtime: Mapping[str, Any] | None = None,
     isa: tuple[str, ...] = (),
     tritonserver: Path | None = None,
+    name: str = "m-fp32",
     **manifest: Any,
 ) -> Made:
     """`isa`: of the machine that the engine counts as measured on; `runtime`: build options."""
     made, engine = backends()[backend](), folder / "engine"
     engine.mkdir(parents=True)
     built = made.build(models.folder(model, folder / "model"), engine, dict(runtime or {}), Notes())
-    return packaged(backend, engine, built["runtime"], folder, isa=isa, tritonserver=tritonserver, **manifest)
+    return packaged(
+        backend, engine, built["runtime"], folder, isa=isa, tritonserver=tritonserver, name=name, **manifest
+    )
 
 
 def packaged(
@@ -84,6 +100,7 @@ def packaged(
     *,
     isa: tuple[str, ...] = (),
     tritonserver: Path | None = None,
+    name: str = "m-fp32",
     **manifest: Any,
 ) -> Made:
     """Of an engine that is built, and loaded with `runtime`."""
@@ -92,7 +109,7 @@ def packaged(
     context = StageContext({"engine": engine}, folder / "work", folder / "out", Notes(), hardware)
     told = {"job": {"id": "job_1"}, "engine": {"precision": "fp32"}, **manifest}
     options = PackageOptions(
-        name="m-fp32",
+        name=name,
         backend=backend,
         runtime=dict(runtime),
         engine_format="onnx",

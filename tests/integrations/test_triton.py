@@ -17,7 +17,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from tests.factories import onnx_models as models
-from tests.factories.bundled import Made, bundled, packaged
+from tests.factories.bundled import Made, bundled, chained, packaged
 from tests.integrations.environments import environment
 from tests.integrations.tritonserver import tritonserver
 from tests.unit.test_by_batch import apart, side_by_side
@@ -51,8 +51,8 @@ def server() -> Path:
     return tritonserver()
 
 
-def config_of(repository: Path) -> dict[str, Any]:
-    command = [environment("triton") / "bin" / "python", "-c", PARSE, repository / "m-fp32" / "config.pbtxt"]
+def config_of(repository: Path, model: str = "m-fp32") -> dict[str, Any]:
+    command = [environment("triton") / "bin" / "python", "-c", PARSE, repository / model / "config.pbtxt"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -221,6 +221,57 @@ def test_two_engines_in_one_bundle_are_one_model(server: Path, tmp_path: Path) -
             np.testing.assert_allclose(answer, session.run(feeds)["logits"], rtol=1e-4, atol=1e-5)
             session.close()
         connection.close()
+
+
+def _scaled_by(name: str) -> ModelProto:
+    """What the network above gives, scaled: of one more input, and with an output called as the ensemble's input."""
+    nodes = [helper.make_node("Mul", [name, "factor"], ["scaled"]), helper.make_node("Neg", [name], ["input"])]
+    inputs = [models.value(name, ["batch", 4]), models.value("factor", ["batch", 1])]
+    outputs = [models.value("scaled", ["batch", 4]), models.value("input", ["batch", 4])]
+    return models.make_model(nodes, inputs, outputs, [])
+
+
+@pytest.mark.parametrize(("taken", "connect"), [("logits", []), ("scores", ["logits:scores"])], ids=["names", "told"])
+def test_two_engines_are_one_ensemble(server: Path, taken: str, connect: list[str], tmp_path: Path) -> None:
+    first = bundled("onnxruntime", models.mlp(), tmp_path / "a", deployment=TUNED, name="net")
+    second = bundled("openvino", _scaled_by(taken), tmp_path / "b", deployment=TUNED, name="scale")
+    repository = tmp_path / "models"
+    name = chained(first, second, repository, connect)
+    assert name == "net-then-scale"
+    config = config_of(repository, name)
+    assert (config["platform"], config["max_batch_size"]) == ("ensemble", 8)
+    assert [t["name"] for t in config["input"]] == ["input", "factor"]
+    assert [t["name"] for t in config["output"]] == ["scaled", "input_out"]
+    generator = np.random.default_rng(2)
+    feeds = {"input": generator.normal(size=(3, 8)), "factor": generator.normal(size=(3, 1))}
+    feeds = {key: array.astype(np.float32) for key, array in feeds.items()}
+    with running(server, repository, tmp_path, READY_S) as found:
+        connection = Connection(found.http_port, "net", 10.0)
+        between = connection.infer({"input": feeds["input"]}, ["logits"], batched=True)["logits"]
+        connection.close()
+        connection = Connection(found.http_port, name, 10.0)
+        answer = connection.infer(feeds, ["scaled", "input_out"], batched=True)
+        connection.close()
+        assert found.metrics("scale")["nv_inference_request_success"] > 0
+    np.testing.assert_allclose(answer["scaled"], between * feeds["factor"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answer["input_out"], -between, rtol=1e-4, atol=1e-5)
+
+
+def test_engines_that_are_served_one_by_one_are_chained_too(server: Path, tmp_path: Path) -> None:
+    first = bundled("onnxruntime", models.mlp(batch=3), tmp_path / "a", deployment=TUNED, name="net")
+    second = bundled("onnxruntime", _negated(3), tmp_path / "b", deployment=TUNED, name="neg")
+    name = chained(first, second, tmp_path / "models")
+    feeds = first.arrays("sample_input.npz")
+    with running(server, tmp_path / "models", tmp_path, READY_S) as found:
+        connection = Connection(found.http_port, name, 10.0)
+        answer = connection.infer(feeds, ["y"], batched=False)["y"]
+        connection.close()
+    np.testing.assert_allclose(answer, -first.arrays("expected_output.npz")["logits"], rtol=1e-4, atol=1e-5)
+
+
+def _negated(batch: int) -> ModelProto:
+    nodes = [helper.make_node("Neg", ["x"], ["y"])]
+    return models.make_model(nodes, [models.value("x", [batch, 4])], [models.value("y", [batch, 4])], [])
 
 
 def test_the_stage_tries_the_repository_where_there_is_a_server(server: Path, tmp_path: Path) -> None:

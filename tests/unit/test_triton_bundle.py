@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.artifacts.protobuf_text import Word, text_format
 from tests.factories import onnx_models as models
 from tests.factories.bundled import bundled
 from workers.graph.labels import labels_of
 from workers.kernel import TensorSpec, backends
 from workers.rounding import tolerance
-from workers.serving.native import Instances, InTriton, Word
-from workers.serving.triton import NotServable, Served, max_batch, repository, text_format
+from workers.serving.native import Instances, InTriton
+from workers.serving.triton import NotServable, Served, max_batch, repository
 
 ENGINE = {
     "format": "anneal-tensorrt-plan/1",

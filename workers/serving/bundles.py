@@ -119,7 +119,7 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
     texts = dict(made.texts)
     used = {*made.files.values()}
     texts |= {at[name]: text.encode() for name, text in scripts.items() if at[name] in used and at[name] != name}
-    entry: dict[str, Any] = {"files": made.files, "backend": native.backend, "notes": made.notes}
+    entry: dict[str, Any] = {"files": made.files, "backend": native.backend, "notes": made.notes, "model": made.model}
     if bundled.tritonserver is not None:
         try:
             entry["tried"] = _tried(bundled, served, made.files, texts)

@@ -10,10 +10,6 @@ from typing import Any
 PYTHON = "python"  # Triton's backend that runs a script
 
 
-class Word(str):
-    """A value of an enum in protobuf's text format, which stands there without quotes."""
-
-
 @dataclass(frozen=True)
 class Instances:
     """What is to be loaded: `count` times the engine in this folder, each with `runtime`, on this `hardware`

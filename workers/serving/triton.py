@@ -7,14 +7,14 @@ It is texts and a list of which of the bundle's files go where: the engine's own
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
+from app.artifacts.protobuf_text import Word, text_format
 from workers.kernel import TensorSpec
-from workers.serving.native import PYTHON, InTriton, Word
+from workers.serving.native import PYTHON, InTriton
 from workers.serving.triton_model import MODEL
 
 if TYPE_CHECKING:
@@ -70,11 +70,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Repository:
-    """`texts`: members for the bundle, by name. `files`: path in the repository → the bundle's member."""
+    """`texts`: members for the bundle, by name. `files`: path in the repository → the bundle's member. `model`: what
+    another model of the same server has to know of this one (`app.artifacts.ensembles`)."""
 
     texts: dict[str, bytes]
     files: dict[str, str]
     notes: list[str]
+    model: dict[str, Any]
 
 
 def repository(served: Served) -> Repository:
@@ -99,7 +101,7 @@ def repository(served: Served) -> Repository:
     texts[f"{FOLDER}/config.pbtxt"] = _config(served, notes).encode()
     texts[f"{FOLDER}/README.md"] = _readme(served, notes).encode()
     files |= {f"{home}/{name}": f"{FOLDER}/{name}" for name in ("config.pbtxt", "README.md")}
-    return Repository(texts, files, notes)
+    return Repository(texts, files, notes, _interface(served))
 
 
 def max_batch(served: Served) -> int:
@@ -111,41 +113,14 @@ def max_batch(served: Served) -> int:
     return max(1, min(size for size in most if size is not None))
 
 
-def text_format(message: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
-    """Lines of a protobuf message in its text format: nested mappings are messages, lists are repeated fields."""
-    pad = "  " * depth
-    for name, value in message.items():
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        if items and not any(isinstance(item, Mapping) for item in items):
-            told = ", ".join(_scalar(item) for item in items)
-            yield f"{pad}{name}: [{told}]" if isinstance(value, list | tuple) else f"{pad}{name}: {told}"
-            continue
-        for item in items:
-            yield f"{pad}{name} {{"
-            yield from text_format(item, depth + 1)
-            yield f"{pad}}}"
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, Word):
-        return str(value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value) if isinstance(value, int | float) else _quoted(str(value))
-
-
-def _quoted(text: str) -> str:
-    escaped = re.sub(r'["\\]', lambda found: f"\\{found[0]}", text)
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\{ord(found[0]):03o}", escaped) + '"'
-
-
 def _config(served: Served, notes: Sequence[str]) -> str:
     most = max_batch(served)
-    config: dict[str, Any] = {"name": served.name, "backend": served.native.backend, "max_batch_size": most}
-    config["input"] = [_tensor(spec, served, most) for spec in served.inputs]
+    interface = _interface(served)
+    config: dict[str, Any] = {"name": interface["name"], "backend": served.native.backend, **interface}
     labelled = {"label_filename": _LABELS}
     config["output"] = [
-        _tensor(spec, served, most) | (labelled if _classes(spec, served) else {}) for spec in served.outputs
+        told | (labelled if _classes(spec, served) else {})
+        for spec, told in zip(served.outputs, interface["output"], strict=True)
     ]
     group: dict[str, Any] = {"count": int(served.serving["instances"]), "kind": Word(served.group)}
     if served.native.profiles > 1:
@@ -161,6 +136,16 @@ def _config(served: Served, notes: Sequence[str]) -> str:
     config |= {k: v for k, v in served.native.config.items() if v}
     head = [f"# {served.name}, built and measured on {served.machine}.", *(f"# {_one_line(note)}" for note in notes)]
     return "\n".join([*head, *text_format({k: v for k, v in config.items() if v != []})]) + "\n"
+
+
+def _interface(served: Served) -> dict[str, Any]:
+    most = max_batch(served)
+    return {
+        "name": served.name,
+        "max_batch_size": most,
+        "input": [_tensor(spec, served, most) for spec in served.inputs],
+        "output": [_tensor(spec, served, most) for spec in served.outputs],
+    }
 
 
 def _tensor(spec: TensorSpec, served: Served, most: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Package(Stage[PackageOptions]):
     Raises StageFailure `packaged_engine_fails`, `bundle_fails`."""
 
     name = "package"
-    version = 9
+    version = 10
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
@@ -124,7 +124,7 @@ class Package(Stage[PackageOptions]):
                 "engine_file": single.name,
                 "bundle_file": bundle.name,
                 "files": [*extra, KINDS_FILE],
-                "kinds": {k: {n: v for n, v in entry.items() if n != "files"} for k, entry in kinds.entries.items()},
+                "kinds": {k: _told(entry) for k, entry in kinds.entries.items()},
                 "not_repeatable": random,
                 "serving": settings.to_json(),
                 "tried": seen,
@@ -275,6 +275,11 @@ def _write_zip(path: Path, engine: Path, extra: Mapping[str, bytes]) -> None:
                 shutil.copyfileobj(source, target, _BUFFER)
         for name in sorted(extra):
             archive.writestr(_zip_info(name, zipfile.ZIP_STORED), extra[name])
+
+
+def _told(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a kind, for the report: without what only the API needs to make it of the bundle."""
+    return {name: value for name, value in entry.items() if name not in ("files", "model")}
 
 
 def _add_kinds(bundle: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:

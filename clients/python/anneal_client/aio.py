@@ -176,8 +176,16 @@ class AsyncClient:
     async def download_engine(self, engine_id: str, path: str | Path) -> Path:
         return await self._core.download_engine(engine_id, Path(path))
 
-    async def download_bundle(self, engine_id: str, path: str | Path, *, kind: str | None = None) -> Path:
-        return await self._core.download_bundle(engine_id, Path(path), kind)
+    async def download_bundle(
+        self,
+        engine_id: str,
+        path: str | Path,
+        *,
+        kind: str | None = None,
+        then: str | None = None,
+        connect: Mapping[str, str] | None = None,
+    ) -> Path:
+        return await self._core.download_bundle(engine_id, Path(path), kind, then, connect)
 
     async def load_engine(self, engine_id: str, *, threads: int | None = None) -> LocalEngine:
         return await self._core.load_engine(engine_id, threads)

@@ -230,10 +230,20 @@ class Client:
         """The engine's bytes into the file `path`, verified by SHA-256; an interrupted download is resumed."""
         return run(self._core.download_engine(engine_id, Path(path)))
 
-    def download_bundle(self, engine_id: str, path: str | Path, *, kind: str | None = None) -> Path:
+    def download_bundle(
+        self,
+        engine_id: str,
+        path: str | Path,
+        *,
+        kind: str | None = None,
+        then: str | None = None,
+        connect: Mapping[str, str] | None = None,
+    ) -> Path:
         """The deployment bundle (engine, manifest, `infer.py` in one archive) into the file `path`, verified. `kind`:
-        "triton" for a .tar that is a model repository, "kserve" for one with manifests for Kubernetes."""
-        return run(self._core.download_bundle(engine_id, Path(path), kind))
+        "triton" for a .tar that is a model repository, "kserve" for one with manifests for Kubernetes. `then`, with
+        "triton": the id of an engine that what this one gives goes to; the repository holds both, and an ensemble of
+        them. `connect`: {input of that one: output of this one}, where their names do not tell."""
+        return run(self._core.download_bundle(engine_id, Path(path), kind, then, connect))
 
     def load_engine(self, engine_id: str, *, threads: int | None = None) -> LocalEngine:
         """The engine, ready to compute in this process: `engine(inputs)`. Its bundle is downloaded once and kept by its

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -212,9 +212,12 @@ class Core:
         sha256 = (await self.engine(engine_id)).get("sha256")
         return await download(self.http, f"{path_of('engines', engine_id)}/download", path, sha256)
 
-    async def download_bundle(self, engine_id: str, path: Path, kind: str | None) -> Path:
-        query = f"?kind={quote(kind, safe='')}" if kind else ""
-        return await download(self.http, f"{path_of('engines', engine_id)}/bundle{query}", path, None)
+    async def download_bundle(
+        self, engine_id: str, path: Path, kind: str | None, then: str | None, connect: Mapping[str, str] | None
+    ) -> Path:
+        asked = [("kind", kind), ("then", then), *(("connect", f"{o}:{i}") for i, o in (connect or {}).items())]
+        query = urlencode([(name, value) for name, value in asked if value])
+        return await download(self.http, f"{path_of('engines', engine_id)}/bundle{query and '?'}{query}", path, None)
 
     async def download_file(self, at: Kind, resource_id: str, path: Path) -> Path:
         sha256 = (await self.get(Answer, path_of(at, resource_id))).get("sha256")

@@ -34,7 +34,8 @@ def patterns(data: _Json, facts: Facts) -> list[dict[str, Any]]:
         _row(
             "ensemble",
             None,
-            "for a chain of models whose arrays stay on the server; this job has one model, and nothing to chain",
+            "for a chain of models whose arrays stay on the server: the Triton bundle of two engines holds one "
+            "(`then`); this job has one model",
         ),
         _parallel(data, facts),
         _continuous(facts),

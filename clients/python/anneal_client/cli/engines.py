@@ -31,6 +31,19 @@ def add(commands: Any) -> None:
     pull.add_argument("engine", metavar="ENGINE|JOB", type=job_or_engine)
     pull.add_argument("-o", "--output", type=Path, metavar="PATH", help="file, or with --unpack the folder")
     pull.add_argument("--kind", choices=KINDS, default="python", help="of bundle (python)")
+    pull.add_argument(
+        "--then",
+        metavar="ENGINE|JOB",
+        type=job_or_engine,
+        help="of the kind triton: where its output goes, as an ensemble",
+    )
+    pull.add_argument(
+        "--connect",
+        metavar="INPUT=OUTPUT",
+        type=_joint,
+        action="append",
+        help="of --then: its input, this one's output",
+    )
     pull.add_argument("--unpack", action="store_true", help="into a folder, which must not be there yet")
     pull.add_argument("--engine-only", action="store_true", help="the engine's file, without what runs it")
     pull.set_defaults(run=run_pull)
@@ -50,6 +63,9 @@ def run_pull(ctx: Context, args: argparse.Namespace) -> Exit:
         raise Stop(
             "An engine's file has nothing to unpack.", where="--unpack", remedy="Leave one out.", exit=Exit.USAGE
         )
+    if args.then and (args.kind != "triton" or args.engine_only):
+        what = "Two engines make one model in Triton only."
+        raise Stop(what, where="--then", remedy="Add --kind triton.", exit=Exit.USAGE)
     with ctx.service(patient=True) as service:
         engine = _engine(service, args.engine)
         if args.engine_only:
@@ -78,14 +94,24 @@ def _engine(service: Service, given: str) -> Json:
     return dict(service.client.engine(given))
 
 
+def _joint(text: str) -> tuple[str, str]:
+    own, sign, given = text.partition("=")
+    if not (own and sign and given):
+        raise argparse.ArgumentTypeError(f"{text!r} is not INPUT=OUTPUT")
+    return own, given
+
+
 def _pull(service: Service, engine: Json, args: argparse.Namespace) -> Path:
     ending = ".zip" if args.kind == "python" else ".tar"
     name = Path(_plain(engine["bundle_filename"]))
     kind = None if args.kind == "python" else args.kind
+    asked: Json = {"kind": kind}
+    if args.then:
+        asked |= {"then": _engine(service, args.then)["id"], "connect": dict(args.connect or ())}
     if not args.unpack:
         stem = name.stem if kind is None else f"{name.stem}-{kind}"
         target: Path = args.output or Path(f"{stem}{ending}")
-        service.client.download_bundle(engine["id"], target, kind=kind)
+        service.client.download_bundle(engine["id"], target, **asked)
         return target
     folder: Path = args.output or Path(name.stem if kind is None else f"{name.stem}-{kind}")
     if folder.exists():
@@ -94,7 +120,7 @@ def _pull(service: Service, engine: Json, args: argparse.Namespace) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".anneal-") as temp:
         archive = Path(temp) / f"bundle{ending}"
-        service.client.download_bundle(engine["id"], archive, kind=kind)
+        service.client.download_bundle(engine["id"], archive, **asked)
         unpack(archive, Path(temp) / "unpacked")
         shutil.move(Path(temp) / "unpacked", folder)
     return folder
