@@ -5,8 +5,9 @@
 A job makes the engine and its bundle. Each server is tried in the same few setups (instances × threads, batches),
 driven over HTTP by the open-loop generator of the service (`workers/measure/load`: Poisson arrivals, latency from when
 a request was due). Per setup the highest rate whose p99 is within the limit is looked for; the best setup of each
-server is then measured once more, with so many requests that the p99's bound carries the verdict. Servers come in an
-order that is drawn. "alone" is the p50 of one caller by HTTP.
+server is then measured in turns with those of the others, there and back, with so many requests that the p99's bound
+carries the verdict: their mean counts. Servers come in an order that is drawn. "alone" is the p50 of one caller by
+HTTP.
 
 Triton is the server of a wheel, without its C++ backends for ONNX Runtime and OpenVINO: its Python backend stands in
 for them, so that its figures tell of its HTTP server, its batcher and that backend. LitServe and BentoML get tensors as
@@ -58,7 +59,8 @@ SERVERS = ("serve.py", "Triton", "LitServe", "BentoML")
 _READY_S, _STOP_S, _ALONE_S = 90.0, 10.0, 1.5
 _REQUESTS = 32  # different ones
 _LEAST_PROVEN = 0.4  # of the rate that a short look found
-_SERVER_S = 420.0  # for one server, after which what is known counts
+_SERVER_S = 420.0  # for the looks at one server, after which what is known counts
+_PROVEN_S = 120.0  # likewise, for each of its turns
 Json = dict[str, Any]
 
 
@@ -225,22 +227,27 @@ def setups(cores: int, delays: tuple[float, ...]) -> list[Setup]:
     return [Setup(i, t, b, d) for i, t in layouts for b, d in batches]
 
 
-async def goodput(name: str, bench: Bench, tried: list[Setup], guess: float) -> Json:
-    """The best of the setups, and what it was measured at once more."""
-    looked: list[Json] = []
+async def looked(name: str, bench: Bench, tried: list[Setup], guess: float) -> tuple[Setup | None, list[Json]]:
+    """The best of the setups by short looks, and what each was seen to serve."""
+    rates: list[float] = []
     async with opened(bench):
         for setup in tried:
-            found = await bench.goodput(setup, Plan(guess, resolution=1.15, least=0.02 * guess), proven=False)
-            looked.append({"setup": str(setup), "rate": round(found.rate, 1)})
-            say(f"  {name}: {setup}: {found.rate:.0f}/s")
-        best = max(range(len(tried)), key=lambda i: looked[i]["rate"])
-        rate = looked[best]["rate"]
-        if not rate:
-            return {"setup": None, "rate": 0.0, "tried": looked}
-        # Far below it nothing is proven: at a few requests a second a verdict takes minutes.
-        plan = Plan(rate, resolution=1.05, stride=1.15, least=_LEAST_PROVEN * rate)
-        proven = await bench.goodput(tried[best], plan, proven=True)
-    return {"setup": str(tried[best]), "rate": proven.rate, "proven": proven.to_json(), "tried": looked}
+            plan = Plan(guess, resolution=1.15, least=0.02 * guess)
+            rates.append((await bench.goodput(setup, plan, proven=False)).rate)
+            say(f"  {name}: {setup}: {rates[-1]:.0f}/s")
+    best = max(range(len(tried)), key=rates.__getitem__)
+    told = [{"setup": str(setup), "rate": round(rate, 1)} for setup, rate in zip(tried, rates, strict=True)]
+    return (tried[best] if rates[best] else None), told
+
+
+async def proven(name: str, bench: Bench, setup: Setup, rate: float) -> Json:
+    """What a setup serves, with so many requests that the p99's bound carries the verdict."""
+    # Far below what was looked at nothing is proven: at a few requests a second a verdict takes minutes.
+    plan = Plan(rate, resolution=1.05, stride=1.15, least=_LEAST_PROVEN * rate)
+    async with opened(bench):
+        found = await bench.goodput(setup, plan, proven=True)
+    say(f"  {name}: {setup}: {found.rate:.0f}/s proven")
+    return found.to_json()
 
 
 async def alone(launch: Launch, mix: Mix, cores: int) -> float:
@@ -285,11 +292,22 @@ async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> J
     say(f"{files.label}: alone { ({n: round(w, 2) for n, w in waits.items()}) }, p99 limit {limit:.1f} ms")
     tried = setups(cores, (0.0, min(2.0, limit / 8)))
     found: Json = {"limit_ms": round(limit, 2), **facts, "alone_p50_ms": waits, "servers": {}}
-    rng = np.random.default_rng(0)
-    for name in rng.permutation([*made]):
+    order = [str(name) for name in np.random.default_rng(0).permutation([*made])]
+    benches, bests = {}, {}
+    for name in order:
         clock = Clock(until=time.monotonic() + _SERVER_S)
-        bench = Bench(made[name], mix, Arrivals(True), Limit(limit / 1e3, 5 * limit / 1e3 + 1), clock)
-        found["servers"][str(name)] = await goodput(str(name), bench, tried, 0.5e3 / least)
+        benches[name] = Bench(made[name], mix, Arrivals(True), Limit(limit / 1e3, 5 * limit / 1e3 + 1), clock)
+        bests[name], told = await looked(name, benches[name], tried, 0.5e3 / least)
+        found["servers"][name] = {"setup": str(bests[name] or "–"), "tried": told, "proven": []}
+    # There and back: the machine is not as fast in each minute.
+    for name in [*order, *order[::-1]] * arguments.rounds:
+        setup, told = bests[name], found["servers"][name]
+        if setup is not None:
+            rate = max(one["rate"] for one in told["tried"])
+            benches[name].clock = Clock(until=time.monotonic() + _PROVEN_S)
+            told["proven"].append(await proven(name, benches[name], setup, rate))
+    for told in found["servers"].values():
+        told["rate"] = float(np.mean([one["rate"] for one in told["proven"]])) if told["proven"] else 0.0
     return found
 
 
@@ -313,7 +331,7 @@ def measure(arguments: argparse.Namespace) -> Json:
             ratio = f"{one['rate'] / best:.2f}" if best else "–"
             alone_ms = f"{found['alone_p50_ms'][server]:.2f}"
             rows.append([files.label, f"{found['limit_ms']:g}", server, f"{one['rate']:.0f}", ratio, alone_ms,
-                         one["setup"] or "–"])  # fmt: skip
+                         one["setup"]])  # fmt: skip
     head = ["model", "p99 limit, ms", "server", "goodput, 1/s", "÷ best peer", "alone, p50 ms", "best setup"]
     print(table(head, rows))
     return {"models": figures}
@@ -323,6 +341,7 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--models", default="digits,recommender,minilm", help=f"some of {','.join(NAMES)}")
     options.add_argument("--servers", default=",".join(SERVERS), help=f"some of {','.join(SERVERS)}")
+    options.add_argument("--rounds", type=int, default=1, help="of the turns of all servers' best setups")
     options.add_argument("--p99-ms", type=float, help="default: 6 × the shortest p50 of one caller, at least 10")
     options.add_argument("--budget", type=int, default=60, help="budget_seconds of the job that makes the engine")
     execute(measure, options.parse_args())
