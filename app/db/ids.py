@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import time
+
+from app.db.clock import CLOCK
 
 
 def new_id(prefix: str) -> str:
     """`prefix_` + 48 bits of milliseconds + 80 random bits, in hex: 36 characters and the prefix are enough for all."""
-    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+    return f"{prefix}_{int(CLOCK.now() * 1000):012x}{secrets.token_hex(10)}"

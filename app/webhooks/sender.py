@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -142,7 +141,8 @@ class WebhookSender:
     def _deliver(self, attempt: _Attempt) -> bool:
         delivery = attempt.delivery
         body = delivery.payload.encode()
-        headers = {"X-Anneal-Delivery": delivery.id, **signed(delivery.id, int(time.time()), body, attempt.secrets)}
+        now = int(utcnow().timestamp())
+        headers = {"X-Anneal-Delivery": delivery.id, **signed(delivery.id, now, body, attempt.secrets)}
         if attempt.as_before is not None:
             headers |= signed_as_before(attempt.as_before, body)
         status, failure = 0, None
