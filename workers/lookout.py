@@ -3,7 +3,9 @@ itself.
 
 Messages get lost, and others' work may become this worker's: a lease that ran out, a pause that is over, a job whose
 message somebody took who had something better to do. Whoever is idle finds it, at the latest after `sweep_s`: as many
-messages as there are idle workers, however many jobs wait, and none for jobs that no worker here can run.
+messages as there are idle workers, however many jobs wait, and none for jobs that no worker here can run. Where the
+broker is away, or what was sent through it is not heard (its client connects again after pauses that grow), an idle
+worker takes a job all the same.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from workers.background import Regularly
 log = structlog.get_logger(__name__)
 
 _BREATH_S = 0.2  # after a job: a message that is there already comes by itself
+_IN_VAIN = 2  # so often it wakes itself before it takes a job unasked
 
 
 class Lookout:
@@ -44,13 +47,16 @@ class Lookout:
         self._sweep_s, self._sweeps = sweep_s, Regularly(sweep_s)
         self._look = threading.Event()
         self._busy = 0
+        self._in_vain = 0
         self.draining = False
+        self.take: Callable[[], None] = lambda: None  # have a job taken without a message, by another thread
         self.told: Callable[[bool], None] = lambda _draining: None
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """It is not idle inside."""
-        self._busy += 1  # by the one thread that takes messages
+        self._busy += 1  # by one thread at a time
+        self._in_vain = 0
         try:
             yield
         finally:
@@ -90,8 +96,16 @@ class Lookout:
         if self._busy or self._shutdown.is_set() or self.draining:
             return
         job = self._ledger.waiting(self._offer)
-        if job is not None and self._ledger.dispatch(job):
-            self._swept({"woken": 1})
+        if job is None:
+            self._in_vain = 0
+            return
+        told = self._ledger.dispatch(job)
+        if not told or self._in_vain >= _IN_VAIN:
+            self._swept({"unasked": 1})
+            self.take()
+            return
+        self._in_vain += 1
+        self._swept({"woken": 1})
 
     def stop(self) -> None:
         """At the shutdown: it waits no longer."""

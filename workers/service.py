@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -16,11 +15,11 @@ from typing import Any
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.blobs.collector import Collector
 from app.blobs.content import ContentStore
 from app.capabilities.service import CapabilityService
 from app.compatibility.service import CompatibilityService
 from app.db.base import make_engine, utcnow
+from app.db.clock import CLOCK
 from app.db.ids import new_id
 from app.db.orm import Dataset, Engine, Job, SourceModel
 from app.db.uow import Database
@@ -28,27 +27,28 @@ from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
 from app.jobs.schedule import Offer
-from app.logging import bind_correlation_id
+from app.logging import bind_correlation_id, new_correlation_id
 from app.prebuilds.service import PrebuildService
 from app.queue.producer import make_dispatch
 from app.settings import Settings
 from app.storage.factory import make_store
-from app.uploads.service import UploadService
 from app.webhooks.sender import WebhookSender
 from workers import plugins
 from workers.background import Background, InARow, Regularly
+from workers.chores import Chores
 from workers.devices.cuda import confine
 from workers.examiner import Examiner
 from workers.hardware import describe, fingerprint
 from workers.installation import Installation, key_for_tenant, load_or_make_key
 from workers.libraries import model_formats
+from workers.liveness import Liveness
 from workers.lookout import Lookout
 from workers.offer import backends_of, queues_of
 from workers.pipeline.confining import check_features, host_of
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.isolated import Interrupted, IsolatedRunner
 from workers.pipeline.lease import LeaseKeeper, StopReason
-from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
+from workers.pipeline.machine import MACHINE_BUSY
 from workers.pipeline.optimize import Optimizer
 from workers.pipeline.outcome import Optimization
 from workers.pipeline.protocol import Limits
@@ -56,8 +56,9 @@ from workers.pipeline.report import make_manifest, make_report
 from workers.pipeline.results import Published, no_feasible_candidate, publish
 from workers.pipeline.runner import StageRunner
 from workers.pipeline.shared_caches import SharedCaches
-from workers.pipeline.workspace import Workspace, open_workspace, remove_stale
+from workers.pipeline.workspace import Workspace, open_workspace
 from workers.prebuilder import Prebuilder
+from workers.room import Room
 from workers.spare import SpareTime
 from workers.telemetry.telling import Attempt, Telemetry
 
@@ -72,8 +73,9 @@ _INTERNAL = StageFailure(
 _RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing", "child_lost", MACHINE_BUSY})
 _OF_THE_WORKER = frozenset({"internal", "child_lost"})
 _TOO_MANY = 3
-_STALE_EVERY_S = 60.0
-_LEAST_REST_S = 0.2
+_SHUTS_DOWN = "the worker shuts down"
+_TELL_EVERY_S = 60.0
+_LOOK_S = 0.5
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 
@@ -95,8 +97,6 @@ class WorkerService:
         self._renewals = JobLedger(self._renewal_db, self.content, dispatch, settings.worker)
         self.capabilities = CapabilityService(self.db, settings)
         self.webhooks = WebhookSender(self.db, settings)
-        self.uploads = UploadService(self.db, self.content, settings)
-        self.collector = Collector(self.db, self.content, settings)
         self.isolated = IsolatedRunner(host=host_of(settings))
         self.shutdown = threading.Event()
         self._engine_key = load_or_make_key(
@@ -108,13 +108,17 @@ class WorkerService:
         self.fingerprint = fingerprint(self.hardware)
         self.telemetry = Telemetry(settings, self.id, self.hardware)
         self.webhooks.told = self.telemetry.delivered
+        self.chores = Chores(self.db, self.content, settings, self.telemetry, self.shutdown)
         for plugin in plugins.found():
             if plugin.problem is not None:
                 log.warning("plugin_left_out", **plugin.to_json())
         self.backends = backends_of(self.hardware)
-        self.offer = Offer(self.id, tuple(queues_of(self.backends, self.hardware)))
+        self.liveness = Liveness(settings.worker.lock_dir)
+        self.liveness.hold()
+        self.offer = Offer(self.id, tuple(queues_of(self.backends, self.hardware)), self.liveness.name)
         swept, failed = self.telemetry.swept, partial(self.telemetry.chore_failed, "sweeper")
         self.lookout = Lookout(self.ledger, self.offer, settings.worker.sweep_s, self.shutdown, swept, failed)
+        self.room = Room(settings.home_dir, settings.worker.least_free_mb << 20)
         self.spare = SpareTime(self.shutdown)
         compatibility = CompatibilityService(self.db, self.capabilities)
         self.examiner = Examiner(
@@ -134,21 +138,27 @@ class WorkerService:
             self.spare,
             self.telemetry,
         )
+        self._one_job = threading.Lock()
+        self._has_job = False
+        self._unasked = threading.Event()
+        self.lookout.take = self._unasked.set
         self._background = Background(self.shutdown, self.give_up)
         self._unwell = InARow(_TOO_MANY)
         self.failed: str | None = None
 
     def start(self) -> None:
-        self._remove_stale()
+        self.chores.remove_stale()
         self.isolated.start()
         self.telemetry.start()
         check_features(self.isolated.features, self.settings.worker.sandbox)
         self._sign_on()
         self._background.start("housekeeping", self._housekeep)
         self._background.start("sweeper", self.lookout.run)
-        self._background.start("errands", self._run_errands)
+        self._background.start("jobs without a message", self._take_unasked)
+        self._background.start("deaths", lambda: self.liveness.watch(self.shutdown, self._bury))
+        self._background.start("errands", self.chores.run_errands)
         self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
-        self._background.start("collector", self._collect)
+        self._background.start("collector", self.chores.collect)
         errands = [self.examiner.answer_one, self.prebuilder.build_one]
         self._background.start("spare time", lambda: self.spare.run(errands, self.settings.worker.heartbeat_s))
 
@@ -172,11 +182,9 @@ class WorkerService:
             log.warning("could_not_sign_off", error=str(error)[:200])
         for db in (self.db, self._job_db, self._renewal_db):
             db.close()
+        if not self._has_job:  # else it is for those who see this process go
+            self.liveness.release()
         self.telemetry.close()
-
-    def _remove_stale(self) -> None:
-        if stale := remove_stale(self.settings.home_dir):
-            log.info("removed_stale_workspaces", count=stale)
 
     def _sign_on(self) -> None:
         """Make itself known; waits for a database that is away, or not migrated yet."""
@@ -216,50 +224,44 @@ class WorkerService:
 
     def _housekeep(self) -> None:
         """The heartbeat, and nothing that may take long."""
+        clock = Regularly(_TELL_EVERY_S)
         while not self.shutdown.wait(self.settings.worker.heartbeat_s):
             try:
                 beat = self.capabilities.heartbeat(self.id)
                 if beat is None:
                     self._report_self()
-                self.lookout.drain(beat is not None and beat.draining)
+                self.lookout.drain(not self.room.enough() or (beat is not None and beat.draining))
+                if abs(CLOCK.off_by()) > 1 and clock.due():
+                    log.warning("clock_is_off", seconds=round(CLOCK.off_by(), 1))
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("housekeeping_failed", error=str(error)[:300])
 
-    def _run_errands(self) -> None:
-        """What may take long and must not hold up the heartbeat."""
-        stale = Regularly(_STALE_EVERY_S)
-        while not self.shutdown.wait(self.settings.worker.heartbeat_s):
-            try:
-                self.uploads.expire_uploads()
-                if stale.due():
-                    self._remove_stale()
-            except (SQLAlchemyError, AppError, OSError) as error:
-                log.warning("errand_failed", error=str(error)[:300])
-
-    def _collect(self) -> None:
-        """The collector, in a thread of its own: it goes on while there is work, and nothing else waits for it. No more
-        than half of the time, and no pass begins while something is measured on this machine."""
-        machine, pause = MachineLock(self.settings.worker.lock_dir, math.inf), self.settings.worker.heartbeat_s
-        while not self.shutdown.wait(pause):
-            pause = self.settings.collector.every_s
-            try:
-                with machine.hold(Place(alone=False), self.shutdown.is_set, lambda: None):
-                    began = time.monotonic()  # and let go: no measurement is to wait for a storage that hangs
-                self.telemetry.collected(self.collector.collect(), time.monotonic() - began)
-                if not self.collector.round_over:
-                    pause = max(time.monotonic() - began, _LEAST_REST_S)
-            except Interrupted:
-                return
-            except (SQLAlchemyError, AppError, OSError, StageFailure) as error:
-                self.telemetry.chore_failed("collector")
-                log.warning("collecting_failed", error=str(error)[:300])
+    def _bury(self, lock: str) -> int:
+        """A worker of this machine is dead: its jobs go on at once."""
+        taken = self.ledger.take_from_dead(lock)
+        if taken:
+            self.telemetry.swept({"from_dead": taken})
+        return taken
 
     # Jobs
 
+    def _take_unasked(self) -> None:
+        """What the lookout wants taken though no message comes."""
+        while not self.shutdown.is_set():
+            if not self._unasked.wait(_LOOK_S):
+                continue
+            self._unasked.clear()
+            bind_correlation_id(new_correlation_id())
+            try:
+                self.run_job()
+            except Exception:  # as of a job that a message woke: the sweeper gives it on
+                log.exception("task_failed")
+
     def run_job(self) -> None:
-        """Take the best of the jobs that wait to its end; nothing where there is none for this worker."""
-        with self.lookout.at_work():
-            if self.lookout.takes_jobs():
+        """Take the best of the jobs that wait to its end; nothing where there is none for this worker. One at a time,
+        whichever thread it is."""
+        with self._one_job, self.lookout.at_work():
+            if self.room.enough() and self.lookout.takes_jobs():
                 with self.spare.jobs_first():
                     self._run_claimed()
 
@@ -268,14 +270,23 @@ class WorkerService:
         claim = self.ledger.claim(self.offer)
         if claim is None:  # another was faster
             return
-        renewals, on_lost = self._renewals, self.isolated.interrupt
-        with LeaseKeeper(renewals, claim, self.shutdown, asked=asked, on_lost=on_lost) as keeper:
+        self._has_job = True
+        keeper = LeaseKeeper(
+            self._renewals,
+            claim,
+            self.shutdown,
+            asked=asked,
+            on_lost=self.isolated.interrupt,
+            hand_back=partial(self._hand_back, claim),
+        )
+        with keeper:
             try:
                 self._run(claim, keeper)
             except LeaseLost:
                 log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
             except Interrupted:
                 self._interrupted(claim, keeper)
+        self._has_job = False
 
     def _run(self, claim: Claim, keeper: LeaseKeeper) -> None:
         job, model, datasets = self.ledger.load(claim)
@@ -412,7 +423,8 @@ class WorkerService:
     def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> bool:
         """Whether the job is tried again."""
         log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
-        if failure.code in _RETRIED_LATER and not self.ledger.exhausted(claim):
+        of_this_disk = failure.code == "storage_full" and self.room.short_lately()  # another's may have room
+        if (failure.code in _RETRIED_LATER or of_this_disk) and not self.ledger.exhausted(claim):
             self.ledger.retry_later(claim, failure.detail)
             return True
         self.ledger.fail(claim, failure.public(), {"stages": stages})
@@ -424,6 +436,16 @@ class WorkerService:
             if keeper.reason is StopReason.CANCELLED:
                 self.ledger.cancelled(claim, {})
             elif keeper.reason is StopReason.SHUTDOWN:
-                self.ledger.release(claim, "the worker shuts down")
+                self.ledger.release(claim, _SHUTS_DOWN)
         except LeaseLost:
             log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
+
+    def _hand_back(self, claim: Claim) -> None:
+        """At a shutdown, while the job's thread is still busy with it: what that writes afterwards is refused."""
+        try:
+            self._renewals.release(claim, _SHUTS_DOWN)
+            log.info("job_handed_back", job_id=claim.job_id)
+        except LeaseLost:
+            log.info("job_left_already", job_id=claim.job_id)
+        except SQLAlchemyError as error:
+            log.warning("job_not_handed_back", job_id=claim.job_id, error=str(error)[:200])

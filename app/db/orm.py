@@ -111,6 +111,7 @@ class Job(Base):
     """A job. `version` grows with every change and is its ETag; `stages` is the snapshot that clients see.
 
     `lease_owner`, `lease_expires_at` and `fencing_token` guard it: a worker's write counts only while its token does.
+    `lease_lock`: by what those on the owner's machine see that it is dead (`workers.liveness`), and the token.
     `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
     was shut down gave back.
     `turn` (of its `priority`) and `not_before` say when it is next (`app.jobs.schedule`); `start_by`: queued until then
@@ -144,6 +145,7 @@ class Job(Base):
     fencing_token: Mapped[int] = mapped_column(BigInteger, default=0)
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    lease_lock: Mapped[str | None] = mapped_column(String(100))
     dispatched_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     dispatches: Mapped[int] = mapped_column(Integer, default=0)
     priority: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))

@@ -22,7 +22,7 @@ from app.db.uow import Database, patiently
 from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.jobs.holds import Hold
-from app.jobs.repository import JobRepository
+from app.jobs.repository import JobRepository, lease_lock
 from app.jobs.schedule import Offer, next_job, turn_of
 from app.jobs.sweep import Sweeper, exhausted
 from app.queue.producer import Dispatch
@@ -100,6 +100,7 @@ class JobLedger:
                     "fencing_token": token,
                     "lease_owner": owner,
                     "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
+                    "lease_lock": lease_lock(offer.lock, token),
                     "attempts": job.attempts + 1,
                     "attempts_in_all": job.attempts_in_all + 1,
                     "started_at": job.started_at or now,
@@ -287,6 +288,10 @@ class JobLedger:
     def sweep(self) -> dict[str, int]:
         """Give on the jobs of dead workers, end what cannot go on or waited too long."""
         return Sweeper(self.db, self.dispatch, self.settings).sweep()
+
+    def take_from_dead(self, lock: str) -> int:
+        """Give on at once what the process had that held this lock, and is gone; how many jobs."""
+        return Sweeper(self.db, self.dispatch, self.settings).take_from_dead(lock)
 
 
 @contextmanager

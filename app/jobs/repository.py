@@ -16,6 +16,7 @@ from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 from app.jobs.columns import LEAN
 from app.jobs.family import Child, fate, progress_of, stages_of
+from app.jobs.schedule import RUNNING
 from app.queue.messages import on_gpu
 from app.tenants.quotas import spend_gpu
 from app.webhooks.outbox import job_ended
@@ -42,6 +43,11 @@ def filtered(
     if model_id is not None:
         query = query.where(Job.model_id == model_id)
     return query
+
+
+def lease_lock(lock: str | None, token: int) -> str | None:
+    """The column of that name: it counts for the claim with this token only."""
+    return None if lock is None else f"{lock}:{token}"
 
 
 class JobRepository:
@@ -101,6 +107,7 @@ class JobRepository:
         if target is not JobStatus.RUNNING:
             changes.setdefault("lease_owner", None)
             changes.setdefault("lease_expires_at", None)
+            changes.setdefault("lease_lock", None)
         data = {"status": target.value, **(event or {})}
         spent = self._gpu_seconds(job_id, changes) if source is JobStatus.RUNNING else None
         version = self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
@@ -209,6 +216,13 @@ class JobRepository:
     def versions(self, job_ids: Collection[str]) -> dict[str, int]:
         rows = self.session.execute(select(Job.id, Job.version).where(Job.id.in_(job_ids)))
         return {row.id: row.version for row in rows}
+
+    def under_lock(self, lock: str, limit: int) -> list[Job]:
+        """Running jobs that were claimed by the process that holds, or held, this liveness lock."""
+        named = Job.lease_lock.startswith(f"{lock}:", autoescape=True)
+        query = select(Job).options(*LEAN).where(Job.status == RUNNING, named).limit(limit)
+        # A worker of the previous release leaves the column as it finds it.
+        return [job for job in self.session.scalars(query) if job.lease_lock == lease_lock(lock, job.fencing_token)]
 
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""

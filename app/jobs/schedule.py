@@ -38,10 +38,12 @@ RUNNING: ColumnElement[str] = literal_column("'running'")
 
 @dataclass(frozen=True)
 class Offer:
-    """A worker, and the queues that it takes jobs from."""
+    """A worker, and the queues that it takes jobs from. `lock`: what its process is known by to be alive, on its
+    machine."""
 
     worker_id: str
     queues: tuple[str, ...]
+    lock: str | None = None
 
 
 @dataclass(frozen=True)

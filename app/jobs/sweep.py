@@ -4,11 +4,12 @@ and those that waited too long end. Any number of processes may sweep at once: e
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 
 from app.db.base import utcnow
 from app.db.orm import Job
@@ -76,21 +77,37 @@ class Sweeper:
         now = utcnow()
         with self.db.read() as session:
             expired = JobRepository(session).expired(now, limit=_AT_ONCE)
-        changed = [(job, now_is) for job in expired if (now_is := self._expire(job, now)) is not None]
+        changed = self._give_on(expired, [Job.lease_expires_at < now])
         counts = {"expired": len(changed), "overdue": end_overdue(self.db)}
         if any(counts.values()):
             log.info("swept", **counts)
-        # Last, and not for long: leases are to be looked after again soon, however slow the broker is. Whoever is idle
-        # finds what nobody was woken for.
+        self._wake_for(changed)
+        return counts
+
+    def take_from_dead(self, lock: str) -> int:
+        """How many jobs the process had whose liveness lock this was. It is gone, so nobody waits for the leases."""
+        with self.db.read() as session:
+            left = JobRepository(session).under_lock(lock, limit=_AT_ONCE)
+        changed = self._give_on(left, [])
+        self._wake_for(changed)
+        return len(changed)
+
+    def _give_on(self, jobs: Sequence[Job], still: Sequence[ColumnElement[bool]]) -> list[tuple[Job, JobStatus]]:
+        """Those that were taken from their worker, and what they are afterwards."""
+        done = [(job, self._expire(job, still)) for job in jobs]
+        return [(job, now_is) for job, now_is in done if now_is is not None]
+
+    def _wake_for(self, changed: Sequence[tuple[Job, JobStatus]]) -> None:
+        """Last, and not for long: leases are to be looked after again soon, however slow the broker is. Whoever is idle
+        finds what nobody was woken for."""
         until = time.monotonic() + self.settings.sweep_s
         for job in (job for job, now_is in changed if now_is is JobStatus.QUEUED):
             if time.monotonic() > until or not self.dispatch(job):
                 break
-        return counts
 
-    def _expire(self, job: Job, now: datetime) -> JobStatus | None:
-        """What it is afterwards; None where somebody else was faster."""
-        guard = [Job.fencing_token == job.fencing_token, Job.lease_expires_at < now]
+    def _expire(self, job: Job, still: Sequence[ColumnElement[bool]]) -> JobStatus | None:
+        """What it is afterwards; None where somebody else was faster, or it is not `still` so."""
+        guard = [Job.fencing_token == job.fencing_token, *still]
         trigger, values, event = self._fate(job)
         with self.db.write() as uow:
             jobs = JobRepository(uow.session)

@@ -175,7 +175,7 @@ def test_a_worker_goes_on_by_itself_but_not_beside_a_measurement(tmp_path: Path)
     assert isinstance(store, LocalStore)
     orphans = _digests("orphan", 1000)
     _leave(store, orphans)
-    thread = threading.Thread(target=worker._collect)
+    thread = threading.Thread(target=worker.chores.collect)
     try:
         with MachineLock(locks, 60).hold(Place(alone=True), lambda: False, lambda: None):
             thread.start()

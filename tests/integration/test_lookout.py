@@ -71,6 +71,25 @@ def test_nobody_is_woken_for_what_nobody_can_run(desk: Desk, keep: Callable[...,
         keep("anneal.cuda", "anneal.hw.gpu-x")
 
 
+def test_without_a_broker_an_idle_worker_takes_jobs_all_the_same(desk: Desk, keep: Callable[..., Lookout]) -> None:
+    taken = threading.Event()
+    desk.submit()
+    dispatch, desk.ledger.dispatch = desk.ledger.dispatch, lambda _job: False
+    keep("anneal.cpu").take = taken.set
+    assert taken.wait(10)
+    desk.ledger.dispatch = dispatch
+
+
+def test_nor_where_what_it_sends_itself_is_not_heard(desk: Desk, keep: Callable[..., Lookout]) -> None:
+    taken = threading.Event()
+    desk.submit()
+    desk.sent.clear()
+    lookout = keep("anneal.cpu")
+    lookout.take = taken.set
+    assert taken.wait(10)
+    assert len(desk.sent) >= 3, "it was sent a message first"
+
+
 def test_a_dead_workers_job_wakes_an_idle_one(desk: Desk, keep: Callable[..., Lookout]) -> None:
     job = desk.submit()
     claim = desk.claim(job, "dies")

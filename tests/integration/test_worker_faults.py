@@ -19,6 +19,7 @@ from app.storage.base import BlobNotFound
 from app.storage.local import LocalStore
 from tests.integration.conftest import Desk
 from workers.pipeline.faults import infrastructure_faults
+from workers.room import Room
 from workers.service import WorkerService
 
 
@@ -68,6 +69,20 @@ def test_a_full_storage_is_said_so(worker: WorkerService, desk: Desk) -> None:
     assert job.error is not None
     assert job.error["code"] == "storage_full"
     assert job.error["remedy"]
+
+
+def test_a_disk_of_this_worker_that_is_full_leaves_the_job_to_others(
+    worker: WorkerService, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.room, "short_lately", lambda: True)  # and there is room by now
+    job = _run(worker, desk, storage_full())
+    assert (job.status, job.error, job.attempts) == ("queued", None, 1)
+
+
+def test_a_worker_without_room_takes_no_job(worker: WorkerService, desk: Desk) -> None:
+    worker.room = Room(desk.scratch, 1 << 60)
+    job = _run(worker, desk, storage_full())
+    assert (job.status, job.attempts) == ("queued", 0)
 
 
 @pytest.mark.parametrize(

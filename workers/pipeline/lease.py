@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ log = structlog.get_logger(__name__)
 _LOOK_FOR_CANCEL_S = 1.0
 _LOOK_S = 0.2
 _USABLE = 0.95
+_GOES_BY_ITSELF_S = 1.5  # that a job's own thread has, at a shutdown, to stop or to end the job
 
 
 class StopReason(StrEnum):
@@ -31,7 +33,8 @@ class LeaseKeeper:
 
     Whether the lease still holds is told by this machine's clock alone, from the last renewal that succeeded: a
     database that hangs holds up the renewal, and perhaps the job's own thread, but not `on_lost`, which ends the job's
-    stage.
+    stage. At a shutdown, too, nobody waits for that thread: it may be in the middle of a large file, or wait for a
+    storage that hangs.
     """
 
     def __init__(
@@ -42,12 +45,15 @@ class LeaseKeeper:
         *,
         asked: float,
         on_lost: Callable[[], None],
+        hand_back: Callable[[], None] = lambda: None,
     ) -> None:
-        """`asked`: `time.monotonic()` before the claim was. `on_lost` is called in a thread of its own, once."""
+        """`asked`: `time.monotonic()` before the claim was. `on_lost` is called in a thread of its own, once; so is
+        `hand_back`, where the job's thread has not gone by itself a while after the shutdown began."""
         self._ledger = ledger
         self._claim = claim
         self._shutdown = shutdown
         self._on_lost = on_lost
+        self._hand_back = hand_back
         self._ended = threading.Event()
         self._reason: StopReason | None = None
         self._lease_s = ledger.settings.lease_s
@@ -101,8 +107,14 @@ class LeaseKeeper:
                 log.exception("lease_not_renewed", job_id=self._claim.job_id)
 
     def _watch(self) -> None:
-        every = min(self._lease_s / 20, _LOOK_S)
+        every, asked_to_go = min(self._lease_s / 20, _LOOK_S), math.inf
         while not self._ended.wait(every):
+            if self._shutdown.is_set():
+                asked_to_go = min(asked_to_go, time.monotonic())
+                if time.monotonic() > asked_to_go + _GOES_BY_ITSELF_S:
+                    self._on_lost()
+                    self._hand_back()
+                    return
             if self._reason is None and time.monotonic() > self._good_until:
                 log.warning("lease_ran_out", job_id=self._claim.job_id)
                 self._reason = StopReason.LEASE_LOST

@@ -128,10 +128,15 @@ def _existing(path: Path) -> int:
     raise _unusable(path, "it is no plain file")
 
 
+def make_folder(folder: Path) -> None:
+    """Where there is none: as the folder for temporary files, workers of other users are to make theirs there."""
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o1777)
+
+
 def _new(path: Path) -> int:
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.chmod(0o1777)  # as the folder for temporary files: workers of other users are to make theirs there
+    make_folder(path.parent)
     fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
     os.fchmod(fd, 0o444)  # whatever the umask: others lock by reading
     return fd
