@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from tests.cluster.cluster import Cluster
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 _COLLECTED_WITHIN_S = 300.0
+_SILENCE_S = 5.0
 
 
 def open_database(cluster: Cluster) -> Database:
-    return Database(make_engine(Settings(DATABASE_URL=cluster.environment["DATABASE_URL"]).database))
+    return Database(make_engine(Settings(DATABASE_URL=cluster.environment["DATABASE_URL"]).database, _SILENCE_S))
 
 
 def wait_for_the_end(db: Database, seconds: float) -> int:
@@ -64,6 +67,40 @@ def check_jobs(db: Database, accepted: Accepted) -> dict[str, Any]:
         "without_engine": [j for j, job in jobs.items() if job.status == "succeeded" and engines[j] != 1],
         "same_key_twice": len(accepted.jobs) - len(set(accepted.jobs.values())),
         "idempotency_keys": keys,
+    }
+
+
+def check_stages(cluster: Cluster, db: Database) -> dict[str, Any]:
+    """How often a stage was done over. Each start of a stage's work leaves an event; what a job had to do, and who did
+    it, stands in its list of stages, by key. A job may repeat one stage for every time that it was taken from a worker
+    or given back, and one for every time that a stage's process was lost, which the workers' logs tell."""
+    with db.read() as session:
+        jobs = {row.id: row.stages for row in session.execute(select(Job.id, Job.stages, Job.status)) if row.stages}
+        begun, taken = Counter[str](), Counter[str]()
+        for event in session.scalars(select(JobEvent).where(JobEvent.type.in_(("stage", "state")))):
+            data = event.data
+            if event.type == "stage" and data.get("status") == "running":
+                begun[event.job_id] += 1
+            elif event.type == "state" and data.get("status") == "queued" and data.get("reason"):
+                taken[event.job_id] += 1
+    tried = Counter[str]()
+    for worker in cluster.workers:
+        for line in (cluster.folder / worker.name / "log").read_text(errors="replace").splitlines():
+            if '"stage_tried_again"' in line:
+                with suppress(ValueError):
+                    tried[str(json.loads(line).get("job_id"))] += 1
+    repeated = {job: begun[job] - len({stage["key"] for stage in stages}) for job, stages in jobs.items()}
+    more = {
+        job: {"repeated": count, "taken": taken[job], "tried_again": tried[job]}
+        for job, count in repeated.items()
+        if count > taken[job]
+    }
+    return {
+        "stages_begun": begun.total(),
+        "repeated": sum(max(count, 0) for count in repeated.values()),
+        "tried_again": tried.total(),
+        "taken": taken.total(),
+        "more_than_one_a_fault": more,
     }
 
 

@@ -4,6 +4,7 @@ failed is tried again with the same idempotency key, at whichever API process an
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import random
 import threading
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
 
 from tests.factories import onnx_models
 
 Json = dict[str, Any]
 _PATIENCE_S = 180.0
+_FEATURES = 16
 _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -65,7 +68,7 @@ class User:
     def model(self) -> str:
         """A new model, uploaded in one request or, sometimes, in parts."""
         seed = next(self._seeds)
-        raw = onnx_models.mlp(features=16, hidden=32, classes=4, seed=seed).SerializeToString()
+        raw = onnx_models.mlp(features=_FEATURES, hidden=32, classes=4, seed=seed).SerializeToString()
         digest = hashlib.sha256(raw).hexdigest()
         key = f"model-{self.name}-{seed}"
         if self._draw.random() < 0.4:
@@ -114,15 +117,32 @@ class User:
             time.sleep(0.5)
         raise GaveUp("PUT of a part: the storage did not take it")
 
+    def dataset(self) -> str:
+        """Data for any of the models, so that there is something to quantize by and to check against."""
+        seed = next(self._seeds)
+        inputs = np.random.default_rng(seed).normal(size=(64, _FEATURES)).astype(np.float32)
+        raw = io.BytesIO()
+        np.savez(raw, **{onnx_models.mlp(features=_FEATURES).graph.input[0].name: inputs})
+        key = f"data-{self.name}-{seed}"
+        path = f"/v1/datasets?name={key}&filename=data.npz"
+        answer = self.call("POST", path, content=raw.getvalue(), headers={"Idempotency-Key": key})
+        self._expect(answer, 201)
+        return str(answer.json()["id"])
+
     def submit(self, model_id: str) -> str:
+        """One of two needs some second, the other goes through every stage."""
         key = f"job-{self.name}-{next(self._seeds)}"
-        body = {
+        body: Json = {
             "model_id": model_id,
             "target": {"backends": ["onnxruntime"]},
-            "precisions": ["fp32"],
-            "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-            "budget_seconds": 20,
+            "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
+            "budget_seconds": 60,
         }
+        if self._draw.random() < 0.5:
+            body["precisions"] = ["fp32"]
+        else:
+            data = {"dataset_id": self.dataset()}
+            body |= {"calibration": data, "validation": {**data, "max_accuracy_loss_percent": 100}}
         answer = self.call("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": key})
         self._expect(answer, 202)
         job_id = str(answer.json()["id"])

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import boto3
@@ -25,6 +25,7 @@ from botocore.config import Config
 
 from tests import servers, swift_server
 
+ROOT = Path(__file__).resolve().parents[2]
 _STARTER = ThreadPoolExecutor(1)
 LEASE_S = 4.0
 SETTINGS = {
@@ -43,13 +44,15 @@ SETTINGS = {
 
 @dataclass
 class Managed:
-    """One server or process of the cluster. `make`: runs it until its context ends."""
+    """One server or process of the cluster. `make`: runs it until its context ends. `told`: what one of ours finds in
+    its environment beside, from its next start."""
 
     name: str
     make: Callable[[], AbstractContextManager[subprocess.Popen[bytes]]]
     process: subprocess.Popen[bytes] | None = None
     held: bool = False  # a fault keeps it down: the supervisor leaves it alone
     starts: int = 0
+    told: dict[str, str] = field(default_factory=dict)
     _context: AbstractContextManager[subprocess.Popen[bytes]] | None = None
 
     def start(self) -> None:
@@ -151,25 +154,40 @@ class Cluster:
 
     def left_over(self) -> list[str]:
         """Processes of this cluster's APIs and workers that still run. Children that run models get no environment but
-        what Python needs: they are known by their names, as nothing else may run here meanwhile."""
+        what Python needs: they are known by their names and by this checkout, of which nothing else may run."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 mine = process.environ().get("ANNEAL_SOAK") == self.environment["ANNEAL_SOAK"]
                 stage = process.name().startswith("anneal-") and process.create_time() > self.begun
-                if (mine or stage) and process.pid != os.getpid():
+                if (mine or (stage and _of_here(process))) and process.pid != os.getpid():
                     found.append(f"{process.pid} {process.name()}")
         return found
 
 
+def _of_here(process: psutil.Process) -> bool:
+    """Whether it runs this checkout's code: others may run theirs."""
+    said = [*process.cmdline(), process.environ().get("PYTHONPATH", "")]
+    return any(str(ROOT) in text for text in said)
+
+
 @contextlib.contextmanager
-def cluster(folder: Path, *, workers: int, apis: int = 2) -> Iterator[Cluster]:
-    """All of it, migrated and ready, with the supervisor running."""
+def cluster(
+    folder: Path,
+    *,
+    workers: int,
+    apis: int = 2,
+    settings: Mapping[str, str] = SETTINGS,
+    before_s3: Callable[[str], str] = lambda url: url,
+) -> Iterator[Cluster]:
+    """All of it, migrated and ready, with the supervisor running. `before_s3`: the URL of what stands before the S3
+    server at this one."""
     with ExitStack() as stack:
         postgres, database_url = _postgres(stack)
         redis_port, password = servers.free_port(), secrets.token_hex(8)
         redis = Managed("redis", lambda: _redis(folder, redis_port, password))
         s3_server, s3 = stack.enter_context(_s3())
+        s3_server = replace(s3_server, endpoint_url=before_s3(s3_server.endpoint_url))
         bucket = "soak"
         environment = {
             **{
@@ -177,7 +195,7 @@ def cluster(folder: Path, *, workers: int, apis: int = 2) -> Iterator[Cluster]:
                 for k, v in os.environ.items()
                 if not k.startswith(("ANNEAL_", "WORKER_", "STORAGE_", "S3_", "AWS_"))
             },
-            **SETTINGS,
+            **settings,
             "ANNEAL_SOAK": secrets.token_hex(4),
             "DATABASE_URL": database_url,
             "BROKER_URL": f"redis://:{password}@127.0.0.1:{redis_port}/0",
@@ -222,20 +240,22 @@ def _wait(ready: Callable[[], bool], seconds: float = 60) -> None:
 def _ours(cluster: Cluster, name: str, module: Sequence[str], port: int = 0) -> Managed:
     """An API process or a worker, with a home of its own."""
     home = cluster.folder / name
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     environment = {**cluster.environment, "ANNEAL_HOME": str(home), "ANNEAL_PORT": str(port), "WORKER_NAME": name}
 
     @contextlib.contextmanager
     def make() -> Iterator[subprocess.Popen[bytes]]:
         with (home / "log").open("ab") as log:
             command = [*servers.launched(), sys.executable, "-m", *module]
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            env = {**environment, **managed.told}
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             yield process
         finally:
             servers.stop(process, patience_s=20)
 
-    return Managed(name, make)
+    managed = Managed(name, make)
+    return managed
 
 
 def _postgres(stack: ExitStack) -> tuple[Managed, str]:
