@@ -104,7 +104,7 @@ class WorkerSettings(BaseSettings):
     stage_timeout_s: float = Field(default=1800, gt=0)
     stage_memory_mb: int = Field(default=0, ge=0, description="0 = 80 % of the machine's memory")
     stage_disk_mb: int = Field(default=64 << 10, ge=1)
-    least_free_mb: int = Field(default=256, ge=0, description="With less on its disk, a worker takes no job")
+    least_free_mb: int = Field(default=256, ge=0, description="With less on its disk, it takes no job")
     sandbox: Sandbox = Field(default="auto", description="Models in children without files, network and others' sight")
     sandbox_read: Folders = Field(default=[], description="Folders that stages may read beside the system and Python")
     tritonserver: Path | None = Field(default=None, description="Bundles for Triton are tried in it; None = not tried")

@@ -94,7 +94,7 @@ class Eyes:
             for job in self.running():
                 if wanted(job):
                     return job
-            time.sleep(0.01)
+            time.sleep(0.02)
         return None
 
 
