@@ -59,7 +59,7 @@ def hide_lock(pid: int) -> None:
     """Remove the file by which other workers of this machine see that this one is dead."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            target = Path(os.readlink(link))
+            target = link.readlink()
             if target.name.startswith("anneal-alive-"):
                 target.unlink()
 

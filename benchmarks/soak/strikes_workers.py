@@ -4,7 +4,6 @@ with a clock that is off."""
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from functools import partial
@@ -182,7 +181,7 @@ def _hide_lock(pid: int) -> None:
     """Remove the file by which the neighbours of this worker would see that it is dead."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            target = Path(os.readlink(link))
+            target = link.readlink()
             if target.name.startswith("anneal-alive-"):
                 target.unlink()
 

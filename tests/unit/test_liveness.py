@@ -37,12 +37,15 @@ def _worker(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that holds a lock, and its name."""
     command = [*launched(), sys.executable, "-c", WORKER, str(folder)]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
     assert process.stdout is not None
     try:
         yield process, process.stdout.readline().strip()
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def test_one_that_is_killed_is_seen_and_one_that_stands_still_is_not(tmp_path: Path) -> None:
