@@ -14,7 +14,6 @@ import fcntl
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +30,6 @@ _PREFIX = "anneal-alive-"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LOOK_S = 0.5
 _TOUCH_S = 3600.0  # cleaners of temporary folders remove what is older than days
-_TRIES = 50
 
 
 class Liveness:
@@ -110,24 +108,20 @@ def _kernel() -> str | None:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the lock of this new file. Others may look at it at any moment, even before it is locked:
-    then they hold it for a moment, and take it for a dead one's and remove it."""
+    """A descriptor that holds the lock of this new file. It gets its name once it is locked: nobody who looks sees it
+    free before."""
     make_folder(path.parent)
-    for _ in range(_TRIES):
-        fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
-        try:
-            os.fchmod(fd, 0o444)  # whatever the umask: others look at it by reading
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), path.lstat()):
-                return fd
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
+    unnamed = path.with_name(f"anneal-new-{path.name}")
+    fd = os.open(unnamed, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
+    try:
+        os.fchmod(fd, 0o444)  # whatever the umask: others look at it by reading
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unnamed.rename(path)
+    except BaseException:
         os.close(fd)
-        time.sleep(0.01)
-    raise OSError(f"{path.name!r} could not be locked")
+        unnamed.unlink(missing_ok=True)
+        raise
+    return fd
 
 
 def _is_free(path: Path) -> bool:
