@@ -13,7 +13,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.types import TypeDecorator
 
-from app.db.clock import utcnow as utcnow  # what everybody takes it from
+from app.db.clock import CLOCK
 from app.names import storable
 
 # Names are explicit so that migrations can find a constraint on every database.
@@ -74,6 +74,11 @@ _SILENCE_S = 75.0  # longer than any statement may take
 
 class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING)
+
+
+def utcnow() -> datetime:
+    """By the clock that all processes share."""
+    return datetime.fromtimestamp(CLOCK.now(), UTC)
 
 
 def make_engine(url: str, silence_s: float = _SILENCE_S) -> Engine:

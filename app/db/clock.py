@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 EVERY_S = 15.0  # between measurements
 _SLACK_S = 0.5  # a clock that differs by less is right
@@ -80,8 +80,3 @@ class SharedClock:
 
 
 CLOCK = SharedClock()
-
-
-def utcnow() -> datetime:
-    """Of the shared clock, aware."""
-    return datetime.fromtimestamp(CLOCK.now(), UTC)

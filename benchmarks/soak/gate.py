@@ -15,9 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "expect"})
-_ERROR = (
-    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>Please try again.</Message></Error>'
-)
+_ERROR = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>Please try again.</Message></Error>'
 _CODES = {500: b"InternalError", 503: b"SlowDown"}
 
 

@@ -151,7 +151,7 @@ def main() -> int:
     print(table(result["recovery"], result["faults"]))
     print("\nSeconds, median / maximum; those of servers from when they were there again.\n")
     print(f"{result['jobs']} jobs: {result['status']}; {result['storage']['blobs']} blobs; starts: {result['starts']}")
-    print(f"stages: {({k: v for k, v in result['stages'].items() if k != 'more_than_one_a_fault'})}")
+    print(f"stages: { ({k: v for k, v in result['stages'].items() if k != 'more_than_one_a_fault'}) }")
     for line in result["faults_that_failed"]:
         print(f"a fault could not be made: {line[:500]}")
     if result["in_vain"]:
