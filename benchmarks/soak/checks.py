@@ -77,12 +77,17 @@ def check_stages(cluster: Cluster, db: Database) -> dict[str, Any]:
     with db.read() as session:
         jobs = {row.id: row.stages for row in session.execute(select(Job.id, Job.stages, Job.status)) if row.stages}
         begun, taken = Counter[str](), Counter[str]()
-        for event in session.scalars(select(JobEvent).where(JobEvent.type.in_(("stage", "state")))):
-            data = event.data
+        story: dict[str, list[str]] = {}
+        told = select(JobEvent).where(JobEvent.type.in_(("stage", "state"))).order_by(JobEvent.job_id, JobEvent.seq)
+        for event in session.scalars(told):
+            data, lines = event.data, story.setdefault(event.job_id, [])
+            line = " ".join(str(data.get(k) or "") for k in ("stage", "candidate", "status", "reason", "worker"))
             if event.type == "stage" and data.get("status") == "running":
-                begun[event.job_id] += 1
+                # Told twice in a row: written anew by a worker that did not learn whether it had been.
+                begun[event.job_id] += not (lines and lines[-1].endswith(line))
             elif event.type == "state" and data.get("status") == "queued" and data.get("reason"):
                 taken[event.job_id] += 1
+            lines.append(f"{event.created_at:%H:%M:%S.%f} {line}")
     tried = Counter[str]()
     for worker in cluster.workers:
         for line in (cluster.folder / worker.name / "log").read_text(errors="replace").splitlines():
@@ -91,7 +96,7 @@ def check_stages(cluster: Cluster, db: Database) -> dict[str, Any]:
                     tried[str(json.loads(line).get("job_id"))] += 1
     repeated = {job: begun[job] - len({stage["key"] for stage in stages}) for job, stages in jobs.items()}
     more = {
-        job: {"repeated": count, "taken": taken[job], "tried_again": tried[job]}
+        job: {"repeated": count, "taken": taken[job], "tried_again": tried[job], "story": story[job]}
         for job, count in repeated.items()
         if count > taken[job]
     }
