@@ -24,8 +24,9 @@ def acting(actor: str) -> None:
 
 
 def current_actor() -> str:
-    """Who acts here: `key:key_…` (of a request, or of the session of a browser), `local` (no key is needed),
-    `operator:NAME` (at the command line), `address:…` (who is not known), `system`."""
+    """Who acts here: `key:key_…` (of a request, or of the session of a browser), `oidc:SUBJECT` (likewise, whom the
+    identity provider names), `local` (no key is needed), `operator:NAME` (at the command line), `address:…` (who is
+    not known), `system`."""
     return _actor.get()
 
 

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import structlog
@@ -28,7 +29,7 @@ from app.datasets.service import DatasetService
 from app.db.base import make_engine
 from app.db.uow import Database
 from app.http import health
-from app.http.auth import Authenticator
+from app.http.auth import Authenticator, TokenCaller
 from app.http.metrics import Metrics
 from app.http.middleware import BodyLimitMiddleware, KeyMiddleware, LocalGuardMiddleware, RequestContextMiddleware
 from app.http.openapi import describe
@@ -43,6 +44,7 @@ from app.jobs.outlook import Outlooks
 from app.jobs.service import JobService
 from app.jobs.sweep import end_overdue
 from app.jobs.watcher import JobWatcher
+from app.oidc import endpoints as oidc
 from app.operations.tracing import NO_TRACING, make_tracing
 from app.queue.producer import Dispatch, make_dispatch
 from app.scratch import remove_stale
@@ -58,6 +60,10 @@ from app.uploads.service import UploadService
 from app.web.pages import add_pages
 from app.webhooks import endpoints as webhooks
 from app.webhooks.service import WebhookService
+
+if TYPE_CHECKING:
+    from app.oidc.provider import Provider
+    from app.oidc.sign_in import SignIn
 
 log = structlog.get_logger(__name__)
 
@@ -83,6 +89,8 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         background.keep("cleaner", lambda: _clean(settings.temp_dir))
         background.keep("queue times", lambda: _end_overdue(services.db))
         background.keep("key-uses", services.auth.uses.run)
+        if services.provider is not None:
+            background.keep("identity-provider", services.provider.run)
         try:
             yield
         finally:
@@ -103,6 +111,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     for module in (jobs, source_models, datasets, uploads, artifacts, capabilities, webhooks, tenants):
         app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 429, 500, 503))
     app.include_router(health.router)
+    app.include_router(oidc.router)
     add_pages(app)
     app.webhooks.include_router(webhooks.webhooks)
     describe(app)
@@ -141,11 +150,12 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
     inspector = Inspector(settings.limits, scratch=settings.temp_dir, hidden=settings.hidden)
     capability_service = CapabilityService(db, settings)
     jobs_service = JobService(db, content, dispatch, settings)
+    provider, of_token, sign_in = make_oidc(db, settings, reads)
     return Services(
         settings=settings,
         db=db,
         content=content,
-        auth=Authenticator(db, settings, reads, rates),
+        auth=Authenticator(db, settings, reads, rates, of_token),
         rates=rates,
         tenants=TenantService(db, settings.limits),
         keys=KeyService(db),
@@ -167,4 +177,23 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         reads=reads,
         waiting=Places(settings.limits.waiting_per_tenant),
         inspector=inspector,
+        provider=provider,
+        sign_in=sign_in,
     )
+
+
+def make_oidc(
+    db: Database, settings: Settings, reads: SharedReads
+) -> tuple[Provider | None, TokenCaller | None, SignIn | None]:
+    """What there is of an identity provider: itself, who asks with its tokens, how people sign in there."""
+    wanted = settings.oidc
+    if not wanted.issuer:
+        return None, None, None
+    # They need the extra `oidc`, which is looked for before (`app.supervisor`).
+    from app.oidc.bearer import BearerTokens
+    from app.oidc.provider import Provider
+    from app.oidc.sign_in import SignIn
+
+    provider = Provider(wanted.issuer)
+    of_token = BearerTokens(db, wanted, provider, reads).caller if wanted.audience else None
+    return provider, of_token, SignIn(db, settings, provider) if wanted.client_id else None

@@ -5,13 +5,16 @@ The embedded default needs nothing set: SQLite, a blob folder and a file-system 
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.domain.roles import Role
 from app.network import Network, is_loopback
 
 
@@ -19,9 +22,32 @@ def _split(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+def _pairs(value: object) -> object:
+    """`a=b,c=d`, or a JSON object where a value holds a comma."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    pairs = [item.rpartition("=") for item in value.split(",") if item.strip()]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError("write it as VALUE=NAME,VALUE=NAME")
+    return {value.strip(): name.strip() for value, _, name in pairs}
+
+
+def _origin(url: str, variable: str) -> str:
+    """An address without what an address of a server does not have. HTTPS, but on this machine."""
+    parts = urlsplit(url)
+    plain = parts.scheme == "http" and is_loopback(parts.hostname or "")
+    if not parts.hostname or not (parts.scheme == "https" or plain) or parts.query or parts.fragment or "@" in url:
+        raise ValueError(f"{variable} is an https:// address without a query (http:// on this machine only)")
+    return url
+
+
 # In the environment: separated by commas.
 Networks = Annotated[list[Network], NoDecode, BeforeValidator(_split)]
 Folders = Annotated[list[Path], NoDecode, BeforeValidator(_split)]
+Tenants = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
+Roles = Annotated[dict[str, Role], NoDecode, BeforeValidator(_pairs)]
 Sandbox = Literal["auto", "required", "off"]
 
 
@@ -155,12 +181,56 @@ class RetentionSettings(BaseSettings):
     uploads_days: int | None = Field(default=None, ge=1, le=36_500, description="None = LIMIT_UPLOAD_EXPIRES_S")
 
 
+class OidcSettings(BaseSettings):
+    """An OpenID Connect provider beside API keys; without an issuer there is none. With `audience`, its access tokens
+    open the API; with `client_id`, people sign in at it."""
+
+    model_config = SettingsConfigDict(env_prefix="OIDC_", extra="ignore")
+
+    issuer: str = Field(default="", description="Exactly as its discovery document and its tokens have it")
+    audience: str = Field(default="", description="Of access tokens for this service; empty = none are taken")
+    client_id: str = Field(default="", description="Of the pages; empty = nobody signs in there by it")
+    client_secret: SecretStr | None = Field(default=None, description="None = a public client; PKCE in any case")
+    cli_client_id: str = Field(default="", description="A public one, for `anneal login --oidc`")
+    scopes: str = Field(default="openid profile email", description="Asked for at sign-in")
+    tenant_claim: str = Field(default="tenant", min_length=1)
+    tenants: Tenants = Field(default={}, description="From the claim's values to tenants; empty = they are the names")
+    roles_claim: str = Field(default="roles", min_length=1)
+    roles: Roles = {f"anneal-{role.value}": role for role in Role}
+    session_s: int = Field(default=8 * 3600, ge=60, le=30 * 24 * 3600)
+
+    @field_validator("issuer")
+    @classmethod
+    def _is_issuer(cls, value: str) -> str:
+        return _origin(value, "OIDC_ISSUER") if value else value
+
+    @field_validator("client_secret")
+    @classmethod
+    def _is_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is not None and value.get_secret_value() else None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> OidcSettings:
+        if not self.issuer and (self.audience or self.client_id):
+            raise ValueError("OIDC_AUDIENCE and OIDC_CLIENT_ID need OIDC_ISSUER")
+        if self.issuer and not (self.audience or self.client_id):
+            raise ValueError("OIDC_ISSUER needs OIDC_AUDIENCE (tokens at the API), OIDC_CLIENT_ID (the pages), or both")
+        if self.cli_client_id and not self.audience:
+            raise ValueError("OIDC_CLI_CLIENT_ID needs OIDC_AUDIENCE: what it gets are access tokens")
+        if "openid" not in self.scopes.split():
+            raise ValueError("OIDC_SCOPES holds openid")
+        return self
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ANNEAL_", extra="ignore")
 
     home: Path = Path(".anneal")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    public_url: str = Field(
+        default="", description="Where browsers reach the pages; needed to sign in by OIDC_CLIENT_ID"
+    )
     require_keys: bool | None = Field(default=None, description="None = but for the embedded default")
     log_json: bool | None = Field(default=None, description="None = whenever stderr is not a terminal")
     log_level: str = "INFO"
@@ -174,6 +244,19 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    oidc: OidcSettings = Field(default_factory=OidcSettings)
+
+    @model_validator(mode="after")
+    def _fits_the_provider(self) -> Settings:
+        if self.public_url:
+            self.public_url = _origin(self.public_url, "ANNEAL_PUBLIC_URL").rstrip("/")
+            if urlsplit(self.public_url).path:
+                raise ValueError("ANNEAL_PUBLIC_URL has no path: the pages stand at the root of their host")
+        if self.oidc.client_id and not self.public_url:
+            raise ValueError("OIDC_CLIENT_ID needs ANNEAL_PUBLIC_URL: where the provider sends browsers back to")
+        if self.oidc.issuer and self.require_keys is False:
+            raise ValueError("OIDC_ISSUER and ANNEAL_REQUIRE_KEYS=false exclude each other")
+        return self
 
     @property
     def home_dir(self) -> Path:
@@ -225,7 +308,7 @@ class Settings(BaseSettings):
 
     @property
     def keys_required(self) -> bool:
-        return self.require_keys if self.require_keys is not None else not self.embedded
+        return self.require_keys if self.require_keys is not None else bool(self.oidc.issuer) or not self.embedded
 
 
 def load_settings() -> Settings:

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _OF_A_WORKER = ("numpy", "onnx", "onnxslim")
+_OF_A_PROVIDER = ("jwt", "cryptography")
 _GRACE_S = 8.0
 
 
@@ -38,6 +39,7 @@ def run_api(settings: Settings) -> int:
 
     refuse_open_server(settings)
     _refuse_unconfined(settings)
+    _refuse_without_oidc(settings)
     hide_from_tracing()  # keys and passwords of the whole installation are in this process
     _logging(settings)
     raise_descriptor_limit()
@@ -86,6 +88,12 @@ def refuse_without_worker() -> None:
             f"A worker needs {', '.join(missing)}, which this installation does not have. `anneal serve --with "
             "cpu,openvino` adds them, or pip install 'anneal[cpu,openvino]'. `python -m app api` serves without one."
         )
+
+
+def _refuse_without_oidc(settings: Settings) -> None:
+    missing = [name for name in _OF_A_PROVIDER if settings.oidc.issuer and importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"OIDC_ISSUER is set, and {', '.join(missing)} is missing: pip install 'anneal[oidc]'.")
 
 
 def _refuse_unconfined(settings: Settings) -> None:

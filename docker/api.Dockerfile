@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# The API: the base install and what sends spans; no array, ML or GPU library. Build from the root of the repository:
+# The API: the base install, what sends spans and what reads an identity provider's tokens; no array, ML or GPU library. Build from the root of the repository:
 #   docker build -f docker/api.Dockerfile -t anneal-api .
 
 FROM python:3.11-slim-trixie AS build
@@ -14,7 +14,7 @@ COPY pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir app && touch app/__init__.py \
-    && pip install ".[otel]" \
+    && pip install ".[oidc,otel]" \
     && pip uninstall --yes anneal
 COPY alembic.ini ./
 COPY migrations migrations

@@ -23,15 +23,18 @@ from app.domain.upload_state import UploadState
 from app.errors import AppError
 from app.jobs.sweep import Sweeper
 from app.storage.factory import make_store
+from app.tenants.service import TenantService
 from app.uploads.service import UploadService
 
-HELP = "compare rows with blobs, look for what is stuck"
+HELP = "compare rows with blobs, look for what is stuck, try the identity provider"
 _LATE = timedelta(minutes=5)  # after which somebody should have gone on with it
 _MOST = 1000  # of what is stuck, in one run
 _EXAMPLES = 20
 _NEEDED_BY = 3
 _LEASE, _UPLOAD = "expired_lease", "stuck_upload"
+_PROVIDER = "identity_provider"
 _STUCK = {
+    _PROVIDER: "Compare the OIDC_… variables with what the provider publishes, and this machine's way to it.",
     _LEASE: "Start a worker: each queues again the jobs of those that died. --mend does it now.",
     _UPLOAD: "Start a worker: each goes on with uploads that were left. --mend does it now.",
 }
@@ -56,7 +59,8 @@ def run(arguments: argparse.Namespace, desk: Desk) -> int:
     found, left = Counter[str](), Counter[str]()
     shown: dict[str, list[_Row]] = defaultdict(list)
     stuck = _stuck(desk, content, arguments.tenant, mend=arguments.mend)
-    for row in chain(stuck, map(_row, checkup.run(arguments.tenant))):
+    provider, troubles = _provider(desk) if desk.settings.oidc.issuer else (None, [])
+    for row in chain(troubles, stuck, map(_row, checkup.run(arguments.tenant))):
         kind = row["problem"]
         found[kind] += 1
         left[kind] += not row["mended"]
@@ -69,6 +73,8 @@ def run(arguments: argparse.Namespace, desk: Desk) -> int:
             {"problem": kind, "found": found[kind], "left": left[kind], "remedy": remedies[kind]}
             for kind in sorted(found)
         )
+    if provider is not None:
+        desk.show([{"looked_at": "identity provider", **provider}])
     desk.show([{"looked_at": "blobs", **asdict(checkup.looked)}])
     return 1 if left.total() else 0
 
@@ -84,6 +90,20 @@ def _row(finding: Finding) -> _Row:
         "needed_by": ", ".join(by) or None,
         "mended": finding.mended,
     }
+
+
+def _provider(desk: Desk) -> tuple[_Row, list[_Row]]:
+    """What was looked at of the identity provider, and what is wrong with it."""
+    oidc = desk.settings.oidc
+    tenants = {tenant.name for tenant in TenantService(desk.db, desk.settings.limits).all()}
+    try:
+        from app.oidc.checkup import examined
+
+        looked, troubles = examined(oidc, tenants)
+    except ImportError as error:
+        looked, troubles = {"issuer": oidc.issuer, "keys": 0}, [f"the extra `oidc` is not installed here: {error}"]
+    row = {"problem": _PROVIDER, "tenant": None, "what": oidc.issuer, "bytes": None, "mended": None}
+    return looked, [{**row, "needed_by": trouble} for trouble in troubles]
 
 
 def _stuck(desk: Desk, content: ContentStore, tenant_id: str | None, *, mend: bool) -> Iterator[_Row]:

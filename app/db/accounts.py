@@ -82,6 +82,21 @@ class BrowserSession(Base):
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
+class SubjectSession(Base):
+    """A browser that signed in at the identity provider, as its subject `subject`, who is shown as `name`. What the
+    provider said of tenant and role at that time holds until the session ends."""
+
+    __tablename__ = "subject_sessions"
+
+    token_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    subject: Mapped[str] = mapped_column(String(255))
+    name: Mapped[str] = mapped_column(String(200))
+    role: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utcnow)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 class AuditEvent(Base):
     """What was done, by whom, to what (`app.audit`). `tenant_id`: None where it is not known whose name was meant."""
 

@@ -25,6 +25,7 @@ from app.db.accounts import (  # noqa: F401 (here every table is known)
     BrowserSession,
     GpuUse,
     Plan,
+    SubjectSession,
     Tenant,
 )
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow

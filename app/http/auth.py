@@ -1,5 +1,5 @@
-"""Who asks: `Authorization: Bearer ank_…` names the tenant and a role, or the session of a browser that signed in with
-a key.
+"""Who asks: `Authorization: Bearer …`, a key or a token of the identity provider, names the tenant and a role; or the
+session of a browser that signed in with either.
 
 A browser sends its cookie whoever made it ask. So a request that changes something counts only with a token that a page
 of another origin cannot know: bound to the session, and to a cookie of its own, which there is before a session.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import cookie_parser
@@ -22,8 +22,9 @@ from app.errors import AppError
 from app.http.rates import Rate, Rates
 from app.http.threads import SharedReads
 from app.network import address_of
+from app.oidc import METADATA
 from app.settings import Settings
-from app.tenants.callers import LOCAL, Caller, KeyUses, caller_of_key, caller_of_session
+from app.tenants.callers import LOCAL, Caller, KeyUses, caller_of_key, caller_of_session, hash_key
 
 SESSION_COOKIE = "anneal_session"
 SEED_COOKIE = "anneal_seed"
@@ -31,6 +32,7 @@ TOKEN_HEADER = "x-csrf-token"  # noqa: S105 (the header's name)
 _REMEMBERED_S = 2.0
 _MOST_REMEMBERED = 10_000
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_INVALID = 'Bearer realm="anneal", error="invalid_token"'
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,36 @@ def csrf_token(seed: str, session: str | None) -> str:
     return hmac.new(seed.encode(), (session or "").encode(), hashlib.sha256).hexdigest()
 
 
-class Authenticator:
-    """Finds who sends a request. Who was let in is remembered for two seconds, so that polling costs one query."""
+class RefusedToken(Exception):
+    """A token that opens nothing. The message says why, to whoever sent it."""
 
-    def __init__(self, db: Database, settings: Settings, reads: SharedReads, rates: Rates) -> None:
+
+# Who sends this token. Raises `RefusedToken`.
+TokenCaller = Callable[[str], Awaitable[Caller]]
+
+
+class Authenticator:
+    """Finds who sends a request. Who was let in is remembered for two seconds, so that polling costs one query.
+    `of_token`: of the identity provider; None where there is none."""
+
+    def __init__(
+        self, db: Database, settings: Settings, reads: SharedReads, rates: Rates, of_token: TokenCaller | None = None
+    ) -> None:
         self._db = db
         self._reads = reads
         self._rates = rates
+        self._of_token = of_token
         self._required = settings.keys_required
+        self._challenge = 'Bearer realm="anneal"'
+        if of_token is not None and settings.public_url:  # RFC 9728, 5.1
+            self._challenge += f', resource_metadata="{settings.public_url}{METADATA}"'
         self._sign_ins = settings.limits.sign_ins_per_minute
         self._known: dict[tuple[str, str], tuple[Caller, float]] = {}
         self.uses = KeyUses(db)
 
     async def caller(self, credentials: Credentials) -> Caller:
-        """401 for no key where one is needed, and for a wrong one always; 403 where its tenant is switched off."""
+        """401 for no key where one is needed, and for a wrong one always; 403 where its tenant is switched off, or the
+        provider's token names none; 503 where the provider cannot be asked about a token."""
         if credentials.authorization is None:
             if not self._required:
                 return LOCAL
@@ -90,16 +108,19 @@ class Authenticator:
             if credentials.session is not None:
                 found = await self._caller(("session", credentials.session), caller_of_session)
             if found is None or found.expired():
-                raise _unauthorized("This service needs an API key.", 'Bearer realm="anneal"')
+                what = "an API key" if self._of_token is None else "an API key, or a token of its identity provider"
+                raise _unauthorized(f"This service needs {what}.", self._challenge)
             return found.admitted()
         scheme, _, key = credentials.authorization.partition(" ")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
             raise _unauthorized("The Authorization header is not of the form 'Bearer <key>'.", 'Bearer realm="anneal"')
+        if self._of_token is not None and "." in key:  # no key has one, every JWT has two
+            return (await self._token_caller(key, self._of_token)).admitted()
         found = await self._caller(("key", key), caller_of_key)
         if found is None or found.expired():
             detail = "The API key is not valid." if found is None else "The API key has expired."
-            raise _unauthorized(detail, 'Bearer realm="anneal", error="invalid_token"')
+            raise _unauthorized(detail, _INVALID)
         return found.admitted()
 
     async def tenant(self, credentials: Credentials) -> str:
@@ -135,12 +156,29 @@ class Authenticator:
         self._known.pop(("session", session), None)
 
     async def _caller(self, who: tuple[str, str], find: Callable[[Database, str], Caller | None]) -> Caller | None:
+        return await self._remembered(who, lambda: self._reads.read(who, find, self._db, who[1]))
+
+    async def _token_caller(self, token: str, of_token: TokenCaller) -> Caller:
+        who = ("token", hash_key(token))  # tokens are long, and nothing keeps them
+
+        async def find() -> Caller:
+            try:
+                return await of_token(token)
+            except RefusedToken as error:
+                raise _unauthorized(f"The access token is not valid. {error}", _INVALID) from error
+
+        found = await self._remembered(who, find)
+        if found is None or found.expired():
+            raise _unauthorized("The access token is not valid. It has expired.", _INVALID)
+        return found
+
+    async def _remembered(self, who: tuple[str, str], find: Callable[[], Awaitable[Caller | None]]) -> Caller | None:
         now = time.monotonic()
         known = self._known.get(who)
         if known is not None and known[1] > now:
             return known[0]
         self._known.pop(who, None)
-        caller = await self._reads.read(who, find, self._db, who[1])
+        caller = await find()
         if caller is not None and not caller.disabled and not caller.expired():
             self.uses.note(caller)
             if len(self._known) >= _MOST_REMEMBERED:

@@ -184,6 +184,8 @@ def admit(scope: Scope, caller: Caller) -> None:
     scope["anneal.caller"], scope["anneal.tenant"] = caller, caller.tenant_id
     acting(caller.actor)
     told = {} if caller.key_id is None else {"key_id": caller.key_id}
+    if caller.subject is not None:
+        told["subject"] = caller.subject
     structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id, **told)
 
 

@@ -23,6 +23,13 @@ _API_KEY = {
     "`submit` may do so too, upload, run, cancel and delete; `admin` may do all of it, and has the tenant's keys and "
     "audit rows.",
 }
+_ACCESS_TOKEN = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "JWT",
+    "description": "An access token of the identity provider, where the operator has set one (`OIDC_ISSUER`): signed, "
+    "for this service's audience, with claims that name a tenant and a role. The roles are those of keys.",
+}
 
 
 def describe(app: FastAPI) -> None:
@@ -37,12 +44,15 @@ def describe(app: FastAPI) -> None:
                 routes=app.routes,
                 webhooks=app.webhooks.routes,
             )
-            document.setdefault("components", {})["securitySchemes"] = {"ApiKey": _API_KEY}
+            document.setdefault("components", {})["securitySchemes"] = {
+                "ApiKey": _API_KEY,
+                "AccessToken": _ACCESS_TOKEN,
+            }
             for path, operations in document["paths"].items():
                 if path.startswith("/v1/"):
                     for method, operation in operations.items():
                         needed = operation.pop(NEEDED, needed_by(method.upper()).value)
-                        operation["security"] = [{"ApiKey": [needed]}]
+                        operation["security"] = [{"ApiKey": [needed]}, {"AccessToken": [needed]}]
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(problem.pop("$defs", {}))

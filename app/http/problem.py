@@ -32,9 +32,9 @@ _FRAMEWORK = {
 }
 _TITLES = {
     400: "The request cannot be read, or its body is incomplete",
-    401: "No key, or one that is not valid",
-    403: "Refused: the key's role or the tenant's plan does not allow it, the tenant is switched off, or the request "
-    "is not from this service's own pages",
+    401: "No key or token, or one that is not valid",
+    403: "Refused: the role or the tenant's plan does not allow it, the token names no tenant or role, the tenant is "
+    "switched off, or the request is not from this service's own pages",
     404: "No such resource for this tenant",
     409: "In conflict with the state of a resource, or with an earlier request of the same Idempotency-Key",
     413: "Larger than the limit",

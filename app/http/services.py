@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
 
@@ -28,12 +29,17 @@ from app.tenants.service import TenantService
 from app.uploads.service import UploadService
 from app.webhooks.service import WebhookService
 
+if TYPE_CHECKING:
+    from app.oidc.provider import Provider
+    from app.oidc.sign_in import SignIn
+
 
 @dataclass(frozen=True)
 class Services:
     """`files` limits threads that read and write files on this machine's disk; `storage` are those that ask the
     storage, `creations` those that make a resource out of a file: none may take the threads that answer short requests.
-    `reads` are what requests that wait for the same job share, `waiting` counts these requests."""
+    `reads` are what requests that wait for the same job share, `waiting` counts these requests. `provider`: of
+    identities, where one is set; `sign_in` where people sign in there."""
 
     settings: Settings
     db: Database
@@ -60,3 +66,5 @@ class Services:
     reads: SharedReads
     waiting: Places
     inspector: Inspector
+    provider: Provider | None = None
+    sign_in: SignIn | None = None

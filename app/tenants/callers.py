@@ -1,4 +1,5 @@
-"""Who asks: a key, or the session of a browser that signed in with one, as the tenant and the role that it has."""
+"""Who asks: a key, a subject of the identity provider, or the session of a browser that signed in with either, as the
+tenant and the role that it has."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ _LONGEST_KEY = 200
 _ROLES = frozenset(Role)
 _USE_NOTED = timedelta(minutes=1)
 _WRITTEN_S = 5.0
+_LONGEST_SHOWN = 150  # of a subject, in audit rows
 
 
 def hash_key(key: str) -> str:
@@ -41,8 +43,9 @@ def utterable(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Caller:
-    """`key_id`: None where no key is needed. `expires_at`: of the key. `disabled`: its tenant is switched off.
-    `requests_per_minute`: that its tenant may make, None for any number."""
+    """`key_id`: None where no key is needed, and where the identity provider says who it is: `subject`. `expires_at`:
+    of the key, the token or the session. `disabled`: its tenant is switched off. `requests_per_minute`: that its
+    tenant may make, None for any number."""
 
     tenant_id: str
     role: Role
@@ -52,10 +55,13 @@ class Caller:
     last_used_at: datetime | None = None
     disabled: bool = False
     requests_per_minute: int | None = None
+    subject: str | None = None
 
     @property
     def actor(self) -> str:
         """As audit rows have it."""
+        if self.subject is not None:
+            return actor_of(self.subject)
         return "local" if self.key_id is None else f"key:{self.key_id}"
 
     def expired(self) -> bool:
@@ -66,6 +72,9 @@ class Caller:
         if not self.role.may(role):
             detail = f"This needs a key of the role {role.value!r}; this one has the role {self.role.value!r}."
             remedy = "Use a key of that role: an admin of the tenant makes one with POST /v1/keys, or an operator does."
+            if self.subject is not None:
+                detail = f"This needs the role {role.value!r}; the identity provider gives you {self.role.value!r}."
+                remedy = "Ask whoever runs the identity provider for that role, or use a key of it."
             extra = {"role": self.role.value, "needed": role.value}
             raise AppError("role_required", "Not allowed", 403, detail, remedy=remedy, extra=extra)
 
@@ -76,6 +85,13 @@ class Caller:
             remedy = "Ask the operator of this service."
             raise AppError("tenant_disabled", "Tenant switched off", 403, detail, remedy=remedy)
         return self
+
+
+def actor_of(subject: str) -> str:
+    """As audit rows have a subject of the identity provider; two that begin alike stay apart."""
+    if len(subject) > _LONGEST_SHOWN:
+        subject = f"{subject[:_LONGEST_SHOWN]}…{hash_key(subject)[:16]}"
+    return f"oidc:{subject}"
 
 
 LOCAL = Caller(LOCAL_TENANT, Role.ADMIN)  # whoever uses the embedded default
@@ -94,7 +110,35 @@ def caller_of_session(db: Database, token: str) -> Caller | None:
     if not utterable(token):
         return None
     with db.read() as session:
-        return _caller(TenantRepository(session).owner_of_session(hash_key(token)))
+        tenants = TenantRepository(session)
+        digest = hash_key(token)
+        found = _caller(tenants.owner_of_session(digest))
+        if found is None and (row := tenants.owner_of_subjects_session(digest)) is not None:
+            found = _subject(row, row.subject, _role(row.role), row.expires_at)
+        return found
+
+
+def caller_of_subject(db: Database, tenant_name: str, subject: str, role: Role, expires_at: datetime) -> Caller | None:
+    """Who asks as a subject of the identity provider, in the tenant of this name; None where there is no such one."""
+    with db.read() as session:
+        row = TenantRepository(session).by_name_with_plan(tenant_name)
+        return None if row is None else _subject(row, subject, role, expires_at)
+
+
+def _subject(row: Row[Any], subject: str, role: Role, expires_at: datetime) -> Caller:
+    return Caller(
+        tenant_id=row.tenant_id,
+        role=role,
+        tenant_name=row.tenant_name,
+        expires_at=expires_at,
+        disabled=row.disabled_at is not None,
+        requests_per_minute=effective(row.plan_limits, row.own_limits).requests_per_minute,
+        subject=subject,
+    )
+
+
+def _role(name: str) -> Role:
+    return Role(name) if name in _ROLES else Role.READ  # what a newer version made
 
 
 def _caller(row: Row[Any] | None) -> Caller | None:
@@ -102,7 +146,7 @@ def _caller(row: Row[Any] | None) -> Caller | None:
         return None
     return Caller(
         tenant_id=row.tenant_id,
-        role=Role(row.role) if row.role in _ROLES else Role.READ,  # what a newer version made
+        role=_role(row.role),
         key_id=row.id,
         tenant_name=row.tenant_name,
         expires_at=row.expires_at,

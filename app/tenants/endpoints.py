@@ -35,14 +35,15 @@ _ONCE = {"Cache-Control": "no-store"}
 
 @router.get("/tenant", response_model=TenantOut)
 def get_tenant(services: ServicesDep, caller: CallerDep) -> TenantOut:
-    """Whose key this is, its role, and what the plan allows beside what is used."""
+    """Whose key or token this is, its role, and what the plan allows beside what is used."""
     tenant, plan, limits, usage = services.tenants.standing(caller.tenant_id)
     return TenantOut(
         id=tenant.id,
         name=tenant.name,
         role=caller.role,
         key_id=caller.key_id,
-        key_expires_at=caller.expires_at,
+        key_expires_at=None if caller.key_id is None else caller.expires_at,
+        subject=caller.subject,
         plan=plan,
         limits=limits,
         usage=UsageOut(

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.db.accounts import ApiKey, AuditEvent, BrowserSession, Plan, Tenant
+from app.db.accounts import ApiKey, AuditEvent, BrowserSession, Plan, SubjectSession, Tenant
 from app.db.base import utcnow
 from app.domain.plan import DEFAULT_PLAN
 
@@ -69,6 +69,21 @@ class TenantRepository:
         live = BrowserSession.expires_at > utcnow()
         return self.session.execute(query.where(BrowserSession.token_sha256 == token_sha256, live)).one_or_none()
 
+    def owner_of_subjects_session(self, token_sha256: str) -> Row[Any] | None:
+        """The same of a session of a subject of the identity provider that has not ended."""
+        return self.session.execute(
+            select(SubjectSession.subject, SubjectSession.role, SubjectSession.expires_at, *_STANDING)
+            .select_from(SubjectSession)
+            .join(Tenant, Tenant.id == SubjectSession.tenant_id)
+            .outerjoin(Plan, _PLAN)
+            .where(SubjectSession.token_sha256 == token_sha256, SubjectSession.expires_at > utcnow())
+        ).one_or_none()
+
+    def by_name_with_plan(self, name: str) -> Row[Any] | None:
+        """What of a tenant says whether and how often it may ask."""
+        query = select(*_STANDING).select_from(Tenant).outerjoin(Plan, _PLAN).where(Tenant.name == name)
+        return self.session.execute(query).one_or_none()
+
     def used(self, key_id: str, at: datetime, before: datetime) -> None:
         """Note a use, unless one was noted since `before`."""
         late = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < before)
@@ -78,9 +93,10 @@ class TenantRepository:
 
     def forget_sessions(self, token_sha256: str | None = None) -> None:
         """This one; or those whose time is over."""
-        over = BrowserSession.expires_at <= utcnow()
-        which = over if token_sha256 is None else BrowserSession.token_sha256 == token_sha256
-        self.session.execute(delete(BrowserSession).where(which))
+        for kind in (BrowserSession, SubjectSession):
+            over = kind.expires_at <= utcnow()
+            which = over if token_sha256 is None else kind.token_sha256 == token_sha256
+            self.session.execute(delete(kind).where(which))
 
     # Audit rows
 
@@ -98,19 +114,18 @@ class TenantRepository:
         return [*self.session.scalars(query)]
 
 
+_STANDING: tuple[Any, ...] = (
+    Tenant.id.label("tenant_id"),
+    Tenant.name.label("tenant_name"),
+    Tenant.disabled_at,
+    Tenant.limits.label("own_limits"),
+    Plan.limits.label("plan_limits"),
+)
+_PLAN = Plan.name == func.coalesce(Tenant.plan, DEFAULT_PLAN)
 _OWNER: Select[Any] = (
-    select(
-        ApiKey.id,
-        ApiKey.tenant_id,
-        ApiKey.role,
-        ApiKey.expires_at,
-        ApiKey.last_used_at,
-        Tenant.name.label("tenant_name"),
-        Tenant.disabled_at,
-        Tenant.limits.label("own_limits"),
-        Plan.limits.label("plan_limits"),
-    )
+    select(ApiKey.id, ApiKey.role, ApiKey.expires_at, ApiKey.last_used_at, *_STANDING)
+    .select_from(ApiKey)
     .join(Tenant, Tenant.id == ApiKey.tenant_id)
-    .outerjoin(Plan, Plan.name == func.coalesce(Tenant.plan, DEFAULT_PLAN))
+    .outerjoin(Plan, _PLAN)
     .where(ApiKey.revoked_at.is_(None))
 )

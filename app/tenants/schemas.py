@@ -25,13 +25,16 @@ class UsageOut(BaseModel):
 
 
 class TenantOut(BaseModel):
-    """Whose key this is, what it may do, and how much of the service is left."""
+    """Whose key or token this is, what it may do, and how much of the service is left."""
 
     id: str
     name: str
-    role: Role = Field(description="Of the key that asks")
-    key_id: str | None = Field(description="Of the key that asks; null where none is needed")
+    role: Role = Field(description="Of the key or the token that asks")
+    key_id: str | None = Field(description="Of the key that asks; null where none is needed, and for a token")
     key_expires_at: datetime | None
+    subject: str | None = Field(
+        default=None, description="Who asks, as the identity provider has it: `sub` of the token; null for a key"
+    )
     plan: str
     limits: Limits
     usage: UsageOut
@@ -108,8 +111,8 @@ class AuditOut(BaseModel):
     id: str
     created_at: datetime
     actor: str = Field(
-        description="`key:key_…`, `local` where no key is needed, `operator:NAME`, `address:…` of who is not known, or "
-        "`system`"
+        description="`key:key_…`, `oidc:SUBJECT` of the identity provider, `local` where no key is needed, "
+        "`operator:NAME`, `address:…` of who is not known, or `system`"
     )
     action: str = Field(description="What is acted on, and how", examples=["job.submit", "key.revoke", "session.begin"])
     resource: str | None = Field(description="Its id")

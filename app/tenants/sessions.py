@@ -1,4 +1,4 @@
-"""Browsers that sign in with an API key, for twelve hours at most."""
+"""Browsers that sign in with an API key, or at the identity provider, for some hours."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import secrets
 from datetime import timedelta
 
 from app.audit import record
-from app.db.accounts import BrowserSession
+from app.db.accounts import BrowserSession, SubjectSession
 from app.db.base import utcnow
 from app.db.uow import Database
-from app.tenants.callers import caller_of_key, hash_key, utterable
+from app.tenants.callers import Caller, actor_of, caller_of_key, hash_key, utterable
 from app.tenants.repository import TenantRepository
 
 SESSION_TIME = timedelta(hours=12)
@@ -34,6 +34,37 @@ def sign_in(db: Database, key: str, address: str = "") -> str | None:
         )
         record(uow.session, caller.tenant_id, caller.actor, "session.begin", caller.key_id, {"address": address})
     return token
+
+
+def sign_in_subject(db: Database, caller: Caller, name: str, lasts: timedelta, address: str = "") -> str:
+    """The same for a subject of the identity provider, who is shown as `name`."""
+    if caller.disabled:
+        note_refused_subject(db, caller.subject or "", "tenant_disabled", address, caller.tenant_id)
+        caller.admitted()
+    token, now = secrets.token_urlsafe(32), utcnow()
+    with db.write() as uow:
+        TenantRepository(uow.session).forget_sessions()
+        uow.session.add(
+            SubjectSession(
+                token_sha256=hash_key(token),
+                tenant_id=caller.tenant_id,
+                subject=caller.subject,
+                name=name,
+                role=caller.role.value,
+                created_at=now,
+                expires_at=now + lasts,
+            )
+        )
+        detail = {"address": address, "name": name, "role": caller.role.value}
+        record(uow.session, caller.tenant_id, caller.actor, "session.begin", None, detail)
+    return token
+
+
+def note_refused_subject(db: Database, subject: str, code: str, address: str, tenant_id: str | None = None) -> None:
+    """Of a person whom the provider knows, and who has no place here."""
+    with db.write() as uow:
+        detail = {"address": address, "reason": code}
+        record(uow.session, tenant_id, actor_of(subject), "session.refuse", None, detail)
 
 
 def sign_out(db: Database, token: str) -> None:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from app.web import account, compare, docs, jobs, library, signing, submitting, webhooks
+from app.web import account, compare, docs, jobs, library, provider, signing, submitting, webhooks
 from app.web.rendering import STATIC, error_page
 
 _KEPT = "public, max-age=31536000, immutable"  # the address has the file's digest
@@ -22,7 +22,7 @@ class _Files(StaticFiles):
 
 def add_pages(app: FastAPI) -> None:
     """Beside the API's own routes. `/jobs/new` is tried before `/jobs/{job_id}`."""
-    modules = (signing, submitting, jobs, compare, library, account, webhooks, docs)
+    modules = (signing, provider, submitting, jobs, compare, library, account, webhooks, docs)
     app.state.error_page = error_page
     app.state.pages = [route for module in modules for route in module.router.routes]
     for module in modules:

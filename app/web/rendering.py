@@ -19,7 +19,7 @@ from app import figures
 from app.db.base import utcnow
 from app.domain.roles import Role
 from app.errors import AppError
-from app.http.auth import SEED_COOKIE, SESSION_COOKIE, Credentials, csrf_token
+from app.http.auth import SEED_COOKIE, Credentials, csrf_token
 from app.jobs.schemas import timestamp
 
 HERE = Path(__file__).parent
@@ -106,15 +106,25 @@ def see_other(path: str) -> Response:
     return Response(None, 303, {"Location": path, "Cache-Control": "no-store"})
 
 
+def onward(target: str, words: str) -> Response:
+    """A page that leads on at once: to another site, which a form's answer must not by the policy; or to a page of our
+    own that another site led to, for which a browser sends no strict cookie."""
+    response = part(fragment("onward.html", target=target, words=words))
+    response.headers["Referrer-Policy"] = "no-referrer"  # its own address holds a code
+    return response
+
+
 def error_page(request: Request, error: AppError) -> Response:
     response = page(request, "error.html", code=error.status, error=error)
     response.headers.update({k: v for k, v in error.headers.items() if k.lower() != "www-authenticate"})
     return response
 
 
-def set_cookie(response: Response, name: str, value: str, *, secure: bool, seconds: int | None = None) -> None:
-    response.set_cookie(name, value, max_age=seconds, httponly=True, samesite="strict", secure=secure, path="/")
+def set_cookie(
+    response: Response, name: str, value: str, *, secure: bool, seconds: int | None = None, path: str = "/"
+) -> None:
+    response.set_cookie(name, value, max_age=seconds, httponly=True, samesite="strict", secure=secure, path=path)
 
 
-def drop_session(response: Response) -> None:
-    response.delete_cookie(SESSION_COOKIE, httponly=True, samesite="strict", path="/")
+def drop_cookie(response: Response, name: str, path: str = "/") -> None:
+    response.delete_cookie(name, httponly=True, samesite="strict", path=path)

@@ -11,8 +11,9 @@ from app.admin import __main__ as admin
 from app.capabilities.service import CapabilityService
 from app.db.base import make_engine
 from app.db.uow import Database
-from app.settings import Settings
+from app.settings import OidcSettings, Settings
 from app.tenants import caller_of_key
+from tests.factories.oidc import local_provider
 
 
 @pytest.fixture
@@ -140,3 +141,24 @@ def test_every_noun_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             admin.main([noun, "--help"])
         assert end.value.code == 0
         assert noun in capsys.readouterr().out
+
+
+def test_the_doctor_tries_the_identity_provider(run: Any, settings: Settings) -> None:
+    with local_provider() as provider:
+        settings.oidc = OidcSettings(issuer=provider.issuer, audience="a", cli_client_id="cli", tenants={"x": "acme"})
+        code, rows, _ = run("doctor")
+        told = [row["needed_by"] for row in rows if row.get("problem") == "identity_provider" and "what" in row]
+        assert code == 1
+        assert told == [
+            "OIDC_TENANTS: there is no tenant 'acme'",
+            "it offers no device_authorization_endpoint, which OIDC_CLI_CLIENT_ID needs",
+        ]
+        run("tenants", "create", "acme")
+        provider.document["device_authorization_endpoint"] = f"{provider.issuer}/device"
+        code, rows, _ = run("doctor")
+        assert (code, rows[0]) == (0, {"looked_at": "identity provider", "issuer": provider.issuer, "keys": 1})
+        provider.document["issuer"] = "https://another.example"
+        code, rows, _ = run("doctor")
+        assert (code, rows[0]["problem"], rows[0]["what"]) == (1, "identity_provider", provider.issuer)
+        assert "another.example" in rows[0]["needed_by"]
+    assert run("doctor")[0] == 1, "it is away"

@@ -37,8 +37,9 @@ def test_errors_are_problems(document: dict[str, Any]) -> None:
                 assert content == {"application/problem+json": {"schema": reference}}, (path, method, status)
         if path.startswith("/v1"):
             assert {"401", "422", "500", "503"} <= set(operation["responses"])
-            (needed,) = operation["security"]
-            assert needed["ApiKey"] in (["read"], ["submit"], ["admin"]), (path, method)
+            key, token = operation["security"]
+            assert key["ApiKey"] in (["read"], ["submit"], ["admin"]), (path, method)
+            assert token["AccessToken"] == key["ApiKey"], (path, method)
 
 
 def test_described(document: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
-"""Every operation of the OpenAPI document, asked by whoever may not: with another tenant's ids, and with too small a
-role. An operation that is new fails here until it is said what it is asked with."""
+"""Every operation of the OpenAPI document, asked by whoever may not: with another tenant's ids, by a key and by a token
+of the identity provider, and with too small a role. An operation that is new fails here until it is said what it is
+asked with."""
 
 from __future__ import annotations
 
@@ -9,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from fastapi import FastAPI
 
 from app.domain.roles import Role
 from app.http.services import Services
 from app.main import create_app
-from app.settings import Settings
+from app.settings import OidcSettings, Settings
 from app.tenants import create_key
 from app.tenants.keys import KeyService
 from app.tenants.service import TenantService
 from tests.api.conftest import assert_problem, report_worker, serving
 from tests.api.test_ended_pages import deliver
+from tests.factories.oidc import AUDIENCE, local_provider
 
 # What a path's parameters are filled with: alice's own, by name; and what is nobody's, of the same kind.
 _NOBODYS = {
@@ -91,41 +95,47 @@ class Two:
 
 @pytest.fixture
 def two(settings: Settings, model_bytes: bytes, npz: Any, tmp_path: Path) -> Iterator[Two]:
-    import numpy as np
+    with local_provider() as provider:
+        oidc = OidcSettings(issuer=provider.issuer, audience=AUDIENCE)
+        app = create_app(settings.model_copy(update={"oidc": oidc}), dispatch=lambda job: True)
+        with serving(app) as url:
+            found = _two(app, url, model_bytes, npz, tmp_path)
+            found.keys["bob's token"] = provider.token(tenant="bob", roles=["anneal-admin"])
+            yield found
 
-    app = create_app(settings.model_copy(update={"require_keys": True}), dispatch=lambda job: True)
-    with serving(app) as url:
-        services: Services = app.state.services
-        report_worker(services)
-        found = Two(url, services, app.openapi())
-        found.keys = {name: create_key(services.db, name, f"key of {name}") for name in ("alice", "bob")}
-        alice = TenantService(services.db, services.settings.limits).get("alice")
-        for role in (Role.READ, Role.SUBMIT):
-            made = KeyService(services.db).make(alice.id, role.value, role, None, actor="test")
-            found.keys[role.value] = made.secret
-        found.keys["admin"] = found.keys["alice"]
-        with found.client("alice") as client:
-            content = npz(input=np.zeros((6, 8), np.float32))
-            headers = {"Idempotency-Key": "same"}
-            model = client.post("/v1/models?name=m&filename=m.onnx", content=model_bytes, headers=headers).json()
-            dataset = client.post("/v1/datasets", content=content, **_NPZ).json()
-            job = client.post("/v1/jobs", json={"model_id": model["id"]}).json()
-            upload = client.post("/v1/uploads", json={"filename": "u.onnx", "size_bytes": 1}).json()
-            key = client.post("/v1/keys", json={"name": "spare"}).json()
-            webhook = client.post("/v1/webhooks", json={"url": "https://hooks.example/anneal"}).json()
-        engine = deliver(services, job, tmp_path, alice.id)
-        found.ids = {
-            "model_id": model["id"],
-            "dataset_id": dataset["id"],
-            "upload_id": upload["id"],
-            "job_id": job["id"],
-            "engine_id": engine.id,
-            "key_id": key["id"],
-            "webhook_id": webhook["id"],
-            "delivery_id": found.only("/v1/deliveries"),
-            "number": "1",
-        }
-        yield found
+
+def _two(app: FastAPI, url: str, model_bytes: bytes, npz: Any, tmp_path: Path) -> Two:
+    services: Services = app.state.services
+    report_worker(services)
+    found = Two(url, services, app.openapi())
+    found.keys = {name: create_key(services.db, name, f"key of {name}") for name in ("alice", "bob")}
+    alice = TenantService(services.db, services.settings.limits).get("alice")
+    for role in (Role.READ, Role.SUBMIT):
+        made = KeyService(services.db).make(alice.id, role.value, role, None, actor="test")
+        found.keys[role.value] = made.secret
+    found.keys["admin"] = found.keys["alice"]
+    with found.client("alice") as client:
+        content = npz(input=np.zeros((6, 8), np.float32))
+        headers = {"Idempotency-Key": "same"}
+        model = client.post("/v1/models?name=m&filename=m.onnx", content=model_bytes, headers=headers).json()
+        dataset = client.post("/v1/datasets", content=content, **_NPZ).json()
+        job = client.post("/v1/jobs", json={"model_id": model["id"]}).json()
+        upload = client.post("/v1/uploads", json={"filename": "u.onnx", "size_bytes": 1}).json()
+        key = client.post("/v1/keys", json={"name": "spare"}).json()
+        webhook = client.post("/v1/webhooks", json={"url": "https://hooks.example/anneal"}).json()
+    engine = deliver(services, job, tmp_path, alice.id)
+    found.ids = {
+        "model_id": model["id"],
+        "dataset_id": dataset["id"],
+        "upload_id": upload["id"],
+        "job_id": job["id"],
+        "engine_id": engine.id,
+        "key_id": key["id"],
+        "webhook_id": webhook["id"],
+        "delivery_id": found.only("/v1/deliveries"),
+        "number": "1",
+    }
+    return found
 
 
 def _told(response: httpx.Response, own: str) -> dict[str, Any]:
@@ -137,22 +147,24 @@ def _told(response: httpx.Response, own: str) -> dict[str, Any]:
 
 def test_another_tenants_ids_answer_like_ids_of_nobody(two: Two) -> None:
     asked = 0
-    with two.client("bob") as bob:
-        for method, path, _ in two.operations():
-            if "{" not in path:
-                assert (method, path) in _COLLECTIONS, f"say how {method} {path} keeps to its tenant"
-                continue
-            body = _BODIES.get((method, path), {})
-            answers = []
-            for ids in (two.ids, _NOBODYS):
-                response = bob.request(method, path.format(**ids), **body)
-                assert response.status_code == 404, (method, path, response.text)
-                if method != "head":
-                    own = next(v for k, v in ids.items() if f"{{{k}}}" in path)
-                    answers.append(_told(response, own))
-            assert len(answers) == 0 or answers[0] == answers[1], (method, path)
-            asked += 1
-    assert asked > 20
+    for who in ("bob", "bob's token"):
+        with two.client(who) as bob:
+            assert bob.get("/v1/tenant").json()["name"] == "bob"
+            for method, path, _ in two.operations():
+                if "{" not in path:
+                    assert (method, path) in _COLLECTIONS, f"say how {method} {path} keeps to its tenant"
+                    continue
+                body = _BODIES.get((method, path), {})
+                answers = []
+                for ids in (two.ids, _NOBODYS):
+                    response = bob.request(method, path.format(**ids), **body)
+                    assert response.status_code == 404, (who, method, path, response.text)
+                    if method != "head":
+                        own = next(v for k, v in ids.items() if f"{{{k}}}" in path)
+                        answers.append(_told(response, own))
+                assert len(answers) == 0 or answers[0] == answers[1], (who, method, path)
+                asked += 1
+    assert asked > 40
     with two.client("alice") as alice:  # and nothing of it has done anything
         for path in ("models/{model_id}", "datasets/{dataset_id}", "uploads/{upload_id}", "keys/{key_id}"):
             found = alice.get("/v1/" + path.format(**two.ids)).json()

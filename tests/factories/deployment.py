@@ -132,9 +132,9 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def deployment(home: Path, extra: Mapping[str, str] | None = None) -> Iterator[Deployment]:
-    """A migrated deployment with the API up and no worker yet."""
-    port = free_port()
+def deployment(home: Path, extra: Mapping[str, str] | None = None, port: int | None = None) -> Iterator[Deployment]:
+    """A migrated deployment with the API up and no worker yet. `port`: where somebody knows it already."""
+    port = port or free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ANNEAL_", "WORKER_", "STORAGE_"))}
     environment |= {"ANNEAL_HOME": str(home), "ANNEAL_PORT": str(port), "WORKER_LOCK_DIR": str(home / "locks")}
     environment |= {**FAST, **(extra or {})}

@@ -14,10 +14,12 @@ from app.domain.plan import Limits
 from app.domain.roles import Role
 from app.errors import AppError
 from app.settings import LimitSettings
-from app.tenants import caller_of_key, caller_of_session, create_key, sign_in
+from app.tenants import caller_of_key, caller_of_session, create_key, sign_in, sign_out
+from app.tenants.callers import caller_of_subject
 from app.tenants.keys import MOST_LIVE, KeyService
 from app.tenants.repository import TenantRepository
 from app.tenants.service import TenantService, limits_of
+from app.tenants.sessions import sign_in_subject
 
 
 def test_a_key_from_before_there_were_roles_may_all(database: Database) -> None:
@@ -105,3 +107,30 @@ def test_a_row_stands_with_what_it_tells_of_or_not_at_all(database: Database) ->
         tenants.put_on("acme", "nothing", None, actor="test")
     with database.read() as session:
         assert session.scalar(select(func.count()).select_from(AuditEvent)) == 1
+
+
+def test_who_signed_in_at_the_identity_provider(database: Database) -> None:
+    create_key(database, "acme", "one")
+    TenantService(database, LimitSettings()).set_plan("default", Limits(requests_per_minute=7), actor="test")
+    soon = utcnow() + timedelta(minutes=5)
+    assert caller_of_subject(database, "nobody", "mia", Role.READ, soon) is None
+    caller = caller_of_subject(database, "acme", "mia", Role.SUBMIT, soon)
+    assert caller is not None
+    assert (caller.tenant_name, caller.role, caller.actor, caller.requests_per_minute) == (
+        "acme",
+        "submit",
+        "oidc:mia",
+        7,
+    )
+    tokens = [sign_in_subject(database, caller, "Mia", timedelta(hours=n), "192.0.2.1") for n in (1, 0)]
+    again = caller_of_session(database, tokens[0])
+    assert again is not None
+    assert (again.subject, again.role, again.key_id, again.requests_per_minute) == ("mia", "submit", None, 7)
+    assert caller_of_session(database, tokens[1]) is None, "its time is over"
+    sign_out(database, tokens[0])
+    assert caller_of_session(database, tokens[0]) is None
+    with database.read() as session:
+        events = [*session.scalars(select(AuditEvent).where(AuditEvent.action == "session.begin"))]
+    assert [(e.actor, e.detail["address"], e.tenant_id) for e in events] == [
+        ("oidc:mia", "192.0.2.1", caller.tenant_id)
+    ] * 2

@@ -346,17 +346,18 @@ class Stage(Answer, defaults={"cached": False}):
 
 
 class Tenant(Answer):
-    """Whose key this is, what it may do, and how much of the service is left."""
+    """Whose key or token this is, what it may do, and how much of the service is left."""
 
     created_at: datetime
     id: str
     key_expires_at: datetime | None
-    key_id: str | None  # Of the key that asks; null where none is needed
+    key_id: str | None  # Of the key that asks; null where none is needed, and for a token
     limits: Limits
     links: dict[str, str]
     name: str
     plan: str
-    role: Role  # Of the key that asks
+    role: Role  # Of the key or the token that asks
+    subject: str | None
     usage: Usage
 
 

@@ -46,7 +46,10 @@ class Stop(Exception):
                 "tells more."
             )
         elif isinstance(error, Unauthorized):
-            stop.remedy = f"Give a valid key: `anneal login {url}`, or $ANNEAL_API_KEY. The operator makes keys."
+            stop.remedy = (
+                f"Give a valid key: `anneal login {url}`, or $ANNEAL_API_KEY. The operator makes keys. Where the "
+                f"service has an identity provider: `anneal login {url} --oidc`."
+            )
         elif isinstance(error, NotFound) and stop.remedy is None:
             stop.remedy = "`anneal jobs`, `anneal models`, `anneal datasets` and `anneal engines` list what is there."
         return stop

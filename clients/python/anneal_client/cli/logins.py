@@ -9,14 +9,20 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from anneal_client.cli.device import Tokens, renewed
 from anneal_client.cli.exits import Exit, Stop
+
+try:
+    import fcntl
+except ImportError:  # Windows: two commands at once may both renew a token, and one then has to log in again
+    fcntl = None  # type: ignore[assignment]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -48,19 +54,30 @@ def normalized(url: str) -> str:
     return text.rstrip("/")
 
 
+def address(url: str | None) -> str:
+    """Where the service is that a command means."""
+    return _address(url, os.environ, _read(config_file()))[0]
+
+
+def _address(url: str | None, env: Mapping[str, str], kept: Mapping[str, Any]) -> tuple[str, str]:
+    """With where it was found, in words."""
+    if url is not None:
+        return normalized(url), "--url"
+    if env.get("ANNEAL_URL"):
+        return normalized(env["ANNEAL_URL"]), "$ANNEAL_URL"
+    if kept.get("default"):
+        return normalized(str(kept["default"])), "anneal login"
+    return DEFAULT_URL, "the default"
+
+
 def find(url: str | None, environment: Mapping[str, str] | None = None) -> Place:
     env = os.environ if environment is None else environment
     kept = _read(config_file(env))
-    if url is not None:
-        address, source = normalized(url), "--url"
-    elif env.get("ANNEAL_URL"):
-        address, source = normalized(env["ANNEAL_URL"]), "$ANNEAL_URL"
-    elif kept.get("default"):
-        address, source = normalized(str(kept["default"])), "anneal login"
-    else:
-        address, source = DEFAULT_URL, "the default"
+    address, source = _address(url, env, kept)
     if env.get("ANNEAL_API_KEY"):
         return Place(address, env["ANNEAL_API_KEY"].strip(), source, "$ANNEAL_API_KEY")
+    if address in _tokens(kept):
+        return Place(address, _fresh(address, env), source, "anneal login --oidc")
     key = _keys(kept).get(address)
     return Place(address, key, source, "anneal login" if key else "no key")
 
@@ -75,25 +92,80 @@ def config_file(environment: Mapping[str, str] | None = None) -> Path:
 def keep(url: str, key: str | None) -> Path:
     """From now on this service is asked, with this key. Nobody else can read the file."""
     path = config_file()
-    kept = _read(path)
-    keys = {**_keys(kept), **({url: key} if key else {})}
-    if not key:
-        keys.pop(url, None)
-    _write(path, {"default": url, "keys": keys})
+    with _locked(path):
+        kept = _read(path)
+        keys = {**_keys(kept), **({url: key} if key else {})}
+        if not key:
+            keys.pop(url, None)
+        _write(path, {"default": url, "keys": keys, "tokens": _without(_tokens(kept), url)})
+    return path
+
+
+def keep_tokens(url: str, tokens: Tokens) -> Path:
+    """The same with an identity provider's, which are renewed when they end."""
+    path = config_file()
+    with _locked(path):
+        kept = _read(path)
+        given = {**_tokens(kept), url: tokens.to_json()}
+        _write(path, {"default": url, "keys": _without(_keys(kept), url), "tokens": given})
     return path
 
 
 def forget(url: str) -> bool:
     """Whether there was something to forget."""
     path = config_file()
-    kept = _read(path)
-    keys = _keys(kept)
-    known = url in keys or kept.get("default") == url
-    keys.pop(url, None)
-    default = None if kept.get("default") == url else kept.get("default")
-    if known:
-        _write(path, {"default": default, "keys": keys})
+    with _locked(path):
+        kept = _read(path)
+        keys, tokens = _keys(kept), _tokens(kept)
+        known = url in keys or url in tokens or kept.get("default") == url
+        default = None if kept.get("default") == url else kept.get("default")
+        if known:
+            _write(path, {"default": default, "keys": _without(keys, url), "tokens": _without(tokens, url)})
     return known
+
+
+def _fresh(url: str, env: Mapping[str, str]) -> str | None:
+    """The access token for a service, renewed where it has ended; the old one where that is not possible: the service
+    says what it thinks of it."""
+    path = config_file(env)
+    with _locked(path):
+        kept = _read(path)
+        all_tokens = _tokens(kept)
+        tokens = Tokens.of(all_tokens.get(url))
+        if tokens is None:
+            return None
+        if tokens.stale() and (new := renewed(tokens)) is not None:
+            tokens = new
+            _write(path, {**kept, "tokens": {**all_tokens, url: new.to_json()}})
+        return tokens.access_token
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One command at a time changes what is kept: a provider takes each refresh token once."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # a folder that cannot be written: writing says so
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _tokens(kept: Mapping[str, Any]) -> dict[str, Any]:
+    found = kept.get("tokens")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _without(kept: Mapping[str, Any], url: str) -> dict[str, Any]:
+    return {k: v for k, v in kept.items() if k != url}
 
 
 def _keys(kept: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`anneal login` and `anneal logout`: which service is asked from now on, and with which key."""
+"""`anneal login` and `anneal logout`: which service is asked from now on, and with which key, or as whom."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import getpass
 import sys
 from typing import Any
 
-from anneal_client.cli import logins
+from anneal_client.cli import device, logins
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit, Stop
 from anneal_client.cli.screen import clean
@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     login = commands.add_parser("login", help="keep a service's address and key, after trying them")
     login.add_argument("address", metavar="URL", nargs="?", help="of the service (as --url)")
     login.add_argument("--key-stdin", action="store_true", help="read the key from standard input, ask nobody")
+    login.add_argument("--oidc", action="store_true", help="as yourself, at the service's identity provider")
     login.set_defaults(run=run_login)
     logout = commands.add_parser("logout", help="forget a service's key")
     logout.add_argument("address", metavar="URL", nargs="?")
@@ -26,7 +27,9 @@ def add(commands: Any) -> None:
 
 
 def run_login(ctx: Context, args: argparse.Namespace) -> Exit:
-    url = logins.find(args.address or ctx.url).url
+    url = logins.address(args.address or ctx.url)
+    if args.oidc:
+        return _as_oneself(ctx, url)
     wanted = _needs_key(url)
     key = _key(args, wanted)
     if wanted or key:
@@ -39,6 +42,30 @@ def run_login(ctx: Context, args: argparse.Namespace) -> Exit:
         what = "with its key" if key else "which wants no key"
         ctx.say(f"  {clean(url)}, {what}, is asked from now on ({clean(path)}).")
     return Exit.OK
+
+
+def _as_oneself(ctx: Context, url: str) -> Exit:
+    tokens = device.sign_in(url, lambda asked: _tell(ctx, asked))
+    with Service(logins.Place(url, tokens.access_token, "login", "login")) as service:
+        service.check_key()
+    path = logins.keep_tokens(url, tokens)
+    if ctx.json:
+        ctx.emit({"url": url, "key": False, "oidc": True, "renews": bool(tokens.refresh_token), "kept_in": str(path)})
+    else:
+        lasts = "and is renewed by itself" if tokens.refresh_token else "until the token ends"
+        ctx.say(f"  {clean(url)} is asked from now on as yourself, {lasts} ({clean(path)}).")
+    return Exit.OK
+
+
+def _tell(ctx: Context, asked: device.Asked) -> None:
+    """On stderr with --json: there has to be a way to say it."""
+    where = asked.link or asked.address
+    text = f"  Open {clean(where)} and see that it shows the code {clean(asked.code)}."
+    if ctx.json or ctx.quiet:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    else:
+        ctx.say(text)
 
 
 def _needs_key(url: str) -> bool:
@@ -67,7 +94,7 @@ def _key(args: argparse.Namespace, wanted: bool) -> str | None:
 
 
 def run_logout(ctx: Context, args: argparse.Namespace) -> Exit:
-    url = logins.find(args.address or ctx.url).url
+    url = logins.address(args.address or ctx.url)
     known = logins.forget(url)
     if ctx.json:
         ctx.emit({"url": url, "forgotten": known})
