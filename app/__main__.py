@@ -49,13 +49,8 @@ def _api(_: argparse.Namespace) -> int:
 
 def _migrate(_: argparse.Namespace) -> int:
     from app.db.migrate import upgrade
-    from app.errors import AppError
 
-    try:
-        upgrade(load_settings().database)
-    except AppError as error:
-        sys.stderr.write(f"{error.detail} {error.remedy or ''}\n")
-        return 1
+    upgrade(load_settings().database)
     return 0
 
 

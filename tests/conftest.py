@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,15 @@ import pytest
 import redis
 from botocore.config import Config
 
+from app.db.migrate import upgrade
 from app.settings import Settings, StorageSettings
 from tests import servers, swift_server
 from tests.factories.guards import storage_outside_of_transactions
 from tests.swift_server import S3Server
+
+# Hundreds of processes of this project are started: without bytecode each of them would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # What would make the code under test use the developer's own database, broker or storage.
 _SERVICE_VARIABLES = (
@@ -76,7 +83,6 @@ _ALONE = (
     "integration/test_busy_machine.py",
     "integration/test_hostile_connections.py",
     "integration/test_hostile_load.py",
-    "integration/test_machine.py",
 )
 
 
@@ -97,6 +103,21 @@ def postgres_url() -> Iterator[str]:
 def fresh_postgres(postgres_url: str) -> Iterator[str]:
     """A new, empty PostgreSQL database: `postgresql://user:password@host:port/name`."""
     with servers.new_database(postgres_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_url: str) -> Iterator[str]:
+    """The URL of a migrated database that is copied, and that nobody else may be connected to."""
+    with servers.new_database(postgres_url) as url:
+        upgrade(Settings(DATABASE_URL=url).database)
+        yield url
+
+
+@pytest.fixture
+def migrated_postgres(postgres_url: str, postgres_template: str) -> Iterator[str]:
+    """A new PostgreSQL database with all tables and no rows, as `fresh_postgres` but for these."""
+    with servers.new_database(postgres_url, template=postgres_template) as url:
         yield url
 
 
@@ -149,6 +170,10 @@ class S3Bucket:
 @pytest.fixture
 def fresh_bucket(s3_server: S3Server) -> S3Bucket:
     """A new, empty bucket; it goes with the server."""
+    return new_bucket(s3_server)
+
+
+def new_bucket(s3_server: S3Server) -> S3Bucket:
     bucket = S3Bucket(s3_server, f"test-{uuid4().hex[:12]}")
     client = boto3.client(
         "s3",

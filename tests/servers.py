@@ -260,11 +260,13 @@ def postmaster(
 
 
 @contextmanager
-def new_database(server_url: str) -> Iterator[str]:
-    """A new, empty database on the server; dropped afterwards, whoever is still connected."""
+def new_database(server_url: str, template: str = "") -> Iterator[str]:
+    """A new database on the server, empty or a copy of the one of the URL `template`; dropped afterwards, whoever is
+    still connected."""
     name = f"test_{secrets.token_hex(6)}"
+    copied = f" TEMPLATE {template.rpartition('/')[2]}" if template else ""
     with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
+        connection.execute(f"CREATE DATABASE {name}{copied}".encode())
     try:
         yield f"{server_url.rpartition('/')[0]}/{name}"
     finally:

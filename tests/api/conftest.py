@@ -16,7 +16,6 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from app.db.migrate import upgrade
 from app.db.orm import Job
 from app.http.server import make_config
 from app.http.services import Services
@@ -25,6 +24,7 @@ from app.main import create_app
 from app.sandbox.features import Features
 from app.settings import LimitSettings, Settings
 from tests.factories import onnx_models
+from tests.factories.migrated import migrated_sqlite
 
 HARDWARE = {"id": "cpu-test", "kind": "cpu", "cpu_model": "Test CPU", "isa": ["avx2"], "cores": 2}
 BACKENDS = [
@@ -43,19 +43,11 @@ def _logging() -> None:
     configure_logging(json=True, level="WARNING")
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated SQLite file, to be copied."""
-    path = tmp_path_factory.mktemp("template") / "anneal.db"
-    upgrade(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def settings(tmp_path: Path, migrated: Path) -> Settings:
+def settings(tmp_path: Path) -> Settings:
     home = tmp_path / "home"
     home.mkdir()
-    shutil.copy(migrated, home / "anneal.db")
+    shutil.copy(migrated_sqlite(), home / "anneal.db")
     return Settings(home=home, limits=LimitSettings(upload_bytes=64 << 20))
 
 
@@ -147,7 +139,7 @@ def serving(app: FastAPI) -> Iterator[str]:
     server = uvicorn.Server(make_config(app, Settings(port=0), timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive()
         assert time.monotonic() < deadline

@@ -12,7 +12,6 @@ import pytest
 
 from app.db.base import utcnow
 from app.db.ids import new_id
-from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Engine
 from app.domain.job_state import JobStatus, Trigger
 from app.http.services import Services
@@ -111,10 +110,8 @@ def settings(request: pytest.FixtureRequest, settings: Settings) -> Settings:
     """On PostgreSQL where the test asks for it."""
     if "on_postgres" not in request.node.name:
         return settings
-    url = request.getfixturevalue("fresh_postgres")
-    changed = settings.model_copy(update={"database_url": url, "require_keys": False})
-    upgrade(changed.database)
-    return changed
+    url = request.getfixturevalue("migrated_postgres")
+    return settings.model_copy(update={"database_url": url, "require_keys": False})
 
 
 def test_lists_and_sessions_on_postgres(

@@ -198,7 +198,7 @@ def test_etag(client: httpx.Client, job: dict[str, Any], services: Services) -> 
 def test_a_queued_job_says_what_it_can_expect(client: httpx.Client, job: dict[str, Any], services: Services) -> None:
     assert job["queue"] == {"position": 1, "ahead": 0, "expected_start": job["created_at"], "waiting_for": None}
     path = client.post("/v1/jobs", json={"model_id": job["model_id"]}).json()["links"]["self"]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (second := client.get(path)).json()["queue"] is None:  # the picture of the queue is older
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -206,7 +206,7 @@ def test_a_queued_job_says_what_it_can_expect(client: httpx.Client, job: dict[st
     assert second.json()["queue"]["position"] == 2
     assert client.get(path, headers={"If-None-Match": etag}).status_code == 304
     client.post(job["links"]["cancel"])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (moved := client.get(path, headers={"If-None-Match": etag})).status_code == 304:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -216,7 +216,7 @@ def test_a_queued_job_says_what_it_can_expect(client: httpx.Client, job: dict[st
     assert client.get(path, params={"wait": 0.3}, headers={"If-None-Match": moved.headers["etag"]}).status_code == 304
     with services.db.write() as uow:
         uow.session.get_one(Worker, "worker-1").stopped_at = utcnow()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (alone := client.get(path).json()["queue"])["waiting_for"] is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)

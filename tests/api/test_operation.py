@@ -74,7 +74,7 @@ def test_a_worker_comes_and_goes(services: Services) -> None:
 
 def _readiness(client: httpx.Client, *, until: Callable[[dict[str, Any]], bool]) -> httpx.Response:
     """Questions of the same second share one answer."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not until((response := client.get("/readyz")).json()):
         assert time.monotonic() < deadline, response.text
         time.sleep(0.1)
@@ -102,7 +102,7 @@ def test_health_and_readiness(client: httpx.Client, services: Services, settings
     body = response.json()
     assert (body["ready"], body["missing"]) == (True, [])
     assert {name: check["ok"] for name, check in body["checks"].items()} == dict.fromkeys(
-        ("process", "database", "migrations", "queue", "storage", "worker", "background"), True
+        ("database", "migrations", "queue", "storage", "worker", "background"), True
     )
 
 
@@ -159,7 +159,7 @@ def test_a_check_that_hangs_is_named_and_not_begun_again() -> None:
             assert "not answered" in found.checks["storage"].detail
         assert len(begun) == 1
         hanging.set()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (await examine()).missing:
             assert time.monotonic() < deadline
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from app.blobs.references import keep_result
-from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, StageResult
 from app.http.services import Services
 from app.settings import Settings
@@ -20,10 +19,8 @@ from tests.factories import onnx_models
 
 
 @pytest.fixture
-def settings(settings: Settings, fresh_postgres: str) -> Settings:
-    changed = settings.model_copy(update={"database_url": fresh_postgres, "require_keys": False})
-    upgrade(changed.database)
-    return changed
+def settings(settings: Settings, migrated_postgres: str) -> Settings:
+    return settings.model_copy(update={"database_url": migrated_postgres, "require_keys": False})
 
 
 def test_on_postgres(

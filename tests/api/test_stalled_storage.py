@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from app.db.migrate import upgrade
 from app.http.services import Services
 from app.main import create_app
 from app.settings import Settings
@@ -39,10 +38,8 @@ def settings(request: pytest.FixtureRequest, settings: Settings, fresh_bucket: S
         "storage": fresh_bucket.settings(S3_ENDPOINT_URL=staller.url),
     }
     if request.param == "postgres":
-        changes["database_url"] = request.getfixturevalue("fresh_postgres")
-    changed = settings.model_copy(update=changes)
-    upgrade(changed.database)
-    return changed
+        changes["database_url"] = request.getfixturevalue("migrated_postgres")
+    return settings.model_copy(update=changes)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_a_crowd_on_one_job_reads_once(
         for stream in streams:
             read_until(stream, b'"queued"')
         polls = [stack.enter_context(open_stream(base_url, f"{path}?wait=30")) for _ in range(CROWD)]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while services.waiting._taken[LOCAL_TENANT] < 2 * CROWD:  # on a busy machine that takes a while
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -106,7 +106,7 @@ def test_streams_are_limited_by_tenant(few: tuple[str, Services], model_bytes: b
         assert time.monotonic() - started < 5, "a long poll is answered at once"
         with open_stream(url, f"{their_path}/events", f"Authorization: Bearer {theirs}\r\n") as other:
             read_until(other, b"queued")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while services.waiting.full("a") and time.monotonic() < deadline:
         time.sleep(0.05)
     with open_stream(url, f"{my_path}/events", f"Authorization: Bearer {mine}\r\n") as stream:

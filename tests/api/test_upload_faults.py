@@ -20,7 +20,6 @@ import pytest
 from botocore.config import Config
 
 from anneal_client import Client
-from app.db.migrate import upgrade
 from app.db.orm import Upload
 from app.http.services import Services
 from app.main import create_app
@@ -85,16 +84,14 @@ def relay(s3_server: Any) -> Iterator[Relay]:
 
 
 @pytest.fixture(params=["local", "s3"])
-def settings(request: pytest.FixtureRequest, settings: Settings, fresh_postgres: str) -> Settings:
+def settings(request: pytest.FixtureRequest, settings: Settings, migrated_postgres: str) -> Settings:
     """PostgreSQL, and each kind of storage."""
     limits = LimitSettings(part_bytes=PART, complete_wait_s=0.5, upload_lease_s=LEASE_S)
-    changes: dict[str, Any] = {"database_url": fresh_postgres, "require_keys": False, "limits": limits}
+    changes: dict[str, Any] = {"database_url": migrated_postgres, "require_keys": False, "limits": limits}
     if request.param == "s3":
         bucket, relay = request.getfixturevalue("fresh_bucket"), request.getfixturevalue("relay")
         changes["storage"] = bucket.settings(S3_ENDPOINT_URL=f"http://127.0.0.1:{relay.port}")
-    changed = settings.model_copy(update=changes)
-    upgrade(changed.database)
-    return changed
+    return settings.model_copy(update=changes)
 
 
 @pytest.fixture
@@ -150,7 +147,7 @@ def open_upload(client: httpx.Client, content: bytes = CONTENT, *, send: bool = 
 
 
 def completed(client: httpx.Client, path: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (state := client.get(path).json())["status"] == "completing":
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -25,7 +25,9 @@ from app.db.base import make_engine
 from app.db.orm import Job
 from app.db.uow import Database
 from app.settings import Settings
+from app.tenants import create_key
 from tests.factories import onnx_models
+from tests.factories.migrated import migrate
 from tests.servers import free_port, launched
 
 FAST = {
@@ -34,7 +36,6 @@ FAST = {
     "WORKER_SWEEP_S": "0.5",
     "WORKER_REDISPATCH_S": "2",
     "WORKER_STAGE_TIMEOUT_S": "60",
-    "ANNEAL_SHUTDOWN_S": "3",
 }
 
 
@@ -57,20 +58,32 @@ class Deployment:
         """What says who asks, for plain HTTP."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
+    @property
+    def settings(self) -> Settings:
+        """As far as they say where its rows are."""
+        return Settings(home=self.home, DATABASE_URL=self.environment.get("DATABASE_URL", ""))
+
     def client(self) -> Client:
         return Client(self.url, self.api_key)
 
     def database(self) -> Database:
-        settings = Settings(home=self.home, DATABASE_URL=self.environment.get("DATABASE_URL", ""))
-        return Database(make_engine(settings.database))
+        return Database(make_engine(self.settings.database))
+
+    def create_key(self, tenant: str) -> str:
+        """As `python -m app create-key --tenant TENANT` makes one."""
+        db = self.database()
+        try:
+            return create_key(db, tenant, "default")
+        finally:
+            db.close()
 
     def run(self, *arguments: str) -> str:
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout.strip()
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        log = (self.home / f"{arguments[0]}-{len(self.processes)}.log").open("wb")
-        with log:
+    def start(self, *arguments: str, name: str = "") -> subprocess.Popen[bytes]:
+        """`name`: of its log, by default the module's."""
+        with (self.home / f"{name or arguments[0]}-{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(
                 [*launched(), sys.executable, "-m", *arguments],
                 env=self.environment,
@@ -88,7 +101,11 @@ class Deployment:
     def start_worker(self) -> subprocess.Popen[bytes]:
         return self.start("workers")
 
-    def wait_for(self, ready: Any, timeout_s: float = 30) -> None:
+    def start_hurried_worker(self) -> subprocess.Popen[bytes]:
+        """For jobs whose figures nobody looks at."""
+        return self.start("tests.factories.hurried", name="workers")
+
+    def wait_for(self, ready: Any, timeout_s: float = 90) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
@@ -97,7 +114,7 @@ class Deployment:
             time.sleep(0.05)
         raise TimeoutError(self.logs())
 
-    def wait_ready(self, timeout_s: float = 30) -> None:
+    def wait_ready(self, timeout_s: float = 90) -> None:
         """Until a worker is live and everything else answers."""
         self.wait_for(lambda: self.readiness()["status"] == "ready", timeout_s)
 
@@ -142,9 +159,9 @@ def deployment(home: Path, extra: Mapping[str, str] | None = None, port: int | N
     home.mkdir(parents=True, exist_ok=True)
     found = Deployment(home, environment, port)
     try:
-        found.run("app", "migrate")
+        migrate(found.settings)
         if {"DATABASE_URL", "BROKER_URL", "STORAGE_URL"} & set(extra or ()):  # no longer the embedded default
-            found.api_key = found.run("app", "create-key", "--tenant", "test")
+            found.api_key = found.create_key("test")
         found.start_api()
         yield found
     finally:
@@ -176,7 +193,7 @@ def job_row(db: Database, job_id: str) -> Job:
     return job
 
 
-def wait_for_stage(db: Database, job_id: str, stages: set[str], timeout_s: float = 60) -> str | None:
+def wait_for_stage(db: Database, job_id: str, stages: set[str], timeout_s: float = 90) -> str | None:
     """The stage of `stages` that is running right now; None once the job has ended."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

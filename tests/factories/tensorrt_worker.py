@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import tests.factories.hurried
 import tests.factories.tensorrt_installed  # noqa: F401  (its import puts the stand-ins in place)
 from tests.factories.cuda_standin import GPU
 from workers import service
@@ -12,13 +13,15 @@ from workers.__main__ import main
 from workers.hardware import describe
 from workers.pipeline.isolated import IsolatedRunner
 
+MODULES = ["tests.factories.tensorrt_installed", "tests.factories.hurried"]
+
 
 def _describe(gpu: str = "") -> dict[str, Any]:
     return {**describe(gpu), "gpu": GPU}
 
 
 service.describe = _describe  # type: ignore[attr-defined]
-service.IsolatedRunner = lambda **how: IsolatedRunner(["tests.factories.tensorrt_installed"], **how)  # type: ignore[attr-defined]
+service.IsolatedRunner = lambda **how: IsolatedRunner(MODULES, **how)  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -166,7 +166,7 @@ def deliver_due(sender: WebhookSender) -> int:
     return delivered
 
 
-def eventually(ready: Callable[[], bool], seconds: float = 20) -> bool:
+def eventually(ready: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:

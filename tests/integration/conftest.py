@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from app.blobs.content import ContentStore
 from app.db.base import make_engine, utcnow
 from app.db.ids import new_id
-from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Dataset, Job, SourceModel
 from app.db.uow import Database
 from app.domain.spec import OptimizationSpec
@@ -20,20 +20,23 @@ from app.jobs.schedule import Offer
 from app.jobs.service import JobService
 from app.settings import Settings, WorkerSettings
 from app.storage.local import LocalStore
+from tests.factories.migrated import migrated_sqlite
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
+    """An empty database of each kind; a migrated one where the test takes `database`."""
+    migrated = "database" in request.fixturenames
     if request.param == "sqlite":
+        if migrated:
+            shutil.copy(migrated_sqlite(), tmp_path / "test.db")
         return f"sqlite:///{tmp_path / 'test.db'}"
-    url: str = request.getfixturevalue("fresh_postgres")
+    url: str = request.getfixturevalue("migrated_postgres" if migrated else "fresh_postgres")
     return Settings(DATABASE_URL=url).database
 
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    upgrade(database_url)
     db = Database(make_engine(database_url))
     yield db
     db.close()

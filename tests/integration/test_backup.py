@@ -45,7 +45,7 @@ def test_destroyed_and_restored(postgres_url: str, tmp_path: Path) -> None:
             deleted = client.upload_model(write_case(tmp_path, 61)[0])
             kept = client.upload_model(write_case(tmp_path, 62)[0])
             running = submit_case(client, tmp_path, 60)["id"]
-            worker = deployed.start_worker()
+            worker = deployed.start_hurried_worker()
             assert wait_for_stage(db, running, {"benchmark", "validate", "build"}) is not None
             _postgres("pg_dump", "--format=custom", f"--file={dump}", url)
             # The service goes on between the two.
@@ -66,7 +66,7 @@ def test_destroyed_and_restored(postgres_url: str, tmp_path: Path) -> None:
             lacking = [("missing", deleted.sha256)]
             assert (code, [(line["problem"], line["what"]) for line in told if "what" in line]) == (1, lacking)
             restored.api_key = key  # the one from before
-            restored.start_worker()
+            restored.start_hurried_worker()
             with restored.client() as client:
                 job = client.wait(running)
                 assert job.status == "succeeded", restored.logs()

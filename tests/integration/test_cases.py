@@ -84,7 +84,7 @@ class Jobs:
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     folder = tmp_path_factory.mktemp("cases")
     with deployment(folder / "home") as service:
-        service.start_worker()
+        service.start_hurried_worker()
         service.wait_ready()
         with service.client() as client:
             yield Jobs(client, folder)

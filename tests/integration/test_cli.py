@@ -38,7 +38,7 @@ FAST_JOB = [
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     with deployment(tmp_path_factory.mktemp("home")) as found:
-        found.start_worker()
+        found.start_hurried_worker()
         found.wait_ready()
         yield found
 

@@ -27,7 +27,7 @@ def test_a_module_becomes_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     data = from_arrays({"input": x}, wanted.argmax(1))
     seen: list[Event] = []
     with deployment(tmp_path / "home") as deployed:
-        deployed.start_worker()
+        deployed.start_hurried_worker()
         deployed.wait_ready()
         with deployed.client() as client:
             result = client.optimize(

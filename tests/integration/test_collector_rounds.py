@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from app.blobs import collector as collecting
 from app.blobs.collector import Collector
 from app.blobs.content import ContentStore, blob_key
 from app.blobs.references import keep_result
@@ -29,6 +30,12 @@ from workers.pipeline.machine import MachineLock, Place
 from workers.service import WorkerService
 
 _LONG_AGO_S = 48 * 3600
+_FILES = 40  # that one pass removes here: as in the service, and with fewer to begin with
+
+
+@pytest.fixture
+def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collecting, "_FILES", _FILES)
 
 
 def _digests(name: str, count: int) -> list[str]:
@@ -72,12 +79,13 @@ def _round(collector: Collector) -> list[dict[str, int]]:
     return passes
 
 
+@pytest.mark.usefixtures("small_passes")
 def test_a_round_removes_all_that_is_left(database: Database, tmp_path: Path) -> None:
     """Beside a writer whose every transaction is answered, and without what is young or needed."""
     store = LocalStore(tmp_path / "blobs")
     content = ContentStore(store)
     orphans, unneeded, needed, young = (
-        _digests(name, count) for name, count in (("orphan", 600), ("unneeded", 600), ("needed", 300), ("young", 300))
+        _digests(name, count) for name, count in (("orphan", 120), ("unneeded", 120), ("needed", 60), ("young", 60))
     )
     _leave(store, [*orphans, *unneeded, *needed])
     _note(database, unneeded)
@@ -110,21 +118,22 @@ def test_a_round_removes_all_that_is_left(database: Database, tmp_path: Path) ->
         writer.join(60)
     assert not errors
     assert written[0] > 10
-    assert len(passes) >= 600 // 200
+    assert len(passes) >= 120 // _FILES
     for kind in ("blobs", "orphans"):
-        assert sum(p[kind] for p in passes) == 600
-        assert max(p[kind] for p in passes) <= 210
+        assert sum(p[kind] for p in passes) == 120
+        assert max(p[kind] for p in passes) <= _FILES + 10
     assert _stored(content) == {*needed, *young}
     assert all(p["blobs"] == p["orphans"] == 0 for p in _round(collector)), "the next one finds nothing"
 
 
+@pytest.mark.usefixtures("small_passes")
 def test_a_round_on_s3(fresh_bucket: S3Bucket, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'test.db'}"
     upgrade(url)
     db, store = Database(make_engine(url)), S3Store(fresh_bucket.name, "anneal", fresh_bucket.settings())
     content = ContentStore(store)
     (tmp_path / "file").write_bytes(b"x")
-    orphans, needed = _digests("orphan", 250), _digests("needed", 5)
+    orphans, needed = _digests("orphan", 50), _digests("needed", 5)
     try:
         with ThreadPoolExecutor(8) as threads:
             keys = [blob_key(LOCAL_TENANT, sha256) for sha256 in (*orphans, *needed)]
@@ -134,7 +143,7 @@ def test_a_round_on_s3(fresh_bucket: S3Bucket, tmp_path: Path) -> None:
         careful = Settings(home=tmp_path, collector=CollectorSettings(grace_s=3600))
         assert sum(p["orphans"] for p in _round(Collector(db, content, careful))) == 0
         passes = _round(Collector(db, content, Settings(home=tmp_path, collector=CollectorSettings(grace_s=0))))
-        assert sum(p["orphans"] for p in passes) == 250
+        assert sum(p["orphans"] for p in passes) == 50
         assert len(passes) >= 2
         assert _stored(content) == set(needed)
     finally:

@@ -16,7 +16,7 @@ from tests.factories.deployment import Deployment, deployment, submit_case
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     with deployment(tmp_path_factory.mktemp("examining") / "home") as found:
-        found.start_worker()
+        found.start_hurried_worker()
         found.wait_ready()
         yield found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from app.db.orm import LOCAL_TENANT, SourceModel, StageResult
 from app.db.uow import Database
 from app.domain.failures import StageFailure
 from app.settings import Settings
+from app.storage.base import BlobStore
 from app.storage.factory import make_store
-from tests.conftest import S3Bucket
+from tests.conftest import new_bucket
 from tests.factories import onnx_models
 from tests.factories.deployment import Deployment, deployment, submit_case
 from tests.factories.stages import Misbehave
@@ -46,7 +48,7 @@ def test_a_damaged_file_is_never_built_on(tmp_path: Path) -> None:
     """One that a stage made is made again; an upload ends the job with words, for only its owner has it."""
     with deployment(tmp_path / "home") as deployed, deployed.client() as client:
         db = deployed.database()
-        deployed.start_worker()
+        deployed.start_hurried_worker()
         first = submit_case(client, tmp_path, 1)
         assert client.wait(first["id"])["status"] == "succeeded"
         made = _made_by(db, "build")
@@ -70,23 +72,32 @@ def test_a_damaged_file_is_never_built_on(tmp_path: Path) -> None:
         db.close()
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["cut", "flipped"])
-@pytest.mark.parametrize("storage", ["local", "s3"])
-def test_an_upload_that_was_damaged_is_mended_by_sending_it_again(
-    tmp_path: Path, request: pytest.FixtureRequest, storage: str, cut: bool
-) -> None:
-    bucket: S3Bucket | None = request.getfixturevalue("fresh_bucket") if storage == "s3" else None
-    source = onnx_models.save(onnx_models.mlp(seed=9), tmp_path / "net.onnx")
-    with deployment(tmp_path / "home", bucket.variables if bucket else None) as deployed, deployed.client() as client:
-        deployed.start_worker()
+@pytest.fixture(scope="module", params=["local", "s3"])
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Deployment, BlobStore]]:
+    """A deployment with a worker on each kind of storage, and that storage."""
+    bucket = new_bucket(request.getfixturevalue("s3_server")) if request.param == "s3" else None
+    home = tmp_path_factory.mktemp("stored") / "home"
+    with deployment(home, bucket.variables if bucket else None) as deployed:
+        deployed.start_hurried_worker()
         deployed.wait_ready()
+        yield deployed, make_store(Settings(home=home, **({"storage": bucket.settings()} if bucket else {})))
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "flipped"])
+def test_an_upload_that_was_damaged_is_mended_by_sending_it_again(
+    stored: tuple[Deployment, BlobStore], tmp_path: Path, cut: bool
+) -> None:
+    deployed, store = stored
+    source = onnx_models.save(onnx_models.mlp(seed=9 + cut), tmp_path / "net.onnx")
+    with deployed.client() as client:
         first = client.upload_model(source)
         db = deployed.database()
         with db.read() as session:
             row = session.get_one(SourceModel, first["id"])
             key = blob_key(row.tenant_id, row.sha256)
         db.close()
-        store = make_store(Settings(home=deployed.home, **({"storage": bucket.settings()} if bucket else {})))
         damaged, whole = tmp_path / "damaged", tmp_path / "whole"
         content = bytearray(source.read_bytes())
         content[len(content) // 2] ^= 0x40
@@ -94,7 +105,12 @@ def test_an_upload_that_was_damaged_is_mended_by_sending_it_again(
         store.put_file(key, damaged, replace=True)
 
         def run(model: dict[str, Any]) -> dict[str, Any]:
-            spec = {"model_id": model["id"], "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}}
+            spec = {
+                "model_id": model["id"],
+                "target": {"backends": ["onnxruntime"]},
+                "precisions": ["fp32"],
+                "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
+            }
             return client.wait(client.submit({**spec, "budget_seconds": 10})["id"], check=False)
 
         failed = run(first)

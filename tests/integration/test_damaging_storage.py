@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from app.db.migrate import upgrade
 from app.db.orm import LOCAL_TENANT, Job, JobEvent, SourceModel, StageResult
 from app.jobs import sweep as sweep_module
 from app.settings import Settings, WorkerSettings
@@ -40,7 +39,6 @@ def worker(desk: Desk, tmp_path: Path, database_url: str) -> WorkerService:
     settings = Settings(
         home=tmp_path, DATABASE_URL=database_url, worker=WorkerSettings(max_attempts=MOST, redispatch_s=1e-6)
     )
-    upgrade(database_url)
     found = WorkerService(settings)
     found.isolated.start()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +18,37 @@ import httpx
 import numpy as np
 import onnxruntime
 import pytest
+import redis
 
+from tests.conftest import new_bucket
 from tests.factories.deployment import Deployment, deployment
+from tests.servers import new_database
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
 
 pytestmark = pytest.mark.timeout(280)
 
 
-@pytest.fixture(params=["embedded", "servers"])
-def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deployment]:
+@pytest.fixture(scope="module", params=["embedded", "servers"])
+def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     extra: dict[str, str] = {}
-    if request.param == "servers":
-        extra = {
-            "DATABASE_URL": request.getfixturevalue("fresh_postgres"),
-            "BROKER_URL": request.getfixturevalue("fresh_redis"),
-            **request.getfixturevalue("fresh_bucket").variables,
-        }
-    with deployment(tmp_path / "home", extra) as found:
+    with contextlib.ExitStack() as stack:
+        if request.param == "servers":
+            broker: str = request.getfixturevalue("redis_url")
+            with redis.Redis.from_url(broker) as client:
+                client.flushall()
+            extra = {
+                "DATABASE_URL": stack.enter_context(new_database(request.getfixturevalue("postgres_url"))),
+                "BROKER_URL": broker,
+                **new_bucket(request.getfixturevalue("s3_server")).variables,
+            }
+        found = stack.enter_context(deployment(tmp_path_factory.mktemp("end_to_end") / "home", extra))
         found.start_worker()
         found.wait_ready()
         yield found
 
 
-def _spec(client: Any, *, min_seconds: float = 0.3, budget: int = 40) -> dict[str, Any]:
+def _spec(client: Any, *, min_seconds: float, budget: int) -> dict[str, Any]:
     # In parts, over an upload session: on S3 the parts go to presigned URLs.
     model = client.upload_model(DIGITS / "model.onnx", "digits", parts_above=0)
     calibration = client.upload_dataset(DIGITS / "calibration.npz")
@@ -55,12 +64,29 @@ def _spec(client: Any, *, min_seconds: float = 0.3, budget: int = 40) -> dict[st
     }
 
 
-def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_path: Path) -> None:
+@dataclass
+class Ended:
+    """The main job at its end, and the kinds of what was told on the way."""
+
+    spec: dict[str, Any]
+    job: dict[str, Any]
+    seen: list[str]
+
+
+@pytest.fixture(scope="module")
+def ended(deployed: Deployment) -> Ended:
+    seen: list[str] = []
     with deployed.client() as client:
-        spec = _spec(client, budget=150)
-        seen: list[str] = []
-        job = client.wait(client.submit(spec)["id"], on_event=lambda e: seen.append(e.type))
-        assert {"state", "stage"} <= set(seen)
+        spec = _spec(client, min_seconds=0.1, budget=60)
+        headers = {**deployed.headers, "X-Request-ID": "trace-me-through"}
+        job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
+        return Ended(spec, client.wait(job["id"], on_event=lambda e: seen.append(e.type)), seen)
+
+
+def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, ended: Ended, tmp_path: Path) -> None:
+    job = ended.job
+    with deployed.client() as client:
+        assert {"state", "stage"} <= set(ended.seen)
         assert job["progress"] == 1.0
         stages = [s["name"] for s in job["stages"]]
         assert {"export", "simplify", "quantize", "build", "validate", "benchmark", "sweep", "package"} <= set(stages)
@@ -75,13 +101,17 @@ def test_from_an_uploaded_model_to_a_proven_engine(deployed: Deployment, tmp_pat
         _check_bundle(client.download_bundle(engine_id, tmp_path / "bundle.zip"), tmp_path / "bundle", path)
         _check_told(json.loads((tmp_path / "bundle/manifest.json").read_text()), report)
 
-        again = client.wait(client.submit(spec)["id"])
+
+def test_the_same_job_again(deployed: Deployment, ended: Ended) -> None:
+    with deployed.client() as client:
+        again = client.wait(client.submit(ended.spec)["id"])
         made = {s["name"] for s in again["stages"] if not s["cached"]}
         # Measured anew, a search may go another way, and quantize what the first one did not.
         assert "export" not in made, "what is made of the same bytes is not made again"
         if not made & {"benchmark", "sweep"}:  # a measurement that claims nothing is no other job's to use
             assert made == {"package"}, "the same job again computes nothing; its bundle tells whose it is"
-            assert client.engine(again["engine_ids"][0])["sha256"] == engine["sha256"]
+            engines = [client.engine(job["engine_ids"][0])["sha256"] for job in (ended.job, again)]
+            assert engines[0] == engines[1]
 
 
 def _check_report(report: dict[str, Any]) -> None:
@@ -166,20 +196,15 @@ def _check_bundle(bundle: Path, folder: Path, engine: Path) -> None:
     assert "difference" in done.stdout
 
 
-def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: Deployment, tmp_path: Path) -> None:
-    with deployed.client() as client:
-        spec = _spec(client, min_seconds=0.1, budget=15)
-    headers = {**deployed.headers, "X-Request-ID": "trace-me-through"}
-    job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
-    with deployed.client() as client:
-        client.wait(job["id"])
-    deadline, mine = time.monotonic() + 20, set[str]()
+def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: Deployment, ended: Ended) -> None:
+    deadline, mine = time.monotonic() + 60, set[str]()
     while not {"job_started", "job_ended"} <= mine and time.monotonic() < deadline:  # logged after the commit
         lines = [json.loads(x) for x in deployed.worker_log().splitlines() if x.startswith("{") and x.endswith("}")]
         mine = {line["event"] for line in lines if line.get("correlation_id") == "trace-me-through"}
         time.sleep(0.2)
     assert {"job_started", "job_ended"} <= mine
-    page = httpx.get(f"{deployed.url}/v1/jobs/{job['id']}/report", headers={**deployed.headers, "Accept": "text/html"})
+    report = f"{deployed.url}/v1/jobs/{ended.job['id']}/report"
+    page = httpx.get(report, headers={**deployed.headers, "Accept": "text/html"})
     assert page.status_code == 200
     assert "<svg" in page.text
     assert "static int8" in page.text
@@ -188,7 +213,7 @@ def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: De
 def test_without_data_only_engines_that_keep_the_arithmetic_may_ship(deployed: Deployment) -> None:
     with deployed.client() as client:
         model = client.upload_model(DIGITS / "model.onnx")
-        spec = {"model_id": model["id"], "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "budget_seconds": 15}
+        spec = {"model_id": model["id"], "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "budget_seconds": 10}
         job = client.wait(client.submit(spec)["id"])
         report = client.report(job["id"])
         again = client.wait(client.submit({**spec, "measure": "again"})["id"])
@@ -207,7 +232,7 @@ def test_what_nobody_can_meet_fails_with_the_nearest_miss_and_a_report(deployed:
             "model_id": model["id"],
             "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
             "constraints": {"max_size_mb": 0.001},
-            "budget_seconds": 15,
+            "budget_seconds": 10,
         }
         job = client.wait(client.submit(body)["id"], check=False)
         assert job["status"] == "failed"
@@ -221,7 +246,7 @@ def test_what_nobody_can_meet_fails_with_the_nearest_miss_and_a_report(deployed:
 
 def test_openvino_from_upload_to_a_bundle_that_runs(deployed: Deployment, tmp_path: Path) -> None:
     with deployed.client() as client:
-        spec = _spec(client, min_seconds=0.1) | {"target": {"backends": ["openvino"]}}
+        spec = _spec(client, min_seconds=0.1, budget=25) | {"target": {"backends": ["openvino"]}}
         job = client.wait(client.submit(spec)["id"])
         report = client.report(job["id"])
         tried = {c["id"] for c in report["candidates"]}

@@ -31,7 +31,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "precisions": ["fp32", "int8"],
             "target": {"backends": ["onnxruntime"]},
             "benchmark": {"batch_sizes": [1], "min_seconds": 0.3},
-            "budget_seconds": 70,
+            "budget_seconds": 45,
             "traffic": {"rate_per_second": 20, "slo": {"p99_latency_ms": 200}},
         }
         job, events = client.submit(spec), []

@@ -61,7 +61,7 @@ def test_a_worker_killed_in_every_stage_and_an_emptied_broker(
         kills = 0
         with deployed.client() as client:
             job_id = submit_case(client, tmp_path, seed)["id"]
-            worker = deployed.start_worker()
+            worker = deployed.start_hurried_worker()
             while (stage := wait_for_stage(db, job_id, remaining)) is not None:
                 children = descendants(worker)
                 kill(worker)
@@ -69,7 +69,7 @@ def test_a_worker_killed_in_every_stage_and_an_emptied_broker(
                 remaining.discard(stage)
                 assert gone(children), "a killed worker left processes behind"
                 deployed.empty_broker()
-                worker = deployed.start_worker()
+                worker = deployed.start_hurried_worker()
             job = client.wait(job_id)
         kill(worker)
         assert job["status"] == "succeeded", deployed.logs()
@@ -94,7 +94,7 @@ def _states(db: Database, job_id: str) -> list[str]:
 
 def test_a_killed_child_costs_one_stage_call(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
-        worker = deployed.start_worker()
+        worker = deployed.start_hurried_worker()
         job_id = submit_case(client, tmp_path, 10, benchmark={"batch_sizes": [1], "min_seconds": 1})["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
         deadline = time.monotonic() + 10
@@ -110,8 +110,8 @@ def test_a_killed_child_costs_one_stage_call(deployed: Deployment, db: Database,
 
 def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
-        worker = deployed.start_worker()
-        job_id = submit_case(client, tmp_path, 20, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
+        worker = deployed.start_hurried_worker()
+        job_id = submit_case(client, tmp_path, 20, benchmark={"batch_sizes": [1], "min_seconds": 1})["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
         later = [submit_case(client, tmp_path, seed)["id"] for seed in (21, 22)]
         children = descendants(worker)
@@ -121,7 +121,7 @@ def test_a_worker_asked_to_stop_gives_its_job_back(deployed: Deployment, db: Dat
         assert time.monotonic() - started < 10
         assert gone(children)
         assert job_row(db, job_id).status == "queued"
-        deployed.start_worker()
+        deployed.start_hurried_worker()
         assert client.wait(job_id)["status"] == "succeeded"
         # It went on first, though others had been waiting for longer.
         begun = job_row(db, job_id).claimed_at
@@ -157,7 +157,7 @@ def test_an_idle_worker_goes_on_with_what_another_left(
 @pytest.mark.parametrize("deployed", ["embedded"], indirect=True)
 def test_a_drained_worker_ends_its_job_and_takes_no_other(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
-        deployed.start_worker()
+        deployed.start_hurried_worker()
         first = submit_case(client, tmp_path, 50, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
         assert wait_for_stage(db, first, {"benchmark"}) == "benchmark"
         (worker_id,) = [worker["id"] for worker in client.capabilities()["workers"]]
@@ -172,7 +172,7 @@ def test_a_drained_worker_ends_its_job_and_takes_no_other(deployed: Deployment, 
 
 def test_cancel_ends_the_work_within_ten_seconds(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
-        worker = deployed.start_worker()
+        worker = deployed.start_hurried_worker()
         long = {"benchmark": {"batch_sizes": [1], "min_seconds": 30}, "budget_seconds": 60}
         job_id = submit_case(client, tmp_path, 30, **long)["id"]
         assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"

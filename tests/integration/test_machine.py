@@ -15,8 +15,11 @@ def test_a_job_waits_for_a_measurement_and_tells(tmp_path: Path) -> None:
         db = deployed.database()
         try:
             with lock.hold(Place(alone=True), lambda: False, lambda: None):
-                deployed.start_worker()
-                job_id = submit_case(client, tmp_path, 1)["id"]
+                deployed.start_hurried_worker()
+                deployed.wait_ready()
+                job_id = submit_case(client, tmp_path, 1, target={"backends": ["onnxruntime"]}, precisions=["fp32"])[
+                    "id"
+                ]
                 deployed.wait_for(lambda: any(s["detail"] for s in job_row(db, job_id).stages or ()))
                 (stage,) = job_row(db, job_id).stages
                 assert (stage["name"], stage["detail"]) == ("export", "waiting for the machine")

@@ -58,7 +58,7 @@ def test_a_server_dies_with_the_process_that_started_it(server: str) -> None:
             port = int(owner.stdout.readline().rpartition(":")[2].partition("/")[0])
             assert servers.answers(port)
             os.kill(owner.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while servers.answers(port):
             assert time.monotonic() < deadline, "the server outlived its owner"
             time.sleep(0.02)

@@ -38,7 +38,6 @@ class Failing(LocalStore):
 @pytest.fixture
 def worker(desk: Desk, tmp_path: Path, database_url: str) -> WorkerService:
     settings = Settings(home=tmp_path, DATABASE_URL=database_url, worker=WorkerSettings(max_attempts=2))
-    upgrade(database_url)
     found = WorkerService(settings)
     failing = Failing(tmp_path / "blobs")
     found.content.store = failing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,20 @@ from workers.service import WorkerService
 ROOT = Path(__file__).parents[2]
 
 # A worker with a thread that dies of what nobody thought of: as soon as it starts, before Celery listens to signals, or
-# later.
+# once it does.
 DYING = """
-import sys, time
+import sys, threading, time
+from celery.signals import worker_ready
 from workers.__main__ import main
 from workers.background import Background
-name, after_s = sys.argv[1], float(sys.argv[2])
+name, late = sys.argv[1], sys.argv[2] == "late"
+ready = threading.Event()
+worker_ready.connect(lambda **_: ready.set(), weak=False)
 start = Background.start
 def dies():
-    time.sleep(after_s)
+    if late:
+        ready.wait(60)
+        time.sleep(0.5)
     raise KeyError("what nobody thought of")
 Background.start = lambda self, thread, target: start(self, thread, dies if thread == name else target)
 sys.exit(main())
@@ -47,11 +53,17 @@ sys.exit(main())
 """
 
 
-def _start(deployed: Deployment, code: str, *arguments: str) -> subprocess.Popen[bytes]:
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with deployment(tmp_path_factory.mktemp("dying") / "home") as found:
+        yield found
+
+
+def _start(deployed: Deployment, code: str, *arguments: str, **told: str) -> subprocess.Popen[bytes]:
     command = [*launched(), sys.executable, "-c", code, *arguments]
     log = (deployed.home / "workers-dying.log").open("wb")
     with log:
-        process = subprocess.Popen(command, cwd=ROOT, env=deployed.environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, env={**deployed.environment, **told}, stdout=log, stderr=log)
     deployed.processes.append(process)
     return process
 
@@ -67,22 +79,22 @@ def _assert_ends_in_order(process: subprocess.Popen[bytes], deployed: Deployment
         assert client.capabilities()["workers"] == [], "it has said goodbye"
 
 
-@pytest.mark.parametrize("after_s", [0, 3])
+@pytest.mark.parametrize("when", ["at once", "late"])
 @pytest.mark.parametrize("name", ["housekeeping", "sweeper", "errands"])
-def test_a_thread_that_dies_ends_the_worker_in_order(tmp_path: Path, name: str, after_s: int) -> None:
-    with deployment(tmp_path / "home") as deployed:
-        _assert_ends_in_order(_start(deployed, DYING, name, str(after_s)), deployed)
+def test_a_thread_that_dies_ends_the_worker_in_order(deployed: Deployment, name: str, when: str) -> None:
+    _assert_ends_in_order(_start(deployed, DYING, name, when), deployed)
 
 
 @pytest.mark.parametrize("method", ["_keep", "_watch"])
-def test_a_thread_of_a_lease_that_dies_gives_the_job_back(tmp_path: Path, method: str) -> None:
-    with deployment(tmp_path / "home", {"WORKER_LEASE_S": "90"}) as deployed, deployed.client() as client:
-        process = _start(deployed, DYING_AT_A_JOB, method)
-        deployed.wait_ready()
+def test_a_thread_of_a_lease_that_dies_gives_the_job_back(deployed: Deployment, tmp_path: Path, method: str) -> None:
+    process = _start(deployed, DYING_AT_A_JOB, method, WORKER_LEASE_S="90")
+    deployed.wait_ready()
+    with deployed.client() as client:
         job = submit_case(client, tmp_path, 1)
         _assert_ends_in_order(process, deployed)
         found = client.job(job["id"])
         assert found["status"] == "queued", "long before its lease would have run out"
+        client.cancel(job["id"])
 
 
 def _jobs(

@@ -12,7 +12,7 @@ from app.errors import AppError
 from benchmarks.fuzz.intake import LIMITS, data_sets, fuzzed, models
 from benchmarks.fuzz.mutate import mutated
 
-SECONDS = 4.0
+SECONDS = 3.0
 
 
 def test_the_seeds_are_taken_or_refused_as_what_they_are(tmp_path: Path) -> None:

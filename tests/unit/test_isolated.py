@@ -211,7 +211,7 @@ runner.run(request, on_progress=lambda *_: None, should_stop=lambda: False)
 def test_nothing_runs_on_without_worker_or_zygote(victims: tuple[str, ...], tmp_path: Path) -> None:
     """Killed by SIGKILL, one or both: the stage ends, and so does what it has started."""
     owner = psutil.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=Path(__file__).parents[2])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (tmp_path / "grandchild").exists() or not (tmp_path / "grandchild").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -229,7 +229,7 @@ def test_nothing_runs_on_without_worker_or_zygote(victims: tuple[str, ...], tmp_
 
 
 def _wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

@@ -192,7 +192,7 @@ def test_who_hangs_up_is_not_computed(server: Server) -> None:
     for thread in threads:
         thread.join()
     key = ("anneal_serve_requests_total", "cancelled")
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while server.metrics().get(key, 0) < before.get(key, 0) + 2 and time.monotonic() < until:
         time.sleep(0.02)
     assert server.metrics()[key] == before.get(key, 0) + 2
@@ -216,7 +216,7 @@ def test_metrics_count_what_was_done(server: Server) -> None:
 def test_sigterm_answers_what_was_taken(tmp_path: Path) -> None:
     with serving(bundle(tmp_path, max_batch=1)) as server, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(server.infer, asked([WAITS], [1, 1])) for _ in range(3)]
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         taken = ("anneal_serve_waiting", "anneal_serve_in_flight")
         while sum(server.metrics()[name,] for name in taken) < 2 and time.monotonic() < until:
             time.sleep(0.01)
@@ -236,7 +236,7 @@ def test_it_lives_before_it_is_ready(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     with serving(folder, "--port", str(port), wait=False) as found:
         server = Server(found.process, port)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while True:
             try:
                 live = server.ask("GET", "/v2/health/live")[0]
