@@ -26,8 +26,9 @@ def test_a_job_beside_spinning_processes_claims_nothing(tmp_path: Path) -> None:
         with deployed.client() as client, spinning(crowd()):
             spec = {
                 "model_id": client.upload_model(model, "mlp")["id"],
+                "target": {"backends": ["onnxruntime"]},
                 "benchmark": {"batch_sizes": [1], "min_seconds": 0.2},
-                "budget_seconds": 40,
+                "budget_seconds": 15,
             }
             job = client.wait(client.submit(spec)["id"])
             report = client.report(job["id"])

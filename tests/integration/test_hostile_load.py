@@ -139,7 +139,7 @@ def test_storage_that_hangs_takes_only_its_own_threads(tmp_path: Path) -> None:
             def upload(number: int) -> int:
                 body = {"filename": "m.onnx", "size_bytes": 10 + number}
                 with contextlib.suppress(httpx.HTTPError):
-                    answer = httpx.post(f"{deployed.url}/v1/uploads", json=body, headers=deployed.headers, timeout=20)
+                    answer = httpx.post(f"{deployed.url}/v1/uploads", json=body, headers=deployed.headers, timeout=13)
                     return answer.status_code
                 return 0
 
