@@ -49,8 +49,13 @@ def _api(_: argparse.Namespace) -> int:
 
 def _migrate(_: argparse.Namespace) -> int:
     from app.db.migrate import upgrade
+    from app.errors import AppError
 
-    upgrade(load_settings().database)
+    try:
+        upgrade(load_settings().database)
+    except AppError as error:
+        sys.stderr.write(f"{error.detail} {error.remedy or ''}\n")
+        return 1
     return 0
 
 

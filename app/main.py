@@ -30,6 +30,7 @@ from app.db.base import make_engine
 from app.db.uow import Database
 from app.http import health
 from app.http.auth import Authenticator, TokenCaller
+from app.http.ending import Ending
 from app.http.metrics import Metrics
 from app.http.middleware import BodyLimitMiddleware, KeyMiddleware, LocalGuardMiddleware, RequestContextMiddleware
 from app.http.openapi import describe
@@ -77,6 +78,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     settings = settings or load_settings()
     metrics = Metrics()
     background = Background()
+    ending = Ending()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,7 +86,8 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
         metrics.watch(health.CachedSnapshot(lambda: health.snapshot(services)))
         app.state.services = services
         app.state.tracing = tracing = make_tracing(settings, "anneal-api", f"{socket.gethostname()}-{os.getpid()}")
-        app.state.readiness = health.CachedReadiness(health.Examiner(health.probes_of(services, background)))
+        app.state.readiness = health.CachedReadiness(health.Examiner(health.probes_of(services, background, ending)))
+        ending.stop_waiting = services.watcher.close
         background.keep("job-watcher", services.watcher.run)
         background.keep("cleaner", lambda: _clean(settings.temp_dir))
         background.keep("queue times", lambda: _end_overdue(services.db))
@@ -98,13 +101,14 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
             await background.stop()
             await services.auth.uses.write()
             await services.rates.close()
-            services.watcher.wake_all()
+            services.watcher.close()
             services.inspector.close()
             services.db.close()
             await anyio.to_thread.run_sync(tracing.close)
 
     app = FastAPI(title="Anneal", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.background = background
+    app.state.ending = ending
     app.state.tracing = NO_TRACING
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.

@@ -228,6 +228,10 @@ class Settings(BaseSettings):
     home: Path = Path(".anneal")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    listen_fds: int = Field(default=0, ge=0, le=16, validation_alias="LISTEN_FDS")
+    listen_pid: int | None = Field(default=None, validation_alias="LISTEN_PID", description="Whom LISTEN_FDS is for")
+    drain_s: float = Field(default=0, ge=0, le=600, description="The API serves on for so long after SIGTERM")
+    shutdown_s: float = Field(default=20, ge=0, le=3600, description="Then requests under way have so long to end")
     public_url: str = Field(
         default="", description="Where browsers reach the pages; needed to sign in by OIDC_CLIENT_ID"
     )

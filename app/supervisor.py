@@ -15,7 +15,6 @@ import time
 from types import FrameType
 
 import structlog
-import uvicorn
 
 from app.db.migrate import upgrade
 from app.logging import configure_logging
@@ -32,11 +31,14 @@ _GRACE_S = 8.0
 
 
 def run_api(settings: Settings) -> int:
-    """Serve the API in this process until SIGTERM or SIGINT."""
+    """Serve the API in this process until SIGTERM or SIGINT: at `settings.host`, or at the sockets handed over."""
     from app.background import tell_of_dead_threads
+    from app.http.ending import ApiServer, handed_over, listening_on
     from app.http.server import make_config, raise_descriptor_limit
     from app.main import create_app
 
+    sockets = handed_over(settings)
+    settings = listening_on(settings, sockets)
     refuse_open_server(settings)
     _refuse_unconfined(settings)
     _refuse_without_oidc(settings)
@@ -45,8 +47,8 @@ def run_api(settings: Settings) -> int:
     raise_descriptor_limit()
     app = create_app(settings)
     tell_of_dead_threads(app.state.background.note_death)
-    server = uvicorn.Server(make_config(app, settings))
-    server.run()
+    server = ApiServer(make_config(app, settings), settings.drain_s, app.state.ending)
+    server.run(sockets or None)
     return 0 if server.started else 1
 
 

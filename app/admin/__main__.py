@@ -18,7 +18,7 @@ from app.settings import load_settings
 
 # Each is a module of this package with `HELP` and `add(parser)`, which sets `run` to a function of the arguments and
 # the desk that returns an exit code.
-NOUNS = ("audit", "doctor", "jobs", "keys", "plans", "retention", "tenants", "workers")
+NOUNS = ("audit", "doctor", "jobs", "keys", "plans", "retention", "sessions", "tenants", "workers")
 
 
 def parser() -> argparse.ArgumentParser:

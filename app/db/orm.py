@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Float,
     ForeignKey,
@@ -14,6 +15,7 @@ from sqlalchemy import (
     Index,
     Integer,
     String,
+    false,
     text,
 )
 from sqlalchemy.orm import Mapped, mapped_column
@@ -116,11 +118,11 @@ class Job(Base):
     `attempts`: since a stage was finished last; `attempts_in_all` never begin anew. Neither counts what a worker that
     was shut down gave back.
     `turn` (of its `priority`) and `not_before` say when it is next (`app.jobs.schedule`); `start_by`: queued until then
-    without having been begun, it fails. `dispatched_at` and `dispatches` are the previous release's, which may run
-    beside this one.
+    without having been begun, it fails.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
     then an ended job stands in its status's `JobTally`. `parent_id`: of the job that compares this one's target with
-    others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced.
+    others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced. `told`: its end,
+    to the tenant's webhook endpoints; a worker of the release before leaves that to others (`app.webhooks.outbox`).
     """
 
     __tablename__ = "jobs"
@@ -147,8 +149,6 @@ class Job(Base):
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     lease_lock: Mapped[str | None] = mapped_column(String(100))
-    dispatched_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    dispatches: Mapped[int] = mapped_column(Integer, default=0)
     priority: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
     turn: Mapped[int] = mapped_column(Integer, default=1, server_default=text("1"))
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -166,6 +166,7 @@ class Job(Base):
     expected_end: Mapped[datetime | None] = mapped_column(UtcDateTime)
     tallied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     parent_id: Mapped[str | None] = mapped_column(Id)
+    told: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
 
     __table_args__ = (
         # Lists: all of a tenant's jobs, those in a status, those of a model.
@@ -221,6 +222,13 @@ class Job(Base):
             "finished_at",
             sqlite_where=text("webhook_url IS NOT NULL AND webhook_done_at IS NULL"),
             postgresql_where=text("webhook_url IS NOT NULL AND webhook_done_at IS NULL"),
+        ),
+        # What a worker of the release before has ended.
+        Index(
+            "ix_jobs_untold",
+            "finished_at",
+            sqlite_where=text("finished_at IS NOT NULL AND NOT told"),
+            postgresql_where=text("finished_at IS NOT NULL AND NOT told"),
         ),
         Index(
             "ix_jobs_parent_id",

@@ -20,6 +20,7 @@ from app.db.migrate import check_revision
 from app.db.uow import Database
 from app.errors import AppError
 from app.http.deps import ServicesDep
+from app.http.ending import Ending
 from app.http.metrics import CONTENT_TYPE
 from app.http.problem import problems
 from app.http.services import Services
@@ -82,10 +83,11 @@ class Probe:
     needed: bool = False
 
 
-def probes_of(services: Services, background: Background) -> list[Probe]:
+def probes_of(services: Services, background: Background, ending: Ending) -> list[Probe]:
     """The storage is not needed: it is the same for every process, and polls, streams, lists and cancels go on, while
     what needs it says so itself."""
     return [
+        Probe("process", lambda: _goes_on(ending), needed=True),
         Probe("database", lambda: ping(services.db), needed=True),
         Probe("migrations", lambda: check_revision(services.db), needed=True),
         Probe("queue", lambda: check_broker(services.settings)),
@@ -180,6 +182,12 @@ def _live_workers(services: Services) -> str:
     if not count:
         raise AppError("no_worker", "No worker", 503, "No live worker.", retryable=True)
     return f"{count} live"
+
+
+def _goes_on(ending: Ending) -> str:
+    if ending.begun:
+        raise AppError("process_ending", "Ending", 503, "This process is being ended.", retryable=True)
+    return "ok"
 
 
 def _nothing_died(background: Background) -> str:

@@ -48,7 +48,7 @@ def make_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.Con
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        **{"timeout_graceful_shutdown": 3, **options},
+        **{"timeout_graceful_shutdown": settings.shutdown_s, **options},
     )
 
 
@@ -62,12 +62,13 @@ def raise_descriptor_limit() -> None:
 
 def limited_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
     """A protocol class with these limits and a count of connections of its own: one server, one class."""
-    return type("LimitedHttpProtocol", (_LimitedProtocol,), {"limits": limits, "addresses": Counter()})
+    return type("LimitedHttpProtocol", (LimitedProtocol,), {"limits": limits, "addresses": Counter()})
 
 
-class _LimitedProtocol(HttpToolsProtocol):
+class LimitedProtocol(HttpToolsProtocol):
     limits: LimitSettings
     addresses: Counter[str]
+    ending = False  # of the process: each answer is the last one of its connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its base does
         super().connection_made(transport)
@@ -138,6 +139,8 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        if self.ending:
+            self.cycle.keep_alive = False
         self._in_head, self._in_body = False, True
         self._raw_bytes = self._body_bytes = self._unread_bytes = 0
         self._set_timer(None)

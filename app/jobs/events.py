@@ -32,8 +32,9 @@ class _Batch:
 async def event_stream(
     services: Services, tenant_id: str, job_id: str, job: JobDocument, after: int, credentials: Credentials
 ) -> AsyncIterator[bytes]:
-    """Events with `seq` above `after`, as they come; ends after the job's last one, and when the key is revoked. A
-    comment every 15 s keeps proxies from closing the connection. Streams of one job share what they read."""
+    """Events with `seq` above `after`, as they come; ends after the job's last one, when the key is revoked, and with
+    the process. A comment every 15 s keeps proxies from closing the connection. Streams of one job share what they
+    read."""
     with services.waiting.taken(tenant_id):
         yield b"retry: 1000\n\n"
         seq, spoken = after, time.monotonic()
@@ -53,26 +54,26 @@ async def event_stream(
                 async for ping in until_changed(services, tenant_id, job_id, job.version, credentials, spoken):
                     yield ping
                     spoken = time.monotonic()
-            except Revoked:
+            except StreamOver:
                 return
             key = ("job", tenant_id, job_id, job.version)
             job = await services.reads.read(key, services.job_documents.get, tenant_id, job_id)
 
 
-class Revoked(Exception):
-    """What let a stream in would do so no more."""
+class StreamOver(Exception):
+    """What let a stream in would do so no more, or this process ends: whoever follows on comes again."""
 
 
 async def until_changed(
     services: Services, tenant_id: str, job_id: str, version: int, credentials: Credentials, spoken: float
 ) -> AsyncIterator[bytes]:
     """Ends when the job is another than this version; until then comments that keep the connection, the first one 15 s
-    after `spoken`. Raises `Revoked`."""
+    after `spoken`. Raises `StreamOver`."""
     changed = False
     while not changed:
         changed = await services.watcher.wait(job_id, version, _RECHECK_S)
-        if await _revoked(services, tenant_id, credentials):
-            raise Revoked
+        if services.watcher.closed or await _revoked(services, tenant_id, credentials):
+            raise StreamOver
         if not changed and time.monotonic() - spoken >= _HEARTBEAT_S:
             yield b": ping\n\n"
             spoken = time.monotonic()

@@ -104,6 +104,7 @@ class JobRepository:
         changes: dict[str, Any] = {"status": target.value, **(values or {})}
         if target in TERMINAL:
             changes.setdefault("finished_at", utcnow())
+            changes["told"] = True  # by `job_ended` below
         if target is not JobStatus.RUNNING:
             changes.setdefault("lease_owner", None)
             changes.setdefault("lease_expires_at", None)

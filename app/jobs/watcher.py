@@ -30,13 +30,18 @@ class JobWatcher:
         self._waiting: dict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self._known: dict[asyncio.Future[None], int] = {}
         self._wanted = asyncio.Event()
+        self.closed = False
 
-    def wake_all(self) -> None:
-        """At the end of the process: whoever still waits is woken."""
+    def close(self) -> None:
+        """At the end of the process: whoever waits is woken, and nobody waits any more."""
+        self.closed = True
         self._wake(list(self._known))
 
     async def wait(self, job_id: str, version: int, timeout_s: float) -> bool:
-        """Wait until the job's version is not `version` any more, or the job is gone; False after `timeout_s`."""
+        """Wait until the job's version is not `version` any more, or the job is gone; False after `timeout_s`, and
+        at once when closed."""
+        if self.closed:
+            return False
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[job_id].add(future)
         self._known[future] = version

@@ -22,7 +22,7 @@ def caller_of(db: Database, claims: Mapping[str, Any], settings: OidcSettings, l
     """403 `tenant_missing` where the claims name no tenant that there is here, or several; 403 `role_missing` where
     they give no role. Blocks."""
     tenant, role = tenant_of(claims, settings), role_of(claims, settings)
-    caller = caller_of_subject(db, tenant, str(claims["sub"]), role, moment(float(claims["exp"]) + leeway_s))
+    caller = caller_of_subject(db, tenant, str(claims["sub"]), role, moment(claims["exp"], leeway_s))
     if caller is None:
         raise _no_tenant(settings, f"it names {tenant!r}, which there is not here")
     return caller
@@ -68,10 +68,10 @@ def claim(claims: Mapping[str, Any], name: str) -> Any:
     return found
 
 
-def moment(seconds: float) -> datetime:
-    """Of a time of a token, which may be any number."""
+def moment(seconds: float, later_s: float) -> datetime:
+    """So much after a time of a token, which may be any number."""
     try:
-        return datetime.fromtimestamp(seconds, UTC)
+        return datetime.fromtimestamp(seconds + later_s, UTC)
     except (OverflowError, ValueError, OSError):
         return _END_OF_TIME
 

@@ -98,6 +98,17 @@ class TenantRepository:
             which = over if token_sha256 is None else kind.token_sha256 == token_sha256
             self.session.execute(delete(kind).where(which))
 
+    def subjects_sessions(
+        self, tenant_id: str | None, *, subject: str | None = None, limit: int | None = None
+    ) -> Sequence[SubjectSession]:
+        """Those of subjects of the identity provider that have not ended, newest first; None: of all."""
+        query = select(SubjectSession).where(SubjectSession.expires_at > utcnow())
+        if tenant_id is not None:
+            query = query.where(SubjectSession.tenant_id == tenant_id)
+        if subject is not None:
+            query = query.where(SubjectSession.subject == subject)
+        return [*self.session.scalars(query.order_by(SubjectSession.created_at.desc()).limit(limit))]
+
     # Audit rows
 
     def audit(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 
 from app.audit import record
 from app.db.accounts import BrowserSession, SubjectSession
 from app.db.base import utcnow
 from app.db.uow import Database
+from app.names import storable
 from app.tenants.callers import Caller, actor_of, caller_of_key, hash_key, utterable
 from app.tenants.repository import TenantRepository
 
@@ -71,6 +73,25 @@ def sign_out(db: Database, token: str) -> None:
     """End a browser's session. Other API processes forget it within two seconds."""
     with db.write() as uow:
         TenantRepository(uow.session).forget_sessions(hash_key(token))
+
+
+def sessions(db: Database, tenant_id: str | None, *, limit: int) -> Sequence[SubjectSession]:
+    """Of subjects of the identity provider, those that have not ended, newest first; of all tenants for None."""
+    with db.read() as session:
+        return TenantRepository(session).subjects_sessions(tenant_id, limit=limit)
+
+
+def end_sessions(db: Database, subject: str, *, actor: str) -> int:
+    """Sign a subject out everywhere: how many browsers that were. API processes forget them within two seconds. What
+    the subject may do with a token of the provider's, and with keys that it made, stays as it is."""
+    with db.write() as uow:
+        tenants = TenantRepository(uow.session)
+        found = tenants.subjects_sessions(None, subject=storable(subject))
+        for row in found:
+            uow.session.delete(row)
+        for tenant_id in sorted({row.tenant_id for row in found}):
+            record(uow.session, tenant_id, actor, "session.end", None, {"subject": subject})
+        return len(found)
 
 
 def _note_refusal(db: Database, key: str, address: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from app.http.auth import Credentials
 from app.http.services import Services
-from app.jobs.events import Revoked, until_changed
+from app.jobs.events import StreamOver, until_changed
 
 
 async def live_stream(
@@ -35,7 +35,7 @@ async def live_stream(
                 async for ping in until_changed(services, tenant_id, job_id, known, credentials, spoken):
                     yield ping
                     spoken = time.monotonic()
-            except Revoked:
+            except StreamOver:
                 return
 
 

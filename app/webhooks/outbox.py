@@ -38,6 +38,28 @@ def job_ended(session: Session, job_id: str) -> None:
     endpoints = _listening(session, job.tenant_id, f"job.{job.status}")
     if job.webhook_url is not None:
         hand_over(session, job)
+    _tell(session, job, endpoints)
+
+
+def tell_late(session: Session, job_id: str) -> None:
+    """As `job_ended`, of a job that a worker of the release before has ended, which knows of no endpoints: to those
+    that were there by then. Its own URL is told by `take_over`, or by that worker."""
+    statement = (
+        update(Job)
+        .where(Job.id == job_id, Job.finished_at.is_not(None), Job.told.is_(False))
+        .values(told=True)
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    )
+    if session.scalar(statement) is None:
+        return  # somebody else came first
+    job = _told(session, job_id)
+    if job.parent_id is None and job.finished_at is not None:
+        endpoints = _listening(session, job.tenant_id, f"job.{job.status}")
+        _tell(session, job, [endpoint for endpoint in endpoints if endpoint.created_at <= job.finished_at])
+
+
+def _tell(session: Session, job: Job, endpoints: Sequence[WebhookEndpoint]) -> None:
     if not endpoints:
         return
     message = JobEnded.of(job)

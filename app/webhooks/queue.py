@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from app.audit import SYSTEM, record
@@ -114,6 +114,11 @@ class DeliveryQueue:
             or_(Job.webhook_due_at.is_(None), Job.webhook_due_at <= now),
         )
         return [(row[0], row[1]) for row in self.session.execute(query.order_by(Job.finished_at).limit(limit))]
+
+    def untold(self, limit: int) -> Sequence[str]:
+        """Jobs whose end was told to no endpoint. The conditions are those of the partial index, to the letter."""
+        query = select(Job.id).where(Job.finished_at.is_not(None), text("NOT told"))
+        return [*self.session.scalars(query.order_by(Job.finished_at).limit(limit))]
 
     def _ended(self, delivery: WebhookDelivery, changes: dict[str, Any]) -> bool:
         return self._change(delivery, delivery.attempts + 1, {"lease_expires_at": None, **changes})

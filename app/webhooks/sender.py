@@ -21,7 +21,7 @@ from app.db.uow import Database, patiently
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint
 from app.jobs.repository import JobRepository
 from app.settings import Settings
-from app.webhooks.outbox import take_over
+from app.webhooks.outbox import take_over, tell_late
 from app.webhooks.places import FairPlaces
 from app.webhooks.queue import DeliveryQueue
 from app.webhooks.signing import secrets_of, signed, signed_as_before
@@ -88,10 +88,15 @@ class WebhookSender:
     def _take_over(self) -> None:
         """What an earlier release left, or a worker of it leaves now."""
         with self.db.read() as session:
-            left = DeliveryQueue(session).left_behind(utcnow(), _TAKEN_OVER)
+            queue = DeliveryQueue(session)
+            left, untold = queue.left_behind(utcnow(), _TAKEN_OVER), queue.untold(_TAKEN_OVER)
         for job_id, attempts in left:
             with self.db.write() as uow:
                 take_over(uow.session, job_id, attempts)
+        if untold:
+            with self.db.write() as uow:
+                for job_id in untold:
+                    tell_late(uow.session, job_id)
 
     def _next(self) -> WebhookDelivery | None:
         passed = self._places.full()

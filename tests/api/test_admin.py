@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from app.admin import __main__ as admin
 from app.capabilities.service import CapabilityService
-from app.db.base import make_engine
+from app.db.base import make_engine, utcnow
 from app.db.uow import Database
+from app.domain.roles import Role
 from app.settings import OidcSettings, Settings
-from app.tenants import caller_of_key
+from app.tenants import caller_of_key, caller_of_session
+from app.tenants.callers import caller_of_subject
+from app.tenants.sessions import sign_in_subject
 from tests.factories.oidc import local_provider
 
 
@@ -141,6 +145,23 @@ def test_every_noun_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             admin.main([noun, "--help"])
         assert end.value.code == 0
         assert noun in capsys.readouterr().out
+
+
+def test_who_is_signed_in_by_the_provider(run: Any, settings: Settings) -> None:
+    run("tenants", "create", "acme")
+    assert run("sessions", "list", "--tenant", "acme")[:2] == (0, [])
+    db = Database(make_engine(settings.database))
+    try:
+        caller = caller_of_subject(db, "acme", "mia", Role.READ, utcnow())
+        assert caller is not None
+        token = sign_in_subject(db, caller, "Mia", timedelta(hours=1))
+        (row,) = run("sessions", "list")[1]
+        assert (row["subject"], row["name"], row["tenant"], row["role"]) == ("mia", "Mia", "acme", "read")
+        assert run("sessions", "end", "mia")[0] == 0
+        assert caller_of_session(db, token) is None
+        assert run("sessions", "end", "mia")[0] == 1
+    finally:
+        db.close()
 
 
 def test_the_doctor_tries_the_identity_provider(run: Any, settings: Settings) -> None:

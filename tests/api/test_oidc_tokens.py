@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import httpx
 import jwt
 import pytest
 
+from app.db.base import utcnow
 from app.domain.plan import Limits
 from app.http.services import Services
 from app.main import create_app
 from app.oidc import provider as provider_module
+from app.oidc import tokens as tokens_module
 from app.settings import OidcSettings, Settings
 from app.tenants import create_key
 from tests.api.conftest import assert_problem, report_worker, serving
@@ -153,6 +156,16 @@ def test_bad_tokens_open_nothing(trusting: Trusting) -> None:
         assert_problem(response, 401, "unauthorized")
     assert trusting.ask(good).status_code == 200
     assert trusting.ask(provider.token(exp=now(-10))).status_code == 200, "clocks differ by some seconds"
+
+
+def test_times_go_by_the_clock_that_all_share(trusting: Trusting, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = trusting.provider.token()
+    for minutes, words in ((-10, "not valid yet"), (10, "expired")):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens_module, "utcnow", lambda minutes=minutes: utcnow() + timedelta(minutes=minutes))
+            assert words in assert_problem(trusting.ask(token), 401, "unauthorized")["detail"]
+    assert trusting.ask(token).status_code == 200
+    assert trusting.ask(trusting.provider.token(exp=10**400)).status_code == 200
 
 
 def test_weak_and_foreign_keys_count_for_nothing(trusting: Trusting) -> None:

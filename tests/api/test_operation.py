@@ -102,7 +102,7 @@ def test_health_and_readiness(client: httpx.Client, services: Services, settings
     body = response.json()
     assert (body["ready"], body["missing"]) == (True, [])
     assert {name: check["ok"] for name, check in body["checks"].items()} == dict.fromkeys(
-        ("database", "migrations", "queue", "storage", "worker", "background"), True
+        ("process", "database", "migrations", "queue", "storage", "worker", "background"), True
     )
 
 

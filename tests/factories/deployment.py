@@ -36,6 +36,7 @@ FAST = {
     "WORKER_SWEEP_S": "0.5",
     "WORKER_REDISPATCH_S": "2",
     "WORKER_STAGE_TIMEOUT_S": "60",
+    "ANNEAL_SHUTDOWN_S": "3",
 }
 
 

@@ -18,10 +18,11 @@ _MODELS = """
 _JOBS = """
     INSERT INTO jobs
         (id, tenant_id, model_id, status, progress, spec, queue, stages, engine_ids, report_sha256, manifest_sha256,
-         correlation_id, version, attempts, fencing_token, dispatches, webhook_attempts, spent_seconds, created_at,
-         finished_at)
+         correlation_id, version, attempts, fencing_token, webhook_attempts, spent_seconds, created_at, finished_at,
+         told)
     SELECT {id_of_job}, '{tenant}', {id_of_its_model}, CASE WHEN n / 10 * 10 = n THEN 'failed' ELSE 'succeeded' END, 1,
-        '{spec}', 'anneal.cpu', '{stages}', '[]', {report}, {manifest}, 'filled', 20, 1, 1, 1, 0, 1, {then}, {then}
+        '{spec}', 'anneal.cpu', '{stages}', '[]', {report}, {manifest}, 'filled', 20, 1, 1, 0, 1, {then}, {then},
+        true
     FROM {numbers}
 """
 _ENGINES = """

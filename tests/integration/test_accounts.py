@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import func, select
 
-from app.db.accounts import ApiKey, AuditEvent, Tenant
+from app.db.accounts import LOCAL_TENANT, ApiKey, AuditEvent, Tenant
 from app.db.base import utcnow
 from app.db.uow import Database
 from app.domain.plan import Limits
@@ -19,7 +20,7 @@ from app.tenants.callers import caller_of_subject
 from app.tenants.keys import MOST_LIVE, KeyService
 from app.tenants.repository import TenantRepository
 from app.tenants.service import TenantService, limits_of
-from app.tenants.sessions import sign_in_subject
+from app.tenants.sessions import end_sessions, sessions, sign_in_subject
 
 
 def test_a_key_from_before_there_were_roles_may_all(database: Database) -> None:
@@ -129,8 +130,17 @@ def test_who_signed_in_at_the_identity_provider(database: Database) -> None:
     assert caller_of_session(database, tokens[1]) is None, "its time is over"
     sign_out(database, tokens[0])
     assert caller_of_session(database, tokens[0]) is None
+    tokens = [sign_in_subject(database, caller, "Mia", timedelta(hours=1)) for _ in range(2)]
+    other = sign_in_subject(database, replace(caller, subject="max"), "Max", timedelta(hours=1))
+    assert [row.name for row in sessions(database, caller.tenant_id, limit=2)] == ["Max", "Mia"]
+    assert sessions(database, LOCAL_TENANT, limit=9) == []
+    assert end_sessions(database, "mia", actor="operator:test") == 2
+    assert end_sessions(database, "mia\0", actor="operator:test") == 0
+    assert [caller_of_session(database, token) is None for token in (*tokens, other)] == [True, True, False]
     with database.read() as session:
-        events = [*session.scalars(select(AuditEvent).where(AuditEvent.action == "session.begin"))]
-    assert [(e.actor, e.detail["address"], e.tenant_id) for e in events] == [
-        ("oidc:mia", "192.0.2.1", caller.tenant_id)
-    ] * 2
+        events = [
+            *session.scalars(select(AuditEvent).where(AuditEvent.action.like("session.%")).order_by(AuditEvent.id))
+        ]
+    assert {(e.actor, e.tenant_id) for e in events[:4]} == {("oidc:mia", caller.tenant_id)}
+    assert (events[0].detail["address"], events[-1].action) == ("192.0.2.1", "session.end")
+    assert (events[-1].actor, events[-1].detail) == ("operator:test", {"subject": "mia"})

@@ -26,7 +26,7 @@ from app.domain.spec import OptimizationSpec
 from app.jobs.repository import JobRepository
 from app.settings import CollectorSettings, Settings, WebhookSettings
 from app.webhooks import sender as sending
-from app.webhooks.outbox import take_over
+from app.webhooks.outbox import take_over, tell_late
 from app.webhooks.schemas import WebhookEndpointChange, WebhookEndpointIn
 from app.webhooks.sender import WebhookSender
 from app.webhooks.service import WebhookService
@@ -362,6 +362,31 @@ def test_what_the_release_before_leaves_is_taken_over_once(desk: Desk, receiver:
     with desk.db.write() as uow:
         assert not take_over(uow.session, waiting.id, 3)
     assert len(_rows(desk)) == 1
+
+
+def test_what_a_worker_of_the_release_before_ends_is_told_to_endpoints_once(
+    desk: Desk, webhooks: WebhookService, receiver: Receiver
+) -> None:
+    """It knows of none. Those that came after the end do not hear of it."""
+    _endpoint(webhooks, receiver.url)
+    job, long_ended = _cancelled(desk), _cancelled(desk)
+    with desk.db.write() as uow:
+        uow.session.query(WebhookDelivery).delete()
+        uow.session.execute(update(Job).values(told=False))
+        before = {"finished_at": utcnow() - timedelta(days=1)}
+        uow.session.execute(update(Job).where(Job.id == long_ended.id).values(**before))
+    active = desk.submit()
+    sender = _sender(desk)
+    assert deliver_due(sender) == 1
+    assert [row.job_id for row in _rows(desk)] == [job.id]
+    assert desk.job(job.id).told
+    assert desk.job(long_ended.id).told
+    assert not desk.job(active.id).told
+    with desk.db.write() as uow:
+        tell_late(uow.session, job.id)
+        tell_late(uow.session, active.id)
+    assert deliver_due(sender) == 0
+    assert len(receiver.requests) == 1
 
 
 def test_old_deliveries_and_deleted_endpoints_are_collected(desk: Desk, webhooks: WebhookService) -> None:
