@@ -43,11 +43,17 @@ def _logging() -> None:
     configure_logging(json=True, level="WARNING")
 
 
+@pytest.fixture(scope="session")
+def migrated() -> Path:
+    """A migrated SQLite file, to be copied."""
+    return migrated_sqlite()
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, migrated: Path) -> Settings:
     home = tmp_path / "home"
     home.mkdir()
-    shutil.copy(migrated_sqlite(), home / "anneal.db")
+    shutil.copy(migrated, home / "anneal.db")
     return Settings(home=home, limits=LimitSettings(upload_bytes=64 << 20))
 
 
