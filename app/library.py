@@ -21,6 +21,7 @@ from app.db.ids import new_id
 from app.db.orm import Dataset, Job, SourceModel, Upload
 from app.db.uow import Database
 from app.domain.artifact_key import digest_of
+from app.domain.spec import DATASETS
 from app.domain.upload_state import DONE, ENDED, UploadState
 from app.errors import AppError, FieldError, blob_corrupted, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, recall, remember, resource_gone
@@ -75,10 +76,7 @@ class LibraryRepository(Generic[Row]):
         if self.table is SourceModel:
             uses = Job.model_id == row_id
         else:
-            uses = or_(
-                Job.spec["calibration"]["dataset_id"].as_string() == row_id,
-                Job.spec["validation"]["dataset_id"].as_string() == row_id,
-            )
+            uses = or_(*(Job.spec[path].as_string() == row_id for path in DATASETS))
         active = Job.status.in_(("queued", "running"))
         return self.session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, active, uses).limit(1))
 

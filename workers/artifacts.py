@@ -11,6 +11,7 @@ OPENVINO_IR: Final = "openvino-ir"  # `model.xml`, `model.bin`, `interface.json`
 EXPORTED_PROGRAM: Final = (
     "exported-program"  # `program.pt2` as `torch.export.save` writes it, without pickles, `interface.json`
 )
+TRAINING: Final = "training"  # a program that is being trained: `program.pt2`, `interface.json`, `training.pt`
 INDUCTOR_PACKAGE: Final = "inductor-package"  # `model.pt2` (or `program.pt2` and `cache.bin`), `engine.json`
 TENSORRT_PLAN: Final = "tensorrt-plan"  # `engine.plan`, `engine.json`
 TENSORRT_RTX_PLAN: Final = "tensorrt-rtx-plan"  # the same, of TensorRT for RTX

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
@@ -31,12 +32,14 @@ class Rounding:
 @dataclass(frozen=True)
 class Step:
     """One stage call of a candidate; `extra` names further inputs beside the graph that flows from step to step.
-    `rounding`: what the stage says of it (`kernel.Stage.rounding`), once it is planned."""
+    `rounding`: what the stage says of it (`kernel.Stage.rounding`), once it is planned. `group`: what it is one of
+    several steps of, that go together: they are made once for all candidates, and left out as one."""
 
     stage: str
     options: Mapping[str, Any]
     extra: tuple[str, ...] = ()
     rounding: Rounding | None = None
+    group: str | None = None
 
     def describe(self) -> str:
         """For the report: the stage and the options that tell recipes apart."""
@@ -79,7 +82,12 @@ class Candidate:
     @property
     def recipe(self) -> str:
         options = ", ".join(f"{k}={v}" for k, v in sorted(self.runtime.items()))
-        return " → ".join([s.describe() for s in self.steps] + ["build"]) + (f" [{options}]" if options else "")
+        steps = [told for told, _ in groupby(step.group or step.describe() for step in self.steps)]
+        return " → ".join([*steps, "build"]) + (f" [{options}]" if options else "")
+
+    def after(self, steps: Sequence[Step], suffix: str, name: str) -> Candidate:
+        """The same, of a graph that comes out of these steps."""
+        return replace(self, id=f"{self.id}.{suffix}", name=f"{self.name}, {name}", steps=(*steps, *self.steps))
 
     def variant(
         self, suffix: str, name: str, unlikely: str | None = None, *, other_values: bool = False, **runtime: Any
@@ -160,7 +168,7 @@ class Case:
     `workers.graph.onnx_graph` (cnn, transformer, rnn, …). `arithmetic`: as in `workers.graph.onnx_arithmetic`.
     `size_bytes`: of the exported model. `same_data`: one data set for calibration and validation, which is split.
     `random`: the original does not answer the same twice. `kinds`: of the artifacts that the export gave
-    (`workers.artifacts`)."""
+    (`workers.artifacts`). `device`: where the engines run."""
 
     spec: OptimizationSpec
     ops: Mapping[str, int]
@@ -175,6 +183,7 @@ class Case:
     same_data: bool = False
     random: bool = False
     kinds: Sequence[str] = (ONNX,)
+    device: str = "cpu"
 
     @property
     def int8_pays(self) -> bool:

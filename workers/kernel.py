@@ -122,7 +122,8 @@ class Stage(ABC, Generic[OptionsT]):
     exclusive_device: ClassVar[bool] = False  # a measurement: one at a time on a device
     loopback: ClassVar[bool] = False  # it speaks TCP with processes of its own; no other stage has any network
     # What it is to the rest: nobody asks for its name.
-    takes: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds that its input `model` may be, the preferred one first
+    reads: ClassVar[str] = "model"  # the input that what the step before it made goes into
+    takes: ClassVar[tuple[str, ...]] = (ONNX,)  # kinds that this may be, the preferred one first
     gives: ClassVar[Mapping[str, str]] = {}  # kinds of its outputs, by name
     weight: ClassVar[float] = 1.0  # its share of a job's progress; a build has 1
     makes_engine: ClassVar[bool] = False  # its options name the backend that builds

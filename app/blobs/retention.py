@@ -20,6 +20,7 @@ from app.db.accounts import Tenant
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, JobEvent, SourceModel, StageResult
 from app.db.uow import Database
+from app.domain.spec import DATASETS
 from app.jobs.removal import remove_engine, remove_jobs
 from app.jobs.repository import ACTIVE
 from app.settings import Settings
@@ -203,7 +204,7 @@ def _used(session: Session, tenant_id: str, table: _Uploaded) -> set[str]:
     if table is SourceModel:
         columns: list[ColumnElement[str]] = [Job.model_id.expression]
     else:
-        columns = [Job.spec[part]["dataset_id"].as_string() for part in ("calibration", "validation")]
+        columns = [Job.spec[path].as_string() for path in DATASETS]
     rows = session.execute(select(*columns).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE)))
     return {found for row in rows for found in row if found is not None}
 

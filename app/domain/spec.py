@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -25,6 +26,12 @@ Metric = Literal[
 ]
 # fmt: on
 MOST_TARGETS = 8
+# Fields of a spec that name data sets; the one that judges last.
+DATASETS = (
+    ("quantization", "training", "dataset_id"),
+    ("calibration", "dataset_id"),
+    ("validation", "dataset_id"),
+)
 OF_THE_QUEUE = ("priority", "max_queue_seconds")  # kept in columns of the job, beside its spec
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
@@ -154,14 +161,34 @@ class Search(Strict):
     """`halving`: short tries first; `exhaustive`: the full method for everything."""
 
 
+class Training(Strict):
+    """Of weights that learn to be rounded to int8 (docs/training.md), for models uploaded as `.pt2`. The teacher is the
+    model itself: labels are not needed, and used where the data has class numbers."""
+
+    mode: Literal["off", "auto", "always"] = "auto"
+    """`auto`: where no other way keeps the limit on accuracy, and the budget holds it; `always`: for every static int8
+    configuration beside the one without; `off`: never."""
+    dataset_id: str | None = None
+    """The data set to train on; null: what calibrates. Samples that judge never train."""
+    epochs: int = Field(default=20, ge=1, le=1000)
+    """Passes over the data, at most: it ends where it gets no better."""
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    """Of Adam, at its highest."""
+    max_seconds: int = Field(default=300, ge=5, le=36_000)
+    """That training may take."""
+
+
 class Quantization(Strict):
     """`keep_nodes`: nodes that stay in higher precision, by their names in the simplified graph (an earlier report's
-    `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
+    `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it. `training`:
+    on which terms weights are trained."""
 
     keep_nodes: list[Name] = Field(default=[], max_length=1000)
     """Nodes that stay in higher precision, by their names in the simplified graph."""
     win_back: bool = True
     """Whether nodes that cost too much accuracy are looked for and kept."""
+    training: Training = Training()
+    """Whether and how weights learn to be rounded."""
 
 
 def _possible(url: str) -> str:
@@ -292,3 +319,15 @@ class OptimizationSpec(Strict):
         if self.shapes and self.tensorrt.profiles:
             raise ValueError("give either shapes or tensorrt.profiles, not both")
         return self
+
+
+def datasets_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """The data sets that a job with this spec (as JSON) uses, by the JSON pointer of the field that names each."""
+    found: dict[str, str] = {}
+    for path in DATASETS:
+        value: Any = spec
+        for name in path:
+            value = (value or {}).get(name)
+        if value is not None:
+            found["/" + "/".join(path)] = value
+    return found

@@ -21,6 +21,7 @@ from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database, patiently
 from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
+from app.domain.spec import datasets_of
 from app.jobs.holds import Hold
 from app.jobs.repository import JobRepository, lease_lock
 from app.jobs.schedule import Offer, next_job, turn_of
@@ -173,8 +174,7 @@ class JobLedger:
         with self.db.read() as session:
             job = session.get_one(Job, claim.job_id)
             model = session.get_one(SourceModel, job.model_id)
-            sections = [job.spec.get(name) or {} for name in ("calibration", "validation")]
-            wanted: set[str] = {s["dataset_id"] for s in sections if s.get("dataset_id")}
+            wanted = set(datasets_of(job.spec).values())
             datasets = {i: session.get_one(Dataset, i) for i in wanted}
             return job, model, datasets
 

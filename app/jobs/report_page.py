@@ -29,6 +29,7 @@ from app.jobs.page_parts import (
 )
 from app.jobs.report_plots import configurations, latencies, pareto, speedups, waterfall
 from app.jobs.traffic_page import traffic
+from app.jobs.training_page import training
 
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
@@ -110,6 +111,7 @@ def report_body(report: Json) -> str:
         section("Checks", _checks(report)),
         section("Candidates", _candidates(report)),
         section("The search, in the order of trying", _search(report)),
+        section("Training", training(report)),
         section("Layers that quantization hurts most", rows_table(report.get("sensitivity"), _SENSITIVITY, 10)),
         section("Where the time goes", _profile(part_of(report, "profile"))),
         folded("Method", facts_table(part_of(report, "method"))),

@@ -19,7 +19,7 @@ from app.db.ids import new_id
 from app.db.orm import Job, JobEvent, SourceModel
 from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
-from app.domain.spec import OF_THE_QUEUE, OptimizationSpec
+from app.domain.spec import OF_THE_QUEUE, OptimizationSpec, datasets_of
 from app.errors import FieldError, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, once, recall, remember, resource_gone
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
@@ -31,6 +31,7 @@ from app.jobs.repository import JobRepository
 from app.jobs.schedule import turn_of
 from app.jobs.target_admission import per_target
 from app.jobs.traffic_admission import fit_traffic
+from app.jobs.training_admission import check_training
 from app.prebuilds.repository import PrebuildRepository
 from app.queue.messages import on_gpu
 from app.queue.producer import Dispatch
@@ -128,16 +129,10 @@ class JobService:
         return model
 
     def _datasets(self, session: Session, tenant_id: str, spec: OptimizationSpec, model: SourceModel) -> None:
-        sections: list[tuple[str, str | None]] = [
-            ("calibration", spec.calibration.dataset_id if spec.calibration else None),
-            ("validation", spec.validation.dataset_id),
-        ]
+        check_training(spec, model.format)
         judging: tuple[str, list[dict[str, Any]] | None] = ("/validation/dataset_id", None)
-        for section, dataset_id in sections:
-            if dataset_id is None:
-                continue
+        for pointer, dataset_id in datasets_of(spec.model_dump()).items():
             row = JobRepository(session).usable_dataset(tenant_id, dataset_id)
-            pointer = f"/{section}/dataset_id"
             if row is None:
                 detail = f"There is no data set {dataset_id!r}."
                 raise invalid_request(

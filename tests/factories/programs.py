@@ -94,6 +94,29 @@ def unlowered() -> nn.Module:
     return Net().eval()
 
 
+def brittle() -> nn.Module:
+    """Separable convolutions whose channels are of unlike size, so that one scale for all of them loses the small ones;
+    image [batch, 1, 8, 8]."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)]
+    net = nn.Sequential(
+        *(part for layer in layers for part in (layer, nn.ReLU())),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+    with torch.no_grad():
+        sizes = torch.logspace(0, 1.6, 8)
+        for layer in layers[:2]:
+            layer.weight *= sizes.reshape(-1, 1, 1, 1) if layer.groups == 1 else 1
+            layer.bias.zero_() if layer.groups == 1 else None
+        layers[2].weight /= sizes.reshape(1, -1, 1, 1)
+    return net.eval()
+
+
 def linear() -> nn.Module:
     import torch
     from torch import nn

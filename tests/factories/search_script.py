@@ -70,6 +70,7 @@ class Script:
             shapes=None,
             judging=self.judging,
             calibrating=300,
+            training_samples=0,
         )
         outputs = {"model": SimpleNamespace(size_bytes=1000)}
         x = {"name": "x", "dtype": "float32", "shape": [self.batch, 4]}

@@ -10,7 +10,8 @@ import pytest
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Step
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import Data, Evaluator
+from workers.pipeline.evaluate import Evaluator
+from workers.pipeline.job_data import Data
 
 SPEC = OptimizationSpec.model_validate({"model_id": "m", "calibration": {"dataset_id": "d"}})
 

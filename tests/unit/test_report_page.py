@@ -117,3 +117,28 @@ def test_tables_and_drawings_scroll_within_themselves() -> None:
     page = report_page({"profile": {"layers": layers}, "final_metrics": FINAL}, "job_1")
     assert page.count("<table>") == page.count("<div class=scroll tabindex=0 role=group") >= 1
     assert "<td>72.45 %" in page
+
+
+def test_a_training_is_drawn_once_with_what_it_says() -> None:
+    curve = [
+        {"step": 0, "loss": 0.4, "agreement": 0.8},
+        {"step": 10, "loss": 0.02, "train_loss": 0.03, "agreement": 0.99},
+    ]
+    done = {
+        "curve": curve,
+        "steps": 10,
+        "best_step": 10,
+        "samples": 96,
+        "held_out": 20,
+        "seconds": 3.2,
+        "ended": "<done>",
+    }
+    done |= {"loss_before": 0.4, "loss": 0.02, "agreement_before": 0.8, "agreement": 0.99}
+    candidates = [{"name": f"c{i}", "details": {"train": {"training": done}, "simplify": {}}} for i in range(2)]
+    page = report_page({"candidates": candidates}, "job_1")
+    assert page.count("<polyline") == 1
+    for words in ("c0, c1", "10 steps on 96 samples", "went from 0.4 to 0.02", "80 % to 99 %", "because &lt;done&gt;"):
+        assert words in page
+    assert "<h3>Training" not in report_page(
+        {"candidates": [{"name": "c", "details": {"train": {"training": {}}}}]}, "job_1"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from workers.candidates import Case
 
@@ -19,8 +19,8 @@ class Accelerator(ABC):
     nothing is claimed. `most_wide`: likewise of the interval of the baseline against itself, high over low; at 1.3 a
     figure is off by 14 % at most. `tells_parts`: sessions tell transfers, compute and submission apart
     (`kernel.Session.profile`). `reads_machine_memory`: weights are read from the machine's own memory, whose bandwidth
-    is measured. `triton_group`: what Triton calls instances of a model that run there;
-    `pod_resource`: what a pod of Kubernetes asks for to have one.
+    is measured. `int8_activations`: as its kernels take them: with a zero point, or symmetric. `triton_group`: what
+    Triton calls instances of a model that run there; `pod_resource`: what a pod of Kubernetes asks for to have one.
     """
 
     name: ClassVar[str]
@@ -29,6 +29,7 @@ class Accelerator(ABC):
     most_wide: ClassVar[float]
     tells_parts: ClassVar[bool] = False
     reads_machine_memory: ClassVar[bool] = False
+    int8_activations: ClassVar[Literal["uint8", "int8"]]
     triton_group: ClassVar[str]
     pod_resource: ClassVar[str | None] = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from workers.candidates import BF16_FLAGS, INT8_FLAGS, Case
 from workers.devices.accelerator import Accelerator, Hardware
@@ -17,6 +17,7 @@ class Cpu(Accelerator):
     most_drift: ClassVar[float] = 1.5
     most_wide: ClassVar[float] = 1.2
     reads_machine_memory: ClassVar[bool] = True
+    int8_activations: ClassVar[Literal["uint8", "int8"]] = "uint8"
     triton_group: ClassVar[str] = "KIND_CPU"
 
     def label(self, hardware: Hardware) -> str | None:

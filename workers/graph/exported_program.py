@@ -15,6 +15,7 @@ from typing import Any
 from app.domain.failures import model_failure
 from workers.artifacts import PROGRAM_FILE
 from workers.graph.interface import Interface
+from workers.measure.axes import batch_axes
 
 
 @contextmanager
@@ -91,6 +92,14 @@ class ProgramFolder:
             )
         ranges = {name: [_range(program, size) for size in values[name].shape] for name in user}
         return cls(program, interface, tuple(user), ranges)
+
+    def batch_sizes(self, most: int) -> tuple[int, int]:
+        """The least batch that the program takes, and the largest up to `most`, or that least one."""
+        axes = batch_axes(self.interface.inputs)
+        ranges = [self.ranges[name][axis] for name, axis in axes.items() if axis is not None]
+        least = max((low or 1 for low, _ in ranges), default=1)
+        held = min((high for _, high in ranges if high is not None), default=most)
+        return least, max(least, min(held, most))
 
 
 def _range(program: Any, size: Any) -> list[int | None]:

@@ -35,6 +35,8 @@ def parts(
 
 def _step_parts(picked: Candidate, index: int) -> list[Part]:
     step = picked.steps[index]
+    if step.group is not None:
+        return _group_part(picked, index, step.group)
     stage = stages()[step.stage]
     kept = [*step.options.get("exclude_nodes", ())]
     told = stage.part(step.options)
@@ -48,6 +50,14 @@ def _step_parts(picked: Candidate, index: int) -> list[Part]:
         name = f"{len(kept)} sensitive nodes kept in higher precision"
         found.append(Part(name, _with(picked, index, everything)))
     return found
+
+
+def _group_part(picked: Candidate, index: int, group: str) -> list[Part]:
+    """Of steps that go together, at the first of them."""
+    if any(s.group == group for s in picked.steps[:index]):
+        return []
+    without = replace(picked, steps=tuple(s for s in picked.steps if s.group != group))
+    return [Part(group, without, stage=picked.steps[index].stage)]
 
 
 def _unrounded(picked: Candidate, index: int) -> Candidate:

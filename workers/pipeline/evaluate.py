@@ -15,6 +15,7 @@ from workers.candidates import Candidate, Step
 from workers.kernel import backends, stages
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
+from workers.pipeline.job_data import Data
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.select import Tried
 from workers.search import room
@@ -24,25 +25,6 @@ from workers.search.objective import primary_batch
 
 SEED = 20_240_229
 _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
-
-
-@dataclass
-class Data:
-    """The job's data as stages take it. `same`: one data set for calibration and validation, split sample by sample.
-    `judging`, `calibrating`: how many samples there are for each; 0 where there are no data."""
-
-    calibration: ArtifactRef | None
-    validation: ArtifactRef | None
-    same: bool
-    shapes: dict[str, Any] | None
-    judging: int = 0
-    calibrating: int = 0
-    profiles: dict[str, Any] | None = None
-
-    @property
-    def ranges(self) -> dict[str, Any] | None:
-        """The sizes in use, as far as the job tells: its shapes, else what TensorRT's profiles span."""
-        return self.shapes or self.profiles
 
 
 @dataclass
@@ -144,6 +126,7 @@ class Evaluator:
         self.budget = budget
         self.baseline_backend = baseline_backend
         self._made: dict[str, tuple[list[Outcome], Outcome]] = {}
+        self._grouped: dict[str, Outcome | StageFailure] = {}
         self.apart = True  # the search and the verdict look at samples of their own
         self._references: dict[tuple[str, int], Outcome] = {}  # the original's outputs, by part and number of samples
         # What an earlier calibration found or made, by graph and calibration, and the input that takes it up.
@@ -169,22 +152,38 @@ class Evaluator:
     def _make(self, plan: Candidate, until: float) -> tuple[list[Outcome], Outcome]:
         graph, steps = self.export, []
         for step in plan.steps:
-            graph = self.graph_step(step, graph, plan.id, until)
+            graph = self._step(step, graph, plan.id, until)
             steps.append(graph)
         shapes = {"shapes": self.data.shapes} if self.data.shapes else {}
         options = {"backend": plan.backend, "options": {**plan.build_options, **shapes}}
         model = graph.of_kind(*backends()[plan.backend].accepts)
         return steps, self.call("build", {"model": model}, options, plan.id, until)
 
+    def _step(self, step: Step, graph: Outcome, candidate: str, until: float) -> Outcome:
+        """Steps of a group are made once in a job, whatever time is left to the next candidate that has them."""
+        if step.group is None:
+            return self.graph_step(step, graph, candidate, until)
+        key = json.dumps([graph.key, step.stage, dict(step.options), step.extra], sort_keys=True)
+        if key not in self._grouped:
+            try:
+                self._grouped[key] = self.graph_step(step, graph, candidate, until)
+            except StageFailure as failure:
+                if failure.kind in _NOT_ITS_FAULT:
+                    raise
+                self._grouped[key] = failure
+        found = self._grouped[key]
+        if isinstance(found, StageFailure):
+            raise found
+        return found
+
     def graph_step(self, step: Step, graph: Outcome, candidate: str, until: float) -> Outcome:
         """One step on the graph that `graph` put out."""
         stage = stages()[step.stage]
-        inputs = {"model": graph.of_kind(*stage.takes)}
+        inputs = {stage.reads: graph.of_kind(*stage.takes)}
+        inputs |= {name: ref for name, ref in self.data.extra.items() if name in step.extra}
         key, excluded = _calibration_key(step, graph), step.options.get("exclude_nodes")
-        if "calibration" in step.extra and self.data.calibration is not None:
-            inputs["calibration"] = self.data.calibration
-            if excluded:
-                inputs |= {name: ref for name in stage.reuses if (ref := self._reusable.get((key, name))) is not None}
+        if "calibration" in inputs and excluded:
+            inputs |= {name: ref for name in stage.reuses if (ref := self._reusable.get((key, name))) is not None}
         shapes = {"shapes": self.data.shapes} if "shapes" in stage.Options.model_fields else {}
         found = self.call(step.stage, inputs, {**step.options, **shapes}, candidate, until)
         for name, output in stage.reuses.items():

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.db.orm import Dataset, Job, SourceModel
-from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import StageFailure
-from app.domain.shapes import ShapeRange
 from app.domain.spec import OptimizationSpec
 from app.settings import LimitSettings
 from workers import devices, kernel
@@ -21,14 +19,15 @@ from workers.pipeline import planner
 from workers.pipeline.budget import Budget
 from workers.pipeline.compatibility import compatibility_of
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import CandidateRun, Data, Evaluator
+from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.finals import Finals, final_seconds, too_small
+from workers.pipeline.job_data import Data
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
-from workers.pipeline.source import dataset_ref, source_ref
+from workers.pipeline.source import source_ref
 from workers.search import recording
 from workers.search.driver import Search
 
@@ -67,17 +66,7 @@ class Optimizer:
         self.budget = self._budget(runner.claim.spent_seconds)
         runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = devices.named(self.device).baseline_backend
-        calibration_id = self.spec.calibration.dataset_id if self.spec.calibration else None
-        judging_id = self.spec.validation.dataset_id or calibration_id
-        calibration = _dataset_ref(calibration_id, datasets)
-        validation = _dataset_ref(self.spec.validation.dataset_id, datasets)
-        # One data set for both is split, sample by sample: what calibrates never judges.
-        same = calibration is not None and validation in (None, calibration)
-        shapes = {k: v.model_dump() for k, v in self.spec.shapes.items()} if self.spec.shapes else None
-        judging = datasets[judging_id].samples if judging_id else 0
-        calibrating = datasets[calibration_id].samples if calibration_id else 0
-        profiles = spanned(self.spec.tensorrt.profiles or ())
-        self.data = Data(calibration, validation or calibration, same, shapes, judging, calibrating, profiles)
+        self.data = Data.of(self.spec, datasets)
 
     def _budget(self, spent: float) -> Budget:
         """The rest of it, where an earlier attempt was lost; always so much that something can be proven: what that one
@@ -190,6 +179,7 @@ class Optimizer:
             kinds=tuple(ref.kind for ref in export.outputs.values() if ref.kind is not None),
             has_calibration=self.data.calibration is not None,
             same_data=self.data.same,
+            device=self.device,
         )
 
 
@@ -203,19 +193,3 @@ def device_of(spec: OptimizationSpec, backends: Sequence[kernel.BackendInfo]) ->
         return spec.target.device
     usable = [b for b in backends if spec.target.backends is None or b.name in spec.target.backends]
     return devices.preferred({d for b in usable for d in b.devices}).name
-
-
-def spanned(profiles: Sequence[Mapping[str, ShapeRange]]) -> dict[str, Any] | None:
-    """The ranges that all of TensorRT's profiles span; the first one's most usual shapes."""
-    found: dict[str, Any] = {}
-    for name, first in (profiles[0] if profiles else {}).items():
-        every = [p[name] for p in profiles if name in p and len(p[name].opt) == len(first.opt)]
-        low, high = zip(*(r.min for r in every), strict=True), zip(*(r.max for r in every), strict=True)
-        found[name] = {"min": [min(a) for a in low], "opt": first.opt, "max": [max(a) for a in high]}
-    return found or None
-
-
-def _dataset_ref(dataset_id: str | None, datasets: Mapping[str, Dataset]) -> ArtifactRef | None:
-    if dataset_id is None:
-        return None
-    return dataset_ref(datasets[dataset_id])

@@ -18,8 +18,9 @@ from workers.measure.method import versions
 from workers.members import names_of
 from workers.pipeline.budget import Budget
 from workers.pipeline.by_batch import by_batch_told
-from workers.pipeline.evaluate import SEED, Data
+from workers.pipeline.evaluate import SEED
 from workers.pipeline.final import accepts, final_metrics, winner
+from workers.pipeline.job_data import Data
 from workers.pipeline.outcome import Proof, nodes_kept
 from workers.pipeline.runner import Outcome, StageRunner
 

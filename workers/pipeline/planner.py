@@ -9,6 +9,7 @@ import structlog
 
 from workers.candidates import Candidate, Case, Skipped
 from workers.kernel import Backend, stages
+from workers.pipeline import training
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,8 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
         candidates += [planned(c) for c, reason in reasons if reason is None]
         skipped += proposal.skipped
         skipped += [Skipped(c.name, reason) for c, reason in reasons if reason is not None]
+    trained, why_not = _trained(case, candidates)
+    skipped += why_not
     tried = {c.precision for c in candidates} | {"fp32"}
     named = " ".join(s.name for s in skipped)
     skipped += [
@@ -57,7 +60,18 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
         for precision in case.spec.precisions or ()
         if precision not in tried and precision not in named
     ]
-    return Plan(tuple(sorted(candidates, key=lambda c: c.prior)), tuple(skipped))
+    return Plan((*sorted(candidates, key=lambda c: c.prior), *trained), tuple(skipped))
+
+
+def _trained(case: Case, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Skipped]]:
+    """Those that are trained in any case, behind all others: training takes the longest."""
+    if case.spec.quantization.training.mode != "always":
+        return [], []
+    found = training.plan(case)
+    if not found.steps:
+        return [], [Skipped(training.NAME, f"not trained: {found.why_not}")]
+    able = sorted(filter(training.trainable, candidates), key=lambda c: c.prior)
+    return [planned(c.after(found.steps, training.SUFFIX, training.NAME)) for c in able], []
 
 
 def planned(candidate: Candidate) -> Candidate:
@@ -76,7 +90,8 @@ def _misfit(candidate: Candidate, kinds: Sequence[str], accepts: Sequence[str]) 
             return f"this worker has no stage {step.stage!r}"
         if not set(given) & set(stage.takes):
             return f"{step.stage} takes {' or '.join(stage.takes)}, and there is {', '.join(given)}"
-        given = [stage.gives["model"]] if "model" in stage.gives else []
+        gives = stage.kinds(step.options)
+        given = [gives["model"]] if "model" in gives else []
     if not set(given) & set(accepts):
         return f"{candidate.backend} builds from {' or '.join(accepts)}, and there is {', '.join(given) or 'nothing'}"
     return None

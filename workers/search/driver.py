@@ -12,6 +12,7 @@ from workers.kernel import Backend, TensorSpec
 from workers.measure.axes import batch_axes
 from workers.measure.plan import expected_seconds
 from workers.measure.shape_timing import SHARE
+from workers.pipeline import training
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.planner import Plan
@@ -168,4 +169,6 @@ def facts_of(case: Case, evaluator: Evaluator) -> Facts:
         free_axes=ShapeChecks(evaluator).free,
         memory_bytes=evaluator.memory_bytes(),
         batched=any(axis is not None for axis in axes.values()),
+        training=training.plan(case).steps,
+        training_samples=data.training_samples,
     )

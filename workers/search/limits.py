@@ -58,4 +58,7 @@ FEWEST_SAMPLES = 2
 SENSITIVITY_CALLS = 45  # about how many nodes and groups of them are measured
 SIMULATED = 1.5  # what a call takes there, over the original's
 SENSITIVITY_SHARE = 0.2  # of the time left, which the number of samples goes by
+TRAINING = 20.0  # what training takes per sample, over an inference of the original: two passes forward and one back
+TRAINING_SAMPLE_S = 5e-4  # likewise, whatever the model: a step of 32 samples calls hundreds of operators
+TRAINING_CALLS_S = 20.0  # of the calls that train and export, beside the training itself
 TIMINGS_KEPT = 3  # of one engine: what mending leaves of the search's time to time what it mends

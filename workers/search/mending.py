@@ -1,5 +1,6 @@
 """Winning accuracy back where a quantized candidate loses more than the job allows: other calibration, equalization,
-and the most sensitive nodes in higher precision, until the limit holds or the time is over. Pure."""
+the most sensitive nodes in higher precision, and at last trained weights, until the limit holds or the time is over.
+Pure."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def _next(d: Draft) -> Request | None:
         elif mending.ranked is None:
             return _rank(d, mending)
         elif not mending.keep or d.over(mending.until):
-            return None
+            if not _train(d, mending):
+                return None
         else:
             _try(d, requantized.kept(d[mending.of].plan, mending.ranked[: mending.keep]))
 
@@ -151,11 +153,37 @@ def _judged(d: Draft, cid: str) -> None:
             d.drop(mending.best, PHASE, why)
         d.note(cid, PHASE, "keeps the limit")
         mending = _change(d, best=cid)
+    if mending.trained:
+        return
     if mending.ranked is None:
         if keeps:  # another way to quantize the same nodes
             _change(d, ways=None, ranked=(), keep=0)
         return
     _number(d, mending, keeps=keeps)
+
+
+def _train(d: Draft, mending: Mending) -> bool:
+    """Whether trained weights are tried: the last way, where no other one held, and the time holds it. All candidates
+    start from one training."""
+    candidate = None if mending.best or mending.trained else requantized.trained(d.facts, d[mending.of].plan)
+    if candidate is None or d.spec.quantization.training.mode != "auto":
+        return False
+    known = any(c.plan.steps[:1] == candidate.steps[:1] and c.built for c in d.state.candidates.values())
+    needed = mending.remaking if known else mending.remaking + training_seconds(d)
+    if d.left(mending.until) < needed:
+        why = f"training is expected to take {needed:.0f} s, and {d.left(mending.until):.0f} s are left to the search"
+        d.note(mending.of, PHASE, "not trained", why)
+        return False
+    _change(d, trained=True, keep=0)
+    _try(d, candidate)
+    return True
+
+
+def training_seconds(d: Draft) -> float:
+    """That a training is expected to take."""
+    terms, facts = d.spec.quantization.training, d.facts
+    sample_s = limits.TRAINING * d.state.sample_ms / 1e3 + limits.TRAINING_SAMPLE_S
+    return min(terms.epochs * facts.training_samples * sample_s, terms.max_seconds) + limits.TRAINING_CALLS_S
 
 
 def _number(d: Draft, mending: Mending, *, keeps: bool) -> None:

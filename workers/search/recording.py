@@ -38,7 +38,8 @@ class Recorder:
 
     def begins(self, facts: Facts, candidates: Iterable[Candidate], deadlines: Deadlines, now: float) -> None:
         self._ratio = "speedup" if facts.spec.objective == "latency" else "throughput_ratio"
-        told = {**vars(facts), "spec": facts.spec.model_dump(mode="json")}
+        training = [dataclasses.asdict(step) for step in facts.training]
+        told = {**vars(facts), "spec": facts.spec.model_dump(mode="json"), "training": training}
         plans = [dataclasses.asdict(c) for c in candidates]
         self._line({"facts": told, "candidates": plans, "deadlines": dataclasses.asdict(deadlines), "now": now})
 
@@ -93,7 +94,11 @@ class Recording:
     def read(cls, lines: Iterable[str]) -> Recording:
         entries = map(json.loads, lines)
         first = next(entries)
-        facts = Facts(**{**first["facts"], "spec": OptimizationSpec.model_validate(first["facts"]["spec"])})
+        told = first["facts"]
+        spec = OptimizationSpec.model_validate(told["spec"])
+        facts = Facts(
+            **{**told, "spec": spec, "training": tuple(map(requests.step_from_json, told.get("training", ())))}
+        )
         plans = [requests.candidate_from_json(c) for c in first["candidates"]]
         found = cls(facts, plans, Deadlines(**first["deadlines"]), first["now"])
         for entry in entries:

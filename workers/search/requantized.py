@@ -45,6 +45,14 @@ def kept(plan: Candidate, nodes: Sequence[str]) -> Candidate:
     return _changed(plan, index, excluded, f"keep{len(nodes)}", f"{len(nodes)} sensitive nodes in higher precision")
 
 
+def trained(facts: Facts, plan: Candidate) -> Candidate | None:
+    """The candidate with trained weights; None where it has them, or is not quantized statically."""
+    _, step = quantization(plan)
+    if not facts.training or "calibration" not in step.extra or plan.steps[0].group == facts.training[0].group:
+        return None
+    return plan.after(facts.training, "trained", "trained weights")
+
+
 def _equalized(plan: Candidate, index: int, alpha: float, *, same_data: bool) -> Candidate:
     options = {"alpha": alpha, "part": "calibration" if same_data else "all"}
     steps = [*plan.steps]

@@ -136,10 +136,10 @@ def _subject(data: Mapping[str, Any]) -> Subject:
 
 
 def candidate_from_json(data: Mapping[str, Any]) -> Candidate:
-    return Candidate(**{**data, "steps": tuple(map(_step_from_json, data["steps"]))})
+    return Candidate(**{**data, "steps": tuple(map(step_from_json, data["steps"]))})
 
 
-def _step_from_json(data: Mapping[str, Any]) -> Step:
+def step_from_json(data: Mapping[str, Any]) -> Step:
     told = data["rounding"]
     rounding = None if told is None else Rounding(tuple(told["calibrations"]), told["in_onnx"])
-    return Step(data["stage"], data["options"], tuple(data["extra"]), rounding)
+    return Step(data["stage"], data["options"], tuple(data["extra"]), rounding, data.get("group"))

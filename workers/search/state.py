@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from app.domain.spec import OptimizationSpec
-from workers.candidates import Candidate
+from workers.candidates import Candidate, Step
 from workers.pipeline.checks import Check
 from workers.search.halving import Speed
 
@@ -52,7 +52,8 @@ class Facts:
     """Of one job, known before anything is tried. `products`: whether the graph multiplies matrices. `judging`,
     `calibrating`: samples there are for each; `same_data`: of one data set. `fixed_batch`: the only batch size that the
     model takes. `free_axes`: beside the batch. `memory_bytes`: of what holds the engines. `batched`: whether an input
-    tells the batch size."""
+    tells the batch size. `training`: the steps that train the job's weights, where they may be, on so many
+    `training_samples`."""
 
     spec: OptimizationSpec
     products: bool
@@ -66,6 +67,8 @@ class Facts:
     free_axes: bool
     memory_bytes: float
     batched: bool = True
+    training: tuple[Step, ...] = ()
+    training_samples: int = 0
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -187,8 +190,8 @@ class Mending:
     """What is tried for one candidate. `ways`: other ways to quantize the same nodes, yet to try, or None where that is
     over; `remaking`: seconds that one takes. `ranked`: nodes, those first that are worth most in higher precision, None
     before they are known; `shares`: of all work, that so many of them have. `keep`: so many of them are tried next, 0
-    where no more are; `failed` were too few, `held` are enough (0: none yet). `trying`: who is being made and checked.
-    `best`: who keeps the limit."""
+    where no more are; `failed` were too few, `held` are enough (0: none yet). `trained`: whether trained weights were
+    tried. `trying`: who is being made and checked. `best`: who keeps the limit."""
 
     of: str
     until: float
@@ -199,6 +202,7 @@ class Mending:
     keep: int = 0
     failed: int = 0
     held: int = 0
+    trained: bool = False
     trying: str | None = None
     best: str | None = None
 

@@ -20,7 +20,6 @@ from workers.data import Samples
 from workers.graph import program_ranges
 from workers.graph.exported_program import ProgramFolder, message_of
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
-from workers.measure.axes import batch_axes
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays
@@ -70,7 +69,7 @@ class Observe(Stage[ObserveOptions]):
 
         def batches() -> Iterator[Arrays]:
             nonlocal read
-            least, most = _sizes(source)
+            least, most = source.batch_sizes(_BATCH)
             for part in samples.batches(most):
                 if read and ctx.seconds_left() <= 0:
                     return
@@ -85,15 +84,6 @@ class Observe(Stage[ObserveOptions]):
         program_ranges.write(out, found)
         data = {"products": len(found), "calibration": {"samples": read, "dataset": samples.digest()}}
         return StageResult(outputs=("model",), data=data, reusable=read == len(samples))
-
-
-def _sizes(source: ProgramFolder) -> tuple[int, int]:
-    """The least batch that the program takes, and how many samples are run at once."""
-    axes = batch_axes(source.interface.inputs)
-    ranges = [source.ranges[name][axis] for name, axis in axes.items() if axis is not None]
-    least = max((low or 1 for low, _ in ranges), default=1)
-    most = min((high for _, high in ranges if high is not None), default=_BATCH)
-    return least, max(least, min(most, _BATCH))
 
 
 def _observed(source: ProgramFolder, batches: Iterator[Arrays]) -> dict[str, float]:

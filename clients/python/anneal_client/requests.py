@@ -95,9 +95,11 @@ class PricedTarget(TypedDict, total=False):
 
 class Quantization(TypedDict, total=False):
     """`keep_nodes`: nodes that stay in higher precision, by their names in the simplified graph (an earlier report's
-    `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it."""
+    `nodes_kept`). `win_back`: where int8 loses more accuracy than allowed, look for the nodes that cost it. `training`:
+    on which terms weights are trained."""
 
     keep_nodes: list[str]
+    training: Training  # Whether and how weights learn to be rounded.
     win_back: bool  # Whether nodes that cost too much accuracy are looked for and kept.
 
 
@@ -178,6 +180,17 @@ class Traffic(TypedDict, total=False):
     slo: Required[Slo]  # The limit that is to be kept.
     trace: list[float] | None  # Arrival times in seconds, in order.
     trace_gaps: Literal["refuse", "keep", "close"]  # What to make of pauses that no such traffic has by chance.
+
+
+class Training(TypedDict, total=False):
+    """Of weights that learn to be rounded to int8 (docs/training.md), for models uploaded as `.pt2`. The teacher is the
+    model itself: labels are not needed, and used where the data has class numbers."""
+
+    dataset_id: str | None
+    epochs: int  # Passes over the data, at most: it ends where it gets no better.
+    learning_rate: float  # Of Adam, at its highest.
+    max_seconds: int  # That training may take.
+    mode: Literal["off", "auto", "always"]
 
 
 class UploadIn(TypedDict, total=False):

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from workers.candidates import Case
 from workers.devices.accelerator import Accelerator, Hardware
@@ -43,6 +43,7 @@ class Cuda(Accelerator):
     # The rounds' ratios scatter with the clocks: quiet, by 1.20 to 1.27.
     most_wide: ClassVar[float] = 1.3
     tells_parts: ClassVar[bool] = True
+    int8_activations: ClassVar[Literal["uint8", "int8"]] = "int8"
     triton_group: ClassVar[str] = "KIND_GPU"
     pod_resource: ClassVar[str | None] = "nvidia.com/gpu"
 

@@ -43,6 +43,8 @@ class Export(Stage[ExportOptions]):
     version: ClassVar[int] = 6
     Options = ExportOptions
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "numpy", "torch", "onnxscript")
+    reads: ClassVar[str] = "source"
+    takes: ClassVar[tuple[str, ...]] = (EXPORTED_PROGRAM,)  # as a step, behind one that trained it
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX, "program": EXPORTED_PROGRAM}
     weight: ClassVar[float] = 2.0
 

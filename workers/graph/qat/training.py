@@ -1,0 +1,308 @@
+"""The training itself: a student that rounds learns to answer as its teacher does, the program as it was uploaded.
+
+Adam with a learning rate that falls as a cosine; gradients are clipped by their norm. At regular steps the student is
+judged on samples that were held out, and the best weights so far are kept: at the worst those it began with. Needs
+torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.failures import StageFailure, model_failure
+from app.domain.spec import Metric
+from workers.data import Batch, Samples
+from workers.graph.exported_program import ProgramFolder
+from workers.graph.qat import batches, distance, placement, rounding
+from workers.graph.qat.distance import Output
+from workers.graph.qat.running import Runner, not_gradual
+
+_EVALUATIONS = 20  # of a whole training
+_LEAST_APART = 5  # steps between two of them
+_PATIENCE = 6  # evaluations without any that is better, after which it ends
+_MOST_NORM = 1.0
+_WARM_UP = 0.05  # of the steps, in which the learning rate rises
+_CALIBRATING = 16  # batches, before the first step
+_BETTER = 0.999  # times the best loss so far
+_PROBED = 5  # steps that are timed before it is known how many there will be
+_LEAST_STEPS = 20  # that are worth a training
+
+
+@dataclass(frozen=True)
+class Terms:
+    """`epochs` over the data, at most; `batch`: samples of a step; `metric`: what the job judges by."""
+
+    epochs: int
+    learning_rate: float
+    seed: int
+    batch: int
+    metric: Metric
+
+
+@dataclass
+class Progress:
+    """What a training goes on from, beside the tensors. `steps`: there will be, 0 before that is known; `seconds`: that
+    it took so far. `curve`: [{step, seconds, learning_rate, train_loss, loss, agreement}] of the held-out samples;
+    `best`: the step of the best weights. `cut`: whether time made the steps fewer. `ended`: why it is over."""
+
+    steps: int = 0
+    step: int = 0
+    epoch: int = 0
+    in_epoch: int = 0
+    seconds: float = 0.0
+    worse: int = 0
+    best: int = 0
+    cut: bool = False
+    ended: str | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Training:
+    """Of one program. `training`, `held_out`: disjoint samples. `device`: as torch names it."""
+
+    def __init__(
+        self,
+        source: ProgramFolder,
+        training: Samples,
+        held_out: Samples,
+        terms: Terms,
+        *,
+        op_types: Sequence[str],
+        activations: rounding.Activations,
+        levels: int,
+        device: str,
+    ) -> None:
+        """Raises StageFailure: `not_trainable`, `nothing_to_train`, `training_labels_mismatch`."""
+        torch.manual_seed(terms.seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        placement.check_trainable(source.program)
+        self.training, self.held_out, self.terms = training, held_out, terms
+        self.runner = Runner(source, device)
+        self.teacher, self.student = self.runner.module(), self.runner.module()
+        self.placed = placement.place(self.student, op_types, activations, levels)
+        self.weights = [p for p in self.student.parameters() if p.requires_grad and p.is_floating_point()]
+        self.optimizer = torch.optim.Adam(self.weights, lr=terms.learning_rate)
+        self.progress = Progress()
+        first = next(iter(held_out.batches(terms.batch)))
+        names = [spec.name for spec in source.interface.outputs]
+        answers = self.runner.answers(self.teacher, first)
+        self.outputs = distance.outputs_of(names, answers, terms.metric)
+        self._places = {o.name: names.index(o.name) for o in self.outputs}
+        self.labelled = self._labelled(answers)
+        self._best: dict[str, Tensor] = {}
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, which `torch.load` reads without unpickling objects."""
+        tensors = {n: t.detach().cpu() for n, t in self.student.state_dict().items()}
+        return {
+            "progress": vars(self.progress),
+            "student": tensors,
+            "best": self._best,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._best = dict(state["best"])
+
+    def trained(self) -> dict[str, Tensor]:
+        """The best parameters, by name as the program has them."""
+        return dict(self._best)
+
+    # Training
+
+    def begin(self, seconds: float) -> None:
+        """Calibrate, judge the student untrained, and settle how many steps there will be within `seconds`. Raises
+        StageFailure `not_trainable`, `training_diverged`, `training_budget_too_short`."""
+        began = time.monotonic()
+        rounding.observe(self.student, observing=True, rounding=False)
+        with torch.no_grad():
+            for batch in itertools.islice(self._epoch(0), _CALIBRATING):
+                self.runner.answers(self.student, batch)
+        rounding.observe(self.student, observing=False, rounding=True)
+        self._evaluate(None)
+        wanted = max(self.terms.epochs * self._per_epoch(), 1)
+        each = self._seconds_a_step()
+        evaluating = _EVALUATIONS * self.progress.curve[0].pop("took")
+        held = int((seconds - (time.monotonic() - began) - evaluating) / each)
+        if held < min(wanted, _LEAST_STEPS):
+            raise _too_short(seconds, each, wanted, evaluating)
+        self.progress.steps = min(wanted, held)
+        self.progress.cut = held < wanted
+        self.progress.seconds = time.monotonic() - began
+
+    def run(self, until: int, seconds: float, tell: Callable[[float, str], None]) -> None:
+        """Train up to step `until`; after `seconds` it ends for good. `tell`: fraction of all steps, and a message."""
+        began, before = time.monotonic(), self.progress.seconds
+        every = max(_LEAST_APART, self.progress.steps // _EVALUATIONS)
+        known = self.progress
+        while known.ended is None and known.step < until:
+            for batch in itertools.islice(self._epoch(known.epoch), known.in_epoch, None):
+                loss = self._step(batch)
+                known.step, known.in_epoch = known.step + 1, known.in_epoch + 1
+                known.seconds = before + time.monotonic() - began
+                if not math.isfinite(loss):
+                    self._diverged(loss)
+                elif known.step % every == 0 or known.step >= known.steps:
+                    self._evaluate(loss)
+                    tell(known.step / known.steps, self._told())
+                if time.monotonic() - began > seconds and known.ended is None:
+                    known.ended, known.cut = "its time was over", True
+                if known.ended is not None or known.step >= until:
+                    return
+            known.epoch, known.in_epoch = known.epoch + 1, 0
+
+    def _step(self, batch: Batch) -> float:
+        self._set_rate()
+        rounding.observe(self.student, observing=True, rounding=True)
+        with torch.no_grad():
+            wanted = self.runner.answers(self.teacher, batch)
+        try:
+            loss = self._loss(wanted, self.runner.answers(self.student, batch), batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        except (StageFailure, MemoryError):
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise not_gradual(self.runner, self.student, batch, error) from error
+        nn.utils.clip_grad_norm_([p for p in self.weights if p.grad is not None], _MOST_NORM)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.optimizer.step()
+        return value
+
+    def _set_rate(self) -> None:
+        done = self.progress.step / max(self.progress.steps, 1)
+        rise = min(1.0, (done + 1 / max(self.progress.steps, 1)) / _WARM_UP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.terms.learning_rate * rise * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 1e-2)
+
+    def _loss(self, wanted: Sequence[Any], found: Sequence[Any], batch: Batch) -> Tensor:
+        places = self._places
+        loss = torch.stack([o.distance(wanted[places[o.name]], found[places[o.name]]) for o in self.outputs]).sum()
+        labels = self.runner.labels(batch)
+        if self.labelled is None or labels is None:
+            return loss
+        scores = found[places[self.labelled.name]]
+        distance.check_labels(self.labelled, scores.shape[self.labelled.axis], labels)
+        truth = torch.from_numpy(labels.astype("int64")).to(self.runner.device)
+        return loss + self.labelled.of_labels(truth, scores)
+
+    def _seconds_a_step(self) -> float:
+        """By some steps whose changes are undone."""
+        kept = {n: t.clone() for n, t in self.student.state_dict().items()}
+        self.progress.steps = 1
+        times = []
+        for batch in itertools.islice(itertools.chain.from_iterable(map(self._epoch, range(_PROBED))), _PROBED):
+            began = time.monotonic()
+            self._step(batch)
+            times.append(time.monotonic() - began)
+        self.student.load_state_dict(kept)
+        self.optimizer = torch.optim.Adam(self.weights, lr=self.terms.learning_rate)
+        self.progress.steps = 0
+        return max(sorted(times)[len(times) // 2], 1e-6)
+
+    # Judging
+
+    def _evaluate(self, train_loss: float | None) -> None:
+        """On the samples held out, with the ranges as they are."""
+        began = time.monotonic()
+        rounding.observe(self.student, observing=False, rounding=True)
+        losses: dict[str, float] = {o.name: 0.0 for o in self.outputs}
+        agreed: dict[str, list[Tensor]] = {o.name: [] for o in self.outputs}
+        rows = 0
+        with torch.no_grad():
+            for batch in self.held_out.batches(self.terms.batch):
+                wanted, found = (self.runner.answers(m, batch) for m in (self.teacher, self.student))
+                rows += len(batch)
+                for o in self.outputs:
+                    a, b = wanted[self._places[o.name]], found[self._places[o.name]]
+                    losses[o.name] += float(o.distance(a, b)) * len(batch)
+                    agreed[o.name].append(o.agreement(a, b).float())
+        loss = sum(losses.values()) / max(rows, 1)
+        known = self.progress
+        if not math.isfinite(loss):
+            self._diverged(loss)
+            return
+        worst = min(float(torch.cat(each).mean()) for each in agreed.values())
+        entry = {
+            "step": known.step,
+            "seconds": round(known.seconds, 2),
+            "loss": _short(loss),
+            "agreement": _short(worst),
+        }
+        if train_loss is not None:
+            entry |= {"train_loss": _short(train_loss), "learning_rate": _short(self.optimizer.param_groups[0]["lr"])}
+        else:
+            entry["took"] = time.monotonic() - began
+        before = next((e["loss"] for e in known.curve if e["step"] == known.best), math.inf)
+        known.curve.append(entry)
+        if loss < before * _BETTER or not self._best:
+            known.best, known.worse = known.step, 0
+            self._best = {n: p.detach().cpu().clone() for n, p in self.student.named_parameters()}
+        else:
+            known.worse += 1
+            if known.worse >= _PATIENCE:
+                known.ended = f"no better for {_PATIENCE} evaluations"
+        if known.steps and known.step >= known.steps and known.ended is None:
+            known.ended = "all steps were made"
+
+    def _diverged(self, loss: float) -> None:
+        known = self.progress
+        known.ended = f"the loss became {loss} at step {known.step}; the best weights before that are taken"
+        if known.best == 0:
+            raise model_failure(
+                "training_diverged",
+                f"The training's loss became {loss} at step {known.step}, before anything was learned.",
+                remedy="Give a smaller quantization.training.learning_rate, or look for extreme values in the data.",
+            )
+
+    def _told(self) -> str:
+        now = self.progress.curve[-1]
+        agreed = f"agreement {100 * now['agreement']:.2f} %"
+        return f"step {now['step']} of {self.progress.steps}: loss {now['loss']:.3g}, {agreed}"
+
+    # Running
+
+    def _epoch(self, epoch: int) -> Iterator[Batch]:
+        return batches.shuffled(self.training, self.terms.batch, self.terms.seed, epoch)
+
+    def _per_epoch(self) -> int:
+        return max(len(self.training) // self.terms.batch, 1)
+
+    def _labelled(self, answers: Sequence[Any]) -> Output | None:
+        batch = next(iter(self.training.batches(self.terms.batch)))
+        labels = self.runner.labels(batch)
+        if labels is None:
+            return None
+        shapes = {o.name: [*answers[self._places[o.name]].shape] for o in self.outputs}
+        size = len(labels)
+        for shape in shapes.values():
+            shape[0] = size
+        return distance.labelled(self.outputs, shapes, labels)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _too_short(seconds: float, each: float, wanted: int, evaluating: float) -> StageFailure:
+    whole = each * wanted + evaluating
+    return StageFailure(
+        "training_budget_too_short",
+        f"Training was not begun: {wanted} steps take about {whole:.0f} s here, and there are {max(seconds, 0):.0f} s.",
+        remedy="Give a larger budget_seconds or quantization.training.max_seconds, fewer epochs, or fewer samples.",
+        cacheable=False,
+    )
