@@ -88,7 +88,7 @@ class LimitSettings(BaseSettings):
     body_s: float = Field(default=20, gt=0)
     write_s: float = Field(default=60, gt=0)
     connections: int = Field(default=4096, ge=1)
-    connections_per_address: int = Field(default=512, ge=0, description="0 = no limit, for a service behind a proxy")
+    connections_per_address: int = Field(default=512, ge=0, description="0 = no limit; trusted proxies have none")
     waiting_per_tenant: int = Field(default=500, ge=1)
     inspect_cpu_s: float = Field(default=30, gt=0)
     inspect_memory_mb: int = Field(default=1024, ge=128)
@@ -236,6 +236,7 @@ class Settings(BaseSettings):
         default="", description="Where browsers reach the pages; needed to sign in by OIDC_CLIENT_ID"
     )
     require_keys: bool | None = Field(default=None, description="None = but for the embedded default")
+    trusted_proxies: Networks = Field(default=[], description="Whose X-Forwarded-For is believed; nobody else's is")
     log_json: bool | None = Field(default=None, description="None = whenever stderr is not a terminal")
     log_level: str = "INFO"
     database_url: str = Field(default="", validation_alias="DATABASE_URL")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import AppError
 from app.http.problem import MEDIA_TYPE, problem_body
-from app.network import address_of
+from app.network import Network, address_of, is_in
 from app.settings import LimitSettings, Settings
 
 log = structlog.get_logger("anneal.http")
@@ -36,18 +36,20 @@ class _TooManyHeaders(Exception):
 
 
 def make_config(app: FastAPI, settings: Settings, **options: Any) -> uvicorn.Config:
-    """uvicorn's configuration for the service. No access log (the service writes its own), no WebSockets (it has none),
-    and no trust in forwarded headers (it asks nobody's address)."""
+    """uvicorn's configuration for the service. No access log (the service writes its own), no WebSockets (it has none).
+    Whose address a request has is what a trusted proxy says of it, else the connection's: what others send in forwarded
+    headers is not looked at."""
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=limited_protocol(settings.limits),
+        http=limited_protocol(settings.limits, settings.trusted_proxies),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=[str(network) for network in settings.trusted_proxies],
         **{"timeout_graceful_shutdown": settings.shutdown_s, **options},
     )
 
@@ -60,13 +62,16 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def limited_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
-    """A protocol class with these limits and a count of connections of its own: one server, one class."""
-    return type("LimitedHttpProtocol", (LimitedProtocol,), {"limits": limits, "addresses": Counter()})
+def limited_protocol(limits: LimitSettings, proxies: Sequence[Network] = ()) -> type[asyncio.Protocol]:
+    """A protocol class with these limits and a count of connections of its own: one server, one class. Connections from
+    `proxies` are everybody's: they are counted in all, and not as one address's."""
+    own = {"limits": limits, "proxies": tuple(proxies), "addresses": Counter()}
+    return type("LimitedHttpProtocol", (LimitedProtocol,), own)
 
 
 class LimitedProtocol(HttpToolsProtocol):
     limits: LimitSettings
+    proxies: tuple[Network, ...]
     addresses: Counter[str]
     ending = False  # of the process: each answer is the last one of its connection
 
@@ -79,7 +84,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._body_bytes = self._unread_bytes = 0
         self._timer: asyncio.TimerHandle | None = None  # for a head, or for a body
         self._write_timer: asyncio.TimerHandle | None = None
-        self._address = address_of(self.client[0]) if self.client else ""
+        self._address = address_of(self.client[0]) if self.client and not is_in(self.client[0], self.proxies) else ""
         self.addresses[self._address] += 1
         most = self.limits.connections_per_address
         if (most and self._address and self.addresses[self._address] > most) or (

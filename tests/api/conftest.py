@@ -140,9 +140,10 @@ def job(client: httpx.Client, worker: Services, model: dict[str, Any]) -> dict[s
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """A real HTTP server in a thread; its base URL."""
-    server = uvicorn.Server(make_config(app, Settings(port=0), timeout_graceful_shutdown=2))
+def serving(app: FastAPI, settings: Settings | None = None) -> Iterator[str]:
+    """A real HTTP server in a thread; its base URL. `settings`: the server's own, as to limits and proxies."""
+    own = (settings or Settings()).model_copy(update={"port": 0})
+    server = uvicorn.Server(make_config(app, own, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
