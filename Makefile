@@ -5,12 +5,14 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo serve test test-integrations docs test-airflow lint format openapi constraints clean help
+.PHONY: demo serve cluster cluster-test test test-integrations docs test-airflow lint format openapi constraints clean help
 
 help:
 	@echo "make demo    start the service, optimize a trained model, show the report, stop"
 	@echo "make serve   run the service on 127.0.0.1:$(PORT) (PORT=, ANNEAL_HOME=) until Ctrl-C"
+	@echo "make cluster PostgreSQL, Redis, S3, two API processes behind a proxy (PORT=), three workers, Prometheus, until Ctrl-C"
 	@echo "make test    run every test, on a real PostgreSQL, Redis and S3 server"
+	@echo "make cluster-test    the cluster under load, with parts of it killed and stopped"
 	@echo "make test-integrations    bundles in their servers (Triton), MLflow, Kubeflow, in environments of their own"
 	@echo "make test-airflow    the provider of clients/airflow in a real Airflow, in an environment of its own"
 	@echo "make docs    the documentation as a site, below build/site"
@@ -35,6 +37,14 @@ demo: $(VENV)/.run
 serve: $(VENV)/.run
 	@ANNEAL_PORT=$(PORT) exec $(BIN)/python -m app serve
 
+# What docker-compose.yml describes, of packages and without containers. Caddy comes from the Python registry, Prometheus from the
+# system's packages or, unpacked, from Debian's.
+cluster: $(VENV)/.dev
+	@exec $(BIN)/python -m tests.cluster --port $(PORT)
+
+cluster-test: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
+
 # All tests: what may run side by side first, then what needs the machine for itself. With PYTEST_ARGS, just those.
 # A test that hangs where pytest-timeout's signal is not looked at (in native code, say) ends its process, with all stacks
 # told; the others go on in a new one.
@@ -49,9 +59,10 @@ else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
 
-# What the bundles are for, each in an environment of its own (tests/integrations/requirements-*.txt), kept by its digest.
+# What the bundles are for, each in an environment of its own (tests/integrations/requirements-*.txt), kept by its digest;
+# and the cluster, as far as a minute goes.
 test-integrations: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/integrations tests/cluster/test_whole.py $(PYTEST_ARGS)
 
 # The provider of clients/airflow in a real Airflow, which takes minutes to install: not part of what CI runs.
 test-airflow: $(VENV)/.dev

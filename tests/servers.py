@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,10 +105,17 @@ def running(
     death_signal: signal.Signals = signal.SIGKILL,
     user: pwd.struct_passwd | None = None,
     timeout_s: float = 30,
+    told: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` until the context ends; yields once `ready()` is true, `ServerFailed` if that never comes."""
+    """Run `command` until the context ends; yields once `ready()` is true, `ServerFailed` if that never comes. `told`:
+    environment variables; it has no others but those that programs need."""
     launcher = launched(death_signal, user)
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", "HOME": str(log.parent)}
+    environment = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LC_ALL": "C.UTF-8",
+        "HOME": str(log.parent),
+        **(told or {}),
+    }
     with log.open("wb") as output:
         # A session of its own: Ctrl-C in the terminal reaches the tests, and they stop the server.
         process = subprocess.Popen(

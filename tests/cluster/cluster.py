@@ -1,5 +1,6 @@
-"""PostgreSQL, Redis, an S3 server, API processes and workers, as real processes on this machine.
-Each can be killed, stopped (SIGSTOP) and started again; a supervisor starts again what died, as an operator's would."""
+"""PostgreSQL, Redis, an S3 server, API processes and workers, with a proxy in front and Prometheus beside where they
+are wanted, as real processes on this machine. Each can be killed, stopped (SIGSTOP) and started again; a supervisor
+starts again what died, as an operator's would."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ import psycopg
 from botocore.config import Config
 
 from tests import servers, swift_server
+from tests.cluster import topology
+from tests.cluster.front import prometheus, proxy, watcher
 
 ROOT = Path(__file__).resolve().parents[2]
 _STARTER = ThreadPoolExecutor(1)
@@ -107,7 +110,8 @@ class Managed:
 
 @dataclass
 class Cluster:
-    """`postgres`, `redis`, `s3`: the servers; `apis`, `workers`: ours."""
+    """`postgres`, `redis`, `s3`: the servers; `apis`, `workers`: ours, at `ports` and with metrics at `metrics_ports`.
+    `proxy`, `prometheus`: where it is whole, at `url` and `prometheus_url`; or why there is no Prometheus."""
 
     folder: Path
     environment: dict[str, str]
@@ -119,6 +123,12 @@ class Cluster:
     apis: list[Managed] = field(default_factory=list)
     workers: list[Managed] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
+    metrics_ports: list[int] = field(default_factory=list)
+    proxy: Managed | None = None
+    prometheus: Managed | None = None
+    url: str = ""
+    prometheus_url: str = ""
+    without_prometheus: str | None = None
     ending: threading.Event = field(default_factory=threading.Event)
     begun: float = field(default_factory=time.time)
 
@@ -127,7 +137,8 @@ class Cluster:
         return [f"http://127.0.0.1:{port}" for port in self.ports]
 
     def everything(self) -> list[Managed]:
-        return [self.postgres, self.redis, self.s3, *self.apis, *self.workers]
+        seen = [managed for managed in (self.proxy, self.prometheus) if managed is not None]
+        return [self.postgres, self.redis, self.s3, *self.apis, *self.workers, *seen]
 
     def supervise(self) -> None:
         """Until `ending`: what is down and not held is started again."""
@@ -178,53 +189,52 @@ def cluster(
     workers: int,
     apis: int = 2,
     settings: Mapping[str, str] = SETTINGS,
+    whole: bool = False,
+    port: int | None = None,
     before_s3: Callable[[str], str] = lambda url: url,
 ) -> Iterator[Cluster]:
-    """All of it, migrated and ready, with the supervisor running. `before_s3`: the URL of what stands before the S3
-    server at this one."""
+    """All of it, migrated and ready, with the supervisor running. `whole`: with the proxy (`port`) and Prometheus.
+    `before_s3`: the URL of what stands before the S3 server at this one."""
     with ExitStack() as stack:
         postgres, database_url = _postgres(stack)
         redis_port, password = servers.free_port(), secrets.token_hex(8)
         redis = Managed("redis", lambda: _redis(folder, redis_port, password))
         s3_server, s3 = stack.enter_context(_s3())
         s3_server = replace(s3_server, endpoint_url=before_s3(s3_server.endpoint_url))
-        bucket = "soak"
+        bucket, broker_url = "anneal", f"redis://:{password}@127.0.0.1:{redis_port}/0"
         environment = {
-            **{
-                k: v
-                for k, v in os.environ.items()
-                if not k.startswith(("ANNEAL_", "WORKER_", "STORAGE_", "S3_", "AWS_"))
-            },
+            **_inherited(),
             **settings,
+            **topology.shared(database_url, broker_url, bucket, s3_server),
             "ANNEAL_SOAK": secrets.token_hex(4),
-            "DATABASE_URL": database_url,
-            "BROKER_URL": f"redis://:{password}@127.0.0.1:{redis_port}/0",
-            "STORAGE_URL": f"s3://{bucket}",
-            "S3_ENDPOINT_URL": s3_server.endpoint_url,
-            "AWS_ACCESS_KEY_ID": s3_server.access_key_id,
-            "AWS_SECRET_ACCESS_KEY": s3_server.secret_access_key,
-            "WORKER_LOCK_DIR": str(folder),
         }
         found = Cluster(folder, environment, postgres, redis, s3, s3_server, bucket)
         redis.start()
         found.client_of_s3().create_bucket(Bucket=bucket)  # type: ignore[attr-defined]
         found.run("app", "migrate")
-        found.ports = [servers.free_port() for _ in range(apis)]
-        found.apis = [_ours(found, f"api{i}", ["app", "api"], port) for i, port in enumerate(found.ports)]
-        found.workers = [_ours(found, f"worker{i}", ["workers"]) for i in range(workers)]
+        _add_ours(found, apis, workers)
         supervisor = threading.Thread(target=found.supervise, daemon=True)
         try:
             for managed in [*found.apis, *found.workers]:
                 managed.start()
             supervisor.start()
             _wait(lambda: all(httpx.get(f"{url}/healthz", timeout=2).status_code == 200 for url in found.urls))
+            if whole:
+                _add_front(found, servers.free_port() if port is None else port)
             yield found
         finally:
             found.ending.set()
             if supervisor.is_alive():
                 supervisor.join(30)
+            for managed in [*found.apis, *found.workers]:  # all at once: each may take seconds
+                managed.signal(signal.SIGTERM)
             for managed in reversed(found.everything()):
                 managed.stop()
+
+
+def _inherited() -> dict[str, str]:
+    ours = ("ANNEAL_", "WORKER_", "STORAGE_", "S3_", "AWS_", "LIMIT_", "COLLECT_", "RETAIN_", "WEBHOOK_", "METRICS_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)}
 
 
 def _wait(ready: Callable[[], bool], seconds: float = 60) -> None:
@@ -237,11 +247,22 @@ def _wait(ready: Callable[[], bool], seconds: float = 60) -> None:
     raise TimeoutError("the API did not come up")
 
 
-def _ours(cluster: Cluster, name: str, module: Sequence[str], port: int = 0) -> Managed:
-    """An API process or a worker, with a home of its own."""
-    home = cluster.folder / name
+def _add_ours(cluster: Cluster, apis: int, workers: int) -> None:
+    """API processes and workers, each with a home of its own."""
+    cluster.ports = [servers.free_port() for _ in range(apis)]
+    cluster.metrics_ports = [servers.free_port() for _ in range(workers)]
+    for i, port in enumerate(cluster.ports):
+        home = cluster.folder / f"api{i}"
+        cluster.apis.append(_ours(cluster, home, ["app", "api"], topology.of_api(home, port)))
+    for i, port in enumerate(cluster.metrics_ports):
+        home = cluster.folder / f"worker{i}"
+        told = topology.of_worker(home, cluster.folder, port)
+        cluster.workers.append(_ours(cluster, home, ["workers"], {**told, "WORKER_NAME": home.name}))
+
+
+def _ours(cluster: Cluster, home: Path, module: Sequence[str], told: Mapping[str, str]) -> Managed:
     home.mkdir(exist_ok=True)
-    environment = {**cluster.environment, "ANNEAL_HOME": str(home), "ANNEAL_PORT": str(port), "WORKER_NAME": name}
+    environment = {**cluster.environment, **told}
 
     @contextlib.contextmanager
     def make() -> Iterator[subprocess.Popen[bytes]]:
@@ -254,8 +275,21 @@ def _ours(cluster: Cluster, name: str, module: Sequence[str], port: int = 0) -> 
         finally:
             servers.stop(process, patience_s=20)
 
-    managed = Managed(name, make)
+    managed = Managed(home.name, make)
     return managed
+
+
+def _add_front(cluster: Cluster, port: int) -> None:
+    """The proxy, and what watches, where that can be had."""
+    cluster.url = f"http://127.0.0.1:{port}"
+    cluster.proxy = Managed("proxy", lambda: proxy(cluster.folder, port, cluster.ports))
+    cluster.proxy.start()
+    cluster.without_prometheus = watcher()
+    if cluster.without_prometheus is None:
+        watched, ports = servers.free_port(), (cluster.ports, cluster.metrics_ports)
+        cluster.prometheus_url = f"http://127.0.0.1:{watched}"
+        cluster.prometheus = Managed("prometheus", lambda: prometheus(cluster.folder, watched, *ports))
+        cluster.prometheus.start()
 
 
 def _postgres(stack: ExitStack) -> tuple[Managed, str]:
@@ -270,14 +304,14 @@ def _postgres(stack: ExitStack) -> tuple[Managed, str]:
     stack.callback(managed.stop)
     url = f"postgresql://postgres:{password}@127.0.0.1:{port}/postgres"
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE soak")
-    return managed, url.rpartition("/")[0] + "/soak"
+        connection.execute("CREATE DATABASE anneal")
+    return managed, url.rpartition("/")[0] + "/anneal"
 
 
 @contextlib.contextmanager
 def _redis(folder: Path, port: int, password: str) -> Iterator[subprocess.Popen[bytes]]:
     command: list[str | Path] = [servers.redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
-    command += ["--requirepass", password, "--save", "", "--appendonly", "no"]
+    command += ["--requirepass", password, *topology.REDIS]
     with servers.running(command, log=folder / "redis.log", ready=lambda: servers.answers(port)) as process:
         yield process
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.cluster.topology import of_prometheus
 from tests.factories.deployment import deployment
 from tests.integrations.environments import REPOSITORY
 from tests.integrations.promtool import prometheus, promtool
@@ -94,12 +95,7 @@ def test_a_real_server_watches_a_real_service(tmp_path: Path) -> None:
         found.wait_ready()
         for name in CASES["rule_files"]:
             shutil.copy(FOLDER / name, tmp_path)
-        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        for scraped, at in zip(config["scrape_configs"], (found.port, metrics), strict=True):
-            del scraped["dns_sd_configs"]
-            scraped["static_configs"] = [{"targets": [f"127.0.0.1:{at}"]}]
-        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(of_prometheus([found.port], [metrics], "1s")))
         where = [f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
         command = [server, f"--config.file={tmp_path / 'prometheus.yml'}", *where]
         with running(command, log=tmp_path / "prometheus.log", ready=lambda: _evaluated(port), timeout_s=60):

@@ -24,7 +24,7 @@ from app.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
-OURS = ("api", "worker", "migrate", "bucket")
+OURS = ("api-1", "api-2", "worker", "migrate", "bucket")
 ONE_SHOT = ("migrate", "bucket")
 SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|TOKEN")
 
