@@ -24,6 +24,7 @@ class Injector:
     done: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     in_vain: Counter[str] = field(default_factory=Counter)
+    now: str = ""  # what it is at
 
     def run(self, until: float, count: int) -> None:
         """So many faults, evenly until then; fewer where they take longer."""
@@ -41,10 +42,11 @@ class Injector:
         return sorted(kinds, key=lambda kind: -self.done[kind])
 
     def _strike(self, kind: str, due: float) -> None:
+        self.now = kind
         try:
             struck = self.kinds[kind]()
         except Exception as error:  # what strikes must not fall itself: the fault does not count, and is told
-            self.failed.append(f"{kind}: {type(error).__name__}: {error}")
+            self._not_made(kind, error)
             return
         if struck is None:
             self.in_vain[kind] += 1
@@ -55,6 +57,10 @@ class Injector:
         try:
             struck.rest()
         except Exception as error:
-            self.failed.append(f"{kind}, its end: {type(error).__name__}: {error}")
+            self._not_made(f"{kind}, its end", error)
         # What comes before it is over is the harder, and disturbs its figure: so not everything at once.
         watch.join(max(due - time.monotonic(), 2.0))
+
+    def _not_made(self, what: str, error: Exception) -> None:
+        self.failed.append(f"{what}: {type(error).__name__}: {error}")
+        print(f"  a fault could not be made: {self.failed[-1][:300]}", flush=True)

@@ -80,7 +80,7 @@ class Soak:
         while any(t.is_alive() for t in (*threads, strikes)):
             time.sleep(15)
             done, taken, ended = self.injector.done.total(), len(self.accepted.jobs), len(self.accepted.ended)
-            print(f"  {done} faults, {taken} jobs taken, {ended} seen to end", flush=True)
+            print(f"  {done} faults, {taken} jobs taken, {ended} seen to end; {self.injector.now}", flush=True)
         stuck = wait_for_the_end(self.db, _LAST_JOBS_S)
         self.injector.recoveries.join()
         return {
