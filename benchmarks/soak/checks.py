@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ from tests.cluster.cluster import Cluster
 TERMINAL = ("succeeded", "failed", "cancelled")
 _COLLECTED_WITHIN_S = 300.0
 _SILENCE_S = 5.0
+_FAILED = ("", "failed")
+_ONCE = ("export", "simplify", "quantize", "build")
 
 
 def open_database(cluster: Cluster) -> Database:
@@ -71,42 +71,55 @@ def check_jobs(db: Database, accepted: Accepted) -> dict[str, Any]:
 
 
 def check_stages(cluster: Cluster, db: Database) -> dict[str, Any]:
-    """How often a stage was done over. Each start of a stage's work leaves an event; what a job had to do, and who did
-    it, stands in its list of stages, by key. A job may repeat one stage for every time that it was taken from a worker
-    or given back, and one for every time that a stage's process was lost, which the workers' logs tell."""
+    """How often a stage was done over, by the events: a stage's work leaves one where it begins and where it ends. A
+    job may lose the work of one stage for every time that it was taken from a worker or given back, and what was
+    finished is not made again (of the stages that a candidate goes through once; the others have more than one call,
+    and a search that went on elsewhere may go another way). In one attempt, a stage whose process was lost is tried
+    again: the workers' logs tell."""
+    begun, cut_off, taken, again = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    story: dict[str, list[str]] = {}
     with db.read() as session:
-        jobs = {row.id: row.stages for row in session.execute(select(Job.id, Job.stages, Job.status)) if row.stages}
-        begun, taken = Counter[str](), Counter[str]()
-        story: dict[str, list[str]] = {}
         told = select(JobEvent).where(JobEvent.type.in_(("stage", "state"))).order_by(JobEvent.job_id, JobEvent.seq)
+        runs: dict[str, tuple[str, str] | None] = {}  # the stage and candidate whose work has begun, by job
+        made = Counter[tuple[str, str, str]]()
         for event in session.scalars(told):
-            data, lines = event.data, story.setdefault(event.job_id, [])
+            job, data = event.job_id, event.data
+            what = (str(data.get("stage") or ""), str(data.get("candidate") or ""))
             line = " ".join(str(data.get(k) or "") for k in ("stage", "candidate", "status", "reason", "worker"))
+            story.setdefault(job, []).append(f"{event.created_at:%H:%M:%S.%f} {line}")
             if event.type == "stage" and data.get("status") == "running":
-                # Told twice in a row: written anew by a worker that did not learn whether it had been.
-                begun[event.job_id] += not (lines and lines[-1].endswith(line))
-            elif event.type == "state" and data.get("status") == "queued" and data.get("reason"):
-                taken[event.job_id] += 1
-            lines.append(f"{event.created_at:%H:%M:%S.%f} {line}")
-    tried = Counter[str]()
-    for worker in cluster.workers:
-        for line in (cluster.folder / worker.name / "log").read_text(errors="replace").splitlines():
-            if '"stage_tried_again"' in line:
-                with suppress(ValueError):
-                    tried[str(json.loads(line).get("job_id"))] += 1
-    repeated = {job: begun[job] - len({stage["key"] for stage in stages}) for job, stages in jobs.items()}
-    more = {
-        job: {"repeated": count, "taken": taken[job], "tried_again": tried[job], "story": story[job]}
-        for job, count in repeated.items()
-        if count > taken[job]
-    }
+                if runs.get(job) != what:  # else told anew by who did not learn whether it had been
+                    begun[job] += 1
+                runs[job] = what
+                continue
+            given_back = event.type == "state" and data.get("status") == "queued" and bool(data.get("reason"))
+            mine, ended = runs.get(job) == what, data.get("status")
+            if mine and ended == "succeeded" and what[0] in _ONCE:
+                made[job, *what] += 1
+            left = event.type == "stage" and not mine and runs.get(job) != _FAILED
+            cut_off[job] += runs.get(job) is not None and (given_back or left)
+            taken[job] += given_back
+            # A failure is the model's, or else the job is given back now, and that work is lost.
+            runs[job] = _FAILED if mine and ended == "failed" else None
+    for (job, *_), count in made.items():
+        again[job] += count - 1
+    lost = {job: cut_off[job] + again[job] for job in story}
     return {
-        "stages_begun": begun.total(),
-        "repeated": sum(max(count, 0) for count in repeated.values()),
-        "tried_again": tried.total(),
+        "begun": begun.total(),
+        "done_again": sum(lost.values()),
         "taken": taken.total(),
-        "more_than_one_a_fault": more,
+        "tried_again": _tried_again(cluster),
+        "more_than_one_a_fault": {
+            job: {"done_again": count, "taken": taken[job], "story": story[job]}
+            for job, count in lost.items()
+            if count > taken[job]
+        },
     }
+
+
+def _tried_again(cluster: Cluster) -> int:
+    logs = (cluster.folder / worker.name / "log" for worker in cluster.workers)
+    return sum(log.read_text(errors="replace").count('"stage_tried_again"') for log in logs)
 
 
 def check_storage(cluster: Cluster, db: Database) -> dict[str, Any]:
