@@ -151,7 +151,7 @@ def bench(tmp_path: Path) -> Callable[..., Any]:
         ctx = StageContext(inputs, tmp_path, tmp_path / "out", reporter, describe(), soft)
         given = [{"id": i, "backend": "test-spoiled", **e} for i, e in engines.items()]
         result = Benchmark().run(
-            ctx, BenchmarkOptions(**{"engines": given, "batch_sizes": [1], "min_seconds": 0.1, **options})
+            ctx, BenchmarkOptions(**{"engines": given, "batch_sizes": [1], "min_seconds": 0.1, "rounds": 5, **options})
         )
         json.dumps(result.data, allow_nan=False)
         assert reporter.fractions == sorted(reporter.fractions)
@@ -163,7 +163,9 @@ def bench(tmp_path: Path) -> Callable[..., Any]:
 
 def test_every_figure_of_a_run(bench: Callable[..., Any], tmp_path: Path) -> None:
     small = mlp(tmp_path / "small", width=16)
-    data = bench({"same": {}, "small": {"folder": small}}, batch_sizes=[8, 1], min_seconds=0.2, want_p99=True)
+    data = bench(
+        {"same": {}, "small": {"folder": small}}, batch_sizes=[8, 1], min_seconds=0.2, rounds=10, want_p99=True
+    )
     assert set(data["engines"]) == {"baseline", "same", "small"}
     assert data["batch_sizes"] == [1, 8]
     for name, engine in data["engines"].items():
@@ -449,16 +451,16 @@ def test_without_cold_starts_batches_that_the_model_refuses_are_still_known(
 
 
 def test_a_screening_in_a_hurry_is_content_with_the_batch_size_that_counts(bench: Callable[..., Any]) -> None:
-    engines = {i: {"runtime": {"sleep_s": 0.05}} for i in "abc"}
+    engines = {i: {"runtime": {"sleep_s": 0.02}} for i in "abc"}
     asked = {"screening": True, "cold": False, "batch_sizes": [1, 8]}
-    asked |= {"baseline_backend": "test-spoiled", "baseline_runtime": {"sleep_s": 0.05}}
-    hurried = bench(engines, essential=1, seconds_left=20, **asked)
+    asked |= {"baseline_backend": "test-spoiled", "baseline_runtime": {"sleep_s": 0.02}}
+    hurried = bench(engines, essential=1, seconds_left=8, **asked)
     assert hurried["batch_sizes"] == [1]
     assert "time left" in hurried["skipped_batches"]["8"]
     assert hurried["shortened"] is True
     assert all("failed" not in e and list(e["batches"]) == ["1"] for e in hurried["engines"].values())
     assert bench(engines, essential=1, **asked)["batch_sizes"] == [1, 8]
-    assert bench(engines, essential=4, seconds_left=20, **asked)["batch_sizes"] == [1, 8]
+    assert bench(engines, essential=4, seconds_left=8, **asked)["batch_sizes"] == [1, 8]
 
 
 def test_a_soft_deadline_shortens_and_then_leaves_out_the_last(bench: Callable[..., Any]) -> None:
@@ -481,7 +483,7 @@ def test_a_soft_deadline_shortens_and_then_leaves_out_the_last(bench: Callable[.
 
 
 def test_engines_compared_with_one_of_them(bench: Callable[..., Any], tmp_path: Path) -> None:
-    engines = {"ref": {"runtime": {"sleep_s": 0.004}}, "slower": {"runtime": {"sleep_s": 0.016}}, "same": {}}
+    engines = {"ref": {"runtime": {"sleep_s": 0.002}}, "slower": {"runtime": {"sleep_s": 0.008}}, "same": {}}
     data = bench(engines, compare_to="ref")
     at = {i: e["batches"]["1"]["against"] for i, e in data["engines"].items()}
     assert {a["id"] for a in at.values()} == {"ref"}

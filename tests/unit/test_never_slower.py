@@ -140,7 +140,8 @@ def benchmark(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     options = BenchmarkOptions(
         engines=[{"id": i, "backend": FAULTY, "runtime": runtime} for i, runtime in engines.items()],
         batch_sizes=[1, 8],
-        min_seconds=0.4,
+        min_seconds=0.24,
+        rounds=6,
         cold=False,
     )
     return Benchmark().run(ctx, options).data
