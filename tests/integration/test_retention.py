@@ -133,21 +133,25 @@ def test_events_go_but_for_changes_of_state(desk: Desk) -> None:
 
 
 def test_what_a_job_needs_stays_until_it_has_ended(desk: Desk) -> None:
-    datasets = [desk.add_dataset() for _ in range(3)]
+    datasets = [desk.add_dataset() for _ in range(4)]
     models = [desk.add_model() for _ in range(3)]
     for row in (*models, *datasets):
         _age(desk, row, 100)
     young = desk.add_model()
     with desk.db.write() as uow:  # submitted by a service that checked them
-        spec = {"calibration": {"dataset_id": datasets[0].id}, "validation": {"dataset_id": datasets[1].id}}
+        spec: dict[str, Any] = {
+            "calibration": {"dataset_id": datasets[0].id},
+            "validation": {"dataset_id": datasets[1].id},
+            "quantization": {"training": {"dataset_id": datasets[2].id}},
+        }
         for status, model in ((JobStatus.QUEUED, models[0]), (JobStatus.RUNNING, models[1])):
             row = _job(model.id, status.value, spec)
             uow.session.add(row)
     assert _collect(desk, models_days=30, datasets_days=30) == 2
-    assert _live(desk) == {models[0].id, models[1].id, datasets[0].id, datasets[1].id, young.id}
+    assert _live(desk) == {models[0].id, models[1].id, *(d.id for d in datasets[:3]), young.id}
     with desk.db.write() as uow:
         uow.session.execute(update(Job).values(status="cancelled", finished_at=utcnow()))
-    assert _collect(desk, models_days=30, datasets_days=30) == 4
+    assert _collect(desk, models_days=30, datasets_days=30) == 5
     assert _live(desk) == {young.id}
 
 

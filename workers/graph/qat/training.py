@@ -26,6 +26,7 @@ from workers.graph.qat.distance import Output
 from workers.graph.qat.running import Runner, not_gradual
 
 _EVALUATIONS = 20  # of a whole training
+_JUDGING_SHARE = 0.2  # of the time, at most, where there would be fewer steps for it
 _LEAST_APART = 5  # steps between two of them
 _PATIENCE = 6  # evaluations without any that is better, after which it ends
 _MOST_NORM = 1.0
@@ -60,6 +61,7 @@ class Progress:
     seconds: float = 0.0
     worse: int = 0
     best: int = 0
+    evaluations: int = _EVALUATIONS
     cut: bool = False
     ended: str | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -135,7 +137,9 @@ class Training:
         self._evaluate(None)
         wanted = max(self.terms.epochs * self._per_epoch(), 1)
         each = self._seconds_a_step()
-        evaluating = _EVALUATIONS * self.progress.curve[0].pop("took")
+        took = self.progress.curve[0].pop("took")
+        self.progress.evaluations = min(max(int(_JUDGING_SHARE * seconds / max(took, 1e-6)), 2), _EVALUATIONS)
+        evaluating = self.progress.evaluations * took
         held = int((seconds - (time.monotonic() - began) - evaluating) / each)
         if held < min(wanted, _LEAST_STEPS):
             raise _too_short(seconds, each, wanted, evaluating)
@@ -146,7 +150,7 @@ class Training:
     def run(self, until: int, seconds: float, tell: Callable[[float, str], None]) -> None:
         """Train up to step `until`; after `seconds` it ends for good. `tell`: fraction of all steps, and a message."""
         began, before = time.monotonic(), self.progress.seconds
-        every = max(_LEAST_APART, self.progress.steps // _EVALUATIONS)
+        every = max(_LEAST_APART, self.progress.steps // self.progress.evaluations)
         known = self.progress
         while known.ended is None and known.step < until:
             for batch in itertools.islice(self._epoch(known.epoch), known.in_epoch, None):
