@@ -63,11 +63,14 @@ class Lookout:
             self._busy -= 1
             self._look.set()
 
+    @property
+    def willing(self) -> bool:
+        """Whether it takes jobs, if there are some."""
+        return not self._shutdown.is_set() and not self.draining
+
     def takes_jobs(self) -> bool:
         """Whether there is one for it now."""
-        if self._shutdown.is_set() or self.draining:
-            return False
-        return self._ledger.waiting(self._offer) is not None
+        return self.willing and self._ledger.waiting(self._offer) is not None
 
     def drain(self, draining: bool) -> None:
         """What the operator wants."""
@@ -93,7 +96,7 @@ class Lookout:
                 log.warning("sweep_failed", error=str(error)[:300])
 
     def _wake_itself(self) -> None:
-        if self._busy or self._shutdown.is_set() or self.draining:
+        if self._busy or not self.willing:
             return
         job = self._ledger.waiting(self._offer)
         if job is None:

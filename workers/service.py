@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -253,23 +254,25 @@ class WorkerService:
             self._unasked.clear()
             bind_correlation_id(new_correlation_id())
             try:
-                self.run_job()
+                self.run_jobs()
             except Exception:  # as of a job that a message woke: the sweeper gives it on
                 log.exception("task_failed")
 
-    def run_job(self) -> None:
-        """Take the best of the jobs that wait to its end; nothing where there is none for this worker. One at a time,
-        whichever thread it is."""
+    def run_jobs(self, most: float = math.inf) -> None:
+        """Take the best of the jobs that wait to its end, and then the next, as long as there is one and nothing is
+        wrong: between two there is no message to wait for. One at a time, whichever thread it is."""
         with self._one_job, self.lookout.at_work():
             if self.room.enough() and self.lookout.takes_jobs():
                 with self.spare.jobs_first():
-                    self._run_claimed()
+                    while most > 0 and self.room.enough() and self.lookout.willing and self._run_claimed():
+                        most -= 1
 
-    def _run_claimed(self) -> None:
+    def _run_claimed(self) -> bool:
+        """Whether there was a job, and has ended."""
         asked = time.monotonic()
         claim = self.ledger.claim(self.offer)
         if claim is None:  # another was faster
-            return
+            return False
         self._has_job = True
         keeper = LeaseKeeper(
             self._renewals,
@@ -279,20 +282,22 @@ class WorkerService:
             on_lost=self.isolated.interrupt,
             hand_back=partial(self._hand_back, claim),
         )
+        ended = False
         with keeper:
             try:
-                self._run(claim, keeper)
+                ended = self._run(claim, keeper)
             except LeaseLost:
                 log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
             except Interrupted:
                 self._interrupted(claim, keeper)
         self._has_job = False
+        return ended
 
-    def _run(self, claim: Claim, keeper: LeaseKeeper) -> None:
+    def _run(self, claim: Claim, keeper: LeaseKeeper) -> bool:
         job, model, datasets = self.ledger.load(claim)
         bind_correlation_id(job.correlation_id)
         with self.telemetry.attempt(job, claim, lambda: keeper.reason) as attempt:
-            self._attempt(claim, keeper, attempt, job, model, datasets)
+            return self._attempt(claim, keeper, attempt, job, model, datasets)
 
     def _attempt(
         self,
@@ -302,9 +307,11 @@ class WorkerService:
         job: Job,
         model: SourceModel,
         datasets: Mapping[str, Dataset],
-    ) -> None:
+    ) -> bool:
+        """Whether the job has ended; else it is tried again later."""
         log.info("job_started", job_id=job.id, attempt=claim.attempt)
         stages: list[dict[str, Any]] = []
+        again = False
         try:
             with infrastructure_faults(), self._workspace(claim) as workspace:
                 runner = StageRunner(
@@ -351,6 +358,7 @@ class WorkerService:
             attempt.failed(_INTERNAL.code)
             self._ended(_INTERNAL.code)
         log.info("job_ended", job_id=job.id)
+        return not again
 
     def _ended(self, code: str | None) -> None:
         """A worker whose jobs all fail, and not by their own fault, leaves them to others."""

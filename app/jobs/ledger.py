@@ -11,20 +11,21 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
 import structlog
-from sqlalchemy import ColumnElement
+from sqlalchemy import ColumnElement, func, literal
 
 from app.blobs.content import ContentStore
 from app.blobs.references import keep_result
 from app.blobs.removal import discard
-from app.db.base import utcnow
+from app.db.base import UtcDateTime, utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database, patiently
 from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.domain.spec import datasets_of
+from app.jobs.columns import LEAN
 from app.jobs.holds import Hold
-from app.jobs.repository import JobRepository, lease_lock
-from app.jobs.schedule import Offer, next_job, turn_of
+from app.jobs.repository import JobRepository, next_lease_lock
+from app.jobs.schedule import Offer, in_line, may_take, next_of, note_service, turn_of
 from app.jobs.sweep import Sweeper, exhausted
 from app.queue.producer import Dispatch
 from app.settings import WorkerSettings
@@ -86,50 +87,53 @@ class JobLedger:
 
     def claim(self, offer: Offer) -> Claim | None:
         """Take the best of the queued jobs that this worker can run, or None where there is nothing to take."""
-        now, owner = utcnow(), offer.worker_id
+        now, queues = utcnow(), offer.queues
+        values = {
+            "fencing_token": Job.fencing_token + 1,
+            "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
+            "lease_lock": next_lease_lock(offer.lock),
+            "attempts": Job.attempts + 1,
+            "attempts_in_all": Job.attempts_in_all + 1,
+            "started_at": func.coalesce(Job.started_at, literal(now, UtcDateTime())),
+            "claimed_at": now,
+            "not_before": None,
+            "turn": turn_of(cast("Any", Job.priority), begun=True),
+        }
         with self.db.write() as uow:
-            job = next_job(uow.session, offer.queues, now)
-            if job is None:
-                return None
-            token = job.fencing_token + 1
-            taken = JobRepository(uow.session).apply(
-                job.id,
-                Trigger.CLAIM,
-                source=JobStatus.QUEUED,
-                where=[Job.fencing_token == job.fencing_token],
-                values={
-                    "fencing_token": token,
-                    "lease_owner": owner,
-                    "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
-                    "lease_lock": lease_lock(offer.lock, token),
-                    "attempts": job.attempts + 1,
-                    "attempts_in_all": job.attempts_in_all + 1,
-                    "started_at": job.started_at or now,
-                    "claimed_at": now,
-                    "not_before": None,
-                    "turn": turn_of(job.priority, begun=True),
-                },
-                event={"worker": owner, "attempt": job.attempts + 1},
-            )
-            if taken is None:
-                return None
-            attempt, in_all = job.attempts + 1, job.attempts_in_all + 1
-            return Claim(job.id, job.tenant_id, token, owner, attempt, now, job.spent_seconds, in_all)
+            for head in in_line(uow.session, queues, now):
+                tenant_id = head.job.tenant_id
+                if not may_take(uow.session, head):
+                    continue  # as many of its jobs run as its plan allows
+                which = next_of(tenant_id, queues, now)
+                job = JobRepository(uow.session).take(which, offer.worker_id, values)
+                if job is not None:
+                    note_service(uow.session, tenant_id, now)
+                    return Claim(
+                        job.id,
+                        tenant_id,
+                        job.fencing_token,
+                        offer.worker_id,
+                        job.attempts,
+                        now,
+                        job.spent_seconds,
+                        job.attempts_in_all,
+                    )
+            return None
 
     def waiting(self, offer: Offer) -> Job | None:
         """The job that `claim` would take now."""
         with self.db.read() as session:
-            return next_job(session, offer.queues, utcnow(), take=False)
+            first = next(iter(in_line(session, offer.queues, utcnow())), None)
+            return None if first is None else session.get(Job, first.job.job_id, options=LEAN)
 
     def renew(self, claim: Claim) -> bool:
         """Extend the lease; True when the user asked to cancel. Raises `LeaseLost`."""
         expires = utcnow() + timedelta(seconds=self.settings.lease_s)
         with self.db.write() as uow:
-            jobs = JobRepository(uow.session)
-            if not jobs.touch(claim.job_id, claim.holds(), {"lease_expires_at": expires}):
+            renewed = JobRepository(uow.session).touch(claim.job_id, claim.holds(), {"lease_expires_at": expires})
+            if renewed is None:
                 raise LeaseLost(claim.job_id)
-            job = jobs.get_any_tenant(claim.job_id)
-            return job is not None and job.cancel_requested_at is not None
+            return renewed.cancel_requested_at is not None
 
     def release(self, claim: Claim, reason: str) -> None:
         """Give the job back at shutdown, and wake another worker for it; it counts as no attempt."""
@@ -220,7 +224,7 @@ class JobLedger:
         with _missing_blobs_told():
             seen = self.content.sight(self.db, claim.tenant_id, files)
             with self.db.write() as uow:
-                if not JobRepository(uow.session).touch(claim.job_id, claim.holds(), claim.with_a_result()):
+                if JobRepository(uow.session).touch(claim.job_id, claim.holds(), claim.with_a_result()) is None:
                     raise LeaseLost(claim.job_id)
                 self.content.record(uow.session, seen, files)
                 keep_result(uow.session, result)

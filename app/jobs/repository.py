@@ -3,11 +3,23 @@ compares this one's target with others follows in the same transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, bindparam, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    ScalarSelect,
+    Select,
+    String,
+    bindparam,
+    cast,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from app.db import counts
@@ -16,7 +28,7 @@ from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 from app.jobs.columns import LEAN
 from app.jobs.family import Child, fate, progress_of, stages_of
-from app.jobs.schedule import RUNNING
+from app.jobs.schedule import RUNNING, UNDER_WAY
 from app.queue.messages import on_gpu
 from app.tenants.quotas import spend_gpu
 from app.webhooks.outbox import job_ended
@@ -27,6 +39,12 @@ ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 # Built once: composing it costs more than the database takes to answer it.
 _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
 
+# What a statement that changes a job tells of it, so that nobody has to ask for it afterwards: each statement is a trip
+# to the database, and a job's claim and its end are made of few.
+_CHANGED = (
+    Job.id, Job.version, Job.tenant_id, Job.parent_id, Job.queue, Job.webhook_url, Job.claimed_at, Job.fencing_token,
+    Job.attempts, Job.attempts_in_all, Job.spent_seconds,
+)  # fmt: skip
 
 _Q = TypeVar("_Q", bound=Select[*tuple[Any, ...]])
 
@@ -48,6 +66,11 @@ def filtered(
 def lease_lock(lock: str | None, token: int) -> str | None:
     """The column of that name: it counts for the claim with this token only."""
     return None if lock is None else f"{lock}:{token}"
+
+
+def next_lease_lock(lock: str | None) -> ColumnElement[str] | None:
+    """The same for the claim that is being made, whose token is the row's next one."""
+    return None if lock is None else literal(f"{lock}:") + cast(Job.fencing_token + 1, String)
 
 
 class JobRepository:
@@ -79,10 +102,6 @@ class JobRepository:
     def version(self, tenant_id: str, job_id: str) -> int | None:
         return self.session.scalar(_VERSION, {"job_id": job_id, "tenant_id": tenant_id})
 
-    def get_any_tenant(self, job_id: str) -> Job | None:
-        """For workers only: a message carries no tenant."""
-        return self.session.get(Job, job_id)
-
     def page(
         self, tenant_id: str, *, limit: int, before: str | None, status: str | None, model_id: str | None
     ) -> list[Job]:
@@ -109,19 +128,34 @@ class JobRepository:
             changes.setdefault("lease_owner", None)
             changes.setdefault("lease_expires_at", None)
             changes.setdefault("lease_lock", None)
-        data = {"status": target.value, **(event or {})}
-        spent = self._gpu_seconds(job_id, changes) if source is JobStatus.RUNNING else None
-        version = self.update(job_id, [Job.status == source.value, *where], changes, "state", data)
-        if version is not None and target in TERMINAL:
-            job_ended(self.session, job_id)
-        if version is not None:
-            self._count(trigger, changes)
-            if spent is not None:
-                spend_gpu(self.session, *spent)
-            parent_id = self.session.scalar(select(Job.parent_id).where(Job.id == job_id))
-            if parent_id is not None:
-                self._follow(parent_id, job_id)
-        return version
+        # Of an attempt whose end says by itself what was spent until then.
+        spent_before = self._spent(job_id) if source is JobStatus.RUNNING and "spent_seconds" in changes else None
+        changed = self._change([Job.id == job_id, Job.status == source.value, *where], changes)
+        if changed is None:
+            return None
+        self._event(job_id, changed.version, "state", {"status": target.value, **(event or {})})
+        if target in TERMINAL and changed.parent_id is None:  # else it is told with the job that compares it
+            job_ended(self.session, job_id, changed.tenant_id, target.value, changed.webhook_url)
+        self._count(trigger, changes)
+        if source is JobStatus.RUNNING:
+            self._spend(changed, spent_before)
+        if changed.parent_id is not None:
+            self._follow(changed.parent_id, job_id)
+        return int(changed.version)
+
+    def take(self, which: ScalarSelect[Any], worker: str, values: dict[str, Any]) -> Row[*tuple[Any, ...]] | None:
+        """Take the queued job that `which` finds, in one statement: the columns of `_CHANGED` as they are afterwards.
+        None where it finds none."""
+        target = transition(JobStatus.QUEUED, Trigger.CLAIM)
+        changes = {"status": target.value, "lease_owner": worker, **values}
+        changed = self._change([Job.id == which, Job.status == JobStatus.QUEUED.value], changes)
+        if changed is None:
+            return None
+        told = {"status": target.value, "worker": worker, "attempt": changed.attempts}
+        self._event(changed.id, changed.version, "state", told)
+        if changed.parent_id is not None:
+            self._follow(changed.parent_id, changed.id)
+        return changed
 
     def _count(self, trigger: Trigger, changes: dict[str, Any]) -> None:
         """What is rare, and what operators want to know after the worker is gone."""
@@ -130,15 +164,19 @@ class JobRepository:
         elif trigger in (Trigger.RELEASE, Trigger.LEASE_EXPIRED):
             counts.note(self.session, counts.REQUEUED, trigger.value)
 
-    def _gpu_seconds(self, job_id: str, changes: Mapping[str, Any]) -> tuple[str, float] | None:
-        """Whose job's attempt is about to end that ran on a GPU, and how long it did; None for one that did not. What
-        `changes` say of it goes before the clock: who gives on the job of a lost worker knows when that was."""
-        columns = (Job.tenant_id, Job.queue, Job.claimed_at, Job.spent_seconds)
-        row = self.session.execute(select(*columns).where(Job.id == job_id)).one_or_none()
-        if row is None or row.claimed_at is None or not on_gpu(row.queue):
-            return None
-        worked = (utcnow() - row.claimed_at).total_seconds()
-        return row.tenant_id, max(changes.get("spent_seconds", row.spent_seconds + worked) - row.spent_seconds, 0.0)
+    def _spent(self, job_id: str) -> float | None:
+        return self.session.scalar(select(Job.spent_seconds).where(Job.id == job_id))
+
+    def _spend(self, ended: Row[*tuple[Any, ...]], spent_before: float | None) -> None:
+        """Count the seconds of an attempt on a GPU that has ended. What its end said of them goes before the clock: who
+        gives on the job of a lost worker knows when that was."""
+        if ended.claimed_at is None or not on_gpu(ended.queue):
+            return
+        if spent_before is None:
+            seconds = (utcnow() - ended.claimed_at).total_seconds()
+        else:
+            seconds = ended.spent_seconds - spent_before
+        spend_gpu(self.session, ended.tenant_id, max(seconds, 0.0))
 
     def _follow(self, parent_id: str, job_id: str) -> None:
         """A child's state has changed. Two that do so at once do not miss each other: the second waits here for the
@@ -184,31 +222,39 @@ class JobRepository:
         event: dict[str, Any] | None = None,
     ) -> int | None:
         """Change columns of a job that still meets `where`, and leave an event row. The new version or None."""
+        changed = self._change([Job.id == job_id, *where], changes)
+        if changed is None:
+            return None
+        if event_type is not None:
+            self._event(job_id, changed.version, event_type, event or {})
+        return int(changed.version)
+
+    def _change(self, where: Sequence[ColumnElement[bool]], changes: dict[str, Any]) -> Row[*tuple[Any, ...]] | None:
         statement = (
             update(Job)
-            .where(Job.id == job_id, *where)
+            .where(*where)
             .values(**changes, version=Job.version + 1)
-            .returning(Job.version)
+            .returning(*_CHANGED)
             .execution_options(synchronize_session=False)
         )
-        version = self.session.scalar(statement)
-        if version is not None and event_type is not None:
-            self._event(job_id, version, event_type, event or {})
-        return version
+        return self.session.execute(statement).one_or_none()
 
-    def touch(self, job_id: str, where: Sequence[ColumnElement[bool]], changes: dict[str, Any]) -> bool:
-        """Change columns that no client sees (the lease, dispatch bookkeeping): no new version, no event."""
+    def touch(
+        self, job_id: str, where: Sequence[ColumnElement[bool]], changes: dict[str, Any]
+    ) -> Row[datetime | None] | None:
+        """Change columns that no client sees (the lease, dispatch bookkeeping): no new version, no event. The job's
+        `cancel_requested_at`, or None where it was no longer as expected."""
         statement = (
             update(Job)
             .where(Job.id == job_id, *where)
             .values(**changes)
-            .returning(Job.id)
+            .returning(Job.cancel_requested_at)
             .execution_options(synchronize_session=False)
         )
-        return self.session.scalar(statement) is not None
+        return self.session.execute(statement).one_or_none()
 
     def _event(self, job_id: str, seq: int, event_type: str, data: dict[str, Any]) -> None:
-        self.session.add(JobEvent(job_id=job_id, seq=seq, type=event_type, data=data))
+        self.session.execute(insert(JobEvent).values(job_id=job_id, seq=seq, type=event_type, data=data))
 
     def events_after(self, job_id: str, seq: int, limit: int) -> list[JobEvent]:
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq).order_by(JobEvent.seq)
@@ -227,5 +273,5 @@ class JobRepository:
 
     def expired(self, now: datetime, limit: int) -> list[Job]:
         """Running jobs whose worker has let the lease run out."""
-        query = select(Job).options(*LEAN).where(Job.status == JobStatus.RUNNING.value, Job.lease_expires_at < now)
+        query = select(Job).options(*LEAN).where(UNDER_WAY, Job.status == RUNNING, Job.lease_expires_at < now)
         return [*self.session.scalars(query.order_by(Job.lease_expires_at).limit(limit))]

@@ -10,30 +10,34 @@ So no tenant holds up another, however many jobs it queues and whatever it calls
 run holds up none. The idea of counting what runs is that of huggingface/dataset-viewer's `get_next_waiting_job`; with
 few workers nothing runs whenever one is free, and only the time of the last service tells tenants apart.
 
-A claim costs one look into an index per tenant, whatever the length of the queue and the number of jobs that ended.
+A claim costs one look into an index per tenant, whatever the length of the queue and the number of jobs that ended; all
+of them in one statement, and a second one takes the job.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, literal_column, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Select, func, literal_column, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from app.db.accounts import Tenant
+from app.db.accounts import Plan, Tenant
 from app.db.orm import Job
-from app.jobs.columns import LEAN
+from app.domain.plan import DEFAULT_PLAN, effective
 from app.jobs.family import PARENTS
 from app.tenants.quotas import may_run
 
 # Literals: a partial index is of no use to a statement whose status is a parameter.
 QUEUED: ColumnElement[str] = literal_column("'queued'")
 RUNNING: ColumnElement[str] = literal_column("'running'")
+ONE: ColumnElement[int] = literal_column("1")  # of a parameter a prepared statement would not know how few it is
+# SQLite sees only by the very words of the index that it may use it.
+UNDER_WAY: ColumnElement[bool] = Job.status.in_([QUEUED, RUNNING])
 
 
 @dataclass(frozen=True)
@@ -102,61 +106,96 @@ def in_order(jobs: Iterable[Waiting], shares: Mapping[str, Share]) -> list[Waiti
     return found
 
 
-def next_job(session: Session, queues: Collection[str], now: datetime, *, take: bool = True) -> Job | None:
-    """The best job in these queues, or None. With `take` its row is locked until the end of the transaction, and its
-    tenant counts as served.
+@dataclass(frozen=True)
+class Head:
+    """A tenant's next job, and what the tenant has of the workers. `most`: of its jobs may run at once, None for as
+    many as there are."""
+
+    job: Waiting
+    share: Share
+    most: int | None = None
+
+
+def in_line(session: Session, queues: Collection[str], now: datetime) -> Sequence[Head]:
+    """Of each tenant that has jobs waiting in these queues, and may have one more run: the one that is next; the best
+    of them first."""
+    heads = [head for head in _heads(session, queues, now) if head.most is None or head.share.running < head.most]
+    return sorted(heads, key=lambda head: turn(head.job, head.share))
+
+
+def may_take(session: Session, head: Head) -> bool:
+    """Whether one more job of this tenant may run, asked where one is about to be taken: where its plan limits that,
+    its row is locked until the end of the transaction."""
+    return head.most is None or may_run(session, head.job.tenant_id, head.most)
+
+
+def next_of(tenant_id: str, queues: Collection[str], now: datetime) -> ScalarSelect[Any]:
+    """The id of the tenant's next job, as a part of the statement that takes it: its row is locked.
 
     Rows that others are taking at this moment are passed over, so that two workers neither get the same job nor wait
     for each other (on SQLite one writes at a time anyway). Those who look at the very same moment see the same shares:
     a tenant may then be ahead of its turn by as many jobs as workers looked."""
-    heads = _heads(session, queues, now)
-    counts = running_jobs(session) if len(heads) > 1 else {}
-    shares = {job.tenant_id: Share(counts.get(job.tenant_id, 0), served) for job, served in heads}
-    for head in sorted((job for job, _ in heads), key=lambda job: turn(job, shares[job.tenant_id])):
-        if not may_run(session, head.tenant_id, lock=take):
-            continue  # as many of its jobs run as its plan allows
-        query = _in_turn(select(Job).options(*LEAN), Job, head.tenant_id, queues, now)
-        job: Job | None = session.scalar(query.with_for_update(skip_locked=True) if take else query)
-        if job is not None:
-            if take:
-                _note_service(session, job.tenant_id, now)
-            return job
-    return None
+    job = aliased(Job)
+    first = _in_turn(select(job.id), job, tenant_id, queues, now)
+    return first.with_for_update(of=job, skip_locked=True).scalar_subquery()
+
+
+def note_service(session: Session, tenant_id: str, now: datetime) -> None:
+    """A job of this tenant was taken. Who finds another at it leaves it: it is the same moment, and nobody is to wait
+    for a commit."""
+    free = select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True, skip_locked=True)
+    noted = update(Tenant).where(Tenant.id.in_(free)).values(served_at=now)
+    session.execute(noted.execution_options(synchronize_session=False))
 
 
 def running_jobs(session: Session) -> dict[str, int]:
     """By tenant; without those that only compare others."""
-    query = select(Job.tenant_id, func.count()).where(Job.status == RUNNING, Job.queue != PARENTS)
-    return {tenant: int(count) for tenant, count in session.execute(query.group_by(Job.tenant_id))}
+    return {tenant: int(count) for tenant, count in session.execute(_running())}
 
 
-def _heads(session: Session, queues: Collection[str], now: datetime) -> list[tuple[Waiting, float]]:
-    """Of each tenant that has jobs waiting there, the one whose turn is next, and when the tenant was served last."""
+def _heads(session: Session, queues: Collection[str], now: datetime) -> list[Head]:
+    """Of each tenant that has jobs waiting there, the one that is next among its own."""
     inner = aliased(Job)
-    head = _in_turn(select(inner.id), inner, Tenant.id, queues, now).correlate(Tenant).scalar_subquery()
-    served = {
-        job_id: 0.0 if at is None else at.timestamp()
-        for job_id, at in session.execute(select(head, Tenant.served_at).select_from(Tenant))
-        if job_id is not None
-    }
-    if not served:
-        return []
-    rows = session.execute(select(Job.id, Job.tenant_id, Job.turn).where(Job.id.in_(served)))
-    return [(waiting_of(row.id, row.tenant_id, row.turn), served[row.id]) for row in rows]
+    first = _in_turn(select(inner.id), inner, Tenant.id, queues, now).correlate(Tenant).scalar_subquery()
+    # Materialized: the look into the index is made once for each tenant, wherever its result is used.
+    tenants = (
+        select(Tenant.served_at, Tenant.limits, Tenant.plan, first.label("job_id"))
+        .cte("tenants_in_line")
+        .prefix_with("MATERIALIZED", dialect="postgresql")
+    )
+    running = _running().subquery("running")
+    query = (
+        select(
+            Job.id, Job.tenant_id, Job.turn, tenants.c.served_at, running.c.jobs, tenants.c.limits.label("own"),
+            Plan.limits.label("plan"),
+        )
+        .select_from(tenants)
+        .join(Job, Job.id == tenants.c.job_id)
+        .outerjoin(running, running.c.tenant_id == Job.tenant_id)
+        .outerjoin(Plan, Plan.name == func.coalesce(tenants.c.plan, DEFAULT_PLAN))
+    )  # fmt: skip
+    return [
+        Head(
+            waiting_of(row.id, row.tenant_id, row.turn),
+            Share(row.jobs or 0, 0.0 if row.served_at is None else row.served_at.timestamp()),
+            effective(row.plan, row.own).running_jobs if row.plan or row.own else None,
+        )
+        for row in session.execute(query)
+    ]
+
+
+def _running() -> Select[str, int]:
+    """Running jobs by tenant; without those that only compare others."""
+    rows = (UNDER_WAY, Job.status == RUNNING, Job.queue != PARENTS)
+    query = select(Job.tenant_id, func.count().label("jobs")).where(*rows)
+    return query.group_by(Job.tenant_id)
 
 
 def _in_turn(query: Select[Any], job: Any, tenant_id: Any, queues: Collection[str], now: datetime) -> Select[Any]:
     """The tenant's first job in these queues, as `ix_jobs_waiting` has them."""
     due = or_(job.not_before.is_(None), job.not_before <= now)
     waiting = query.where(job.status == QUEUED, job.tenant_id == tenant_id, job.queue.in_(queues), due)
-    return waiting.order_by(job.turn, job.id).limit(1)
-
-
-def _note_service(session: Session, tenant_id: str, now: datetime) -> None:
-    """Who finds another at it leaves it: it is the same moment, and nobody is to wait for a commit."""
-    free = select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True, skip_locked=True)
-    noted = update(Tenant).where(Tenant.id.in_(free)).values(served_at=now)
-    session.execute(noted.execution_options(synchronize_session=False))
+    return waiting.order_by(job.turn, job.id).limit(ONE)
 
 
 def _own_turn(job: Waiting) -> tuple[int, bool, str]:

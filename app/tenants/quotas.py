@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from app.blobs.usage import bytes_of
-from app.db.accounts import GpuUse, Plan, Tenant
+from app.db.accounts import GpuUse, Plan
 from app.db.base import utcnow
 from app.db.orm import Blob, Job, Upload
 from app.domain.job_state import JobStatus
@@ -171,20 +171,9 @@ def spend_gpu(session: Session, tenant_id: str, seconds: float) -> None:
     session.execute(statement.on_conflict_do_update(index_elements=[GpuUse.tenant_id, GpuUse.day], set_=more))
 
 
-def may_run(session: Session, tenant_id: str, *, lock: bool) -> bool:
-    """Whether one more job of this tenant may run now. `lock`: the tenant's row, where its plan limits that: two that
-    take the last place do so one after the other."""
-    limit = running_limit(session, tenant_id)
-    if limit is None:
-        return True
-    if lock:
-        TenantRepository(session).get(tenant_id, lock=True)
+def may_run(session: Session, tenant_id: str, most: int) -> bool:
+    """Whether one more job of this tenant may run, of `most` at once. Its row is locked: two that take the last place
+    do so one after the other."""
+    TenantRepository(session).get(tenant_id, lock=True)
     query = select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING.value)
-    return (session.scalar(query.where(Job.queue != PARENTS)) or 0) < limit
-
-
-def running_limit(session: Session, tenant_id: str) -> int | None:
-    query = select(Tenant.limits, Plan.limits).select_from(Tenant)
-    query = query.outerjoin(Plan, Plan.name == func.coalesce(Tenant.plan, DEFAULT_PLAN)).where(Tenant.id == tenant_id)
-    row = session.execute(query).one_or_none()
-    return None if row is None else effective(row[1], row[0]).running_jobs
+    return (session.scalar(query.where(Job.queue != PARENTS)) or 0) < most

@@ -29,14 +29,14 @@ def receiver_of(url: str) -> str:
     return found[0] if found else ""
 
 
-def job_ended(session: Session, job_id: str) -> None:
+def job_ended(session: Session, job_id: str, tenant_id: str, status: str, url: str | None) -> None:
     """Write a delivery to each of the tenant's endpoints that want to hear of this end, and to the URL that the job
-    names. One of several targets is told with the job that compares them."""
-    job = _told(session, job_id)
-    if job.parent_id is not None:
+    names."""
+    endpoints = _listening(session, tenant_id, f"job.{status}")
+    if not endpoints and url is None:
         return
-    endpoints = _listening(session, job.tenant_id, f"job.{job.status}")
-    if job.webhook_url is not None:
+    job = _told(session, job_id)
+    if url is not None:
         hand_over(session, job)
     _tell(session, job, endpoints)
 

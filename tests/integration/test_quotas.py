@@ -173,7 +173,7 @@ def test_no_more_of_a_tenants_jobs_run_than_its_plan_says(desk: Desk) -> None:
     claim = desk.claim(first)
     assert claim is not None
     with desk.db.write() as uow:
-        assert not may_run(uow.session, LOCAL_TENANT, lock=True)
+        assert not may_run(uow.session, LOCAL_TENANT, 1)
     assert desk.claim(second) is None, "it waits, whatever worker is free"
     assert desk.job(second.id).status == "queued"
     desk.ledger.fail(claim, {"code": "x", "detail": "x"}, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, text, update
+from sqlalchemy import delete, update
 
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job, JobEvent, Tenant
@@ -22,6 +23,7 @@ from app.jobs.operator import JobOperator
 from app.jobs.schedule import Offer, Share, Waiting, in_order, turn_of
 from app.jobs.sweep import end_overdue
 from tests.factories.filled import analyze, fill
+from tests.factories.statements import statements
 from tests.integration.conftest import Desk
 
 CPU, GPU = "anneal.cpu", "anneal.cuda"
@@ -184,19 +186,36 @@ def test_a_long_queue_and_many_ended_jobs_cost_a_claim_no_table_scan(line: Line)
         line.add(tenant, 250)
         line.add(tenant, 250, queue=GPU, priority=5)
     analyze(line.desk.db.engine)
-    postgres = line.desk.db.engine.dialect.name == "postgresql"
-    with line.desk.db.read() as session:
-        head = (
-            "SELECT (SELECT j.id FROM jobs AS j WHERE j.status = 'queued' AND j.tenant_id = tenants.id AND j.queue IN "
-            "('anneal.cpu', 'anneal.hw.x') AND (j.not_before IS NULL OR j.not_before <= '2026-01-01') "
-            "ORDER BY j.turn, j.id LIMIT 1) FROM tenants"
-        )
-        plan = session.execute(text(f"EXPLAIN {'' if postgres else 'QUERY PLAN '}{head}")).all()
-    told = " ".join(str(row) for row in plan)
-    assert "ix_jobs_waiting" in told, told
-    assert "Sort" not in told
-    assert "TEMP B-TREE" not in told
-    assert line.take() is not None
+    explain = "EXPLAIN" if line.desk.db.engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
+    with statements(line.desk.db.engine) as claim:
+        assert line.take() is not None
+    looks = [(sql, values) for sql, values in claim if "jobs" in sql and "INSERT" not in sql]
+    assert len(looks) == 2, "one finds whose turn it is, one takes the job"
+    for sql, values in looks:
+        with line.desk.db.write() as uow:
+            plan = uow.session.connection().exec_driver_sql(f"{explain} {sql}", values).all()
+            uow.session.rollback()
+        told = "\n".join(str(row) for row in plan)
+        assert "ix_jobs_waiting" in told, told
+        assert "Seq Scan on jobs" not in told, told
+        assert not re.search(r"SCAN jobs(?! USING INDEX ix_jobs_active)", told), told
+        assert not re.search("Sort Key: .*turn", told), told
+        assert "TEMP B-TREE FOR ORDER BY" not in told, told
+
+
+def test_a_claim_and_an_end_are_few_trips_to_the_database(desk: Desk) -> None:
+    jobs = [desk.submit() for _ in range(2)]
+    with statements(desk.db.engine) as looked:
+        assert desk.ledger.waiting(OFFER) is not None
+    with statements(desk.db.engine) as begun:
+        claim = desk.ledger.claim(OFFER)
+    assert claim is not None
+    assert claim.job_id in {job.id for job in jobs}
+    with statements(desk.db.engine) as renewed:
+        desk.ledger.renew(claim)
+    with statements(desk.db.engine) as ended:
+        desk.ledger.fail(claim, {"code": "x", "detail": "y"}, {})
+    assert [len(sent) for sent in (looked, begun, renewed, ended)] == [2, 4, 1, 4], (looked, begun, renewed, ended)
 
 
 # A latest start

@@ -51,7 +51,7 @@ def _run(worker: WorkerService, desk: Desk, error: AppError) -> Job:
     desk.put_blob("0" * 64)
     job = desk.submit()
     try:
-        worker.run_job()
+        worker.run_jobs(1)
         return desk.service.get(LOCAL_TENANT, job.id)
     finally:
         worker.close()

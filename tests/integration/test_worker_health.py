@@ -97,31 +97,38 @@ def test_a_thread_of_a_lease_that_dies_gives_the_job_back(deployed: Deployment, 
         client.cancel(job["id"])
 
 
+class Ending:
+    """A worker in this process whose jobs end as they are told; `reasons`: why it gave up."""
+
+    def __init__(self, desk: Desk, home: Path, patch: pytest.MonkeyPatch, ends: list[Exception]) -> None:
+        url = str(desk.db.engine.url.render_as_string(hide_password=False))
+        self.worker = WorkerService(Settings(home=home, DATABASE_URL=url, worker=WorkerSettings(max_attempts=2)))
+        self.reasons: list[str] = []
+        coming = iter(ends)
+
+        class Ends:
+            def __init__(self, *_: Any, **__: Any) -> None: ...
+
+            def run(self) -> None:
+                raise next(coming)
+
+        patch.setattr(self.worker, "give_up", self.reasons.append)
+        patch.setattr(service_module, "Optimizer", Ends)
+
+
 def _jobs(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: list[Exception]
 ) -> tuple[list[str], list[str]]:
     """What becomes of jobs that end so on one worker, and why it gave up."""
-    url = str(desk.db.engine.url.render_as_string(hide_password=False))
-    worker = WorkerService(Settings(home=tmp_path, DATABASE_URL=url, worker=WorkerSettings(max_attempts=2)))
-    reasons: list[str] = []
-    coming = iter(ends)
-
-    class Ends:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-
-        def run(self) -> None:
-            raise next(coming)
-
-    monkeypatch.setattr(worker, "give_up", reasons.append)
-    monkeypatch.setattr(service_module, "Optimizer", Ends)
+    ending = Ending(desk, tmp_path, monkeypatch, ends)
     try:
         jobs = []
         for _ in ends:
             jobs.append(desk.submit().id)
-            worker.run_job()  # what was given back is in its pause
-        return [desk.service.get(LOCAL_TENANT, j).status for j in jobs], reasons
+            ending.worker.run_jobs(1)  # what was given back is in its pause
+        return [desk.service.get(LOCAL_TENANT, j).status for j in jobs], ending.reasons
     finally:
-        worker.close()
+        ending.worker.close()
 
 
 LOST = infrastructure_failure("child_lost", "The process was lost.", stage="build")
@@ -140,3 +147,19 @@ def test_a_worker_that_fails_everything_leaves_it_to_others(
 def test_failures_of_models_are_no_sign_of_that(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, reasons = _jobs(desk, tmp_path, monkeypatch, [LOST, LOST, MODEL, LOST, LOST, MODEL])
     assert reasons == []
+
+
+def test_a_worker_takes_the_next_job_without_a_message_as_long_as_all_is_well(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = Ending(desk, tmp_path, monkeypatch, [MODEL, MODEL, LOST, MODEL])
+    jobs = [desk.submit().id for _ in range(5)]
+    try:
+        ending.worker.run_jobs()
+        found = [desk.job(job).status for job in jobs]
+        assert found == ["failed", "failed", "queued", "queued", "queued"], "of its own fault: it does not go on so"
+        ending.worker.lookout.drain(True)
+        ending.worker.run_jobs()
+        assert [desk.job(job).status for job in jobs] == found
+    finally:
+        ending.worker.close()

@@ -1,4 +1,4 @@
-"""The one task: a message came, so there may be a job. Which one, the claim in the database decides."""
+"""The one task: a message came, so there may be a job, or several. Which ones, the claim in the database decides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def register(app: Celery, service: WorkerService) -> None:
     def optimize(_job_id: str | None = None) -> None:
         bind_correlation_id(new_correlation_id())
         try:
-            service.run_job()
+            service.run_jobs()
         except Exception:  # the database is away, say: the lease runs out and the sweeper gives the job on
             log.exception("task_failed")
 
