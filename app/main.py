@@ -178,7 +178,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         files=CapacityLimiter(16),
         storage=SharedThreads(24, each=12, patience_s=10),
         creations=SharedThreads(32, each=8, patience_s=120),
-        reads=reads,
+        reads=SharedReads(threads=8),
         waiting=Places(settings.limits.waiting_per_tenant),
         inspector=inspector,
         provider=provider,

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 class Services:
     """`files` limits threads that read and write files on this machine's disk; `storage` are those that ask the
     storage, `creations` those that make a resource out of a file: none may take the threads that answer short requests.
-    `reads` are what requests that wait for the same job share, `waiting` counts these requests. `provider`: of
-    identities, where one is set; `sign_in` where people sign in there."""
+    `reads` are what requests that wait for the same job share, in few threads, as hundreds of jobs may change at once;
+    `waiting` counts these requests. `provider`: of identities, where one is set; `sign_in`: where people sign in."""
 
     settings: Settings
     db: Database

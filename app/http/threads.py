@@ -47,9 +47,11 @@ class SharedThreads:
 
 
 class SharedReads:
-    """Equal reads that are asked for at the same time are one read, in one thread."""
+    """Equal reads that are asked for at the same time are one read, in one thread. `threads`: at most so many of its
+    own, for reads that may come in crowds; without, those that answer short requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        self._limiter = None if threads is None else CapacityLimiter(threads)
         self._running: dict[Hashable, asyncio.Task[Any]] = {}
 
     def start(self, key: Hashable, begin: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
@@ -63,7 +65,11 @@ class SharedReads:
 
     async def read(self, key: Hashable, call: Callable[[Unpack[Arguments]], T], *arguments: *Arguments) -> T:
         """What `call(*arguments)` gives to everybody who asks with this key until it is there."""
-        return await asyncio.shield(self.start(key, lambda: anyio.to_thread.run_sync(call, *arguments)))
+
+        def begin() -> Coroutine[Any, Any, T]:
+            return anyio.to_thread.run_sync(call, *arguments, limiter=self._limiter)
+
+        return await asyncio.shield(self.start(key, begin))
 
     def _ended(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         self._running.pop(key, None)

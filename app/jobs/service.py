@@ -215,7 +215,7 @@ class JobService:
     def events_after(self, tenant_id: str, job_id: str, seq: int, limit: int = 500) -> Sequence[JobEvent]:
         with self.db.read() as session:
             jobs = JobRepository(session)
-            if jobs.get(tenant_id, job_id) is None:
+            if jobs.version(tenant_id, job_id) is None:
                 raise not_found("job", job_id)
             return jobs.events_after(job_id, seq, limit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import anyio.to_thread
 import httpx
 import pytest
 from sqlalchemy import event
 
 from app.db.orm import LOCAL_TENANT
 from app.http.services import Services
+from app.http.threads import SharedReads
 from app.jobs.repository import JobRepository
 from app.main import create_app
 from app.settings import LimitSettings, Settings
@@ -137,3 +140,22 @@ def test_the_key_comes_before_the_body(few: tuple[str, Services]) -> None:
         assert_problem(response, 401, "unauthorized")
     for method, path in (("POST", "/v1/models"), ("PUT", "/v1/uploads/upl_0/parts/1"), ("POST", "/v1/uploads")):
         assert_problem(httpx.request(method, url + path, content=b"{"), 401, "unauthorized")
+
+
+def test_a_crowd_that_waits_takes_no_thread_that_answers_short_requests() -> None:
+    """Two hundred jobs change at once: that many reads, each as slow as a busy database makes it."""
+
+    async def crowd() -> float:
+        reads = SharedReads(threads=4)
+        waiting = [asyncio.ensure_future(reads.read(number, time.sleep, 0.05)) for number in range(200)]
+        await asyncio.sleep(0.01)
+        began = time.monotonic()
+        for _ in range(10):
+            await anyio.to_thread.run_sync(time.sleep, 0)
+        took = time.monotonic() - began
+        assert sum(task.done() for task in waiting) < 200
+        for task in waiting:
+            task.cancel()
+        return took
+
+    assert asyncio.run(crowd()) < 1.5, "they would wait for the last of them: for 2.5 s"
