@@ -40,19 +40,19 @@ GOAL_MS = 20.0
 QUEUE, TENANTS = "anneal.cpu", 20
 _ENDED = {"code": "x", "detail": "y"}
 
-_ROWS = """
+ROWS = """
     INSERT INTO jobs
         (id, tenant_id, model_id, status, progress, spec, queue, stages, engine_ids, correlation_id, version, attempts,
-         fencing_token, dispatches, webhook_attempts, created_at, finished_at)
+         fencing_token, webhook_attempts, created_at, finished_at, told)
     SELECT 'job_{kind}' || lpad(n::text, 12, '0'), {tenant}, '{model}', '{status}', 0, '{spec}', '{queue}', '[]', '[]',
-        'c', 1, 0, 0, 0, 0, now(), {finished}
+        'c', 1, 0, 0, 0, now(), {finished}, '{status}' = 'succeeded'
     FROM generate_series(1, {count}) n
 """
-_TENANTS = f"""
+TENANTS_SQL = f"""
     INSERT INTO tenants (id, name, created_at)
     SELECT 'tnt_' || n, n::text, now() FROM generate_series(0, {TENANTS - 1}) n
 """
-_SPEC = '{"objective": "latency", "validation": {"metric": "auto"}, "benchmark": {"batch_sizes": [1, 8]}}'
+SPEC = '{"objective": "latency", "validation": {"metric": "auto"}, "benchmark": {"batch_sizes": [1, 8]}}'
 
 
 def claimer(url: str, name: str, claims: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def claimer(url: str, name: str, claims: int) -> dict[str, Any]:
 
 def fill(engine: Engine, queued: int, ended: int) -> None:
     filled.fill(engine, filled.JOBS_OF_A_MODEL)
-    common = {"model": filled.model_id(1), "spec": _SPEC}
+    common = {"model": filled.model_id(1), "spec": SPEC}
     waits = {**common, "status": "queued", "finished": "NULL"}
     rows = [
         {
@@ -93,9 +93,9 @@ def fill(engine: Engine, queued: int, ended: int) -> None:
     ]
     with engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        connection.exec_driver_sql(_TENANTS)
+        connection.exec_driver_sql(TENANTS_SQL)
         for values, count in zip(rows, (ended, queued, queued), strict=True):
-            connection.exec_driver_sql(_ROWS.format(**values, count=count))
+            connection.exec_driver_sql(ROWS.format(**values, count=count))
     filled.analyze(engine)
 
 

@@ -19,11 +19,15 @@ _JOBS = """
     INSERT INTO jobs
         (id, tenant_id, model_id, status, progress, spec, queue, stages, engine_ids, report_sha256, manifest_sha256,
          correlation_id, version, attempts, fencing_token, webhook_attempts, spent_seconds, created_at, finished_at,
-         told)
+         told, tallied_at)
     SELECT {id_of_job}, '{tenant}', {id_of_its_model}, CASE WHEN n / 10 * 10 = n THEN 'failed' ELSE 'succeeded' END, 1,
         '{spec}', 'anneal.cpu', '{stages}', '[]', {report}, {manifest}, 'filled', 20, 1, 1, 0, 1, {then}, {then},
-        true
+        true, {tallied}
     FROM {numbers}
+"""
+_EVENTS = """
+    INSERT INTO job_events (job_id, seq, type, data, created_at)
+    SELECT {id_of_job}, {seq}, 'state', '{{"status": "succeeded"}}', {then} FROM {numbers}
 """
 _ENGINES = """
     INSERT INTO engines
@@ -53,17 +57,38 @@ def fill(engine: Engine, jobs: int, stages: int = 12) -> None:
     three files; their models; and the rows of all these blobs, none of which is in storage. A job's row is about as
     large as a real one's, with so many `stages`."""
     names = _expressions(engine.dialect.name, stages)
-    models = names | {"numbers": _numbers(engine.dialect.name, max(jobs // JOBS_OF_A_MODEL, 1))}
-    rows = names | {"numbers": _numbers(engine.dialect.name, jobs // JOBS_OF_A_MODEL * JOBS_OF_A_MODEL)}
+    models, rows = _with_numbers(engine, names, jobs)
     with engine.begin() as connection:
         connection.exec_driver_sql(_MODELS.format(**models))
         for statement in (_JOBS, _ENGINES, _RESULTS):
-            connection.exec_driver_sql(statement.format(**rows))
+            connection.exec_driver_sql(statement.format(**rows, tallied="NULL"))
         for kind in ("output", "engine", "bundle"):
             connection.exec_driver_sql(_FILES.format(**rows, file=names[kind]))
         connection.exec_driver_sql(_BLOBS.format(**models, blob=names["model"]))
         for kind in ("report", "manifest", "engine", "bundle", "output"):
             connection.exec_driver_sql(_BLOBS.format(**rows, blob=names[kind]))
+
+
+def fill_with_jobs(engine: Engine, jobs: int, stages: int = 12) -> None:
+    """The jobs of `fill` alone, with their models and two events each, tallied as those of a service that runs are."""
+    names = _expressions(engine.dialect.name, stages)
+    models, rows = _with_numbers(engine, names, jobs)
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        connection.exec_driver_sql(_MODELS.format(**models))
+        connection.exec_driver_sql(_JOBS.format(**rows, tallied=names["then"]))
+        for seq in (1, 20):
+            connection.exec_driver_sql(_EVENTS.format(**rows, seq=seq))
+        failed = jobs // JOBS_OF_A_MODEL * JOBS_OF_A_MODEL // 10
+        for status, count in (("failed", failed), ("succeeded", 9 * failed)):
+            told = f"UPDATE job_tallies SET jobs = jobs + {count} WHERE status = '{status}'"
+            connection.exec_driver_sql(told)
+
+
+def _with_numbers(engine: Engine, names: dict[str, str], jobs: int) -> tuple[dict[str, str], dict[str, str]]:
+    models = names | {"numbers": _numbers(engine.dialect.name, max(jobs // JOBS_OF_A_MODEL, 1))}
+    return models, names | {"numbers": _numbers(engine.dialect.name, jobs // JOBS_OF_A_MODEL * JOBS_OF_A_MODEL)}
 
 
 def analyze(engine: Engine) -> None:
@@ -80,6 +105,10 @@ def digest(kind: str, number: int) -> str:
 
 def model_id(number: int) -> str:
     return f"mdl_{number:032d}"
+
+
+def job_id(number: int) -> str:
+    return f"job_{number:032d}"
 
 
 def _expressions(dialect: str, stages: int) -> dict[str, str]:
