@@ -1,0 +1,19 @@
+"""Schemathesis at a real API process, by its OpenAPI document: `benchmarks/fuzz/contract.py` with a budget of a minute.
+`docs/security.md` has the figures of the long runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.fuzz.contract import fuzz
+from benchmarks.fuzz.http import SETTINGS, crashes
+from tests.factories.deployment import deployment
+
+
+def test_every_answer_is_one_that_the_document_names(tmp_path: Path) -> None:
+    with deployment(tmp_path / "home", SETTINGS) as deployed:
+        found = fuzz(deployed, tmp_path, inputs=2000, seconds=60, seed=11, examples=3)
+        traces = crashes(deployed)
+    assert not found.reports, found.reports[0][-8000:]
+    assert not traces, traces[:5]
+    assert found.inputs >= 1000
