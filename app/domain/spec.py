@@ -33,6 +33,8 @@ DATASETS = (
     ("validation", "dataset_id"),
 )
 OF_THE_QUEUE = ("priority", "max_queue_seconds")  # kept in columns of the job, beside its spec
+# What the release before does not know: its workers refuse a spec that has it.
+NEW = (("quantization", "training"),)
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
@@ -319,6 +321,20 @@ class OptimizationSpec(Strict):
         if self.shapes and self.tensorrt.profiles:
             raise ValueError("give either shapes or tensorrt.profiles, not both")
         return self
+
+
+def stored(spec: OptimizationSpec) -> dict[str, Any]:
+    """As it stands with its job: without what is kept beside it, and without what is new and left at its default, so
+    that workers of the release before take the job (docs/upgrades.md)."""
+    document = spec.model_dump(mode="json", exclude=set(OF_THE_QUEUE))
+    usual = OptimizationSpec(model_id=spec.model_id).model_dump(mode="json")
+    for *path, name in NEW:
+        section, default = document, usual
+        for step in path:
+            section, default = section[step], default[step]
+        if section[name] == default[name]:
+            del section[name]
+    return document
 
 
 def datasets_of(spec: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from app.db.ids import new_id
 from app.db.orm import Job, JobEvent, SourceModel
 from app.db.uow import Database, UnitOfWork
 from app.domain.job_state import TERMINAL, JobStatus, Trigger
-from app.domain.spec import OF_THE_QUEUE, OptimizationSpec, datasets_of
+from app.domain.spec import OptimizationSpec, datasets_of, stored
 from app.errors import FieldError, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, once, recall, remember, resource_gone
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
@@ -252,8 +252,7 @@ def _queued(
         status=JobStatus.QUEUED.value,
         stage=None,
         progress=0.0,
-        # Workers of the previous release refuse a spec with fields that they do not know.
-        spec=spec.model_dump(mode="json", exclude=set(OF_THE_QUEUE)),
+        spec=stored(spec),
         priority=spec.priority,
         turn=turn_of(spec.priority),
         start_by=None if spec.max_queue_seconds is None else now + timedelta(seconds=spec.max_queue_seconds),
