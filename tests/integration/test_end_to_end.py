@@ -77,7 +77,7 @@ class Ended:
 def ended(deployed: Deployment) -> Ended:
     seen: list[str] = []
     with deployed.client() as client:
-        spec = _spec(client, min_seconds=0.1, budget=60)
+        spec = _spec(client, min_seconds=0.1, budget=80)
         headers = {**deployed.headers, "X-Request-ID": "trace-me-through"}
         job = httpx.post(f"{deployed.url}/v1/jobs", json=spec, headers=headers).json()
         return Ended(spec, client.wait(job["id"], on_event=lambda e: seen.append(e.type)), seen)

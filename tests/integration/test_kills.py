@@ -157,7 +157,7 @@ def test_an_idle_worker_goes_on_with_what_another_left(
 @pytest.mark.parametrize("deployed", ["embedded"], indirect=True)
 def test_a_drained_worker_ends_its_job_and_takes_no_other(deployed: Deployment, db: Database, tmp_path: Path) -> None:
     with deployed.client() as client:
-        deployed.start_hurried_worker()
+        deployed.start_worker()
         first = submit_case(client, tmp_path, 50, benchmark={"batch_sizes": [1], "min_seconds": 2})["id"]
         assert wait_for_stage(db, first, {"benchmark"}) == "benchmark"
         (worker_id,) = [worker["id"] for worker in client.capabilities()["workers"]]
