@@ -136,11 +136,11 @@ def test_a_worker_killed_beside_another_is_followed_at_once(tmp_path: Path, fres
     with deployment(tmp_path / "home", extra) as deployed, deployed.client() as client:
         db = deployed.database()
         worker = deployed.start_worker()
-        job_id = submit_case(client, tmp_path, 60, benchmark={"batch_sizes": [1], "min_seconds": 1})["id"]
-        assert wait_for_stage(db, job_id, {"benchmark"}) == "benchmark"
+        job_id = submit_case(client, tmp_path, 60)["id"]
+        assert wait_for_stage(db, job_id, {"export", "simplify", "quantize", "build"}) is not None
         token = job_row(db, job_id).fencing_token
         kill(worker)
         deployed.start_worker()
         deployed.wait_for(lambda: job_row(db, job_id).fencing_token > token, timeout_s=60)
-        assert client.wait(job_id)["status"] == "succeeded"
+        client.cancel(job_id)
         db.close()
