@@ -167,7 +167,7 @@ class Training(Strict):
     """Of weights that learn to be rounded to int8 (docs/training.md), for models uploaded as `.pt2`. The teacher is the
     model itself: labels are not needed, and used where the data has class numbers."""
 
-    mode: Literal["off", "auto", "always"] = "auto"
+    mode: Literal["off", "auto", "always"] = "off"
     """`auto`: where no other way keeps the limit on accuracy, and the budget holds it; `always`: for every static int8
     configuration beside the one without; `off`: never."""
     dataset_id: str | None = None

@@ -151,7 +151,7 @@ def _spec(**changes: Any) -> OptimizationSpec:
 
 def test_defaults_are_told() -> None:
     told = _spec().model_dump()["quantization"]["training"]
-    assert told == {"mode": "auto", "dataset_id": None, "epochs": 20, "learning_rate": 2e-4, "max_seconds": 300}
+    assert told == {"mode": "off", "dataset_id": None, "epochs": 20, "learning_rate": 2e-4, "max_seconds": 300}
 
 
 def test_the_data_sets_of_a_job() -> None:
