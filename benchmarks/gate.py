@@ -129,6 +129,7 @@ class Stages:
             shapes=None,
             judging=self.samples,
             calibrating=300,
+            training_samples=0,
         )
         self.export = SimpleNamespace(
             key="export",

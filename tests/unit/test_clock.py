@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import text
@@ -115,3 +116,12 @@ def test_ids_are_in_order_of_the_shared_time(machine: dict[str, float], monkeypa
     _answered(shared, 1001.0, 0.01)
     machine["own"] -= timedelta(minutes=5).total_seconds()
     assert first < ids.new_id("job")
+
+
+def test_ids_of_one_millisecond_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.db import ids
+
+    monkeypatch.setattr(ids, "CLOCK", SimpleNamespace(now=lambda: 1_800_000_000.0))
+    made = [ids.new_id("job") for _ in range(1000)]
+    assert made == sorted(made)
+    assert {len(each) for each in made} == {36}
