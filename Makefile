@@ -5,7 +5,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo serve cluster cluster-test test test-integrations docs test-airflow lint format openapi constraints clean help
+.PHONY: demo serve cluster cluster-test test test-integrations test-upgrade docs test-airflow lint format openapi constraints clean help
 
 help:
 	@echo "make demo    start the service, optimize a trained model, show the report, stop"
@@ -14,6 +14,7 @@ help:
 	@echo "make test    run every test, on a real PostgreSQL, Redis and S3 server"
 	@echo "make cluster-test    the cluster under load, with parts of it killed and stopped"
 	@echo "make test-integrations    bundles in their servers (Triton), MLflow, Kubeflow, in environments of their own"
+	@echo "make test-upgrade    the release before beside this one: its tests on the new schema, an upgrade under load"
 	@echo "make test-airflow    the provider of clients/airflow in a real Airflow, in an environment of its own"
 	@echo "make docs    the documentation as a site, below build/site"
 	@echo "make lint    ruff, mypy --strict, import-linter"
@@ -63,6 +64,11 @@ endif
 # and the cluster, as far as a minute goes.
 test-integrations: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/integrations tests/cluster/test_whole.py $(PYTEST_ARGS)
+
+# The tests of the release before on the schema of this one, then an upgrade under load with more jobs (docs/upgrades.md).
+test-upgrade: $(VENV)/.dev
+	@$(BIN)/python -m tests.upgrade.previous_tests $(PYTEST_ARGS)
+	@ANNEAL_UPGRADE_ROUNDS=2 $(BIN)/python -m pytest tests/upgrade
 
 # The provider of clients/airflow in a real Airflow, which takes minutes to install: not part of what CI runs.
 test-airflow: $(VENV)/.dev
