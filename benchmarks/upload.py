@@ -4,7 +4,7 @@ process needs for it, and what the second client sends again.
     python benchmarks/upload.py                # 10 GiB; about five minutes, 21 GiB of disk
     python benchmarks/upload.py --gib 1
 
-The file is a sparse .npy of zeros: nothing of it lies on the disk, all of it goes over the wire and into the server.
+The file is a sparse .npz of zeros: nothing of it lies on the disk, all of it goes over the wire and into the server.
 The server is OpenStack Swift with its S3 API, the client `anneal_client` in a process of its own, killed by SIGKILL
 when half of the parts are there; a second process uploads the same file, and makes the data set of it. The API
 completes the upload (joins, checks the SHA-256, stores it under its digest) and looks into the file. Peak memory:
@@ -14,12 +14,14 @@ completes the upload (joins, checks the SHA-256, stores it under its digest) and
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from tests.swift_server import S3Server, swift
 
 GOAL_MIB = 100
 _WIDTH = 1024
+_ZEROS = bytes(16 << 20)
 _BUCKET = "upload"
 _CLIENT = """
 import sys
@@ -52,13 +55,29 @@ with Client(url, key) as client:
 """
 
 
+class Sparse(io.FileIO):
+    """A file that leaves out blocks of zeros."""
+
+    def write(self, data: Any) -> int:
+        if data == _ZEROS:
+            self.seek(len(data), os.SEEK_CUR)
+            return len(data)
+        return super().write(data) or 0
+
+
 def write_zeros(path: Path, size_bytes: int) -> int:
-    """A sparse .npy of about so many bytes; its exact size. (The format: numpy.lib.format, version 1.0.)"""
-    rows = max(1, size_bytes // (4 * _WIDTH))
+    """A sparse .npz with one array of about so many bytes; its exact size."""
+    blocks = max(1, size_bytes // len(_ZEROS))
+    rows = blocks * len(_ZEROS) // (4 * _WIDTH)
     head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {_WIDTH}), }}".ljust(117) + "\n"
-    with path.open("wb") as file:
-        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode())
-        file.truncate(10 + len(head) + rows * 4 * _WIDTH)
+    with (
+        Sparse(path, "w") as file,
+        zipfile.ZipFile(file, "w") as archive,
+        archive.open("x.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode())
+        for _ in range(blocks):
+            member.write(_ZEROS)
     return path.stat().st_size
 
 
@@ -105,7 +124,8 @@ class Upload:
     def stored(self) -> dict[int, Any]:
         """The parts as the server has them: when each was sent last. None once they are joined."""
         found = {}
-        for upload in self._storage.list_multipart_uploads(Bucket=_BUCKET).get("Uploads", []):
+        found_there = self._storage.list_multipart_uploads(Bucket=_BUCKET).get("Uploads", [])
+        for upload in [upload for upload in found_there if "/uploads/" in upload["Key"]]:  # not of the service's copies
             pages = self._storage.get_paginator("list_parts").paginate(
                 Bucket=_BUCKET, Key=upload["Key"], UploadId=upload["UploadId"]
             )
@@ -131,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = int(arguments.gib * GIB)
     # The parts and what is joined of them, as the storage copies it.
     with scratch(arguments.folder, int(2.1 * wanted)) as folder:
-        source = folder / "zeros.npy"
+        source = folder / "zeros.npz"
         size = write_zeros(source, wanted)
         tempfile.tempdir = str(folder)  # the server's objects, too, are to lie on this disk
         with swift() as storage, api(folder / "home", environment_of(storage)) as server:
