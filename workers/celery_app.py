@@ -52,7 +52,7 @@ def run_worker(service: WorkerService) -> int:
     setup_logging.connect(on_setup_logging)
     worker: CeleryWorker = app.Worker(
         hostname=f"anneal@{service.id}",
-        queues=[*service.offer.queues],
+        queues=[*service.offer.queues, service.sharing.queue],
         pool="threads",
         concurrency=1,
         without_gossip=True,

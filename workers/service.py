@@ -32,6 +32,7 @@ from app.logging import bind_correlation_id, new_correlation_id
 from app.prebuilds.service import PrebuildService
 from app.queue.producer import make_dispatch
 from app.settings import Settings
+from app.sharing.service import SharingService
 from app.storage.factory import make_store
 from app.webhooks.sender import WebhookSender
 from workers import plugins
@@ -40,7 +41,9 @@ from workers.chores import Chores
 from workers.devices.cuda import confine
 from workers.examiner import Examiner
 from workers.hardware import describe, fingerprint
+from workers.helping import Helper, Sharing
 from workers.installation import Installation, key_for_tenant, load_or_make_key
+from workers.kinds import kind_of
 from workers.libraries import model_formats
 from workers.liveness import Liveness
 from workers.lookout import Lookout
@@ -139,6 +142,26 @@ class WorkerService:
             self.spare,
             self.telemetry,
         )
+        kind = kind_of(self.backends, self.hardware, self.fingerprint, Installation(self._engine_key).key_id)
+        self.sharing = Sharing(self._job_db, self.capabilities, settings, self.id, kind)
+        self.helper = Helper(
+            SharingService(self._job_db, settings.worker),
+            SharingService(self._renewal_db, settings.worker),
+            self.ledger,
+            self.content,
+            self.isolated,
+            settings,
+            self.id,
+            kind,
+            self.backends,
+            self.hardware,
+            self.fingerprint,
+            self._limits(),
+            self._installation,
+            self.spare,
+            self.telemetry,
+            lambda: not self.lookout.draining,
+        )
         self._one_job = threading.Lock()
         self._has_job = False
         self._unasked = threading.Event()
@@ -160,7 +183,7 @@ class WorkerService:
         self._background.start("errands", self.chores.run_errands)
         self._background.start("webhooks", lambda: self.webhooks.run(self.shutdown, self.settings.worker.heartbeat_s))
         self._background.start("collector", self.chores.collect)
-        errands = [self.examiner.answer_one, self.prebuilder.build_one]
+        errands = [self.examiner.answer_one, self.helper.help_one, self.prebuilder.build_one]
         self._background.start("spare time", lambda: self.spare.run(errands, self.settings.worker.heartbeat_s))
 
     def give_up(self, reason: str) -> None:
@@ -175,6 +198,7 @@ class WorkerService:
     def close(self) -> None:
         self.shutdown.set()
         self.lookout.stop()
+        self.spare.look()
         self.isolated.close()
         self._background.join(timeout_s=5)
         try:
@@ -220,6 +244,7 @@ class WorkerService:
             plugins=[plugin.to_json() for plugin in plugins.found()],
             examines=self.examiner.backends,
             builds=self.prebuilder.offers,
+            helps=self.sharing.kind.plain,
             isolation=self.isolated.features.to_json(self.settings.worker.sandbox),
         )
 
@@ -293,7 +318,7 @@ class WorkerService:
         self._has_job = False
         return ended
 
-    def _run(self, claim: Claim, keeper: LeaseKeeper) -> bool:
+    def _run(self, claim: Claim, keeper: LeaseKeeper[Claim]) -> bool:
         job, model, datasets = self.ledger.load(claim)
         bind_correlation_id(job.correlation_id)
         with self.telemetry.attempt(job, claim, lambda: keeper.reason) as attempt:
@@ -302,7 +327,7 @@ class WorkerService:
     def _attempt(
         self,
         claim: Claim,
-        keeper: LeaseKeeper,
+        keeper: LeaseKeeper[Claim],
         attempt: Attempt,
         job: Job,
         model: SourceModel,
@@ -312,6 +337,7 @@ class WorkerService:
         log.info("job_started", job_id=job.id, attempt=claim.attempt)
         stages: list[dict[str, Any]] = []
         again = False
+        crew = self.sharing.crew(claim, keeper.should_stop)
         try:
             with infrastructure_faults(), self._workspace(claim) as workspace:
                 runner = StageRunner(
@@ -328,6 +354,7 @@ class WorkerService:
                     shared_caches=self.shared_caches,
                     measure_again=job.spec.get("measure") == "again",
                     watch=attempt,
+                    elsewhere=crew.elsewhere,
                 )
                 stages = runner.view.stages
                 found = Optimizer(
@@ -339,6 +366,7 @@ class WorkerService:
                     self.settings.limits,
                     self.settings.worker.searches_dir,
                     tritonserver=self.settings.worker.tritonserver,
+                    crew=crew,
                 ).run()
                 if keeper.should_stop():
                     raise Interrupted
@@ -438,7 +466,7 @@ class WorkerService:
         self.ledger.fail(claim, failure.public(), {"stages": stages})
         return False
 
-    def _interrupted(self, claim: Claim, keeper: LeaseKeeper) -> None:
+    def _interrupted(self, claim: Claim, keeper: LeaseKeeper[Claim]) -> None:
         log.info("job_interrupted", job_id=claim.job_id, reason=keeper.reason)
         try:
             if keeper.reason is StopReason.CANCELLED:

@@ -19,9 +19,10 @@ class SpareTime:
     """Of one worker process. Its errands take turns with its jobs, one at a time."""
 
     def __init__(self, shutdown: threading.Event) -> None:
-        self._shutdown = shutdown
+        self.shutdown = self._shutdown = shutdown
         self._turn = threading.Lock()
         self._wanted = threading.Event()
+        self._look = threading.Event()
 
     @contextmanager
     def jobs_first(self) -> Iterator[None]:
@@ -42,13 +43,21 @@ class SpareTime:
         finally:
             self._turn.release()
 
+    def look(self) -> None:
+        """There may be something to do now; or it is over."""
+        self._look.set()
+
     def over(self) -> bool:
         return self._shutdown.is_set() or self._wanted.is_set()
 
     def run(self, errands: Sequence[Callable[[], bool]], every_s: float) -> None:
         """Until the shutdown: look every so often whether there is something to do. An errand answers whether there
         was, and asks for another turn by that."""
-        while not self._shutdown.wait(every_s):
+        while not self._shutdown.is_set():
+            self._look.wait(every_s)
+            self._look.clear()
+            if self._shutdown.is_set():
+                return
             for errand in errands:
                 try:
                     while errand():

@@ -11,7 +11,7 @@ from app.capabilities.service import offered
 from app.db.orm import Worker
 
 # What a worker reports beside its hardware, in the same column.
-_APART = ("plugins", "examines", "builds", "isolation")
+_APART = ("plugins", "examines", "builds", "isolation", "helps")
 
 
 class BackendOut(BaseModel):
@@ -60,6 +60,9 @@ class WorkerOut(BaseModel):
         {}, description="Backends that it builds with for devices that it need not have: target: precisions"
     )
     isolation: IsolationOut | None = None
+    helps: str | None = Field(
+        None, description="Its kind: while idle it makes candidates for jobs of workers that say the same"
+    )
     started_at: datetime
     last_seen_at: datetime
 
@@ -91,6 +94,7 @@ class CapabilitiesOut(BaseModel):
                     examines=row.hardware.get("examines") or {},
                     builds=row.hardware.get("builds") or {},
                     isolation=IsolationOut.model_validate(told) if (told := row.hardware.get("isolation")) else None,
+                    helps=row.hardware.get("helps"),
                     started_at=row.started_at,
                     last_seen_at=row.last_seen_at,
                 )

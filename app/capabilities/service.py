@@ -45,16 +45,19 @@ class CapabilityService:
         examines: Mapping[str, str] | None = None,
         builds: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
         isolation: Mapping[str, Any] | None = None,
+        helps: str | None = None,
     ) -> None:
         """A worker starts: what it is and can. `backends`: list of {name, versions, devices, precisions}. `plugins`:
         list of {group, name, distribution, version, problem}, those that cannot be used among them. `examines`:
         backend → version, of those that it can ask what they take of a model. `builds`: backend → target → precisions,
-        of those that it builds for without having one. `isolation`: `app.sandbox.features.Features.to_json`.
+        of those that it builds for without having one. `isolation`: `app.sandbox.features.Features.to_json`. `helps`:
+        workers that say the same would make the same, and help each other.
         """
         apart = {
             "plugins": [dict(plugin) for plugin in plugins],
             "examines": dict(examines or {}),
             "isolation": dict(isolation or {}),
+            "helps": helps,
             "builds": {backend: {k: [*v] for k, v in targets.items()} for backend, targets in (builds or {}).items()},
         }
         fields = {

@@ -175,8 +175,9 @@ class CandidateReport(_Part):
     on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
 
     `measured`: "full", "short timing" (figures of the search, fewer samples) or None; `measured_at`: when, which is
-    before this job where the figures were stored already. `search`: what the search found
-    and decided of it, in order. `prior`: the latency over the baseline's that was expected before anything ran."""
+    before this job where the figures were stored already. `made_by`: the worker that built its engine, which may be
+    another one than the job's, or an earlier job's. `search`: what the search found and decided of it, in order.
+    `prior`: the latency over the baseline's that was expected before anything ran."""
 
     id: str
     name: str
@@ -200,6 +201,7 @@ class CandidateReport(_Part):
     prior: float | None = None
     measured: str | None = None
     measured_at: str | None = None
+    made_by: str | None = None
     nodes_kept: list[str] = []
     search: list[dict[str, Any]] = []
 

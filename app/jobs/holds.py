@@ -29,5 +29,6 @@ class Hold(Protocol):
     def with_a_result(self) -> dict[str, Any]:
         """Columns of the job that change with a stage's result."""
 
-    def seen(self, changes: dict[str, Any], event: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What clients see of the progress that a stage runner tells, as columns of the job and as an event."""
+    def seen(self, changes: dict[str, Any], event: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What clients see of the progress that a stage runner tells, as columns of the job and as an event; None:
+        nothing."""

@@ -185,7 +185,10 @@ class JobLedger:
     @_patient
     def progress(self, claim: Hold, changes: dict[str, Any], event_type: str, event: dict[str, Any]) -> None:
         """Change what clients see of a job that is worked on (stage, progress, stages) and leave an event."""
-        changes, event = claim.seen(changes, event)
+        told = claim.seen(changes, event)
+        if told is None:
+            return
+        changes, event = told
         with self.db.write() as uow:
             version = JobRepository(uow.session).update(claim.job_id, claim.holds(), changes, event_type, event)
             if version is None:

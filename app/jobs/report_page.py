@@ -293,14 +293,16 @@ def _applied(report: Json) -> str:
 
 def _search(report: Json) -> str:
     """Everything that was considered, with the figure it went on or fell by."""
-    rows = []
-    for c in objects(report.get("candidates")):
+    candidates = objects(report.get("candidates"))
+    rows: list[list[Any]] = []
+    several = len({c["made_by"] for c in candidates if c.get("made_by")}) > 1
+    for c in candidates:
         timed = [s for s in objects(c.get("search")) if s.get("decision") == "timed"]
         ratio = None if not timed else f"{text(timed[-1].get('ratio'))}x"
-        rows.append(
-            [c.get("name"), ratio, part_of(c, "accuracy").get("loss_percent"), c.get("status"), _why(report, c)]
-        )
-    return table(["configuration", "short timing", "points lost", "verdict", "why"], rows)
+        loss, made_by = part_of(c, "accuracy").get("loss_percent"), [c.get("made_by")] if several else []
+        rows.append([c.get("name"), ratio, loss, c.get("status"), _why(report, c), *made_by])
+    names = ["configuration", "short timing", "points lost", "verdict", "why", *(["made by"] if several else [])]
+    return table(names, rows)
 
 
 def _deployment(report: Json) -> str:

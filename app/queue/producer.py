@@ -10,10 +10,12 @@ from celery import Celery
 
 from app.db.orm import Job
 from app.queue.broker import make_celery
-from app.queue.messages import OPTIMIZE
+from app.queue.messages import HELP, OPTIMIZE, help_queue
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+_RINGS_FOR_S = 60  # whoever was busy for longer has nothing of it
 
 # Wakes one worker of the job's queue. True = handed to the broker. False = it is away; the caller goes on.
 Dispatch = Callable[[Job], bool]
@@ -35,6 +37,26 @@ def make_dispatch(settings: Settings, celery: Celery | None = None) -> Dispatch:
         return True
 
     return dispatch
+
+
+# Wakes so many workers of a kind to help. False = the broker is away; they look for themselves now and then.
+Bell = Callable[[str, int], bool]
+
+
+def make_bell(settings: Settings, celery: Celery | None = None) -> Bell:
+    """A function that wakes workers that are idle; call it only after the commit of what they are to find."""
+    app = celery or make_celery(settings, sends_only=True)
+
+    def ring(kind: str, workers: int) -> bool:
+        try:
+            for _ in range(workers):
+                app.send_task(HELP, queue=help_queue(kind), retry=False, expires=_RINGS_FOR_S)
+        except Exception as error:  # as above
+            log.warning("bell_failed", kind=kind, error=str(error))
+            return False
+        return True
+
+    return ring
 
 
 def check_broker(settings: Settings) -> None:

@@ -92,6 +92,7 @@ def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tm
         job = client.wait(client.submit({"model_id": model["id"], **spec})["id"])
         report, manifest = client.report(job["id"]), client.manifest(job["id"])
         assert report["picked"] == "toy-sum", report
+        assert [c["made_by"] for c in report["candidates"]] == [worker["id"]]
         assert not report["not_explained"], report["not_explained"]
         fold, backend = report["optimizations_applied"]
         assert fold["details"] == {"added": _ADDS}

@@ -21,8 +21,8 @@ from tests.factories.search_world import Truth, World, candidate
 from workers.search import limits, pairing, requests
 from workers.search.calls import Call, Elsewhere, ForeignReply, execute
 from workers.search.recording import Recorder, Recording, recorder
-from workers.search.requests import Done, Make, Stopped, Subject
-from workers.search.state import SearchState, Standing
+from workers.search.requests import Done, Judge, Make, Stopped, Subject
+from workers.search.state import Phase, SearchState, Standing
 
 RECORDED = sorted((Path(__file__).parents[1] / "data" / "searches").glob("*.jsonl"))
 
@@ -377,6 +377,28 @@ def test_a_recorded_search_whose_requests_another_process_executes_picks_the_sam
             assert not isinstance(request, Done | Stopped)
             state = policy.take(state, request, Elsewhere(send, lambda asked=asked: asked)(request), told)
     assert policy.advance(state, recording.ended)[1] == recording.done
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+def test_what_a_recorded_search_asked_for_was_told_ahead(path: Path) -> None:
+    recording = Recording.read(path.read_text().splitlines())
+    policy = recording.policy()
+    policy.variants = lambda plan: recording.variants.get(plan.id, [])  # it looks at more than was looked at there
+    state = policy.begin(recording.candidates, recording.deadlines, recording.begun)
+    before: dict[Phase, set[str]] = {}
+    for asked, _, told, answer in recording.steps:
+        state, request = policy.advance(state, asked)
+        assert not isinstance(request, Done | Stopped)
+        kept = copy.deepcopy(state)
+        ahead = [Call(a.request, asked).id for a in policy.ahead(state, asked) if a.sure]
+        assert state == kept, "it changes nothing"
+        known = before.setdefault(state.phase, set(ahead))
+        assert set(ahead) <= known, "nothing is added on the way"
+        if ahead and isinstance(request, Make | Judge):
+            assert ahead[0] == Call(request, asked).id
+            assert ahead[0] in known
+        state = policy.take(state, request, answer, told)
+    assert before[Phase.MAKING]
 
 
 def test_a_call_is_named_by_what_it_asks() -> None:

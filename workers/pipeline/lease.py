@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from types import TracebackType
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.jobs.ledger import Claim, JobLedger, LeaseLost
+from app.jobs.ledger import LeaseLost
+from app.settings import WorkerSettings
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +30,26 @@ class StopReason(StrEnum):
     SHUTDOWN = "shutdown"
 
 
-class LeaseKeeper:
+class Held(Protocol):
+    """What the lease is on: a job, or a call of one."""
+
+    @property
+    def job_id(self) -> str: ...
+
+
+H = TypeVar("H", bound=Held)
+H_contra = TypeVar("H_contra", bound=Held, contravariant=True)
+
+
+class Renewals(Protocol[H_contra]):
+    """Where leases are renewed: `app.jobs.ledger.JobLedger`, say."""
+
+    settings: WorkerSettings
+
+    def renew(self, claim: H_contra) -> bool: ...
+
+
+class LeaseKeeper(Generic[H]):
     """A context manager: the lease is renewed while inside. `should_stop` is cheap and safe to call from any thread.
 
     Whether the lease still holds is told by this machine's clock alone, from the last renewal that succeeded: a
@@ -39,8 +60,8 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        ledger: JobLedger,
-        claim: Claim,
+        ledger: Renewals[H],
+        claim: H,
         shutdown: threading.Event,
         *,
         asked: float,
@@ -76,7 +97,7 @@ class LeaseKeeper:
             return StopReason.SHUTDOWN
         return self._reason
 
-    def __enter__(self) -> LeaseKeeper:
+    def __enter__(self) -> LeaseKeeper[H]:
         for thread in self._threads:
             thread.start()
         return self

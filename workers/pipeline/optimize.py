@@ -29,6 +29,9 @@ from workers.pipeline.progress import JobProgress
 from workers.pipeline.runner import Outcome, StageRunner
 from workers.pipeline.source import source_ref
 from workers.search import recording
+from workers.search.calls import Call
+from workers.search.crew import Crew
+from workers.search.desk import Desk
 from workers.search.driver import Search
 
 _RESUMED_S = 10.0  # beside the final measurement: what is left at least to a job that is taken up again
@@ -48,9 +51,11 @@ class Optimizer:
         searches_dir: Path | None = None,
         hardware: Mapping[str, Any] | None = None,
         tritonserver: Path | None = None,
+        crew: Crew | None = None,
     ) -> None:
         """`searches_dir`: where the search is recorded, if anywhere. `hardware`: that the job is for, if not this
-        machine's. `tritonserver`: what bundles for it are tried in, if anything."""
+        machine's. `tritonserver`: what bundles for it are tried in, if anything. `crew`: whom the search is shared
+        with."""
         self.runner = runner
         self.job = job
         self.model = model
@@ -63,6 +68,7 @@ class Optimizer:
         self.limits = limits
         self.searches_dir = searches_dir
         self.tritonserver = tritonserver
+        self.crew = crew
         self.budget = self._budget(runner.claim.spent_seconds)
         runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = devices.named(self.device).baseline_backend
@@ -113,6 +119,14 @@ class Optimizer:
                 return
             evaluator.make(CandidateRun.of(candidate), self.budget.end)
 
+    def answer(self, call: Call) -> None:
+        """One call of this job's search, for the worker that has the job: what it makes is in storage afterwards.
+        Raises `StageFailure` where the job itself would fail."""
+        export = self._export()
+        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        self.budget.share(final_seconds(self.spec, 4), export.outputs["model"].size_bytes)
+        Desk(evaluator).answer(call.request)
+
     def _prove(self, export: Outcome, evaluator: Evaluator) -> Proof:
         """Search, full measurement and verdict."""
         case = self._case(export)
@@ -124,7 +138,9 @@ class Optimizer:
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.job.fencing_token}")
         tell = partial(self.runner.tell, "candidates")
-        found = Search(case, plan, self.backends, evaluator, self.budget, recorder=recorder, tell=tell).run()
+        found = Search(
+            case, plan, self.backends, evaluator, self.budget, crew=self.crew, recorder=recorder, tell=tell
+        ).run()
         progress.enter("final", 2.0 * (len(found.finalists) + 2) + len(found.finalists))
         done = Finals(evaluator, found).judged()
         return Proof(

@@ -235,6 +235,7 @@ def _candidate(found: Optimization, run: CandidateRun) -> CandidateReport:
         prior=run.plan.prior,
         measured=measured,
         measured_at=found.benchmark.made.get("at") if tried.figures else run.screened_at,
+        made_by=run.build.made.get("worker") if run.build else None,
         nodes_kept=nodes_kept(run),
         search=run.history,
     )

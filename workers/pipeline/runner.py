@@ -57,7 +57,7 @@ class Outcome:
     data: dict[str, Any]
     libraries: dict[str, str]
     cached: bool
-    seconds: float  # the stage's own work, 0 where cached
+    seconds: float  # the stage's own work; 0 where it was there before the job's attempt
 
     def of_kind(self, *kinds: str) -> ArtifactRef:
         """The output that is of the first of these kinds that there is. Raises StageFailure (`wrong_artifact`)."""
@@ -129,9 +129,11 @@ class StageRunner:
         shared_caches: SharedCaches | None = None,
         measure_again: bool = False,
         watch: Watch = NOBODY,
+        elsewhere: Callable[[str, float], bool] = lambda _key, _seconds: False,
     ) -> None:
         """`measure_again`: measurements of other jobs are not taken; this job's own are, after a crash. `watch`: is
-        told of every call."""
+        told of every call. `elsewhere`: before a stage is computed, waits while another worker computes it for this
+        job, so many seconds at most; whether one did."""
         self.claim = claim
         self.ledger = ledger
         self.isolated = isolated
@@ -145,6 +147,8 @@ class StageRunner:
         self.shared_caches = shared_caches
         self.measure_again = measure_again
         self.watch = watch
+        self.elsewhere = elsewhere
+        self._began = utcnow()
         self.view = JobView()
         self.calls: list[Outcome] = []
 
@@ -171,6 +175,8 @@ class StageRunner:
         try:
             with infrastructure_faults(call.stage_type.name):
                 outcome = self._recall(call)
+                if outcome is None and self.elsewhere(call.key, _allowed(call)):
+                    outcome = self._recall(call)
             if outcome is None:
                 self._publish(call)
                 outcome = self._execute(call)
@@ -241,7 +247,11 @@ class StageRunner:
         if row.failure is not None:
             raise StageFailure.from_json(row.failure)
         outputs = {name: ArtifactRef.from_json(files) for name, files in row.outputs.items()}
-        return call.outcome(outputs, row.data, cached=True, seconds=0.0)
+        maker, seconds = (row.data.get("made") or {}).get("worker"), 0.0
+        if maker not in (None, self.claim.owner) and row.created_at >= self._began:
+            # For this job, or for another one at the same time: what it took tells what the next one will take.
+            call.entry["detail"], seconds = f"made by {maker}", row.seconds
+        return call.outcome(outputs, row.data, cached=True, seconds=seconds)
 
     def _recall_partial(self, call: _Call) -> StageRow | None:
         """What this job had to cut short, unless there is more time now: then it is worth doing again."""

@@ -18,6 +18,7 @@ from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.planner import Plan
 from workers.pipeline.runner import Outcome
 from workers.pipeline.shape_checks import ShapeChecks
+from workers.search.crew import Crew
 from workers.search.desk import Desk
 from workers.search.policy import Policy
 from workers.search.recording import Recorder
@@ -46,8 +47,8 @@ class Found:
 
 
 class Search:
-    """Of one job. `answer`: who answers its requests, if not this worker by itself. `recorder`: writes them down.
-    `tell`: told what changed in how the candidates stand."""
+    """Of one job. `answer`: who answers its requests, if not this worker by itself. `crew`: whom it shares them with.
+    `recorder`: writes them down. `tell`: told what changed in how the candidates stand."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Search:
         budget: Budget,
         *,
         answer: Callable[[Request], Answer] | None = None,
+        crew: Crew | None = None,
         recorder: Recorder | None = None,
         tell: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class Search:
         self.budget = budget
         self.desk = Desk(evaluator)
         self.answer = answer or self.desk.answer
+        self.crew = crew
         self.recorder = recorder
         self.tell, self.standings = tell, Standings()
         self.facts = facts_of(case, evaluator)
@@ -86,12 +89,19 @@ class Search:
             if isinstance(request, Stopped):
                 raise StageFailure.from_json(dict(request.failure))
             if isinstance(request, Done):
+                if self.crew is not None:
+                    self.crew.over()
                 return self._found(state, request, asked)
-            answer = self.answer(request)
+            answer = self._answered(state, request, asked)
             told = self.budget.elapsed()
             if self.recorder is not None:
                 self.recorder.told(request, answer, asked, told)
             state = self.policy.take(state, request, answer, told)
+
+    def _answered(self, state: SearchState, request: Request, asked: float) -> Answer:
+        if self.crew is None:
+            return self.answer(request)
+        return self.crew.answer(request, self.policy.ahead(state, asked), self.budget.elapsed, self.answer)
 
     def _variants(self, plan: Candidate) -> Sequence[Candidate]:
         found = self.backends[plan.backend].variants(self.case, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workers.search import checking, choosing, making
 from workers.search.draft import Draft
-from workers.search.requests import Answer, Judge
+from workers.search.requests import Ahead, Answer, Judge
 from workers.search.state import Phase
 
 
@@ -19,13 +19,21 @@ def add_variants(d: Draft) -> None:
 
 def ask(d: Draft) -> Judge | None:
     """None where everybody was checked, and the sound ones are finalists."""
-    most = d.spec.validation.max_samples
-    for cid in d.alive():
-        if d[cid].accuracy is None:
-            return Judge(d.subject(cid), most, d.state.apart, d.deadlines.search_until)
+    due = _due(d)
+    if due:
+        return due[0]
     choosing.finish(d, d.alive())
     d.phase_ends("everything built and checked", len(d.state.candidates))
     return None
+
+
+def ahead(d: Draft) -> list[Ahead]:
+    return [Ahead(request, sure=True) for request in _due(d)]
+
+
+def _due(d: Draft) -> list[Judge]:
+    most, until = d.spec.validation.max_samples, d.deadlines.search_until
+    return [Judge(d.subject(i), most, d.state.apart, until) for i in d.alive() if d[i].accuracy is None]
 
 
 def take(d: Draft, request: Judge, answer: Answer) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from workers.candidates import Candidate
 from workers.search.draft import Draft
 from workers.search.reach import over_size
-from workers.search.requests import Answer, Make
+from workers.search.requests import Ahead, Answer, Make
 from workers.search.state import Making, Phase
 
 
@@ -33,11 +33,23 @@ def ask(d: Draft) -> Make | None:
         last = calibrates(plan)
         short = left < making.rest if last else left < making.half and making.safe and plan.lossless
         if not d.too_late(cid, 0.0 if short else until, "make"):
-            return Make(d.subject(cid), until if last else d.deadlines.search_until)
+            return _make(d, cid)
         making = d.state.making = replace(making, queue=making.queue[1:])
     d.phase_ends("building", making.told)
     d.state.making, d.state.phase = None, making.then
     return None
+
+
+def ahead(d: Draft) -> list[Ahead]:
+    """All that are still to be built; not those that load the engine of another one."""
+    queue = d.state.making.queue if d.state.making else ()
+    return [Ahead(_make(d, cid), sure=True) for cid in queue if d[cid].of is None]
+
+
+def _make(d: Draft, cid: str) -> Make:
+    """What calibrates comes last, and leaves the rest of the search its time."""
+    at = d.deadlines
+    return Make(d.subject(cid), at.make_until if calibrates(d[cid].plan) else at.search_until)
 
 
 def take(d: Draft, request: Make, answer: Answer) -> None:

@@ -8,7 +8,7 @@ from a recording, taken up again from its state, and each request answered where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from workers.candidates import Candidate
@@ -16,7 +16,7 @@ from workers.pipeline.budget import search_end
 from workers.search import checking, choosing, exhaustive, limits, making, mending, pairing, timing, tuning, winning
 from workers.search.draft import Draft, Variants, proposed
 from workers.search.objective import BASELINE
-from workers.search.requests import Answer, Done, Judge, Make, Rank, Request, Stopped, Time, TryShapes
+from workers.search.requests import Ahead, Answer, Done, Judge, Make, Rank, Request, Stopped, Time, TryShapes
 from workers.search.state import Deadlines, Facts, Phase, SearchState
 from workers.search.timing import FinalSeconds
 
@@ -49,6 +49,17 @@ class Policy:
             request = self._ask(d)
             if request is not None:
                 return d.state, request
+
+    def ahead(self, state: SearchState, now: float) -> Sequence[Ahead]:
+        """What it will ask for from here on, as far as that can be told, the next one first."""
+        d = self._draft(state, now)
+        tells: dict[Phase, Callable[[Draft], Sequence[Ahead]]] = {
+            Phase.MAKING: making.ahead,
+            Phase.CHECKING: winning.ahead,
+            Phase.CHECKING_ALL: exhaustive.ahead,
+        }
+        tell = tells.get(d.state.phase)
+        return tell(d) if tell else ()
 
     def take(self, state: SearchState, request: Request, answer: Answer, now: float) -> SearchState:
         """The state with what was told."""

@@ -100,6 +100,17 @@ class Stopped:
 
 
 Request = Make | Judge | TryShapes | Time | Rank
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the search will ask after what it asks now, so that it can be answered before. `sure`: whatever comes out,
+    but for want of time; else only if somebody faster falls."""
+
+    request: Make | Judge
+    sure: bool
+
+
 _KINDS: dict[str, type[Request]] = {
     "make": Make,
     "judge": Judge,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from workers.search import checking, halving, limits
 from workers.search.draft import Draft
 from workers.search.requantized import is_quantized
-from workers.search.requests import Judge, TryShapes
+from workers.search.requests import Ahead, Judge, TryShapes
 from workers.search.state import Phase
+
+_MOST_AHEAD = 4  # checks; the further down, the less likely it is asked for
 
 
 def begin(d: Draft) -> None:
@@ -34,6 +36,12 @@ def ask(d: Draft) -> Judge | TryShapes | None:
         d.state.queue = d.state.queue[1:]
     d.phase_ends("accuracy of those that can win", len(d.state.accurate))
     return None
+
+
+def ahead(d: Draft) -> list[Ahead]:
+    """The next checks of those that could win as things stand; `d` is of no use afterwards."""
+    asked = [checking.ask(d, cid) for cid in d.state.queue[:_MOST_AHEAD] if not _passed_over(d, cid)]
+    return [Ahead(request, sure=False) for request in asked if isinstance(request, Judge)]
 
 
 def _passed_over(d: Draft, cid: str) -> bool:

@@ -1,4 +1,4 @@
-"""The one task: a message came, so there may be a job, or several. Which ones, the claim in the database decides."""
+"""What messages do: one came, so there may be jobs, or somebody to help. Which ones, the database decides."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import structlog
 from celery import Celery
 
 from app.logging import bind_correlation_id, new_correlation_id
-from app.queue.messages import OPTIMIZE
+from app.queue.messages import HELP, OPTIMIZE
 from workers.service import WorkerService
 
 log = structlog.get_logger(__name__)
 
 
 def register(app: Celery, service: WorkerService) -> None:
-    """Bind the task to this worker's service."""
+    """Bind the tasks to this worker's service."""
 
     def optimize(_job_id: str | None = None) -> None:
         bind_correlation_id(new_correlation_id())
@@ -23,3 +23,4 @@ def register(app: Celery, service: WorkerService) -> None:
             log.exception("task_failed")
 
     app.task(name=OPTIMIZE, ignore_result=True)(optimize)
+    app.task(name=HELP, ignore_result=True)(service.spare.look)

@@ -59,6 +59,7 @@ class WorkerMetrics:
         self.collected = self._counter("anneal_collected_total", "Removed or tallied by the collector", "kind")
         self.collector_seconds = self._counter("anneal_collector_seconds_total", "Time of the collector's passes")
         self.chore_failures = self._counter("anneal_chore_failures_total", "Passes that failed", "chore")
+        self.helped = self._counter("anneal_helped_calls_total", "Calls of other workers' jobs", "outcome")
         self.deliveries = self._counter("anneal_webhook_deliveries_total", "Webhook attempts", "outcome")
 
     def render(self) -> bytes:

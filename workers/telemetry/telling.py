@@ -126,6 +126,10 @@ class Telemetry(Watch):
             self.metrics.collected.labels(kind).inc(count)
         self.metrics.collector_seconds.inc(seconds)
 
+    def helped(self, outcome: str) -> None:
+        """A call of another worker's job: `answered`, `given_back`, `lost` or `failed`."""
+        self.metrics.helped.labels(outcome).inc()
+
     def chore_failed(self, chore: str) -> None:
         self.metrics.chore_failures.labels(chore).inc()
 

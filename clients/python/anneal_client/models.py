@@ -481,6 +481,7 @@ class Worker(Answer, defaults={"builds": {}, "examines": {}, "plugins": []}):
     examines: dict[str, str]  # Backends that it can ask what they take of a model: version
     formats: list[str]
     hardware: dict[str, Any]  # CPU model, ISA flags, cores, memory, GPU …, as the worker found it
+    helps: str | None
     hostname: str
     id: str
     isolation: Isolation | None

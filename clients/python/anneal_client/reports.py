@@ -73,8 +73,9 @@ class CandidateReport(
     on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
 
     `measured`: "full", "short timing" (figures of the search, fewer samples) or None; `measured_at`: when, which is
-    before this job where the figures were stored already. `search`: what the search found
-    and decided of it, in order. `prior`: the latency over the baseline's that was expected before anything ran."""
+    before this job where the figures were stored already. `made_by`: the worker that built its engine, which may be
+    another one than the job's, or an earlier job's. `search`: what the search found and decided of it, in order.
+    `prior`: the latency over the baseline's that was expected before anything ran."""
 
     accuracy: dict[str, Any] | None
     accuracy_in_search: dict[str, Any] | None
@@ -86,6 +87,7 @@ class CandidateReport(
     failure: dict[str, Any] | None
     gpu_memory_mb: float | None
     id: str
+    made_by: str | None
     measured: str | None
     measured_at: str | None
     memory_mb: float | None

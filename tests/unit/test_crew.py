@@ -1,0 +1,199 @@
+"""A search's requests on several workers, without any: what is handed out and taken back, and who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from app.sharing.service import CallState, Offer
+from workers.candidates import Candidate
+from workers.pipeline.isolated import Interrupted
+from workers.search import crew as module
+from workers.search.calls import Call
+from workers.search.crew import Crew
+from workers.search.requests import Ahead, Answer, Make, Request, Subject
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_S", 0.0)
+
+
+def make(name: str, until: float = 100.0) -> Make:
+    return Make(Subject(Candidate(name, name, "onnxruntime", "fp32", ())), until)
+
+
+def sure(*requests: Make) -> list[Ahead]:
+    return [Ahead(r, sure=True) for r in requests]
+
+
+def id_of(request: Request) -> str:
+    return Call(request, 0.0).id
+
+
+class Board:
+    """In memory. `looks`: called with the board at each look, as time goes by."""
+
+    def __init__(self) -> None:
+        self.out: dict[str, CallState] = {}
+        self.offers: list[Offer] = []
+        self.looks: list[Callable[[], None]] = []
+        self.away = False
+
+    def offer(self, offers: Sequence[Offer]) -> None:
+        if self.away:
+            raise OperationalError("INSERT", {}, Exception("away"))
+        self.offers += offers
+        self.out |= {o.id: CallState.FREE for o in offers}
+
+    def states(self) -> dict[str, CallState]:
+        if self.looks:
+            self.looks.pop(0)()
+        return dict(self.out)
+
+    def take_back(self, call_id: str) -> bool:
+        return self.out.get(call_id) is CallState.FREE and self.out.pop(call_id) is not None
+
+    def withdraw(self, ids: Collection[str] | None = None) -> None:
+        for call_id in [*self.out] if ids is None else ids:
+            self.out.pop(call_id, None)
+
+    def doing(self, key: str) -> bool:
+        return bool(self.looks) and self.looks.pop(0)() is None
+
+    def holds(self, request: Request, state: CallState = CallState.HELD) -> None:
+        self.out[id_of(request)] = state
+
+
+class Together:
+    """A crew, and what its own worker answered in order."""
+
+    def __init__(self, others: int = 2, idle: int = 2) -> None:
+        self.board, self.rung, self.answered, self.now, self.stop = Board(), [0], list[str](), 0.0, False
+        self.others, self.idle = others, idle
+        self.crew = Crew(
+            self.board,
+            helpers=lambda: (self.others, self.idle),
+            kind=lambda candidates: "+".join(c.id for c in candidates),
+            machine="here",
+            ring=self.rung.append,
+            should_stop=lambda: self.stop,
+        )
+
+    def ask(self, request: Request, ahead: Sequence[Ahead] = ()) -> Answer:
+        return self.crew.answer(request, ahead, lambda: self.now, self._answer)
+
+    def _answer(self, request: Any) -> Answer:
+        self.answered.append(request.subject.id)
+        return {"built": request.subject.id}
+
+
+A, B, C, D = (make(name) for name in "abcd")
+
+
+def test_what_lies_ahead_is_handed_out_from_the_end_and_only_so_many_are_woken() -> None:
+    with_two = Together()
+    with_two.ask(A, sure(A, B, C, D))
+    assert [o.id for o in with_two.board.offers] == [id_of(r) for r in (B, C, D)]
+    assert [o.turn for o in with_two.board.offers] == [0, -1, -2], "the smallest turn is taken first"
+    assert [o.kind for o in with_two.board.offers] == ["b", "c", "d"]
+    assert Call.from_json(with_two.board.offers[0].body).request == B
+    assert with_two.rung[1:] == [2]
+    assert with_two.answered == ["a"]
+    with_two.ask(B, sure(B, C, D))
+    assert len(with_two.board.offers) == 3, "once"
+
+
+def test_alone_it_goes_through_them_in_order_and_hands_out_nothing() -> None:
+    alone = Together(others=0)
+    for request, ahead in ((A, (A, B)), (B, (B,))):
+        assert alone.ask(request, sure(*ahead)) == {"built": request.subject.id}
+    assert not alone.board.offers
+    assert alone.answered == ["a", "b"]
+    one = Together()
+    one.ask(A, sure(A))
+    assert not one.board.offers, "there is nothing beside it"
+
+
+def test_what_nobody_has_begun_is_made_here_and_what_ended_is_looked_up() -> None:
+    with_two = Together()
+    with_two.ask(A, sure(A, B, C))
+    with_two.board.holds(C, CallState.ENDED)
+    with_two.ask(B, sure(B, C))
+    assert id_of(B) not in with_two.board.out, "nobody else takes it now"
+    with_two.ask(C, sure(C))
+    assert with_two.answered == ["a", "b", "c"], "by results that are in storage, the last one"
+
+
+def test_while_it_waits_for_a_helper_it_makes_what_else_is_left() -> None:
+    with_two = Together()
+    with_two.ask(A, sure(A, B, C, D))
+    board = with_two.board
+    board.holds(B)
+    board.holds(D)
+    board.looks = [lambda: None, lambda: None, lambda: None, lambda: board.holds(B, CallState.ENDED)]
+    with_two.ask(B, sure(B, C, D))
+    assert with_two.answered == ["a", "c", "b"]
+    with_two.ask(C, sure(C, D))
+    assert with_two.answered == ["a", "c", "b"], "it is known"
+    board.looks = [lambda: board.holds(D, CallState.FREE)]  # its helper is lost
+    assert with_two.ask(D, sure(D)) == {"built": "d"}
+    assert with_two.answered == ["a", "c", "b", "d"]
+
+
+def test_a_helper_is_not_waited_for_beyond_the_time_of_the_call() -> None:
+    with_one, late = Together(), make("late", until=10.0)
+    with_one.ask(A, sure(A, late))
+    with_one.board.holds(late)
+    with_one.now = 10.0
+    with_one.ask(late, sure(late))
+    assert with_one.answered == ["a", "late"]
+    assert not with_one.board.out, "who was at it stops"
+
+
+def test_who_waits_can_be_stopped() -> None:
+    with_one = Together()
+    with_one.ask(A, sure(A, B))
+    with_one.board.holds(B)
+    with_one.stop = True
+    with pytest.raises(Interrupted):
+        with_one.ask(B, sure(B))
+
+
+def test_what_is_not_asked_any_more_is_withdrawn_whoever_is_at_it() -> None:
+    with_two = Together()
+    with_two.ask(A, sure(A, B, C))
+    with_two.board.holds(C)
+    with_two.ask(B, sure(B))
+    assert not with_two.board.out
+    with_two.ask(C, sure(C, D))
+    with_two.crew.over()
+    assert not with_two.board.out
+
+
+def test_what_may_be_for_nothing_is_made_on_other_machines_by_its_chances() -> None:
+    with_two = Together()
+    with_two.ask(A, [Ahead(r, sure=False) for r in (A, B, C)])
+    assert [(o.turn, o.apart) for o in with_two.board.offers] == [(0, "here"), (1, "here")]
+
+
+def test_a_database_that_is_away_is_no_reason_to_fail() -> None:
+    with_two = Together()
+    with_two.board.away = True
+    assert with_two.ask(A, sure(A, B)) == {"built": "a"}
+    with_two.board.away = False
+    assert with_two.ask(B, sure(B, C)) == {"built": "b"}
+    assert not with_two.board.offers, "it goes on alone"
+
+
+def test_a_stage_that_a_helper_computes_is_waited_for() -> None:
+    with_one = Together()
+    assert not with_one.crew.elsewhere("key", 1.0), "nothing is out"
+    with_one.ask(A, sure(A, B))
+    assert not with_one.crew.elsewhere("key", 1.0)
+    with_one.board.looks = [lambda: None, lambda: None]
+    assert with_one.crew.elsewhere("key", 1.0)
+    assert not with_one.board.looks
