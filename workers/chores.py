@@ -15,6 +15,7 @@ from app.db.uow import Database
 from app.domain.failures import StageFailure
 from app.errors import AppError
 from app.settings import Settings
+from app.sharing.service import SharingService
 from app.uploads.service import UploadService
 from workers.background import Regularly
 from workers.pipeline.isolated import Interrupted
@@ -35,6 +36,7 @@ class Chores:
         self._settings, self._telemetry, self._shutdown = settings, telemetry, shutdown
         self._uploads = UploadService(db, content, settings)
         self._collector = Collector(db, content, settings)
+        self._sharing = SharingService(db, settings.worker)
 
     def remove_stale(self) -> None:
         """Workspaces of workers that were killed."""
@@ -49,6 +51,7 @@ class Chores:
                 self._uploads.expire_uploads()
                 if stale.due():
                     self.remove_stale()
+                    self._sharing.remove_stale()
             except (SQLAlchemyError, AppError, OSError) as error:
                 log.warning("errand_failed", error=str(error)[:300])
 

@@ -151,6 +151,11 @@ class SharingService:
                     return HelpHold(job.id, job.tenant_id, owner, call.id, call.token, take, call.body, call.offered_at)
         return None
 
+    def remove_stale(self) -> None:
+        """What nobody takes any more: its job does not run, or under another token."""
+        with self._db.write() as uow:
+            SharedCallRepository(uow.session).remove_stale()
+
     def renew(self, claim: HelpHold) -> bool:
         """Raises `LeaseLost`; never True: where the user asked to cancel the job, it is over, too."""
         self._update(claim, lease_expires_at=self._until())

@@ -158,6 +158,8 @@ def test_the_next_attempt_begins_with_none(desk: Desk, helpers: SharingService) 
     shared.offer(A)
     hold = taken(helpers)
     desk.ledger.release(shared.claim, "the worker shuts down")
+    assert helpers.take("h2", ["k"], "m") is None
+    helpers.remove_stale()
     with desk.db.read() as session:
         assert not session.scalars(select(SharedCall)).all()
     claim = desk.claim(shared.job, "owner-2")

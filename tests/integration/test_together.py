@@ -16,6 +16,8 @@ from sqlalchemy import func, select
 from app.db.orm import StageResult
 from app.db.sharing import SharedCall
 from app.db.uow import Database
+from app.settings import WorkerSettings
+from app.sharing.service import SharingService
 from tests.factories.deployment import Deployment, deployment, job_row
 from tests.factories.eight_toys_installed import COUNT, SPEC, installed
 from tests.integration.test_plugin import sum_of_constants
@@ -63,6 +65,7 @@ def test_a_job_s_candidates_are_made_by_three_and_a_lost_helper_costs_its_own(
 ) -> None:
     db = deployed.database()
     with deployed.client() as client:
+        helps = client.capabilities()["workers"][0]["helps"]
         model = client.upload_model(sum_of_constants(tmp_path / "sum.onnx"), "sum")
         job_id = client.submit({"model_id": model["id"], **SPEC})["id"]
         lost = killed(db, job_id)
@@ -80,8 +83,7 @@ def test_a_job_s_candidates_are_made_by_three_and_a_lost_helper_costs_its_own(
     assert helped, "clients see who made it"
     assert all(s["cached"] and s["seconds"] >= SECONDS for s in helped)
     assert job_row(db, job_id).fencing_token == 1, "the job itself was not begun again"
-    with db.read() as session:
-        assert not session.scalars(select(SharedCall)).all(), "nothing stays out"
+    assert SharingService(db, WorkerSettings()).take("another", [helps], "here") is None, "nothing stays out"
     db.close()
 
 

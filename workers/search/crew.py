@@ -82,7 +82,7 @@ class Crew:
         self._out.clear()
         try:
             self._board.withdraw()
-        except SQLAlchemyError as error:  # the end of the job withdraws it, too
+        except SQLAlchemyError as error:  # nobody takes it once the search is over and the job ends
             log.warning("calls_not_withdrawn", error=str(error)[:200])
 
     def elsewhere(self, key: str, seconds: float) -> bool:
