@@ -16,7 +16,7 @@ POINTS = {
 SPEC: dict[str, Any] = {
     "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
     "target": {"backends": ["toy-eight"]},
-    "budget_seconds": 30,
+    "budget_seconds": 120,
 }
 
 

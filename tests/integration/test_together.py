@@ -70,7 +70,7 @@ def test_a_job_s_candidates_are_made_by_three_and_a_lost_helper_costs_its_own(
         job_id = client.submit({"model_id": model["id"], **SPEC})["id"]
         lost = killed(db, job_id)
         deployed.wait_for(lambda: built(db))
-        deployed.wait_for(lambda: _folds(client.job(job_id)) == COUNT)
+        deployed.wait_for(lambda: _folds(client.job(job_id)) >= COUNT)
         client.cancel(job_id)
         job = client.wait(job_id, check=False)
     rows = built(db)

@@ -84,6 +84,9 @@ class Together:
         )
 
     def ask(self, request: Request, ahead: Sequence[Ahead] = ()) -> Answer:
+        return self.ask_all(request, ahead)[0][1]
+
+    def ask_all(self, request: Request, ahead: Sequence[Ahead] = ()) -> list[tuple[Request, Answer]]:
         return self.crew.answer(request, ahead, lambda: self.now, self._answer)
 
     def _answer(self, request: Any) -> Answer:
@@ -122,9 +125,9 @@ def test_what_nobody_has_begun_is_made_here_and_what_ended_is_looked_up() -> Non
     with_two = Together()
     with_two.ask(A, sure(A, B, C))
     with_two.board.holds(C, CallState.ENDED)
-    with_two.ask(B, sure(B, C))
+    told = with_two.ask_all(B, sure(B, C))
     assert id_of(B) not in with_two.board.out, "nobody else takes it now"
-    with_two.ask(C, sure(C))
+    assert told == [(B, {"built": "b"}), (C, {"built": "c"})], "what is made falls not for want of time"
     assert with_two.answered == ["a", "b", "c"], "by results that are in storage, the last one"
 
 
@@ -135,10 +138,8 @@ def test_while_it_waits_for_a_helper_it_makes_what_else_is_left() -> None:
     board.holds(B)
     board.holds(D)
     board.looks = [lambda: None, lambda: None, lambda: None, lambda: board.holds(B, CallState.ENDED)]
-    with_two.ask(B, sure(B, C, D))
+    assert [r for r, _ in with_two.ask_all(B, sure(B, C, D))] == [B, C]
     assert with_two.answered == ["a", "c", "b"]
-    with_two.ask(C, sure(C, D))
-    assert with_two.answered == ["a", "c", "b"], "it is known"
     board.looks = [lambda: board.holds(D, CallState.FREE)]  # its helper is lost
     assert with_two.ask(D, sure(D)) == {"built": "d"}
     assert with_two.answered == ["a", "c", "b", "d"]

@@ -58,22 +58,34 @@ class Crew:
         self._board, self._helpers, self._kind = board, helpers, kind
         self._machine, self._ring, self._should_stop = machine, ring, should_stop
         self._out: dict[str, Call] = {}
-        self._before: dict[str, Answer] = {}  # answered while something else was waited for
+        self._sure: set[str] = set()  # of all that was handed out
+        self._before: dict[str, tuple[Request, Answer]] = {}  # answered while something else was waited for
         self._alone = False  # the database refused to hand something out
 
     def answer(
         self, request: Request, ahead: Sequence[Ahead], now: Callable[[], float], answer: Callable[[Request], Answer]
-    ) -> Answer:
-        """As `answer` does, once nobody else is at it. `ahead`: what will be asked from here on; `now`: seconds of the
-        job's budget. Raises `Interrupted`, and whatever `answer` does."""
+    ) -> list[tuple[Request, Answer]]:
+        """As `answer` does, once nobody else is at it; and what else was made meanwhile of what is needed in any case:
+        it costs no time any more, so none of it is to fall for want of that. `ahead`: what will be asked from here on;
+        `now`: seconds of the job's budget. Raises `Interrupted`, and whatever `answer` does."""
         call = Call(request, now())
         self._hand_out(call, ahead)
         if call.id in self._before:
-            return self._before.pop(call.id)
-        if call.id in self._out:
-            self._wait_for(call, now, answer)
-            self._out.pop(call.id, None)
-        return answer(request)
+            told = self._before.pop(call.id)[1]
+        else:
+            if call.id in self._out:
+                self._wait_for(call, now, answer)
+                self._out.pop(call.id, None)
+            told = answer(request)
+        return [(request, told), *self._made_meanwhile(answer)]
+
+    def _made_meanwhile(self, answer: Callable[[Request], Answer]) -> list[tuple[Request, Answer]]:
+        found = [self._before.pop(i) for i in [*self._before] if i in self._sure]
+        states = self._board.states() if self._out else {}
+        for call_id in [i for i in self._out if i in self._sure and states.get(i) is CallState.ENDED]:
+            made = self._out.pop(call_id).request
+            found.append((made, answer(made)))
+        return found
 
     def over(self) -> None:
         """Nothing is out any more."""
@@ -109,6 +121,7 @@ class Crew:
             if others:
                 self._board.offer([self._offer(*wanted[i], position) for position, i in enumerate(new)])
                 self._out |= {i: wanted[i][0] for i in new}
+                self._sure |= {i for i in new if wanted[i][1]}
                 self._ring(min(idle, len(new)))
         except SQLAlchemyError as error:  # nobody's help is no reason to fail
             log.warning("calls_not_handed_out", error=str(error)[:200])
@@ -146,7 +159,7 @@ class Crew:
             due = call_id != waited_for.id and states.get(call_id) is CallState.FREE and now() < _until(call.request)
             if due and self._board.take_back(call_id):
                 del self._out[call_id]
-                self._before[call_id] = answer(call.request)
+                self._before[call_id] = (call.request, answer(call.request))
                 return True
         return False
 

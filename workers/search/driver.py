@@ -92,15 +92,16 @@ class Search:
                 if self.crew is not None:
                     self.crew.over()
                 return self._found(state, request, asked)
-            answer = self._answered(state, request, asked)
-            told = self.budget.elapsed()
-            if self.recorder is not None:
-                self.recorder.told(request, answer, asked, told)
-            state = self.policy.take(state, request, answer, told)
+            for done, answer in self._answered(state, request, asked):
+                told = self.budget.elapsed()
+                if self.recorder is not None:
+                    self.recorder.told(done, answer, asked, told)
+                state = self.policy.take(state, done, answer, told)
 
-    def _answered(self, state: SearchState, request: Request, asked: float) -> Answer:
+    def _answered(self, state: SearchState, request: Request, asked: float) -> list[tuple[Request, Answer]]:
+        """The answer; with those to other requests of the phase, where others have made them."""
         if self.crew is None:
-            return self.answer(request)
+            return [(request, self.answer(request))]
         return self.crew.answer(request, self.policy.ahead(state, asked), self.budget.elapsed, self.answer)
 
     def _variants(self, plan: Candidate) -> Sequence[Candidate]:
