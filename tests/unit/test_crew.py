@@ -171,6 +171,9 @@ def test_what_is_not_asked_any_more_is_withdrawn_whoever_is_at_it() -> None:
     with_two.ask(B, sure(B))
     assert not with_two.board.out
     with_two.ask(C, sure(C, D))
+    with_two.board.holds(D, CallState.ENDED)
+    with_two.ask(D, sure(D))
+    assert with_two.board.out
     with_two.crew.over()
     assert not with_two.board.out
 

@@ -60,6 +60,7 @@ class Crew:
         self._out: dict[str, Call] = {}
         self._sure: set[str] = set()  # of all that was handed out
         self._before: dict[str, tuple[Request, Answer]] = {}  # answered while something else was waited for
+        self._handed_out = False
         self._alone = False  # the database refused to hand something out
 
     def answer(
@@ -89,9 +90,10 @@ class Crew:
 
     def over(self) -> None:
         """Nothing is out any more."""
-        if not self._out:
+        if not self._handed_out:
             return
         self._out.clear()
+        self._handed_out = False
         try:
             self._board.withdraw()
         except SQLAlchemyError as error:  # nobody takes it once the search is over and the job ends
@@ -119,6 +121,7 @@ class Crew:
                 return
             others, idle = self._helpers()
             if others:
+                self._handed_out = True
                 self._board.offer([self._offer(*wanted[i], position) for position, i in enumerate(new)])
                 self._out |= {i: wanted[i][0] for i in new}
                 self._sure |= {i for i in new if wanted[i][1]}
