@@ -119,7 +119,7 @@ from app.settings import load_settings
 s = load_settings()
 w = s.worker
 print(json.dumps([s.host, s.port, str(s.home), s.keys_required, s.log_json, s.limits.connections_per_address,
-    w.metrics_host, w.metrics_port, str(w.lock_dir), w.name]))
+    w.metrics_host, w.metrics_port, str(w.lock_dir), s.drain_s, w.name]))
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -130,6 +130,6 @@ print(json.dumps([s.host, s.port, str(s.home), s.keys_required, s.log_json, s.li
         check=True,
     )
     read = json.loads(done.stdout)
-    expected = ["0.0.0.0", 8000, "/var/lib/anneal", True, True, 0, "0.0.0.0", 9464, "/var/lib/anneal-locks"]
+    expected = ["0.0.0.0", 8000, "/var/lib/anneal", True, True, 0, "0.0.0.0", 9464, "/var/lib/anneal-locks", 7]
     assert read == [*expected, "from-the-pod"]
     assert len(told) == len(read), f"a name that nobody reads: {sorted(told)}"
