@@ -104,6 +104,7 @@ def kept(url: str) -> Iterator[Keeper]:
     finally:
         over.set()
         thread.join()
+        keeper.client.close()
 
 
 def fuzz(deployed: Deployment, folder: Path, inputs: int, seconds: float, seed: int, examples: int) -> Found:
