@@ -58,7 +58,7 @@ def run_job(url: str, redis_url: str, folder: Path, workers: int, arguments: arg
             deployed.wait_for(lambda: len(client.capabilities()["workers"]) == workers, 60)
             time.sleep(3)  # they are idle, and listen
             model = client.upload_model(sum_of_constants(folder / "sum.onnx"), "sum")
-            spec = {**SPEC, "budget_seconds": int(20 * arguments.seconds) + 60}
+            spec = {**SPEC, "budget_seconds": int(40 * arguments.seconds) + 60}
             began = time.monotonic()
             job_id = client.submit({"model_id": model["id"], **spec})["id"]
             if kill:
