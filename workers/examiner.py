@@ -12,19 +12,19 @@ from typing import Any
 
 import structlog
 
-from app.blobs.content import ContentStore
 from app.compatibility.service import LEASE, CompatibilityService, Question
 from app.db.orm import SourceModel
 from app.domain.failures import FailureKind, StageFailure
-from app.settings import LimitSettings, Settings
+from app.settings import LimitSettings
 from workers import kernel
+from workers.equipment import Equipment
 from workers.libraries import installed_versions, model_formats
 from workers.pipeline.faults import infrastructure_faults
-from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
+from workers.pipeline.isolated import Interrupted, StageOutcome
 from workers.pipeline.machine import MachineLock, Place
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.source import source_ref
-from workers.pipeline.workspace import Workspace, open_workspace
+from workers.pipeline.workspace import Workspace
 from workers.spare import Held, SpareTime
 
 log = structlog.get_logger(__name__)
@@ -49,22 +49,12 @@ def examined_by(hardware: Mapping[str, Any]) -> dict[str, str]:
 class Examiner:
     """An errand of the worker's spare time."""
 
-    def __init__(
-        self,
-        service: CompatibilityService,
-        content: ContentStore,
-        isolated: IsolatedRunner,
-        settings: Settings,
-        worker_id: str,
-        hardware: Mapping[str, Any],
-        limits: Limits,
-        spare: SpareTime,
-    ) -> None:
-        self.backends = examined_by(hardware)
-        self._service, self._content, self._isolated, self._settings = service, content, isolated, settings
-        self._worker_id, self._hardware, self._formats = worker_id, hardware, model_formats()
+    def __init__(self, service: CompatibilityService, equipment: Equipment, spare: SpareTime) -> None:
+        limits = equipment.limits
+        self.backends = examined_by(equipment.hardware)
+        self._service, self._equipment, self._formats = service, equipment, model_formats()
         self._limits = Limits(min(_LONGEST_S, limits.seconds), limits.memory_bytes, limits.file_bytes)
-        self._machine = MachineLock(settings.worker.lock_dir, limits.seconds)
+        self._machine = MachineLock(equipment.settings.worker.lock_dir, limits.seconds)
         self._spare = spare
 
     def answer_one(self) -> bool:
@@ -72,19 +62,16 @@ class Examiner:
         if not self.backends:
             return False
         with self._spare.turn() as mine:
-            question = self._service.take(self._worker_id, self.backends, self._formats) if mine else None
+            question = self._service.take(self._equipment.worker_id, self.backends, self._formats) if mine else None
             return question is not None and self._answer(question)
 
     def _answer(self, question: Question) -> bool:
         left = list(question.backends)
         held = Held(self._spare, lambda: self._service.renew(question), _RENEW_S)
-        name = f"examine-{question.model.id}-{self._worker_id}".replace("/", "-")
+        name = f"examine-{question.model.id}-{self._equipment.worker_id}"
         model = question.model
         try:
-            with (
-                infrastructure_faults(),
-                open_workspace(self._settings.home_dir, name, model.tenant_id, self._content) as workspace,
-            ):
+            with infrastructure_faults(), self._equipment.workspace(name, model.tenant_id) as workspace:
                 exported = self._export(workspace, model, held)
                 while left:
                     self._ask(workspace, exported, question, left[0], held)
@@ -115,7 +102,7 @@ class Examiner:
     def _export(self, workspace: Workspace, model: SourceModel, held: Held) -> Path:
         """The folder of the checked ONNX model."""
         source = workspace.fetch(source_ref(model))
-        limits: LimitSettings = self._settings.limits
+        limits: LimitSettings = self._equipment.settings.limits
         options = {
             "format": model.format,
             "max_unpacked_bytes": limits.unpacked_bytes,
@@ -134,11 +121,11 @@ class Examiner:
             inputs={name: str(path) for name, path in inputs.items()},
             workspace=str(folder / "work"),
             outputs=str(folder / "out"),
-            hardware=dict(self._hardware),
+            hardware=dict(self._equipment.hardware),
             limits=self._limits,
         )
         with self._machine.hold(Place(alone=False), held.should_stop, lambda: None):
-            result = self._isolated.run(request, on_progress=lambda *_: None, should_stop=held.should_stop)
+            result = self._equipment.isolated.run(request, on_progress=lambda *_: None, should_stop=held.should_stop)
         return _Done(result, folder / "out")
 
 

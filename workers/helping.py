@@ -8,34 +8,30 @@ jobs: a message only wakes, and who answers which call the database decides, by 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.blobs.content import ContentStore
 from app.capabilities.service import CapabilityService
 from app.db.base import utcnow
 from app.db.uow import Database
 from app.domain.failures import FailureKind, StageFailure
-from app.jobs.ledger import Claim, JobLedger, LeaseLost
+from app.jobs.ledger import Claim, LeaseLost
 from app.queue.messages import help_queue
 from app.queue.producer import make_bell
 from app.settings import Settings
 from app.sharing.service import CallBoard, HelpHold, SharingService, idle_of
 from workers import kernel
-from workers.installation import Installation
+from workers.equipment import Equipment
 from workers.kinds import Kind, machine
 from workers.pipeline.faults import infrastructure_faults
-from workers.pipeline.isolated import Interrupted, IsolatedRunner
+from workers.pipeline.isolated import Interrupted
 from workers.pipeline.lease import LeaseKeeper, StopReason
 from workers.pipeline.optimize import Optimizer
-from workers.pipeline.protocol import Limits
-from workers.pipeline.runner import StageRunner
-from workers.pipeline.workspace import Workspace, open_workspace
+from workers.pipeline.workspace import Workspace
 from workers.search.calls import Call
 from workers.search.crew import Crew
 from workers.spare import SpareTime
@@ -78,32 +74,22 @@ class Sharing:
 
 
 class Helper:
-    """An errand of the worker's spare time. `installation`: of a tenant; `renewals`: by a database that fails while
-    there is time for another try; `willing`: whether the worker takes work at all."""
+    """An errand of the worker's spare time. `renewals`: by a database that fails while there is time for another try;
+    `willing`: whether the worker takes work at all."""
 
     def __init__(
         self,
         service: SharingService,
         renewals: SharingService,
-        ledger: JobLedger,
-        content: ContentStore,
-        isolated: IsolatedRunner,
-        settings: Settings,
-        worker_id: str,
+        equipment: Equipment,
         kind: Kind,
         backends: list[kernel.BackendInfo],
-        hardware: Mapping[str, Any],
-        fingerprint: str,
-        limits: Limits,
-        installation: Callable[[str], Installation],
         spare: SpareTime,
         telemetry: Telemetry,
         willing: Callable[[], bool],
     ) -> None:
-        self._service, self._renewals, self._ledger, self._content = service, renewals, ledger, content
-        self._isolated, self._settings, self._worker_id, self._kind = isolated, settings, worker_id, kind
-        self._backends, self._hardware, self._fingerprint, self._limits = backends, hardware, fingerprint, limits
-        self._installation, self._spare, self._telemetry, self._willing = installation, spare, telemetry, willing
+        self._service, self._renewals, self._equipment, self._kind = service, renewals, equipment, kind
+        self._backends, self._spare, self._telemetry, self._willing = backends, spare, telemetry, willing
         self._machine = machine()
 
     def help_one(self) -> bool:
@@ -112,13 +98,13 @@ class Helper:
             if not mine or not self._willing():
                 return False
             asked = time.monotonic()
-            hold = self._service.take(self._worker_id, self._kind.both, self._machine)
+            hold = self._service.take(self._equipment.worker_id, self._kind.both, self._machine)
             return hold is not None and self._help(hold, asked)
 
     def _help(self, hold: HelpHold, asked: float) -> bool:
         told = {"job_id": hold.job_id, "call": hold.call_id[:12]}
         log.info("help_started", **told)
-        on_lost = self._isolated.interrupt
+        on_lost = self._equipment.isolated.interrupt
         with LeaseKeeper(self._renewals, hold, self._spare.shutdown, asked=asked, on_lost=on_lost) as keeper:
             try:
                 outcome = self._answered(hold, keeper)
@@ -137,12 +123,9 @@ class Helper:
         def should_stop() -> bool:
             return keeper.should_stop() or self._spare.over()
 
-        name = f"help-{hold.job_id}-{self._worker_id}".replace("/", "-")
+        name = f"help-{hold.job_id}-{self._equipment.worker_id}"
         try:
-            with (
-                infrastructure_faults(),
-                open_workspace(self._settings.home_dir, name, hold.tenant_id, self._content) as workspace,
-            ):
+            with infrastructure_faults(), self._equipment.workspace(name, hold.tenant_id) as workspace:
                 self._answer(hold, workspace, should_stop)
         except Interrupted:
             if keeper.reason is StopReason.LEASE_LOST:
@@ -169,22 +152,9 @@ class Helper:
         # The call's deadlines are seconds of the job's budget.
         hold = replace(hold, spent_seconds=call.now + max(waited, 0.0))
         stages = _Stages(self._service, hold, self._telemetry, should_stop)
-        job, model, datasets = self._ledger.load(hold)
-        runner = StageRunner(
-            claim=hold,
-            ledger=self._ledger,
-            isolated=self._isolated,
-            workspace=workspace,
-            hardware=self._hardware,
-            fingerprint=self._fingerprint,
-            limits=self._limits,
-            lock_dir=self._settings.worker.lock_dir,
-            should_stop=should_stop,
-            installation=self._installation(hold.tenant_id),
-            watch=stages,
-            elsewhere=stages.elsewhere,
-        )
-        Optimizer(runner, job, model, datasets, self._backends, self._settings.limits).answer(call)
+        job, model, datasets = self._equipment.ledger.load(hold)
+        runner = self._equipment.runner(hold, workspace, should_stop, watch=stages, elsewhere=stages.elsewhere)
+        Optimizer(runner, job, model, datasets, self._backends, self._equipment.settings.limits).answer(call)
 
 
 class _Stages(Watch):

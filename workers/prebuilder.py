@@ -6,26 +6,22 @@ and measures them. Nothing is measured here, and nothing ships from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
 
-from app.blobs.content import ContentStore
 from app.domain.failures import FailureKind, StageFailure
-from app.jobs.ledger import JobLedger, LeaseLost
+from app.jobs.ledger import LeaseLost
 from app.prebuilds.service import LEASE, PrebuildHold, PrebuildService
-from app.settings import Settings
 from workers import devices, kernel
 from workers.candidates import Target
-from workers.installation import Installation
+from workers.equipment import Equipment
 from workers.libraries import model_formats
 from workers.pipeline.faults import infrastructure_faults
-from workers.pipeline.isolated import Interrupted, IsolatedRunner
+from workers.pipeline.isolated import Interrupted
 from workers.pipeline.optimize import Optimizer
-from workers.pipeline.protocol import Limits
-from workers.pipeline.runner import StageRunner
-from workers.pipeline.workspace import Workspace, open_workspace
+from workers.pipeline.workspace import Workspace
 from workers.spare import Held, SpareTime
 from workers.telemetry.watch import NOBODY, Watch
 
@@ -50,28 +46,12 @@ def targets_of(hardware: Mapping[str, Any]) -> dict[str, dict[str, Target]]:
 
 
 class Prebuilder:
-    """An errand of the worker's spare time. `installation`: of a tenant."""
+    """An errand of the worker's spare time."""
 
-    def __init__(
-        self,
-        service: PrebuildService,
-        ledger: JobLedger,
-        content: ContentStore,
-        isolated: IsolatedRunner,
-        settings: Settings,
-        worker_id: str,
-        hardware: Mapping[str, Any],
-        fingerprint: str,
-        limits: Limits,
-        installation: Callable[[str], Installation],
-        spare: SpareTime,
-        watch: Watch = NOBODY,
-    ) -> None:
-        self.targets = targets_of(hardware)
-        self._service, self._ledger, self._content, self._isolated = service, ledger, content, isolated
-        self._settings, self._worker_id, self._formats = settings, worker_id, model_formats()
-        self._hardware, self._fingerprint, self._limits = hardware, fingerprint, limits
-        self._installation, self._spare, self._watch = installation, spare, watch
+    def __init__(self, service: PrebuildService, equipment: Equipment, spare: SpareTime, watch: Watch = NOBODY) -> None:
+        self.targets = targets_of(equipment.hardware)
+        self._service, self._equipment, self._formats = service, equipment, model_formats()
+        self._spare, self._watch = spare, watch
 
     @property
     def offers(self) -> dict[str, dict[str, list[str]]]:
@@ -83,19 +63,16 @@ class Prebuilder:
         if not self.targets:
             return False
         with self._spare.turn() as mine:
-            hold = self._service.take(self._worker_id, self.targets, self._formats) if mine else None
+            hold = self._service.take(self._equipment.worker_id, self.targets, self._formats) if mine else None
             return hold is not None and self._build(hold)
 
     def _build(self, hold: PrebuildHold) -> bool:
         held = Held(self._spare, lambda: self._service.renew(hold), _RENEW_S)
         told = {"job_id": hold.job_id, "backend": hold.backend, "target": hold.target}
         log.info("prebuild_started", **told)
-        name = f"prebuild-{hold.job_id}-{self._worker_id}".replace("/", "-")
+        name = f"prebuild-{hold.job_id}-{self._equipment.worker_id}"
         try:
-            with (
-                infrastructure_faults(),
-                open_workspace(self._settings.home_dir, name, hold.tenant_id, self._content) as workspace,
-            ):
+            with infrastructure_faults(), self._equipment.workspace(name, hold.tenant_id) as workspace:
                 self._optimizer(hold, workspace, held).build()
         except (Interrupted, LeaseLost) as reason:
             if isinstance(reason, LeaseLost) or held.lost:
@@ -113,21 +90,9 @@ class Prebuilder:
         return True
 
     def _optimizer(self, hold: PrebuildHold, workspace: Workspace, held: Held) -> Optimizer:
-        job, model, datasets = self._ledger.load(hold)
-        runner = StageRunner(
-            claim=hold,
-            ledger=self._ledger,
-            isolated=self._isolated,
-            workspace=workspace,
-            hardware=self._hardware,
-            fingerprint=self._fingerprint,
-            limits=self._limits,
-            lock_dir=self._settings.worker.lock_dir,
-            should_stop=held.should_stop,
-            installation=self._installation(hold.tenant_id),
-            watch=self._watch,
-        )
+        job, model, datasets = self._equipment.ledger.load(hold)
+        runner = self._equipment.runner(hold, workspace, held.should_stop, watch=self._watch)
         target, backend = self.targets[hold.backend][hold.target], kernel.backends()[hold.backend]
         offered = kernel.BackendInfo(hold.backend, {}, (backend.device,), target.precisions)
-        hardware = {**self._hardware, **target.hardware}
-        return Optimizer(runner, job, model, datasets, [offered], self._settings.limits, hardware=hardware)
+        hardware = {**self._equipment.hardware, **target.hardware}
+        return Optimizer(runner, job, model, datasets, [offered], self._equipment.settings.limits, hardware=hardware)

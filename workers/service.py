@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,10 +18,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.blobs.content import ContentStore
 from app.capabilities.service import CapabilityService
 from app.compatibility.service import CompatibilityService
-from app.db.base import make_engine, utcnow
+from app.db.base import make_engine
 from app.db.clock import CLOCK
-from app.db.ids import new_id
-from app.db.orm import Dataset, Engine, Job, SourceModel
+from app.db.orm import Dataset, Job, SourceModel
 from app.db.uow import Database
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
@@ -39,10 +37,11 @@ from workers import plugins
 from workers.background import Background, InARow, Regularly
 from workers.chores import Chores
 from workers.devices.cuda import confine
+from workers.equipment import Equipment
 from workers.examiner import Examiner
 from workers.hardware import describe, fingerprint
 from workers.helping import Helper, Sharing
-from workers.installation import Installation, key_for_tenant, load_or_make_key
+from workers.installation import Installation, load_or_make_key
 from workers.kinds import kind_of
 from workers.libraries import model_formats
 from workers.liveness import Liveness
@@ -55,12 +54,10 @@ from workers.pipeline.lease import LeaseKeeper, StopReason
 from workers.pipeline.machine import MACHINE_BUSY
 from workers.pipeline.optimize import Optimizer
 from workers.pipeline.outcome import Optimization
-from workers.pipeline.protocol import Limits
 from workers.pipeline.report import make_manifest, make_report
-from workers.pipeline.results import Published, no_feasible_candidate, publish
+from workers.pipeline.results import engine_row, no_feasible_candidate, publish
 from workers.pipeline.runner import StageRunner
 from workers.pipeline.shared_caches import SharedCaches
-from workers.pipeline.workspace import Workspace, open_workspace
 from workers.prebuilder import Prebuilder
 from workers.room import Room
 from workers.spare import SpareTime
@@ -103,9 +100,6 @@ class WorkerService:
         self.webhooks = WebhookSender(self.db, settings)
         self.isolated = IsolatedRunner(host=host_of(settings))
         self.shutdown = threading.Event()
-        self._engine_key = load_or_make_key(
-            settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"
-        )
         self.shared_caches = SharedCaches(self.content.store, settings.home_dir / "cache")
         self.hardware: Mapping[str, Any] = describe(settings.worker.gpu)
         confine(self.hardware, settings.worker.gpu)
@@ -124,44 +118,17 @@ class WorkerService:
         self.lookout = Lookout(self.ledger, self.offer, settings.worker.sweep_s, self.shutdown, swept, failed)
         self.room = Room(settings.home_dir, settings.worker.least_free_mb << 20)
         self.spare = SpareTime(self.shutdown)
-        compatibility = CompatibilityService(self.db, self.capabilities)
-        self.examiner = Examiner(
-            compatibility, self.content, self.isolated, settings, self.id, self.hardware, self._limits(), self.spare
-        )
-        self.prebuilder = Prebuilder(
-            PrebuildService(self.db),
+        self._equipment = Equipment(
+            self.id,
+            settings,
             self.ledger,
             self.content,
             self.isolated,
-            settings,
-            self.id,
             self.hardware,
             self.fingerprint,
-            self._limits(),
-            self._installation,
-            self.spare,
-            self.telemetry,
+            load_or_make_key(settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"),
         )
-        kind = kind_of(self.backends, self.hardware, self.fingerprint, Installation(self._engine_key).key_id)
-        self.sharing = Sharing(self._job_db, self.capabilities, settings, self.id, kind)
-        self.helper = Helper(
-            SharingService(self._job_db, settings.worker),
-            SharingService(self._renewal_db, settings.worker),
-            self.ledger,
-            self.content,
-            self.isolated,
-            settings,
-            self.id,
-            kind,
-            self.backends,
-            self.hardware,
-            self.fingerprint,
-            self._limits(),
-            self._installation,
-            self.spare,
-            self.telemetry,
-            lambda: not self.lookout.draining,
-        )
+        self._plan_errands()
         self._one_job = threading.Lock()
         self._has_job = False
         self._unasked = threading.Event()
@@ -169,6 +136,24 @@ class WorkerService:
         self._background = Background(self.shutdown, self.give_up)
         self._unwell = InARow(_TOO_MANY)
         self.failed: str | None = None
+
+    def _plan_errands(self) -> None:
+        """What it does for jobs of others, and for questions, while it has no job."""
+        settings, equipment = self.settings, self._equipment
+        self.examiner = Examiner(CompatibilityService(self.db, self.capabilities), equipment, self.spare)
+        self.prebuilder = Prebuilder(PrebuildService(self.db), equipment, self.spare, self.telemetry)
+        kind = kind_of(self.backends, self.hardware, self.fingerprint, Installation(equipment.engine_key).key_id)
+        self.sharing = Sharing(self._job_db, self.capabilities, settings, self.id, kind)
+        self.helper = Helper(
+            SharingService(self._job_db, settings.worker),
+            SharingService(self._renewal_db, settings.worker),
+            equipment,
+            kind,
+            self.backends,
+            self.spare,
+            self.telemetry,
+            lambda: not self.lookout.draining,
+        )
 
     def start(self) -> None:
         self.chores.remove_stale()
@@ -339,18 +324,12 @@ class WorkerService:
         again = False
         crew = self.sharing.crew(claim, keeper.should_stop)
         try:
-            with infrastructure_faults(), self._workspace(claim) as workspace:
-                runner = StageRunner(
-                    claim=claim,
-                    ledger=self.ledger,
-                    isolated=self.isolated,
-                    workspace=workspace,
-                    hardware=self.hardware,
-                    fingerprint=self.fingerprint,
-                    limits=self._limits(),
-                    lock_dir=self.settings.worker.lock_dir,
-                    should_stop=keeper.should_stop,
-                    installation=self._installation(claim.tenant_id),
+            name = f"{claim.job_id}-{claim.token}"
+            with infrastructure_faults(), self._equipment.workspace(name, claim.tenant_id) as workspace:
+                runner = self._equipment.runner(
+                    claim,
+                    workspace,
+                    keeper.should_stop,
                     shared_caches=self.shared_caches,
                     measure_again=job.spec.get("measure") == "again",
                     watch=attempt,
@@ -393,19 +372,6 @@ class WorkerService:
         if self._unwell.add(code in _OF_THE_WORKER):
             self.give_up(f"{_TOO_MANY} jobs in a row failed here with {sorted(_OF_THE_WORKER)}")
 
-    def _workspace(self, claim: Claim) -> AbstractContextManager[Workspace]:
-        name = f"{claim.job_id}-{claim.token}"
-        return open_workspace(self.settings.home_dir, name, claim.tenant_id, self.content)
-
-    def _installation(self, tenant_id: str) -> Installation:
-        """What the stages of this tenant's jobs get of the installation."""
-        return Installation(key_for_tenant(self._engine_key, tenant_id), self.settings.home_dir / "cache")
-
-    def _limits(self) -> Limits:
-        worker = self.settings.worker
-        memory = worker.stage_memory_mb << 20 or int(self.hardware["memory_bytes"] * 0.8)
-        return Limits(worker.stage_timeout_s, memory, worker.stage_disk_mb << 20)
-
     def _finish(self, claim: Claim, found: Optimization, runner: StageRunner) -> None:
         report = make_report(found, runner.calls, runner.view.stages)
         published = publish(
@@ -420,7 +386,7 @@ class WorkerService:
             changes = {"stages": runner.view.stages, **published.columns()}
             self.ledger.fail(claim, failure.public(), changes)
             return
-        engine = self._engine_row(claim, found, published)
+        engine = engine_row(claim, found, published, {**self.hardware, "fingerprint": self.fingerprint})
         self.ledger.complete(
             claim,
             engine=engine,
@@ -428,32 +394,6 @@ class WorkerService:
             manifest=published.manifest,
             changes={"stages": runner.view.stages},
             event={"picked": found.verdict.picked, "progress": 1.0},
-        )
-
-    def _engine_row(self, claim: Claim, found: Optimization, published: Published) -> Engine:
-        assert found.package is not None
-        (engine_file,) = found.package.outputs["engine"].files
-        (bundle_file,) = found.package.outputs["bundle"].files
-        options = found.package.options
-        final = published.body.final_metrics
-        return Engine(
-            id=new_id("eng"),
-            tenant_id=claim.tenant_id,
-            job_id=claim.job_id,
-            model_id=found.model.id,
-            backend=options["backend"],
-            format=options["engine_format"],
-            precision=options["manifest"]["engine"]["precision"],
-            filename=engine_file.name,
-            sha256=engine_file.sha256,
-            size_bytes=engine_file.size_bytes,
-            bundle_filename=bundle_file.name,
-            bundle_sha256=bundle_file.sha256,
-            bundle_size_bytes=bundle_file.size_bytes,
-            hardware={**self.hardware, "fingerprint": self.fingerprint},
-            runtime=options["runtime"],
-            metrics=final.model_dump(mode="json") if final else {},
-            created_at=utcnow(),
         )
 
     def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> bool:

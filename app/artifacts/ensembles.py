@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -102,7 +103,7 @@ def _model(first: _Json, second: _Json, connect: Sequence[str]) -> tuple[str, di
     inputs = _inputs(first, second, joints)
     # A tensor of the ensemble has one name inside of it: what goes in and what comes out may share theirs.
     names = {tensor["name"] for tensor in inputs}
-    outputs = {t["name"]: f"{t['name']}_out" if t["name"] in names else t["name"] for t in second["output"]}
+    outputs = _outputs([tensor["name"] for tensor in second["output"]], names)
     between = {name: f"{first['name']}/{name}" for name in joints.values()}
     name = f"{first['name']}-then-{second['name']}"
     config = {
@@ -128,6 +129,17 @@ def _model(first: _Json, second: _Json, connect: Sequence[str]) -> tuple[str, di
     head = f"# What {first['name']} gives goes to {second['name']}; both lie beside this folder."
     texts = {"config.pbtxt": "\n".join([head, *text_format(config)]) + "\n", "1/README.md": f"{head[2:]}\n"}
     return name, {f"{name}/{path}": text.encode() for path, text in texts.items()}
+
+
+def _outputs(own: Sequence[str], inputs: AbstractSet[str]) -> dict[str, str]:
+    """Output of the second → its name in the ensemble: another one where an input has that."""
+    found: dict[str, str] = {}
+    for name in own:
+        told = name
+        while told in inputs or told in found.values() or (told != name and told in own):
+            told += "_out"
+        found[name] = told
+    return found
 
 
 def _joints(first: _Json, second: _Json, connect: Sequence[str]) -> dict[str, str]:

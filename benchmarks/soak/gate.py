@@ -10,11 +10,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "expect"})
+from tests.factories.passing_on import PassingOn
+
 _ERROR = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>Please try again.</Message></Error>'
 _CODES = {500: b"InternalError", 503: b"SlowDown"}
 
@@ -46,13 +47,12 @@ class Gate:
             self.pass_all()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(PassingOn):
     gate: Gate
 
     def _serve(self) -> None:
         gate = self.gate
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         if gate.refuses:
             gate.struck += 1
             self._reset()
@@ -65,38 +65,14 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(0.02)
         if (status := gate.answer) is not None:
             gate.struck += 1
-            self._answer(status, [("Content-Type", "application/xml")], _ERROR % _CODES[status])
+            self.answer(status, [("Content-Type", "application/xml")], _ERROR % _CODES[status])
             return
-        self._pass_on(body)
-
-    def _pass_on(self, body: bytes) -> None:
-        there = http.client.HTTPConnection(self.gate.target, timeout=60)
         try:
-            with contextlib.closing(there):
-                there.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    if name.lower() not in _HOP:
-                        there.putheader(name, value)
-                there.endheaders(body)
-                answer = there.getresponse()
-                content = answer.read()
+            found = self.ask(gate.target, body)
         except (OSError, http.client.HTTPException):  # the server behind is down: so is this
             self._reset()
             return
-        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP]
-        self._answer(answer.status, kept, content)
-
-    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
-        head = self.command == "HEAD"
-        self.send_response_only(status)
-        for name, value in headers:
-            if name.lower() != "content-length" or head:
-                self.send_header(name, value)
-        if not head and status != 204:
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if not head:
-            self.wfile.write(content)
+        self.answer(*found)
 
     def _reset(self) -> None:
         """RST, as from a port that nobody listens on."""
@@ -105,8 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 class _Server(ThreadingHTTPServer):

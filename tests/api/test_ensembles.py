@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from anneal_client import Client
+from app.db.base import utcnow
+from app.db.orm import Tenant
 from app.http.services import Services
 from tests.api.conftest import assert_problem
 from tests.api.test_bundles import CONTENTS, add_engine, bundle
@@ -75,6 +77,13 @@ def test_names_may_hold_colons_and_one_output_go_to_several_inputs(client: httpx
     assert 'one/out"' not in text
 
 
+def test_an_output_that_gives_its_name_to_an_input_takes_no_others(client: httpx.Client, made: Any) -> None:
+    first, second = made(model("one", [A], [B])), made(model("two", [B], [A, ("a_out", *A[1:])]))
+    text = client.get(url(first, second)).text
+    assert 'value: "a_out_out"' in text
+    assert text.count('value: "a_out"') == 1
+
+
 @pytest.mark.parametrize(
     ("first", "second", "connect", "words"),
     [
@@ -99,7 +108,7 @@ def test_engines_that_do_not_fit(
     assert "connect=" in problem["remedy"]
 
 
-def test_what_cannot_be_chained(client: httpx.Client, made: Any) -> None:
+def test_what_cannot_be_chained(client: httpx.Client, services: Services, made: Any) -> None:
     fits = made(model("one", [A], [B]))
     earlier = model("two", [B], [A])
     del earlier["triton"]["model"]
@@ -111,6 +120,11 @@ def test_what_cannot_be_chained(client: httpx.Client, made: Any) -> None:
     strange["triton"]["model"]["input"] = [{"name": "b"}]
     assert_problem(client.get(url(fits, made(strange))), 404, "bundle_kind_missing")
     assert_problem(client.get(url(fits, "eng_0000000000000000")), 404, "not_found")
+    with services.db.write() as uow:
+        uow.session.add(Tenant(id="tnt_other", name="other", created_at=utcnow()))
+    theirs = made(model("two", [B], [A]), tenant="tnt_other")
+    assert_problem(client.get(url(fits, theirs)), 404, "not_found")
+    assert_problem(client.get(url(theirs, fits)), 404, "not_found")
     problem = assert_problem(client.get(f"/v1/engines/{fits}/bundle?then={fits}"), 422, "invalid_request")
     assert problem["errors"][0]["pointer"] == "/query/then"
     assert_problem(client.get(url(fits, fits, *["b:b"] * 101)), 422, "invalid_request")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "expect"})
+from tests.factories.passing_on import PassingOn
 
 
 class Staller:
@@ -45,35 +44,15 @@ class Staller:
 
 @contextlib.contextmanager
 def stalling(target: str) -> Iterator[Staller]:
-    """Before the server at this URL. Headers go on as they came: what is signed stays valid."""
+    """Before the server at this URL."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(PassingOn):
         def _pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.body()
             staller.pass_on(self.command, self.path)
-            there = http.client.HTTPConnection(urlsplit(target).netloc, timeout=60)
-            with contextlib.closing(there):
-                there.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    if name.lower() not in _HOP:
-                        there.putheader(name, value)
-                there.endheaders(body)
-                answer = there.getresponse()
-                content = answer.read()
-            self.send_response_only(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in _HOP and (name.lower() != "content-length" or self.command == "HEAD"):
-                    self.send_header(name, value)
-            if self.command != "HEAD" and answer.status != 204:
-                self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            self.answer(*self.ask(urlsplit(target).netloc, body))
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
-
-        def log_message(self, *_: Any) -> None: ...
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True

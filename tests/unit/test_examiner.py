@@ -15,9 +15,9 @@ from app.compatibility.service import Question
 from app.domain.failures import StageFailure, infrastructure_failure, model_failure
 from app.settings import Settings
 from workers import examiner as module
+from workers.equipment import Equipment
 from workers.examiner import Examiner
 from workers.pipeline.isolated import Interrupted
-from workers.pipeline.protocol import Limits
 from workers.spare import SpareTime
 
 MODEL = SimpleNamespace(id="mdl_1", tenant_id="tnt", format="onnx", filename="m.onnx", sha256="0" * 64, size_bytes=1)
@@ -61,13 +61,14 @@ def made(
             return SimpleNamespace(data=run(request.options.get("backend", ""), should_stop))
 
     workspace = SimpleNamespace(fetch=lambda _: tmp_path, new_call=lambda _: tmp_path)
-    monkeypatch.setattr(module, "open_workspace", lambda *_: nullcontext(workspace))
+    monkeypatch.setattr(Equipment, "workspace", lambda *_: nullcontext(workspace))
     monkeypatch.setattr(module, "examined_by", lambda _: {"a": "1", "b": "1"})
     monkeypatch.setenv("WORKER_LOCK_DIR", str(tmp_path / "locks"))
     settings = Settings(home=tmp_path)
     anything: Any = service
     spare = SpareTime(threading.Event())
-    return Examiner(anything, anything, cast("Any", Isolated()), settings, "me", {}, Limits(9, 9, 9), spare)
+    isolated, hardware = cast("Any", Isolated()), {"memory_bytes": 9}
+    return Examiner(anything, Equipment("me", settings, anything, anything, isolated, hardware, "f", b""), spare)
 
 
 def test_a_job_that_arrives_ends_it_and_it_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from app.settings import Settings, WorkerSettings
 from app.sharing.service import HelpHold
 from workers import helping as module
 from workers import offer
+from workers.equipment import Equipment
 from workers.hardware import describe, fingerprint
 from workers.helping import Helper
 from workers.kinds import Kind, kind_of
 from workers.pipeline.isolated import Interrupted
-from workers.pipeline.protocol import Limits
 from workers.search.calls import Call
 from workers.search.requests import Make, Subject
 from workers.spare import SpareTime
@@ -68,18 +68,16 @@ class Told(Watch):
 
 class Setup:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-        monkeypatch.setattr(module, "open_workspace", lambda *_: nullcontext())
+        monkeypatch.setattr(Equipment, "workspace", lambda *_: nullcontext())
         monkeypatch.setattr(Helper, "_answer", lambda _, __, ___, should_stop: answer(should_stop))
         self.service, self.told, self.interrupted = Service(), Told(), threading.Event()
         self.spare, self.willing = SpareTime(threading.Event()), True
         isolated: Any = type("Isolated", (), {"interrupt": lambda _: self.interrupted.set()})()
         anything: Any = self.service
         told: Any = self.told
-        settings, limits, kind = Settings(home=tmp_path), Limits(9, 9, 9), Kind("p", "s")
-        rest: Any = ({}, "f", limits, lambda _: None, self.spare, told, lambda: self.willing)
-        self.helper = Helper(
-            anything, anything, anything, anything, isolated, settings, "me", kind, [], *rest
-        )  # fmt: skip
+        equipment = Equipment("me", Settings(home=tmp_path), anything, anything, isolated, {}, "f", b"")
+        rest: Any = (self.spare, told, lambda: self.willing)
+        self.helper = Helper(anything, anything, equipment, Kind("p", "s"), [], *rest)
 
 
 def test_a_job_that_arrives_ends_it_and_it_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -17,8 +17,8 @@ from app.settings import Settings
 from workers import kernel, offer
 from workers import prebuilder as module
 from workers.backends.tensorrt import TensorRtRtxBackend
+from workers.equipment import Equipment
 from workers.pipeline.isolated import Interrupted
-from workers.pipeline.protocol import Limits
 from workers.prebuilder import Prebuilder, targets_of
 from workers.spare import SpareTime
 
@@ -51,13 +51,12 @@ class Service:
 
 
 def made(tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, build: Any) -> Prebuilder:
-    monkeypatch.setattr(module, "open_workspace", lambda *_: nullcontext())
+    monkeypatch.setattr(Equipment, "workspace", lambda *_: nullcontext())
     monkeypatch.setattr(Prebuilder, "_optimizer", lambda _, __, ___, held: SimpleNamespace(build=lambda: build(held)))
     anything: Any = service
     spare = SpareTime(threading.Event())
-    limits, settings = Limits(9, 9, 9), Settings(home=tmp_path)
-    no_key = cast("Any", lambda _: None)
-    return Prebuilder(anything, anything, anything, anything, settings, "me", {}, "f", limits, no_key, spare)
+    equipment = Equipment("me", Settings(home=tmp_path), anything, anything, anything, {}, "f", b"")
+    return Prebuilder(anything, equipment, spare)
 
 
 def test_it_builds_for_what_is_not_here() -> None:

@@ -1,4 +1,5 @@
-"""Report and manifest as stored blobs, and the failure of a job whose constraints nobody meets."""
+"""Report and manifest as stored blobs, the row of the engine that ships, and the failure of a job whose constraints
+nobody meets."""
 
 from __future__ import annotations
 
@@ -11,8 +12,12 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from app.blobs.content import ContentStore
+from app.db.base import utcnow
+from app.db.ids import new_id
+from app.db.orm import Engine
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.report import Report
+from app.jobs.ledger import Claim
 from workers.pipeline.checks import Check
 from workers.pipeline.outcome import Optimization
 
@@ -91,3 +96,31 @@ def _is_measured_miss(check: Check) -> bool:
     if check.judged is None or check.limit is None:
         return False
     return check.judged < check.limit if check.name == "throughput_qps" else check.judged > check.limit
+
+
+def engine_row(claim: Claim, found: Optimization, published: Published, hardware: dict[str, Any]) -> Engine:
+    """What is delivered. `hardware`: that it was measured on."""
+    assert found.package is not None
+    (engine_file,) = found.package.outputs["engine"].files
+    (bundle_file,) = found.package.outputs["bundle"].files
+    options = found.package.options
+    final = published.body.final_metrics
+    return Engine(
+        id=new_id("eng"),
+        tenant_id=claim.tenant_id,
+        job_id=claim.job_id,
+        model_id=found.model.id,
+        backend=options["backend"],
+        format=options["engine_format"],
+        precision=options["manifest"]["engine"]["precision"],
+        filename=engine_file.name,
+        sha256=engine_file.sha256,
+        size_bytes=engine_file.size_bytes,
+        bundle_filename=bundle_file.name,
+        bundle_sha256=bundle_file.sha256,
+        bundle_size_bytes=bundle_file.size_bytes,
+        hardware=hardware,
+        runtime=options["runtime"],
+        metrics=final.model_dump(mode="json") if final else {},
+        created_at=utcnow(),
+    )
