@@ -48,14 +48,14 @@ cluster-test: $(VENV)/.dev
 
 # All tests: what may run side by side first, then what needs the machine for itself. With PYTEST_ARGS, just those.
 # A test that hangs where pytest-timeout's signal is not looked at (in native code, say) ends its process, with all stacks
-# told; the others go on in a new one.
+# told; the others go on in a new one. Up to three that failed are run once more, alone, and told (tests/again.py).
 ENDS := -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
 test: $(VENV)/.dev
 ifeq ($(PYTEST_ARGS),)
-	@status=0; \
-	$(BIN)/python -m pytest $(ENDS) -n 3 --max-worker-restart 3 --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
-	$(BIN)/python -m pytest $(ENDS) -m alone || status=$$?; \
-	exit $$status
+	@first=0; second=0; \
+	$(BIN)/python -m pytest --cache-clear $(ENDS) -n 3 --max-worker-restart 3 --dist loadfile --no-loadscope-reorder -m "not alone" || first=$$?; \
+	$(BIN)/python -m pytest $(ENDS) -m alone || second=$$?; \
+	case $$first$$second in 00) ;; 01|10|11) $(BIN)/python -m tests.again ;; *) exit 1 ;; esac
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
@@ -63,7 +63,9 @@ endif
 # What the bundles are for, each in an environment of its own (tests/integrations/requirements-*.txt), kept by its digest;
 # and the cluster, as far as a minute goes.
 test-integrations: $(VENV)/.dev
-	@$(BIN)/python -m pytest tests/integrations tests/cluster/test_whole.py $(PYTEST_ARGS)
+	@status=0; \
+	$(BIN)/python -m pytest --cache-clear tests/integrations tests/cluster/test_whole.py $(PYTEST_ARGS) || status=$$?; \
+	case $$status in 0) ;; 1) $(BIN)/python -m tests.again ;; *) exit $$status ;; esac
 
 # The tests of the release before on the schema of this one, then an upgrade under load with more jobs (docs/upgrades.md).
 test-upgrade: $(VENV)/.dev

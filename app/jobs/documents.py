@@ -48,11 +48,11 @@ class JobDocuments:
         days = self._policies.of(tenant_id).jobs
         with self._lock:
             found = self._kept.get(key)
-            if found is not None and found.version >= version and found.days == days:
+            if found is not None and (found.version < version or found.days != days):
+                found = None
+            if found is not None:
                 self._kept.move_to_end(key)
-                if found.status != JobStatus.QUEUED:
-                    return found
-        if found is not None and found.version >= version and self._outlooks.of(job_id) == found.outlook:
+        if found is not None and (found.status != JobStatus.QUEUED or found.outlook == self._outlooks.of(job_id)):
             return found
         # The job may have changed since its version was asked for; what is rendered then is newer, which is fine.
         document = self.of(self._jobs.get(tenant_id, job_id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -188,6 +189,9 @@ def test_what_expires_says_when(
     def said() -> dict[str, Any]:
         return {kind: client.get(f"/v1/{kind}/{found}").json()["expires_at"] for kind, found in paths.items()}
 
+    # What a queued job can expect is in its document, too, and is known a moment after it came.
+    while client.get(live["links"]["self"]).json()["queue"] is None:
+        time.sleep(0.05)
     etags = [client.get(job["links"]["self"]).headers["etag"] for job in (ended, live)]
     assert said() == dict.fromkeys(paths)
     with services.db.write() as uow:

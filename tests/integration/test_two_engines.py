@@ -52,7 +52,7 @@ def test_a_bundle_with_two_engines_ships_where_each_wins_somewhere(tmp_path: Pat
     spec: dict[str, Any] = {
         "benchmark": {"batch_sizes": [1, 16], "min_seconds": 0.1, "allow_noisy": True},
         "target": {"backends": ["toy-per-sample", "toy-any-batch"]},
-        "budget_seconds": 120,
+        "budget_seconds": 200,  # beside other tests, 60 of them are used
     }
     with deployment(tmp_path / "home", {"PYTHONPATH": str(site)}) as deployed, deployed.client() as client:
         deployed.start_worker()
@@ -72,19 +72,20 @@ def test_a_bundle_with_two_engines_ships_where_each_wins_somewhere(tmp_path: Pat
 
 
 def _check_report(report: dict[str, Any]) -> None:
-    assert report["picked"] == "two-engines", [(c["id"], c["status"], c["reason"]) for c in report["candidates"]]
-    told = report["by_batch"]
+    told = [(c["id"], c["status"], c["reason"]) for c in report["candidates"]]
+    assert report["picked"] == "two-engines", (told, report["search"])
+    both = report["by_batch"]
     assert [e["candidate"] for e in told["engines"]] == ["toy-per-sample-sum", "toy-any-batch-sum"]
-    assert {e["accuracy_verdict"] for e in told["engines"]} == {"proven"}
-    low, high = told["border"]
+    assert {e["accuracy_verdict"] for e in both["engines"]} == {"proven"}
+    low, high = both["border"]
     assert 1 <= low < high <= 16
     assert high < 16, "it was timed between the sizes"
-    at = {row["batch"]: row for row in told["batches"]}
+    at = {row["batch"]: row for row in both["batches"]}
     for size in (1, 16):
         assert at[size]["speedup_ci"][0] > 1.0, "never slower, at every batch size that was asked for"
     assert at[16]["small_speedup"] < 1.0 < at[16]["large_speedup"]
-    assert told["costs"]["memory_mb"] > 0
-    assert told["costs"]["cold_start_ms"] > 0
+    assert both["costs"]["memory_mb"] > 0
+    assert both["costs"]["cold_start_ms"] > 0
     candidates = {c["id"]: c for c in report["candidates"]}
     assert candidates["two-engines"]["status"] == "picked"
     # "alone: slower at batch size 16" follows where the machine is quiet enough to prove it
