@@ -16,7 +16,8 @@ from workers.kernel import backends, stages
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.job_data import Data
-from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.runner import StageRunner
+from workers.pipeline.stage_calls import Outcome
 from workers.pipeline.select import Tried
 from workers.search import room
 from workers.search.halving import speed_of

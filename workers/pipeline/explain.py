@@ -24,7 +24,7 @@ from workers.pipeline.budget import LEAST_EXPLAINED_S, Budget
 from workers.pipeline.evaluate import SEED, CandidateRun, Evaluator
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Ablated, Explanation, Proof
-from workers.pipeline.runner import Outcome
+from workers.pipeline.stage_calls import Outcome
 
 log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from workers.pipeline.budget import Budget
 from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.pairs import together
-from workers.pipeline.runner import Outcome
+from workers.pipeline.stage_calls import Outcome
 from workers.pipeline.select import Tried, Verdict, judge, undecided
 from workers.pipeline.shape_checks import ShapeChecks
 from workers.search.driver import Found

@@ -26,7 +26,8 @@ from workers.pipeline.job_data import Data
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
-from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.runner import StageRunner
+from workers.pipeline.stage_calls import Outcome
 from workers.pipeline.source import source_ref
 from workers.search import recording
 from workers.search.calls import Call

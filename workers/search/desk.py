@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate
 from workers.pipeline.evaluate import CandidateRun, Evaluator
-from workers.pipeline.runner import Outcome
+from workers.pipeline.stage_calls import Outcome
 from workers.pipeline.shape_checks import ShapeChecks
 from workers.search.limits import NO_MEMORY
 from workers.search.requantized import is_quantized, quantization

@@ -16,7 +16,7 @@ from workers.pipeline import training
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.planner import Plan
-from workers.pipeline.runner import Outcome
+from workers.pipeline.stage_calls import Outcome
 from workers.pipeline.shape_checks import ShapeChecks
 from workers.search.crew import Crew
 from workers.search.desk import Desk
