@@ -1,4 +1,4 @@
-"""One attempt at a job: from the claim to what ends it, gives it back or loses it. Each in one thread, one at a time."""
+"""One attempt at a job: from the claim to what ends it, gives it back or loses it. One at a time."""
 
 from __future__ import annotations
 
