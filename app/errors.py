@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from app.remedies import USUAL
+
 
 @dataclass(frozen=True)
 class FieldError:
@@ -24,7 +26,8 @@ class AppError(Exception):
     """A failure with a stable `code`.
 
     `status` is the HTTP status that fits, `retryable` says whether the same request may succeed later, `remedy` what
-    the user can do, `extra` are further public members of the problem document, `headers` go with the response.
+    the user can do (by default what usually mends the code), `extra` are further public members of the problem
+    document, `headers` go with the response.
     """
 
     code: str
@@ -41,6 +44,8 @@ class AppError(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.remedy is None:
+            self.remedy = USUAL.get(self.code)
         super().__init__(f"{self.code}: {self.detail}")
 
     def members(self) -> dict[str, Any]:
@@ -56,9 +61,25 @@ class AppError(Exception):
         return out
 
 
+# What lists those that somebody may name.
+_LISTED = {
+    "model": "GET /v1/models",
+    "dataset": "GET /v1/datasets",
+    "data set": "GET /v1/datasets",
+    "job": "GET /v1/jobs",
+    "engine": "GET /v1/engines",
+    "key": "GET /v1/keys",
+    "webhook": "GET /v1/webhooks",
+    "delivery": "GET /v1/deliveries",
+    "tenant": "`anneal-admin tenants list`",
+    "plan": "`anneal-admin plans list`",
+}
+
+
 def not_found(kind: str, resource_id: str) -> AppError:
     """404; also the answer for another tenant's resource, so that its existence does not leak."""
-    return AppError("not_found", "Not found", 404, f"There is no {kind} {resource_id!r}.")
+    listed = f"{_LISTED[kind]} lists those that there are." if kind in _LISTED else None
+    return AppError("not_found", "Not found", 404, f"There is no {kind} {resource_id!r}.", remedy=listed)
 
 
 def conflict(code: str, detail: str, remedy: str | None = None) -> AppError:

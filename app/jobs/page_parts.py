@@ -67,6 +67,11 @@ def svg(height: int, label: str, marks: str) -> str:
     return f"<div class=scroll tabindex=0 role=group aria-label='{text(label)}'>{drawn}{marks}</svg></div>"
 
 
+def hint(words: str, marks: str) -> str:
+    """Marks of a drawing that say more where a pointer rests on them; `words` are escaped here."""
+    return f"<g><title>{text(words)}</title>{marks}</g>"
+
+
 def rows_table(value: Any, columns: Mapping[str, str], most: int) -> str:
     rows = [[_cell(name, item.get(name)) for name in columns] for item in objects(value)[:most]]
     return table([*columns.values()], rows)

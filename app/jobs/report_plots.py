@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.figures import number
-from app.jobs.page_parts import Json, as_number, objects, part_of, svg, text
+from app.jobs.page_parts import Json, as_number, hint, objects, part_of, svg, text
 
 _FRONT = "<p class=sub>A thick line: none beats it in both speed and accuracy. A circle is as large as the engine.</p>"
 _LEFT, _WIDTH = 270, 330  # where bars begin, and the longest
@@ -46,14 +46,26 @@ def latencies(report: Json) -> str:
         if known:
             longest = max(value for _, value in known) or 1.0
             marks = "".join(
-                f"<text x=0 y={26 * i + 17}>{text(str(c.get('name'))[:40])}</text>"
-                f"<rect x={_LEFT} y={26 * i + 4} width={_WIDTH * value / longest:.1f} height=18 rx=3 "
-                f"fill='{_colour(c)}'/>"
-                f"<text x={_LEFT + 6 + _WIDTH * value / longest:.1f} y={26 * i + 17}>{number(value)} ms</text>"
+                hint(
+                    _timed(c, size),
+                    f"<text x=0 y={26 * i + 17}>{text(str(c.get('name'))[:40])}</text>"
+                    f"<rect x={_LEFT} y={26 * i + 4} width={_WIDTH * value / longest:.1f} height=18 rx=3 "
+                    f"fill='{_colour(c)}'/>"
+                    f"<text x={_LEFT + 6 + _WIDTH * value / longest:.1f} y={26 * i + 17}>{number(value)} ms</text>",
+                )
                 for i, (c, value) in enumerate(known)
             )
             charts += f"<h4>batch size {text(size)}</h4>{svg(26 * len(known), f'p50 at batch size {size}', marks)}"
     return charts
+
+
+def _timed(configuration: Json, size: str) -> str:
+    """Its percentiles at a batch size, and of how many calls they are."""
+    at = _at(configuration, size)
+    told = [(name[:-3], as_number(at.get(name))) for name in ("p50_ms", "p90_ms", "p95_ms", "p99_ms")]
+    known = ", ".join(f"{name} {number(value)} ms" for name, value in told if value is not None)
+    calls = as_number(at.get("samples"))
+    return f"{configuration.get('name')}: {known}" + ("" if calls is None else f", of {number(int(calls))} calls")
 
 
 def speedups(report: Json) -> str:
@@ -77,11 +89,13 @@ def speedups(report: Json) -> str:
     marks = f"<line x1={x(1):.1f} x2={x(1):.1f} y1=0 y2={height} stroke='currentColor' stroke-dasharray='3 3'/>"
     for i, (label, low, ratio, high, colour) in enumerate(rows):
         y = 26 * i + 13
-        marks += (
+        told = f"{ratio:.2f}x [{low:.2f}, {high:.2f}]"
+        marks += hint(
+            f"{label}: {told}",
             f"<text x=0 y={y + 4}>{text(label)}</text>"
             f"<line x1={x(low):.1f} x2={x(high):.1f} y1={y} y2={y} stroke='{colour}' stroke-width=3 />"
             f"<circle cx={x(ratio):.1f} cy={y} r=5 fill='{colour}'/>"
-            f"<text x=612 y={y + 4}>{ratio:.2f}x [{low:.2f}, {high:.2f}]</text>"
+            f"<text x=612 y={y + 4}>{told}</text>",
         )
     return svg(height, "speed-up over the original with its 95 % interval", marks)
 
@@ -150,9 +164,13 @@ def pareto(report: Json) -> str:
         x, y = 60 + 670 * ms / most_ms, 220 - 190 * (loss - low) / spread
         radius, line = 4 + 14 * (mb / most_mb) ** 0.5, 3 if best and c.get("id") in best else 1
         drawn = f"fill='{_colour(c)}' fill-opacity=.45 stroke='{_colour(c)}' stroke-width={line}"
-        marks += f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} {drawn} />"
-        marks += f"<text x={x + radius + 3:.1f} y={y + 4:.1f}>{i}</text>"
-        lines += f"<li>{text(c.get('name'))}: {number(ms)} ms, {number(loss)} points, {number(mb)} MB"
+        told = f"{c.get('name')}: {number(ms)} ms, {number(loss)} points, {number(mb)} MB"
+        marks += hint(
+            told,
+            f"<circle cx={x:.1f} cy={y:.1f} r={radius:.1f} {drawn} />"
+            f"<text x={x + radius + 3:.1f} y={y + 4:.1f}>{i}</text>",
+        )
+        lines += f"<li>{text(told)}"
     return (
         svg(270, "latency, accuracy lost and size of each configuration", marks)
         + f"{_FRONT if best else ''}<ol>{lines}</ol>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.jobs.page_parts import Json, as_number, bullets, interval_text, objects, part_of, rows_table, svg, text
+from app.jobs.page_parts import Json, as_number, bullets, hint, interval_text, objects, part_of, rows_table, svg, text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 260, 56, 34
 _MOST_LIMITS = 2.5  # × the limit: where the picture ends; what lies above stands at its upper edge
@@ -202,8 +202,10 @@ def _picture(engine: Json, original: Json, limit: float | None) -> str:
         for which, dashes in ((2, ""), (1, " stroke-dasharray='2 4'")):
             path = _path([(x(p[0]), y(p[which] if p[which] is not None else top)) for p in points])
             marks += f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=2{dashes} />"
-        for p in points:
-            marks += f"<circle cx={x(p[0]):.1f} cy={y(p[2] if p[2] is not None else top):.1f} r=3 fill='{colour}'/>"
+        for rate, p50, p99 in points:
+            at = f"cx={x(rate):.1f} cy={y(p99 if p99 is not None else top):.1f}"
+            said = f"{name} at {text(rate)} requests/s: p99 {text(p99)} ms, p50 {text(p50)} ms"
+            marks += hint(said, f"<circle {at} r=4 fill='{colour}'/>")
         marks += f"<text x={_LEFT + 8} y={18 + 16 * number} fill='{colour}'>{text(name)}: p99, p50 dashed</text>"
     return svg(_HEIGHT, "latency against rate, with the limit", marks)
 

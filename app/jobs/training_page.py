@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from app.figures import number, percent
-from app.jobs.page_parts import Json, as_number, objects, part_of, svg, text
+from app.jobs.page_parts import Json, as_number, hint, objects, part_of, svg, text
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 740, 20, 180
 
@@ -66,12 +66,11 @@ def _curve(done: Json) -> str:
         f"<text x={_RIGHT} y={_BOTTOM + 20} text-anchor=end>step {number(most)}</text>"
         f"<polyline points='{line}' fill=none stroke='var(--good)' stroke-width=2 />"
     )
-    marks += "".join(
-        f"<circle cx={x(step):.1f} cy={y(own):.1f} r=2 fill='var(--base)'/>"
-        for step, _, own in known
-        if own is not None
-    )
-    marks += "".join(
-        f"<circle cx={x(step):.1f} cy={y(loss):.1f} r=5 fill='var(--good)'/>" for step, loss, _ in known if step == best
-    )
+    for step, loss, own in known:
+        at = f"step {number(step)}: {number(loss)} on samples held out"
+        if own is not None:
+            at += f", {number(own)} on those trained on"
+            marks += hint(at, f"<circle cx={x(step):.1f} cy={y(own):.1f} r=2 fill='var(--base)'/>")
+        best_one = "r=5" if step == best else "r=3 fill-opacity=.5"
+        marks += hint(at, f"<circle cx={x(step):.1f} cy={y(loss):.1f} {best_one} fill='var(--good)'/>")
     return svg(_BOTTOM + 25, "loss by step: a line for samples held out, dots for those trained on", marks)

@@ -19,13 +19,17 @@ from app.domain.limits import INT32_MAX
 from app.errors import AppError, invalid_model
 from app.source_models.foreign_formats import MAKE_PT2, foreign_archive, foreign_format
 from app.source_models.onnx_header import ExternalTensor, OnnxHeader, TensorInfo, read_onnx_header
+from app.source_models.outline import outline
 from app.source_models.pt2_header import pt2_graph_member, read_pt2_header
 
 ModelFormat = Literal["onnx", "archive", "pt2"]
 
 _HEAD_BYTES = 4096
 _MAX_DESCRIPTION_BYTES = 1 << 20  # it comes back with every answer about the model
-_NEEDS_ARCHIVE = "Upload a .zip with the .onnx and its data files."
+_NEEDS_ARCHIVE = (
+    "Send the .onnx and its data files together: dropped at once onto a page, they are; `anneal` and the client take "
+    "them along; for curl, pack them into one .zip or .tar (`tar cf model.tar model.onnx*`)."
+)
 _NOT_TENSORS = {"sequence", "map", "optional", "sparse_tensor", "opaque"}
 _EXTENSIONS: dict[str, str] = {
     ".onnx": "onnx",
@@ -42,7 +46,8 @@ _HOLDS = {"onnx": "an ONNX model", "pt2": "a torch.export program", "archive": "
 class ModelInfo:
     """`opset` is that of ai.onnx (None for .pt2). `ops` counts nodes by op type. `external_data` names the data files
     beside the .onnx. `detail` is JSON: for ONNX ir_version, opset_imports, graph_name, nodes, parameters, functions
-    and, in an archive, `model_member`; for .pt2 `torch_version` and whether the signature could be read."""
+    and, in an archive, `model_member`; for .pt2 `torch_version` and whether the signature could be read; for both
+    `outline`, the ops in order."""
 
     format: ModelFormat
     inputs: list[TensorInfo]
@@ -178,7 +183,11 @@ def _inspect_pt2(archive: Archive, graph: Member) -> ModelInfo:
         opset=None,
         producer=f"torch {header.torch_version}" if header.torch_version else None,
         ops=header.ops,
-        detail={"torch_version": header.torch_version or None, "signature_read": header.readable},
+        detail={
+            "torch_version": header.torch_version or None,
+            "signature_read": header.readable,
+            "outline": outline(header.order, sum(header.ops.values())),
+        },
     )
 
 
@@ -213,6 +222,7 @@ def _onnx_info(model_format: ModelFormat, header: OnnxHeader, detail: dict[str, 
             "nodes": header.nodes,
             "parameters": header.parameters,
             "functions": header.functions,
+            "outline": outline(header.order, header.own_nodes),
             **detail,
         },
     )

@@ -14,6 +14,7 @@ from typing import Literal, TypedDict
 from app.errors import invalid_model
 from app.names import printable
 from app.source_models.onnx_wire import ByteStream, Wire, check_name, damaged
+from app.source_models.outline import MOST_NODES
 
 # A subgraph is three messages deep, and protobuf reads no file of more than 100; shape inference writes a few deeper.
 _MAX_GRAPH_DEPTH = 28
@@ -59,7 +60,8 @@ class ExternalTensor:
 @dataclass
 class OnnxHeader:
     """`inputs` are without initializers. `nodes` and `ops` count the graph and its subgraphs, not function bodies;
-    an op of another domain than ai.onnx is written `domain.OpType`. `parameters` counts initializer elements."""
+    an op of another domain than ai.onnx is written `domain.OpType`. `order`: the ops of the graph's own first nodes, in
+    the file's order; `own_nodes`: how many it has. `parameters` counts initializer elements."""
 
     ir_version: int = 0
     opset_imports: dict[str, int] = field(default_factory=dict)
@@ -70,6 +72,8 @@ class OnnxHeader:
     outputs: list[TensorInfo] = field(default_factory=list)
     nodes: int = 0
     ops: dict[str, int] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    own_nodes: int = 0
     parameters: int = 0
     functions: int = 0
     external: list[ExternalTensor] = field(default_factory=list)
@@ -113,6 +117,7 @@ class _Scan:
         self._header = OnnxHeader()
         self._initializers: set[str] = set()
         self._kept = 0
+        self._keys: dict[str, str] = {}
         self._symbols: set[str] = set()
 
     def model(self) -> OnnxHeader:
@@ -221,12 +226,17 @@ class _Scan:
                 self._transient(value, "a node")
         if not counted:
             return
-        ops = self._header.ops
+        header = self._header
         key = f"{domain}.{op}" if domain not in ("", "ai.onnx") else op
-        if key not in ops:
+        if key not in header.ops:
             self._keep(len(key))
-        ops[key] = ops.get(key, 0) + 1
-        self._header.nodes += 1
+        key = self._keys.setdefault(key, key)
+        header.ops[key] = header.ops.get(key, 0) + 1
+        header.nodes += 1
+        if depth == 0:
+            header.own_nodes += 1
+            if len(header.order) < MOST_NODES:
+                header.order.append(key)
 
     def _transient(self, size: int, what: str | None = None) -> str:
         """A text that is usually known already, so that it costs nothing to keep; a checked name where it is `what`."""

@@ -17,6 +17,7 @@ from app.domain.limits import INT64_MAX
 from app.errors import AppError, invalid_model
 from app.names import forbidden_character, printable
 from app.source_models.onnx_header import TensorInfo
+from app.source_models.outline import MOST_NODES
 
 # GPT-2 small has 4 MiB of graph.
 _MAX_GRAPH_BYTES = 32 << 20
@@ -50,12 +51,14 @@ class _Readable(Protocol):
 @dataclass
 class Pt2Header:
     """`readable` is False where the graph is larger or of another schema than is read here: then inputs and outputs
-    are empty. Symbolic dimensions have the names that torch.export gave them ("s17")."""
+    are empty. Symbolic dimensions have the names that torch.export gave them ("s17"). `order`: ops of the first
+    nodes."""
 
     readable: bool = False
     inputs: list[TensorInfo] = field(default_factory=list)
     outputs: list[TensorInfo] = field(default_factory=list)
     ops: dict[str, int] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
     torch_version: str = ""
 
 
@@ -119,6 +122,8 @@ def _read(text: bytes) -> Pt2Header:
         op = match[1].decode()
         if op in header.ops or len(header.ops) < _MAX_OPS:
             header.ops[op] = header.ops.get(op, 0) + 1
+        if len(header.order) < MOST_NODES:
+            header.order.append(op)
     if "torch_version" in top and isinstance(version := _decode(text, top["torch_version"]), str):
         header.torch_version = printable(version[:100])
     return header

@@ -20,7 +20,9 @@ class ModelOut(Expiring):
     inputs: list[Tensor]
     outputs: list[Tensor]
     opset: int | None
-    detail: dict[str, Any] = Field(description="Producer, op counts and what else the file says of itself")
+    detail: dict[str, Any] = Field(
+        description="Producer, op counts, the outline (ops in order, repeated blocks once) and what else the file says"
+    )
 
     @classmethod
     def of(cls, row: SourceModel, policy: Policy) -> ModelOut:

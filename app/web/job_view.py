@@ -21,6 +21,7 @@ STAGES = {
     "quantize": "quantize",
     "quantize_nncf": "quantize",
     "observe": "see how large values get",
+    "train": "train weights to be rounded",
     "sensitivity": "look for what quantization hurts",
     "build": "build the engine",
     "reference_outputs": "the original's answers",
@@ -156,6 +157,14 @@ def asked_for(spec: Json) -> list[tuple[str, Any]]:
     ):
         if limits.get(name) is not None:
             found.append((words, f"{'at least' if name.startswith('min') else 'at most'} {limits[name]:g} {unit}"))
+    traffic = spec.get("traffic") or {}
+    if traffic:
+        rate, slo = traffic.get("rate_per_second"), (traffic.get("slo") or {}).get("p99_latency_ms")
+        within = "" if slo is None else f" with p99 within {slo:g} ms"
+        found.append(("Traffic", f"{'the highest rate' if rate is None else f'{rate:g} requests/s'}{within}"))
+    training = ((spec.get("quantization") or {}).get("training") or {}).get("mode", "off")
+    if training != "off":
+        found.append(("Training", training))
     if spec.get("precisions"):
         found.append(("Precisions", ", ".join(spec["precisions"])))
     if bench.get("batch_sizes"):

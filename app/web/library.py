@@ -1,4 +1,4 @@
-"""Models, data sets and workers."""
+"""Models, data sets, engines and workers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def models_page(request: Request, services: ServicesDep, tenant_id: Visitor, cur
 def model_page(
     request: Request, services: ServicesDep, tenant_id: Visitor, model_id: ModelId, ask: bool = False
 ) -> Response:
-    """A model: inputs, outputs, operators, what its file says of itself, its jobs. `ask`: and which backends take it,
-    which idle workers find out."""
+    """A model: inputs, outputs, structure, operators, what its file says of itself, its jobs. `ask`: and which backends
+    take it, which idle workers find out."""
     model = services.models.get(tenant_id, model_id)
     asked = CompatibilityOut.of(model_id, services.compatibility.ask(model)) if ask else None
     with services.db.read() as session:
@@ -46,7 +46,7 @@ def model_page(
     facts = {name: value for name, value in detail.items() if isinstance(value, str | int | float)}
     most = counted[0][1] if counted else 1
     values: dict[str, Any] = {"ops": counted, "most": most, "facts": facts, "lines": lines, "asked": asked}
-    return page(request, "model.html", model=model, **values)
+    return page(request, "model.html", model=model, outline=detail.get("outline"), **values)
 
 
 @router.get("/datasets")
@@ -60,6 +60,16 @@ def datasets_page(request: Request, services: ServicesDep, tenant_id: Visitor, c
 def dataset_page(request: Request, services: ServicesDep, tenant_id: Visitor, dataset_id: DatasetId) -> Response:
     """A data set: its arrays."""
     return page(request, "dataset.html", data=services.datasets.get(tenant_id, dataset_id))
+
+
+@router.get("/engines")
+def engines_page(request: Request, services: ServicesDep, tenant_id: Visitor, cursor: Cursor = None) -> Response:
+    """Delivered engines, also of jobs that were deleted; to compare and to download."""
+    with services.db.read() as session:
+        found = PageRepository(session).engine_lines(tenant_id, limit=_ROWS + 1, before=_before(cursor))
+    lines, more = found[:_ROWS], len(found) > _ROWS
+    next_cursor = encode_cursor(lines[-1].engine.id) if more else None
+    return page(request, "engines.html", lines=lines, next_cursor=next_cursor)
 
 
 @router.get("/workers")

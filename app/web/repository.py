@@ -44,6 +44,15 @@ class JobLine:
         return self.queue == PARENTS
 
 
+@dataclass(frozen=True)
+class EngineLine:
+    """An engine in a list. `job_id` is None where the job was deleted."""
+
+    engine: Engine
+    model: str
+    job_id: str | None
+
+
 class PageRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -77,6 +86,23 @@ class PageRepository:
             return {}
         query = select(Engine).where(Engine.tenant_id == tenant_id, Engine.job_id.in_(job_ids)).order_by(Engine.id)
         return {engine.job_id: engine for engine in self.session.scalars(query)}
+
+    def engine_lines(
+        self, tenant_id: str, *, limit: int, before: str | None = None, ids: Sequence[str] | None = None
+    ) -> list[EngineLine]:
+        """Newest first."""
+        query = (
+            select(Engine, SourceModel.name, Job.id)
+            .join(SourceModel, SourceModel.id == Engine.model_id)
+            .outerjoin(Job, Job.id == Engine.job_id)
+            .where(Engine.tenant_id == tenant_id)
+        )
+        if before is not None:
+            query = query.where(Engine.id < before)
+        if ids is not None:
+            query = query.where(Engine.id.in_(ids))
+        rows = self.session.execute(query.order_by(Engine.id.desc()).limit(limit))
+        return [EngineLine(*row) for row in rows]
 
     def active(self, tenant_id: str) -> dict[str, int]:
         """How many jobs wait and run."""

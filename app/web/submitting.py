@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData
 
 from app.domain.artifact_key import digest_of
-from app.domain.spec import OptimizationSpec
+from app.domain.spec import OptimizationSpec, Training, stored
 from app.errors import AppError, FieldError
 from app.http.deps import IdFilter, ServicesDep
 from app.http.problem import field_errors
@@ -29,6 +29,11 @@ _OBJECTIVES = {
     "latency": "the shortest time of a call",
     "throughput": "the most samples per second on the whole machine",
     "cost": "the least cost of a million samples",
+}
+_TRAINING = {
+    "off": "no",
+    "auto": "where no other way keeps the accuracy limit, and the time holds it",
+    "always": "beside each int8 engine that is made without it",
 }
 
 
@@ -79,6 +84,12 @@ LIMITS = (
     ),
     Limit("size", ("constraints", "max_size_mb"), "Size on disk, at most", "Of the engine. Empty: no limit.", "MB"),
     Limit(
+        "price",
+        ("cost", "price_per_hour"),
+        "Price of the machine, per hour",
+        "For what a million samples cost. Empty: costs are told in relation to each other only.",
+    ),
+    Limit(
         "budget",
         ("budget_seconds",),
         "Time for the job, at most",
@@ -96,16 +107,18 @@ _NAMED = {
     "precisions": "Precisions",
     "benchmark": "Batch sizes",
     "objective": "Best by",
+    "quantization": "Training",
 }
 
 
 @dataclass
 class Filled:
-    """What stands in the form."""
+    """What stands in the form. `lost`: fields of the job that it was filled from, for which the form has no place."""
 
     values: dict[str, Any] = field(default_factory=dict)
     errors: list[FieldError] = field(default_factory=list)
     problem: AppError | None = None
+    lost: list[str] = field(default_factory=list)
 
 
 @router.get("/jobs/new")
@@ -120,15 +133,18 @@ async def form_page(
     """The form, filled as asked: with a model, a data set, or as another job was."""
     values: dict[str, Any] = {limit.name: limit.default for limit in LIMITS}
     values.update(dict.fromkeys(("model", "calibration", "validation", "strict", "allow_noisy")))
-    values.update(objective="latency", batch_sizes="1, 8", precisions=[], hardware="")
+    values.update(objective="latency", batch_sizes="1, 8", precisions=[], hardware="", training=Training().mode)
+    lost: list[str] = []
     if like is not None:
         job = await anyio.to_thread.run_sync(services.jobs.get, tenant_id, like)
         values.update(_as_typed(job.spec), model=job.model_id)
+        lost = _lost(job.spec, values)
+        lost += [name for name, given in (("priority", job.priority), ("max_queue_seconds", job.start_by)) if given]
     if model is not None:
         values["model"] = model
     if dataset is not None:
         values.update(calibration=dataset, validation=dataset)
-    return await _form(request, services, tenant_id, Filled(values))
+    return await _form(request, services, tenant_id, Filled(values, lost=lost))
 
 
 @router.post("/jobs")
@@ -177,6 +193,7 @@ async def _form(request: Request, services: Services, tenant_id: str, filled: Fi
         filled=filled,
         limits=LIMITS,
         objectives=_OBJECTIVES,
+        trainings=_TRAINING,
         once=secrets.token_hex(16),
         **values,
     )
@@ -184,7 +201,7 @@ async def _form(request: Request, services: Services, tenant_id: str, filled: Fi
 
 def _fields() -> list[str]:
     own = ["model", "calibration", "validation", "objective", "hardware", "batch_sizes", "strict", "allow_noisy"]
-    return [*own, *(limit.name for limit in LIMITS)]
+    return [*own, "training", *(limit.name for limit in LIMITS)]
 
 
 def _many(form: FormData, name: str) -> list[str]:
@@ -209,6 +226,8 @@ def spec_of(values: Mapping[str, Any]) -> dict[str, Any]:
         spec.setdefault("validation", {})["strict"] = True
     if values.get("hardware"):
         spec["target"] = {"hardware": values["hardware"]}
+    if values.get("training"):
+        spec["quantization"] = {"training": {"mode": values["training"]}}
     if values.get("precisions"):
         spec["precisions"] = list(values["precisions"])
     sizes = str(values.get("batch_sizes") or "").replace(",", " ").split()
@@ -241,6 +260,7 @@ def _as_typed(spec: Mapping[str, Any]) -> dict[str, Any]:
         "allow_noisy": measured.get("allow_noisy"),
         "hardware": target.get("hardware") or "",
         "precisions": spec.get("precisions") or [],
+        "training": ((spec.get("quantization") or {}).get("training") or {}).get("mode") or Training().mode,
         "batch_sizes": ", ".join(str(size) for size in measured.get("batch_sizes") or ()),
     }
     for limit in LIMITS:
@@ -249,6 +269,22 @@ def _as_typed(spec: Mapping[str, Any]) -> dict[str, Any]:
             found = found.get(step) if isinstance(found, Mapping) else None
         values[limit.name] = "" if found is None else f"{found:g}" if isinstance(found, float) else str(found)
     return values
+
+
+def _lost(spec: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Fields of the job that a job of the filled form would not have as they are, by their names in the spec."""
+    try:
+        again = stored(OptimizationSpec.model_validate(spec_of(values)))
+    except ValidationError:
+        return []  # what is wrong is told when it is sent
+    found: list[str] = []
+    for name, value in spec.items():
+        new = again.get(name)
+        if isinstance(value, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}.{inner}" for inner in value if value[inner] != new.get(inner)]
+        elif value != new:
+            found.append(name)
+    return found
 
 
 def _label(pointer: str) -> str:

@@ -125,6 +125,7 @@ def test_refusals_say_what_where_and_the_remedy(anneal: Anneal, model_file: Path
         code, out, err = anneal(*arguments)
         assert code == exit, (arguments, err)
         assert "where:" in err, arguments
+        assert ("\n  code:    " in err) == (exit == 1), "of docs/errors.md"
         assert all(word in err for word in words), (arguments, err)
         assert "Traceback" not in out + err
 

@@ -69,6 +69,27 @@ def test_a_job_that_succeeded_shows_its_report_and_downloads(
         assert words in side
 
 
+def test_engines_are_listed_and_compared_whether_their_job_is_there_or_not(
+    browser: httpx.Client, services: Services, job: dict[str, Any], tmp_path: Path
+) -> None:
+    engine = deliver(services, job, tmp_path)
+    listed = browser.get("/engines").text
+    for words in (engine.id, "onnxruntime, int8", "2.2x", "17,260", "153 kB", f'href="/jobs/{job["id"]}"'):
+        assert words in listed
+    side = browser.get(f"/compare?engine={engine.id}&job={job['id']}").text
+    assert side.count("2.1 to 2.3") == 2, "the engine, and the job that delivered it"
+    assert side.count("at most 1 percentage points") == 2, "with what was asked for"
+    assert browser.delete(f"/v1/jobs/{job['id']}", headers={"Accept": "*/*"}).status_code == 204
+    for path in ("/engines", f"/compare?engine={engine.id}"):
+        page = browser.get(path)
+        assert page.status_code == 200, page.text
+        assert engine.id[-6:] in page.text
+        assert f"/jobs/{job['id']}" not in page.text, "a link that leads nowhere"
+    missing = browser.get(f"/compare?engine={job['id']}")
+    assert missing.status_code == 404
+    assert "There is no engine" in missing.text
+
+
 def test_a_job_that_failed_says_why_and_what_to_do(
     browser: httpx.Client, services: Services, job: dict[str, Any]
 ) -> None:
@@ -118,7 +139,8 @@ def test_lists_and_sessions_on_postgres(
     browser: httpx.Client, services: Services, job: dict[str, Any], tmp_path: Path
 ) -> None:
     deliver(services, job, tmp_path)
-    for path in ("/", "/jobs", "/jobs?status=succeeded", f"/jobs/{job['id']}", f"/compare?job={job['id']}"):
+    paths = ("/", "/jobs", "/jobs?status=succeeded", "/engines", f"/jobs/{job['id']}", f"/compare?job={job['id']}")
+    for path in paths:
         assert job["id"] in browser.get(path).text, path
     key = create_key(services.db, "alice", "one")
     token = sign_in(services.db, key)

@@ -63,6 +63,7 @@ def test_every_page_loads_and_keeps_its_policy(browser: httpx.Client, job: dict[
         f"/models/{job['model_id']}",
         f"/models/{job['model_id']}?ask=yes",
         "/datasets",
+        "/engines",
         "/workers",
         "/account",
         "/keys",
@@ -166,6 +167,30 @@ def test_what_is_wrong_with_a_form_is_said_and_nothing_typed_is_lost(
     assert (spec["benchmark"]["batch_sizes"], spec["precisions"]) == ([1, 4], ["fp32", "int8"])
     assert spec["benchmark"]["allow_noisy"] is True
     assert 'name="allow_noisy" value="yes" checked' in browser.get(f"/jobs/new?like={job_id}").text
+
+
+def test_a_job_like_another_says_what_the_form_has_no_place_for(
+    browser: httpx.Client, worker: Services, model: dict[str, Any]
+) -> None:
+    spec = {"model_id": model["id"], "priority": 3, "traffic": {"rate_per_second": 400, "slo": {"p99_latency_ms": 20}},
+            "validation": {"confidence": 0.99}, "quantization": {"training": {"mode": "auto"}}}  # fmt: skip
+    job_id = browser.post("/v1/jobs", json=spec).json()["id"]
+    page = browser.get(f"/jobs/new?like={job_id}").text
+    lost = page.partition("more than this form has a place for")[2].partition("Left as it is")[0]
+    assert re.findall("<code>(.*?)</code>", lost) == ["validation.confidence", "traffic", "priority"]
+    assert 'name="training" value="auto" checked' in page
+    asked = browser.get(f"/jobs/{job_id}").text
+    assert "400 requests/s with p99 within 20 ms" in asked
+    assert "<dt>Training<dd>auto" in asked
+    plain = browser.post("/v1/jobs", json={"model_id": model["id"]}).json()["id"]
+    assert "more than this form has a place for" not in browser.get(f"/jobs/new?like={plain}").text
+
+
+def test_a_model_s_page_shows_its_structure(browser: httpx.Client, model: dict[str, Any]) -> None:
+    page = browser.get(f"/models/{model['id']}").text
+    structure = page.partition("<h2>Structure</h2>")[2].partition("</ol>")[0]
+    for words in ("<b>input</b> batch×8", "Gemm → Relu → Gemm", "<b>logits</b> batch×4"):
+        assert words in structure, structure
 
 
 def test_what_is_not_there_is_a_page_too(browser: httpx.Client) -> None:

@@ -146,6 +146,9 @@ def reads(page: Page, job: str) -> None:
     text = page.locator("main").inner_text()
     if found := re.search(r"\d[eE][+-]\d|\{['\"]", text):
         faults.append(f"report: a figure or a dump that nobody reads: {text[found.start() - 60 : found.end() + 60]!r}")
+    told = page.locator(".report svg g > title").all_text_contents()
+    if not any(re.search(r": p50 .*, of [\d,]+ calls$", words) for words in told):
+        faults.append(f"report: no figures under the pointer: {told[:5]}")
     accessible(page, "report")
     with page.expect_download() as download:
         page.get_by_role("link", name=re.compile("^Bundle")).click()
@@ -171,15 +174,20 @@ def cancels_and_compares(page: Page, job: str) -> None:
     page.get_by_role("button", name="Compare the picked ones").click()
     expect(page.locator("table.compare")).to_contain_text("cancelled")
     accessible(page, "compare")
+    page.goto(f"{URL}/engines")
+    page.get_by_role("checkbox", name=re.compile("^Compare ")).first.check()
+    page.get_by_role("button", name="Compare the picked ones").click()
+    expect(page.locator("table.compare")).to_contain_text("Measured on")
 
 
 def looks_around(page: Page) -> None:
-    for path in ("models", "datasets", "workers", "webhooks", "keys"):
+    for path in ("models", "datasets", "engines", "workers", "webhooks", "keys"):
         page.goto(f"{URL}/{path}")
         accessible(page, path)
     page.goto(f"{URL}/models")
     page.locator("tbody a").first.click()
     expect(page.get_by_role("heading", name="Operators")).to_be_visible()
+    expect(page.locator("ol.outline")).to_contain_text("Conv → ")
     accessible(page, "model")
     page.goto(f"{URL}/models")
     page.locator("#file-models").set_input_files([WIDE, f"{WIDE}.data"])

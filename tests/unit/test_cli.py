@@ -162,6 +162,28 @@ def test_every_option_with_limits_refuses_what_no_limit_admits(capsys: pytest.Ca
         assert "\x1b" not in told
 
 
+@pytest.mark.parametrize(
+    ("typed", "where", "meant"),
+    [
+        ("optmize model.onnx", "anneal", "did you mean optimize?"),
+        ("optimize model.onnx --maxloss 1%", "anneal optimize", "did you mean --max-loss?"),
+        ("engines pul job_1", "anneal engines", "did you mean pull?"),
+        ("engines pull job_1 --unpak", "anneal engines pull", "did you mean --unpack?"),
+        ("jobs --status runing", "anneal jobs", "did you mean running?"),
+        ("job job_1 job_2", "anneal job", "It takes no further job_2."),
+        ("jobs --zzz", "anneal jobs", "There is no option --zzz"),
+    ],
+)
+def test_a_typo_is_told_what_may_have_been_meant(
+    typed: str, where: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typed.split()) == Exit.USAGE
+    told = capsys.readouterr().err
+    assert meant in told
+    assert f"where:   {where}\n" in told
+    assert f"`{where} --help`" in told
+
+
 def test_a_file_that_is_missing_is_told_before_anything_is_sent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,11 +293,14 @@ def test_an_address_where_something_else_answers(
 
 def test_options_become_the_spec(tmp_path: Path) -> None:
     more = tmp_path / "spec.json"
-    more.write_text('{"search": {"strategy": "exhaustive"}, "validation": {"max_samples": 9, "strict": false}}')
+    more.write_text(
+        '{"search": {"strategy": "exhaustive"}, "validation": {"max_samples": 9, "strict": false}, '
+        '"quantization": {"win_back": false, "training": {"epochs": 3}}}'
+    )
     arguments = (
         "optimize m.onnx --max-loss 1% --p99 20ms --objective latency --on cpu --batch 1,8 --budget 2m --strict "
         "--confidence 99% --precision fp32,int8 --backend onnxruntime --max-size 20MB --shape x=1x4:8x4:16x4 "
-        f"--spec {more}"
+        f"--train auto --spec {more}"
     )
     assert spec_of(make_parser().parse_args(arguments.split())) == {
         "search": {"strategy": "exhaustive"},
@@ -287,6 +312,7 @@ def test_options_become_the_spec(tmp_path: Path) -> None:
         "objective": "latency",
         "precisions": ["fp32", "int8"],
         "budget_seconds": 120,
+        "quantization": {"win_back": False, "training": {"epochs": 3, "mode": "auto"}},
     }
     assert spec_of(make_parser().parse_args(["optimize", "m.onnx"])) == {}, "every default is the service's"
 

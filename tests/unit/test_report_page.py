@@ -112,6 +112,25 @@ def test_speed_accuracy_and_size_in_one_picture() -> None:
     assert "Speed, accuracy and size" not in report_page({"baseline": baseline}, "job_1")
 
 
+def test_a_pointer_on_a_mark_gets_the_figures_behind_it() -> None:
+    at = {"p50_ms": 1.0, "p99_ms": 1.5, "samples": 1234, "speedup": {"low": 1.9, "ratio": 2.0, "high": 2.1}}
+    engine = {"id": "a", "name": "<a>", "status": "picked", "size_mb": 1.0, "accuracy": {"loss_percent": 0.2},
+              "batches": {"1": at}}  # fmt: skip
+    baseline = {"id": "baseline", "size_mb": 4.0, "batches": {"1": {"p50_ms": 2.0}}}
+    curve = [
+        {"rate": rate, "requests": 200, "p50_ms": 3.0, "p99_ms": 8.0, "verdict": "within"} for rate in (10.0, 20.0)
+    ]
+    told = {"traffic": {"p99_limit_ms": 20.0}, "engine": {"curve": curve}, "headline": "h"}
+    page = report_page({"baseline": baseline, "candidates": [engine], "traffic": told}, "job_1")
+    for words in (
+        "&lt;a&gt;: p50 1 ms, p99 1.5 ms, of 1234 calls",
+        "&lt;a&gt;, b=1: 2.00x [1.90, 2.10]",
+        "&lt;a&gt;: 1 ms, 0.2 points, 1 MB",
+        "the engine at 20 requests/s: p99 8 ms, p50 3 ms",
+    ):
+        assert f"<g><title>{words}</title>" in page, words
+
+
 def test_tables_and_drawings_scroll_within_themselves() -> None:
     layers = [{"name": "gelu", "op_type": "Gelu", "ms": 0.4, "share": 0.7245}]
     page = report_page({"profile": {"layers": layers}, "final_metrics": FINAL}, "job_1")

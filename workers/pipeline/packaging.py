@@ -22,8 +22,7 @@ from workers.pipeline.evaluate import SEED
 from workers.pipeline.final import accepts, final_metrics, winner
 from workers.pipeline.job_data import Data
 from workers.pipeline.outcome import Proof, nodes_kept
-from workers.pipeline.runner import StageRunner
-from workers.pipeline.stage_calls import Outcome
+from workers.pipeline.runner import Outcome, StageRunner
 
 log = structlog.get_logger(__name__)
 

@@ -230,7 +230,7 @@ class Limits(Answer):
 
 class Model(Answer):
     created_at: datetime
-    detail: dict[str, Any]  # Producer, op counts and what else the file says of itself
+    detail: dict[str, Any]
     expires_at: datetime | None
     filename: str
     format: str

@@ -50,9 +50,10 @@ def add(commands: Any) -> None:
 
 
 def list_engines(ctx: Context, args: argparse.Namespace) -> Exit:
-    head = ("Engine", "Backend", "Precision", "Size", "Made", "Job", "Machine")
+    head = ("Engine", "Backend", "Precision", "Speed-up", "Size", "Made", "Job", "Machine")
     listed(ctx, args, Client.engines, head, lambda e: [
-        str(e.get("id")), str(e.get("backend")), str(e.get("precision")), figures.size(e.get("size_bytes")),
+        str(e.get("id")), str(e.get("backend")), str(e.get("precision")),
+        str((e.get("metrics") or {}).get("speedup") or figures.DASH), figures.size(e.get("size_bytes")),
         figures.when(e.get("created_at")), str(e.get("job_id")), str((e.get("hardware") or {}).get("id", figures.DASH)),
     ])  # fmt: skip
     return Exit.OK

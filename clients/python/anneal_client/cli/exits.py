@@ -50,7 +50,7 @@ class Stop(Exception):
                 f"Give a valid key: `anneal login {url}`, or $ANNEAL_API_KEY. The operator makes keys. Where the "
                 f"service has an identity provider: `anneal login {url} --oidc`."
             )
-        elif isinstance(error, NotFound) and stop.remedy is None:
+        elif isinstance(error, NotFound) and (stop.remedy is None or stop.remedy.startswith("GET /v1/")):
             stop.remedy = "`anneal jobs`, `anneal models`, `anneal datasets` and `anneal engines` list what is there."
         return stop
 

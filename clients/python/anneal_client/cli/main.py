@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 
@@ -29,6 +29,7 @@ from anneal_client.cli import (
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit, Stop
 from anneal_client.cli.screen import Screen, clean
+from anneal_client.cli.usage import Parser, parsed
 from anneal_client.errors import AnnealError
 
 _ORDER = (
@@ -53,22 +54,13 @@ Address and key: --url and $ANNEAL_API_KEY, $ANNEAL_URL, or what `anneal login` 
 _NO_SERVICE = "Is this the address of an Anneal service? `anneal doctor` looks."
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where the help is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Stop(
-            clean(message), where=self.prog, remedy=f"`{self.prog} --help` tells what there is.", exit=Exit.USAGE
-        )
-
-
-def make_parser() -> argparse.ArgumentParser:
-    shared = _Parser(add_help=False)
+def make_parser() -> Parser:
+    shared = Parser(add_help=False)
     told = shared.add_argument_group("everywhere")
     told.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help="of the service")
     told.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
     told.add_argument("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="say nothing but errors")
-    parser = _Parser(
+    parser = Parser(
         prog="anneal",
         description="Inference optimization as a service: a model in, a faster engine out, with the proof.",
         epilog=_EPILOG,
@@ -103,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else [*argv]
     ctx = Context(json="--json" in given)
     try:
-        args = make_parser().parse_args(given)
+        args = parsed(make_parser(), given)
         ctx.url, ctx.quiet = getattr(args, "url", None), getattr(args, "quiet", False)
         ctx.json = getattr(args, "json", False)
         if args.command is None:
@@ -144,4 +136,6 @@ def _fail(ctx: Context, stop: Stop) -> int:
         value = getattr(stop, name)
         if value:
             screen.line(f"  {name + ':':<8} {clean(value)}")
+    if stop.code != stop.exit.name.lower():  # one of the service, or of the client: docs/errors.md has them all
+        screen.line(f"  code:    {clean(stop.code)}")
     return stop.exit

@@ -20,13 +20,13 @@ Json = dict[str, Any]
 
 def add(commands: Any) -> None:
     report = commands.add_parser("report", help="what was measured, and what came out")
-    report.add_argument("job", metavar="JOB", type=job_or_engine)
+    report.add_argument("job", metavar="JOB|ENGINE", type=job_or_engine)
     report.add_argument("--html", type=Path, metavar="FILE", help="keep the page with its plots")
     report.add_argument("--markdown", type=Path, metavar="FILE", help="as Markdown, for a summary of CI; - is stdout")
     report.add_argument("--open", action="store_true", help="in a browser")
     report.set_defaults(run=show)
     compare = commands.add_parser("compare", help="jobs (or engines) side by side")
-    compare.add_argument("jobs", metavar="JOB", nargs="+", type=job_or_engine)
+    compare.add_argument("jobs", metavar="JOB|ENGINE", nargs="+", type=job_or_engine)
     compare.set_defaults(run=run_compare)
 
 

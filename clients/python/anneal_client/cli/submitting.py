@@ -17,6 +17,7 @@ from anneal_client.cli.service import Service
 
 Json = dict[str, Any]
 OBJECTIVES = ("latency", "throughput", "cost")
+TRAINING = ("off", "auto", "always")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 
 
@@ -44,6 +45,7 @@ def add(commands: Any) -> None:
     how.add_argument(
         "--precision", type=values.one_of("precision", *PRECISIONS), metavar="P,Q", help="that may be tried"
     )
+    how.add_argument("--train", choices=TRAINING, help="weights learn to be rounded to int8, of a .pt2")
     how.add_argument("--batch", type=values.batches, metavar="N,M", help="batch sizes that are measured (1,8)")
     how.add_argument("--shape", type=values.shape, action="append", metavar="IN=RANGE", help="x=1x3x32x32:8x…:32x…")
     how.add_argument("--budget", type=values.budget, metavar="TIME", help="10s to 24h (15m)")
@@ -152,6 +154,9 @@ def spec_of(args: argparse.Namespace) -> Json:
         given = {k: v for k, v in fields.items() if v is not None}
         if given:
             spec[name] = {**(spec.get(name) or {}), **given}
+    if args.train is not None:
+        how = spec.get("quantization") or {}
+        spec["quantization"] = {**how, "training": {**(how.get("training") or {}), "mode": args.train}}
     plain = {
         "objective": args.objective,
         "precisions": args.precision,
