@@ -14,6 +14,8 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from tests.integration.test_plugin import sum_of_constants
 
 _SETTINGS = {"WORKER_LEASE_S": "15", "WORKER_HEARTBEAT_S": "2", "WORKER_SWEEP_S": "3", "WORKER_REDISPATCH_S": "15"}
 _GOAL = 0.5
+_HANDED_OUT = ("building", "accuracy of those that can win")  # phases of the search, as its report calls them
+_ELSE = "between: queue, rows, report"
 
 
 def kill_a_helper(db: Database, job_id: str) -> None:
@@ -46,6 +50,27 @@ def kill_a_helper(db: Database, job_id: str) -> None:
             return
         time.sleep(0.05)
     raise CannotMeasure("nobody helps")
+
+
+def parts(job: Mapping[str, Any], report: Mapping[str, Any], seconds: float) -> dict[str, float]:
+    """Seconds of the job by what its own worker did: the search's phases; its stages until there is a bundle; those
+    that explain it; and what is left of them all."""
+    stages = [(s["name"], *(_at(s[key]) for key in ("started_at", "finished_at"))) for s in job["stages"]]
+    phases: dict[str, float] = {}
+    for phase in report["search"]["phases"]:
+        phases[f"search: {phase['name']}"] = phases.get(f"search: {phase['name']}", 0.0) + phase["seconds"]
+    found = {"export": stages[0][2] - stages[0][1], **phases}
+    searched, explained = stages[0][2] + sum(phases.values()), False
+    for name, begun, ended in stages[1:]:
+        if (begun + ended) / 2 > searched:
+            part = f"{'explanation' if explained else 'proof'}: {name}"
+            found[part] = found.get(part, 0.0) + ended - begun
+            explained |= name == "package"
+    return {**found, _ELSE: seconds - sum(found.values())}
+
+
+def _at(told: str) -> float:
+    return datetime.fromisoformat(told.replace("Z", "+00:00")).timestamp()
 
 
 def run_job(url: str, redis_url: str, folder: Path, workers: int, arguments: argparse.Namespace, *, kill: bool) -> Any:
@@ -67,12 +92,13 @@ def run_job(url: str, redis_url: str, folder: Path, workers: int, arguments: arg
                 db.close()
             client.wait(job_id)
             seconds = time.monotonic() - began
-            report = client.report(job_id)
+            report, job = client.report(job_id), client.job(job_id)
     made = Counter(c["made_by"] for c in report["candidates"] if c["id"].startswith("toy-"))
     if sum(made.values()) != 8 or None in made:
         raise CannotMeasure(f"not all were made: {made}")
-    building = next(p["seconds"] for p in report["search"]["phases"] if p["name"] == "building")
-    return {"seconds": seconds, "building": building, "made": sorted(made.values(), reverse=True)}
+    told = parts(job, report, seconds)
+    building = told[f"search: {_HANDED_OUT[0]}"]
+    return {"seconds": seconds, "building": building, "made": sorted(made.values(), reverse=True), "parts": told}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +123,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append([name, spread(seconds, 1, " s"), f"{share:.2f}", spread(building, 1, " s"), made, goal])
     head = ["", "the job", "over one worker's", "its candidates", "made, by worker", f"goal ≤ {_GOAL:g}"]
     print(table(head, rows))
+    print()
+    print(table(["seconds", *found, "others have a part"], _by_part(found)))
     return {"seconds_each": arguments.seconds, "runs": found}
+
+
+def _by_part(found: Mapping[str, Sequence[Any]]) -> list[list[str]]:
+    """Medians; what lasted a tenth of a second somewhere."""
+    names = dict.fromkeys(name for runs in found.values() for run in runs for name in run["parts"])
+    at = {n: [statistics.median(r["parts"].get(n, 0.0) for r in runs) for runs in found.values()] for n in names}
+    shared = {f"search: {phase}" for phase in _HANDED_OUT}
+    rows = [[n, *(f"{v:.1f}" for v in at[n]), "yes" if n in shared else ""] for n in names if max(at[n]) >= 0.1]
+    alone = [sum(values) for values in zip(*(at[n] for n in names if n not in shared), strict=True)]
+    return [*rows, ["**all that is not shared**", *(f"{v:.1f}" for v in alone), ""]]
 
 
 if __name__ == "__main__":

@@ -50,6 +50,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class StepPart:
+    """What a step is called where its gain is told. `instead`: its options in the engine without that part; None: the
+    step is left out."""
+
+    name: str
+    instead: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A configuration to try.
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from app.domain.failures import FailureKind, StageFailure
 from workers import registry
 from workers.artifacts import ONNX
-from workers.candidates import Candidate, Case, Member, Proposal, Rounding, Target
+from workers.candidates import Candidate, Case, Member, Proposal, Rounding, StepPart, Target
 from workers.examined import Examined, Refused
 from workers.serving.native import Instances, InTriton
 
@@ -95,15 +95,6 @@ class StageResult:
     data: Mapping[str, Any] = field(default_factory=dict)
     # False: true of this one run (a noisy measurement). The job that made it may go on from it, no other may.
     reusable: bool = True
-
-
-@dataclass(frozen=True)
-class StepPart:
-    """What a step is called where its gain is told. `instead`: its options in the engine without that part; None: the
-    step is left out."""
-
-    name: str
-    instead: Mapping[str, Any] | None = None
 
 
 class Stage(ABC, Generic[OptionsT]):

@@ -13,7 +13,7 @@ from workers import kernel
 from workers.candidates import Candidate
 from workers.libraries import installed_versions
 
-_CALLS = 1  # how requests are written down: to be raised when what was written before is read otherwise
+_CALLS = 2  # how requests are written down: to be raised when what was written before is read otherwise
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 

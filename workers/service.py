@@ -20,11 +20,9 @@ from app.capabilities.service import CapabilityService
 from app.compatibility.service import CompatibilityService
 from app.db.base import make_engine
 from app.db.clock import CLOCK
-from app.db.orm import Dataset, Job, SourceModel
 from app.db.uow import Database
-from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
-from app.jobs.ledger import Claim, JobLedger, LeaseLost
+from app.jobs.ledger import JobLedger
 from app.jobs.schedule import Offer
 from app.logging import bind_correlation_id, new_correlation_id
 from app.prebuilds.service import PrebuildService
@@ -34,7 +32,8 @@ from app.sharing.service import SharingService
 from app.storage.factory import make_store
 from app.webhooks.sender import WebhookSender
 from workers import plugins
-from workers.background import Background, InARow, Regularly
+from workers.attempts import Attempts
+from workers.background import Background, Regularly
 from workers.chores import Chores
 from workers.devices.cuda import confine
 from workers.equipment import Equipment
@@ -48,33 +47,15 @@ from workers.liveness import Liveness
 from workers.lookout import Lookout
 from workers.offer import backends_of, queues_of
 from workers.pipeline.confining import check_features, host_of
-from workers.pipeline.faults import infrastructure_faults
-from workers.pipeline.isolated import Interrupted, IsolatedRunner
-from workers.pipeline.lease import LeaseKeeper, StopReason
-from workers.pipeline.machine import MACHINE_BUSY
-from workers.pipeline.optimize import Optimizer
-from workers.pipeline.outcome import Optimization
-from workers.pipeline.report import make_manifest, make_report
-from workers.pipeline.results import engine_row, no_feasible_candidate, publish
-from workers.pipeline.runner import StageRunner
+from workers.pipeline.isolated import IsolatedRunner
 from workers.pipeline.shared_caches import SharedCaches
 from workers.prebuilder import Prebuilder
 from workers.room import Room
 from workers.spare import SpareTime
-from workers.telemetry.telling import Attempt, Telemetry
+from workers.telemetry.telling import Telemetry
 
 log = structlog.get_logger(__name__)
 
-_INTERNAL = StageFailure(
-    "internal",
-    "The service failed on this job.",
-    FailureKind.INFRASTRUCTURE,
-    remedy="Report this with the job's id: the worker's log holds the trace.",
-)
-_RETRIED_LATER = frozenset({"storage_unavailable", "io_error", "blob_missing", "child_lost", MACHINE_BUSY})
-_OF_THE_WORKER = frozenset({"internal", "child_lost"})
-_TOO_MANY = 3
-_SHUTS_DOWN = "the worker shuts down"
 _TELL_EVERY_S = 60.0
 _LOOK_S = 0.5
 _FIRST_PAUSE_S = 0.5
@@ -128,17 +109,16 @@ class WorkerService:
             self.fingerprint,
             load_or_make_key(settings.worker.engine_key_file or settings.home_dir / "keys" / "engine.key"),
         )
-        self._plan_errands()
+        self._plan_work()
         self._one_job = threading.Lock()
         self._has_job = False
         self._unasked = threading.Event()
         self.lookout.take = self._unasked.set
         self._background = Background(self.shutdown, self.give_up)
-        self._unwell = InARow(_TOO_MANY)
         self.failed: str | None = None
 
-    def _plan_errands(self) -> None:
-        """What it does for jobs of others, and for questions, while it has no job."""
+    def _plan_work(self) -> None:
+        """Its own jobs; and what it does for jobs of others, and for questions, while it has none."""
         settings, equipment = self.settings, self._equipment
         self.examiner = Examiner(CompatibilityService(self.db, self.capabilities), equipment, self.spare)
         self.prebuilder = Prebuilder(PrebuildService(self.db), equipment, self.spare, self.telemetry)
@@ -153,6 +133,17 @@ class WorkerService:
             self.spare,
             self.telemetry,
             lambda: not self.lookout.draining,
+        )
+        self.attempts = Attempts(
+            equipment,
+            self._renewals,
+            self.backends,
+            self.sharing,
+            shared_caches=self.shared_caches,
+            room=self.room,
+            telemetry=self.telemetry,
+            shutdown=self.shutdown,
+            give_up=self.give_up,
         )
 
     def start(self) -> None:
@@ -284,144 +275,6 @@ class WorkerService:
         if claim is None:  # another was faster
             return False
         self._has_job = True
-        keeper = LeaseKeeper(
-            self._renewals,
-            claim,
-            self.shutdown,
-            asked=asked,
-            on_lost=self.isolated.interrupt,
-            hand_back=partial(self._hand_back, claim),
-        )
-        ended = False
-        with keeper:
-            try:
-                ended = self._run(claim, keeper)
-            except LeaseLost:
-                log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
-            except Interrupted:
-                self._interrupted(claim, keeper)
+        ended = self.attempts.run(claim, asked)
         self._has_job = False
         return ended
-
-    def _run(self, claim: Claim, keeper: LeaseKeeper[Claim]) -> bool:
-        job, model, datasets = self.ledger.load(claim)
-        bind_correlation_id(job.correlation_id)
-        with self.telemetry.attempt(job, claim, lambda: keeper.reason) as attempt:
-            return self._attempt(claim, keeper, attempt, job, model, datasets)
-
-    def _attempt(
-        self,
-        claim: Claim,
-        keeper: LeaseKeeper[Claim],
-        attempt: Attempt,
-        job: Job,
-        model: SourceModel,
-        datasets: Mapping[str, Dataset],
-    ) -> bool:
-        """Whether the job has ended; else it is tried again later."""
-        log.info("job_started", job_id=job.id, attempt=claim.attempt)
-        stages: list[dict[str, Any]] = []
-        again = False
-        crew = self.sharing.crew(claim, keeper.should_stop)
-        try:
-            name = f"{claim.job_id}-{claim.token}"
-            with infrastructure_faults(), self._equipment.workspace(name, claim.tenant_id) as workspace:
-                runner = self._equipment.runner(
-                    claim,
-                    workspace,
-                    keeper.should_stop,
-                    shared_caches=self.shared_caches,
-                    measure_again=job.spec.get("measure") == "again",
-                    watch=attempt,
-                    elsewhere=crew.elsewhere,
-                )
-                stages = runner.view.stages
-                found = Optimizer(
-                    runner,
-                    job,
-                    model,
-                    datasets,
-                    self.backends,
-                    self.settings.limits,
-                    self.settings.worker.searches_dir,
-                    tritonserver=self.settings.worker.tritonserver,
-                    crew=crew,
-                ).run()
-                if keeper.should_stop():
-                    raise Interrupted
-                self._finish(claim, found, runner)
-                shipped = found.package is not None
-                attempt.judged(found.spent_seconds, found.spec.budget_seconds, shipped=shipped)
-            self._ended(None)
-        except StageFailure as failure:
-            again = self._failed(claim, failure, stages)
-            attempt.failed(failure.code, again=again)
-            self._ended(failure.code)
-        except (LeaseLost, Interrupted, SQLAlchemyError):
-            raise
-        except Exception:  # a fault of ours: the job gets a typed error, the trace stays in the log
-            log.exception("job_internal_error", job_id=claim.job_id)
-            self.ledger.fail(claim, _INTERNAL.public(), {"stages": stages})
-            attempt.failed(_INTERNAL.code)
-            self._ended(_INTERNAL.code)
-        log.info("job_ended", job_id=job.id)
-        return not again
-
-    def _ended(self, code: str | None) -> None:
-        """A worker whose jobs all fail, and not by their own fault, leaves them to others."""
-        if self._unwell.add(code in _OF_THE_WORKER):
-            self.give_up(f"{_TOO_MANY} jobs in a row failed here with {sorted(_OF_THE_WORKER)}")
-
-    def _finish(self, claim: Claim, found: Optimization, runner: StageRunner) -> None:
-        report = make_report(found, runner.calls, runner.view.stages)
-        published = publish(
-            self.content,
-            claim.tenant_id,
-            report,
-            lambda digest: make_manifest(found, runner.calls, self.fingerprint, digest),
-            self.settings.temp_dir,
-        )
-        if found.package is None:
-            failure = no_feasible_candidate(found)
-            changes = {"stages": runner.view.stages, **published.columns()}
-            self.ledger.fail(claim, failure.public(), changes)
-            return
-        engine = engine_row(claim, found, published, {**self.hardware, "fingerprint": self.fingerprint})
-        self.ledger.complete(
-            claim,
-            engine=engine,
-            report=published.report,
-            manifest=published.manifest,
-            changes={"stages": runner.view.stages},
-            event={"picked": found.verdict.picked, "progress": 1.0},
-        )
-
-    def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> bool:
-        """Whether the job is tried again."""
-        log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
-        of_this_disk = failure.code == "storage_full" and self.room.short_lately()  # another's may have room
-        if (failure.code in _RETRIED_LATER or of_this_disk) and not self.ledger.exhausted(claim):
-            self.ledger.retry_later(claim, failure.detail)
-            return True
-        self.ledger.fail(claim, failure.public(), {"stages": stages})
-        return False
-
-    def _interrupted(self, claim: Claim, keeper: LeaseKeeper[Claim]) -> None:
-        log.info("job_interrupted", job_id=claim.job_id, reason=keeper.reason)
-        try:
-            if keeper.reason is StopReason.CANCELLED:
-                self.ledger.cancelled(claim, {})
-            elif keeper.reason is StopReason.SHUTDOWN:
-                self.ledger.release(claim, _SHUTS_DOWN)
-        except LeaseLost:
-            log.warning("lease_lost", job_id=claim.job_id, token=claim.token)
-
-    def _hand_back(self, claim: Claim) -> None:
-        """At a shutdown, while the job's thread is still busy with it: what that writes afterwards is refused."""
-        try:
-            self._renewals.release(claim, _SHUTS_DOWN)
-            log.info("job_handed_back", job_id=claim.job_id)
-        except LeaseLost:
-            log.info("job_left_already", job_id=claim.job_id)
-        except SQLAlchemyError as error:
-            log.warning("job_not_handed_back", job_id=claim.job_id, error=str(error)[:200])

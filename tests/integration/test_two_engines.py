@@ -75,7 +75,7 @@ def _check_report(report: dict[str, Any]) -> None:
     told = [(c["id"], c["status"], c["reason"]) for c in report["candidates"]]
     assert report["picked"] == "two-engines", (told, report["search"])
     both = report["by_batch"]
-    assert [e["candidate"] for e in told["engines"]] == ["toy-per-sample-sum", "toy-any-batch-sum"]
+    assert [e["candidate"] for e in both["engines"]] == ["toy-per-sample-sum", "toy-any-batch-sum"]
     assert {e["accuracy_verdict"] for e in both["engines"]} == {"proven"}
     low, high = both["border"]
     assert 1 <= low < high <= 16

@@ -16,7 +16,7 @@ from app.settings import Settings, WorkerSettings
 from tests.factories.deployment import Deployment, deployment, submit_case
 from tests.integration.conftest import Desk
 from tests.servers import launched
-from workers import service as service_module
+from workers import attempts
 from workers.service import WorkerService
 
 ROOT = Path(__file__).parents[2]
@@ -112,8 +112,8 @@ class Ending:
             def run(self) -> None:
                 raise next(coming)
 
-        patch.setattr(self.worker, "give_up", self.reasons.append)
-        patch.setattr(service_module, "Optimizer", Ends)
+        patch.setattr(self.worker.attempts, "give_up", self.reasons.append)
+        patch.setattr(attempts, "Optimizer", Ends)
 
 
 def _jobs(

@@ -14,7 +14,7 @@ from workers.pipeline.isolated import Interrupted
 from workers.search import crew as module
 from workers.search.calls import Call
 from workers.search.crew import Crew
-from workers.search.requests import Ahead, Answer, Make, Request, Subject
+from workers.search.requests import Ahead, Answer, Make, Refer, Request, Subject
 
 
 @pytest.fixture(autouse=True)
@@ -201,3 +201,48 @@ def test_a_stage_that_a_helper_computes_is_waited_for() -> None:
     with_one.board.looks = [lambda: None, lambda: None]
     assert with_one.crew.elsewhere("key", 1.0)
     assert not with_one.board.looks
+
+
+LATER = Refer(500.0)
+
+
+def test_what_the_job_will_need_stays_out_whatever_is_asked_and_is_not_made_here() -> None:
+    with_two = Together()
+    board = with_two.board
+    with_two.crew.beside(LATER)
+    with_two.ask(A, sure(A, B))
+    assert [(o.id, o.turn, o.apart) for o in board.offers] == [(id_of(B), 0, None), (id_of(LATER), 1, "here")]
+    board.holds(B)
+    board.looks = [lambda: None, lambda: board.holds(B, CallState.ENDED)]
+    with_two.ask(B, sure(B))
+    with_two.ask(C)
+    assert with_two.answered == ["a", "b", "c"]
+    assert board.out[id_of(LATER)] is CallState.FREE, "one that measures does not end it"
+    assert len(board.offers) == 2, "once"
+    with_two.crew.over()
+    assert not board.out
+    with_two.ask(D, sure(D, A))
+    assert [o.id for o in board.offers[2:]] == [id_of(A)], "it is not needed any more"
+
+
+def test_all_are_answered_once_whoever_makes_them() -> None:
+    with_two = Together()
+    board = with_two.board
+    board.looks = [lambda: board.holds(D, CallState.ENDED), lambda: board.holds(C)]
+    board.looks += [lambda: None, lambda: board.holds(C, CallState.ENDED)]
+    with_two.crew.answer_all(sure(A, B, C, D), lambda: 0.0, with_two._answer)
+    assert sorted(with_two.answered) == ["a", "b", "c", "d"]
+    assert not board.out
+
+
+def test_where_one_of_them_raises_nothing_stays_out() -> None:
+    with_two = Together()
+
+    def answer(request: Any) -> Answer:
+        if request == B:
+            raise ZeroDivisionError
+        return {}
+
+    with pytest.raises(ZeroDivisionError):
+        with_two.crew.answer_all(sure(A, B, C), lambda: 0.0, answer)
+    assert not with_two.board.out

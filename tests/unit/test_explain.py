@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Explanation, Proof
 from workers.pipeline.select import Tried, Verdict
 from workers.search.driver import Found
+from workers.search.requests import Ahead, Answer, Judge, Request
 
 SPEC = OptimizationSpec.model_validate({"model_id": "m"})
 PICKED = Candidate("ort-int8", "int8", "onnxruntime", "int8", (Step("simplify", {}), Step("quantize", {"recipe": "x"})))
@@ -35,7 +37,7 @@ class Evaluator:
 
     def __init__(self, error: Exception | None, *, at: str = "call", fits: bool = True) -> None:
         self.error, self.at, self.fits = error, at, fits
-        self.data = SimpleNamespace(validation=None, shapes=None)
+        self.data, self.apart = SimpleNamespace(validation=None, shapes=None), True
 
     def _raise(self, at: str) -> None:
         if self.error is not None and self.at in (at, "everywhere"):
@@ -150,3 +152,26 @@ def test_no_time_left_is_said() -> None:
     found = explain(Evaluator(None), seconds=0.0)
     assert "budget of 900 s" in found.reasons["deployment"]
     assert all("budget" in str(item.reason) for item in found.ablation)
+
+
+def test_what_is_compared_with_may_be_made_by_others() -> None:
+    """And is told in the order of the parts, whoever made it and when."""
+    asked: list[Judge] = []
+
+    class Crew:
+        def answer_all(
+            self, wanted: list[Ahead], now: Callable[[], float], answer: Callable[[Request], Answer]
+        ) -> None:
+            assert all(a.sure for a in wanted)
+            asked.extend(a.request for a in wanted if isinstance(a.request, Judge))
+            for a in reversed(wanted):
+                answer(a.request)
+
+    backends, crew, evaluator = {"onnxruntime": SimpleNamespace(plain_runtime={})}, Crew(), Evaluator(None)
+    shared = Explainer(proof(), evaluator, backends, Budget(600.0), crew=crew).explain()  # type: ignore[arg-type]
+    assert [r.subject.id for r in asked] == ["without-2", "without-1"], "the most important first"
+    assert shared.ablation == explain(evaluator).ablation
+    asked.clear()
+    hurried = Explainer(proof(), evaluator, backends, Budget(0.0), crew=crew).explain()  # type: ignore[arg-type]
+    assert not asked
+    assert all("budget" in str(item.reason) for item in hurried.ablation)

@@ -17,7 +17,7 @@ from workers.pipeline.finals import Finals, Judged
 from workers.search.driver import Found
 from workers.search.halving import Speed
 from workers.search.limits import CLEARLY_FASTER
-from workers.search.requests import Done
+from workers.search.requests import Ahead, Done, subjects_of
 from workers.search.state import CandidateState, Phase, SearchState
 
 
@@ -31,6 +31,24 @@ def figures(gain: float) -> dict[str, Any]:
     return {"batches": {"1": at(gain), "8": at(gain)}, "size_bytes": 1000, "peak_memory_mb": 1.0}
 
 
+class Asked:
+    """A crew that leaves everything to the job's own worker. `told`: whom each look was for, and whom others might look
+    at meanwhile."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, list[str]]] = []
+        self.is_over = False
+
+    def answer(self, request: Any, ahead: Sequence[Ahead], _: Any, answer: Callable[[Any], Any]) -> None:
+        assert not any(a.sure for a in ahead)
+        others = [subjects_of(a.request)[0].id for a in ahead if a.request != request]
+        self.told.append((request.subject.id, others))
+        answer(request)
+
+    def over(self) -> None:
+        self.is_over = True
+
+
 class Stages:
     """What the finals ask of an `Evaluator`. `gains`: in full, `losses`: on the samples that confirm."""
 
@@ -40,6 +58,7 @@ class Stages:
         self.export = SimpleNamespace(data={"inputs": []}, outputs={"model": "m"})
         self.confirmed: list[str] = []
         self.timed: list[list[str]] = []
+        self.apart, self.crew = True, Asked()
 
     def expected_check_seconds(self, *_: Any) -> float:
         return 0.0
@@ -62,6 +81,7 @@ class Stages:
         return ([list(runs)] if runs else []), []
 
     def time(self, runs: Sequence[CandidateRun], until: float, **_: Any) -> Any:
+        assert self.crew.is_over, "nobody computes beside a measurement"
         self.timed.append([r.plan.id for r in runs])
         engines = {"baseline": figures(1.0), **{r.plan.id: figures(self.gains[r.plan.id]) for r in runs}}
         told = {"claim": True, "reason": None, "clean_windows": 100, "dropped_windows": 0}
@@ -94,7 +114,7 @@ def judged() -> Callable[..., tuple[Judged, Stages, Found]]:
         state = SearchState(states, world.deadlines(), Phase.OVER, few=96)
         runs = [CandidateRun.of(found.plan) for found in states.values()]
         found = Found(runs, [*runs], facts=world.facts(), state=state)
-        done = Finals(stages, found).judged()  # type: ignore[arg-type]  # what it needs of one
+        done = Finals(stages, found, stages.crew).judged()  # type: ignore[arg-type]  # what it needs of each
         return done, stages, found
 
     return run
@@ -106,6 +126,7 @@ def test_a_safe_finalist_is_not_measured_where_the_fastest_ships(judged: Any) ->
     assert stages.timed == [["int8"]]
     assert stages.confirmed == ["int8"], "nor looked at on the samples that confirm"
     assert "cannot reach int8" in found.runs[1].tried.failed
+    assert stages.crew.told == [("int8", ["fp32"])], "on another machine it may be, meanwhile"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +147,9 @@ def test_all_finalists_are_measured_where_the_fastest_may_not_ship(
     _, stages, _ = judged(screened, **changes)
     assert stages.timed[0] == [*screened]
     assert stages.confirmed == [*screened]
+    if not {"budget_seconds", "losses"} & {*changes}:
+        first, second = screened
+        assert stages.crew.told == [(first, [second]), (second, [])]
 
 
 def test_who_was_spared_is_measured_after_all_where_the_fastest_does_not_ship(judged: Any) -> None:

@@ -132,9 +132,9 @@ def test_the_alert_on_the_service_s_own_failures_knows_them_all() -> None:
     (rule,) = (rule for rule in rules() if rule.get("alert") == "AnnealServiceFailsJobs")
     watched = re.findall(r'code=~"([^"]+)"', rule["expr"])[0].split("|")
     assert sorted(watched) == sorted(OF_THE_SERVICE)
-    from workers.service import _RETRIED_LATER
+    from workers.attempts import RETRIED_LATER
 
-    assert set(OF_THE_SERVICE) >= _RETRIED_LATER
+    assert set(OF_THE_SERVICE) >= RETRIED_LATER
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.name)

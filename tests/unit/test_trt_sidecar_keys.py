@@ -11,7 +11,7 @@ from workers import kernel
 from workers.installation import KEY_BYTES, Installation
 from workers.pipeline import keys as of_call
 from workers.pipeline.protocol import Limits, StageRequest
-from workers.pipeline.runner import _lasting
+from workers.pipeline.stage_calls import StageCall
 
 
 def keys(letter: bytes, options: dict[str, Any], stage: str = "benchmark", machine: str = "machine") -> str:
@@ -56,8 +56,8 @@ def test_a_builder_that_crashes_condemns_no_target() -> None:
         call: Any = SimpleNamespace(
             stage_type=kernel.stages()["build"], options={"backend": "tensorrt-rtx", "options": options}
         )
-        assert _lasting(call, crash) is kept
-        assert _lasting(call, refusal)
+        assert StageCall.lasting(call, crash) is kept
+        assert StageCall.lasting(call, refusal)
 
 
 def test_a_request_hands_it_over() -> None:

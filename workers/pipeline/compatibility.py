@@ -9,7 +9,8 @@ from typing import Any
 from app.domain.failures import StageFailure
 from workers import kernel
 from workers.pipeline.budget import Budget
-from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.runner import StageRunner
+from workers.pipeline.stage_calls import Outcome
 
 _ENOUGH_S, _LONGEST_S = 10.0, 30.0  # it is beside the point of the job
 

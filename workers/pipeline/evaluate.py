@@ -16,8 +16,9 @@ from workers.kernel import backends, stages
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.job_data import Data
-from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.runner import StageRunner
 from workers.pipeline.select import Tried
+from workers.pipeline.stage_calls import Outcome
 from workers.search import room
 from workers.search.halving import speed_of
 from workers.search.limits import NO_MEMORY
@@ -264,7 +265,7 @@ class Evaluator:
     ) -> Outcome | None:
         inputs = {"model": self.export.outputs["model"], "engine": run.engine}
         selection = self.selection(inputs, samples, part)
-        expected = self._reference(samples, part, until)
+        expected = self.reference(samples, part, until)
         if expected is not None:
             inputs["expected"] = expected  # without it the original runs beside the engine
         options = {
@@ -309,7 +310,7 @@ class Evaluator:
             "baseline_backend": self.baseline_backend,
         }
 
-    def _reference(self, samples: int, part: Part, until: float) -> ArtifactRef | None:
+    def reference(self, samples: int, part: Part, until: float) -> ArtifactRef | None:
         """The original's outputs on these samples, made once; None where they are too large to keep."""
         inputs = {"model": self.export.outputs["model"]}
         options = self.selection(inputs, samples, part)

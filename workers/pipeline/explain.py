@@ -24,7 +24,9 @@ from workers.pipeline.budget import LEAST_EXPLAINED_S, Budget
 from workers.pipeline.evaluate import SEED, CandidateRun, Evaluator
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Ablated, Explanation, Proof
-from workers.pipeline.runner import Outcome
+from workers.pipeline.stage_calls import Outcome
+from workers.search.crew import Crew
+from workers.search.requests import Ahead, Answer, Judge, Request, Subject, subjects_of
 
 log = structlog.get_logger(__name__)
 
@@ -50,9 +52,10 @@ class Explainer:
         backends: Mapping[str, Backend],
         budget: Budget,
         made: Outcome | None = None,
+        crew: Crew | None = None,
     ) -> None:
-        """`made`: the package of what ships."""
-        self.made = made
+        """`made`: the package of what ships. `crew`: whom the making of what is compared with is shared with."""
+        self.made, self.crew = made, crew
         self.proof = proof
         self.evaluator = evaluator
         self.backends = backends
@@ -132,13 +135,37 @@ class Explainer:
         others = [r.plan for r in self.proof.runs if r.build is not None]
         defaults = dict(self.backends[picked.plan.backend].plain_runtime)
         wanted = parts(picked.plan, others, defaults, self.proof.baseline_backend)
-        tried = {
-            i: self._without(wanted[i], until) for i in sorted(range(len(wanted)), key=lambda i: _urgency(wanted[i]))
-        }
+        tried = self._all_without(wanted, picked, until)
         made = [item.run for item in tried.values() if item.run is not None]
         if made:
             tried = dict(enumerate(self._timed(picked, [tried[i] for i in range(len(wanted))], made, until)))
         return [tried[i] for i in range(len(wanted))]
+
+    def _all_without(self, wanted: Sequence[Part], picked: CandidateRun, until: float) -> dict[int, Ablated]:
+        """By position; what matters the most is made first."""
+        order = sorted(range(len(wanted)), key=lambda i: _urgency(wanted[i]))
+        if self.crew is None or self.budget.left(until) < LEAST_EXPLAINED_S:
+            return {i: self._without(wanted[i], until) for i in order}
+        tried: dict[int, Ablated] = {}
+        asked: list[Ahead] = []
+        by_id: dict[str, int] = {}
+        base, apart, samples = self.proof.search.subject(picked).base, self.evaluator.apart, self._samples()
+        for i in order:
+            plan = wanted[i].without
+            if plan is None:
+                tried[i] = self._without(wanted[i], until)
+            else:
+                by_id[plan.id] = i
+                asked.append(Ahead(Judge(Subject(plan, base), samples, apart, until), sure=True))
+
+        def make(request: Request) -> Answer:
+            (subject,) = subjects_of(request)
+            i = by_id[subject.id]
+            tried[i] = self._without(wanted[i], until)
+            return {}
+
+        self.crew.answer_all(asked, self.budget.elapsed, make)
+        return tried
 
     def _without(self, part: Part, until: float) -> Ablated:
         """The engine without this part, built and judged."""

@@ -13,12 +13,14 @@ from workers.pipeline.budget import Budget
 from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.pairs import together
-from workers.pipeline.runner import Outcome
 from workers.pipeline.select import Tried, Verdict, judge, undecided
 from workers.pipeline.shape_checks import ShapeChecks
+from workers.pipeline.stage_calls import Outcome
+from workers.search.crew import Crew
 from workers.search.driver import Found
 from workers.search.limits import NO_MEMORY
 from workers.search.objective import BASELINE
+from workers.search.requests import Ahead, Answer, Confirm, Request, subjects_of
 from workers.search.sparing import spared
 
 _WARM_UP_S = 1.0  # per engine and batch size, about
@@ -41,8 +43,10 @@ class Judged:
 class Finals:
     """Of one job."""
 
-    def __init__(self, evaluator: Evaluator, found: Found) -> None:
+    def __init__(self, evaluator: Evaluator, found: Found, crew: Crew | None = None) -> None:
+        """`crew`: whom what does not measure is shared with; it is over when the first measurement begins."""
         self.evaluator = evaluator
+        self.crew = crew
         self.spec = evaluator.spec
         self.budget = evaluator.budget
         self.found = found
@@ -80,9 +84,9 @@ class Finals:
         hurried = self.budget.left(until) < self.budget.final_seconds
         spare = _LOOK_SHARE * self.budget.left(until) if hurried else math.inf
         self._sure = confidence_of_each(self.spec, finalists)
-        for run in finalists:
+        for i, run in enumerate(finalists):
             if run not in self._spared:
-                confirm(self.spec, self.evaluator, [run], judged_until, self._sure, spare=spare)
+                self._confirm([r for r in finalists[i:] if r not in self._spared], judged_until, spare)
                 self._spared = self._spared or self._who_is_spared(run)
         measured = [r for r in finalists if r not in self._spared]
         self._in_every_order(measured, judged_until)
@@ -90,6 +94,7 @@ class Finals:
             measured += self._taken_back(judged_until)
         measured += self._together()
         ready = self._ready(measured)
+        self._nothing_is_out()
         while True:
             try:
                 seconds = self.spec.benchmark.min_seconds
@@ -101,6 +106,25 @@ class Finals:
                     raise too_small(self.spec, self.budget, "the measurement of the original", "benchmark") from failure
                 else:
                     raise
+
+    def _confirm(self, runs: Sequence[CandidateRun], until: float, spare: float) -> None:
+        """The first of them. Others may look at the rest meanwhile, which may turn out to be for nothing."""
+        if self.crew is None or spare < math.inf:
+            confirm(self.spec, self.evaluator, runs[:1], until, self._sure, spare=spare)
+            return
+        by_id = {r.plan.id: r for r in runs}
+
+        def look(request: Request) -> Answer:
+            (subject,) = subjects_of(request)
+            confirm(self.spec, self.evaluator, [by_id[subject.id]], until, self._sure)
+            return {}
+
+        asked = [Confirm(self.found.subject(r), self._sure, self.evaluator.apart, until) for r in runs]
+        self.crew.answer(asked[0], [Ahead(a, sure=False) for a in asked], self.budget.elapsed, look)
+
+    def _nothing_is_out(self) -> None:
+        if self.crew is not None:
+            self.crew.over()
 
     def _together(self) -> list[CandidateRun]:
         """Two of them in one bundle, where the search found that to gain; timed beside them as what it would ship as.
@@ -193,6 +217,7 @@ class Finals:
 
     def _shortly(self) -> Outcome:
         """The short timing that showed that nothing meets the constraints; or one of the original, where sizes did."""
+        self._nothing_is_out()
         if self.found.timing is not None:
             return self.found.timing
         seconds = min(self.spec.benchmark.min_seconds, 1.0)

@@ -26,8 +26,9 @@ from workers.pipeline.job_data import Data
 from workers.pipeline.outcome import Explanation, Optimization, Proof
 from workers.pipeline.packaging import completed, package
 from workers.pipeline.progress import JobProgress
-from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.runner import StageRunner
 from workers.pipeline.source import source_ref
+from workers.pipeline.stage_calls import Outcome
 from workers.search import recording
 from workers.search.calls import Call
 from workers.search.crew import Crew
@@ -54,7 +55,7 @@ class Optimizer:
         crew: Crew | None = None,
     ) -> None:
         """`searches_dir`: where the search is recorded, if anywhere. `hardware`: that the job is for, if not this
-        machine's. `tritonserver`: what bundles for it are tried in, if anything. `crew`: whom the search is shared
+        machine's. `tritonserver`: what bundles for it are tried in, if anything. `crew`: whom the job is shared
         with."""
         self.runner = runner
         self.job = job
@@ -97,7 +98,7 @@ class Optimizer:
             explained = 3 * _weight("build") + 4.0 + _weight("sweep") + _weight("profile")  # about
             explained += _weight("load_test") if self.spec.traffic is not None else 0.0
             self.runner.view.progress.enter("explain", explained)
-            explanation = Explainer(proof, evaluator, self.backends, self.budget, made).explain()
+            explanation = Explainer(proof, evaluator, self.backends, self.budget, made, self.crew).explain()
             if explanation.deployment is not None or explanation.load is not None:
                 deployment = deployment_of(proof, explanation)
                 made = completed(
@@ -142,7 +143,7 @@ class Optimizer:
             case, plan, self.backends, evaluator, self.budget, crew=self.crew, recorder=recorder, tell=tell
         ).run()
         progress.enter("final", 2.0 * (len(found.finalists) + 2) + len(found.finalists))
-        done = Finals(evaluator, found).judged()
+        done = Finals(evaluator, found, self.crew).judged()
         return Proof(
             job=self.job,
             model=self.model,

@@ -15,8 +15,8 @@ from workers.pipeline.ablation import Part
 from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.pairs import PairRun
 from workers.pipeline.planner import RANDOM, Plan
-from workers.pipeline.runner import Outcome
 from workers.pipeline.select import Tried, Verdict
+from workers.pipeline.stage_calls import Outcome
 from workers.search.driver import Found
 
 

@@ -22,7 +22,8 @@ from workers.pipeline.evaluate import SEED
 from workers.pipeline.final import accepts, final_metrics, winner
 from workers.pipeline.job_data import Data
 from workers.pipeline.outcome import Proof, nodes_kept
-from workers.pipeline.runner import Outcome, StageRunner
+from workers.pipeline.runner import StageRunner
+from workers.pipeline.stage_calls import Outcome
 
 log = structlog.get_logger(__name__)
 

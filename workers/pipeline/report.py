@@ -27,9 +27,9 @@ from workers.pipeline.load import traffic_report
 from workers.pipeline.outcome import Ablated, Optimization, nodes_kept
 from workers.pipeline.pairs import PairRun
 from workers.pipeline.recommend import recommend
-from workers.pipeline.runner import Outcome
 from workers.pipeline.select import pareto
 from workers.pipeline.shape_rules import shape_table
+from workers.pipeline.stage_calls import Outcome
 from workers.search.objective import BASELINE
 
 

@@ -4,7 +4,7 @@ database, so the stages need not know it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,92 +14,35 @@ from pydantic import BaseModel
 
 from app.db.base import utcnow
 from app.db.orm import StageResult as StageRow
-from app.domain.artifact_key import ArtifactRef, canonical_json, digest_of, stage_key
+from app.domain.artifact_key import ArtifactRef, digest_of, stage_key
 from app.domain.failures import FailureKind, StageFailure
 from app.errors import AppError
 from app.jobs.holds import Hold
 from app.jobs.ledger import JobLedger
 from app.storage.base import BlobNotFound
-from workers import devices, kernel
+from workers import kernel
 from workers.installation import Installation
 from workers.pipeline import keys
 from workers.pipeline.answers import plain_files
 from workers.pipeline.faults import infrastructure_faults
 from workers.pipeline.folders import remove_tree
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
-from workers.pipeline.machine import MACHINE_BUSY, MachineLock, Place
+from workers.pipeline.machine import MACHINE_BUSY, MachineLock
 from workers.pipeline.progress import JobProgress
 from workers.pipeline.protocol import Limits, StageRequest
 from workers.pipeline.shared_caches import SharedCaches
+from workers.pipeline.stage_calls import Outcome, StageCall, backend_of, begun, check_kind, now
 from workers.pipeline.workspace import Workspace
 from workers.telemetry.watch import NOBODY, StageSeen, Watch
 
 log = structlog.get_logger(__name__)
 
 _TRIES = 3  # of one stage call, when its process is lost or storage is away
-_CRASHES = frozenset({"runtime_crashed", "engine_crashed"})
 _AT_ONCE_IN_VAIN = frozenset({"storage_full", "blob_corrupted", MACHINE_BUSY})
 _PROGRESS_EVERY_S = 0.5
 _PROGRESS_OF_MEASURING_S = 2.0  # telling of it takes the worker, the database and the API some time on the same cores
 _HOLDERS_GRACE_S = 60.0  # a stage call that holds the machine ends within its limit, about
 _LEAST_S = 1.0  # that a stage call has for itself, however long it waited for the machine
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one stage call."""
-
-    stage: str
-    key: str
-    inputs: dict[str, ArtifactRef]
-    options: dict[str, Any]
-    outputs: dict[str, ArtifactRef]
-    data: dict[str, Any]
-    libraries: dict[str, str]
-    cached: bool
-    seconds: float  # the stage's own work; 0 where it was there before the job's attempt
-
-    def of_kind(self, *kinds: str) -> ArtifactRef:
-        """The output that is of the first of these kinds that there is. Raises StageFailure (`wrong_artifact`)."""
-        found = {ref.kind: ref for ref in self.outputs.values() if ref.kind is not None}
-        kind = next((kind for kind in kinds if kind in found), None)
-        if kind is None:
-            raise _wrong_artifact(kinds, [*found])
-        return found[kind]
-
-    @property
-    def made(self) -> dict[str, Any]:
-        """{at, worker, [hardware]}: of the run that made this result, which may be an earlier job's."""
-        return dict(self.data.get("made") or {})
-
-    @property
-    def notes(self) -> list[str]:
-        return [n["message"] for n in self.data.get("notes_of_stage", [])]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One stage call: what it is keyed by, what clients see of it (`entry`), and its share and limit."""
-
-    stage_type: type[kernel.Stage[Any]]
-    key: str
-    inputs: dict[str, ArtifactRef]
-    options: dict[str, Any]
-    libraries: dict[str, str]
-    entry: dict[str, Any]
-    weight: float
-    seconds: float
-    soft_seconds: float | None
-    seen: StageSeen
-
-    def outcome(
-        self, outputs: dict[str, ArtifactRef], data: dict[str, Any], *, cached: bool, seconds: float
-    ) -> Outcome:
-        kinds = self.stage_type.kinds(self.options)
-        typed = {name: replace(ref, kind=kinds.get(name)) for name, ref in outputs.items()}
-        return Outcome(
-            self.stage_type.name, self.key, self.inputs, self.options, typed, data, self.libraries, cached, seconds
-        )
 
 
 @dataclass
@@ -171,23 +114,23 @@ class StageRunner:
         with self.watch.stage(call.seen):
             return self._run(call)
 
-    def _run(self, call: _Call) -> Outcome:
+    def _run(self, call: StageCall) -> Outcome:
         try:
             with infrastructure_faults(call.stage_type.name):
                 outcome = self._recall(call)
-                if outcome is None and self.elsewhere(call.key, _allowed(call)):
+                if outcome is None and self.elsewhere(call.key, call.allowed):
                     outcome = self._recall(call)
             if outcome is None:
                 self._publish(call)
                 outcome = self._execute(call)
         except StageFailure as failure:
-            call.entry.update(status="failed", finished_at=_now(), detail=failure.detail)
+            call.entry.update(status="failed", finished_at=now(), detail=failure.detail)
             self.view.progress.done(call.weight)
             self._publish(call)
             raise
         seconds = round(outcome.seconds, 3)
         call.seen.seconds = outcome.seconds
-        call.entry.update(status="succeeded", cached=outcome.cached, finished_at=_now(), seconds=seconds)
+        call.entry.update(status="succeeded", cached=outcome.cached, finished_at=now(), seconds=seconds)
         self.view.progress.done(call.weight)
         self._publish(call)
         self.calls.append(outcome)
@@ -202,12 +145,12 @@ class StageRunner:
         weight: float | None,
         seconds: float | None,
         soft_seconds: float | None,
-    ) -> _Call:
+    ) -> StageCall:
         stage_type = kernel.stages()[stage]
         weight = stage_type.weight if weight is None else weight
         full: BaseModel = stage_type.Options.model_validate(dict(options))
         complete = full.model_dump(mode="json")
-        _check_kind(stage_type, inputs, complete)
+        check_kind(stage_type, inputs, complete)
         libraries = keys.libraries(stage_type, complete)
         key = stage_key(
             stage=stage,
@@ -217,27 +160,16 @@ class StageRunner:
             libraries=keys.in_key(stage_type, libraries),
             hardware=self._hardware(stage_type, complete),
         )
-        entry: dict[str, Any] = {
-            "name": stage,
-            "candidate": candidate,
-            "status": "running",
-            "cached": False,
-            "key": key,
-            "started_at": _now(),
-            "finished_at": None,
-            "seconds": None,
-            "detail": None,
-        }
         limit = min(self.limits.seconds, seconds or self.limits.seconds)
-        seen = StageSeen(stage, _backend(complete), candidate)
-        return _Call(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds, seen)
+        entry, seen = begun(stage, candidate, key), StageSeen(stage, backend_of(complete), candidate)
+        return StageCall(stage_type, key, dict(inputs), complete, libraries, entry, weight, limit, soft_seconds, seen)
 
     def _hardware(self, stage_type: type[kernel.Stage[Any]], options: Mapping[str, Any]) -> str | None:
         if not stage_type.hardware_bound:
             return None
         return keys.hardware(stage_type, options, self.hardware, self.fingerprint, self.installation.key_id)
 
-    def _recall(self, call: _Call) -> Outcome | None:
+    def _recall(self, call: StageCall) -> Outcome | None:
         tenant_id = self.claim.tenant_id
         row = None if self._anew(call) else self.ledger.recall(tenant_id, call.key)
         row = row or self._recall_partial(call)
@@ -253,21 +185,21 @@ class StageRunner:
             call.entry["detail"], seconds = f"made by {maker}", row.seconds
         return call.outcome(outputs, row.data, cached=True, seconds=seconds)
 
-    def _recall_partial(self, call: _Call) -> StageRow | None:
+    def _recall_partial(self, call: StageCall) -> StageRow | None:
         """What this job had to cut short, unless there is more time now: then it is worth doing again."""
         row = self.ledger.recall(self.claim.tenant_id, self._own_key(call.key))
         had = (row.data.get("made") or {}).get("within_seconds") if row else None
-        return None if had is not None and _allowed(call) > had else row
+        return None if had is not None and call.allowed > had else row
 
     def _own_key(self, key: str) -> str:
         """The key of a result that only this job may take up again."""
         return digest_of([key, self.claim.job_id])
 
-    def _anew(self, call: _Call) -> bool:
+    def _anew(self, call: StageCall) -> bool:
         """Whether only this job's own result counts."""
         return self.measure_again and call.stage_type.exclusive_device
 
-    def _execute(self, call: _Call) -> Outcome:
+    def _execute(self, call: StageCall) -> Outcome:
         for attempt in range(1, _TRIES + 1):
             call.seen.tries = attempt
             try:
@@ -280,26 +212,26 @@ class StageRunner:
                     log.warning("stage_tried_again", stage=call.stage_type.name, attempt=attempt, reason=str(failure))
                     time.sleep(0.2 * attempt)
                     continue
-                failure.reproduce = _reproduce(call)
-                if _lasting(call, failure):
+                failure.reproduce = call.reproduce
+                if call.lasting(failure):
                     self._remember(call, call.key, {}, {}, failure, 0.0)
                 raise
         data = {**result.data, "notes_of_stage": result.notes, "made": self._made(call)}
         own = self._anew(call) or not result.reusable
         under = [*([self._own_key(call.key)] if own else []), *([call.key] if result.reusable else [])]
         if not result.reusable:
-            data["made"]["within_seconds"] = _allowed(call)
+            data["made"]["within_seconds"] = call.allowed
         with infrastructure_faults(call.stage_type.name):
             for key in under:
                 self._remember(call, key, outputs, data, None, result.seconds)
         return call.outcome(outputs, data, cached=False, seconds=result.seconds)
 
-    def _made(self, call: _Call) -> dict[str, Any]:
+    def _made(self, call: StageCall) -> dict[str, Any]:
         """When and by whom; and on which machine, where that has a part in the result."""
         machine = {"hardware": dict(self.hardware)} if call.stage_type.hardware_bound else {}
-        return {"at": _now(), "worker": self.claim.owner, **machine}
+        return {"at": now(), "worker": self.claim.owner, **machine}
 
-    def _attempt(self, call: _Call) -> tuple[StageOutcome, dict[str, ArtifactRef]]:
+    def _attempt(self, call: StageCall) -> tuple[StageOutcome, dict[str, ArtifactRef]]:
         stage = call.stage_type.name
         folder = self.workspace.new_call(stage)
         request = StageRequest(
@@ -317,7 +249,7 @@ class StageRunner:
         builds = self.shared_caches if sharing else None
         if builds is not None:
             builds.pull()
-        place = self._place(call)
+        place = call.place(self.hardware)
         with (
             self.machine.hold(place, self.should_stop, lambda: self._tell_waiting(call)) as waited,
             self.watch.held(alone=place.alone or place.gpu is not None),
@@ -354,22 +286,7 @@ class StageRunner:
             raise discarded
         return folders
 
-    def _place(self, call: _Call) -> Place:
-        """What measures on the machine's own processor has the machine for itself. What measures on a device with a
-        lock of its own has that, and shares the rest with the other devices' workers; builds measure there, too:
-        TensorRT times its tactics."""
-        stage, used = call.stage_type, {devices.named(b.device) for b in keys.backends(call.options)}
-        if keys.target(stage, call.options):
-            return Place(alone=False)  # the device is not touched
-        locks = {accelerator: accelerator.lock(self.hardware) for accelerator in used}
-        apart = next((lock for lock in locks.values() if lock is not None), None)
-        if apart is None:
-            return Place(alone=stage.exclusive_device)
-        measures = stage.exclusive_device or stage.hardware_bound
-        alone = stage.exclusive_device and None in locks.values()
-        return Place(alone, gpu=apart if measures else None)
-
-    def _limits_of(self, call: _Call, waited: float) -> Limits:
+    def _limits_of(self, call: StageCall, waited: float) -> Limits:
         """Waiting for the machine is time of the job's budget: it goes off what the call may take before it stops by
         itself."""
         soft, hard = call.soft_seconds, call.seconds
@@ -378,14 +295,14 @@ class StageRunner:
             soft, hard = left, hard - (soft - left)
         return Limits(hard, self.limits.memory_bytes, self.limits.file_bytes, soft)
 
-    def _tell_waiting(self, call: _Call) -> None:
+    def _tell_waiting(self, call: StageCall) -> None:
         self.watch.waiting()
         call.entry["detail"] = "waiting for the machine"
         self._publish(call, message="waiting for the machine")
 
     def _remember(
         self,
-        call: _Call,
+        call: StageCall,
         key: str,
         outputs: Mapping[str, ArtifactRef],
         data: dict[str, Any],
@@ -409,7 +326,7 @@ class StageRunner:
         """Leave an event for who watches the job."""
         self.ledger.progress(self.claim, {}, event_type, event)
 
-    def _progress(self, call: _Call) -> Callable[[float, str], None]:
+    def _progress(self, call: StageCall) -> Callable[[float, str], None]:
         last = time.monotonic()
         every = _PROGRESS_OF_MEASURING_S if call.stage_type.exclusive_device else _PROGRESS_EVERY_S
 
@@ -421,7 +338,7 @@ class StageRunner:
 
         return on_progress
 
-    def _publish(self, call: _Call, fraction: float = 0.0, message: str = "") -> None:
+    def _publish(self, call: StageCall, fraction: float = 0.0, message: str = "") -> None:
         entry = call.entry
         progress = self.view.progress.at(fraction, call.weight)
         expected_end = self.view.progress.expected_end()
@@ -442,54 +359,3 @@ class StageRunner:
             "message": message or entry["detail"] or "",
         }
         self.ledger.progress(self.claim, changes, "progress" if message or fraction else "stage", event)
-
-
-def _check_kind(
-    stage_type: type[kernel.Stage[Any]], inputs: Mapping[str, ArtifactRef], options: Mapping[str, Any]
-) -> None:
-    """Who wires steps together has seen to it that they fit; here it ends, where a plug-in did not."""
-    accepted, given = stage_type.accepts(options), inputs.get("model")
-    if given is not None and given.kind is not None and given.kind not in accepted:
-        raise _wrong_artifact(accepted, [given.kind], stage_type.name)
-
-
-def _wrong_artifact(wanted: Sequence[str], there: Sequence[str], stage: str | None = None) -> StageFailure:
-    return StageFailure(
-        "wrong_artifact",
-        f"It takes {' or '.join(wanted)}, and there is {', '.join(there) or 'nothing'}.",
-        FailureKind.MODEL,
-        stage,
-        remedy="Report this to whoever maintains the backend that proposed it.",
-    )
-
-
-def _backend(options: Mapping[str, Any]) -> str:
-    """Whose engine a call is about; "" for none, `several` where it compares."""
-    if isinstance(named := options.get("backend"), str):
-        return named
-    used = [b.name for b in keys.backends(options)]
-    return used[0] if len(used) == 1 else "several" if used else ""
-
-
-def _allowed(call: _Call) -> float:
-    """Seconds after which a call has to come to an end by itself, at the latest."""
-    return call.seconds if call.soft_seconds is None else min(call.soft_seconds, call.seconds)
-
-
-def _lasting(call: _Call, failure: StageFailure) -> bool:
-    """Whether it is kept under the call's key. A crash of native code (an instruction that this CPU has not, say) is a
-    fact of this machine: only a key that holds the machine may say so."""
-    holds_machine = call.stage_type.hardware_bound and not keys.target(call.stage_type, call.options)
-    of_this_machine = failure.code in _CRASHES and not holds_machine
-    return failure.cacheable and failure.kind is not FailureKind.INFRASTRUCTURE and not of_this_machine
-
-
-def _reproduce(call: _Call) -> str:
-    """What is needed to run the failed call by hand; stays with the stored failure, clients do not see it."""
-    digests = {name: [f"{f.name}={f.sha256}" for f in ref.files] for name, ref in call.inputs.items()}
-    request = {"stage": call.stage_type.name, "inputs": digests, "options": call.options}
-    return f"python -m workers.pipeline.child REQUEST.json   # {canonical_json(request).decode()}"
-
-
-def _now() -> str:
-    return utcnow().isoformat().replace("+00:00", "Z")

@@ -6,7 +6,7 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import TensorSpec
 from workers.measure.shapes import free_axes
 from workers.pipeline.evaluate import CandidateRun, Evaluator
-from workers.pipeline.runner import Outcome
+from workers.pipeline.stage_calls import Outcome
 
 
 class ShapeChecks:

@@ -1,4 +1,4 @@
-"""A search's requests, answered by several workers: what will be asked is handed out ahead, to whoever is idle.
+"""A job's requests, answered by several workers: what will be asked is handed out ahead, to whoever is idle.
 
 The job's own worker goes through the requests in the policy's order, as it would alone. Helpers begin at the other end,
 so the two meet, and what a helper made costs the worker a look into storage. What nobody has begun it makes itself;
@@ -19,7 +19,7 @@ from app.sharing.service import CallState, Offer
 from workers.candidates import Candidate
 from workers.pipeline.isolated import Interrupted
 from workers.search.calls import Call
-from workers.search.requests import Ahead, Answer, Request, Time, subjects_of
+from workers.search.requests import Ahead, Answer, Refer, Request, Time, subjects_of
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +59,7 @@ class Crew:
         self._machine, self._ring, self._should_stop = machine, ring, should_stop
         self._out: dict[str, Call] = {}
         self._sure: set[str] = set()  # of all that was handed out
+        self._beside: list[Ahead] = []
         self._before: dict[str, tuple[Request, Answer]] = {}  # answered while something else was waited for
         self._handed_out = False
         self._alone = False  # the database refused to hand something out
@@ -80,6 +81,24 @@ class Crew:
             told = answer(request)
         return [(request, told), *self._made_meanwhile(answer)]
 
+    def beside(self, request: Refer) -> None:
+        """What the job will need of others, for workers on other machines and as long as they take: until it is over.
+        This worker does not make it before it is asked for itself."""
+        self._beside.append(Ahead(request, sure=False))
+
+    def answer_all(
+        self, wanted: Sequence[Ahead], now: Callable[[], float], answer: Callable[[Request], Answer]
+    ) -> None:
+        """All of these, in their order as far as nobody else is at them. Nothing is out afterwards."""
+        left = {Call(a.request, 0.0).id: a for a in wanted}
+        try:
+            while left:
+                first = next(iter(left.values()))
+                for done, _ in self.answer(first.request, [*left.values()], now, answer):
+                    left.pop(Call(done, 0.0).id, None)
+        finally:
+            self.over()
+
     def _made_meanwhile(self, answer: Callable[[Request], Answer]) -> list[tuple[Request, Answer]]:
         found = [self._before.pop(i) for i in [*self._before] if i in self._sure]
         states = self._board.states() if self._out else {}
@@ -90,6 +109,7 @@ class Crew:
 
     def over(self) -> None:
         """Nothing is out any more."""
+        self._beside.clear()
         if not self._handed_out:
             return
         self._out.clear()
@@ -109,7 +129,8 @@ class Crew:
         return waited
 
     def _hand_out(self, now_asked: Call, ahead: Sequence[Ahead]) -> None:
-        wanted = {(call := Call(a.request, now_asked.now)).id: (call, a.sure) for a in ahead}
+        every = [*ahead, *self._beside]
+        wanted = {(call := Call(a.request, now_asked.now)).id: (call, a.sure) for a in every}
         gone = [i for i in self._out if i not in wanted and i != now_asked.id]
         new = [i for i in wanted if i not in self._out and i not in self._before and i != now_asked.id]
         try:
@@ -159,7 +180,9 @@ class Crew:
     ) -> bool:
         """Make another one that nobody is at; whether there was one."""
         for call_id, call in [*self._out.items()]:
-            due = call_id != waited_for.id and states.get(call_id) is CallState.FREE and now() < _until(call.request)
+            if call_id == waited_for.id or isinstance(call.request, Refer):
+                continue
+            due = states.get(call_id) is CallState.FREE and now() < _until(call.request)
             if due and self._board.take_back(call_id):
                 del self._out[call_id]
                 self._before[call_id] = (call.request, answer(call.request))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate
 from workers.pipeline.evaluate import CandidateRun, Evaluator
-from workers.pipeline.runner import Outcome
 from workers.pipeline.shape_checks import ShapeChecks
+from workers.pipeline.stage_calls import Outcome
 from workers.search.limits import NO_MEMORY
 from workers.search.requantized import is_quantized, quantization
-from workers.search.requests import Answer, Judge, Make, Rank, Request, Subject, Time, TryShapes
+from workers.search.requests import Answer, Confirm, Judge, Make, Rank, Refer, Request, Subject, Time, TryShapes
 
 # Of the quantization, as the sensitivity takes them.
 _SHARED_OPTIONS = ("recipe", "method", "percentile", "op_types", "activations", "per_channel", "reduce_range", "part")
@@ -43,6 +43,12 @@ class Desk:
                 return self._time(request)
             case Rank():
                 return self._rank(request)
+            case Refer():
+                samples = self.evaluator.spec.validation.max_samples
+                self.evaluator.reference(samples, "confirm", request.until)
+                return {}
+            case Confirm():
+                return self._confirm(request)
 
     def run_of(self, plan: Candidate) -> CandidateRun:
         return self.runs.setdefault(plan.id, CandidateRun.of(plan))
@@ -122,6 +128,13 @@ class Desk:
         self.timing = timed
         told = timed.data
         return {"engines": told["engines"], "batch_sizes": told.get("batch_sizes", []), "at": timed.made.get("at")}
+
+    def _confirm(self, request: Confirm) -> Answer:
+        run = self.held(request.subject, request.until)
+        if run.build is not None:
+            self.evaluator.apart = request.apart
+            self.evaluator.confirm(run, request.confidence, request.until)
+        return {}
 
     def _rank(self, request: Rank) -> Answer:
         run = self.held(request.subject, request.until)

@@ -16,13 +16,13 @@ from workers.pipeline import training
 from workers.pipeline.budget import Budget
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.planner import Plan
-from workers.pipeline.runner import Outcome
 from workers.pipeline.shape_checks import ShapeChecks
+from workers.pipeline.stage_calls import Outcome
 from workers.search.crew import Crew
 from workers.search.desk import Desk
 from workers.search.policy import Policy
 from workers.search.recording import Recorder
-from workers.search.requests import Answer, Done, Request, Stopped, Subject
+from workers.search.requests import Answer, Done, Refer, Request, Stopped, Subject
 from workers.search.standings import Standings
 from workers.search.state import CandidateState, Deadlines, Facts, Pair, SearchState
 
@@ -45,10 +45,17 @@ class Found:
         """Two engines that shall answer together."""
         return None if self.state is None else self.state.pair
 
+    def subject(self, run: CandidateRun) -> Subject:
+        """As others are asked about it."""
+        known = self.state.candidates if self.state else {}
+        base = known[run.plan.id].base if run.plan.id in known else None
+        return Subject(run.plan, known[base].plan if base else None)
+
 
 class Search:
-    """Of one job. `answer`: who answers its requests, if not this worker by itself. `crew`: whom it shares them with.
-    `recorder`: writes them down. `tell`: told what changed in how the candidates stand."""
+    """Of one job. `answer`: who answers its requests, if not this worker by itself. `crew`: whom it shares them with;
+    what is out at its end stays out, as the job goes on. `recorder`: writes them down. `tell`: told what changed in how
+    the candidates stand."""
 
     def __init__(
         self,
@@ -82,6 +89,8 @@ class Search:
         if self.recorder is not None:
             self.recorder.begins(self.facts, self.plan.candidates, deadlines, began)
         state = self.policy.begin(self.plan.candidates, deadlines, began)
+        if self.crew is not None and self.facts.has_data:
+            self.crew.beside(Refer(deadlines.end))
         while True:
             asked = self.budget.elapsed()
             state, request = self.policy.advance(state, asked)
@@ -89,8 +98,6 @@ class Search:
             if isinstance(request, Stopped):
                 raise StageFailure.from_json(dict(request.failure))
             if isinstance(request, Done):
-                if self.crew is not None:
-                    self.crew.over()
                 return self._found(state, request, asked)
             for done, answer in self._answered(state, request, asked):
                 told = self.budget.elapsed()
@@ -145,13 +152,8 @@ class Search:
     def _found(self, state: SearchState, done: Done, now: float) -> Found:
         if self.recorder is not None:
             self.recorder.ends(done, now)
-        for cid in done.finalists:  # where another worker made them
-            found = state.candidates[cid]
-            base = state.candidates[found.base].plan if found.base else None
-            self.desk.held(Subject(found.plan, base), self.budget.end)
-        runs = [self.desk.runs[cid] for cid in state.candidates]
-        return Found(
-            runs,
+        found = Found(
+            [self.desk.runs[cid] for cid in state.candidates],
             [self.desk.runs[cid] for cid in done.finalists],
             [dict(phase) for phase in state.phases],
             done.exhausted,
@@ -160,6 +162,9 @@ class Search:
             self.facts,
             state,
         )
+        for run in found.finalists:  # where another worker made them
+            self.desk.held(found.subject(run), self.budget.end)
+        return found
 
 
 def facts_of(case: Case, evaluator: Evaluator) -> Facts:

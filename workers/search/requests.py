@@ -11,6 +11,7 @@ Answers: a mapping. `failed`: why the candidate is out; beside it
 - `TryShapes`: `shapes` (None: nothing was found out), `probes` (whether the original itself gets through)
 - `Time`: `engines` {id: figures}, `batch_sizes`, `at`; or `failure` {code, detail} of the timing as a whole
 - `Rank`: `nodes` [{name, error, work}], the worst first, and `metric` (what the error is); or `why_not`
+- `Refer`, `Confirm`: nothing more; what was found out is in storage
 """
 
 from __future__ import annotations
@@ -83,6 +84,24 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Refer:
+    """The original's outputs on the samples that will confirm. Like `Confirm` no request of the search, but of the job
+    that it is for."""
+
+    until: float
+
+
+@dataclass(frozen=True)
+class Confirm:
+    """Its accuracy on the samples that nobody chose by, with a bound of so much confidence."""
+
+    subject: Subject
+    confidence: float
+    apart: bool
+    until: float
+
+
+@dataclass(frozen=True)
 class Done:
     """The search is over. `finalists`: who is worth the full method. `out_of_reach`: nobody, the original included, can
     meet the constraints."""
@@ -99,15 +118,15 @@ class Stopped:
     failure: Mapping[str, Any]
 
 
-Request = Make | Judge | TryShapes | Time | Rank
+Request = Make | Judge | TryShapes | Time | Rank | Refer | Confirm
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """What the search will ask after what it asks now, so that it can be answered before. `sure`: whatever comes out,
+    """What will be asked after what is asked now, so that it can be answered before. `sure`: whatever comes out,
     but for want of time; else only if somebody faster falls."""
 
-    request: Make | Judge
+    request: Make | Judge | Refer | Confirm
     sure: bool
 
 
@@ -117,6 +136,8 @@ _KINDS: dict[str, type[Request]] = {
     "try_shapes": TryShapes,
     "time": Time,
     "rank": Rank,
+    "refer": Refer,
+    "confirm": Confirm,
 }
 
 
@@ -138,6 +159,8 @@ def from_json(data: Mapping[str, Any]) -> Request:
 
 
 def subjects_of(request: Request) -> tuple[Subject, ...]:
+    if isinstance(request, Refer):
+        return ()
     return request.subjects if isinstance(request, Time) else (request.subject,)
 
 

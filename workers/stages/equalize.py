@@ -16,6 +16,7 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.artifacts import ONNX
+from workers.candidates import StepPart
 from workers.graph import equalize as smoothing
 from workers.graph import preconditions as shared
 from workers.graph.calibrate import statistics as calibration
@@ -24,7 +25,7 @@ from workers.graph.equivalence import EquivalenceCheck
 from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, read_skeleton, save_model, size_of
 from workers.graph.onnxruntime_messages import runtime_failure
 from workers.graph.prepare import named, prepare
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
+from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; original and result are held and compared
 

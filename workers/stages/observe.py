@@ -16,10 +16,11 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, data_failure, model_failure
 from workers.artifacts import EXPORTED_PROGRAM, PROGRAM_FILE
+from workers.candidates import StepPart
 from workers.data import Samples
 from workers.graph import program_ranges
 from workers.graph.exported_program import ProgramFolder, message_of
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
+from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
 if TYPE_CHECKING:
     from workers.kernel import Arrays

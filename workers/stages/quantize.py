@@ -20,7 +20,7 @@ from pydantic import Field
 
 from app.domain.failures import StageFailure, model_failure
 from workers.artifacts import ONNX
-from workers.candidates import Rounding
+from workers.candidates import Rounding, StepPart
 from workers.data import Samples, synthetic_feeds
 from workers.graph import int8
 from workers.graph import preconditions as shared
@@ -32,7 +32,7 @@ from workers.graph.onnx_graph import model_specs
 from workers.graph.onnxruntime_messages import clean_message
 from workers.graph.prepare import prepare
 from workers.graph.rewriting import restore_interface
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, runner_of
 from workers.measure.axes import fixed_batch
 
 Arrays = dict[str, np.ndarray[Any, Any]]

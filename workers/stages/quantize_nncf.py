@@ -19,14 +19,14 @@ from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.artifacts import OPENVINO_IR
-from workers.candidates import Rounding
+from workers.candidates import Rounding, StepPart
 from workers.data import Samples
 from workers.graph.ir import files as ir
 from workers.graph.nncf import quantize as nncf_quantize
 from workers.graph.nncf import revert as nncf_revert
 from workers.graph.onnx_files import size_of
 from workers.graph.onnx_graph import all_nodes, describe_structure
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart, runner_of
+from workers.kernel import Stage, StageContext, StageOptions, StageResult, runner_of
 from workers.measure.axes import fixed_batch
 
 _FEWEST_SAMPLES = 16  # that a calibration takes whatever the deadline

@@ -21,6 +21,7 @@ import onnx
 from onnx import ModelProto
 
 from workers.artifacts import ONNX
+from workers.candidates import StepPart
 from workers.graph.equivalence import (
     ABSOLUTE_TOLERANCE,
     RELATIVE_TOLERANCE,
@@ -33,7 +34,7 @@ from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, save_mode
 from workers.graph.onnx_graph import STANDARD_DOMAINS, all_nodes, opset_of
 from workers.graph.preconditions import OLDEST_OPSET
 from workers.graph.rewriting import raise_opset, restore_interface
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
+from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
 LARGEST_IN_MEMORY = 2_000_000_000  # bytes; the simplifiers pass whole models through one protobuf (2 GiB at most)
 _NAMED, _LISTED = 4, 32  # nodes in the report

@@ -22,9 +22,10 @@ from pydantic import Field
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from app.domain.spec import Metric
 from workers.artifacts import EXPORTED_PROGRAM, PROGRAM_FILE, TRAINING
+from workers.candidates import StepPart
 from workers.data import Samples
 from workers.graph.exported_program import ProgramFolder, quiet
-from workers.kernel import Stage, StageContext, StageOptions, StageResult, StepPart
+from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
 if TYPE_CHECKING:
     from workers.graph.qat.training import Training
