@@ -1,4 +1,5 @@
-"""`/healthz`, `/readyz` and `/metrics`: for operators, without a key. They name no tenant."""
+"""`/healthz`, `/readyz` and `/metrics`: for operators, without a key. They name tenants only where `METRICS_TENANTS`
+asks for it."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,40 @@ def test_selectors_find_their_pods(overlay: str) -> None:
             assert set(expression["values"]) == {told["app"] for told in labels}, "no pod is left open"
         for port in (*spec.get("ports", ()), *spec.get("podMetricsEndpoints", ())):
             assert port.get("targetPort", port.get("port")) in ports
+
+
+def goes(policies: list[dict[str, Any]], app: str, port: int, *, address: str | None) -> bool:
+    """Whether a policy lets a pod of this app reach the port at an address outside of the cluster; None: of any pod in
+    it."""
+
+    def to(peer: dict[str, Any]) -> bool:
+        if address is None:
+            return peer.get("namespaceSelector") == {}
+        block = peer.get("ipBlock")
+        if block is None:
+            return False
+        at = ip_address(address)
+        return at in ip_network(block["cidr"]) and not any(at in ip_network(e) for e in block.get("except", ()))
+
+    def chosen(selector: dict[str, Any]) -> bool:
+        named = [v for e in selector.get("matchExpressions", ()) for v in e["values"]]
+        return app in (named or [selector["matchLabels"]["app"]])
+
+    rules = [rule for p in policies if chosen(p["spec"]["podSelector"]) for rule in p["spec"].get("egress", ())]
+    assert all(rule.get("to") and rule.get("ports") for rule in rules), "a rule without is one for everywhere"
+    return any(port == p["port"] and any(map(to, rule["to"])) for rule in rules for p in rule["ports"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_reach_what_the_page_says_and_nothing_else(overlay: str) -> None:
+    policies = [o for o in objects(overlay) if o["kind"] == "NetworkPolicy"]
+    public, private = ("93.184.216.34",), ("10.1.2.3", "172.20.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1")
+    ports = (22, 80, 443, 4318, 5432, 6379, 8000, 8333, 9464)
+    for app in ("anneal-api", "anneal-worker", "anneal-migrate"):
+        open_to = {port for port in ports for a in public if goes(policies, app, port, address=a)}
+        assert open_to == ({80, 443} if app == "anneal-worker" else {443}), app
+        assert not [(a, port) for port in ports for a in private if goes(policies, app, port, address=a)], app
+        assert {p for p in ports if goes(policies, app, p, address=None)} == {4318, 5432, 6379, 8333}, app
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
