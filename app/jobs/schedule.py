@@ -16,6 +16,7 @@ of them in one statement, and a second one takes the job.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,10 +24,22 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, Select, func, literal_column, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    ScalarSelect,
+    Select,
+    bindparam,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session, aliased
 
 from app.db.accounts import Plan, Tenant
+from app.db.base import UtcDateTime
 from app.db.orm import Job
 from app.domain.plan import DEFAULT_PLAN, effective
 from app.jobs.family import PARENTS
@@ -38,6 +51,7 @@ RUNNING: ColumnElement[str] = literal_column("'running'")
 ONE: ColumnElement[int] = literal_column("1")  # of a parameter a prepared statement would not know how few it is
 # SQLite sees only by the very words of the index that it may use it.
 UNDER_WAY: ColumnElement[bool] = Job.status.in_([QUEUED, RUNNING])
+_WAITING = aliased(Job)
 
 
 @dataclass(frozen=True)
@@ -135,9 +149,8 @@ def next_of(tenant_id: str, queues: Collection[str], now: datetime) -> ScalarSel
     Rows that others are taking at this moment are passed over, so that two workers neither get the same job nor wait
     for each other (on SQLite one writes at a time anyway). Those who look at the very same moment see the same shares:
     a tenant may then be ahead of its turn by as many jobs as workers looked."""
-    job = aliased(Job)
-    first = _in_turn(select(job.id), job, tenant_id, queues, now)
-    return first.with_for_update(of=job, skip_locked=True).scalar_subquery()
+    first = _in_turn(select(_WAITING.id), tenant_id, queues, now)
+    return first.with_for_update(of=_WAITING, skip_locked=True).scalar_subquery()
 
 
 def note_service(session: Session, tenant_id: str, now: datetime) -> None:
@@ -155,8 +168,22 @@ def running_jobs(session: Session) -> dict[str, int]:
 
 def _heads(session: Session, queues: Collection[str], now: datetime) -> list[Head]:
     """Of each tenant that has jobs waiting there, the one that is next among its own."""
-    inner = aliased(Job)
-    first = _in_turn(select(inner.id), inner, Tenant.id, queues, now).correlate(Tenant).scalar_subquery()
+    return [
+        Head(
+            waiting_of(row.id, row.tenant_id, row.turn),
+            Share(row.jobs or 0, 0.0 if row.served_at is None else row.served_at.timestamp()),
+            effective(row.plan, row.own).running_jobs if row.plan or row.own else None,
+        )
+        for row in session.execute(_heads_query(), {"queues": [*queues], "now": now})
+    ]
+
+
+@functools.cache
+def _heads_query() -> Select[*tuple[Any, ...]]:
+    """Composed once: that costs more than the database takes to answer it."""
+    queues: BindParameter[Any] = bindparam("queues", expanding=True)
+    now = bindparam("now", type_=UtcDateTime())
+    first = _in_turn(select(_WAITING.id), Tenant.id, queues, now).correlate(Tenant).scalar_subquery()
     # Materialized: the look into the index is made once for each tenant, wherever its result is used.
     tenants = (
         select(Tenant.served_at, Tenant.limits, Tenant.plan, first.label("job_id"))
@@ -164,7 +191,7 @@ def _heads(session: Session, queues: Collection[str], now: datetime) -> list[Hea
         .prefix_with("MATERIALIZED", dialect="postgresql")
     )
     running = _running().subquery("running")
-    query = (
+    return (
         select(
             Job.id, Job.tenant_id, Job.turn, tenants.c.served_at, running.c.jobs, tenants.c.limits.label("own"),
             Plan.limits.label("plan"),
@@ -174,14 +201,6 @@ def _heads(session: Session, queues: Collection[str], now: datetime) -> list[Hea
         .outerjoin(running, running.c.tenant_id == Job.tenant_id)
         .outerjoin(Plan, Plan.name == func.coalesce(tenants.c.plan, DEFAULT_PLAN))
     )  # fmt: skip
-    return [
-        Head(
-            waiting_of(row.id, row.tenant_id, row.turn),
-            Share(row.jobs or 0, 0.0 if row.served_at is None else row.served_at.timestamp()),
-            effective(row.plan, row.own).running_jobs if row.plan or row.own else None,
-        )
-        for row in session.execute(query)
-    ]
 
 
 def _running() -> Select[str, int]:
@@ -191,8 +210,9 @@ def _running() -> Select[str, int]:
     return query.group_by(Job.tenant_id)
 
 
-def _in_turn(query: Select[Any], job: Any, tenant_id: Any, queues: Collection[str], now: datetime) -> Select[Any]:
-    """The tenant's first job in these queues, as `ix_jobs_waiting` has them."""
+def _in_turn(query: Select[Any], tenant_id: Any, queues: Any, now: Any) -> Select[Any]:
+    """The tenant's first job in these queues (`_WAITING`), as `ix_jobs_waiting` has them."""
+    job = _WAITING
     due = or_(job.not_before.is_(None), job.not_before <= now)
     waiting = query.where(job.status == QUEUED, job.tenant_id == tenant_id, job.queue.in_(queues), due)
     return waiting.order_by(job.turn, job.id).limit(ONE)

@@ -118,7 +118,9 @@ def fuzz(deployed: Deployment, folder: Path, inputs: int, seconds: float, seed: 
             found.inputs = keeper.requests()
             if report is not None:
                 found.reports.append(report)
-            print(f"  {found.inputs} inputs after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                print(report, flush=True)
+            told = f"{found.inputs} inputs after {time.monotonic() - began:.0f} s, {len(found.reports)} runs with finds"
+            print(f"  {told}", file=sys.stderr, flush=True)
     return found
 
 
@@ -166,8 +168,6 @@ def main() -> int:
         f"{found.inputs} inputs in {found.runs} runs, {time.monotonic() - began:.0f} s, "
         f"{len(found.reports)} runs with finds, {len(traces)} traces"
     )
-    for report in found.reports[:3]:
-        print(report)
     print(*traces[:10], sep="\n")
     return 1 if found.reports or traces else 0
 
