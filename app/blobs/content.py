@@ -18,7 +18,7 @@ from pathlib import Path
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from app.blobs.references import lock_blob
+from app.blobs.references import lock_blobs
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Blob, BlobRemoval
@@ -143,12 +143,21 @@ class ContentStore:
     def record(self, session: Session, seen: Sighting, sizes: Mapping[str, int]) -> None:
         """Note in the database that the tenant holds these blobs, digest → bytes (idempotent). Raises `BlobNotFound`
         where one was removed since it was seen; from here to the end of the transaction none can be."""
-        for sha256 in sorted(sizes):  # one order everywhere: locks taken in turn cannot wait for each other
-            lock_blob(session, seen.tenant_id, sha256)
-            if not self.unchanged(session, seen.tenant_id, sha256, seen.marks[sha256]):
+        digests = sorted(sizes)
+        lock_blobs(session, seen.tenant_id, digests)
+        removals = select(BlobRemoval.sha256, BlobRemoval.id)
+        removals = removals.where(BlobRemoval.tenant_id == seen.tenant_id, BlobRemoval.sha256.in_(digests))
+        marks: dict[str, str] = {row.sha256: row.id for row in session.execute(removals)} if digests else {}
+        for sha256 in digests:
+            if marks.get(sha256) != seen.marks[sha256]:
                 raise BlobNotFound(sha256)
-            if session.get(Blob, (seen.tenant_id, sha256)) is None:
-                session.merge(Blob(tenant_id=seen.tenant_id, sha256=sha256, size_bytes=sizes[sha256]))
+        known = select(Blob.sha256).where(Blob.tenant_id == seen.tenant_id, Blob.sha256.in_(digests))
+        there = {*session.scalars(known)} if digests else set()
+        session.add_all(
+            Blob(tenant_id=seen.tenant_id, sha256=sha256, size_bytes=sizes[sha256])
+            for sha256 in digests
+            if sha256 not in there
+        )
 
     def known(self, session: Session, tenant_id: str, sha256: str) -> bool:
         """Whether a row vouches for the bytes. It goes when they were found damaged, so that whoever stores the same

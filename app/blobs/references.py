@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, CompoundSelect, delete, func, insert, select, union_all
+from sqlalchemy import ColumnElement, CompoundSelect, Text, delete, func, insert, literal, select, union_all
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageFile, StageResult, Upload
@@ -19,13 +20,21 @@ from app.domain.upload_state import UploadState
 
 
 def lock_blob(session: Session, tenant_id: str, sha256: str) -> None:
-    """Until the end of this transaction nobody else stores or removes this blob under the lock.
+    """Until the end of this transaction nobody else stores or removes this blob under the lock."""
+    lock_blobs(session, tenant_id, [sha256])
 
-    A writing transaction on SQLite is alone by itself; PostgreSQL takes an advisory lock.
+
+def lock_blobs(session: Session, tenant_id: str, digests: Collection[str]) -> None:
+    """The same of several, in one order everywhere: locks taken in turn cannot wait for each other.
+
+    A writing transaction on SQLite is alone by itself; PostgreSQL takes advisory locks, one after the other as the
+    array has them.
     """
     # Begins the transaction: a session that has asked nothing yet has none, and what it sees in storage proves nothing.
-    if session.connection().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"{tenant_id}/{sha256}", 0))))
+    if session.connection().dialect.name == "postgresql" and digests:
+        names = literal([f"{tenant_id}/{sha256}" for sha256 in sorted(set(digests))], ARRAY(Text))
+        name = func.unnest(names).column_valued("name")
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import structlog
 from sqlalchemy import select
 
 from app.blobs.content import Condemned, ContentStore
-from app.blobs.references import forget_results, is_uploaded, lock_blob, referenced
+from app.blobs.references import forget_results, is_uploaded, lock_blob, lock_blobs, referenced
 from app.db.orm import Blob
 from app.db.uow import Database
 
@@ -20,9 +20,8 @@ def release(db: Database, content: ContentStore, tenant_id: str, digests: Collec
     """Remove blobs, rows and bytes, unless something of the tenant still needs them: for what was deleted just now."""
     condemned: list[Condemned] = []
     with db.write() as uow:
-        unique = sorted(set(digests))  # one order everywhere: locks taken in turn cannot wait for each other
-        for sha256 in unique:
-            lock_blob(uow.session, tenant_id, sha256)
+        unique = sorted(set(digests))
+        lock_blobs(uow.session, tenant_id, unique)
         needed = referenced(uow.session, tenant_id, unique)
         condemned += [content.condemn(uow.session, tenant_id, d) for d in unique if d not in needed]
     content.remove(db, condemned)
@@ -58,8 +57,7 @@ def remove_unneeded(
     old = [sha256 for sha256, modified_at in sorted(stored.items()) if modified_at is None or modified_at < cutoff]
     condemned: list[Condemned] = []
     with db.write() as uow:
-        for sha256 in old:
-            lock_blob(uow.session, tenant_id, sha256)
+        lock_blobs(uow.session, tenant_id, old)
         needed = referenced(uow.session, tenant_id, old)
         query = select(Blob.sha256).where(Blob.tenant_id == tenant_id, Blob.sha256.in_(old))
         needed.update(uow.session.scalars(query.where(Blob.created_at >= cutoff)))

@@ -20,6 +20,7 @@ from app.errors import AppError
 from app.idempotency import Idempotency
 from app.jobs.ledger import Claim, LeaseLost
 from app.jobs.schedule import Offer
+from tests.factories.statements import statements
 from tests.integration.conftest import Desk
 
 
@@ -64,6 +65,18 @@ def _complete(desk: Desk, claim: Claim, job: Job) -> None:
     for digit in "2345":
         desk.put_blob(digit * 64)
     desk.ledger.complete(claim, engine=_engine(job), report=("4" * 64, 1), manifest=("5" * 64, 1), changes={}, event={})
+
+
+def test_an_end_with_an_engine_is_few_trips_to_the_database(desk: Desk) -> None:
+    job = desk.submit()
+    claim = _claim(desk, job)
+    for digit in "2345":
+        desk.put_blob(digit * 64)
+    with statements(desk.db.engine) as sent:
+        desk.ledger.complete(
+            claim, engine=_engine(job), report=("4" * 64, 1), manifest=("5" * 64, 1), changes={}, event={}
+        )
+    assert len(sent) <= 10, [sql for sql, _ in sent]
 
 
 def test_submission_queues_and_dispatches_after_the_commit(desk: Desk) -> None:
