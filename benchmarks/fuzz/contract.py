@@ -1,28 +1,34 @@
 """Schemathesis at a real API process: requests that it makes of the OpenAPI document, valid ones and others, alone and
 one after the other, and whether each answer is one that the document names.
 
-    .venv/bin/python -m benchmarks.fuzz.contract --inputs 100000
+    .venv/bin/python -m benchmarks.fuzz.contract --inputs 100000 --notes build/contract.jsonl
     .venv/bin/python -m benchmarks.fuzz.contract --seconds 60 --seed 7
 
 It runs in an environment of its own (`tests/integrations/requirements-schemathesis.txt`), as often as it takes for so
-many inputs, each time with another seed. A find is a status, a media type, a header or a body that is not as the
-document says, a 5xx, or an error in the service's log; each is printed with its `curl`, and the status is 1. Meanwhile
-there is always a model, a data set, an upload and a job to be found by id, whatever is deleted, and jobs do not stay
-queued, so that their streams end.
+many inputs, each time with another seed; what does not depend on the seed (boundary values) is asked the first time
+only. With `--notes` each run is a line of that file, and the same command goes on after the last one: what is cut
+(Ctrl-C, SIGTERM) loses nothing, and `--inputs 0` tells what was found so far.
+
+A find is a status, a media type, a header or a body that is not as the document says, a 5xx, or an error in the
+service's log; each is printed with its `curl`, and the status is 1. Meanwhile there is always a model, a data set, an
+upload and a job to be found by id, whatever is deleted, and jobs do not stay queued, so that their streams end.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +46,66 @@ CHECKS = (
     "response_headers_conformance",
     "response_schema_conformance",
 )
-_COUNTED = re.compile(r"^anneal_http_requests_total\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
+_ALL_PHASES = "examples,coverage,fuzzing,stateful"
+_SEEDED_PHASES = "fuzzing,stateful"
+_COUNTED = re.compile(
+    r'^anneal_http_requests_total\{method="([^"]*)",route="([^"]*)",status="(\d+)"\} ([0-9.e+]+)$', re.MULTILINE
+)
 _RAW = {"Content-Type": "application/octet-stream"}
 
 
 @dataclass
-class Found:
-    """`inputs`: requests that Schemathesis sent. `reports`: what it says of each run that found something."""
+class Run:
+    """One of Schemathesis. `answers`: how often each "METHOD route status" came. `report`: what it says, where it found
+    something. `traces`: errors in the service's log meanwhile."""
 
-    inputs: int = 0
-    runs: int = 0
-    reports: list[str] = field(default_factory=list)
+    seed: int
+    seconds: float
+    answers: dict[str, int]
+    report: str | None = None
+    traces: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Found:
+    """All runs, those of an earlier start, too. `notes`: where each is written as it ends."""
+
+    notes: Path | None = None
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def noted(cls, notes: Path | None) -> Found:
+        """With what stands there already."""
+        lines = notes.read_text().splitlines() if notes is not None and notes.is_file() else []
+        return cls(notes, [Run(**json.loads(line)) for line in lines])
+
+    def add(self, run: Run) -> None:
+        self.runs.append(run)
+        if self.notes is not None:
+            self.notes.parent.mkdir(parents=True, exist_ok=True)
+            with self.notes.open("a") as file:
+                file.write(json.dumps(asdict(run)) + "\n")
+
+    @property
+    def answers(self) -> Counter[str]:
+        return sum((Counter(run.answers) for run in self.runs), Counter[str]())
+
+    @property
+    def inputs(self) -> int:
+        """Requests that Schemathesis sent."""
+        return self.answers.total()
+
+    @property
+    def seconds(self) -> float:
+        return sum(run.seconds for run in self.runs)
+
+    @property
+    def reports(self) -> list[str]:
+        return [run.report for run in self.runs if run.report is not None]
+
+    @property
+    def traces(self) -> list[str]:
+        return [trace for run in self.runs for trace in run.traces]
 
 
 class Keeper:
@@ -58,30 +113,38 @@ class Keeper:
 
     def __init__(self, url: str) -> None:
         self.client = httpx.Client(base_url=url, trust_env=False, timeout=30)
-        self.sent = self.before = 0
+        self._own = Counter[str]()
+        self._one_at_a_time = threading.Lock()
 
-    def ask(self, method: str, path: str, **options: Any) -> Any:
-        self.sent += 1
-        answer = self.client.request(method, path, **options)
+    def ask(self, method: str, route: str, query: str = "", *, job_id: str = "", **options: Any) -> Any:
+        answer = self.client.request(method, route.format(job_id=job_id) + query, **options)
+        self._own[f"{method} {route} {answer.status_code}"] += 1
         return answer.json() if answer.headers.get("content-type", "").endswith("json") else {}
 
     def keep(self) -> None:
-        for job in self.ask("GET", "/v1/jobs?status=queued&limit=200").get("items", ()):
-            self.ask("POST", f"/v1/jobs/{job['id']}/cancel")
-        found = {kind: self.ask("GET", f"/v1/{kind}?limit=1").get("items") for kind in ("models", "datasets", "jobs")}
+        with self._one_at_a_time:
+            self._keep()
+
+    def _keep(self) -> None:
+        for job in self.ask("GET", "/v1/jobs", "?status=queued&limit=200").get("items", ()):
+            self.ask("POST", "/v1/jobs/{job_id}/cancel", job_id=job["id"])
+        found = {kind: self.ask("GET", f"/v1/{kind}", "?limit=1").get("items") for kind in ("models", "datasets", "jobs")}
         if not found["models"]:
-            found["models"] = [self.ask("POST", "/v1/models?filename=m.onnx", content=models()[0], headers=_RAW)]
+            found["models"] = [self.ask("POST", "/v1/models", "?filename=m.onnx", content=models()[0], headers=_RAW)]
         if not found["datasets"]:
-            self.ask("POST", "/v1/datasets?filename=d.npz", content=data_sets()[0], headers=_RAW)
+            self.ask("POST", "/v1/datasets", "?filename=d.npz", content=data_sets()[0], headers=_RAW)
         if not found["jobs"]:
             self.ask("POST", "/v1/jobs", json={"model_id": found["models"][0].get("id")})
 
-    def requests(self) -> int:
-        """How many the service has answered, but for ours."""
-        self.sent += 1
-        text = self.client.get("/metrics").text
-        # The one that asks is counted after its answer.
-        return int(sum(float(count) for count in _COUNTED.findall(text))) - (self.sent - 1) - self.before
+    def answers(self) -> Counter[str]:
+        """What the service has answered since it began, but for what it answered us."""
+        with self._one_at_a_time:
+            answer = self.client.get("/metrics")
+            told = _COUNTED.findall(answer.text)
+            found = Counter({f"{method} {route} {status}": int(float(n)) for method, route, status, n in told})
+            found -= self._own
+            self._own[f"GET /metrics {answer.status_code}"] += 1  # counted there once it has been answered
+            return found
 
     def run(self, over: threading.Event) -> None:
         while not over.wait(0.3):
@@ -92,11 +155,9 @@ class Keeper:
 @contextlib.contextmanager
 def kept(url: str) -> Iterator[Keeper]:
     over, keeper = threading.Event(), Keeper(url)
-    keeper.before = keeper.requests()
     for _ in range(2):  # the second time it sees what it made
         keeper.keep()
-    asked = {"filename": "m.onnx", "size_bytes": 5 << 20}
-    keeper.ask("POST", "/v1/uploads", json=asked)
+    keeper.ask("POST", "/v1/uploads", json={"filename": "m.onnx", "size_bytes": 5 << 20})
     thread = threading.Thread(target=keeper.run, args=(over,))
     thread.start()
     try:
@@ -107,35 +168,51 @@ def kept(url: str) -> Iterator[Keeper]:
         keeper.client.close()
 
 
-def fuzz(deployed: Deployment, folder: Path, inputs: int, seconds: float, seed: int, examples: int) -> Found:
-    """So many inputs, or as many as the seconds allow."""
-    found, began = Found(), time.monotonic()
+def fuzz(
+    deployed: Deployment,
+    folder: Path,
+    inputs: int,
+    seconds: float,
+    seed: int,
+    examples: int,
+    found: Found | None = None,
+) -> Found:
+    """So many inputs, or as many as the seconds allow. `found`: what earlier ones did, which counts."""
+    found, began, told = Found() if found is None else found, time.monotonic(), 0
     command = environment("schemathesis") / "bin" / "st"
     with kept(deployed.url) as keeper:
         while found.inputs < inputs and (left := seconds - (time.monotonic() - began)) > 0:
-            report = run(command, deployed.url, folder, seed + found.runs, examples, left)
-            found.runs += 1
-            found.inputs = keeper.requests()
-            if report is not None:
-                found.reports.append(report)
-                print(report, flush=True)
-            told = f"{found.inputs} inputs after {time.monotonic() - began:.0f} s, {len(found.reports)} runs with finds"
-            print(f"  {told}", file=sys.stderr, flush=True)
+            phases, number = (_SEEDED_PHASES if found.runs else _ALL_PHASES), seed + len(found.runs)
+            options = ["--phases", phases, "--seed", str(number), "--max-examples", str(examples)]
+            before, at, report, answers = keeper.answers(), time.monotonic(), None, Counter[str]()
+            try:
+                report = run(command, deployed.url, folder, options, left)
+            finally:  # one that is cut counts for what it asked
+                with contextlib.suppress(httpx.HTTPError):
+                    answers = keeper.answers() - before
+                if not answers:
+                    report = f"The service answered nothing to seed {number}.\n{report or ''}"
+                traces = crashes(deployed)
+                found.add(Run(number, round(time.monotonic() - at, 1), dict(answers), report, traces[told:]))
+            told = len(traces)
+            for text in (report, *found.runs[-1].traces):
+                if text:
+                    print(text, flush=True)
+            finds = f"{len(found.reports)} runs with finds, {len(found.traces)} traces"
+            _say(f"seed {number}: {answers.total()} inputs, {found.inputs} by now, {finds}")
+            if not answers:
+                break
     return found
 
 
-def run(command: Path, url: str, folder: Path, seed: int, examples: int, seconds: float) -> str | None:
+def _say(text: str) -> None:
+    print(f"  {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def run(command: Path, url: str, folder: Path, options: list[str], seconds: float) -> str | None:
     """What it says; None where it found nothing."""
-    options = ["--checks", ",".join(CHECKS), "--mode", "all", "--seed", str(seed), "--max-examples", str(examples)]
-    options += [
-        "--continue-on-failure",
-        "--generation-database",
-        "none",
-        "--request-timeout",
-        "30",
-        "--warnings",
-        "off",
-    ]
+    options = ["--checks", ",".join(CHECKS), "--mode", "all", *options, "--continue-on-failure"]
+    options += ["--generation-database", "none", "--request-timeout", "30", "--warnings", "off"]
     options += ["--suppress-health-check", "all", "--output-truncate", "false"]
     try:
         done = subprocess.run(
@@ -153,23 +230,40 @@ def run(command: Path, url: str, folder: Path, seed: int, examples: int, seconds
     return None if done.returncode == 0 else done.stdout + done.stderr
 
 
+def table(answers: Counter[str]) -> str:
+    """As Markdown: of each operation, how often each status came."""
+    by_operation: dict[str, list[str]] = {}
+    for key, count in sorted(answers.items()):
+        operation, _, status = key.rpartition(" ")
+        by_operation.setdefault(operation, []).append(f"{status}: {count}")
+    rows = [f"| `{operation}` | {', '.join(told)} |" for operation, told in by_operation.items()]
+    return "\n".join(("| operation | answers |", "|---|---|", *rows))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--examples", type=int, default=100, help="of each operation, in a run (100)")
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="a line of JSON for each run; goes on where it ends")
     asked = parser.parse_args()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name, deployment(Path(name) / "home", SETTINGS) as deployed:
-        found = fuzz(deployed, Path(name), asked.inputs, asked.seconds, asked.seed, asked.examples)
-        traces = crashes(deployed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found = Found.noted(asked.notes)
+    if found.inputs < asked.inputs:
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as name, deployment(Path(name) / "home", SETTINGS) as deployed:
+            with contextlib.suppress(KeyboardInterrupt):
+                fuzz(deployed, Path(name), asked.inputs, asked.seconds, asked.seed, asked.examples, found)
+    statuses = Counter[str]()
+    for key, count in found.answers.items():
+        statuses[key.rpartition(" ")[2]] += count
+    print(table(found.answers))
+    print(f"\nBy status: {dict(sorted(statuses.items()))}")
     print(
-        f"{found.inputs} inputs in {found.runs} runs, {time.monotonic() - began:.0f} s, "
-        f"{len(found.reports)} runs with finds, {len(traces)} traces"
+        f"{found.inputs} inputs in {len(found.runs)} runs, {found.seconds:.0f} s, "
+        f"{len(found.reports)} runs with finds, {len(found.traces)} traces"
     )
-    print(*traces[:10], sep="\n")
-    return 1 if found.reports or traces else 0
+    return 1 if found.reports or found.traces else 0
 
 
 if __name__ == "__main__":

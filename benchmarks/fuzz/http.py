@@ -33,6 +33,7 @@ Json = dict[str, Any]
 # Streams and long polls end at once; what waits for a lease or a body is another test's.
 SETTINGS = {"LIMIT_WAIT_S": "0", "LIMIT_COMPLETE_WAIT_S": "5", "ANNEAL_LOG_LEVEL": "WARNING"}
 _TIMEOUT_S = 30
+_LINES_TOLD = 40
 _TEXTS = (
     "",
     " ",
@@ -227,8 +228,13 @@ class Fuzzer:
 
 
 def crashes(deployed: Deployment) -> list[str]:
-    """Traces in the logs of its processes."""
-    return [line for line in deployed.logs().splitlines() if "Traceback" in line or "internal_error" in line]
+    """Errors in the logs of its processes, each with the lines that follow."""
+    found = []
+    for log in sorted(deployed.home.glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        at = [i for i, line in enumerate(lines) if "Traceback" in line or "internal_error" in line]
+        found += ["\n".join(lines[i : i + _LINES_TOLD]) for i in at]
+    return found
 
 
 def main() -> int:

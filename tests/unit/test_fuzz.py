@@ -9,8 +9,11 @@ import pytest
 
 from app.datasets.inspect import describe_dataset
 from app.errors import AppError
+from benchmarks.fuzz.contract import Found, Run, table
+from benchmarks.fuzz.http import crashes
 from benchmarks.fuzz.intake import LIMITS, data_sets, fuzzed, models
 from benchmarks.fuzz.mutate import mutated
+from tests.factories.deployment import Deployment
 
 SECONDS = 3.0
 
@@ -42,3 +45,21 @@ def test_a_run_can_be_had_again() -> None:
 def test_no_upload_crashes_what_looks_into_it(tmp_path: Path) -> None:
     found = fuzzed(3000, 11, tmp_path, SECONDS)
     assert not found.finds, found.finds[:5]
+
+
+def test_a_long_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    notes = tmp_path / "build" / "contract.jsonl"
+    first = Found.noted(notes)
+    first.add(Run(5, 1.5, {"GET /v1/jobs 200": 3, "POST /v1/jobs 422": 2}))
+    first.add(Run(6, 2.0, {"GET /v1/jobs 200": 4}, report="FAILURES", traces=["Traceback"]))
+    again = Found.noted(notes)
+    assert (again.inputs, again.seconds, len(again.runs)) == (9, 3.5, 2)
+    assert (again.reports, again.traces) == (["FAILURES"], ["Traceback"])
+    assert table(again.answers).splitlines()[2:] == ["| `GET /v1/jobs` | 200: 7 |", "| `POST /v1/jobs` | 422: 2 |"]
+
+
+def test_errors_are_found_wherever_in_the_log_they_stand(tmp_path: Path) -> None:
+    quiet = "request\n" * 20_000
+    (tmp_path / "app-0.log").write_text(f"{quiet}Traceback (most recent call last):\n  here\n{quiet}")
+    (found,) = crashes(Deployment(tmp_path, {}, 0))
+    assert found.splitlines()[:2] == ["Traceback (most recent call last):", "  here"]
