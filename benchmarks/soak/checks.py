@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 from sqlalchemy import func, select
-from users import Accepted
+from benchmarks.soak.users import Accepted
 
 from app.blobs.references import referenced
 from app.db.base import make_engine

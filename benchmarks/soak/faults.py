@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from recoveries import Recoveries
-from strikes import Strike
+from benchmarks.soak.recoveries import Recoveries
+from benchmarks.soak.strikes import Strike
 
 # How often of each ten times: those that take long come less often.
 _OFTEN = {"Redis gone for a minute": 5}
@@ -18,22 +19,28 @@ _LEAST_PAUSE_S = 0.5
 
 @dataclass
 class Injector:
+    """`over`: ends it early. `story`: what was struck when."""
+
     kinds: Mapping[str, Strike]
     recoveries: Recoveries
     draw: random.Random
+    over: threading.Event = field(default_factory=threading.Event)
     done: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     in_vain: Counter[str] = field(default_factory=Counter)
+    story: list[str] = field(default_factory=list)
     now: str = ""  # what it is at
 
-    def run(self, until: float, count: int) -> None:
-        """So many faults, evenly until then; fewer where they take longer."""
+    def run(self, until: float, count: int, latest: float) -> None:
+        """So many faults, evenly until then; where they take longer, what is left after it as fast as they go, until
+        `latest`. Times are `time.monotonic()`."""
         deck: list[str] = []
-        while time.monotonic() < until and (left := count - sum(self.done.values())) > 0:
+        while not self.over.is_set() and time.monotonic() < latest and (left := count - self.done.total()) > 0:
             due = time.monotonic() + max((until - time.monotonic()) / left, _LEAST_PAUSE_S)
             deck = deck or self._deck()
             self._strike(deck.pop(), due)
-            time.sleep(max(min(due, until) - time.monotonic(), _LEAST_PAUSE_S))
+            self.over.wait(max(min(due, latest) - time.monotonic(), _LEAST_PAUSE_S))
+        self.now = ""
 
     def _deck(self) -> list[str]:
         """All kinds in any order; those that came least often before come last in it, and are drawn first."""
@@ -53,6 +60,7 @@ class Injector:
             return
         kind = struck.kind or kind
         self.done[kind] += 1
+        self.story.append(f"{time.strftime('%H:%M:%S', time.gmtime())} {kind}")
         watch = self.recoveries.watch(kind, struck)
         try:
             struck.rest()

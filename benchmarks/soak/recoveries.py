@@ -57,7 +57,7 @@ class Times:
     never: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {name: _spread(getattr(self, name)) for name in ("queued", "goes_on", "answers")} | {"never": self.never}
+        return {name: spread(getattr(self, name)) for name in ("queued", "goes_on", "answers")} | {"never": self.never}
 
 
 class Eyes:
@@ -162,10 +162,15 @@ def alive(url: str) -> bool:
     return False
 
 
-def _spread(found: list[float]) -> dict[str, float] | None:
+def spread(found: list[float]) -> dict[str, Any] | None:
     if not found:
         return None
-    return {"count": len(found), "median": round(statistics.median(found), 1), "max": round(max(found), 1)}
+    return {
+        "count": len(found),
+        "median": round(statistics.median(found), 1),
+        "max": round(max(found), 1),
+        "all": [round(seconds, 2) for seconds in found],
+    }
 
 
 def table(times: Mapping[str, Any], done: Mapping[str, int]) -> str:

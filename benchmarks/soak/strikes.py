@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gate import Gate
-from recoveries import Eyes, Running, Struck, ready
+from benchmarks.soak.gate import Gate
+from benchmarks.soak.recoveries import Eyes, Running, Struck, ready
 
 from tests import servers
 from tests.cluster.cluster import Cluster, Managed

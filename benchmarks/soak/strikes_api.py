@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-from recoveries import Struck, alive
+from benchmarks.soak.recoveries import Struck, alive
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
-from strikes import Field, Strike
+from benchmarks.soak.strikes import Field, Strike
 
 from app.db.orm import IdempotencyKey, Upload
 from app.db.uow import Database

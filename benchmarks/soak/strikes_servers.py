@@ -11,8 +11,8 @@ from typing import Any
 
 import psycopg
 import redis
-from recoveries import Struck
-from strikes import LEASE_S, Field, Strike
+from benchmarks.soak.recoveries import Struck
+from benchmarks.soak.strikes import LEASE_S, Field, Strike
 
 from tests.cluster.cluster import Managed
 

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from recoveries import Struck
-from strikes import LEASE_S, Field, Strike
+from benchmarks.soak.recoveries import Struck
+from benchmarks.soak.strikes import LEASE_S, Field, Strike
 
 from app.queue.producer import make_dispatch
 from app.settings import Settings

@@ -150,9 +150,8 @@ class User:
             self.accepted.jobs[job_id] = key
         return job_id
 
-    def wait(self, job_id: str, seconds: float) -> Json | None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+    def wait(self, job_id: str, over: threading.Event) -> Json | None:
+        while not over.is_set():
             answer = self.call("GET", f"/v1/jobs/{job_id}?wait=5")
             self._expect(answer, 200)
             job: Json = answer.json()
@@ -162,12 +161,12 @@ class User:
                 return job
         return None
 
-    def work(self, until: float) -> None:
+    def work(self, over: threading.Event) -> None:
         """One job after the other, until then."""
-        while time.monotonic() < until:
+        while not over.is_set():
             try:
                 job_id = self.submit(self.model())
-                job = self.wait(job_id, max(until - time.monotonic(), 1.0))
+                job = self.wait(job_id, over)
                 if job is not None and job["status"] == "succeeded" and self._draw.random() < 0.3:
                     self._download(job["engine_ids"][0])
             except GaveUp as error:

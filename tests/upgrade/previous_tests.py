@@ -46,7 +46,7 @@ def main() -> int:
         tree = check_out(Path(folder) / "tree")
         sys.stdout.write(f"Tests of {previous_release().commit[:12]} on the schema of this release\n")
         sys.stdout.flush()
-        return run(tree, sys.argv[1:] or ["-q", "-n", "2", "--dist", "loadfile", *QUICK])
+        return run(tree, sys.argv[1:] or ["-v", "-n", "2", "--dist", "loadfile", *QUICK])
 
 
 if __name__ == "__main__":
