@@ -176,21 +176,26 @@ def fuzz(
     seed: int,
     examples: int,
     found: Found | None = None,
+    workers: int = 1,
 ) -> Found:
-    """So many inputs, or as many as the seconds allow. `found`: what earlier ones did, which counts."""
+    """So many inputs, or as many as the seconds allow. `found`: what earlier ones did, which counts. `workers`: how
+    many operations are asked at once."""
     found, began, told = Found() if found is None else found, time.monotonic(), 0
     command = environment("schemathesis") / "bin" / "st"
     with kept(deployed.url) as keeper:
         while found.inputs < inputs and (left := seconds - (time.monotonic() - began)) > 0:
             phases, number = (_SEEDED_PHASES if found.runs else _ALL_PHASES), seed + len(found.runs)
             options = ["--phases", phases, "--seed", str(number), "--max-examples", str(examples)]
-            before, at, report, answers = keeper.answers(), time.monotonic(), None, Counter[str]()
+            options += ["--workers", str(workers)]
+            before, at, answers = keeper.answers(), time.monotonic(), Counter[str]()
+            report, cut = None, True
             try:
                 report = run(command, deployed.url, folder, options, left)
+                cut = False
             finally:  # one that is cut counts for what it asked
                 with contextlib.suppress(httpx.HTTPError):
                     answers = keeper.answers() - before
-                if not answers:
+                if not answers and not cut:
                     report = f"The service answered nothing to seed {number}.\n{report or ''}"
                 traces = crashes(deployed)
                 found.add(Run(number, round(time.monotonic() - at, 1), dict(answers), report, traces[told:]))
@@ -246,6 +251,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--examples", type=int, default=100, help="of each operation, in a run (100)")
+    parser.add_argument("--workers", type=int, default=1, help="operations that are asked at once (1)")
     parser.add_argument("--notes", type=Path, metavar="FILE", help="a line of JSON for each run; goes on where it ends")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -253,7 +259,8 @@ def main() -> int:
     if found.inputs < asked.inputs:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as name, deployment(Path(name) / "home", SETTINGS) as deployed:
             with contextlib.suppress(KeyboardInterrupt):
-                fuzz(deployed, Path(name), asked.inputs, asked.seconds, asked.seed, asked.examples, found)
+                limits = (asked.inputs, asked.seconds, asked.seed, asked.examples)
+                fuzz(deployed, Path(name), *limits, found, asked.workers)
     statuses = Counter[str]()
     for key, count in found.answers.items():
         statuses[key.rpartition(" ")[2]] += count
