@@ -128,7 +128,9 @@ class Keeper:
     def _keep(self) -> None:
         for job in self.ask("GET", "/v1/jobs", "?status=queued&limit=200").get("items", ()):
             self.ask("POST", "/v1/jobs/{job_id}/cancel", job_id=job["id"])
-        found = {kind: self.ask("GET", f"/v1/{kind}", "?limit=1").get("items") for kind in ("models", "datasets", "jobs")}
+        found = {
+            kind: self.ask("GET", f"/v1/{kind}", "?limit=1").get("items") for kind in ("models", "datasets", "jobs")
+        }
         if not found["models"]:
             found["models"] = [self.ask("POST", "/v1/models", "?filename=m.onnx", content=models()[0], headers=_RAW)]
         if not found["datasets"]:
@@ -257,10 +259,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = Found.noted(asked.notes)
     if found.inputs < asked.inputs:
-        with tempfile.TemporaryDirectory(prefix="fuzz-") as name, deployment(Path(name) / "home", SETTINGS) as deployed:
-            with contextlib.suppress(KeyboardInterrupt):
-                limits = (asked.inputs, asked.seconds, asked.seed, asked.examples)
-                fuzz(deployed, Path(name), *limits, found, asked.workers)
+        limits = (asked.inputs, asked.seconds, asked.seed, asked.examples)
+        with (
+            tempfile.TemporaryDirectory(prefix="fuzz-") as name,
+            deployment(Path(name) / "home", SETTINGS) as deployed,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            fuzz(deployed, Path(name), *limits, found, asked.workers)
     statuses = Counter[str]()
     for key, count in found.answers.items():
         statuses[key.rpartition(" ")[2]] += count

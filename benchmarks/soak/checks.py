@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx
 from sqlalchemy import func, select
-from benchmarks.soak.users import Accepted
 
 from app.blobs.references import referenced
 from app.db.base import make_engine
 from app.db.orm import Engine, IdempotencyKey, Job, JobEvent, SourceModel
 from app.db.uow import Database
 from app.settings import Settings
+from benchmarks.soak.users import Accepted
 from tests.cluster.cluster import Cluster
 
 TERMINAL = ("succeeded", "failed", "cancelled")

@@ -174,7 +174,9 @@ def soak(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=45.0, help="the faults are spread over; half as many more at most")
+    parser.add_argument(
+        "--minutes", type=float, default=45.0, help="the faults are spread over; half as many more at most"
+    )
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--users", type=int, default=2, help="each has one job at a time: fewer than workers")

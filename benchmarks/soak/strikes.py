@@ -14,7 +14,6 @@ from pathlib import Path
 
 from benchmarks.soak.gate import Gate
 from benchmarks.soak.recoveries import Eyes, Running, Struck, ready
-
 from tests import servers
 from tests.cluster.cluster import Cluster, Managed
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-from benchmarks.soak.recoveries import Struck, alive
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
-from benchmarks.soak.strikes import Field, Strike
 
 from app.db.orm import IdempotencyKey, Upload
 from app.db.uow import Database
+from benchmarks.soak.recoveries import Struck, alive
+from benchmarks.soak.strikes import Field, Strike
 from tests.cluster.cluster import Managed
 from tests.factories import onnx_models
 

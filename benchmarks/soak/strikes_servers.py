@@ -11,9 +11,9 @@ from typing import Any
 
 import psycopg
 import redis
+
 from benchmarks.soak.recoveries import Struck
 from benchmarks.soak.strikes import LEASE_S, Field, Strike
-
 from tests.cluster.cluster import Managed
 
 _A_MINUTE_S = 60.0

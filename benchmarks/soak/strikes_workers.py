@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from benchmarks.soak.recoveries import Struck
-from benchmarks.soak.strikes import LEASE_S, Field, Strike
 
 from app.queue.producer import make_dispatch
 from app.settings import Settings
+from benchmarks.soak.recoveries import Struck
+from benchmarks.soak.strikes import LEASE_S, Field, Strike
 
 STAGES = ("export", "simplify", "quantize", "build", "validate", "benchmark", "package")
 _OFF_S = 300

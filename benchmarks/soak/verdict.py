@@ -1,6 +1,6 @@
 """What a soak has shown, of one run or of several together.
 
-    python benchmarks/soak/verdict.py FOLDER...        # each with the result.json of a run
+python benchmarks/soak/verdict.py FOLDER...        # each with the result.json of a run
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def verdict(result: Json) -> list[str]:
 def told(result: Json) -> str:
     """A run's figures."""
     faults, minutes = sum(result["faults"].values()), result["minutes"]
-    lines = [f"{faults} faults of {len(result['faults'])} kinds in {minutes:g} minutes, {result['workers']} workers", ""]
+    lines = [
+        f"{faults} faults of {len(result['faults'])} kinds in {minutes:g} minutes, {result['workers']} workers",
+        "",
+    ]
     lines += [table(result["recovery"], result["faults"]), ""]
     lines += ["Seconds, median / maximum; those of servers from when they were there again.", ""]
     if result["whole"]:
@@ -73,7 +76,8 @@ def together(results: Sequence[Json]) -> Json:
         "status": dict(_sum(result["status"] for result in whole)),
         "blobs": sum(result["storage"]["blobs"] for result in whole),
         "stages": {
-            name: sum(result["stages"][name] for result in whole) for name in ("begun", "done_again", "taken", "tried_again")
+            name: sum(result["stages"][name] for result in whole)
+            for name in ("begun", "done_again", "taken", "tried_again")
         },
     }
 
@@ -103,7 +107,8 @@ def main() -> int:
     results = {folder: json.loads((folder / "result.json").read_text()) for folder in parser.parse_args().folders}
     all_of_them, wrong = together([*results.values()]), 0
     faults = sum(all_of_them["faults"].values())
-    print(f"{faults} faults of {len(all_of_them['faults'])} kinds in {all_of_them['minutes']:g} minutes, {len(results)} runs\n")
+    kinds, minutes = len(all_of_them["faults"]), all_of_them["minutes"]
+    print(f"{faults} faults of {kinds} kinds in {minutes:g} minutes, {len(results)} runs\n")
     print(table(all_of_them["recovery"], all_of_them["faults"]))
     print(f"\n{all_of_them['jobs']} jobs: {all_of_them['status']}; {all_of_them['blobs']} blobs")
     print(f"stages: {all_of_them['stages']}")

@@ -48,14 +48,13 @@ def test_a_run_that_is_asked_to_end_strikes_no_more() -> None:
 
 def _result(seconds: list[float], **more: Any) -> dict[str, Any]:
     times = Times(goes_on=seconds)
-    clean = dict.fromkeys(("lost_jobs", "lost_models", "ended_twice", "never_ended", "engines_twice", "without_engine"), [])
+    zero = ("lost_jobs", "lost_models", "ended_twice", "never_ended", "engines_twice", "without_engine")
     return {
         "whole": True,
         "minutes": 3.0,
         "faults": {"Redis flushed": len(seconds)},
         "recovery": {"Redis flushed": times.to_json()},
-        **clean,
-        **dict.fromkeys(("stuck", "same_key_twice"), 0),
+        **dict.fromkeys((*zero, "stuck", "same_key_twice"), 0),
         **{"trouble": [], "failures": {}, "jobs": 2, "status": {"succeeded": 2}},
         "stages": {"more_than_one_a_fault": {}, "begun": 9, "done_again": 1, "taken": 1, "tried_again": 0},
         "storage": {"orphans": [], "open_uploads": [], "blobs": 4, "bytes": 0},
