@@ -22,6 +22,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.exceptions import RetriesExceededError
 
+from app.db.clock import CLOCK
 from app.errors import AppError, storage_full, storage_unavailable
 from app.names import content_disposition
 from app.settings import StorageSettings
@@ -46,6 +47,7 @@ _MIB = 1 << 20
 _TRANSFER = TransferConfig(multipart_threshold=16 * _MIB, multipart_chunksize=16 * _MIB, max_concurrency=4)
 _COPY = TransferConfig(multipart_threshold=512 * _MIB, multipart_chunksize=256 * _MIB, max_concurrency=8)
 _RESUMES = 3  # of one download
+_LONGEST_S = 7 * 24 * 3600  # that a signed URL may last
 _NOT_FOUND = frozenset({"NoSuchKey", "NotFound", "404"})
 _NO_UPLOAD = frozenset({"NoSuchUpload", "InvalidPart", "InvalidPartOrder", "EntityTooSmall", "MalformedXML"})
 # What a full disk, a quota and a size limit are called: S3, MinIO, SeaweedFS and Garage, Ceph, Swift.
@@ -287,10 +289,18 @@ class S3Store:
                 self.abort_upload(key, upload["UploadId"])
 
     def _sign(self, method: str, expires_s: int, *, Key: str, **parameters: Any) -> str:  # noqa: N803  # S3's own name
+        lasts_s = _lifetime(expires_s)
         with _translated_errors():
             return self._signer.generate_presigned_url(
-                method, Params={"Bucket": self._bucket, "Key": self._key(Key), **parameters}, ExpiresIn=expires_s
+                method, Params={"Bucket": self._bucket, "Key": self._key(Key), **parameters}, ExpiresIn=lasts_s
             )
+
+
+def _lifetime(expires_s: int) -> int:
+    """What a URL bears so that it ends in `expires_s` by the clock that all share: it counts from when it was signed by
+    this machine's clock, and where that is minutes behind, the URL would have expired when it is given away. One that
+    is ahead cannot sign a shorter time than a second from its own."""
+    return min(max(round(expires_s - CLOCK.off_by()), 1), _LONGEST_S)
 
 
 @contextmanager

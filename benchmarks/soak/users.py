@@ -175,8 +175,9 @@ class User:
 
     def _download(self, engine_id: str) -> None:
         sha256 = self.call("GET", f"/v1/engines/{engine_id}").json()["sha256"]
-        raw = self.call("GET", f"/v1/engines/{engine_id}/download", follow_redirects=True).content
-        if hashlib.sha256(raw).hexdigest() != sha256:
+        answer = self.call("GET", f"/v1/engines/{engine_id}/download", follow_redirects=True)
+        self._expect(answer, 200)
+        if hashlib.sha256(answer.content).hexdigest() != sha256:
             raise GaveUp(f"{engine_id}: other bytes than its digest says")
 
     def _expect(self, answer: httpx.Response, *codes: int) -> None:

@@ -6,15 +6,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import parse_qs, urlsplit
 
+import botocore.auth
 import httpx
 import pytest
 
+from app.db import clock
+from app.db.clock import SharedClock
 from app.errors import AppError
 from app.settings import StorageSettings
+from app.storage import s3
 from app.storage.base import BlobNotFound, InvalidUpload, StoredPart
 from app.storage.s3 import S3Store
 from tests.conftest import S3Bucket
@@ -62,6 +68,32 @@ def test_presigned_get_is_for_this_object_and_this_hour(store: S3Store, tmp_path
     assert httpx.put(url, content=b"y").status_code == 403
     time.sleep(2.1)
     assert httpx.get(url).status_code == 403
+
+
+@pytest.mark.parametrize("minutes", [-10, -5, 0, 5])
+def test_presigned_urls_end_when_they_should_where_this_machine_s_clock_is_off(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: int
+) -> None:
+    _put(store, tmp_path, "k", b"content")
+    upload, off, shared = store.begin_upload("u"), timedelta(minutes=minutes), SharedClock()
+    asked = shared.reading()
+    shared.learn(datetime.now(UTC), asked, shared.reading())
+    right = clock._own
+    monkeypatch.setattr(s3, "CLOCK", shared)
+    monkeypatch.setattr(clock, "_own", lambda: right() + off.total_seconds())
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: datetime.now(UTC) + off)
+    before = time.time()
+    urls = {
+        "GET": store.presigned_get("k", filename="f", expires_s=400),
+        "PUT": store.presigned_part("u", upload, 1, size_bytes=1, expires_s=400),
+    }
+    after = time.time()
+    for method, url in urls.items():
+        assert url is not None
+        assert httpx.request(method, url, content=b"x" if method == "PUT" else None).status_code == 200
+        told = parse_qs(urlsplit(url).query)
+        signed = datetime.strptime(told["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        assert before - 2 <= signed.timestamp() + int(told["X-Amz-Expires"][0]) - 400 <= after + 2
 
 
 def test_presigned_parts(store: S3Store) -> None:
