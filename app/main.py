@@ -47,6 +47,7 @@ from app.jobs.sweep import end_overdue
 from app.jobs.watcher import JobWatcher
 from app.oidc import endpoints as oidc
 from app.operations.tracing import NO_TRACING, make_tracing
+from app.operators import endpoints as operators
 from app.queue.producer import Dispatch, make_dispatch
 from app.scratch import remove_stale
 from app.settings import Settings, load_settings
@@ -112,7 +113,7 @@ def create_app(settings: Settings | None = None, *, dispatch: Dispatch | None = 
     app.state.tracing = NO_TRACING
     install_handlers(app)
     # Routes are tried in order: jobs, which are polled, come first.
-    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities, webhooks, tenants):
+    for module in (jobs, source_models, datasets, uploads, artifacts, capabilities, webhooks, tenants, operators):
         app.include_router(module.router, prefix="/v1", responses=problems(401, 403, 421, 422, 429, 500, 503))
     app.include_router(health.router)
     app.include_router(oidc.router)

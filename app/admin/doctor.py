@@ -1,4 +1,5 @@
-"""`anneal-admin doctor`: whether rows and blobs agree, and what is stuck; mends what can be mended safely."""
+"""`anneal-admin doctor`: whether rows and blobs agree, what is stuck, what machines lack to keep untrusted models
+apart; mends what can be mended safely."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from sqlalchemy import and_, or_, select
 from app.admin.desk import Desk
 from app.blobs.checkup import REMEDIES, Checkup, Finding
 from app.blobs.content import ContentStore
+from app.capabilities.service import CapabilityService
 from app.db.base import utcnow
-from app.db.orm import Job, Upload
+from app.db.orm import Job, Upload, Worker
 from app.domain.job_state import JobStatus
 from app.domain.upload_state import UploadState
 from app.errors import AppError
@@ -75,8 +77,16 @@ def run(arguments: argparse.Namespace, desk: Desk) -> int:
         )
     if provider is not None:
         desk.show([{"looked_at": "identity provider", **provider}])
+    live = CapabilityService(desk.db, desk.settings).live()
+    if live:
+        desk.show({"looked_at": "isolation", "worker": worker.id, "missing": _open(worker)} for worker in live)
     desk.show([{"looked_at": "blobs", **asdict(checkup.looked)}])
     return 1 if left.total() else 0
+
+
+def _open(worker: Worker) -> str | None:
+    """What this worker's machine lacks to keep untrusted models apart."""
+    return "; ".join((worker.hardware.get("isolation") or {}).get("missing", ())) or None
 
 
 def _row(finding: Finding) -> _Row:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import select
 
 from app.admin.desk import Desk
-from app.audit import record
-from app.blobs.retention import KINDS, LONGEST_DAYS, Policy, change_policy, policy_of
+from app.blobs.retention import KINDS, LONGEST_DAYS, Policy, policy_of
 from app.db.accounts import Tenant
+from app.operators.service import DEFAULT, NEVER, set_retention
 
 HELP = "how long tenants keep what they have"
-_NEVER, _DEFAULT = "never", "default"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _days(text: str) -> tuple[str, int | str]:
     kind, _, value = text.partition("=")
-    if kind in KINDS and value in (_NEVER, _DEFAULT):
+    if kind in KINDS and value in (NEVER, DEFAULT):
         return kind, value
     if kind in KINDS and value.isdecimal() and 1 <= int(value[:9]) <= LONGEST_DAYS:
         return kind, int(value)
@@ -55,19 +53,9 @@ def show(arguments: argparse.Namespace, desk: Desk) -> int:
 
 def change(arguments: argparse.Namespace, desk: Desk) -> int:
     """What is shorter now applies to what is there already, from the collector's next round on."""
-    wanted: Mapping[str, int | str] = dict(arguments.days)
-    own = {kind: None if days == _NEVER else int(days) for kind, days in wanted.items() if days != _DEFAULT}
-    forgotten = [kind for kind, days in wanted.items() if days == _DEFAULT]
-    with desk.db.write() as uow:
-        named = (Tenant.id == arguments.tenant) | (Tenant.name == arguments.tenant)
-        tenant_id = uow.session.scalar(select(Tenant.id).where(named))
-        if tenant_id is None:
-            desk.complain(f"There is no tenant {arguments.tenant!r}.")
-            return 1
-        change_policy(uow.session, tenant_id, own, forgotten)
-        record(uow.session, tenant_id, desk.actor, "tenant.retention", tenant_id, {"changes": dict(wanted)})
+    set_retention(desk.db, arguments.tenant, dict(arguments.days), actor=desk.actor)
     return show(arguments, desk)
 
 
 def _row(name: str, tenant_id: str, policy: Policy) -> dict[str, Any]:
-    return {"tenant": name, "id": tenant_id, **{k: _NEVER if v is None else v for k, v in asdict(policy).items()}}
+    return {"tenant": name, "id": tenant_id, **{k: NEVER if v is None else v for k, v in asdict(policy).items()}}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from sqlalchemy import select
-
 from app.admin.desk import Desk
 from app.capabilities.service import CapabilityService
-from app.db.orm import Job
-from app.jobs.schedule import RUNNING
+from app.operators.service import workers
 
 HELP = "who takes jobs; a worker that is to end its own and take no other"
 
@@ -24,20 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def show(arguments: argparse.Namespace, desk: Desk) -> int:  # noqa: ARG001 (every verb is called so)
-    workers = CapabilityService(desk.db, desk.settings)
-    live = {worker.id for worker in workers.live()}
-    held: dict[str | None, list[str]] = {}
-    with desk.db.read() as session:
-        for owner, job_id in session.execute(select(Job.lease_owner, Job.id).where(Job.status == RUNNING)):
-            held.setdefault(owner, []).append(job_id)
-    rows = []
-    for worker in workers.known():
-        state = "live" if worker.id in live else "gone"
-        if worker.draining_at is not None and worker.stopped_at is None:
-            state = "draining"
-        jobs = held.get(worker.id, [])
-        rows.append({"id": worker.id, "state": state, "last_seen_at": worker.last_seen_at, "jobs": jobs})
-    desk.show(rows)
+    found = workers(desk.db, CapabilityService(desk.db, desk.settings))
+    desk.show({"id": w.worker.id, "state": w.state, "last_seen_at": w.last_seen_at, "jobs": [*w.jobs]} for w in found)
     return 0
 
 

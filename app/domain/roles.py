@@ -7,17 +7,19 @@ from enum import StrEnum
 
 class Role(StrEnum):
     """`read`: look and download. `submit`: upload, run and cancel jobs, delete what is the tenant's. `admin`: the
-    tenant's keys and its audit rows, too."""
+    tenant's keys and its audit rows, too. `operator`: what `anneal-admin` does, of all tenants (`/v1/operator`); only
+    the command line makes such a key."""
 
     READ = "read"
     SUBMIT = "submit"
     ADMIN = "admin"
+    OPERATOR = "operator"
 
     def may(self, needed: Role) -> bool:
         return _ORDER.index(self) >= _ORDER.index(needed)
 
 
-_ORDER = (Role.READ, Role.SUBMIT, Role.ADMIN)
+_ORDER = tuple(Role)
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 

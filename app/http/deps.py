@@ -48,9 +48,14 @@ async def _admin(request: Request) -> None:
     (await current_caller(request)).require(Role.ADMIN)
 
 
+async def _operator(request: Request) -> None:
+    (await current_caller(request)).require(Role.OPERATOR)
+
+
 # What a route says whose request needs more than its method does (`app.domain.roles.needed_by`, seen to for all by
 # `KeyMiddleware`): `@router.get("", **ADMIN)`. The document tells it as the operation's security.
 ADMIN: Any = {"dependencies": [Depends(_admin)], "openapi_extra": {NEEDED: Role.ADMIN.value}}
+OPERATOR: Any = {"dependencies": [Depends(_operator)]}  # of a router; `app.http.openapi` knows its paths
 
 
 async def get_page(

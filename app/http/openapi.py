@@ -7,13 +7,14 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.domain.roles import needed_by
+from app.domain.roles import Role, needed_by
 from app.http.problem import Problem
 
 DESCRIPTION = """Inference optimization as a service: upload a trained model, get back an engine that was measured to
 be faster, with the evidence. Errors are `application/problem+json` (RFC 9457)."""
 
 NEEDED = "x-needed-role"  # of an operation, on its way to its `security`
+_OPERATORS = "/v1/operator/"
 
 _API_KEY = {
     "type": "http",
@@ -21,7 +22,7 @@ _API_KEY = {
     "description": "`ank_…`, made by the operator or an admin of the tenant. Not needed where the service listens on "
     "loopback without keys. Each operation names the role that its key must have: `read` looks and downloads; "
     "`submit` may do so too, upload, run, cancel and delete; `admin` may do all of it, and has the tenant's keys and "
-    "audit rows.",
+    "audit rows; `operator`, whose keys only `anneal-admin` makes, runs the service.",
 }
 _ACCESS_TOKEN = {
     "type": "http",
@@ -51,7 +52,8 @@ def describe(app: FastAPI) -> None:
             for path, operations in document["paths"].items():
                 if path.startswith("/v1/"):
                     for method, operation in operations.items():
-                        needed = operation.pop(NEEDED, needed_by(method.upper()).value)
+                        usual = Role.OPERATOR if path.startswith(_OPERATORS) else needed_by(method.upper())
+                        needed = operation.pop(NEEDED, usual.value)
                         operation["security"] = [{"ApiKey": [needed]}, {"AccessToken": [needed]}]
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")

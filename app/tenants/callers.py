@@ -72,6 +72,8 @@ class Caller:
         if not self.role.may(role):
             detail = f"This needs a key of the role {role.value!r}; this one has the role {self.role.value!r}."
             remedy = "Use a key of that role: an admin of the tenant makes one with POST /v1/keys, or an operator does."
+            if role is Role.OPERATOR:
+                remedy = "`anneal-admin keys create --role operator` makes one; without keys use `anneal-admin` itself."
             if self.subject is not None:
                 detail = f"This needs the role {role.value!r}; the identity provider gives you {self.role.value!r}."
                 remedy = "Ask whoever runs the identity provider for that role, or use a key of it."

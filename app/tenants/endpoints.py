@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from app.db.accounts import ApiKey, AuditEvent
+from app.domain.roles import Role
 from app.errors import not_found
 from app.http.deps import ADMIN, CallerDep, PageDep, ServicesDep, path_id
 from app.http.pagination import page_response
@@ -101,6 +102,9 @@ def revoke_key(services: ServicesDep, caller: CallerDep, key_id: KeyId) -> None:
 def rotate_key(services: ServicesDep, caller: CallerDep, key_id: KeyId, body: RotationIn | None = None) -> Response:
     """A new key in the place of this one, of the same name and role; this one goes on for the grace. The answer shows
     the new key, this once."""
+    row = services.keys.get(caller.tenant_id, key_id)
+    if row is not None:  # a key in the place of an operator's is one
+        caller.require(Role(row.role))
     grace = timedelta(seconds=(body or RotationIn()).grace_seconds)
     return _made(services.keys.rotate(caller.tenant_id, key_id, grace, actor=caller.actor))
 

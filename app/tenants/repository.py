@@ -32,6 +32,11 @@ class TenantRepository:
     def all(self) -> Sequence[Tenant]:
         return [*self.session.scalars(select(Tenant).order_by(Tenant.name))]
 
+    def tenants(self, *, limit: int, before: str | None = None) -> Sequence[Tenant]:
+        """Newest first."""
+        query = select(Tenant).order_by(Tenant.id.desc()).limit(limit)
+        return [*self.session.scalars(query if before is None else query.where(Tenant.id < before))]
+
     # Keys
 
     def key(self, which: ColumnElement[bool], *, tenant_id: str | None = None, lock: bool = False) -> ApiKey | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,7 +46,7 @@ class KeyIn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: UploadName = Field(description="What the key is for")
-    role: Role = Field(default=Role.SUBMIT, description="What it may do")
+    role: Literal[Role.READ, Role.SUBMIT, Role.ADMIN] = Field(default=Role.SUBMIT, description="What it may do")
     expires_in_days: int | None = Field(
         default=None, ge=1, le=LONGEST_LIFE.days, description="null: it does not end by itself"
     )

@@ -37,6 +37,11 @@ class TenantService:
         with self._db.read() as session:
             return TenantRepository(session).all()
 
+    def page(self, limit: int, before: str | None = None) -> Sequence[Tenant]:
+        """Newest first."""
+        with self._db.read() as session:
+            return TenantRepository(session).tenants(limit=limit, before=before)
+
     def get(self, which: str) -> Tenant:
         with self._db.read() as session:
             return _tenant(session, which)

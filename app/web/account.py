@@ -70,9 +70,9 @@ def make_key(request: Request, services: ServicesDep, caller: Admin, form: SentF
     problem, made = None, None
     try:
         name, days = clean_name(text_field(form, "name"), ""), text_field(form, "days")
-        made = services.keys.make(
-            caller.tenant_id, name, _role(text_field(form, "role")), _life(days), actor=caller.actor
-        )
+        role = _role(text_field(form, "role"))
+        caller.require(role)
+        made = services.keys.make(caller.tenant_id, name, role, _life(days), actor=caller.actor)
     except AppError as error:
         problem = error
     return _keys(request, services, caller, made, problem)

@@ -38,7 +38,7 @@ def test_errors_are_problems(document: dict[str, Any]) -> None:
         if path.startswith("/v1"):
             assert {"401", "422", "500", "503"} <= set(operation["responses"])
             key, token = operation["security"]
-            assert key["ApiKey"] in (["read"], ["submit"], ["admin"]), (path, method)
+            assert key["ApiKey"] in (["read"], ["submit"], ["admin"], ["operator"]), (path, method)
             assert token["AccessToken"] == key["ApiKey"], (path, method)
 
 
@@ -85,7 +85,7 @@ def test_limits_are_told(document: dict[str, Any]) -> None:
         assert (parameters["name"]["minLength"], parameters["name"]["maxLength"]) == (1, 200)
         assert (parameters["filename"]["minLength"], parameters["filename"]["maxLength"]) == (1, 255)
     lists = [o for _, method, o in operations(document) if method == "get" and "Page" in json.dumps(o["responses"])]
-    assert len(lists) == 9
+    assert len(lists) == 12
     for operation in lists:
         (cursor,) = (p["schema"] for p in operation["parameters"] if p["name"] == "cursor")
         assert cursor["pattern"] == "^[A-Za-z0-9_-]{1,100}$"

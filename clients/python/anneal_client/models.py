@@ -244,6 +244,47 @@ class Model(Answer):
     size_bytes: int
 
 
+class OperatorAudit(Answer):
+    """Something that was done, and in whose name; null where that is not known."""
+
+    action: str  # What is acted on, and how
+    actor: str
+    created_at: datetime
+    detail: dict[str, Any]
+    id: str
+    resource: str | None  # Its id
+    tenant_id: str | None
+
+
+class OperatorKey(Answer):
+    """A key, and whose."""
+
+    created_at: datetime
+    expires_at: datetime | None
+    id: str
+    last_used_at: datetime | None  # To within a minute
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    revoked_at: datetime | None
+    role: Role
+    tenant_id: str
+
+
+class OperatorKeyMade(Answer):
+    """A new key, and whose. It is shown this once."""
+
+    created_at: datetime
+    expires_at: datetime | None
+    id: str
+    key: str
+    last_used_at: datetime | None  # To within a minute
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    revoked_at: datetime | None
+    role: Role
+    tenant_id: str
+
+
 class Part(Answer):
     number: int
     size_bytes: int
@@ -253,6 +294,18 @@ class PartUrl(Answer):
     number: int
     size_bytes: int  # What the part must have, exactly
     url: str  # PUT it here; on S3 presigned
+
+
+class PlanList(Answer):
+    """All plans, by name."""
+
+    plans: list[Plan]
+
+
+class Plan(Answer):
+    created_at: datetime
+    limits: Limits
+    name: str
 
 
 class Plugin(Answer):
@@ -328,11 +381,49 @@ class Refused(Answer):
     tensor: str | None
 
 
+class Requeued(Answer):
+    jobs: list[str]  # Those that went back to the queue
+
+
+class Retention(Answer):
+    """Days until each kind expires; null: never."""
+
+    datasets: int | None
+    engines: int | None
+    events: int | None
+    jobs: int | None
+    models: int | None
+    results: int | None
+    uploads: int | None
+
+
 class Role(Answer):
     """`read`: look and download. `submit`: upload, run and cancel jobs, delete what is the tenant's. `admin`: the
-    tenant's keys and its audit rows, too."""
+    tenant's keys and its audit rows, too. `operator`: what `anneal-admin` does, of all tenants (`/v1/operator`); only
+    the command line makes such a key."""
 
     pass
+
+
+class SessionList(Answer):
+    """Those that have not ended, newest first."""
+
+    sessions: list[Session]
+
+
+class Session(Answer):
+    """A browser that somebody signed in with at the identity provider."""
+
+    created_at: datetime
+    expires_at: datetime
+    name: str | None
+    role: str
+    subject: str
+    tenant_id: str
+
+
+class SessionsEnded(Answer):
+    ended: int
 
 
 class Stage(Answer, defaults={"cached": False}):
@@ -358,6 +449,21 @@ class Tenant(Answer):
     plan: str
     role: Role  # Of the key or the token that asks
     subject: str | None
+    usage: Usage
+
+
+class TenantStanding(Answer):
+    """A tenant, what holds for it, and what it uses."""
+
+    created_at: datetime
+    disabled_at: datetime | None
+    id: str
+    limits: Limits
+    links: dict[str, str]  # Paths of this API that belong to the resource
+    name: str
+    own_limits: list[str]  # Names of those that are its own, not its plan's
+    plan: str
+    retention: Retention
     usage: Usage
 
 
@@ -475,6 +581,12 @@ class WebhookSecret(Answer):
     url: str
 
 
+class WorkerList(Answer):
+    """Workers of the last 24 hours."""
+
+    workers: list[WorkerState]
+
+
 class Worker(Answer, defaults={"builds": {}, "examines": {}, "plugins": []}):
     backends: list[Backend]
     builds: dict[str, dict[str, list[str]]]
@@ -489,3 +601,14 @@ class Worker(Answer, defaults={"builds": {}, "examines": {}, "plugins": []}):
     plugins: list[Plugin]
     queues: list[str]
     started_at: datetime
+
+
+class WorkerState(Answer):
+    hardware: str | None
+    hostname: str
+    id: str
+    jobs: list[str]  # Those that it holds
+    last_seen_at: datetime
+    missing: list[str]  # What this machine lacks to keep untrusted models apart
+    queues: list[str]
+    state: Literal["live", "draining", "gone"]
