@@ -100,13 +100,19 @@ def judged() -> Callable[..., tuple[Judged, Stages, Found]]:
         gains: Mapping[str, float] | None = None,
         losses: Mapping[str, float] | None = None,
         free_axes: bool = False,
+        bases: Mapping[str, str] | None = None,
         **changes: Any,
     ) -> tuple[Judged, Stages, Found]:
-        """`screened`: the finalists, and what a short timing said of their speed."""
+        """`screened`: the finalists, and what a short timing said of their speed. `bases`: what they were mended
+        from."""
         stages = Stages(spec(**changes), gains or screened, losses or {})
         states = {
             cid: CandidateState(
-                candidate(cid), speed=Speed(gain, 0.97 * gain, 1.03 * gain), figures=figures(gain), finalist=True
+                candidate(cid),
+                base=(bases or {}).get(cid),
+                speed=Speed(gain, 0.97 * gain, 1.03 * gain),
+                figures=figures(gain),
+                finalist=True,
             )
             for cid, gain in screened.items()
         }
@@ -158,6 +164,36 @@ def test_who_was_spared_is_measured_after_all_where_the_fastest_does_not_ship(ju
     assert stages.confirmed == ["int8", "fp32"]
     assert done.verdict.picked == "fp32"
     assert [note["decision"] for note in found.runs[1].history][-2:] == ["dropped", "measured after all"]
+
+
+MENDED = {"int8.keep1": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("screened", "losses", "timed"),
+    [
+        ({"int8": 3.0, "int8.keep1": 2.95, "fp32": 1.2}, {}, ["int8"]),
+        ({"int8.keep1": 3.0, "int8": 2.98, "fp32": 1.2}, {}, ["int8.keep1"]),  # by chance the faster one
+        ({"int8": 3.0, "int8.keep1": 2.95, "fp32": 1.2}, {"int8": 2.0}, ["int8", "int8.keep1"]),
+        ({"int8": 3.0, "int8.keep1": 3.2, "fp32": 1.2}, {}, ["int8", "int8.keep1"]),  # it is clearly faster
+        ({"int8": 3.0, "bf16": 2.95}, {}, ["int8", "bf16"]),  # another engine, which may win
+    ],
+)
+def test_what_was_mended_in_case_the_fastest_loses_too_much_is_measured_only_where_it_does(
+    judged: Any, screened: Mapping[str, float], losses: Mapping[str, float], timed: list[str]
+) -> None:
+    done, stages, _ = judged(screened, losses=losses, bases=MENDED)
+    assert stages.timed == [timed]
+    assert done.verdict.picked in timed
+    assert not losses.get(str(done.verdict.picked))
+
+
+def test_what_was_mended_is_measured_after_all_where_the_fastest_turns_out_slow(judged: Any) -> None:
+    screened = {"int8": 3.0, "int8.keep1": 2.95}
+    done, stages, found = judged(screened, gains={"int8": 0.8, "int8.keep1": 2.0}, bases=MENDED)
+    assert stages.timed[:2] == [["int8"], ["int8.keep1"]]
+    assert done.verdict.picked == "int8.keep1"
+    assert "in case int8 loses too much" in str([note.get("reason") for note in found.runs[1].history])
 
 
 def test_what_the_search_hands_over_is_done() -> None:

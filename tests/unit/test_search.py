@@ -359,10 +359,34 @@ def test_accuracy_is_won_back_node_by_node(search: Any) -> None:
 
 
 def test_the_first_way_that_keeps_the_limit_is_enough(search: Any) -> None:
-    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=3.0), "int8.equalized-0.8": Truth(3.0, loss=0.5)}
-    found, script = search(truths, nodes=["n0"])
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=1.5), "int8.equalized-0.8": Truth(3.0, loss=0.5)}
+    found, script = search(truths, nodes=["n0"], call_ms=50.0)  # a sensitivity takes a minute
     assert _finalists(found)[0].startswith("int8.equalized-0")
     assert "sensitivity" not in script.asked("stage")
+
+
+def test_near_the_limit_a_few_nodes_are_kept_before_anything_is_calibrated_anew(search: Any) -> None:
+    """Four ways that take a calibration each were tried before, and none helped."""
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=1.17, cost_s=20.0), "int8.keep1": Truth(2.9, loss=0.6)}
+    _, script = search(truths, nodes=[f"n{i}" for i in range(12)], keeping_is_cheap=True)
+    assert [cid for cid in script.asked("make") if cid.startswith("int8.") and "keep" in cid] == ["int8.keep1"]
+    assert not [cid for cid in script.asked("make") if "percentile" in cid or "equalized" in cid]
+
+
+def test_where_no_number_of_nodes_is_enough_other_ranges_are_tried(search: Any) -> None:
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=1.17), "int8.mse": Truth(3.0, loss=0.9)}
+    found, script = search(truths, nodes=[f"n{i}" for i in range(4)], keeping_is_cheap=True)
+    assert [cid for cid in script.asked("make") if "keep" in cid] == ["int8.keep1", "int8.keep2"]
+    assert _finalists(found)[0].startswith("int8.mse")
+
+
+def test_what_hardly_helps_is_not_tried_and_the_report_says_so(search: Any) -> None:
+    """Other ranges take away a quarter of a loss at the most, and this one is nine times the limit."""
+    found, script = search({"fp32": Truth(1.2), "int8": Truth(3.0, loss=9.0)}, nodes=["n0", "n1"])
+    assert not [cid for cid in script.asked("make") if "percentile" in cid]
+    assert "int8.keep1" in script.asked("make")
+    notes = next(r.history for r in found.runs if r.plan.id == "int8")
+    assert any("hardly expected to bring its loss within the limit" in str(n.get("reason")) for n in notes)
 
 
 def test_nothing_is_won_back_where_it_would_not_be_the_fastest_or_is_not_wanted(search: Any) -> None:

@@ -164,11 +164,11 @@ class Finals:
             return []
         known = found.state.candidates
         others = [known[r.plan.id] for r in found.finalists[found.finalists.index(leader) + 1 :]]
-        ids = spared(found.facts, known[leader.plan.id], leader.confirmed.data, others)
+        why = spared(found.facts, known[leader.plan.id], leader.confirmed.data, others)
         answering = found.pair and (found.pair.small, found.pair.large)
-        runs = [r for r in found.finalists if r.plan.id in ids and r.plan.id not in (answering or ())]
+        runs = [r for r in found.finalists if r.plan.id in why and r.plan.id not in (answering or ())]
         for run in runs:
-            run.drop("final", f"it cannot reach {leader.plan.name}, which keeps the limit on the confirming samples")
+            run.drop("final", f"{why[run.plan.id]}; that one keeps the limit on the confirming samples")
         return runs
 
     def _taken_back(self, until: float) -> list[CandidateRun]:

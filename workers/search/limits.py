@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+Factor = tuple[float, float]
+
 # Who goes on
 
 MOST_FINALISTS = 2  # that can win; the fastest safe one beside them. A third that is as fast is nothing lost
@@ -48,7 +50,13 @@ KEEPING = 0.5  # likewise, where keeping nodes in higher precision takes no new 
 MENDED = 0.95  # of the speed of the engine that it was made from, about, is what a mended one keeps
 ALPHAS = (0.8, 0.5)  # of the equalization; the first helped real embedding models, the second helps with outliers
 REMAKING = 3.0  # times what the quantization took: else there is no time to calibrate anew, and to judge that
-HOPELESS = 10.0  # times the limit: other ranges do not mend that, some nodes do
+# Mean and deviation of the logarithm of what a way leaves of the loss, as measured (docs/quantization.md).
+EQUALIZED: Factor = (-0.5, 1.0)  # halves it or more in some transformers, and makes it worse with the wrong alpha
+RECALIBRATED: Factor = (0.05, 0.25)  # from a quarter less to a quarter more
+KEPT: Factor = (-1.4, 1.0)  # with up to half of the work in higher precision
+LEAST_GAIN = 0.005  # that a way is expected to bring: its chance times the logarithm of what is faster then
+LITTLE_GAIN = 0.01  # likewise, where nothing is faster: what is mended is smaller, or its speed is not known so well
+LEAST_LIMIT = 0.1  # percent of loss: a limit of less is taken as this, for the chances
 FIRST_KEPT = 1 / 32  # of the work of the quantized nodes, where the search for their number begins
 FEW_KEPT = 1 / 24  # likewise: to keep less than that gains nothing that could be measured
 MOST_KEPT = 0.5  # likewise: beyond that the gain is gone

@@ -1,6 +1,6 @@
-"""Winning accuracy back where a quantized candidate loses more than the job allows: other calibration, equalization,
-the most sensitive nodes in higher precision, and at last trained weights, until the limit holds or the time is over.
-Pure."""
+"""Winning accuracy back where a quantized candidate loses more than the job allows: the most sensitive nodes in higher
+precision, equalization, other calibration, whichever is expected to gain most for its time (`ways`); at last trained
+weights. Until the limit holds or the time is over. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from workers.candidates import Candidate
-from workers.search import checking, halving, limits, ranking, requantized
+from workers.search import checking, halving, limits, ranking, requantized, ways
 from workers.search.draft import Draft
 from workers.search.requests import Answer, Judge, Make, Rank, Request, TryShapes
 from workers.search.state import Mending, Phase
@@ -78,16 +78,16 @@ def _worth_it(d: Draft, cid: str) -> bool:
 
 
 def _start(d: Draft, cid: str) -> None:
-    found = d.put(cid, mending_tried=True)
-    assert found.built is not None
-    index, step = requantized.quantization(found.plan)
-    # What quantizing anew takes: as it did, or an inference a sample where the first came from the cache.
-    samples = min(int(step.options.get("max_samples", 0)), d.facts.calibrating)
-    remaking = limits.REMAKING * max(found.built.seconds[index], samples * d.state.sample_ms / 1e3)
-    ways = requantized.other_ways(d.facts, found.plan, found.loss.get("loss_percent") or 0.0)
+    d.put(cid, mending_tried=True)
     # Until there is just the time left to time what it mends.
     until = d.deadlines.search_until - limits.TIMINGS_KEPT * d.state.seconds_each
-    d.state.mending = Mending(cid, until, ways, remaking)
+    samples = sensitivity_samples(d.state.sample_ms, d.left(until))
+    found = ways.in_order(d, cid, samples)
+    hopeless = [way.candidate.name for way in found if way.candidate is not None and not ways.worth_it(way)]
+    if hopeless:
+        d.note(cid, PHASE, "not tried", f"hardly expected to bring its loss within the limit: {'; '.join(hopeless)}")
+    remaking = limits.REMAKING * ways.quantizing_seconds(d, cid)
+    d.state.mending = Mending(cid, until, tuple(filter(ways.worth_it, found)), remaking)
 
 
 def _next(d: Draft) -> Request | None:
@@ -100,15 +100,17 @@ def _next(d: Draft) -> Request | None:
             if request is not None:
                 return request
             _judged(d, mending.trying)
-        elif mending.ways is not None:
-            _next_way(d, mending)
-        elif mending.ranked is None:
-            return _rank(d, mending)
-        elif not mending.keep or d.over(mending.until):
-            if not _train(d, mending):
-                return None
-        else:
+        elif mending.ranking:
+            rank = _rank(d, mending)
+            if rank is not None:
+                return rank
+            _change(d, ranking=False)
+        elif mending.keep and not d.over(mending.until):
             _try(d, requantized.kept(d[mending.of].plan, mending.ranked[: mending.keep]))
+        elif mending.ways and mending.best is None:
+            _next_way(d, mending)
+        elif not _train(d, mending):
+            return None
 
 
 def _change(d: Draft, **changes: object) -> Mending:
@@ -118,14 +120,17 @@ def _change(d: Draft, **changes: object) -> Mending:
 
 
 def _next_way(d: Draft, mending: Mending) -> None:
-    if mending.ways and d.left(mending.until) < mending.remaking:
-        why = f"{mending.ways[0].name}: the time left does not hold calibrating anew"
-        d.note(mending.of, PHASE, "not tried", why)
-    elif mending.ways and not d.over(mending.until):
-        _change(d, ways=mending.ways[1:])
-        _try(d, mending.ways[0])
-        return
-    _change(d, ways=None)
+    way = mending.ways[0].candidate
+    mending = _change(d, ways=mending.ways[1:], keep=0)
+    if d.over(mending.until):
+        _change(d, ways=())
+    elif way is None:
+        _change(d, ranking=True)
+    elif d.left(mending.until) < mending.remaking:
+        d.note(mending.of, PHASE, "not tried", f"{way.name}: the time left does not hold calibrating anew")
+        _change(d, ways=tuple(w for w in mending.ways if w.candidate is None))
+    else:
+        _try(d, way)
 
 
 def _try(d: Draft, candidate: Candidate) -> None:
@@ -153,13 +158,8 @@ def _judged(d: Draft, cid: str) -> None:
             d.drop(mending.best, PHASE, why)
         d.note(cid, PHASE, "keeps the limit")
         mending = _change(d, best=cid)
-    if mending.trained:
-        return
-    if mending.ranked is None:
-        if keeps:  # another way to quantize the same nodes
-            _change(d, ways=None, ranked=(), keep=0)
-        return
-    _number(d, mending, keeps=keeps)
+    if mending.keep:
+        _number(d, mending, keeps=keeps)
 
 
 def _train(d: Draft, mending: Mending) -> bool:
@@ -250,14 +250,14 @@ def _ranked(d: Draft, answer: Answer) -> None:
     assert mending is not None
     if "why_not" in answer:
         d.note(mending.of, PHASE, "no sensitivity", str(answer["why_not"]))
-        _change(d, ranked=())
+        _change(d, ranking=False)
         return
     nodes = answer["nodes"]
     worst = [{"node": n["name"], "error": n["error"]} for n in nodes[:10]]
     d.note(mending.of, PHASE, "sensitivity", worst=worst)
     ranked, shares = ranking.in_order(nodes, squared=answer.get("metric") == "normalized_error")
     first, most = max(1, _having(shares, limits.FIRST_KEPT)), _having(shares, limits.MOST_KEPT)
-    _change(d, ranked=ranked, shares=shares, keep=first if first <= most else 0)
+    _change(d, ranking=False, ranked=ranked, shares=shares, keep=first if first <= most else 0)
 
 
 def _graph(d: Draft, cid: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from workers.candidates import Candidate, Step
-from workers.search.limits import ALPHAS, HOPELESS
+from workers.search.limits import ALPHAS
 from workers.search.state import Facts
 
 
@@ -21,19 +21,24 @@ def quantization(plan: Candidate) -> tuple[int, Step]:
     return next((i, s) for i, s in enumerate(plan.steps) if s.rounding is not None)
 
 
-def other_ways(facts: Facts, plan: Candidate, loss: float) -> tuple[Candidate, ...]:
-    """To quantize the same nodes. `loss`: percent, of the candidate as it is."""
+def equalized(facts: Facts, plan: Candidate) -> tuple[Candidate, ...]:
+    """The same nodes quantized after their activations were evened out."""
     index, step = quantization(plan)
-    assert step.rounding is not None
-    found: list[Candidate] = []
-    if step.rounding.in_onnx and facts.products and facts.has_calibration:
-        found += [_equalized(plan, index, alpha, same_data=facts.same_data) for alpha in ALPHAS]
-    spec = facts.spec
-    free = spec.calibration is not None and spec.calibration.method == "auto"
-    if "method" in step.options and free and loss <= HOPELESS * max(spec.validation.max_accuracy_loss_percent, 0.1):
-        for method in (m for m in step.rounding.calibrations if m != step.options["method"]):
-            other = replace(step, options={**step.options, "method": method})
-            found.append(_changed(plan, index, other, method, f"{method} calibration"))
+    if step.rounding is None or not (step.rounding.in_onnx and facts.products and facts.has_calibration):
+        return ()
+    return tuple(_equalized(plan, index, alpha, same_data=facts.same_data) for alpha in ALPHAS)
+
+
+def calibrated_otherwise(facts: Facts, plan: Candidate) -> tuple[Candidate, ...]:
+    """The same nodes with other ranges; none where the job asks for a method."""
+    index, step = quantization(plan)
+    free = facts.spec.calibration is not None and facts.spec.calibration.method == "auto"
+    if step.rounding is None or "method" not in step.options or not free:
+        return ()
+    found = []
+    for method in (m for m in step.rounding.calibrations if m != step.options["method"]):
+        other = replace(step, options={**step.options, "method": method})
+        found.append(_changed(plan, index, other, method, f"{method} calibration"))
     return tuple(found)
 
 

@@ -17,24 +17,38 @@ def spared(
     leader: CandidateState,
     confirmed: Mapping[str, Any] | None,
     others: Sequence[CandidateState],
-) -> list[str]:
-    """Ids of those of `others` that cannot win where the leader ships, and it will: it keeps the limit on the samples
-    that nobody chose by (`confirmed`), and was clearly faster at every batch size. A safe finalist is there for a
-    leader that fails; most fail by their accuracy, which is known before anything is timed in full.
+) -> dict[str, str]:
+    """Ids of those of `others` that cannot win where the leader ships, and why; and it will: it keeps the limit on the
+    samples that nobody chose by (`confirmed`), and was clearly faster at every batch size. A safe finalist is there for
+    a leader that fails, and so is what was mended of it; most fail by their accuracy, which is known before anything is
+    timed in full.
 
     Nobody is spared where only the full measurement tells: of other shapes, and of limits on p99, throughput or memory.
     """
     spec, limits = facts.spec, facts.spec.constraints
     limited = (limits.p99_latency_ms, limits.min_throughput_qps, limits.max_memory_mb)
     if facts.free_axes or any(limit is not None for limit in limited) or leader.speed is None:
-        return []
+        return {}
     plan = leader.plan
     if not all(c.passed for c in accuracy_checks(spec, confirmed, lossless=plan.lossless, narrows=plan.narrows)):
-        return []
+        return {}
     low = leader.speed.low
     if low < CLEARLY_FASTER or not _faster_everywhere(facts, leader.figures or {}):
-        return []
-    return [c.plan.id for c in others if c.speed is not None and not halving.can_win(c.speed, low)]
+        return {}
+    found = {}
+    for other in others:
+        if other.speed is None:
+            continue
+        if not halving.can_win(other.speed, low):
+            found[other.plan.id] = f"it cannot reach {plan.name}"
+        elif _origin(other) == _origin(leader) and other.speed.low <= leader.speed.ratio:
+            found[other.plan.id] = f"it is there in case {plan.name} loses too much"
+    return found
+
+
+def _origin(candidate: CandidateState) -> str:
+    """The engine that it was mended from, or loads with other options; else itself."""
+    return candidate.base or candidate.of or candidate.plan.id
 
 
 def _faster_everywhere(facts: Facts, figures: Mapping[str, Any]) -> bool:

@@ -186,18 +186,29 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Way:
+    """One to win accuracy back: another `candidate`, or nodes in higher precision (None). `gain`: expected, as the
+    logarithm of what is faster then; `seconds`: that it takes."""
+
+    candidate: Candidate | None
+    gain: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Mending:
-    """What is tried for one candidate. `ways`: other ways to quantize the same nodes, yet to try, or None where that is
-    over; `remaking`: seconds that one takes. `ranked`: nodes, those first that are worth most in higher precision, None
-    before they are known; `shares`: of all work, that so many of them have. `keep`: so many of them are tried next, 0
-    where no more are; `failed` were too few, `held` are enough (0: none yet). `trained`: whether trained weights were
-    tried. `trying`: who is being made and checked. `best`: who keeps the limit."""
+    """What is tried for one candidate. `ways`: yet to try, in this order; `remaking`: seconds that have to be left for
+    one that quantizes anew. `ranking`: whether the sensitivity is asked for; `ranked`: nodes, those first that are
+    worth most in higher precision; `shares`: of all work, that so many of them have. `keep`: so many of them are tried
+    next, 0 where no more are; `failed` were too few, `held` are enough (0: none yet). `trained`: whether trained
+    weights were tried. `trying`: who is being made and checked. `best`: who keeps the limit."""
 
     of: str
     until: float
-    ways: tuple[Candidate, ...] | None
+    ways: tuple[Way, ...]
     remaking: float
-    ranked: tuple[str, ...] | None = None
+    ranking: bool = False
+    ranked: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
     keep: int = 0
     failed: int = 0
