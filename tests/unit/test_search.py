@@ -369,15 +369,33 @@ def test_near_the_limit_a_few_nodes_are_kept_before_anything_is_calibrated_anew(
     """Four ways that take a calibration each were tried before, and none helped."""
     truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=1.17, cost_s=20.0), "int8.keep1": Truth(2.9, loss=0.6)}
     _, script = search(truths, nodes=[f"n{i}" for i in range(12)], keeping_is_cheap=True)
-    assert [cid for cid in script.asked("make") if cid.startswith("int8.") and "keep" in cid] == ["int8.keep1"]
+    assert [cid for cid in script.asked("check") if cid.startswith("int8.")] == ["int8.keep1"]
     assert not [cid for cid in script.asked("make") if "percentile" in cid or "equalized" in cid]
 
 
 def test_where_no_number_of_nodes_is_enough_other_ranges_are_tried(search: Any) -> None:
     truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=1.17), "int8.mse": Truth(3.0, loss=0.9)}
     found, script = search(truths, nodes=[f"n{i}" for i in range(4)], keeping_is_cheap=True)
-    assert [cid for cid in script.asked("make") if "keep" in cid] == ["int8.keep1", "int8.keep2"]
+    assert [cid for cid in script.asked("check") if "keep" in cid] == ["int8.keep1", "int8.keep2"]
     assert _finalists(found)[0].startswith("int8.mse")
+
+
+def test_of_two_engines_of_one_graph_the_one_that_is_no_faster_is_not_mended(search: Any) -> None:
+    truths = {"fp32": Truth(1.2), "int8-a": Truth(3.0, loss=1.5), "int8-b": Truth(2.95, loss=1.5)}
+    kept = {f"{cid}.keep1": Truth(2.9, loss=0.5) for cid in ("int8-a", "int8-b")}
+    for graphs, mended in (({"int8-a": "one", "int8-b": "one"}, ["int8-a"]), ({}, ["int8-a", "int8-b"])):
+        found, script = search({**truths, **kept}, nodes=["n0", "n1"], graphs=graphs, keeping_is_cheap=True)
+        assert [cid.split(".")[0] for cid in script.asked("check") if "keep" in cid] == mended
+        notes = next(r.history for r in found.runs if r.plan.id == "int8-b")
+        assert any("graph of int8-a, which was mended" in str(n.get("reason")) for n in notes) is bool(graphs)
+
+
+def test_a_number_of_nodes_that_differs_by_little_work_is_not_tried(search: Any) -> None:
+    truths = {"fp32": Truth(1.2), "int8": Truth(3.0, loss=3.0)}
+    kept = {f"int8.keep{n}": Truth(2.9, loss=0.5) for n in (7, 8)}
+    _, script = search({**truths, **kept}, nodes=[f"n{i}" for i in range(128)], keeping_is_cheap=True)
+    numbers = [cid for cid in script.asked("check") if "keep" in cid]
+    assert numbers == ["int8.keep4", "int8.keep8"], "four nodes are a 32nd of the work, and six save no time"
 
 
 def test_what_hardly_helps_is_not_tried_and_the_report_says_so(search: Any) -> None:

@@ -15,10 +15,17 @@ from workers.search.state import Built, Phase, SearchState, Way
 
 
 def draft(
-    *, loss: float | None = 1.2, seconds: float = 6.0, sample_ms: float = 2.0, reached: float = 1.5, reuses: bool = True
+    *,
+    loss: float | None = 1.2,
+    seconds: float = 6.0,
+    sample_ms: float = 2.0,
+    reached: float = 1.5,
+    reuses: bool = True,
+    method: str = "auto",
 ) -> Draft:
     """Of a search that holds one int8 engine, three times as fast as the original."""
-    spec = OptimizationSpec.model_validate({"model_id": "m", "calibration": {"dataset_id": "d"}})
+    calibration = {"dataset_id": "d", "method": method}
+    spec = OptimizationSpec.model_validate({"model_id": "m", "calibration": calibration})
     world = World({"int8": Truth()}, spec)
     state = SearchState({}, world.deadlines(), Phase.MENDING, few=96, sample_ms=sample_ms, reached=reached)
     d = Draft(world.facts(), state, 0.0, lambda _: ())
@@ -73,8 +80,4 @@ def test_what_is_not_known_divides_by_nothing(changes: dict[str, Any]) -> None:
 
 
 def test_no_ranges_but_the_job_s_are_tried_where_it_names_a_method() -> None:
-    d = draft()
-    calibration = d.spec.calibration
-    assert calibration is not None
-    calibration.method = "minmax"
-    assert "percentile" not in names(ways.in_order(d, "int8", samples=16))
+    assert "percentile" not in names(ways.in_order(draft(method="minmax"), "int8", samples=16))

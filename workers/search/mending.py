@@ -68,6 +68,10 @@ def _worth_it(d: Draft, cid: str) -> bool:
     if whose is not None:
         d.note(cid, PHASE, "not tried", f"it is the graph of {whose}, which could not be mended")
         return False
+    twin = next((i for i in _mended_from(d) if _is_twin(d, i, cid)), None)
+    if twin is not None:
+        d.note(cid, PHASE, "not tried", f"it is the graph of {twin}, which was mended")
+        return False
     assert found.built is not None
     share = limits.KEEPING if found.built.reuses else limits.MENDING
     if d.search_left < share * sum(found.built.seconds):
@@ -195,8 +199,9 @@ def _number(d: Draft, mending: Mending, *, keeps: bool) -> None:
     if not held:
         keep = min(2 * mending.keep, most) if mending.keep < most else 0
     else:
-        enough = mending.shares[held - 1] <= limits.FEW_KEPT and not mending.held
-        keep = (failed + held) // 2 if held - failed > max(1, held // 4) and not enough else 0
+        fewer = mending.shares[held - 1] - (mending.shares[failed - 1] if failed else 0.0)
+        worth_it = held - failed > max(1, held // 4) and fewer > limits.FEW_KEPT
+        keep = (failed + held) // 2 if worth_it else 0
     _change(d, failed=failed, held=held, keep=keep)
 
 
@@ -264,6 +269,15 @@ def _graph(d: Draft, cid: str) -> tuple[str, str]:
     built = d[cid].built
     assert built is not None
     return built.graph, json.dumps(built.runtime, sort_keys=True)
+
+
+def _mended_from(d: Draft) -> list[str]:
+    return [base for cid in d.state.mended if (base := d[cid].base) is not None]
+
+
+def _is_twin(d: Draft, mended: str, cid: str) -> bool:
+    """One graph, and what differs, how the rest of it computes, made this one no faster."""
+    return _graph(d, mended)[0] == _graph(d, cid)[0] and d.speed(cid).low <= d.speed(mended).ratio
 
 
 def untimed(d: Draft, mended: Sequence[str]) -> None:
