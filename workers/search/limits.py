@@ -52,8 +52,8 @@ ALPHAS = (0.8, 0.5)  # of the equalization; the first helped real embedding mode
 REMAKING = 3.0  # times what the quantization took: else there is no time to calibrate anew, and to judge that
 # Mean and deviation of the logarithm of what a way leaves of the loss, as measured (docs/quantization.md).
 EQUALIZED: Factor = (-0.5, 1.0)  # halves it or more in some transformers, and makes it worse with the wrong alpha
-RECALIBRATED: Factor = (0.05, 0.25)  # from a quarter less to a quarter more
-KEPT: Factor = (-1.4, 1.0)  # with up to half of the work in higher precision
+RECALIBRATED: Factor = (0.05, 0.25)  # a quarter less at best; where they clip what counts, many times as much
+KEPT: Factor = (-1.3, 0.8)  # with up to half of the work in higher precision
 LEAST_GAIN = 0.005  # that a way is expected to bring: its chance times the logarithm of what is faster then
 LITTLE_GAIN = 0.01  # likewise, where nothing is faster: what is mended is smaller, or its speed is not known so well
 LEAST_LIMIT = 0.1  # percent of loss: a limit of less is taken as this, for the chances
