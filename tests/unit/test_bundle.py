@@ -155,7 +155,7 @@ def test_an_engine_that_is_not_the_judged_one_is_not_packed(tmp_path: Path) -> N
 def test_a_bundle_runs_with_its_requirements_alone_and_tells_a_difference(name: str, tmp_path: Path) -> None:
     bundle, data = packaged(name, models.mlp(), tmp_path, figures=FIGURES, deployment=DEPLOYMENT)
     lines = (bundle / "requirements.txt").read_text().splitlines()
-    wanted = sorted((name, "numpy", "httptools", "uvicorn", "uvloop"))
+    wanted = sorted((name, "numpy", "httptools", "orjson", "uvloop"))
     assert lines == [f"{n}=={importlib.metadata.version(n)}" for n in wanted], "and no other library"
     assert data["not_repeatable"] == []
     same = infer(bundle, "--repeat", "1") if name == "onnxruntime" else infer(bundle)

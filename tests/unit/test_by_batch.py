@@ -161,7 +161,7 @@ def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -
     assert (triton["backend"], triton["files"]["m-fp32/1/small/infer.py"]) == ("python", "small/infer.py")
     assert "two engines" in triton["notes"][0]
     required = [line.split("==")[0] for line in (bundle / "requirements.txt").read_text().splitlines()]
-    assert required == ["httptools", "numpy", "onnxruntime", "openvino", "uvicorn", "uvloop"]
+    assert required == ["httptools", "numpy", "onnxruntime", "openvino", "orjson", "uvloop"]
 
     same = infer(bundle, "--repeat", "1")
     assert same.returncode == 0, same.stderr

@@ -277,6 +277,53 @@ def test_every_type_goes_there_and_back(dtype: str) -> None:
         np.testing.assert_array_equal(found, array)
 
 
+def test_a_large_request_comes_whole(tmp_path: Path) -> None:
+    x = np.arange(75_264, dtype=np.int64).reshape(1, -1)  # 588 KiB
+    told = {"name": "x", "shape": [*x.shape], "datatype": "INT64", "parameters": {"binary_data_size": x.nbytes}}
+    text = json.dumps({"inputs": [told], "parameters": {"binary_data_output": True}}).encode()
+    as_json = json.dumps(asked(x.tolist(), [*x.shape], outputs=[{"name": "y"}])).encode()
+    with serving(bundle(tmp_path, max_batch=8)) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        for _ in range(3):  # on one connection
+            headers = {"Inference-Header-Content-Length": str(len(text))}
+            connection.request("POST", "/v2/models/doubling/infer", text + x.tobytes(), headers)
+            answer = connection.getresponse()
+            head, body = int(answer.headers["Inference-Header-Content-Length"]), answer.read()
+            sizes = [o["parameters"]["binary_data_size"] for o in json.loads(body[:head])["outputs"]]
+            np.testing.assert_array_equal(np.frombuffer(body, np.int64, sizes[0] // 8, head), 2 * x[0] + 1)
+            connection.request("POST", "/v2/models/doubling/infer", as_json)
+            found = json.loads(connection.getresponse().read())
+            np.testing.assert_array_equal(found["outputs"][0]["data"], 2 * x[0] + 1)
+        connection.close()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_json_is_read_alike_with_and_without_the_quick_library(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if quick:
+        pytest.importorskip("orjson")
+    else:
+        monkeypatch.setattr(v2, "orjson", None)
+    values = [0.1, -2.5e30, 3, 1e-45]
+    told = {"inputs": [{"name": "a", "shape": [4], "datatype": "FP32", "data": values}], "id": "ü"}
+    for text in (json.dumps(told).encode(), json.dumps(told, ensure_ascii=False).encode()):
+        for body in (text, memoryview(text)):
+            asked = v2.decode(body, None)
+            np.testing.assert_array_equal(asked.feeds["a"], np.array(values, np.float32))
+            assert asked.id == "ü"
+    odd = b'{"inputs": [{"name": "a", "shape": [3], "datatype": "FP32", "data": [NaN, Infinity, -Infinity]}]}'
+    found = v2.decode(odd, None).feeds["a"]
+    np.testing.assert_array_equal(found, np.array([np.nan, np.inf, -np.inf], np.float32))
+    answer, length = v2.encode("m", v2.Asked({}, None, False, None, None), {"a": found, "b": np.float64([[0.1]])})
+    assert length is None
+    first, second = json.loads(answer)["outputs"]
+    assert [str(v) for v in first["data"]] == ["nan", "inf", "-inf"]
+    assert (second["data"], second["shape"]) == ([0.1], [1, 1])
+    with pytest.raises(InvalidRequest, match="no JSON"):
+        v2.decode(b'{"inputs": [}', None)
+    with pytest.raises(InvalidRequest, match="no JSON"):
+        v2.decode(b"[" * 100_000, None)
+
+
 @pytest.mark.parametrize("size", [-1, 0, 5, 23, 25, 10**9, "24", True, 1.5])
 def test_binary_sizes_that_lie(size: Any) -> None:
     told = {"name": "x", "shape": [1, 3], "datatype": "INT64", "parameters": {"binary_data_size": size}}

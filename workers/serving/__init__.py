@@ -13,6 +13,9 @@ from typing import Final
 SHIPPED: Final = {
     "batcher.py": "batcher.py",
     "fair_queue.py": "fair_queue.py",
+    "grpc_server.py": "grpc_server.py",
+    "http1.py": "http1.py",
+    "http_messages.py": "http_messages.py",
     "instances.py": "instances.py",
     "rows.py": "rows.py",
     "serve.py": "server.py",
@@ -20,7 +23,7 @@ SHIPPED: Final = {
     "v2.py": "v2.py",
 }
 # What the server imports beside numpy.
-LIBRARIES: Final = ("httptools", "uvicorn", "uvloop")
+LIBRARIES: Final = ("httptools", "orjson", "uvloop")
 
 
 def shipped() -> dict[str, bytes]:

@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 
+try:
+    import orjson
+except ImportError:  # it is several times as fast where large tensors come as JSON
+    orjson = None  # type: ignore[assignment]
+
 if __package__:
     from .rows import Array, Tensor, dtype_of
     from .serving_settings import InvalidRequest
@@ -44,113 +49,129 @@ class Asked:
     timeout_s: float | None
 
 
-def _wrong(detail: str) -> InvalidRequest:
+def wrong(detail: str) -> InvalidRequest:
+    """Of a request that the protocol does not allow."""
     return InvalidRequest("invalid_request", detail)
 
 
-def decode(body: bytes, header_length: int | None) -> Asked:
-    """`header_length`: what `Inference-Header-Content-Length` says, where binary tensors follow the JSON. Raises
-    `InvalidRequest`."""
+def decode(body: bytes | memoryview, header_length: int | None) -> Asked:
+    """`header_length`: what `Inference-Header-Content-Length` says, where binary tensors follow the JSON. Arrays of
+    binary tensors lie in `body`. Raises `InvalidRequest`."""
     if header_length is not None and not 0 <= header_length <= len(body):
-        raise _wrong(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+        raise wrong(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
     try:
-        head = json.loads(body if header_length is None else body[:header_length])
+        head = _parsed(body if header_length is None else body[:header_length])
     except (ValueError, RecursionError) as error:
-        raise _wrong(f"the request is no JSON: {error}") from None
+        raise wrong(f"the request is no JSON: {error}") from None
     if not isinstance(head, dict) or not isinstance(head.get("inputs"), list):
-        raise _wrong("the request is to be an object with a list `inputs`")
+        raise wrong("the request is to be an object with a list `inputs`")
     at = len(body) if header_length is None else header_length
     feeds: dict[str, Array] = {}
     for told in head["inputs"]:
         if not isinstance(told, dict) or not isinstance(told.get("name"), str):
-            raise _wrong("an input is to be an object with a name, a shape and a datatype")
+            raise wrong("an input is to be an object with a name, a shape and a datatype")
         if told["name"] in feeds:
-            raise _wrong(f"input {told['name']} is given twice")
-        feeds[told["name"]], at = _tensor(told, body, at)
+            raise wrong(f"input {told['name']} is given twice")
+        feeds[told["name"]], at = tensor(told, body, at)
     if at != len(body):
-        raise _wrong(f"{len(body) - at} bytes follow the last binary tensor")
+        raise wrong(f"{len(body) - at} bytes follow the last binary tensor")
     parameters = _object(head, "parameters")
     name = head.get("id")
     return Asked(
         feeds,
-        _outputs(head),
+        outputs_of(head),
         parameters.get("binary_data_output") is True,
         None if name is None else str(name),
-        _timeout(parameters),
+        timeout(parameters),
     )
 
 
-def _tensor(told: Mapping[str, Any], body: bytes, at: int) -> tuple[Array, int]:
-    """The array, and where in the body the next binary one begins."""
+def _parsed(text: bytes | memoryview) -> Any:
+    """Raises ValueError, RecursionError."""
+    if orjson is not None:
+        try:
+            return orjson.loads(text)
+        except ValueError:
+            pass  # NaN and infinities, which JSON has not and Python's own reads; else that says what is wrong
+    return json.loads(bytes(text))
+
+
+def _text(told: Mapping[str, Any], *, finite: bool) -> bytes:
+    """`finite`: no number in it is NaN or infinite."""
+    return orjson.dumps(told) if orjson is not None and finite else json.dumps(told).encode()
+
+
+def tensor(told: Mapping[str, Any], body: bytes | memoryview, at: int) -> tuple[Array, int]:
+    """An input's array, and where in the body the next binary one begins. Raises `InvalidRequest`."""
     name, shape, datatype = told["name"], told.get("shape"), told.get("datatype")
     if datatype not in _NUMPY:
-        raise _wrong(f"input {name} has the datatype {datatype!r}: one of {', '.join(_NUMPY)}")
+        raise wrong(f"input {name} has the datatype {datatype!r}: one of {', '.join(_NUMPY)}")
     known = isinstance(shape, list) and len(shape) <= _MOST_AXES
     if not known or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):  # type: ignore[union-attr]
-        raise _wrong(f"input {name} has the shape {shape!r}: a list of whole numbers")
+        raise wrong(f"input {name} has the shape {shape!r}: a list of whole numbers")
     assert isinstance(shape, list)
     dtype, size = dtype_of(_NUMPY[datatype]), math.prod(shape)
     parameters = _object(told, "parameters")
     if "shared_memory_region" in parameters:
-        raise _wrong(f"input {name} lies in shared memory, which this server has none of")
+        raise wrong(f"input {name} lies in shared memory, which this server has none of")
     length = parameters.get("binary_data_size")
     if length is None:
         return _from_json(name, told.get("data"), shape, dtype), at
     if type(length) is not int or length != size * dtype.itemsize:
-        raise _wrong(f"input {name} has {length!r} bytes; {shape} of {datatype} are {size * dtype.itemsize}")
+        raise wrong(f"input {name} has {length!r} bytes; {shape} of {datatype} are {size * dtype.itemsize}")
     if at + length > len(body):
-        raise _wrong(f"input {name} ends after the body")
+        raise wrong(f"input {name} ends after the body")
     return np.frombuffer(body, dtype, size, at).reshape(shape), at + length
 
 
 def _from_json(name: str, data: Any, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
     if not isinstance(data, list):
-        raise _wrong(f"input {name} has neither `data` nor `binary_data_size`")
+        raise wrong(f"input {name} has neither `data` nor `binary_data_size`")
     try:
         array = np.array(data)
         if array.size and array.dtype.kind not in ("b" if dtype.kind == "b" else "iuf" if dtype.kind in "fV" else "iu"):
-            raise _wrong(f"input {name} holds {array.dtype} where {dtype} is wanted")
+            raise wrong(f"input {name} holds {array.dtype} where {dtype} is wanted")
         if dtype.kind in "iu" and array.size:
             limits = np.iinfo(dtype)
             if int(array.min()) < limits.min or int(array.max()) > limits.max:
-                raise _wrong(f"input {name} holds numbers that {dtype} does not")
+                raise wrong(f"input {name} holds numbers that {dtype} does not")
         found: Array = array.astype(dtype).reshape(shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _wrong(f"the data of input {name} do not fill {list(shape)} of {dtype}: {error}") from None
+        raise wrong(f"the data of input {name} do not fill {list(shape)} of {dtype}: {error}") from None
     return found
 
 
-def _outputs(head: Mapping[str, Any]) -> dict[str, bool | None] | None:
+def outputs_of(head: Mapping[str, Any]) -> dict[str, bool | None] | None:
     asked = head.get("outputs")
     if not asked:
         return None
     if not isinstance(asked, list) or not all(isinstance(o, dict) and isinstance(o.get("name"), str) for o in asked):
-        raise _wrong("`outputs` is to be a list of objects with a name")
+        raise wrong("`outputs` is to be a list of objects with a name")
     found: dict[str, bool | None] = {}
     for output in asked:
         parameters = _object(output, "parameters")
         for unknown in ("classification", "shared_memory_region"):
             if parameters.get(unknown):
-                raise _wrong(f"output {output['name']} asks for {unknown}, which this server does not offer")
+                raise wrong(f"output {output['name']} asks for {unknown}, which this server does not offer")
         binary = parameters.get("binary_data")
         found[output["name"]] = binary if isinstance(binary, bool) else None
     return found
 
 
-def _timeout(parameters: Mapping[str, Any]) -> float | None:
+def timeout(parameters: Mapping[str, Any]) -> float | None:
     """Seconds; the parameter is in microseconds, as Triton's."""
     value = parameters.get("timeout")
     if value is None or value == 0:
         return None
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise _wrong(f"timeout is {value!r}: microseconds, more than 0")
+        raise wrong(f"timeout is {value!r}: microseconds, more than 0")
     return float(value) / 1e6
 
 
 def _object(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = value.get(name) or {}
     if not isinstance(found, dict):
-        raise _wrong(f"`{name}` is to be an object")
+        raise wrong(f"`{name}` is to be an object")
     return found
 
 
@@ -158,7 +179,15 @@ def check_outputs(asked: Asked, known: Sequence[str]) -> None:
     """Raises `InvalidRequest` where an output is wanted that the model has not."""
     for name in asked.outputs or ():
         if name not in known:
-            raise _wrong(f"there is no output {name}; there are {', '.join(known)}")
+            raise wrong(f"there is no output {name}; there are {', '.join(known)}")
+
+
+def datatype_of(name: str, array: Array) -> str:
+    """Of an output. Raises `InvalidRequest`."""
+    found = DATATYPES.get(array.dtype.name)
+    if found is None:
+        raise wrong(f"output {name} is of type {array.dtype}, which the protocol has not")
+    return found
 
 
 def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[bytes, int | None]:
@@ -166,24 +195,23 @@ def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[byte
     check_outputs(asked, list(outputs))
     told: list[dict[str, Any]] = []
     tail: list[bytes] = []
+    finite = True
     for name in outputs if asked.outputs is None else asked.outputs:
         array = outputs[name]
-        datatype = DATATYPES.get(array.dtype.name)
-        if datatype is None:
-            raise _wrong(f"output {name} is of type {array.dtype}, which the protocol has not")
-        entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        entry: dict[str, Any] = {"name": name, "datatype": datatype_of(name, array), "shape": list(array.shape)}
         wanted = None if asked.outputs is None else asked.outputs[name]
         if asked.binary if wanted is None else wanted:
             tail.append(array.tobytes())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
             plain = array.astype(np.float32) if array.dtype.kind == "V" else array
+            finite = finite and bool(np.isfinite(plain).all())
             entry["data"] = plain.ravel().tolist()
         told.append(entry)
     head: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": told}
     if asked.id is not None:
         head["id"] = asked.id
-    text = json.dumps(head).encode()
+    text = _text(head, finite=finite)
     return (b"".join([text, *tail]), len(text)) if tail else (text, None)
 
 

@@ -67,7 +67,7 @@ class ColdStart(Stage[ColdStartOptions]):
     name = "cold_start"
     version = 1
     Options = ColdStartOptions
-    libraries: ClassVar[tuple[str, ...]] = ("numpy", "uvicorn")
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "httptools")
     hardware_bound = True
     loopback = True
     exclusive_device = True

@@ -34,7 +34,7 @@ class HttpTarget:
 
     def __init__(self, url: str, model: str = MODEL, pid: int | None = None) -> None:
         parts = urlsplit(url)
-        self._host, self._port, self._pid = parts.hostname or "127.0.0.1", parts.port or 80, pid
+        self._host, self._port, self.pid = parts.hostname or "127.0.0.1", parts.port or 80, pid
         self._head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {parts.netloc}\r\n".encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._encoded: dict[int, tuple[Feeds, bytes]] = {}  # by the feeds' identity: the same few come again and again
@@ -65,7 +65,7 @@ class HttpTarget:
         return Counters()
 
     def memory_mb(self) -> float | None:
-        return None if self._pid is None else memory_bytes(self._pid) / 1e6
+        return None if self.pid is None else memory_bytes(self.pid) / 1e6
 
     async def close(self) -> None:
         connections, self._idle = self._idle, []

@@ -24,7 +24,7 @@ from anneal_client.mlflow.anneal_engine_pyfunc import Engine
 FLAVOR_NAME = "anneal"
 _BUNDLE = "bundle"
 _CODE = "code"
-_SERVERS = ("httptools", "uvicorn", "uvloop")  # of the bundle's own `serve.py`, which MLflow does not run
+_SERVERS = ("httptools", "orjson", "uvicorn", "uvloop")  # of the bundle's own `serve.py`, which MLflow does not run
 
 
 def save_model(
