@@ -169,9 +169,13 @@ class FileLibrary(Generic[Row]):
                 raise conflict("in_use", f"The {self.kind} is used by job {job_id}.", remedy)
             row.deleted_at = utcnow()
             sha256 = row.sha256
-            detail = {"name": row.name, "sha256": sha256, "size_bytes": row.size_bytes}
-            record(uow.session, tenant_id, current_actor(), f"{self.kind.replace(' ', '')}.delete", row_id, detail)
+            self._note(uow.session, "delete", row)
         release(self._db, self._content, tenant_id, [sha256])
+
+    def _note(self, session: Session, verb: str, row: Row) -> None:
+        """What was done to it, by whom, in the transaction that does it."""
+        detail = {"name": row.name, "sha256": row.sha256, "size_bytes": row.size_bytes}
+        record(session, row.tenant_id, current_actor(), f"{self.kind.replace(' ', '')}.{verb}", row.id, detail)
 
     def check_room(self, tenant_id: str, size_bytes: int, sha256: str | None) -> None:
         """413 where a file that is on its way does not fit the tenant's plan. Whether it does in the end is asked where
@@ -247,6 +251,7 @@ class FileLibrary(Generic[Row]):
                     upload.status = UploadState.CONSUMED
                 uow.session.add(row)
                 remember(uow.session, tenant_id, idempotency, row.id)
+                self._note(uow.session, "create", row)
         except BlobNotFound as error:
             detail = "The same content was deleted at this very moment."
             raise AppError("content_missing", "Try again", 503, detail, retryable=True) from error

@@ -86,6 +86,8 @@ class UploadService:
                 Quotas(uow.session, tenant_id, self._settings.limits).check_bytes(size_bytes)
                 uow.session.add(upload)
                 remember(uow.session, tenant_id, idempotency, upload_id)
+                told = {"filename": filename, "size_bytes": size_bytes}
+                record(uow.session, tenant_id, current_actor(), "upload.create", upload_id, told)
         except IntegrityError:
             earlier = self._recall(tenant_id, idempotency)
             if earlier is None:

@@ -128,6 +128,7 @@ class WebhookService:
                 endpoint_id=endpoint.id, job_id=None,
             )  # fmt: skip
             uow.session.add(row)
+            record(uow.session, tenant_id, current_actor(), "webhook.test", endpoint_id, {"delivery": row.id})
             return row
 
     # Deliveries
@@ -169,6 +170,7 @@ class WebhookService:
                     raise conflict("webhook_deleted", "The delivery's endpoint was deleted.")
                 url = _enabled(endpoint).url
             webhooks.redeliver(row, utcnow(), url)
+            record(uow.session, tenant_id, current_actor(), "delivery.redeliver", delivery_id)
             uow.session.refresh(row)
             return row
 
