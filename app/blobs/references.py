@@ -88,6 +88,11 @@ def held(tenant_id: str) -> CompoundSelect[str]:
     )
 
 
+def is_held(session: Session, tenant_id: str, sha256: str) -> bool:
+    """Whether one of `held` is this blob."""
+    return bool(_found(session, tenant_id, (*_DELIVERED, *_UPLOADED), [sha256]))
+
+
 def references_between(session: Session, tenant_id: str, first: str, last: str) -> list[Reference]:
     """Those to blobs whose digest is in this range, both ends with it."""
     found: list[Reference] = []

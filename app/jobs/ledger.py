@@ -4,6 +4,7 @@ and comes back finds its token outdated and stops."""
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from app.storage.base import BlobNotFound
 log = structlog.get_logger(__name__)
 
 _LONGEST_PAUSE_S = 3600.0
+_LOOK_AGAIN_S = (0.005, 0.02, 0.05, 0.1)  # another's claim takes some milliseconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,7 +89,17 @@ class JobLedger:
 
     def claim(self, offer: Offer) -> Claim | None:
         """Take the best of the queued jobs that this worker can run, or None where there is nothing to take."""
-        now, queues = utcnow(), offer.queues
+        for pause in _LOOK_AGAIN_S:
+            claim, passed_over = self._look(offer)
+            if claim is not None or not passed_over:
+                return claim
+            time.sleep(pause)
+        return self._look(offer)[0]
+
+    def _look(self, offer: Offer) -> tuple[Claim | None, bool]:
+        """One look at the queues; and whether a tenant was passed over at which another worker was at this moment:
+        where there was nothing else, another look may find a job of it."""
+        now, queues, passed_over = utcnow(), offer.queues, False
         values = {
             "fencing_token": Job.fencing_token + 1,
             "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
@@ -102,13 +114,15 @@ class JobLedger:
         with self.db.write() as uow:
             for head in in_line(uow.session, queues, now):
                 tenant_id = head.job.tenant_id
-                if not may_take(uow.session, head):
+                may = may_take(uow.session, head)
+                passed_over = passed_over or may is None
+                if not may:
                     continue  # as many of its jobs run as its plan allows
-                which = next_of(tenant_id, queues, now)
+                which = next_of(tenant_id, head.queues, now)
                 job = JobRepository(uow.session).take(which, offer.worker_id, values)
                 if job is not None:
                     note_service(uow.session, tenant_id, now)
-                    return Claim(
+                    claim = Claim(
                         job.id,
                         tenant_id,
                         job.fencing_token,
@@ -118,7 +132,8 @@ class JobLedger:
                         job.spent_seconds,
                         job.attempts_in_all,
                     )
-            return None
+                    return claim, passed_over
+            return None, passed_over
 
     def waiting(self, offer: Offer) -> Job | None:
         """The job that `claim` would take now."""

@@ -31,8 +31,9 @@ class JobOperator:
         self._settings = settings
 
     def requeue(self, job_id: str) -> None:
-        """A running job goes back to the queue, to be begun at once by whoever is free; a queued one's pause ends.
-        Raises `AppError` for a job that has ended, or that compares others."""
+        """A running job goes back to the queue, to be begun at once by whoever is free, or to its end where its user
+        has asked for that; a queued one's pause ends. Raises `AppError` for a job that has ended, or that compares
+        others."""
         with self._db.read() as session:
             job = session.get(Job, job_id)
         if job is None:
@@ -49,7 +50,7 @@ class JobOperator:
             raise _ended(job_id)
 
     def requeue_all(self, worker_id: str) -> Sequence[str]:
-        """Every job that this worker holds; their ids."""
+        """Every job that this worker holds, as `requeue` does it; their ids."""
         query = select(Job).options(*LEAN).where(Job.status == RUNNING, Job.lease_owner == worker_id).order_by(Job.id)
         with self._db.read() as session:
             held = [*session.scalars(query)]
@@ -57,18 +58,21 @@ class JobOperator:
 
     def _take(self, job: Job) -> bool:
         """False where it is not that worker's any more."""
-        guard = [Job.fencing_token == job.fencing_token, Job.cancel_requested_at.is_(None)]
-        values = requeued(job, self._settings)
+        held, values = Job.fencing_token == job.fencing_token, requeued(job, self._settings)
         event = {"reason": _REASON, "worker": job.lease_owner}
         with self._db.write() as uow:
             jobs, source = JobRepository(uow.session), JobStatus.RUNNING
+            guard = [held, Job.cancel_requested_at.is_(None)]
             done = jobs.apply(job.id, Trigger.RELEASE, source=source, where=guard, values=values, event=event)
+            if done is not None:
+                uow.after_commit(lambda: self._dispatch(job))
+            else:  # nobody wants it done: its worker, which might hang, is not waited for
+                done = jobs.apply(job.id, Trigger.CANCEL, source=source, where=[held], values=values, event=event)
             if done is not None:
                 detail = {"worker": job.lease_owner}
                 record(uow.session, job.tenant_id, current_actor(), "job.requeue", job.id, detail)
-                uow.after_commit(lambda: self._dispatch(job))
             return done is not None
 
 
 def _ended(job_id: str) -> AppError:
-    return conflict("job_ended", f"{job_id} has ended, or is being cancelled.", "Submit it again.")
+    return conflict("job_ended", f"{job_id} has ended.", "Submit it again.")

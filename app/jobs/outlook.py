@@ -10,21 +10,23 @@ import heapq
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.capabilities.service import CapabilityService
-from app.db.accounts import Tenant
+from app.db.accounts import Plan, Tenant
 from app.db.base import utcnow
 from app.db.orm import Job
 from app.db.uow import Database
+from app.domain.plan import DEFAULT_PLAN, WINDOW_DAYS, effective
 from app.jobs.schedule import QUEUED, RUNNING, Share, Waiting, in_order, running_jobs, waiting_of
-from app.queue.messages import QUEUE_PREFIX, SPECIAL_FORMATS
+from app.queue.messages import QUEUE_PREFIX, SPECIAL_FORMATS, on_gpu
+from app.tenants.quotas import out_of_gpu_seconds
 
 _EVERY_S = 1.0
 _SHARE = 20  # of the time that a picture may be drawn in
@@ -65,13 +67,15 @@ class Taker:
 
 @dataclass
 class Picture:
-    """The queue at `at`. `seconds`: what a job takes, where that is known."""
+    """The queue at `at`. `seconds`: what a job takes, where that is known. `out_of_gpu`: tenants whose GPU seconds are
+    used up."""
 
     at: datetime
     jobs: Mapping[str, Queued]
     shares: Mapping[str, Share]
     takers: Sequence[Taker]
     seconds: float | None
+    out_of_gpu: frozenset[str] = frozenset()
     _lines: dict[frozenset[str], tuple[dict[str, int], list[datetime | None]]] = field(default_factory=dict)
 
     def of(self, job_id: str) -> Outlook | None:
@@ -82,6 +86,8 @@ class Picture:
         mine = [taker for taker in self.takers if job.queue in taker.queues]
         if not mine:
             return Outlook(None, None, f"no live worker {_words(job.queue)}")
+        if self._unpaid(job):
+            return Outlook(None, None, f"GPU seconds: those of the last {WINDOW_DAYS} days that the plan has are used")
         if self._paused(job):
             assert job.not_before is not None
             why = "the pause after an attempt that failed for the service's reasons"
@@ -94,6 +100,9 @@ class Picture:
             start = _rounded(start, self.at)
         return Outlook(ahead + 1, start)
 
+    def _unpaid(self, job: Queued) -> bool:
+        return job.turn.tenant_id in self.out_of_gpu and on_gpu(job.queue)
+
     def _paused(self, job: Queued) -> bool:
         return job.not_before is not None and job.not_before > self.at
 
@@ -103,7 +112,8 @@ class Picture:
         queues = frozenset[str]().union(*(taker.queues for taker in takers))
         found = self._lines.get(queues)
         if found is None:
-            waiting = [job.turn for job in self.jobs.values() if job.queue in queues and not self._paused(job)]
+            mine = (job for job in self.jobs.values() if job.queue in queues)
+            waiting = [job.turn for job in mine if not self._paused(job) and not self._unpaid(job)]
             ordered = {job.job_id: i for i, job in enumerate(in_order(waiting, self.shares))}
             found = self._lines[queues] = ordered, self._starts(takers, len(waiting))
         return found
@@ -172,8 +182,9 @@ class Outlooks:
             }
             seconds = self._typical(session, sorted(tenants))
             busy = _busy(session, now, seconds)
+            out = _out_of_gpu(session, {job.turn.tenant_id for job in jobs.values() if on_gpu(job.queue)})
         takers = [Taker(frozenset(worker.queues), busy.get(worker.id)) for worker in live]
-        return Picture(now, jobs, shares, takers, seconds)
+        return Picture(now, jobs, shares, takers, seconds, out)
 
     def _typical(self, session: Session, tenants: Sequence[str]) -> float | None:
         """How long a job takes: the median of the last ones of these tenants."""
@@ -191,6 +202,16 @@ class Outlooks:
         self._seconds = statistics.median(found) if found else None
         self._seconds_until = time.monotonic() + (_DURATIONS_S if found else _EVERY_S)
         return self._seconds
+
+
+def _out_of_gpu(session: Session, tenant_ids: Collection[str]) -> frozenset[str]:
+    if not tenant_ids:
+        return frozenset()
+    query = select(Tenant.id, Tenant.limits.label("own"), Plan.limits.label("plan")).where(Tenant.id.in_(tenant_ids))
+    rows = session.execute(query.outerjoin(Plan, Plan.name == func.coalesce(Tenant.plan, DEFAULT_PLAN)))
+    limits = {row.id: effective(row.plan, row.own).gpu_seconds for row in rows}
+    limited = {tenant_id: seconds for tenant_id, seconds in limits.items() if seconds is not None}
+    return frozenset(out_of_gpu_seconds(session, limited) if limited else ())
 
 
 def _busy(session: Session, now: datetime, seconds: float | None) -> dict[str, datetime]:

@@ -41,14 +41,16 @@ from sqlalchemy.orm import Session, aliased
 from app.db.accounts import Plan, Tenant
 from app.db.base import UtcDateTime
 from app.db.orm import Job
-from app.domain.plan import DEFAULT_PLAN, effective
+from app.domain.plan import DEFAULT_PLAN, Limits, effective
 from app.jobs.family import PARENTS
-from app.tenants.quotas import may_run
+from app.queue.messages import on_gpu
+from app.tenants.quotas import may_run, out_of_gpu_seconds
 
 # Literals: a partial index is of no use to a statement whose status is a parameter.
 QUEUED: ColumnElement[str] = literal_column("'queued'")
 RUNNING: ColumnElement[str] = literal_column("'running'")
 ONE: ColumnElement[int] = literal_column("1")  # of a parameter a prepared statement would not know how few it is
+_NO_LIMITS = Limits()
 # SQLite sees only by the very words of the index that it may use it.
 UNDER_WAY: ColumnElement[bool] = Job.status.in_([QUEUED, RUNNING])
 _WAITING = aliased(Job)
@@ -122,24 +124,34 @@ def in_order(jobs: Iterable[Waiting], shares: Mapping[str, Share]) -> list[Waiti
 
 @dataclass(frozen=True)
 class Head:
-    """A tenant's next job, and what the tenant has of the workers. `most`: of its jobs may run at once, None for as
-    many as there are."""
+    """A tenant's next job in `queues`, and what the tenant has of the workers. `most`: of its jobs may run at once,
+    `gpu_seconds`: that they may have; None for as many as there are."""
 
     job: Waiting
     share: Share
+    queues: tuple[str, ...]
     most: int | None = None
+    gpu_seconds: int | None = None
 
 
 def in_line(session: Session, queues: Collection[str], now: datetime) -> Sequence[Head]:
     """Of each tenant that has jobs waiting in these queues, and may have one more run: the one that is next; the best
     of them first."""
-    heads = [head for head in _heads(session, queues, now) if head.most is None or head.share.running < head.most]
+    found = _heads(session, queues, now)
+    cpu = [queue for queue in queues if not on_gpu(queue)]
+    limited = {head.job.tenant_id: head.gpu_seconds for head in found if head.gpu_seconds is not None}
+    if limited and len(cpu) < len(queues):
+        # Whose GPU seconds are spent waits with its jobs for GPUs, and with no others: also what was queued before.
+        out = out_of_gpu_seconds(session, limited)
+        found = [head for head in found if head.job.tenant_id not in out]
+        found += _heads(session, cpu, now, out) if cpu and out else []
+    heads = [head for head in found if head.most is None or head.share.running < head.most]
     return sorted(heads, key=lambda head: turn(head.job, head.share))
 
 
-def may_take(session: Session, head: Head) -> bool:
-    """Whether one more job of this tenant may run, asked where one is about to be taken: where its plan limits that,
-    its row is locked until the end of the transaction."""
+def may_take(session: Session, head: Head) -> bool | None:
+    """Whether one more job of this tenant may run, asked where one is about to be taken. None where its plan limits
+    that and another worker takes one of its jobs at this moment: it is to be passed over for this look."""
     return head.most is None or may_run(session, head.job.tenant_id, head.most)
 
 
@@ -154,8 +166,8 @@ def next_of(tenant_id: str, queues: Collection[str], now: datetime) -> ScalarSel
 
 
 def note_service(session: Session, tenant_id: str, now: datetime) -> None:
-    """A job of this tenant was taken. Who finds another at it leaves it: it is the same moment, and nobody is to wait
-    for a commit."""
+    """A job of this tenant was taken. Who finds another at it leaves it: only claims lock the row (and an operator's
+    changes), so it is the same moment, and nobody is to wait for a commit."""
     free = select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True, skip_locked=True)
     noted = update(Tenant).where(Tenant.id.in_(free)).values(served_at=now)
     session.execute(noted.execution_options(synchronize_session=False))
@@ -166,30 +178,33 @@ def running_jobs(session: Session) -> dict[str, int]:
     return {tenant: int(count) for tenant, count in session.execute(_running())}
 
 
-def _heads(session: Session, queues: Collection[str], now: datetime) -> list[Head]:
-    """Of each tenant that has jobs waiting there, the one that is next among its own."""
-    return [
-        Head(
-            waiting_of(row.id, row.tenant_id, row.turn),
-            Share(row.jobs or 0, 0.0 if row.served_at is None else row.served_at.timestamp()),
-            effective(row.plan, row.own).running_jobs if row.plan or row.own else None,
-        )
-        for row in session.execute(_heads_query(), {"queues": [*queues], "now": now})
-    ]
+def _heads(
+    session: Session, queues: Collection[str], now: datetime, tenant_ids: Collection[str] | None = None
+) -> list[Head]:
+    """Of each tenant that has jobs waiting there, the one that is next among its own. `tenant_ids`: of these only."""
+    values: dict[str, Any] = {"queues": [*queues], "now": now}
+    if tenant_ids is not None:
+        values["tenant_ids"] = [*tenant_ids]
+    found = []
+    for row in session.execute(_heads_query(some=tenant_ids is not None), values):
+        share = Share(row.jobs or 0, 0.0 if row.served_at is None else row.served_at.timestamp())
+        limits = effective(row.plan, row.own) if row.plan or row.own else _NO_LIMITS
+        job = waiting_of(row.id, row.tenant_id, row.turn)
+        found.append(Head(job, share, tuple(queues), limits.running_jobs, limits.gpu_seconds))
+    return found
 
 
 @functools.cache
-def _heads_query() -> Select[*tuple[Any, ...]]:
-    """Composed once: that costs more than the database takes to answer it."""
+def _heads_query(*, some: bool) -> Select[*tuple[Any, ...]]:
+    """Composed once: that costs more than the database takes to answer it. `some`: of `tenant_ids` only."""
     queues: BindParameter[Any] = bindparam("queues", expanding=True)
     now = bindparam("now", type_=UtcDateTime())
     first = _in_turn(select(_WAITING.id), Tenant.id, queues, now).correlate(Tenant).scalar_subquery()
+    which = select(Tenant.served_at, Tenant.limits, Tenant.plan, first.label("job_id"))
+    if some:
+        which = which.where(Tenant.id.in_(bindparam("tenant_ids", expanding=True)))
     # Materialized: the look into the index is made once for each tenant, wherever its result is used.
-    tenants = (
-        select(Tenant.served_at, Tenant.limits, Tenant.plan, first.label("job_id"))
-        .cte("tenants_in_line")
-        .prefix_with("MATERIALIZED", dialect="postgresql")
-    )
+    tenants = which.cte("tenants_in_line").prefix_with("MATERIALIZED", dialect="postgresql")
     running = _running().subquery("running")
     return (
         select(

@@ -187,12 +187,12 @@ class JobService:
             # First the locks of its children, where it has some: locks go from children to parents.
             children = jobs.children(job_id, lock=True) if job.queue == PARENTS else []
             if children:
-                _ask_to_cancel(jobs, job_id, JobStatus.RUNNING)
-            for child in children:
-                _ask_to_cancel(jobs, child.id, JobStatus(child.status))
-            if not children:
-                _ask_to_cancel(jobs, job_id, JobStatus(job.status))
-            record(uow.session, tenant_id, current_actor(), "job.cancel", job_id, {"status": job.status})
+                states = [(job_id, JobStatus.RUNNING), *((child.id, JobStatus(child.status)) for child in children)]
+            else:
+                states = [(job_id, JobStatus(job.status))]
+            done = [_ask_to_cancel(jobs, *state) for state in states]
+            if any(done):
+                record(uow.session, tenant_id, current_actor(), "job.cancel", job_id, {"status": job.status})
             return uow.session.get_one(Job, job_id, populate_existing=True)
 
     def delete(self, tenant_id: str, job_id: str, *, engines: bool = False) -> None:
@@ -224,15 +224,17 @@ class JobService:
             return JobRepository(session).versions(job_ids)
 
 
-def _ask_to_cancel(jobs: JobRepository, job_id: str, status: JobStatus) -> None:
+def _ask_to_cancel(jobs: JobRepository, job_id: str, status: JobStatus) -> bool:
+    """Whether that changed anything: not for a job that has ended, or was asked before."""
     asked: dict[str, Any] = {"cancel_requested_at": utcnow()}
     running = [Job.status == JobStatus.RUNNING.value, Job.cancel_requested_at.is_(None)]
     # Twice: a worker may take the job, or give it back, between the two statements.
     for _ in range(2 if status not in TERMINAL else 0):
         if jobs.apply(job_id, Trigger.CANCEL, source=JobStatus.QUEUED, values=asked) is not None:
-            break
+            return True
         if jobs.update(job_id, running, asked, "note", {"message": "cancel requested"}) is not None:
-            break
+            return True
+    return False
 
 
 def _queued(

@@ -1,19 +1,22 @@
-"""Whether a tenant may have more: asked in the transaction that would give it more, with the tenant's row locked, so
-that of two who race for the last place one is refused."""
+"""Whether a tenant may have more: asked in the transaction that would give it more, with the tenant locked, so that of
+two who race for the last place one is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from sqlalchemy import func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from app.blobs.references import is_held
 from app.blobs.usage import bytes_of
 from app.db.accounts import GpuUse, Plan
 from app.db.base import utcnow
-from app.db.orm import Blob, Job, Upload
+from app.db.locks import try_lock
+from app.db.orm import Job, Upload
 from app.domain.job_state import JobStatus
 from app.domain.plan import DEFAULT_PLAN, WINDOW_DAYS, Limits, effective
 from app.domain.upload_state import UploadState
@@ -55,16 +58,25 @@ class Quotas:
     # What is asked
 
     def check_bytes(self, more: int, *, sha256: str | None = None) -> None:
-        """413 `storage_quota` where so many further bytes do not fit. `sha256`: of content that may be there already,
-        and then takes no further room."""
+        """413 `storage_quota` where so many further bytes do not fit. `sha256`: of content that perhaps counts already,
+        and then takes no further room. What is only cached of jobs' stages does not count, and would from now on."""
         allowed = self.limits.stored_bytes
-        if allowed is None or (sha256 is not None and self._holds(sha256)):
+        if allowed is None or self._counts(sha256):
             return
         used = self.stored_bytes() + self.upload_bytes()
         if used + more > allowed:
             detail = f"{used} of {allowed} bytes are used, open uploads included; {more} more do not fit."
             remedy = "Delete models, data sets and uploads that are not needed any more, or ask the operator for room."
             raise self._refusal("storage_quota", 413, detail, remedy, used, allowed, needed=more)
+
+    def room(self, *, model: bool, sha256: str | None = None) -> int | None:
+        """Bytes that one further file, a model perhaps, may have; None for any number. `sha256`: as above."""
+        limits, most = self.limits, []
+        if model and limits.model_bytes is not None:
+            most.append(limits.model_bytes)
+        if limits.stored_bytes is not None and not self._counts(sha256):
+            most.append(max(limits.stored_bytes - self.stored_bytes() - self.upload_bytes(), 0))
+        return min(most, default=None)
 
     def check_model(self, size_bytes: int) -> None:
         """413 `model_quota` for a model larger than the plan takes."""
@@ -131,18 +143,10 @@ class Quotas:
         return {row[0]: row[1] for row in found}
 
     def gpu_seconds(self) -> float:
-        now = utcnow()
-        since = now.date() - timedelta(days=WINDOW_DAYS)
-        ended = select(func.sum(GpuUse.seconds)).where(GpuUse.tenant_id == self._tenant_id, GpuUse.day > since)
-        running = select(Job.queue, Job.claimed_at).where(
-            Job.tenant_id == self._tenant_id, Job.status == JobStatus.RUNNING.value, Job.claimed_at.is_not(None)
-        )
-        now_running: list[datetime] = [row.claimed_at for row in self._session.execute(running) if on_gpu(row.queue)]
-        spent = float(self._session.scalar(ended) or 0.0)
-        return spent + sum(max((now - claimed_at).total_seconds(), 0.0) for claimed_at in now_running)
+        return gpu_seconds_of(self._session, [self._tenant_id])[self._tenant_id]
 
-    def _holds(self, sha256: str) -> bool:
-        return self._session.get(Blob, (self._tenant_id, sha256)) is not None
+    def _counts(self, sha256: str | None) -> bool:
+        return sha256 is not None and is_held(self._session, self._tenant_id, sha256)
 
     def _refusal(
         self,
@@ -171,9 +175,35 @@ def spend_gpu(session: Session, tenant_id: str, seconds: float) -> None:
     session.execute(statement.on_conflict_do_update(index_elements=[GpuUse.tenant_id, GpuUse.day], set_=more))
 
 
-def may_run(session: Session, tenant_id: str, most: int) -> bool:
-    """Whether one more job of this tenant may run, of `most` at once. Its row is locked: two that take the last place
-    do so one after the other."""
-    TenantRepository(session).get(tenant_id, lock=True)
+def gpu_seconds_of(session: Session, tenant_ids: Collection[str]) -> dict[str, float]:
+    """By tenant: of the last 30 days, running jobs included."""
+    now = utcnow()
+    found = dict.fromkeys(tenant_ids, 0.0)
+    ended = select(GpuUse.tenant_id, func.sum(GpuUse.seconds)).where(
+        GpuUse.tenant_id.in_(found), GpuUse.day > now.date() - timedelta(days=WINDOW_DAYS)
+    )
+    for tenant_id, seconds in session.execute(ended.group_by(GpuUse.tenant_id)):
+        found[tenant_id] += float(seconds)
+    running = select(Job.tenant_id, Job.queue, Job.claimed_at).where(
+        Job.tenant_id.in_(found), Job.status == JobStatus.RUNNING.value, Job.claimed_at.is_not(None)
+    )
+    for tenant_id, queue, claimed_at in session.execute(running):
+        if claimed_at is not None and on_gpu(queue):
+            found[tenant_id] += max((now - claimed_at).total_seconds(), 0.0)
+    return found
+
+
+def out_of_gpu_seconds(session: Session, limits: Mapping[str, int]) -> set[str]:
+    """The tenants that have used up so many: none of their jobs for GPUs begins."""
+    used = gpu_seconds_of(session, limits)
+    return {tenant_id for tenant_id, allowed in limits.items() if used[tenant_id] >= allowed}
+
+
+def may_run(session: Session, tenant_id: str, most: int) -> bool | None:
+    """Whether one more job of this tenant may run, of `most` at once; None where another worker asks just now, and
+    perhaps takes the last place. Nobody waits here: who claims asks of one tenant after the other, each in the order
+    that he sees, and two would wait for each other. A lock that only claims take: submissions hold up none."""
+    if not try_lock(session, f"running/{tenant_id}"):
+        return None
     query = select(func.count()).where(Job.tenant_id == tenant_id, Job.status == JobStatus.RUNNING.value)
     return (session.scalar(query.where(Job.queue != PARENTS)) or 0) < most

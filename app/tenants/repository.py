@@ -11,7 +11,15 @@ from sqlalchemy.orm import Session
 
 from app.db.accounts import ApiKey, AuditEvent, BrowserSession, Plan, SubjectSession, Tenant
 from app.db.base import utcnow
+from app.db.locks import lock
 from app.domain.plan import DEFAULT_PLAN
+
+
+def lock_tenant(session: Session, tenant_id: str) -> None:
+    """Until the end of this transaction nobody else passes here with this tenant: who adds to what it has, of which
+    there may be so much. Not by the lock of its row: workers note there whom they served, and wait for nobody
+    (`app.jobs.schedule`); a tenant that asks all the time would never be noted, and served first for ever."""
+    lock(session, f"tenant/{tenant_id}")
 
 
 class TenantRepository:
@@ -24,10 +32,11 @@ class TenantRepository:
         return self.session.scalar(select(Tenant).where(Tenant.name == name))
 
     def get(self, tenant_id: str, *, lock: bool = False) -> Tenant | None:
-        """`lock`: until the end of this transaction nobody else passes here with this tenant. Rows that only refer to
-        it come and go all the same."""
+        """`lock`: as `lock_tenant`, and what is read was read under it."""
+        if lock:
+            lock_tenant(self.session, tenant_id)
         query = select(Tenant).where(Tenant.id == tenant_id)
-        return self.session.scalar(query.with_for_update(key_share=True) if lock else query)
+        return self.session.scalar(query.execution_options(populate_existing=lock))
 
     def all(self) -> Sequence[Tenant]:
         return [*self.session.scalars(select(Tenant).order_by(Tenant.name))]

@@ -8,8 +8,8 @@ from datetime import datetime
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
-from app.db.accounts import Tenant
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint
+from app.tenants.repository import lock_tenant
 from app.webhooks.outbox import receiver_of
 
 TEST = "webhook.test"
@@ -25,8 +25,7 @@ class WebhookRepository:
 
     def count(self, tenant_id: str) -> int:
         """Of the tenant's endpoints. Nobody adds one until the end of this transaction."""
-        lock = select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True)
-        self.session.execute(lock).all()
+        lock_tenant(self.session, tenant_id)
         mine = [WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None)]
         return self.session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0
 

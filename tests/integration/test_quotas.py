@@ -13,15 +13,18 @@ import pytest
 from sqlalchemy import select, update
 
 from app.blobs.content import sha256_file
+from app.blobs.references import keep_result
 from app.db.accounts import GpuUse
 from app.db.base import utcnow
-from app.db.orm import LOCAL_TENANT, Blob, Job
+from app.db.orm import LOCAL_TENANT, Blob, Job, SourceModel, StageResult
 from app.domain.job_state import JobStatus, Trigger
 from app.domain.plan import Limits
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.inspection.pool import Inspector
+from app.jobs.outlook import Outlooks
 from app.jobs.repository import JobRepository
+from app.jobs.schedule import Offer
 from app.library import IncomingFile
 from app.source_models.service import SourceModelService
 from app.tenants.quotas import Quotas, may_run
@@ -90,6 +93,39 @@ def test_of_files_that_race_as_many_pass_as_fit(desk: Desk, tmp_path: Path) -> N
     assert 0 < used <= len(content) + 150
     stored = {path.name for path in (desk.scratch / "blobs").rglob("*") if path.is_file() and len(path.name) == 64}
     assert stored == kept, "what was refused is gone"
+
+
+def test_what_is_only_cached_comes_back_as_a_file_that_counts(desk: Desk, tmp_path: Path) -> None:
+    """A model whose file is a stage's output, too (one that export passed through), and that was deleted."""
+    path, settings = tmp_path / "m.onnx", desk.service.settings
+    path.write_bytes(onnx_models.mlp().SerializeToString())
+    content, sha256 = path.read_bytes(), sha256_file(path)
+    inspector = Inspector(settings.limits)
+    models = SourceModelService(desk.db, desk.content, settings, inspector)
+
+    def send() -> SourceModel:
+        path.write_bytes(content)
+        return models.create(LOCAL_TENANT, None, IncomingFile(path, "m.onnx", sha256, len(content)), None)[0]
+
+    try:
+        model = send()
+        _limit(desk, stored_bytes=len(content) - 1)
+        assert send().sha256 == sha256, "what counts already takes no further room"
+        with desk.db.write() as uow:
+            outputs = {"model": [{"name": "m.onnx", "sha256": sha256, "size_bytes": len(content)}]}
+            result = StageResult(
+                tenant_id=LOCAL_TENANT, key="0" * 64, stage="export", outputs=outputs, data={}, seconds=1.0
+            )
+            keep_result(uow.session, result)
+        for row in models.page(LOCAL_TENANT, limit=9, before=None):
+            models.delete(LOCAL_TENANT, row.id)
+        with desk.db.read() as session:
+            assert session.get(Blob, (LOCAL_TENANT, model.sha256)) is not None, "it is still cached"
+        with pytest.raises(AppError) as caught:
+            send()
+    finally:
+        inspector.close()
+    assert caught.value.code == "storage_quota"
 
 
 def _producer(n: int) -> bytes:
@@ -167,6 +203,33 @@ def test_a_job_for_a_gpu_is_refused_once_the_seconds_are_used(desk: Desk, monkey
     assert (caught.value.code, caught.value.status, caught.value.extra["used"]) == ("gpu_quota", 403, 30)
 
 
+def test_jobs_that_wait_for_a_gpu_are_asked_again_when_their_turn_comes(desk: Desk) -> None:
+    """All were let in while there were seconds left."""
+    gpu, cpu = "anneal.hw.gpu-nvidia-l4", "anneal.cpu"
+    waiting, begun, plain = _on_gpu(desk), _on_gpu(desk), desk.submit()
+    offer = Offer("w1", (cpu, gpu))
+    first = desk.ledger.claim(offer)
+    assert first is not None
+    assert first.job_id == waiting.id
+    _limit(desk, gpu_seconds=30)
+    _backdate(desk, waiting.id, 31)
+    capabilities = desk.service.capabilities
+    capabilities.report("w1", hostname="h", hardware={}, backends=[], formats=["onnx"], queues=[cpu, gpu], isolation={})
+    told = Outlooks(desk.db, capabilities).of(begun.id)
+    assert told is not None
+    assert (told.position, told.waiting_for is not None and "GPU seconds" in told.waiting_for) == (None, True)
+    next_one = desk.ledger.claim(offer)
+    assert next_one is not None
+    assert next_one.job_id == plain.id, "what needs no GPU waits for nothing"
+    assert desk.ledger.waiting(offer) is None
+    assert desk.ledger.claim(offer) is None
+    assert desk.job(waiting.id).status == "running", "what was begun goes on"
+    _limit(desk, gpu_seconds=3000)
+    last = desk.ledger.claim(offer)
+    assert last is not None
+    assert last.job_id == begun.id
+
+
 def test_no_more_of_a_tenants_jobs_run_than_its_plan_says(desk: Desk) -> None:
     first, second = desk.submit(), desk.submit()
     _limit(desk, running_jobs=1)
@@ -178,3 +241,23 @@ def test_no_more_of_a_tenants_jobs_run_than_its_plan_says(desk: Desk) -> None:
     assert desk.job(second.id).status == "queued"
     desk.ledger.fail(claim, {"code": "x", "detail": "x"}, {})
     assert desk.claim(second) is not None
+
+
+def test_a_plan_smaller_than_what_there_is_takes_nothing_away(desk: Desk) -> None:
+    jobs = [desk.submit() for _ in range(4)]
+    running = [claim for job in jobs[:2] if (claim := desk.claim(job)) is not None]
+    spec = OptimizationSpec(model_id=jobs[0].model_id)
+    _limit(desk, active_jobs=1, running_jobs=1, model_bytes=0)
+    with pytest.raises(AppError) as caught:
+        desk.service.submit(LOCAL_TENANT, spec, correlation_id="c", idempotency=None)
+    assert (caught.value.code, caught.value.extra["used"], caught.value.extra["allowed"]) == ("too_many_jobs", 4, 1)
+    for claim in running:
+        desk.ledger.renew(claim)
+        assert desk.claim(jobs[2]) is None, "two run, where one may"
+        desk.ledger.fail(claim, {"code": "x", "detail": "x"}, {})
+    for job in jobs[2:]:  # all that were let in come to their end
+        claim = desk.claim(job)
+        assert claim is not None
+        desk.ledger.fail(claim, {"code": "x", "detail": "x"}, {})
+    job, _ = desk.service.submit(LOCAL_TENANT, spec, correlation_id="c", idempotency=None)
+    assert desk.claim(job) is not None, "of a model that is larger than one may be by now"

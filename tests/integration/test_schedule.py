@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -15,13 +16,17 @@ from sqlalchemy import delete, update
 
 from app.db.base import utcnow
 from app.db.orm import LOCAL_TENANT, Job, JobEvent, Tenant
+from app.domain.plan import Limits
 from app.domain.spec import OptimizationSpec
 from app.errors import AppError
 from app.jobs.family import PARENTS
 from app.jobs.ledger import Claim, LeaseLost
 from app.jobs.operator import JobOperator
-from app.jobs.schedule import Offer, Share, Waiting, in_order, turn_of
+from app.jobs.schedule import Offer, Share, Waiting, in_line, in_order, may_take, turn_of
 from app.jobs.sweep import end_overdue
+from app.tenants.quotas import Quotas
+from app.tenants.service import TenantService
+from app.webhooks.repository import WebhookRepository
 from tests.factories.filled import analyze, fill
 from tests.factories.statements import statements
 from tests.integration.conftest import Desk
@@ -180,6 +185,73 @@ def test_workers_at_one_moment_get_each_another_job(line: Line) -> None:
     assert len(found) == len(set(found)) == 43, "none twice, none left"
 
 
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_tenant_that_submits_all_the_time_takes_no_turn_of_others(line: Line) -> None:
+    limits = line.desk.service.settings.limits
+    line.add("a", 4)
+    line.add("b", 4)
+    turns = []
+    with line.desk.db.write() as uow:
+        Quotas(uow.session, "tnt_a", limits)  # a submission of tenant a is under way all the while
+        WebhookRepository(uow.session).count("tnt_a")
+        for _ in range(4):  # one worker: nothing runs whenever it is free
+            claim = line.take()
+            assert claim is not None
+            turns.append(claim.tenant_id)
+            line.desk.ledger.fail(claim, {"code": "x", "detail": "y"}, {})
+    assert sorted(turns) == ["tnt_a"] * 2 + ["tnt_b"] * 2
+
+
+def _limited(line: Line, *tenants: str, running_jobs: int) -> None:
+    service = TenantService(line.desk.db, line.desk.service.settings.limits)
+    for tenant in tenants:
+        service.put_on(tenant, None, Limits(running_jobs=running_jobs), actor="test")
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_tenant_at_which_another_worker_is_holds_up_nobody(line: Line) -> None:
+    _limited(line, "a", running_jobs=1)
+    line.add("a", 2)
+    (of_b,) = line.add("b")
+    with line.desk.db.write() as uow:
+        heads = [head for head in in_line(uow.session, OFFER.queues, utcnow()) if head.job.tenant_id == "tnt_a"]
+        assert [may_take(uow.session, head) for head in heads] == [True], "another worker is about to take one"
+        claim = line.take()
+        assert claim is not None
+        assert claim.job_id == of_b
+        assert line.take() is None, "nor does it wait for the end of what may take long"
+    assert line.take() is not None, "nothing of it is lost"
+    assert line.take() is None, "one of them may run"
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_submissions_do_not_keep_a_limited_tenants_jobs_from_workers(line: Line) -> None:
+    _limited(line, "a", running_jobs=1)
+    line.add("a")
+    with line.desk.db.write() as uow:
+        Quotas(uow.session, "tnt_a", line.desk.service.settings.limits)
+        assert line.take() is not None
+
+
+def test_workers_that_look_at_limited_tenants_at_once_find_all_that_may_run(line: Line) -> None:
+    """In whichever order each of them sees the tenants: with locks that wait they would do so for each other."""
+    _limited(line, *(f"tnt_{tenant}" for tenant in "abcd"), running_jobs=3)
+    for tenant in "abcd":
+        line.add(tenant, 5)
+    found: list[str] = []
+    barrier = threading.Barrier(6)
+
+    def work(owner: str) -> None:
+        barrier.wait(10)
+        for _ in range(12):
+            found.extend(line.taken(Offer(owner, (CPU,))))
+
+    with ThreadPoolExecutor(6) as workers:
+        for done in [workers.submit(work, f"w{i}") for i in range(6)]:
+            done.result()
+    assert len(found) == len(set(found)) == 12, "three of each, none twice"
+
+
 def test_a_long_queue_and_many_ended_jobs_cost_a_claim_no_table_scan(line: Line) -> None:
     fill(line.desk.db.engine, 2000)
     for tenant in "abcd":
@@ -276,6 +348,33 @@ def test_requeueing_ends_a_pause(line: Line) -> None:
     assert line.take() is None
     _operator(line.desk).requeue(job_id)
     assert line.take() is not None
+
+
+def test_what_was_to_be_cancelled_is_freed_from_a_worker_that_hangs(desk: Desk) -> None:
+    jobs = [desk.submit() for _ in range(3)]
+    claims = {claim.job_id: claim for _ in jobs if (claim := desk.ledger.claim(Offer("hangs", (CPU,)))) is not None}
+    for job in jobs[:2]:
+        assert desk.service.cancel(LOCAL_TENANT, job.id).status == "running"
+    _operator(desk).requeue(jobs[0].id)
+    assert desk.job(jobs[0].id).status == "cancelled"
+    assert {*_operator(desk).requeue_all("hangs")} == {jobs[1].id, jobs[2].id}
+    assert [desk.job(job.id).status for job in jobs] == ["cancelled", "cancelled", "queued"]
+    with pytest.raises(LeaseLost):
+        desk.ledger.renew(claims[jobs[1].id])
+    (last,) = [*desk.service.events_after(LOCAL_TENANT, jobs[1].id, 0)][-1:]
+    assert (last.data["status"], last.data["worker"]) == ("cancelled", "hangs")
+
+
+def test_asking_to_cancel_leaves_a_row_where_it_did_something(desk: Desk) -> None:
+    job = desk.submit()
+    assert desk.claim(job) is not None
+    audit = TenantService(desk.db, desk.service.settings.limits).audit
+    for _ in range(2):
+        desk.service.cancel(LOCAL_TENANT, job.id)
+    assert len(audit(LOCAL_TENANT, limit=9, action="job.cancel")) == 1, "asked once more, nothing is done"
+    _operator(desk).requeue(job.id)
+    desk.service.cancel(LOCAL_TENANT, job.id)
+    assert len(audit(LOCAL_TENANT, limit=9, action="job.cancel")) == 1, "nor after its end"
 
 
 def test_all_jobs_of_a_dead_worker_go_on(line: Line) -> None:
