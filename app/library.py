@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -16,6 +16,7 @@ from app.audit import current_actor, record
 from app.blobs.content import ContentStore, blob_key, sha256_file
 from app.blobs.references import lock_blob
 from app.blobs.removal import release
+from app.blobs.usage import size_held
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Dataset, Job, SourceModel, Upload
@@ -182,6 +183,23 @@ class FileLibrary(Generic[Row]):
         it is noted. `sha256`: where it is known."""
         with self._db.read() as session:
             self._ask_room(Quotas(session, tenant_id, self._settings.limits, lock=False), size_bytes, sha256)
+
+    def most_bytes(self, tenant_id: str, *, sha256: str | None, again: bool, exact: int | None) -> int | None:
+        """How many bytes a body may have that is on its way, None for any number: as many as there is room for; or as
+        what the tenant has, where it may be the same `again`, which takes no further room. `exact`: that it will
+        have."""
+        with self._db.read() as session:
+            quotas = Quotas(session, tenant_id, self._settings.limits, lock=False)
+            room = quotas.room(model=self.table is SourceModel, sha256=sha256)
+            if room is None or not again or (exact is not None and exact <= room):
+                return room
+            own = select(func.max(self.table.size_bytes)).where(
+                self.table.tenant_id == tenant_id, self.table.deleted_at.is_(None)
+            )
+            if exact is not None:
+                own = own.where(self.table.size_bytes == exact)
+            # Of what was found damaged there is only the resource's own row.
+            return max(room, size_held(session, tenant_id, exact), session.scalar(own) or 0)
 
     def _ask_room(self, quotas: Quotas, size_bytes: int, sha256: str | None) -> None:
         if self.table is SourceModel:

@@ -69,29 +69,50 @@ async def create_from_request(
     form = content_type.partition(";")[0].strip().lower() == "multipart/form-data"
     limit = services.settings.limits.upload_bytes
     check_declared(request, limit + (_FORM_OVERHEAD if form else 0))
-    # Not of what was sent before perhaps: that takes no further room.
-    if (declared := request.headers.get("content-length", "")).isdigit() and not form and key is None:
-        digest = next(iter(_declared_digests(request)), None)
-        await anyio.to_thread.run_sync(_check_room, library, tenant_id, int(declared[:20]), digest)
-    async with file_sink(services.settings.temp_dir, limit, services.files) as sink:
-        if form:
-            reader = FormReader(boundary_of(content_type), sink)
-            with_digest = _Hashed(request) if _declared_digests(request) else None
-            await reader.read(with_digest.stream() if with_digest else body_stream(request))
-            sha256 = await sink.finish()
-            if with_digest:
-                verify_digest(request, with_digest.hexdigest())
-            name = reader.fields.get("name", name)
-            filename = reader.fields.get("filename") or reader.filename or filename
-        else:
-            sha256 = await receive(request, sink)
+    room = await anyio.to_thread.run_sync(_room, request, library, tenant_id, form, key)
+    most = limit if room is None else min(limit, room)
+    async with file_sink(services.settings.temp_dir, most, services.files) as sink:
+        try:
+            if form:
+                reader = FormReader(boundary_of(content_type), sink)
+                with_digest = _Hashed(request) if _declared_digests(request) else None
+                await reader.read(with_digest.stream() if with_digest else body_stream(request))
+                sha256 = await sink.finish()
+                if with_digest:
+                    verify_digest(request, with_digest.hexdigest())
+                name = reader.fields.get("name", name)
+                filename = reader.fields.get("filename") or reader.filename or filename
+            else:
+                sha256 = await receive(request, sink)
+        except AppError as error:
+            if error.code == "too_large" and most < limit:
+                await anyio.to_thread.run_sync(_check_room, library, tenant_id, sink.size_bytes, None)
+            raise
         services.metrics.uploaded.inc(sink.size_bytes)
         file = IncomingFile(sink.path, clean_filename(filename or name or "upload"), sha256, sink.size_bytes)
         return await services.creations.run(tenant_id, library.create, tenant_id, name, file, key)
 
 
+def _room(request: Request, library: FileLibrary[Any], tenant_id: str, form: bool, key: str | None) -> int | None:
+    """The most bytes that the file may have by the tenant's plan, None for any number; 413 before a byte is read, where
+    its length says already that it has more, or there is room for none."""
+    given, digest = request.headers.get("content-length", ""), None
+    declared = int(given[:20]) if given.isdigit() else None
+    exact = None if form else declared
+    if not form:  # a form's digest is not its file's
+        digest = next(iter(_declared_digests(request)), None)
+    # What was sent before takes no further room; whose length alone is known is refused, unless it says so by a key.
+    again = key is not None or exact is None
+    most = library.most_bytes(tenant_id, sha256=digest, again=again, exact=exact)
+    least = 1 if declared is None else max(declared - (_FORM_OVERHEAD if form else 0), 1)
+    if most is not None and least > most:
+        _check_room(library, tenant_id, least, digest)
+        return None  # there has been room since
+    return most
+
+
 def _check_room(library: FileLibrary[Any], tenant_id: str, size_bytes: int, sha256: str | None) -> None:
-    """413 before a byte is read, where the tenant's plan has no room for so many."""
+    """413 where the tenant's plan has no room for so many bytes, of which some are yet to come."""
     try:
         library.check_room(tenant_id, size_bytes, sha256)
     except AppError as error:

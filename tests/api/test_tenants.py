@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -245,6 +247,38 @@ def test_more_bytes_than_the_plan_has_are_refused_and_nothing_of_them_stays(
     assert alice.post("/v1/uploads", json={"filename": "u", "size_bytes": 60}).status_code == 201
 
 
+def _unended(url: str, key: str, how: str) -> tuple[int, str]:
+    """The answer, status and code, to a body that never ends. `how`: its length is told, beside an Idempotency-Key or
+    as a form, and nothing of it is sent; or nobody tells it, and some of it is."""
+    lines = ["POST /v1/models?name=m&filename=m.onnx HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
+    lines.append("Transfer-Encoding: chunked" if how == "chunked" else f"Content-Length: {8 << 20}")
+    lines.append("Content-Type: multipart/form-data; boundary=b" if how == "form" else "Idempotency-Key: k")
+    begun = b"%x\r\n%s\r\n" % (256 << 10, bytes(256 << 10)) if how == "chunked" else b""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + begun)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        return answer.status, json.loads(answer.read())["code"]
+
+
+@pytest.mark.parametrize("how", ["with a key", "form", "chunked"])
+def test_a_body_that_the_plan_has_no_room_for_is_not_received_first(
+    keyed: tuple[str, Services], alice: httpx.Client, model_bytes: bytes, how: str
+) -> None:
+    url, services = keyed
+    key = alice.headers["Authorization"].removeprefix("Bearer ")
+    _limit(services, stored_bytes=100 << 10)
+    assert alice.post("/v1/models?name=m&filename=m.onnx", content=model_bytes).status_code == 201
+    assert _unended(url, key, how) == (413, "storage_quota")
+    _limit(services, stored_bytes=1)  # less than there is: what is there may be sent again, whoever cannot tell
+    target, again = "/v1/models?name=m&filename=m.onnx", {"Idempotency-Key": "again"}
+    assert alice.post(target, content=model_bytes, headers=again).status_code == 201
+    assert alice.post(target, files={"file": ("m.onnx", model_bytes)}).status_code == 201
+    assert alice.post(target, content=iter([model_bytes])).status_code == 201
+    assert _unended(url, key, how) == (413, "storage_quota")
+
+
 def test_a_model_larger_than_the_plan_takes(
     keyed: tuple[str, Services], alice: httpx.Client, model_bytes: bytes
 ) -> None:
@@ -298,6 +332,19 @@ def test_one_who_asks_too_often_is_told_when_to_come_again(keyed: tuple[str, Ser
     assert_problem(alice.get("/v1/jobs"), 429, "too_many_requests")
     _limit(services)
     assert alice.get("/v1/jobs").status_code == 200
+
+
+def test_an_address_may_not_ask_with_wrong_keys_without_end(settings: Settings) -> None:
+    limits = settings.limits.model_copy(update={"wrong_keys_per_minute": 3})
+    app = create_app(settings.model_copy(update={"require_keys": True, "limits": limits}), dispatch=lambda job: True)
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        assert {client.get("/v1/jobs").status_code for _ in range(5)} == {401}, "with none: nobody tries anything"
+        answers = [client.get("/v1/jobs", headers={"Authorization": f"Bearer ank_{n}"}) for n in range(5)]
+        assert [answer.status_code for answer in answers] == [401, 401, 401, 429, 429]
+        assert_problem(answers[-1], 429, "too_many_requests")
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 120
+        right = create_key(app.state.services.db, "alice", "a")
+        assert client.get("/v1/jobs", headers={"Authorization": f"Bearer {right}"}).status_code == 200
 
 
 def test_an_address_may_not_try_keys_without_end(settings: Settings) -> None:
