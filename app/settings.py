@@ -95,6 +95,7 @@ class LimitSettings(BaseSettings):
     inspect_sandbox: Sandbox = "auto"
     active_jobs_per_tenant: int = Field(default=1000, ge=1)
     sign_ins_per_minute: int = Field(default=30, ge=0, description="From one address; 0 = no limit")
+    wrong_keys_per_minute: int = Field(default=300, ge=0, description="From one address; 0 = no limit")
 
 
 class WebhookSettings(BaseSettings):

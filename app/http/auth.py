@@ -95,6 +95,7 @@ class Authenticator:
         if of_token is not None and settings.public_url:  # RFC 9728, 5.1
             self._challenge += f', resource_metadata="{settings.public_url}{METADATA}"'
         self._sign_ins = settings.limits.sign_ins_per_minute
+        self._wrong_keys = settings.limits.wrong_keys_per_minute
         self._known: dict[tuple[str, str], tuple[Caller, float]] = {}
         self.uses = KeyUses(db)
 
@@ -150,6 +151,16 @@ class Authenticator:
             rate = await self._rates.take("sign-in", address_of(address), self._sign_ins)
             if rate is not None and rate.exceeded:
                 raise rate.refusal("An address that signs in")
+
+    async def count_wrong_key(self, credentials: Credentials, address: str) -> None:
+        """One more call from this address with a key or a token that opens nothing; 429 where it has no more. Whoever
+        has one that opens something is none the worse for what others send from there."""
+        if self._wrong_keys and credentials.authorization is not None:
+            rate = await self._rates.take("wrong-key", address_of(address), self._wrong_keys)
+            if rate is not None and rate.exceeded:
+                error = rate.refusal("An address whose keys are wrong")
+                error.remedy = "Send a key that is valid; those that are get in all the same."
+                raise error
 
     def forget(self, session: str) -> None:
         """A session that was ended here."""

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.audit import acting
 from app.errors import AppError
-from app.http.auth import TOKEN_HEADER, Credentials
+from app.http.auth import TOKEN_HEADER, Authenticator, Credentials
 from app.http.metrics import Metrics
 from app.http.problem import database_problem, internal_error, problem_response
 from app.http.rates import Rate
@@ -148,15 +148,14 @@ class KeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             credentials = scope["anneal.credentials"] = Credentials.of(scope)
-            auth, token = scope["app"].state.services.auth, Headers(scope=scope).get(TOKEN_HEADER)
+            auth: Authenticator = scope["app"].state.services.auth
+            token = Headers(scope=scope).get(TOKEN_HEADER)
             try:
                 caller = await auth.caller_of_call(credentials, scope["method"], token)
                 admit(scope, caller)
                 rate = await auth.counted(caller)
             except AppError as error:
-                request = Request(scope)
-                response = _sign_in(request) if error.status == 401 else None
-                await (response or problem_response(error, request))(scope, receive, send)
+                await (await _refusal(scope, auth, credentials, error))(scope, receive, send)
                 return
             except SQLAlchemyError as error:
                 log.error("database_error", exc_info=error)
@@ -165,6 +164,18 @@ class KeyMiddleware:
             if rate is not None:
                 send = _telling(send, rate)
         await self.app(scope, receive, send)
+
+
+async def _refusal(scope: Scope, auth: Authenticator, credentials: Credentials, error: AppError) -> Response:
+    request = Request(scope)
+    if error.status == 401:
+        try:
+            await auth.count_wrong_key(credentials, (scope.get("client") or ("",))[0])
+        except AppError as too_many:
+            return problem_response(too_many, request)
+        if (response := _sign_in(request)) is not None:
+            return response
+    return problem_response(error, request)
 
 
 def _telling(send: Send, rate: Rate) -> Send:

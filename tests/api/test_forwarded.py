@@ -23,8 +23,9 @@ PROXY, STRANGER = "127.0.0.1", "127.0.0.9"
 
 @pytest.fixture
 def strict(settings: Settings) -> Settings:
-    """One attempt to sign in and two connections from an address; a proxy is trusted."""
-    limits = settings.limits.model_copy(update={"sign_ins_per_minute": 1, "connections_per_address": 2})
+    """One attempt to sign in, one wrong key and two connections from an address; a proxy is trusted."""
+    most = {"sign_ins_per_minute": 1, "wrong_keys_per_minute": 1, "connections_per_address": 2}
+    limits = settings.limits.model_copy(update=most)
     changes = {"require_keys": True, "limits": limits, "trusted_proxies": [ip_network(PROXY)]}
     return settings.model_copy(update=changes)
 
@@ -53,6 +54,15 @@ def test_clients_of_a_trusted_proxy_are_counted_by_their_own_addresses(behind: t
     with services.db.read() as session:
         actors = set(session.scalars(select(AuditEvent.actor)))
     assert {"address:203.0.113.7", "address:203.0.113.8"} <= actors
+
+
+def test_wrong_keys_are_counted_by_the_address_behind_the_proxy(behind: tuple[str, Services]) -> None:
+    def asked(forwarded: str) -> int:
+        headers = {"X-Forwarded-For": forwarded, "Authorization": "Bearer ank_wrong"}
+        return httpx.get(f"{behind[0]}/v1/jobs", headers=headers).status_code
+
+    assert [asked("203.0.113.7") for _ in range(2)] == [401, 429]
+    assert asked("203.0.113.8") == 401
 
 
 def test_what_a_client_says_of_itself_to_a_proxy_is_not_believed(behind: tuple[str, Services]) -> None:
