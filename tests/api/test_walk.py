@@ -4,6 +4,8 @@ asked with."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from fastapi import FastAPI
 
 from app.domain.roles import Role
+from app.http.pagination import encode_cursor
 from app.http.services import Services
 from app.main import create_app
 from app.settings import OidcSettings, Settings
@@ -191,9 +194,15 @@ def test_lists_and_references_stay_with_their_tenant(two: Two, model_bytes: byte
             own, others = alice.get(path).json()["items"], bob.get(path).json()["items"]
             assert own, path
             assert not {item["id"] for item in own} & {item["id"] for item in others}, (method, path)
-        for query in (f"model_id={ids['model_id']}", f"job_id={ids['job_id']}"):
-            assert bob.get(f"/v1/engines?{query}").json()["items"] == []
-        assert bob.get(f"/v1/jobs?model_id={ids['model_id']}").json()["items"] == []
+            for item in own:  # nor does a cursor of one page lead to another's
+                cursor = encode_cursor(item["id"] + "z")
+                assert [i["id"] for i in alice.get(path, params={"cursor": cursor}).json()["items"]], "it leads there"
+                seen = bob.get(path, params={"cursor": cursor}).json()["items"]
+                assert {i["id"] for i in seen} <= {i["id"] for i in others}, (path, seen)
+        queries = ("engines?model_id={model_id}", "engines?job_id={job_id}", "jobs?model_id={model_id}")
+        for query in (*queries, "deliveries?job_id={job_id}", "deliveries?webhook_id={webhook_id}"):
+            assert alice.get("/v1/" + query.format(**ids)).json()["items"], query
+            assert bob.get("/v1/" + query.format(**ids)).json()["items"] == [], query
         mine = bob.get("/v1/tenant").json()
         assert (mine["name"], mine["usage"]["stored_bytes"], mine["usage"]["upload_bytes"]) == ("bob", 0, 0)
 
@@ -214,6 +223,57 @@ def test_lists_and_references_stay_with_their_tenant(two: Two, model_bytes: byte
         assert bob.get("/v1/tenant").json()["usage"]["stored_bytes"] == len(model_bytes)
         spec = {"model_id": theirs.json()["id"], "calibration": {"dataset_id": ids["dataset_id"]}}
         assert_problem(bob.post("/v1/jobs", json=spec), 422, "invalid_request")
+
+
+def test_an_idempotency_key_is_its_tenants_own(two: Two, model_bytes: bytes, npz: Any) -> None:
+    takes = {
+        path
+        for path, methods in two.document["paths"].items()
+        for parameter in methods.get("post", {}).get("parameters", ())
+        if parameter["name"] == "Idempotency-Key"
+    }
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/models": {"content": model_bytes, "params": {"name": "m", "filename": "m.onnx"}},
+        "/v1/datasets": {"content": npz(input=np.zeros((6, 8), np.float32)), **_NPZ},
+        "/v1/uploads": {"json": {"filename": "u.onnx", "size_bytes": 1}},
+        "/v1/webhooks": {"json": {"url": "https://hooks.example/again"}},
+    }
+    assert takes == {"/v1/jobs", *bodies}, "say what it is asked with"
+    models: dict[str, str] = {}
+    for path in (*bodies, "/v1/jobs"):
+        made = dict[str, str]()
+        for who in ("alice", "bob"):
+            body = bodies.get(path) or {"json": {"model_id": models[who]}}
+            with two.client(who) as client:
+                first, second = (client.post(path, headers={"Idempotency-Key": path}, **body) for _ in range(2))
+            assert first.status_code in (201, 202), (who, path, first.text)
+            assert "idempotency-replayed" not in first.headers, (who, path)
+            assert second.headers["idempotency-replayed"] == "true", (who, path)
+            made[who] = first.json()["id"]
+            assert second.json()["id"] == made[who]
+        assert made["alice"] != made["bob"], path
+        models = made if path == "/v1/models" else models
+    with two.client("bob") as bob:  # the very request of alice, with her key
+        theirs = bob.post("/v1/jobs", json={"model_id": models["alice"]}, headers={"Idempotency-Key": "new"})
+        assert_problem(theirs, 422, "invalid_request")
+        again = bob.post("/v1/jobs", json={"model_id": models["alice"]}, headers={"Idempotency-Key": "/v1/jobs"})
+        assert_problem(again, 409, "idempotency_conflict")
+
+
+def test_an_answer_takes_as_long_for_anothers_id_as_for_nobodys(two: Two) -> None:
+    """Asked in turns, so that a busy machine is the same for both. A gross difference only: one that looked at what is
+    another's before it refuses it (its files, say) would tell."""
+    with two.client("bob") as bob:
+        for kind, name in (("models", "model_id"), ("jobs", "job_id"), ("engines", "engine_id")):
+            theirs = two.ids[name]
+            paths = (f"/v1/{kind}/{theirs}", f"/v1/{kind}/{theirs[:4]}{'0' * len(theirs[4:])}")
+            took: tuple[list[float], list[float]] = ([], [])
+            for n in range(120):
+                begun = time.perf_counter()
+                assert bob.get(paths[n % 2]).status_code == 404
+                took[n % 2].append(time.perf_counter() - begun)
+            a, b = (statistics.median(seconds) for seconds in took)
+            assert 1 / 3 < a / b < 3, (kind, a, b)
 
 
 def test_a_role_that_is_too_small_is_refused_everywhere(two: Two) -> None:
