@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from anneal_client import SignatureMismatch, verify_webhook
 from app.blobs.collector import Collector
@@ -314,6 +315,10 @@ def test_secrets_change_over(desk: Desk, webhooks: WebhookService, receiver: Rec
     ((headers, body),) = receiver.requests
     for secret in (old.secret, new.secret):
         verify_webhook(body, headers, secret)
+        told = Webhook(secret).verify(body, {k.lower(): v for k, v in headers.items()})  # a library of others
+        assert told["type"] == "job.cancelled"
+    with pytest.raises(WebhookVerificationError):
+        Webhook(new.secret).verify(body + b" ", {k.lower(): v for k, v in headers.items()})
     now = utcnow()
     found = webhooks.get(LOCAL_TENANT, old.id)
     assert secrets_of(found, now) == [new.secret, old.secret]
