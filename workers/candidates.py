@@ -94,9 +94,10 @@ class Candidate:
         steps = [told for told, _ in groupby(step.group or step.describe() for step in self.steps)]
         return " → ".join([*steps, "build"]) + (f" [{options}]" if options else "")
 
-    def after(self, steps: Sequence[Step], suffix: str, name: str) -> Candidate:
-        """The same, of a graph that comes out of these steps."""
-        return replace(self, id=f"{self.id}.{suffix}", name=f"{self.name}, {name}", steps=(*steps, *self.steps))
+    def after(self, steps: Sequence[Step], suffix: str, name: str, instead: Mapping[str, Step]) -> Candidate:
+        """The same, of a graph that comes out of these steps. `instead`: by stage, what takes the place of its own."""
+        own = (instead.get(step.stage, step) for step in self.steps)
+        return replace(self, id=f"{self.id}.{suffix}", name=f"{self.name}, {name}", steps=(*steps, *own))
 
     def variant(
         self, suffix: str, name: str, unlikely: str | None = None, *, other_values: bool = False, **runtime: Any

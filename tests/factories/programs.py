@@ -82,6 +82,22 @@ def transformer() -> nn.Module:
     return Net().eval()
 
 
+def scores_of(net: nn.Module) -> nn.Module:
+    """The transformer without the mask among its outputs."""
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.net(ids, mask)[0]
+
+    return Net().eval()
+
+
 def unlowered() -> nn.Module:
     """A program that torch exports and Inductor has no code for."""
     import torch
@@ -114,6 +130,41 @@ def brittle() -> nn.Module:
             layer.weight *= sizes.reshape(-1, 1, 1, 1) if layer.groups == 1 else 1
             layer.bias.zero_() if layer.groups == 1 else None
         layers[2].weight /= sizes.reshape(1, -1, 1, 1)
+    return net.eval()
+
+
+def separable() -> nn.Module:
+    """As MobileNetV2 has them: expansion, depthwise convolution, projection without an activation, and the sum; batch
+    norms whose channels are of unlike size. Image [batch, 1, 8, 8] to five scores."""
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm0 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+            self.expand, self.norm1 = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)
+            self.deep, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
+            self.project, self.norm3 = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.norm0(self.stem(input)))
+            y = torch.relu(self.norm2(self.deep(torch.relu(self.norm1(self.expand(x))))))
+            return self.head((x + self.norm3(self.project(y))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Net()
+    sizes = torch.logspace(-1, 1, 16)
+    with torch.no_grad():
+        for norm in (net.norm0, net.norm1, net.norm2, net.norm3):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.3, 1.0)
+            norm.bias.normal_(std=0.3)
+        net.norm1.weight *= sizes
+        net.norm1.bias *= sizes
+        net.deep.weight /= sizes.reshape(-1, 1, 1, 1)
+        net.head.weight *= 5
     return net.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from app.jobs.training_admission import check_training
 from tests.factories.search_world import Truth, World
 from workers.artifacts import EXPORTED_PROGRAM, ONNX, TRAINING
 from workers.backends.onnxruntime import OnnxRuntimeBackend
+from workers.backends.openvino import OpenVinoBackend
 from workers.candidates import Candidate, Case
 from workers.pipeline import planner, training
 from workers.pipeline.ablation import parts
+from workers.search import requantized
 from workers.search.requests import Done
 from workers.search.state import Facts, SearchState
 
@@ -68,6 +71,32 @@ def test_a_gpu_rounds_symmetrically_and_x86_without_dot_products_to_fewer_bits()
     assert training.plan(_case("always", isa=["avx2"])).steps[0].options["reduce_range"]
 
 
+def test_openvino_takes_the_ranges_that_were_trained() -> None:
+    """Its own quantization would calibrate anew, and round elsewhere."""
+    case = _case("always", same_data=False)
+    found = planner.plan(case, {"openvino": OpenVinoBackend(), "onnxruntime": OnnxRuntimeBackend()}).candidates
+    plain, trained = (next(c for c in found if c.id == cid) for cid in ("ov-int8", "ov-int8.trained"))
+    assert [s.stage for s in plain.steps] == ["simplify", "quantize_nncf"]
+    assert [s.stage for s in trained.steps[-3:]] == ["export", "simplify", "quantize"]
+    at_ort = next(c for c in found if c.id == "ort-int8-static.trained")
+    assert trained.steps == at_ort.steps, "one graph, made once"
+    assert trained.steps[-1].rounding is not None
+
+
+def test_trained_weights_keep_the_ranges_that_they_were_trained_with() -> None:
+    plan = training.plan(_case("auto"))
+    world = World({"int8": Truth(3.0)}, _spec(), 900.0)
+    facts = replace(world.facts(), training=plan.steps, training_instead=plan.instead)
+    (first,) = [c for c in _planned("auto").candidates if c.id == "ort-int8-static"]
+    made = requantized.trained(facts, first)
+    assert made is not None
+    assert requantized.equalized(facts, first)
+    assert requantized.calibrated_otherwise(facts, first)
+    assert requantized.equalized(facts, made) == requantized.calibrated_otherwise(facts, made) == ()
+    assert requantized.trained(facts, made) is None
+    assert requantized.kept(made, ["conv"]).steps[-1].options["exclude_nodes"] == ["conv"]
+
+
 def test_training_is_one_part_of_what_ships() -> None:
     made = _planned("always").candidates[-1]
     found = parts(made, [], {}, "onnxruntime")
@@ -84,9 +113,8 @@ class Trained(World):
     """Trained weights lose a tenth of what the others do."""
 
     def facts(self) -> Facts:
-        from dataclasses import replace
-
-        return replace(super().facts(), training=training.plan(_case("auto")).steps, training_samples=500)
+        plan = training.plan(_case("auto"))
+        return replace(super().facts(), training=plan.steps, training_instead=plan.instead, training_samples=500)
 
     def loss(self, plan: Candidate) -> float:
         trained = any(s.group == training.GROUP for s in plan.steps)

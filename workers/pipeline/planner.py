@@ -71,7 +71,7 @@ def _trained(case: Case, candidates: Sequence[Candidate]) -> tuple[list[Candidat
     if not found.steps:
         return [], [Skipped(training.NAME, f"not trained: {found.why_not}")]
     able = sorted(filter(training.trainable, candidates), key=lambda c: c.prior)
-    return [planned(c.after(found.steps, training.SUFFIX, training.NAME)) for c in able], []
+    return [planned(c.after(found.steps, training.SUFFIX, training.NAME, found.instead)) for c in able], []
 
 
 def planned(candidate: Candidate) -> Candidate:

@@ -172,6 +172,7 @@ def facts_of(case: Case, evaluator: Evaluator) -> Facts:
     axes = batch_axes([TensorSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in export.data["inputs"]])
     first = {spec["shape"][0] for spec in export.data["inputs"] if spec["shape"]}
     fixed: Any = first.pop() if len(first) == 1 else None
+    trained = training.plan(case)
     return Facts(
         spec=case.spec,
         products=bool(case.has("MatMul", "Gemm")),
@@ -185,6 +186,7 @@ def facts_of(case: Case, evaluator: Evaluator) -> Facts:
         free_axes=ShapeChecks(evaluator).free,
         memory_bytes=evaluator.memory_bytes(),
         batched=any(axis is not None for axis in axes.values()),
-        training=training.plan(case).steps,
+        training=trained.steps,
         training_samples=data.training_samples,
+        training_instead=trained.instead,
     )

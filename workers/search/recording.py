@@ -39,7 +39,9 @@ class Recorder:
     def begins(self, facts: Facts, candidates: Iterable[Candidate], deadlines: Deadlines, now: float) -> None:
         self._ratio = "speedup" if facts.spec.objective == "latency" else "throughput_ratio"
         training = [dataclasses.asdict(step) for step in facts.training]
+        instead = {stage: dataclasses.asdict(step) for stage, step in facts.training_instead.items()}
         told = {**vars(facts), "spec": facts.spec.model_dump(mode="json"), "training": training}
+        told |= {"training_instead": instead}
         plans = [dataclasses.asdict(c) for c in candidates]
         self._line({"facts": told, "candidates": plans, "deadlines": dataclasses.asdict(deadlines), "now": now})
 
@@ -96,9 +98,9 @@ class Recording:
         first = next(entries)
         told = first["facts"]
         spec = OptimizationSpec.model_validate(told["spec"])
-        facts = Facts(
-            **{**told, "spec": spec, "training": tuple(map(requests.step_from_json, told.get("training", ())))}
-        )
+        steps = tuple(map(requests.step_from_json, told.get("training", ())))
+        instead = {s: requests.step_from_json(step) for s, step in told.get("training_instead", {}).items()}
+        facts = Facts(**{**told, "spec": spec, "training": steps, "training_instead": instead})
         plans = [requests.candidate_from_json(c) for c in first["candidates"]]
         found = cls(facts, plans, Deadlines(**first["deadlines"]), first["now"])
         for entry in entries:

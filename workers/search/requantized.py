@@ -26,6 +26,8 @@ def equalized(facts: Facts, plan: Candidate) -> tuple[Candidate, ...]:
     index, step = quantization(plan)
     if step.rounding is None or not (step.rounding.in_onnx and facts.products and facts.has_calibration):
         return ()
+    if _is_trained(facts, plan):
+        return ()  # trained weights go with the ranges that they were trained with
     return tuple(_equalized(plan, index, alpha, same_data=facts.same_data) for alpha in ALPHAS)
 
 
@@ -33,7 +35,7 @@ def calibrated_otherwise(facts: Facts, plan: Candidate) -> tuple[Candidate, ...]
     """The same nodes with other ranges; none where the job asks for a method."""
     index, step = quantization(plan)
     free = facts.spec.calibration is not None and facts.spec.calibration.method == "auto"
-    if step.rounding is None or "method" not in step.options or not free:
+    if step.rounding is None or "method" not in step.options or not free or _is_trained(facts, plan):
         return ()
     found = []
     for method in (m for m in step.rounding.calibrations if m != step.options["method"]):
@@ -53,9 +55,13 @@ def kept(plan: Candidate, nodes: Sequence[str]) -> Candidate:
 def trained(facts: Facts, plan: Candidate) -> Candidate | None:
     """The candidate with trained weights; None where it has them, or is not quantized statically."""
     _, step = quantization(plan)
-    if not facts.training or "calibration" not in step.extra or plan.steps[0].group == facts.training[0].group:
+    if not facts.training or "calibration" not in step.extra or _is_trained(facts, plan):
         return None
-    return plan.after(facts.training, "trained", "trained weights")
+    return plan.after(facts.training, "trained", "trained weights", facts.training_instead)
+
+
+def _is_trained(facts: Facts, plan: Candidate) -> bool:
+    return bool(facts.training) and plan.steps[0].group == facts.training[0].group
 
 
 def _equalized(plan: Candidate, index: int, alpha: float, *, same_data: bool) -> Candidate:

@@ -53,7 +53,7 @@ class Facts:
     `calibrating`: samples there are for each; `same_data`: of one data set. `fixed_batch`: the only batch size that the
     model takes. `free_axes`: beside the batch. `memory_bytes`: of what holds the engines. `batched`: whether an input
     tells the batch size. `training`: the steps that train the job's weights, where they may be, on so many
-    `training_samples`."""
+    `training_samples`; `training_instead`: by stage, the steps that take its place behind them."""
 
     spec: OptimizationSpec
     products: bool
@@ -69,6 +69,7 @@ class Facts:
     batched: bool = True
     training: tuple[Step, ...] = ()
     training_samples: int = 0
+    training_instead: Mapping[str, Step] = field(default_factory=dict)
 
     @property
     def batch_sizes(self) -> list[int]:

@@ -24,8 +24,8 @@ from app.domain.failures import StageFailure, model_failure
 from workers.artifacts import ONNX
 from workers.candidates import Rounding
 from workers.data import Samples, synthetic_feeds
+from workers.graph import learned_ranges, rewriting
 from workers.graph import preconditions as shared
-from workers.graph import rewriting
 from workers.graph.calibrate import ranges
 from workers.graph.calibrate import statistics as calibration
 from workers.graph.fuse import transformers as fusion
@@ -101,6 +101,7 @@ class Convert(Stage[ConvertOptions]):
         work = _Work(ctx, options, prepared)
         model, data = work.converted()
         rewriting.restore_interface(model, original)
+        learned_ranges.attach(model, None)
         out = ctx.output("model")
         save_model(model, out)
         ctx.reporter.progress(0.9, "trial run")
@@ -176,7 +177,8 @@ class _Work:
         else:
             found = self._calibrated(ranges.calibrated_tensors(eight, model, options.op_types), options.method)
             assert self.samples is not None
-            known = ranges.document(eight, found, self.samples, options.method, options.percentile)
+            learned = learned_ranges.of(model, read_skeleton(self.ctx.inputs["model"] / MODEL_FILE))
+            known = ranges.document(eight, found, self.samples, options.method, options.percentile, learned)
         ranges.write_ranges(known, self.ctx.output("ranges"))
         data["calibration"] = {
             **{key: known[key] for key in ("method", "percentile", "samples", "dataset")},

@@ -1,7 +1,8 @@
 """quantize: a copy of the model in fewer bits.
 
 Inputs `model`, and for static int8 `calibration` (a data set) or `ranges` (what an earlier calibration found). Outputs
-`model`, and for static int8 `ranges`. Recipes: dynamic_int8, static_int8 (Q/DQ).
+`model`, and for static int8 `ranges`. Recipes: dynamic_int8, static_int8 (Q/DQ). Ranges that the model's training
+learned (`workers.graph.learned_ranges`) take the place of what calibration finds.
 
 The result is loaded and run once, and its quantized nodes are counted: a "quantized" model without any, or one that
 does not run, is a failure of the candidate.
@@ -22,7 +23,7 @@ from app.domain.failures import StageFailure, model_failure
 from workers.artifacts import ONNX
 from workers.candidates import Rounding, StepPart
 from workers.data import Samples, synthetic_feeds
-from workers.graph import int8
+from workers.graph import int8, learned_ranges
 from workers.graph import preconditions as shared
 from workers.graph import quantizable as quantization
 from workers.graph.calibrate import ranges
@@ -91,6 +92,7 @@ class Quantize(Stage[QuantizeOptions]):
         else:
             model, data = _dynamic(ctx, options, prepared)
         restore_interface(model, read_skeleton(source))
+        learned_ranges.attach(model, None)
         out = ctx.output("model")
         save_model(model, out)
         del model
@@ -130,6 +132,7 @@ def _static(
 ) -> tuple[ModelProto, dict[str, Any]]:
     skeleton = onnx.load(prepared, load_external_data=False)
     op_types = shared.op_types_for(skeleton, options.op_types, options.exclude_nodes, "static_int8")
+    trained = learned_ranges.of(skeleton, read_skeleton(ctx.inputs["model"] / MODEL_FILE))
     if "ranges" in ctx.inputs:
         needed = calibration.calibratable(skeleton, op_types, options.exclude_nodes)
         known = ranges.read_ranges(ctx.only_file("ranges"), "static_int8", needed)
@@ -144,7 +147,7 @@ def _static(
             progress=lambda fraction, message: ctx.reporter.progress(0.1 + 0.6 * fraction, message),
         )
         assert samples is not None
-        known = ranges.document("static_int8", found, samples, options.method, options.percentile)
+        known = ranges.document("static_int8", found, samples, options.method, options.percentile, trained)
     ranges.write_ranges(known, ctx.output("ranges"))
     unusable = set(known["unusable"])
     untouchable = [n.name for n in skeleton.graph.node if unusable & {*n.input, *n.output} and n.op_type in op_types]
@@ -167,6 +170,7 @@ def _static(
     )
     facts = {key: known[key] for key in ("method", "percentile", "samples", "dataset")}
     facts |= {"tensors": len(known["tensors"]), "reused": "ranges" in ctx.inputs}
+    facts["learned"] = len(trained.keys() & known["tensors"].keys())
     data = {"op_types": sorted(op_types), "excluded_nodes": excluded, "calibration": facts}
     return model, data | {"qdq_by_op": _counted(model, op_types, excluded)}
 

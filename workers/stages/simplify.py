@@ -22,6 +22,7 @@ from onnx import ModelProto
 
 from workers.artifacts import ONNX
 from workers.candidates import StepPart
+from workers.graph import learned_ranges
 from workers.graph.equivalence import (
     ABSOLUTE_TOLERANCE,
     RELATIVE_TOLERANCE,
@@ -231,6 +232,7 @@ class _Steps:
         reasons = []
         for candidate in candidates:
             restore_interface(candidate, self.check.original)
+            learned_ranges.attach(candidate, learned_ranges.attached(self.check.original))
             difference, reason = self.check.compare(candidate, newer_opset=newer_opset)
             if reason is None:
                 self.model = candidate

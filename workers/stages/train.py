@@ -7,7 +7,8 @@ has its batch norms' statistics fixed and its dropout gone, and is trained as it
 A training is several calls, each of which goes on from the state that the one before it left (`TRAINING`): so a job
 that is taken up again loses no more than one of them. Inputs `model` (the exported program, or that state), `training`
 (a data set) and `data` (the one that judges). Samples that judge never train; those by which candidates are selected
-say when it is enough. Output `model`: the state, and after the last call the trained program.
+say when it is enough. Output `model`: the state, and after the last call the trained program with the ranges that it
+learned (`workers.graph.learned_ranges`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from app.domain.spec import Metric
 from workers.artifacts import EXPORTED_PROGRAM, PROGRAM_FILE, TRAINING
 from workers.candidates import StepPart
 from workers.data import Samples
+from workers.graph import learned_ranges
 from workers.graph.exported_program import ProgramFolder, quiet
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 
@@ -62,10 +64,11 @@ class TrainOptions(StageOptions):
 class Train(Stage[TrainOptions]):
     """See the module. `data`: training {steps, steps_planned, best_step, seconds, samples, held_out, overlapping,
     parameters, activations_rounded, weights_rounded, outputs {name: what is compared}, labels (the output they are of),
-    fixed_norms, ended (why, or None), loss_before, loss, agreement_before, agreement, curve}."""
+    fixed_norms, threads, channels_equalized, ended (why, or None), loss_before, loss, agreement_before, agreement,
+    curve}."""
 
     name = "train"
-    version = 1
+    version = 2
     Options = TrainOptions
     libraries: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     takes: ClassVar[tuple[str, ...]] = (TRAINING, EXPORTED_PROGRAM)
@@ -149,7 +152,8 @@ def _too_few(training: int, held_out: Samples) -> StageFailure:
 
 
 def _training(source: ProgramFolder, samples: Samples, held_out: Samples, options: TrainOptions) -> Training:
-    from workers.graph.qat.training import Terms, Training
+    from workers.graph.qat.progress import Terms
+    from workers.graph.qat.training import Training
 
     _, batch = source.batch_sizes(min(_BATCH, max(len(samples) // 2, 1)))
     return Training(
@@ -181,9 +185,11 @@ def _write(ctx: StageContext, source: ProgramFolder, training: Training, *, last
         source.interface.write(out)
         torch.save(training.state(), out / STATE_FILE)
         return
+    tensors, ranges = training.trained()
     with torch.no_grad():
-        for name, tensor in training.trained().items():
+        for name, tensor in tensors.items():
             source.program.state_dict[name].copy_(tensor)
+    learned_ranges.write(ranges, out)
     torch.export.save(source.program, out / PROGRAM_FILE)
 
 
@@ -203,7 +209,7 @@ def _fixed_norms(source: ProgramFolder) -> int:
 
 
 def _told(source: ProgramFolder, training: Training) -> dict[str, Any]:
-    progress, first = training.progress, training.progress.curve[0]
+    progress = training.progress
     best = next(e for e in progress.curve if e["step"] == progress.best)
     return {
         "steps": progress.step,
@@ -214,15 +220,17 @@ def _told(source: ProgramFolder, training: Training) -> dict[str, Any]:
         "held_out": len(training.held_out),
         "overlapping": 0 if training.training.part == "calibration" else training.training.excluded,
         "parameters": sum(p.numel() for p in training.weights),
-        "activations_rounded": training.placed["activations"],
-        "weights_rounded": training.placed["weights"],
+        "activations_rounded": training.placed.activations,
+        "weights_rounded": training.placed.weights,
         "outputs": {o.name: str(o.kind) for o in training.outputs},
         "labels": training.labelled.name if training.labelled is not None else None,
         "fixed_norms": _fixed_norms(source),
         "ended": progress.ended,
-        "loss_before": first["loss"],
+        "threads": progress.threads,
+        "channels_equalized": progress.equalized,
+        "loss_before": progress.before["loss"],
         "loss": best["loss"],
-        "agreement_before": first["agreement"],
+        "agreement_before": progress.before["agreement"],
         "agreement": best["agreement"],
         "curve": progress.curve,
     }

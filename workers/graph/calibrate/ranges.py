@@ -86,9 +86,15 @@ def calibrate(
 
 
 def document(
-    recipe: Recipe, found: calibration.Ranges, samples: Samples, method: calibration.Method, percentile: float
+    recipe: Recipe,
+    found: calibration.Ranges,
+    samples: Samples,
+    method: calibration.Method,
+    percentile: float,
+    learned: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """The content of a ranges file."""
+    """The content of a ranges file. `learned`: by training; they take the place of what was found."""
+    tensors = {name: learned.get(name, limits) for name, limits in found.tensors.items()}
     return {
         "format": RANGES_FORMAT,
         "recipe": recipe,
@@ -96,7 +102,7 @@ def document(
         "method": method,
         "percentile": percentile if method == "percentile" else None,
         "samples": found.samples,
-        "tensors": {name: [low, high] for name, (low, high) in sorted(found.tensors.items())},
+        "tensors": {name: [low, high] for name, (low, high) in sorted(tensors.items())},
         "unusable": sorted(found.unusable),
     }
 

@@ -8,6 +8,7 @@ per output channel, where a product reads them: a scale per channel is the same 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from app.domain.failures import StageFailure, model_failure
@@ -35,6 +36,8 @@ _TORCH = frozenset({"aten", "prim", "prims", "symbolic_shapes"})
 _PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _SUMS = frozenset({"Add"})
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
+_BOUNDED = frozenset({"Clip"})
+_MEANS = frozenset({"AveragePool"})
 _NORMS = frozenset({"batch_norm", "_native_batch_norm_legit_no_training"})
 # Hand on the numbers that they get, all of them: rounding is the same before and after.
 _VIEWS = frozenset(
@@ -52,13 +55,28 @@ _VIEWS = frozenset(
         "dropout",
     }
     | {"alias", "expand", "_unsafe_view"}
+    | {"max_pool1d", "max_pool2d"}  # picks among what was rounded
 )
 
 
-def place(module: GraphModule, op_types: Collection[str], activations: str, levels: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Placed:
+    """Modules that round. `points`: (name of the module, node whose value it rounds); `attentions`: names of modules,
+    in the graph's order; `weights`: how many."""
+
+    points: tuple[tuple[str, str], ...]
+    attentions: tuple[str, ...]
+    weights: int
+
+    @property
+    def activations(self) -> int:
+        return len(self.points) + 4 * len(self.attentions)
+
+
+def place(module: GraphModule, op_types: Collection[str], activations: str, levels: int) -> Placed:
     """Insert modules that round (`rounding`) into the graph, in place. `op_types`: of ONNX, as the quantizing step has
-    them; `activations`: uint8 or int8; `levels`: of a weight on either side of zero. Answers how many there are of
-    either: {activations, weights}. Raises StageFailure `nothing_to_train`."""
+    them; `activations`: uint8 or int8; `levels`: of a weight on either side of zero. Raises StageFailure
+    `nothing_to_train`."""
     graph, constants = module.graph, _constants(module)
     products = [n for n in graph.nodes if _type(n) in _PRODUCTS and _type(n) in _wanted(op_types)]
     weighted = [(n, w, axis) for n in products for w, axis in _weights(n) if w in constants]
@@ -69,16 +87,20 @@ def place(module: GraphModule, op_types: Collection[str], activations: str, leve
             remedy="Switch quantization.training off for this model.",
         )
     points = _points(module, op_types, constants)
+    names: dict[Node, str] = {}
+    for count, point in enumerate(points):
+        names[point] = names.get(_shared(point), f"_round_{count}")
+    placed = [(name, point.name) for point, name in names.items()]
     for count, (node, weight, axis) in enumerate(weighted):
         _insert_weight(module, f"_weight_{count}", node, weight, axis, levels)
-    for count, point in enumerate(points):
-        _insert_activation(module, f"_round_{count}", point, activations)
-    attentions = [n for n in products if _op(n) == "scaled_dot_product_attention"]
+    for point, name in names.items():
+        _insert_activation(module, name, point, activations)
+    attentions = [n for n in products if operator(n) == "scaled_dot_product_attention"]
     for count, node in enumerate(attentions):
         _replace_attention(module, f"_attention_{count}", node, activations)
     graph.lint()
     module.recompile()
-    return {"activations": len(points) + 4 * len(attentions), "weights": len(weighted)}
+    return Placed(tuple(placed), tuple(f"_attention_{i}" for i in range(len(attentions))), len(weighted))
 
 
 def check_trainable(program: Any) -> None:
@@ -125,7 +147,7 @@ def _wanted(op_types: Collection[str]) -> frozenset[str]:
     return found | {"Gemm", "MatMul"} if found & {"Gemm", "MatMul"} else found
 
 
-def _op(node: Any) -> str | None:
+def operator(node: Any) -> str | None:
     """The ATen operator's name, without its overload."""
     target = getattr(node, "target", None)
     if getattr(node, "op", None) != "call_function" or getattr(target, "namespace", None) != "aten":
@@ -134,7 +156,7 @@ def _op(node: Any) -> str | None:
 
 
 def _type(node: Any) -> str | None:
-    return _TYPES.get(_op(node) or "")
+    return _TYPES.get(operator(node) or "")
 
 
 def _constants(module: GraphModule) -> set[Node]:
@@ -149,7 +171,7 @@ def _constants(module: GraphModule) -> set[Node]:
 
 def _weights(node: Node) -> Iterator[tuple[Node, int]]:
     """Inputs of a product that may be its weights, with the axis of the output channels."""
-    op, args = _op(node), node.args
+    op, args = operator(node), node.args
     if op in ("mm", "matmul", "bmm"):
         yield args[1], -1  # type: ignore[misc]  # tensors stand there
         yield args[0], -2  # type: ignore[misc]
@@ -165,7 +187,7 @@ def _weights(node: Node) -> Iterator[tuple[Node, int]]:
 
 def _read(node: Node) -> Iterator[Any]:
     """The tensors that are rounded on the way into a node."""
-    op, args = _op(node), node.args
+    op, args = operator(node), node.args
     if op == "scaled_dot_product_attention":
         return
     if op == "cat":
@@ -195,18 +217,24 @@ def _points(module: GraphModule, op_types: Collection[str], constants: set[Node]
 
 def _source(value: Any) -> Node | None:
     """The node that made these numbers; None for a number that is no tensor."""
-    while _op(value) in _VIEWS:
+    while operator(value) in _VIEWS:
         value = value.args[0]
     return value if hasattr(value, "all_input_nodes") else None
+
+
+def _shared(point: Node) -> Any:
+    """Whose range it has: of a mean of neighbours that of what it reads; None where it has its own."""
+    source = _source(point.args[0]) if _type(point) in _MEANS else None
+    return _fused(source) if source is not None else None
 
 
 def _fused(node: Node) -> Node:
     """The last one of what becomes one node with this one."""
     if _type(node) in _PRODUCTS:
         follower = _only_user(node)
-        if follower is not None and _op(follower) in _NORMS and follower.args[0] is node:
+        if follower is not None and operator(follower) in _NORMS and follower.args[0] is node:
             node = follower
-    if _type(node) in _PRODUCTS | _SUMS or _op(node) in _NORMS:
+    if _type(node) in _PRODUCTS | _SUMS or operator(node) in _NORMS:
         follower = _only_user(node)
         if follower is not None and _type(follower) in _ACTIVATIONS:
             node = follower
@@ -237,8 +265,9 @@ def _insert_activation(module: GraphModule, name: str, point: Node, activations:
     """Every reader but what tells of its shape gets the rounded values."""
     from workers.graph.qat.rounding import RoundedActivation
 
-    module.add_submodule(name, RoundedActivation(activations))
-    readers = [user for user in point.users if _op(user) is None or not str(_op(user)).startswith("sym_")]
+    if not hasattr(module, name):
+        module.add_submodule(name, RoundedActivation(activations, bounded=_type(point) in _BOUNDED))
+    readers = [user for user in point.users if operator(user) is None or not str(operator(user)).startswith("sym_")]
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     with module.graph.inserting_after(inputs[-1] if point in inputs else point):
         rounded = module.graph.call_module(name, (point,))

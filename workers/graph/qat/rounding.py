@@ -1,56 +1,111 @@
-"""Modules that round as int8 engines do, and let gradients through (the straight-through estimator). Needs torch."""
+"""Modules that round as int8 engines do, and let gradients through (the straight-through estimator). Needs torch.
+
+The range of an activation is learned with the weights: its size as the logarithm of the scale (Jain et al. 2020,
+"Trained quantization thresholds"), by the gradient of LSQ (Esser et al. 2020): where it is too wide all values are
+rounded coarsely, where it is too narrow the largest are cut. Which of the levels is zero is settled by calibration.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Activations = Literal["uint8", "int8"]
 
-_FORGETS = (
-    0.02  # of the distance to the extremes of a batch, by which a range shrinks at each: about those of 50 batches
-)
 _LEAST_SCALE = 1e-10
+_FARTHEST = 7.0  # that the logarithm of a scale goes from where it began: a thousandth, or a thousand times of it
+
+
+class _Rounded(torch.autograd.Function):
+    """(x, logarithm of the scale) → x rounded to scale · (0 … 255 less `zero`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero: Tensor, least: int, most: int) -> Tensor:
+        scale = log_scale.exp()
+        made = torch.fake_quantize_per_tensor_affine(x, scale, zero, least, most)
+        ends = ((least - zero - 0.5) * scale, (most - zero + 0.5) * scale)
+        ctx.save_for_backward(x, made, *ends)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, made, low, high = ctx.saved_tensors
+        within = (x >= low) & (x <= high)
+        passed = gradient * within
+        # Of y = s·round(x/s): y - x; of what is cut, s·level: y. By the logarithm, so that s is gone.
+        return passed, (gradient * made - passed * x).sum(), None, None, None
 
 
 class RoundedActivation(nn.Module):
     """One scale for the whole tensor: uint8 with a zero point (x86), or int8 without (what GPUs take).
 
-    `observing`: the range follows the extremes of what it sees, as a calibration by them will; `rounding`: whether it
-    rounds. Before anything was seen it passes on what comes.
+    `observing`: notes the extremes of what it sees, from which `settle` makes the range; `rounding`: whether it rounds.
+    Before that it passes on what comes. `bounded`: what it sees is cut by the program itself (ReLU6, say), which
+    engines leave to the range, so that this never grows.
     """
 
     low: Tensor
     high: Tensor
+    zero: Tensor
+    start: Tensor
 
-    def __init__(self, activations: Activations) -> None:
+    def __init__(self, activations: Activations, *, bounded: bool = False) -> None:
         super().__init__()
-        self.signed = activations == "int8"
-        self.observing, self.rounding = False, True
+        self.least, self.most = (-127, 127) if activations == "int8" else (0, 255)
+        self.observing, self.rounding, self.bounded = False, True, bounded
+        self.log_scale = nn.Parameter(torch.tensor(math.nan))
         self.register_buffer("low", torch.tensor(math.inf))
         self.register_buffer("high", torch.tensor(-math.inf))
+        self.register_buffer("zero", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer("start", torch.tensor(math.nan))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing and x.numel():
             low, high = torch.aminmax(x.detach())
-            if self.low <= self.high:
-                low = torch.minimum(low, torch.lerp(self.low, low, _FORGETS))
-                high = torch.maximum(high, torch.lerp(self.high, high, _FORGETS))
-            self.low.copy_(low)
-            self.high.copy_(high)
-        if not self.rounding or not bool(self.low <= self.high):
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
+        if not self.rounding or not self.settled:
             return x
+        made: Tensor = _Rounded.apply(x, self.log_scale, self.zero, self.least, self.most)  # type: ignore[no-untyped-call]
+        return made
+
+    def forget(self) -> None:
+        """Extremes and range."""
+        self.low.fill_(math.inf)
+        self.high.fill_(-math.inf)
+
+    @property
+    def settled(self) -> bool:
+        return bool(self.low <= self.high)
+
+    def settle(self) -> None:
+        """The range from the extremes, zero included."""
+        if not self.settled:
+            return
         low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
-        if self.signed:
-            scale = (torch.maximum(-low, high) / 127).clamp(min=_LEAST_SCALE)
-            zero = torch.zeros((), dtype=torch.int32, device=x.device)
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero, -127, 127)
-        scale = ((high - low) / 255).clamp(min=_LEAST_SCALE)
-        zero = (-low / scale).round().clamp(0, 255).to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+        if self.least < 0:
+            scale = (torch.maximum(-low, high) / self.most).clamp(min=_LEAST_SCALE)
+        else:
+            scale = ((high - low) / self.most).clamp(min=_LEAST_SCALE)
+            self.zero.copy_((-low / scale).nan_to_num().round().clamp(self.least, self.most))
+        with torch.no_grad():
+            self.log_scale.copy_(scale.log())
+            self.start.copy_(self.log_scale)
+
+    def keep_bound(self) -> None:
+        if self.settled:
+            with torch.no_grad():
+                self.log_scale.clamp_(self.start - _FARTHEST, self.start + (0.0 if self.bounded else _FARTHEST))
+
+    def limits(self) -> tuple[float, float] | None:
+        """Lowest and highest value that it passes on; None where nothing came by."""
+        if not self.settled:
+            return None
+        scale, zero = math.exp(float(self.log_scale)), int(self.zero)
+        return (self.least - zero) * scale, (self.most - zero) * scale
 
 
 class RoundedWeight(nn.Module):
@@ -105,9 +160,22 @@ class RoundedAttention(nn.Module):
 
 
 def observe(module: nn.Module, *, observing: bool, rounding: bool) -> None:
-    """Set all of them."""
+    """Set all of them; ranges are settled when observing ends."""
     for part in module.modules():
         if isinstance(part, RoundedActivation):
+            if part.observing and not observing:
+                part.settle()
             part.observing, part.rounding = observing, rounding
         elif isinstance(part, RoundedWeight):
             part.rounding = rounding
+
+
+def keep_bounds(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, RoundedActivation):
+            part.keep_bound()
+
+
+def ranges_of(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are ranges, and no weights of the program."""
+    return [part.log_scale for part in module.modules() if isinstance(part, RoundedActivation)]

@@ -44,6 +44,10 @@ class Runner:
             raise not_trainable(f"it does not run on the training data: {message_of(error)}", None) from error
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
+    def interpreted(self, interpreter: torch.fx.Interpreter, batch: Batch) -> None:
+        """The same, node by node."""
+        interpreter.run(*self._flat(batch), enable_io_processing=False)
+
     def labels(self, batch: Batch) -> np.ndarray[Any, Any] | None:
         """One for each row that the program is given."""
         found = batches.labels_of(batch)
@@ -63,7 +67,7 @@ class Runner:
                     found.append(n.name)
                 return result
 
-        Looker(module, garbage_collect_values=False).run(*self._flat(batch), enable_io_processing=False)
+        self.interpreted(Looker(module, garbage_collect_values=False), batch)
         return found[0] if found else None
 
     def _flat(self, batch: Batch) -> list[Any]:

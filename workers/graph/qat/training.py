@@ -1,8 +1,9 @@
 """The training itself: a student that rounds learns to answer as its teacher does, the program as it was uploaded.
 
-Adam with a learning rate that falls as a cosine; gradients are clipped by their norm. At regular steps the student is
-judged on samples that were held out, and the best weights so far are kept: at the worst those it began with. Needs
-torch.
+Channels are brought to like size first, where the student is better for it. Then Adam, with a learning rate that falls
+as a cosine, for weights and for the ranges of activations; gradients of weights are clipped by their norm. At regular
+steps the student is judged on samples that were held out, and the best weights and ranges so far are kept: at the worst
+those it began with. Needs torch.
 """
 
 from __future__ import annotations
@@ -11,21 +12,20 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from app.domain.failures import StageFailure, model_failure
-from app.domain.spec import Metric
 from workers.data import Batch, Samples
+from workers.graph import learned_ranges
 from workers.graph.exported_program import ProgramFolder
-from workers.graph.qat import batches, distance, placement, rounding
+from workers.graph.qat import batches, channels, distance, placement, rounding
 from workers.graph.qat.distance import Output
+from workers.graph.qat.progress import MOST_EVALUATIONS, Progress, Terms, short, too_short
 from workers.graph.qat.running import Runner, not_gradual
 
-_EVALUATIONS = 20  # of a whole training
 _JUDGING_SHARE = 0.2  # of the time, at most, where there would be fewer steps for it
 _LEAST_APART = 5  # steps between two of them
 _PATIENCE = 6  # evaluations without any that is better, after which it ends
@@ -33,38 +33,12 @@ _MOST_NORM = 1.0
 _WARM_UP = 0.05  # of the steps, in which the learning rate rises
 _CALIBRATING = 16  # batches, before the first step
 _BETTER = 0.999  # times the best loss so far
+_USUAL_SIZE, _LEAST_RATE = 0.1, 0.02  # root of a parameter's mean square that has the whole rate; of it at least
+_RANGES_RATE = 10.0  # times the weights' learning rate: that of the logarithms of scales
 _PROBED = 5  # steps that are timed before it is known how many there will be
+_PROBED_THREADS = 2  # steps with one thread, and with all
+_WORTH_THREADS = 0.8  # of the time with one thread, for which the others are taken from who else computes
 _LEAST_STEPS = 20  # that are worth a training
-
-
-@dataclass(frozen=True)
-class Terms:
-    """`epochs` over the data, at most; `batch`: samples of a step; `metric`: what the job judges by."""
-
-    epochs: int
-    learning_rate: float
-    seed: int
-    batch: int
-    metric: Metric
-
-
-@dataclass
-class Progress:
-    """What a training goes on from, beside the tensors. `steps`: there will be, 0 before that is known; `seconds`: that
-    it took so far. `curve`: [{step, seconds, learning_rate, train_loss, loss, agreement}] of the held-out samples;
-    `best`: the step of the best weights. `cut`: whether time made the steps fewer. `ended`: why it is over."""
-
-    steps: int = 0
-    step: int = 0
-    epoch: int = 0
-    in_epoch: int = 0
-    seconds: float = 0.0
-    worse: int = 0
-    best: int = 0
-    evaluations: int = _EVALUATIONS
-    cut: bool = False
-    ended: str | None = None
-    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Training:
@@ -89,9 +63,13 @@ class Training:
         self.training, self.held_out, self.terms = training, held_out, terms
         self.runner = Runner(source, device)
         self.teacher, self.student = self.runner.module(), self.runner.module()
+        self._pairs = channels.pairs_of(self.student)
         self.placed = placement.place(self.student, op_types, activations, levels)
-        self.weights = [p for p in self.student.parameters() if p.requires_grad and p.is_floating_point()]
-        self.optimizer = torch.optim.Adam(self.weights, lr=terms.learning_rate)
+        self.ranges = rounding.ranges_of(self.student)
+        own = {id(p) for p in self.ranges}
+        floating = (p for p in self.student.parameters() if p.requires_grad and p.is_floating_point())
+        self.weights = [p for p in floating if id(p) not in own]
+        self.optimizer = self._optimizer()
         self.progress = Progress()
         first = next(iter(held_out.batches(terms.batch)))
         names = [spec.name for spec in source.interface.outputs]
@@ -118,10 +96,23 @@ class Training:
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._best = dict(state["best"])
+        torch.set_num_threads(self.progress.threads)
 
-    def trained(self) -> dict[str, Tensor]:
-        """The best parameters, by name as the program has them."""
-        return dict(self._best)
+    def trained(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The best parameters, by name as the program has them, and the ranges that go with them
+        (`learned_ranges.document`)."""
+        self.student.load_state_dict(self._best, strict=False)
+        modules: dict[str, Any] = dict(self.student.named_modules())
+        points = []
+        for name, value in self.placed.points:
+            limits = modules[name].limits()
+            if limits is not None:
+                points.append({"value": value, "low": limits[0], "high": limits[1]})
+        inner = ("query", "key", "weights", "value")
+        attentions = [{n: getattr(modules[name], n).limits() for n in inner} for name in self.placed.attentions]
+        seen = [{n: limits for n, limits in each.items() if limits is not None} for each in attentions]
+        own = {name for name, part in self.student.named_parameters() if any(part is r for r in self.ranges)}
+        return {n: t for n, t in self._best.items() if n not in own}, learned_ranges.document(points, seen)
 
     # Training
 
@@ -129,20 +120,19 @@ class Training:
         """Calibrate, judge the student untrained, and settle how many steps there will be within `seconds`. Raises
         StageFailure `not_trainable`, `training_diverged`, `training_budget_too_short`."""
         began = time.monotonic()
-        rounding.observe(self.student, observing=True, rounding=False)
-        with torch.no_grad():
-            for batch in itertools.islice(self._epoch(0), _CALIBRATING):
-                self.runner.answers(self.student, batch)
-        rounding.observe(self.student, observing=False, rounding=True)
+        self.progress.threads = self._threads()
+        torch.set_num_threads(self.progress.threads)
+        self._calibrate()
+        self._equalize()
         self._evaluate(None)
         wanted = max(self.terms.epochs * self._per_epoch(), 1)
         each = self._seconds_a_step()
         took = self.progress.curve[0].pop("took")
-        self.progress.evaluations = min(max(int(_JUDGING_SHARE * seconds / max(took, 1e-6)), 2), _EVALUATIONS)
+        self.progress.evaluations = min(max(int(_JUDGING_SHARE * seconds / max(took, 1e-6)), 2), MOST_EVALUATIONS)
         evaluating = self.progress.evaluations * took
         held = int((seconds - (time.monotonic() - began) - evaluating) / each)
         if held < min(wanted, _LEAST_STEPS):
-            raise _too_short(seconds, each, wanted, evaluating)
+            raise too_short(seconds, each, wanted, evaluating)
         self.progress.steps = min(wanted, held)
         self.progress.cut = held < wanted
         self.progress.seconds = time.monotonic() - began
@@ -170,7 +160,7 @@ class Training:
 
     def _step(self, batch: Batch) -> float:
         self._set_rate()
-        rounding.observe(self.student, observing=True, rounding=True)
+        rounding.observe(self.student, observing=False, rounding=True)
         with torch.no_grad():
             wanted = self.runner.answers(self.teacher, batch)
         try:
@@ -181,17 +171,21 @@ class Training:
             raise
         except (RuntimeError, NotImplementedError) as error:
             raise not_gradual(self.runner, self.student, batch, error) from error
+        if all(p.grad is None for p in self.weights):
+            raise not_gradual(self.runner, self.student, batch, RuntimeError("no weight gets a gradient"))
         nn.utils.clip_grad_norm_([p for p in self.weights if p.grad is not None], _MOST_NORM)
         value = float(loss.detach())
         if math.isfinite(value):
             self.optimizer.step()
+            rounding.keep_bounds(self.student)
         return value
 
     def _set_rate(self) -> None:
         done = self.progress.step / max(self.progress.steps, 1)
         rise = min(1.0, (done + 1 / max(self.progress.steps, 1)) / _WARM_UP)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.terms.learning_rate * rise * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 1e-2)
+            rate = self.terms.learning_rate * group["times"]
+            group["lr"] = rate * rise * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 1e-2)
 
     def _loss(self, wanted: Sequence[Any], found: Sequence[Any], batch: Batch) -> Tensor:
         places = self._places
@@ -204,25 +198,84 @@ class Training:
         truth = torch.from_numpy(labels.astype("int64")).to(self.runner.device)
         return loss + self.labelled.of_labels(truth, scores)
 
+    # Before the first step
+
+    def _calibrate(self) -> None:
+        """Ranges by the extremes of some batches."""
+        for part in self.student.modules():
+            if isinstance(part, rounding.RoundedActivation):
+                part.forget()
+        rounding.observe(self.student, observing=True, rounding=False)
+        with torch.no_grad():
+            for batch in itertools.islice(self._epoch(0), _CALIBRATING):
+                self.runner.answers(self.student, batch)
+        rounding.observe(self.student, observing=False, rounding=True)
+
+    def _equalize(self) -> None:
+        """Channels of like size, unless the student is worse for it."""
+        loss, agreement = self._judge()
+        if not math.isfinite(loss):
+            self._diverged(loss)
+        self.progress.before = {"loss": short(loss), "agreement": short(agreement)}
+        if not self._pairs:
+            return
+        kept = {n: t.clone() for n, t in self.student.state_dict().items()}
+        rounding.observe(self.student, observing=False, rounding=False)
+        sizes = channels.Sizes(self.student, self._pairs)
+        with torch.no_grad():
+            for batch in itertools.islice(self._epoch(0), _CALIBRATING):
+                self.runner.interpreted(sizes, batch)
+        self.progress.equalized = channels.equalize(self.student, self._pairs, sizes.found)
+        self._calibrate()
+        made, _ = self._judge()
+        if not made < loss:
+            self.student.load_state_dict(kept)
+            self.progress.equalized = 0
+
+    def _threads(self) -> int:
+        """One, or all that torch was given: on a busy machine, and for small products, one is faster."""
+        every = torch.get_num_threads()
+        if every == 1:
+            return every
+        took = {}
+        for threads in (every, 1):
+            torch.set_num_threads(threads)
+            took[threads] = min(self._probe(_PROBED_THREADS))
+        return every if took[every] < _WORTH_THREADS * took[1] else 1
+
     def _seconds_a_step(self) -> float:
-        """By some steps whose changes are undone."""
+        times = sorted(self._probe(_PROBED))
+        return max(times[len(times) // 2], 1e-6)
+
+    def _probe(self, count: int) -> list[float]:
+        """Seconds of some steps, whose changes are undone."""
         kept = {n: t.clone() for n, t in self.student.state_dict().items()}
         self.progress.steps = 1
         times = []
-        for batch in itertools.islice(itertools.chain.from_iterable(map(self._epoch, range(_PROBED))), _PROBED):
+        for batch in itertools.islice(itertools.chain.from_iterable(map(self._epoch, range(count))), count):
             began = time.monotonic()
             self._step(batch)
             times.append(time.monotonic() - began)
         self.student.load_state_dict(kept)
-        self.optimizer = torch.optim.Adam(self.weights, lr=self.terms.learning_rate)
+        self.optimizer = self._optimizer()
         self.progress.steps = 0
-        return max(sorted(times)[len(times) // 2], 1e-6)
+        return times
+
+    def _optimizer(self) -> torch.optim.Adam:
+        """A step of Adam has one size whatever the parameter's: small ones take smaller steps."""
+        with torch.no_grad():
+            sizes = [float(p.square().mean().sqrt()) for p in self.weights]
+        groups: list[dict[str, Any]] = [
+            {"params": [p], "times": min(max(size / _USUAL_SIZE, _LEAST_RATE), 1.0)}
+            for p, size in zip(self.weights, sizes, strict=True)
+        ]
+        groups.append({"params": self.ranges, "times": _RANGES_RATE, "betas": (0.9, 0.99)})
+        return torch.optim.Adam(groups, lr=self.terms.learning_rate)
 
     # Judging
 
-    def _evaluate(self, train_loss: float | None) -> None:
-        """On the samples held out, with the ranges as they are."""
-        began = time.monotonic()
+    def _judge(self) -> tuple[float, float]:
+        """On the samples held out: the loss, and of the outputs' mean agreements the least."""
         rounding.observe(self.student, observing=False, rounding=True)
         losses: dict[str, float] = {o.name: 0.0 for o in self.outputs}
         agreed: dict[str, list[Tensor]] = {o.name: [] for o in self.outputs}
@@ -235,20 +288,28 @@ class Training:
                     a, b = wanted[self._places[o.name]], found[self._places[o.name]]
                     losses[o.name] += float(o.distance(a, b)) * len(batch)
                     agreed[o.name].append(o.agreement(a, b).float())
-        loss = sum(losses.values()) / max(rows, 1)
+        worst = min(float(torch.cat(each).mean()) for each in agreed.values())
+        return sum(losses.values()) / max(rows, 1), worst
+
+    def _evaluate(self, train_loss: float | None) -> None:
+        """Note how good the student is, keep it where it is the best so far, and end where that is long ago."""
+        began = time.monotonic()
+        loss, worst = self._judge()
         known = self.progress
         if not math.isfinite(loss):
             self._diverged(loss)
             return
-        worst = min(float(torch.cat(each).mean()) for each in agreed.values())
         entry = {
             "step": known.step,
             "seconds": round(known.seconds, 2),
-            "loss": _short(loss),
-            "agreement": _short(worst),
+            "loss": short(loss),
+            "agreement": short(worst),
         }
         if train_loss is not None:
-            entry |= {"train_loss": _short(train_loss), "learning_rate": _short(self.optimizer.param_groups[0]["lr"])}
+            entry |= {
+                "train_loss": short(train_loss),
+                "learning_rate": short(self.optimizer.param_groups[-1]["lr"] / _RANGES_RATE),
+            }
         else:
             entry["took"] = time.monotonic() - began
         before = next((e["loss"] for e in known.curve if e["step"] == known.best), math.inf)
@@ -296,17 +357,3 @@ class Training:
         for shape in shapes.values():
             shape[0] = size
         return distance.labelled(self.outputs, shapes, labels)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _too_short(seconds: float, each: float, wanted: int, evaluating: float) -> StageFailure:
-    whole = each * wanted + evaluating
-    return StageFailure(
-        "training_budget_too_short",
-        f"Training was not begun: {wanted} steps take about {whole:.0f} s here, and there are {max(seconds, 0):.0f} s.",
-        remedy="Give a larger budget_seconds or quantization.training.max_seconds, fewer epochs, or fewer samples.",
-        cacheable=False,
-    )

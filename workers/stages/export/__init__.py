@@ -9,6 +9,7 @@ from pydantic import Field
 
 from app.domain.shapes import ShapeRange
 from workers.artifacts import EXPORTED_PROGRAM, ONNX, PROGRAM_FILE
+from workers.graph import learned_ranges
 from workers.graph.interface import Interface
 from workers.graph.labels import labels_of
 from workers.graph.onnx_arithmetic import describe_arithmetic
@@ -19,6 +20,7 @@ from workers.stages.export._first_inference import Exported
 from workers.stages.export._pipeline import export_onnx
 from workers.stages.export._source import unpack
 from workers.stages.export._trial import TrialInputs
+from workers.stages.export._write import write_model
 
 
 class ExportOptions(StageOptions):
@@ -37,7 +39,8 @@ class ExportOptions(StageOptions):
 class Export(Stage[ExportOptions]):
     """Inputs `source` (one file) and, where the job has a data set, `data` (one file, on whose samples the model is
     tried) → outputs `model` (`model.onnx`; large weights in `model.onnx.data`) and, of a `.pt2` upload, `program`: the
-    exported program itself, cleaned of what could run code, with `interface.json`."""
+    exported program itself, cleaned of what could run code, with `interface.json`. Of a program that was trained, the
+    ranges that it learned go with the ONNX graph (`workers.graph.learned_ranges`)."""
 
     name: ClassVar[str] = "export"
     version: ClassVar[int] = 6
@@ -54,7 +57,9 @@ class Export(Stage[ExportOptions]):
         `external_data_missing`, `external_data_outside`, `archive_*`, `load_failed`, `inference_failed`,
         `shape_mismatch`, `batch_axis_mismatch` and `missing_extra` (kind REQUEST), `export_failed`, `export_mismatch`,
         `unsafe_program`, and `dataset_*` (kind DATA)."""
-        source, data = ctx.only_file("source"), ctx.only_file("data") if "data" in ctx.inputs else None
+        learned = learned_ranges.read(ctx.inputs["source"])
+        source = ctx.inputs["source"] / PROGRAM_FILE if learned is not None else ctx.only_file("source")
+        data = ctx.only_file("data") if "data" in ctx.inputs else None
         reporter = ctx.reporter
         reporter.progress(0.0, "reading the upload")
         program = None
@@ -82,6 +87,10 @@ class Export(Stage[ExportOptions]):
             axes=options.batch_axes,
             data=data,
         )
+        if program is not None and learned is not None:
+            learned = program.resolved(learned, exported, TrialInputs(data, None))
+        if learned_ranges.attach(exported.model, learned):
+            write_model(exported.model, exported.folder)
         if program is not None:
             reporter.progress(0.9, "comparing with the source program")
             shapes = {n: r.model_dump() for n, r in options.shapes.items()} if options.shapes else None

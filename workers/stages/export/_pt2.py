@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
+from workers.graph import learned_ranges
 from workers.graph.exported_program import load_program, message_of, quiet
 from workers.graph.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
 from workers.stages.export._first_inference import Exported
@@ -143,16 +144,36 @@ class Program:
             self.notes.append(f"Source and ONNX were compared at batch {sizes} only: {message_of(refused)[:160]}")
         return {"passed": True, "inputs": compared, "batch_sizes": sizes, "max_abs_diff": worst}
 
+    def resolved(self, learned: str, exported: Exported, trial: TrialInputs) -> str:
+        """Learned ranges with the names that their values have in the ONNX graph."""
+        import torch
+
+        wanted, found = set(learned_ranges.values_of(learned)), {}
+
+        class Looker(torch.fx.Interpreter):
+            def run_node(self, n: torch.fx.Node) -> Any:
+                result = super().run_node(n)
+                if n.name in wanted:
+                    found[n.name] = result.numpy()
+                return result
+
+        feeds = trial.at(exported.inputs, batch_sizes(exported.inputs, None)[-1], 0)
+        with quiet(), torch.no_grad():
+            Looker(self._program.module()).run(*self._flat(feeds), enable_io_processing=False)
+        return learned_ranges.resolved(learned, found, exported.folder / MODEL_FILE, feeds)
+
+    def _flat(self, feeds: Arrays) -> list[Any]:
+        import torch
+
+        names = self._program.graph_signature.user_inputs
+        return [torch.from_numpy(np.array(feeds[n])) if isinstance(n, str) and n in feeds else n for n in names]
+
     def _run(self, feeds: Arrays, names: list[str]) -> Arrays:
         import torch
         from torch.utils import _pytree as pytree
 
         with quiet(), torch.no_grad():
-            flat = [
-                torch.from_numpy(np.array(feeds[name])) if isinstance(name, str) and name in feeds else name
-                for name in self._program.graph_signature.user_inputs
-            ]
-            args, kwargs = pytree.tree_unflatten(flat, self._program.call_spec.in_spec)
+            args, kwargs = pytree.tree_unflatten(self._flat(feeds), self._program.call_spec.in_spec)
             result = self._program.module()(*args, **kwargs)
             leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if len(leaves) != len(names):
