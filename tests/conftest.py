@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import boto3
@@ -20,6 +21,9 @@ from app.settings import Settings, StorageSettings
 from tests import servers, swift_server
 from tests.factories.guards import storage_outside_of_transactions
 from tests.swift_server import S3Server
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 # Hundreds of processes of this project are started: without bytecode each of them would compile all that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -166,6 +170,21 @@ class S3Bucket:
         values = {**self.variables, **overrides}
         return StorageSettings.model_validate({"url": values.pop("STORAGE_URL"), **values})
 
+    @contextmanager
+    def client(self) -> Iterator[S3Client]:
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.server.endpoint_url,
+            aws_access_key_id=self.server.access_key_id,
+            aws_secret_access_key=self.server.secret_access_key,
+            region_name=self.server.region,
+            config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+        )
+        try:
+            yield client
+        finally:
+            client.close()
+
 
 @pytest.fixture
 def fresh_bucket(s3_server: S3Server) -> S3Bucket:
@@ -175,18 +194,8 @@ def fresh_bucket(s3_server: S3Server) -> S3Bucket:
 
 def new_bucket(s3_server: S3Server) -> S3Bucket:
     bucket = S3Bucket(s3_server, f"test-{uuid4().hex[:12]}")
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_server.endpoint_url,
-        aws_access_key_id=s3_server.access_key_id,
-        aws_secret_access_key=s3_server.secret_access_key,
-        region_name=s3_server.region,
-        config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
-    )
-    try:
+    with bucket.client() as client:
         client.create_bucket(Bucket=bucket.name)
-    finally:
-        client.close()
     return bucket
 
 

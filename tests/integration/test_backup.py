@@ -8,12 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
 
 from tests import servers
+from tests.conftest import S3Bucket, S3Server, new_bucket
 from tests.factories.deployment import Deployment, deployment, kill, submit_case, wait_for_stage, write_case
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -36,10 +41,69 @@ def _doctor(deployed: Deployment, *arguments: str) -> tuple[int, list[dict[str, 
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_destroyed_and_restored(postgres_url: str, tmp_path: Path) -> None:
+class Folders:
+    """Blobs in folders, messages in others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._first, self._second, self._backup = folder / "first", folder / "second", folder / "blobs"
+        self.before: dict[str, str] = {}
+        self.after: dict[str, str] = {}
+
+    def back_up(self) -> None:
+        _copy(self._first / "blobs", self._backup)
+
+    def restore(self) -> None:
+        self._second.mkdir()
+        shutil.copytree(self._backup, self._second / "blobs")
+
+
+class Buckets:
+    """Blobs in a bucket that is destroyed, messages in a Redis that knows nothing of them afterwards."""
+
+    def __init__(self, server: S3Server, redis_url: str) -> None:
+        self._redis = redis_url
+        self._first, self._backup, self._second = (new_bucket(server) for _ in range(3))
+        self.before = {"BROKER_URL": redis_url, **self._first.variables}
+        self.after = {"BROKER_URL": redis_url, **self._second.variables}
+
+    def back_up(self) -> None:
+        self._copy(self._first, self._backup)
+
+    def restore(self) -> None:
+        with self._first.client() as client:
+            for key in _keys(client, self._first):
+                client.delete_object(Bucket=self._first.name, Key=key)
+        with redis.Redis.from_url(self._redis) as broker:
+            broker.flushall()
+        self._copy(self._backup, self._second)
+
+    def _copy(self, source: S3Bucket, target: S3Bucket) -> None:
+        """As `aws s3 sync`."""
+        with source.client() as client:
+            for key in _keys(client, source):
+                body = client.get_object(Bucket=source.name, Key=key)["Body"].read()
+                client.put_object(Bucket=target.name, Key=key, Body=body)
+
+
+def _keys(client: S3Client, bucket: S3Bucket) -> list[str]:
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name)
+    return [found["Key"] for page in pages for found in page.get("Contents", ())]
+
+
+@pytest.fixture(params=["folders", "S3 and Redis"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folders | Buckets:
+    if request.param == "folders":
+        return Folders(tmp_path)
+    return Buckets(request.getfixturevalue("s3_server"), request.getfixturevalue("fresh_redis"))
+
+
+def test_destroyed_and_restored(postgres_url: str, tmp_path: Path, place: Folders | Buckets) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    dump, blobs = tmp_path / "anneal.dump", tmp_path / "blobs"
-    with servers.new_database(postgres_url) as url, deployment(first, {"DATABASE_URL": url}) as deployed:
+    dump = tmp_path / "anneal.dump"
+    with (
+        servers.new_database(postgres_url) as url,
+        deployment(first, {"DATABASE_URL": url, **place.before}) as deployed,
+    ):
         db = deployed.database()
         with deployed.client() as client:
             deleted = client.upload_model(write_case(tmp_path, 61)[0])
@@ -51,7 +115,7 @@ def test_destroyed_and_restored(postgres_url: str, tmp_path: Path) -> None:
             # The service goes on between the two.
             client.delete_model(deleted.id)
             late = client.upload_model(write_case(tmp_path, 63)[0])
-            _copy(first / "blobs", blobs)
+            place.back_up()
         kill(worker)
         db.close()
         key = deployed.api_key
@@ -59,9 +123,8 @@ def test_destroyed_and_restored(postgres_url: str, tmp_path: Path) -> None:
 
     with servers.new_database(postgres_url) as url:
         _postgres("pg_restore", "--no-owner", f"--dbname={url}", str(dump))
-        second.mkdir()
-        shutil.copytree(blobs, second / "blobs")
-        with deployment(second, {"DATABASE_URL": url}) as restored:
+        place.restore()
+        with deployment(second, {"DATABASE_URL": url, **place.after}) as restored:
             code, told = _doctor(restored)
             lacking = [("missing", deleted.sha256)]
             assert (code, [(line["problem"], line["what"]) for line in told if "what" in line]) == (1, lacking)
