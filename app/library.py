@@ -184,14 +184,16 @@ class FileLibrary(Generic[Row]):
         with self._db.read() as session:
             self._ask_room(Quotas(session, tenant_id, self._settings.limits, lock=False), size_bytes, sha256)
 
-    def most_bytes(self, tenant_id: str, *, sha256: str | None, again: bool, exact: int | None) -> int | None:
+    def most_bytes(
+        self, tenant_id: str, *, sha256: str | None, again: bool, exact: int | None, wanted: int
+    ) -> int | None:
         """How many bytes a body may have that is on its way, None for any number: as many as there is room for; or as
         what the tenant has, where it may be the same `again`, which takes no further room. `exact`: that it will
-        have."""
+        have; `wanted`: at most."""
         with self._db.read() as session:
             quotas = Quotas(session, tenant_id, self._settings.limits, lock=False)
-            room = quotas.room(model=self.table is SourceModel, sha256=sha256)
-            if room is None or not again or (exact is not None and exact <= room):
+            room = quotas.room(model=self.table is SourceModel, sha256=sha256, wanted=wanted)
+            if room is None or not again or room >= wanted:
                 return room
             own = select(func.max(self.table.size_bytes)).where(
                 self.table.tenant_id == tenant_id, self.table.deleted_at.is_(None)

@@ -69,7 +69,7 @@ async def create_from_request(
     form = content_type.partition(";")[0].strip().lower() == "multipart/form-data"
     limit = services.settings.limits.upload_bytes
     check_declared(request, limit + (_FORM_OVERHEAD if form else 0))
-    room = await anyio.to_thread.run_sync(_room, request, library, tenant_id, form, key)
+    room = await anyio.to_thread.run_sync(_room, request, library, tenant_id, form, key, limit)
     most = limit if room is None else min(limit, room)
     async with file_sink(services.settings.temp_dir, most, services.files) as sink:
         try:
@@ -93,7 +93,9 @@ async def create_from_request(
         return await services.creations.run(tenant_id, library.create, tenant_id, name, file, key)
 
 
-def _room(request: Request, library: FileLibrary[Any], tenant_id: str, form: bool, key: str | None) -> int | None:
+def _room(
+    request: Request, library: FileLibrary[Any], tenant_id: str, form: bool, key: str | None, limit: int
+) -> int | None:
     """The most bytes that the file may have by the tenant's plan, None for any number; 413 before a byte is read, where
     its length says already that it has more, or there is room for none."""
     given, digest = request.headers.get("content-length", ""), None
@@ -103,7 +105,8 @@ def _room(request: Request, library: FileLibrary[Any], tenant_id: str, form: boo
         digest = next(iter(_declared_digests(request)), None)
     # What was sent before takes no further room; whose length alone is known is refused, unless it says so by a key.
     again = key is not None or exact is None
-    most = library.most_bytes(tenant_id, sha256=digest, again=again, exact=exact)
+    wanted = limit if declared is None else declared
+    most = library.most_bytes(tenant_id, sha256=digest, again=again, exact=exact, wanted=wanted)
     least = 1 if declared is None else max(declared - (_FORM_OVERHEAD if form else 0), 1)
     if most is not None and least > most:
         _check_room(library, tenant_id, least, digest)

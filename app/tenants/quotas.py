@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from app.blobs.references import is_held
-from app.blobs.usage import bytes_of
+from app.blobs.usage import bytes_of, stored_bytes_of
 from app.db.accounts import GpuUse, Plan
 from app.db.base import utcnow
 from app.db.locks import try_lock
@@ -63,19 +63,25 @@ class Quotas:
         allowed = self.limits.stored_bytes
         if allowed is None or self._counts(sha256):
             return
+        if more <= self._room_at_least(allowed):
+            return
         used = self.stored_bytes() + self.upload_bytes()
         if used + more > allowed:
             detail = f"{used} of {allowed} bytes are used, open uploads included; {more} more do not fit."
             remedy = "Delete models, data sets and uploads that are not needed any more, or ask the operator for room."
             raise self._refusal("storage_quota", 413, detail, remedy, used, allowed, needed=more)
 
-    def room(self, *, model: bool, sha256: str | None = None) -> int | None:
-        """Bytes that one further file, a model perhaps, may have; None for any number. `sha256`: as above."""
+    def room(self, *, model: bool, sha256: str | None = None, wanted: int | None = None) -> int | None:
+        """Bytes that one further file, a model perhaps, may have; None for any number. `sha256`: as above. `wanted`: so
+        many will do, where there is room for more."""
         limits, most = self.limits, []
         if model and limits.model_bytes is not None:
             most.append(limits.model_bytes)
         if limits.stored_bytes is not None and not self._counts(sha256):
-            most.append(max(limits.stored_bytes - self.stored_bytes() - self.upload_bytes(), 0))
+            left = self._room_at_least(limits.stored_bytes)
+            if wanted is None or left < wanted:
+                left = limits.stored_bytes - self.stored_bytes() - self.upload_bytes()
+            most.append(max(left, 0))
         return min(most, default=None)
 
     def check_model(self, size_bytes: int) -> None:
@@ -144,6 +150,11 @@ class Quotas:
 
     def gpu_seconds(self) -> float:
         return gpu_seconds_of(self._session, [self._tenant_id])[self._tenant_id]
+
+    def _room_at_least(self, allowed: int) -> int:
+        """Of so many bytes, if what is only cached counted, too. Found far sooner than what does count, and enough for
+        who is far from a limit."""
+        return allowed - stored_bytes_of(self._session, self._tenant_id) - self.upload_bytes()
 
     def _counts(self, sha256: str | None) -> bool:
         return sha256 is not None and is_held(self._session, self._tenant_id, sha256)

@@ -31,6 +31,7 @@ from app.tenants.quotas import Quotas, may_run
 from app.tenants.service import TenantService
 from app.uploads.service import UploadService
 from tests.factories import onnx_models
+from tests.factories.statements import statements
 from tests.integration.conftest import Desk
 
 _RACERS = 6
@@ -145,6 +146,22 @@ def test_a_session_that_was_let_in_may_be_completed(desk: Desk, tmp_path: Path) 
     with desk.db.read() as session:
         usage = Quotas(session, LOCAL_TENANT, desk.service.settings.limits, lock=False).usage()
     assert (usage.stored_bytes, usage.upload_bytes) == (3, 0)
+
+
+def test_whoever_has_room_by_far_is_not_summed_up_exactly(desk: Desk) -> None:
+    """What counts is the sum over the digests of all resources; of 100,000 that takes long."""
+    with desk.db.write() as uow:
+        uow.session.add(Blob(tenant_id=LOCAL_TENANT, sha256="5" * 64, size_bytes=50, created_at=utcnow()))
+    settings = desk.service.settings.limits
+    for allowed, exactly in ((100, False), (40, True)):
+        _limit(desk, stored_bytes=allowed)
+        with desk.db.read() as session, statements(desk.db.engine) as sent:
+            quotas = Quotas(session, LOCAL_TENANT, settings, lock=False)
+            quotas.check_bytes(40)
+            assert (quotas.room(model=False, wanted=40) or 0) >= 40
+        assert any("engines" in sql for sql, _ in sent) is exactly, sent
+    with desk.db.read() as session, pytest.raises(AppError):
+        Quotas(session, LOCAL_TENANT, settings, lock=False).check_bytes(41)
 
 
 def _on_gpu(desk: Desk, queue: str = "anneal.hw.gpu-nvidia-l4") -> Job:
