@@ -193,8 +193,13 @@ class Quantization(Strict):
     """Whether and how weights learn to be rounded."""
 
 
+_URL = r"^https?://[^\s\x00-\x20\x7f]+$"
+
+
 def _possible(url: str) -> str:
     """`url`, if a request could be made of it; `ValueError` otherwise."""
+    if not re.fullmatch(_URL, url) or url.endswith("\n"):
+        raise ValueError("must begin with https:// or http:// and hold no blanks, as https://ml.example.com/anneal")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -217,8 +222,9 @@ def _possible(url: str) -> str:
     return url
 
 
+# The pattern stands in the document; what it refuses is told in words.
 WebhookUrl = Annotated[
-    str, StringConstraints(pattern=r"^https?://[^\s\x00-\x20\x7f]+$", max_length=2048), AfterValidator(_possible)
+    str, StringConstraints(max_length=2048), AfterValidator(_possible), Field(json_schema_extra={"pattern": _URL})
 ]
 
 

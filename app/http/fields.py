@@ -17,7 +17,11 @@ def unknown_field(model: Any, steps: Sequence[str | int]) -> str:
     allowed = allowed_names(model, steps[:-1])
     if not allowed:
         return "there is no such field"
-    close = get_close_matches(str(steps[-1]).lower(), allowed, n=1, cutoff=0.5)
+    given = str(steps[-1]).lower()
+    words = {*given.split("_")}
+    # max_loss means max_accuracy_loss_percent, although max_samples has more letters in common.
+    close = [name for name in allowed if len(words) > 1 and words <= {*name.split("_")}]
+    close = close or get_close_matches(given, allowed, n=1, cutoff=0.5)
     meant = f"; did you mean {close[0]}?" if close else "."
     return f"there is no such field{meant} Fields here: {', '.join(allowed[:_MOST_NAMES])}"
 

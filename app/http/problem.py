@@ -131,6 +131,8 @@ def field_errors(errors: Sequence[ErrorDetails] | Sequence[Mapping[str, Any]], b
     for error in errors[:_MAX_ERRORS]:
         steps = (str(step).replace("~", "~0").replace("/", "~1")[:200] for step in error["loc"])
         message = str(error["msg"])
+        if error["type"] == "json_invalid":
+            message = f"this is no JSON: {error.get('ctx', {}).get('error', 'it ends too early')}"
         if error["type"] == "extra_forbidden" and body is not None:
             message = unknown_field(body, error["loc"][1:])
         found.append(FieldError("/" + "/".join(steps), message[:1000]))
@@ -147,6 +149,10 @@ async def _on_app_error(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     fields = field_errors(error.errors(), _body_type(request))
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if any(field.pointer == "/body" for field in fields) and not kind.endswith("json"):
+        told = "send it as JSON, with the header Content-Type: application/json (`curl --json '{…}'`)"
+        fields = [FieldError("/body", told) if field.pointer == "/body" else field for field in fields]
     detail = "; ".join(f"{e.pointer}: {e.message}" for e in fields[:3]) or "The request is not valid."
     return problem_response(invalid_request(detail, fields), request)
 

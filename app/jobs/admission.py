@@ -187,18 +187,24 @@ def choose_queue(spec: OptimizationSpec, model_format: str, workers: Iterable[Wo
     return queue_for("cuda" if "cuda" in devices else "cpu", None, model_format)
 
 
+_TOLD = ("hardware", "devices", "backends", "precisions")
+
+
 def _format(model_format: str) -> str:
     return f"model format {model_format!r}"
 
 
 def _unavailable(lacks: Sequence[str], workers: Sequence[Worker], remedy: str | None = None) -> AppError:
+    there = offered(workers)
+    told = "; ".join(f"{name} {', '.join(there[name])}" for name in _TOLD if there[name]) or "nothing: none is live"
     return AppError(
         "unavailable_target",
         "Not on offer here",
         422,
         f"No worker can do what the job asks: {'; '.join(lacks)}.",
-        remedy=remedy or "Ask for what GET /v1/capabilities offers, or start a worker that has it.",
-        extra={"offered": offered(workers)},
+        remedy=remedy
+        or f"Ask for what GET /v1/capabilities offers, or start a worker that has it. On offer now: {told[:1000]}.",
+        extra={"offered": there},
     )
 
 

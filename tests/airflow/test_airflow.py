@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.factories.deployment import Deployment, deployment
@@ -74,6 +75,19 @@ class Airflow:
         with contextlib.closing(sqlite3.connect(self.home / "airflow.db", timeout=30)) as database:
             return database.execute(query).fetchall()
 
+    def wait_for_server(self, timeout_s: float) -> None:
+        """Until its API answers: a task that begins before that has failed."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if (
+                    httpx.get(f"http://127.0.0.1:{self.api_port}/api/v2/version", timeout=5).status_code
+                    == httpx.codes.OK
+                ):
+                    return
+            time.sleep(0.3)
+        raise TimeoutError(f"Airflow's API server does not answer\n{self.logs()}")
+
     def wait_for(self, task: str, *states: str, timeout_s: float) -> str:
         deadline = time.monotonic() + timeout_s
         found: list[tuple[Any, ...]] = []
@@ -118,6 +132,9 @@ def airflow(tmp_path_factory: pytest.TempPathFactory, anneal: Deployment) -> Air
         "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
         "TRIGGERER__JOB_HEARTBEAT_SEC": "1",
         "TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "4",
+        # On a busy machine Airflow's own server takes longer than its workers wait by default.
+        "WORKERS__EXECUTION_API_TIMEOUT": "90",
+        "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "600",
         "LOGGING__LOGGING_LEVEL": "INFO",
     }
     kept = {n: os.environ[n] for n in ("PATH", "LANG") if n in os.environ}
@@ -162,13 +179,13 @@ def test_a_job_outlives_the_triggerer_that_waited_for_it(airflow: Airflow, annea
     bundle = tmp_path / "bundle.zip"
     airflow.variables |= {"MODEL": str(model), "SPEC": json.dumps(KEPT), "BUNDLE": str(bundle)}
     (airflow.home / "dags" / "release.py").write_text((PROVIDER / "example_dag.py").read_text())
-    started = [
-        airflow.start("api-server", "--port", str(airflow.api_port), "--host", "127.0.0.1", "--workers", "1"),
-        airflow.start("scheduler", "--skip-serve-logs"),
-        airflow.start("dag-processor"),
-    ]
-    first = airflow.start("triggerer", "--skip-serve-logs")
+    server = ("api-server", "--port", str(airflow.api_port), "--host", "127.0.0.1", "--workers", "1")
+    started = [airflow.start(*server)]
     try:
+        airflow.wait_for_server(120)
+        started += [airflow.start("scheduler", "--skip-serve-logs"), airflow.start("dag-processor")]
+        first = airflow.start("triggerer", "--skip-serve-logs")
+        started.append(first)
         airflow.wait_for("optimize", "deferred", timeout_s=120)
         deadline = time.monotonic() + 30
         while not airflow.rows("select 1 from trigger where triggerer_id is not null") and time.monotonic() < deadline:
@@ -185,7 +202,7 @@ def test_a_job_outlives_the_triggerer_that_waited_for_it(airflow: Airflow, annea
             airflow.logs()
         )
     finally:
-        for process in (first, *started):
+        for process in reversed(started):
             stop(process)
     assert zipfile.is_zipfile(bundle)
     with anneal.client() as client:

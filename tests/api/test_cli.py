@@ -109,12 +109,16 @@ def test_refusals_say_what_where_and_the_remedy(anneal: Anneal, model_file: Path
         (["optimize", str(model_file), "--data", str(text)], 1, ["remedy"]),
         (["optimize", str(tmp_path / "none.onnx")], 2, ["MODEL", "anneal models"]),
         (["optimize", str(model_file), "--data", str(tmp_path / "none.npz")], 2, ["--data", "anneal datasets"]),
-        (["optimize", str(model_file), "--on", "cuda"], 1, ["capabilities"]),
+        (
+            ["optimize", str(model_file), "--on", "cuda"],
+            1,
+            ["capabilities", "hardware cpu-test; devices cpu; backends"],
+        ),
         (["optimize", str(model_file), "--on", "9.9"], 1, ["remedy"]),
         (["optimize", str(model_file), "--metric", "top1"], 1, ["validation data", "/validation/metric"]),
         (["optimize", str(model_file), "--metric", "nonsense"], 1, ["/validation/metric"]),
         (["optimize", str(model_file), "--backend", "nosuch"], 1, ["nosuch", "remedy"]),
-        (["optimize", str(model_file), "--webhook", "ftp://x"], 1, ["/webhook/url"]),
+        (["optimize", str(model_file), "--webhook", "ftp://x"], 1, ["/webhook/url", "must begin with https://"]),
         (["optimize", str(model_file), "--name", "x" * 300], 1, ["name"]),
         (["job", "job_0"], 1, ["no job", "anneal jobs"]),
         (["report", "job_0"], 1, ["remedy"]),
@@ -137,7 +141,7 @@ def test_a_typo_in_a_spec_file_is_told_what_is_allowed(anneal: Anneal, model_fil
     error = json.loads(out)["error"]
     assert (code, error["code"]) == (Exit.REFUSED, "invalid_request")
     assert "/body/validaton" in error["where"]
-    assert "did you mean validation?" in error["where"]
+    assert "did you mean validation?" in error["detail"]
 
 
 def test_a_model_in_two_files_is_sent_whole(anneal: Anneal, tmp_path: Path, client: httpx.Client) -> None:

@@ -93,6 +93,7 @@ def test_a_typo_is_told_the_names_that_are_allowed(
         ({"targets": [{"hardware": "a", "price": 1}]}, "/body/targets/0/price", "price_per_hour", "currency"),
         ({"shapes": {"x": {"mni": [1]}}}, "/body/shapes/x/mni", "min", "opt"),
         ({"traffic": {"slo": {"p99": 20}}}, "/body/traffic/slo/p99", None, "timeout_ms"),
+        ({"validation": {"max_loss": 1}}, "/body/validation/max_loss", "max_accuracy_loss_percent", "max_samples"),
     ):
         response = client.post("/v1/jobs", json={"model_id": model["id"], **change})
         problem = assert_problem(response, 422, "invalid_request")
@@ -101,6 +102,17 @@ def test_a_typo_is_told_the_names_that_are_allowed(
         assert there in told
         if meant:
             assert f"did you mean {meant}?" in told
+
+
+def test_what_is_no_json_is_told_so(client: httpx.Client) -> None:
+    for body, headers, words in (
+        ("{model_id: mdl_1}", {"Content-Type": "application/json"}, "this is no JSON: Expecting property name"),
+        ('{"model_id": "mdl_1"}', {"Content-Type": "application/x-www-form-urlencoded"}, "curl --json"),
+        ('{"model_id": "mdl_1"}', {"Content-Type": "text/plain"}, "Content-Type: application/json"),
+    ):
+        problem = assert_problem(client.post("/v1/jobs", content=body, headers=headers), 422, "invalid_request")
+        assert words in problem["errors"][0]["message"]
+        assert words in problem["detail"]
 
 
 def test_metrics_that_cannot_be_formed(

@@ -184,6 +184,30 @@ def test_a_typo_is_told_what_may_have_been_meant(
     assert f"`{where} --help`" in told
 
 
+def test_what_is_none_of_these_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "bundle.zip"
+    text.write_text("no archive")
+    for arguments, exit, words in (
+        (["bench", str(text)], Exit.REFUSED, "neither a .zip nor a .tar."),
+        (["engines", "pull", "mdl_1"], Exit.USAGE, "is no id of a job or an engine"),
+    ):
+        assert main(arguments) == exit
+        told = capsys.readouterr().err
+        assert words in told
+        assert "ReadError" not in told
+
+
+def test_what_fails_while_logging_in_is_told_of_that_address(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ANNEAL_URL", "http://127.0.0.1:2")
+    monkeypatch.setenv("ANNEAL_CONFIG_DIR", str(tmp_path))
+    assert main(["login", "http://127.0.0.1:1"]) == Exit.UNREACHABLE
+    told = capsys.readouterr().err
+    assert "http://127.0.0.1:1" in told
+    assert "http://127.0.0.1:2" not in told
+
+
 def test_a_file_that_is_missing_is_told_before_anything_is_sent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,9 @@ def unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
+    except tarfile.ReadError as error:  # whose text tells of each way to compress
+        remedy = "Give the file that `anneal engines pull` wrote, or fetch it again."
+        raise Stop("It is no bundle: neither a .zip nor a .tar.", where=str(archive), remedy=remedy) from error
     except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
         remedy = "Fetch it again with `anneal engines pull`."
         raise Stop(f"It is no bundle: {error}", where=str(archive), remedy=remedy) from error

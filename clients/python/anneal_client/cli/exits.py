@@ -45,6 +45,8 @@ class Stop(Exception):
                 "Start one with `anneal serve`, or say where it is with --url or $ANNEAL_URL; `anneal doctor` "
                 "tells more."
             )
+            if "WRONG_VERSION_NUMBER" in error.detail:
+                stop.remedy = f"What answers there speaks no TLS: try {url.replace('https://', 'http://', 1)}."
         elif isinstance(error, Unauthorized):
             stop.remedy = (
                 f"Give a valid key: `anneal login {url}`, or $ANNEAL_API_KEY. The operator makes keys. Where the "
@@ -71,7 +73,9 @@ def _where(error: AnnealError, url: str) -> str | None:
     problem = error.problem
     fields = [e for e in problem.get("errors") or () if isinstance(e, Mapping)]
     if fields:
-        return "; ".join(f"{e.get('pointer', '')}: {e.get('message', '')}" for e in fields[:5])
+        # What is wrong stands in the detail already, of the first of them at least.
+        told = [(str(e.get("pointer", "")), str(e.get("message", ""))) for e in fields[:5]]
+        return "; ".join(at if what in error.detail else f"{at}: {what}" for at, what in told)
     named = [f"{name} {problem[name]}" for name in ("stage", "node", "tensor") if problem.get(name)]
     if named:
         return ", ".join(named)

@@ -31,7 +31,10 @@ def add(commands: Any) -> None:
 
 
 def job_or_engine(text: str) -> str:
-    return text if values.is_id("eng", text) else values.job_id(text)
+    if values.is_id("eng", text) or values.is_id("job", text):
+        return text
+    told = "id of a job or an engine; `anneal jobs` and `anneal engines` list them (job_…, eng_…)"
+    raise argparse.ArgumentTypeError(f"{text[:80]!r} is no {told}")
 
 
 def job_of(service: Service, found: str) -> str:

@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
 
 def run_login(ctx: Context, args: argparse.Namespace) -> Exit:
     url = logins.address(args.address or ctx.url)
+    ctx.url = url  # whatever fails now is told of this address
     if args.oidc:
         return _as_oneself(ctx, url)
     wanted = _needs_key(url)
