@@ -14,7 +14,7 @@ from workers.pipeline.isolated import Interrupted
 from workers.search import crew as module
 from workers.search.calls import Call
 from workers.search.crew import Crew
-from workers.search.requests import Ahead, Answer, Make, Refer, Request, Subject
+from workers.search.requests import Ahead, Answer, Examine, Make, Refer, Request, Subject, Time
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +209,7 @@ LATER = Refer(500.0)
 def test_what_the_job_will_need_stays_out_whatever_is_asked_and_is_not_made_here() -> None:
     with_two = Together()
     board = with_two.board
-    with_two.crew.beside(LATER)
+    with_two.crew.beside(LATER, apart=True)
     with_two.ask(A, sure(A, B))
     assert [(o.id, o.turn, o.apart) for o in board.offers] == [(id_of(B), 0, None), (id_of(LATER), 1, "here")]
     board.holds(B)
@@ -223,6 +223,34 @@ def test_what_the_job_will_need_stays_out_whatever_is_asked_and_is_not_made_here
     assert not board.out
     with_two.ask(D, sure(D, A))
     assert [o.id for o in board.offers[2:]] == [id_of(A)], "it is not needed any more"
+
+
+def test_what_any_machine_may_find_out_comes_last_and_ends_with_the_first_measurement() -> None:
+    with_two, asked = Together(), Examine("tensorrt", 500.0)
+    board = with_two.board
+    with_two.crew.beside(asked, apart=False)
+    with_two.ask(A, sure(A, B, C))
+    assert [(o.id, o.turn, o.apart) for o in board.offers] == [
+        (id_of(asked), 0, None), (id_of(B), -1, None), (id_of(C), -2, None),
+    ]  # fmt: skip
+    for request in (B, C):
+        assert with_two.ask_all(request, sure(request)) == [(request, {"built": request.subject.id})]
+    board.holds(asked)
+    short: Any = Time((), 0.4, None, 100.0)
+    with_two.crew.answer(short, [], lambda: 0.0, lambda _: {})
+    assert id_of(asked) not in board.out, "whoever is at it stops"
+    with_two.ask(D, sure(D, A))
+    assert [o.id for o in board.offers[3:]] == [id_of(A)], "it is this worker's now"
+
+
+def test_what_others_found_out_is_asked_once_and_the_search_is_not_told_of_it() -> None:
+    with_two, asked = Together(), Examine("tensorrt", 500.0)
+    with_two.crew.beside(asked, apart=False)
+    with_two.ask(A, sure(A, B))
+    with_two.board.holds(asked, CallState.ENDED)
+    assert with_two.ask_all(B, sure(B)) == [(B, {"built": "b"})]
+    assert with_two.ask_all(C) == [(C, {"built": "c"})]
+    assert [o.id for o in with_two.board.offers] == [id_of(asked), id_of(B)]
 
 
 def test_all_are_answered_once_whoever_makes_them() -> None:

@@ -24,7 +24,7 @@ from workers.pipeline.runner import StageRunner
 from workers.pipeline.stage_calls import Outcome
 from workers.search.calls import Call
 from workers.search.desk import Desk
-from workers.search.requests import Confirm, Judge, Make, Refer, Request, Subject
+from workers.search.requests import Confirm, Examine, Judge, Make, Refer, Request, Subject
 
 SPEC = OptimizationSpec.model_validate(
     {"model_id": "m", "calibration": {"dataset_id": "c"}, "validation": {"dataset_id": "v", "max_samples": 500}}
@@ -34,6 +34,7 @@ _OUTPUTS: dict[str, list[str]] = {
     "build": ["engine"],
     "reference_outputs": ["outputs"],
     "validate": [],
+    "compatibility": [],
 }
 _DATA: dict[str, dict[str, Any]] = {"build": {"runtime": {}}, "validate": {"samples": 500, "engine_digest": "d"}}
 
@@ -123,10 +124,11 @@ MENDED = Subject(quantized("mended", "minmax", "conv_1"), BASE)
         ),
         (Judge(MENDED, 96, apart=True, until=100.0), None),
         (Refer(500.0), ["reference_outputs"]),
+        (Examine("openvino", 500.0), ["compatibility"]),
         (Confirm(Subject(PLAN), 0.975, apart=True, until=100.0), None),
         (Confirm(MENDED, 0.99, apart=False, until=100.0), None),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Make | Judge | Refer | Confirm) else "",
+    ids=lambda value: type(value).__name__ if isinstance(value, Make | Judge | Refer | Examine | Confirm) else "",
 )
 def test_what_another_one_computed_is_looked_up(
     request_: Request, computed: list[str] | None, worker: Callable[[str], tuple[Desk, list[str]]]

@@ -22,18 +22,24 @@ def compatibility_of(
     None where it could not be told, with a `reason`."""
     found: list[dict[str, Any]] = []
     for name in asked(runner, offered):
-        left = budget.left(budget.end)
-        if left < _ENOUGH_S:
-            found.append({"backend": name, "accepted": None, "reason": "the budget was over"})
-            continue
-        inputs, options = {"model": export.outputs["model"]}, {"backend": name}
         try:
-            done = runner.run("compatibility", inputs, options, seconds=min(_LONGEST_S, left), soft_seconds=_ENOUGH_S)
+            done = examine(runner, export, name, budget.left(budget.end))
         except StageFailure as failure:
             found.append({"backend": name, "accepted": None, "reason": failure.detail})
+            continue
+        if done is None:
+            found.append({"backend": name, "accepted": None, "reason": "the budget was over"})
         else:
             found.append({k: v for k, v in done.data.items() if k not in ("made", "notes_of_stage")})
     return found
+
+
+def examine(runner: StageRunner, export: Outcome, backend: str, left: float) -> Outcome | None:
+    """The stage call; None where the seconds `left` do not hold it."""
+    if left < _ENOUGH_S:
+        return None
+    inputs, options = {"model": export.outputs["model"]}, {"backend": backend}
+    return runner.run("compatibility", inputs, options, seconds=min(_LONGEST_S, left), soft_seconds=_ENOUGH_S)
 
 
 def asked(runner: StageRunner, offered: Collection[str]) -> list[str]:

@@ -17,7 +17,7 @@ from workers import devices, kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
-from workers.pipeline.compatibility import compatibility_of
+from workers.pipeline.compatibility import asked, compatibility_of
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.explain import Explainer
@@ -34,6 +34,7 @@ from workers.search.calls import Call
 from workers.search.crew import Crew
 from workers.search.desk import Desk
 from workers.search.driver import Search
+from workers.search.requests import Examine
 
 _RESUMED_S = 10.0  # beside the final measurement: what is left at least to a job that is taken up again
 
@@ -139,6 +140,9 @@ class Optimizer:
         progress.enter("search", 6.0 * max(len(plan.candidates), 1))
         recorder = recording.recorder(self.searches_dir, f"{self.job.id}-{self.job.fencing_token}")
         tell = partial(self.runner.tell, "candidates")
+        if self.crew is not None:
+            for name in asked(self.runner, self.offered):
+                self.crew.beside(Examine(name, self.budget.end), apart=False)
         found = Search(
             case, plan, self.backends, evaluator, self.budget, crew=self.crew, recorder=recorder, tell=tell
         ).run()

@@ -19,11 +19,12 @@ from app.sharing.service import CallState, Offer
 from workers.candidates import Candidate
 from workers.pipeline.isolated import Interrupted
 from workers.search.calls import Call
-from workers.search.requests import Ahead, Answer, Refer, Request, Time, subjects_of
+from workers.search.requests import Ahead, Answer, Examine, Refer, Request, Time, subjects_of
 
 log = structlog.get_logger(__name__)
 
 _LOOK_S = 0.1
+_LEFT = (Refer, Examine)  # to others, until this worker needs it itself
 _FEWEST = 1  # beside the one that this worker makes now
 
 
@@ -81,10 +82,11 @@ class Crew:
             told = answer(request)
         return [(request, told), *self._made_meanwhile(answer)]
 
-    def beside(self, request: Refer) -> None:
-        """What the job will need of others, for workers on other machines and as long as they take: until it is over.
-        This worker does not make it before it is asked for itself."""
-        self._beside.append(Ahead(request, sure=False))
+    def beside(self, request: Refer | Examine, *, apart: bool) -> None:
+        """What the job will need, and others may find out from now on until it is over; this worker leaves it to them
+        as long as it can. `apart`: by workers on other machines, for as long as they take; else on any, until this one
+        measures for the first time."""
+        self._beside.append(Ahead(request, sure=not apart))
 
     def answer_all(
         self, wanted: Sequence[Ahead], now: Callable[[], float], answer: Callable[[Request], Answer]
@@ -102,6 +104,7 @@ class Crew:
     def _made_meanwhile(self, answer: Callable[[Request], Answer]) -> list[tuple[Request, Answer]]:
         found = [self._before.pop(i) for i in [*self._before] if i in self._sure]
         states = self._board.states() if self._out else {}
+        self._beside = [a for a in self._beside if states.get(Call(a.request, 0.0).id) is not CallState.ENDED]
         for call_id in [i for i in self._out if i in self._sure and states.get(i) is CallState.ENDED]:
             made = self._out.pop(call_id).request
             found.append((made, answer(made)))
@@ -129,7 +132,10 @@ class Crew:
         return waited
 
     def _hand_out(self, now_asked: Call, ahead: Sequence[Ahead]) -> None:
-        every = [*ahead, *self._beside]
+        if isinstance(now_asked.request, Time):  # a helper on this machine that has to stop holds it up for a moment
+            self._beside = [a for a in self._beside if not a.sure]
+        # What any machine may do comes first, as it is taken from the end: what the search waits for goes before it.
+        every = [*(a for a in self._beside if a.sure), *ahead, *(a for a in self._beside if not a.sure)]
         wanted = {(call := Call(a.request, now_asked.now)).id: (call, a.sure) for a in every}
         gone = [i for i in self._out if i not in wanted and i != now_asked.id]
         new = [i for i in wanted if i not in self._out and i not in self._before and i != now_asked.id]
@@ -145,7 +151,7 @@ class Crew:
                 self._handed_out = True
                 self._board.offer([self._offer(*wanted[i], position) for position, i in enumerate(new)])
                 self._out |= {i: wanted[i][0] for i in new}
-                self._sure |= {i for i in new if wanted[i][1]}
+                self._sure |= {i for i in new if wanted[i][1] and not isinstance(wanted[i][0].request, _LEFT)}
                 self._ring(min(idle, len(new)))
         except SQLAlchemyError as error:  # nobody's help is no reason to fail
             log.warning("calls_not_handed_out", error=str(error)[:200])
@@ -180,7 +186,7 @@ class Crew:
     ) -> bool:
         """Make another one that nobody is at; whether there was one."""
         for call_id, call in [*self._out.items()]:
-            if call_id == waited_for.id or isinstance(call.request, Refer):
+            if call_id == waited_for.id or isinstance(call.request, _LEFT):
                 continue
             due = states.get(call_id) is CallState.FREE and now() < _until(call.request)
             if due and self._board.take_back(call_id):

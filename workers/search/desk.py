@@ -6,12 +6,25 @@ from collections.abc import Sequence
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate
+from workers.pipeline import compatibility
 from workers.pipeline.evaluate import CandidateRun, Evaluator
 from workers.pipeline.shape_checks import ShapeChecks
 from workers.pipeline.stage_calls import Outcome
 from workers.search.limits import NO_MEMORY
 from workers.search.requantized import is_quantized, quantization
-from workers.search.requests import Answer, Confirm, Judge, Make, Rank, Refer, Request, Subject, Time, TryShapes
+from workers.search.requests import (
+    Answer,
+    Confirm,
+    Examine,
+    Judge,
+    Make,
+    Rank,
+    Refer,
+    Request,
+    Subject,
+    Time,
+    TryShapes,
+)
 
 # Of the quantization, as the sensitivity takes them.
 _SHARED_OPTIONS = ("recipe", "method", "percentile", "op_types", "activations", "per_channel", "reduce_range", "part")
@@ -46,6 +59,9 @@ class Desk:
             case Refer():
                 samples = self.evaluator.spec.validation.max_samples
                 self.evaluator.reference(samples, "confirm", request.until)
+                return {}
+            case Examine():
+                compatibility.examine(self.evaluator.runner, self.evaluator.export, request.backend, self._left())
                 return {}
             case Confirm():
                 return self._confirm(request)
@@ -128,6 +144,10 @@ class Desk:
         self.timing = timed
         told = timed.data
         return {"engines": told["engines"], "batch_sizes": told.get("batch_sizes", []), "at": timed.made.get("at")}
+
+    def _left(self) -> float:
+        budget = self.evaluator.budget
+        return budget.left(budget.end)
 
     def _confirm(self, request: Confirm) -> Answer:
         run = self.held(request.subject, request.until)

@@ -90,7 +90,7 @@ class Search:
             self.recorder.begins(self.facts, self.plan.candidates, deadlines, began)
         state = self.policy.begin(self.plan.candidates, deadlines, began)
         if self.crew is not None and self.facts.has_data:
-            self.crew.beside(Refer(deadlines.end))
+            self.crew.beside(Refer(deadlines.end), apart=True)
         while True:
             asked = self.budget.elapsed()
             state, request = self.policy.advance(state, asked)

@@ -11,7 +11,7 @@ Answers: a mapping. `failed`: why the candidate is out; beside it
 - `TryShapes`: `shapes` (None: nothing was found out), `probes` (whether the original itself gets through)
 - `Time`: `engines` {id: figures}, `batch_sizes`, `at`; or `failure` {code, detail} of the timing as a whole
 - `Rank`: `nodes` [{name, error, work}], the worst first, and `metric` (what the error is); or `why_not`
-- `Refer`, `Confirm`: nothing more; what was found out is in storage
+- `Refer`, `Examine`, `Confirm`: nothing more; what was found out is in storage
 """
 
 from __future__ import annotations
@@ -92,6 +92,14 @@ class Refer:
 
 
 @dataclass(frozen=True)
+class Examine:
+    """Whether this backend, which a worker can ask but not run, takes the model: likewise."""
+
+    backend: str
+    until: float
+
+
+@dataclass(frozen=True)
 class Confirm:
     """Its accuracy on the samples that nobody chose by, with a bound of so much confidence."""
 
@@ -118,7 +126,7 @@ class Stopped:
     failure: Mapping[str, Any]
 
 
-Request = Make | Judge | TryShapes | Time | Rank | Refer | Confirm
+Request = Make | Judge | TryShapes | Time | Rank | Refer | Examine | Confirm
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Ahead:
     """What will be asked after what is asked now, so that it can be answered before. `sure`: whatever comes out,
     but for want of time; else only if somebody faster falls."""
 
-    request: Make | Judge | Refer | Confirm
+    request: Make | Judge | Refer | Examine | Confirm
     sure: bool
 
 
@@ -137,6 +145,7 @@ _KINDS: dict[str, type[Request]] = {
     "time": Time,
     "rank": Rank,
     "refer": Refer,
+    "examine": Examine,
     "confirm": Confirm,
 }
 
@@ -159,7 +168,7 @@ def from_json(data: Mapping[str, Any]) -> Request:
 
 
 def subjects_of(request: Request) -> tuple[Subject, ...]:
-    if isinstance(request, Refer):
+    if isinstance(request, Refer | Examine):
         return ()
     return request.subjects if isinstance(request, Time) else (request.subject,)
 
