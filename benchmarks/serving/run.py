@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -35,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import uvloop
 
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE.parents[1]), str(_HERE.parent), str(_HERE)]
@@ -51,6 +53,7 @@ from workers.measure.load.goodput import Goodput, Plan
 from workers.measure.load.judged import Point
 from workers.measure.load.mix import Kind, Mix
 
+CACHE = _HERE.parent / ".cache" / "serving"
 _ALONE_S, _ALONE_TURNS = 1.0, 6
 _IDLE_S = 2.0
 _REQUESTS = 32  # different ones
@@ -153,8 +156,21 @@ async def proven(
 
 
 def engine_of(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path, Json]:
-    """The bundle, unpacked, its kind `triton`, and what the job said."""
-    with deployment(folder / "home") as service, Client(service.url) as client:
+    """The bundle, unpacked, its kind `triton`, and what the job said; of an earlier run, where that is asked for."""
+    kept = CACHE / files.name
+    if not (arguments.reuse and (kept / "facts.json").exists()):
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        facts = optimized(files, arguments, kept, folder / "home")
+        (kept / "facts.json").write_text(json.dumps(facts))
+    shutil.copytree(kept, folder / "engine")  # each setup writes its settings
+    found = folder / "engine"
+    return found / "bundle", found / "triton.tar", json.loads((found / "facts.json").read_text())
+
+
+def optimized(files: Case, arguments: argparse.Namespace, folder: Path, home: Path) -> Json:
+    """What the job said; both kinds of its bundle are in `folder` then."""
+    with deployment(home) as service, Client(service.url) as client:
         fields = {
             "benchmark": {"batch_sizes": [1, 8], "min_seconds": 0.5},
             "budget_seconds": arguments.budget,
@@ -164,11 +180,7 @@ def engine_of(files: Case, arguments: argparse.Namespace, folder: Path) -> tuple
         url = f"{service.url}/v1/engines/{job['engine_ids'][0]}/bundle?kind=triton"
         with urllib.request.urlopen(url) as answer, (folder / "triton.tar").open("wb") as file:
             shutil.copyfileobj(answer, file)
-    return (
-        folder / "bundle",
-        folder / "triton.tar",
-        {"picked": report["picked"], "speedup": report["final_metrics"]["speedup"]},
-    )
+    return {"picked": report["picked"], "speedup": report["final_metrics"]["speedup"]}
 
 
 async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> Json:
@@ -237,7 +249,9 @@ def measure(arguments: argparse.Namespace) -> Json:
         say(f"{files.label} …")
         with scratch(arguments.folder, 4 << 30) as folder:
             try:
-                figures[name] = found = asyncio.run(compare(files, arguments, folder))
+                # A cheap client: it has its part of the same cores.
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    figures[name] = found = runner.run(compare(files, arguments, folder))
             except (anneal.JobEnded, AnnealError) as failure:
                 figures[name] = {"not_measured": str(failure)}
                 print(f"Not measured: {files.label}: {failure}\n", flush=True)
@@ -265,7 +279,7 @@ def rows_of(label: str, found: Json) -> list[list[str]]:
     for name in sorted(found["alone_p50_ms"], key=lambda n: -told.get(n, {}).get("rate", 0.0)):
         one = told.get(name, {"rate": 0.0, "setup": "–", "proven": []})
         ratio = f"{one['rate'] / best:.2f}" if best else "–"
-        rates = ", ".join(f"{turn['rate'] or 0:.0f}" for turn in one["proven"]) or "–"
+        rates = ", ".join(f"{t['rate'] or 0:.0f}{'' if t['complete'] else ' or more'}" for t in one["proven"]) or "–"
         alone_ms = f"{np.median(found['alone_p50_ms'][name]):.2f}"
         rate = f"{one['rate']:.0f}" if one["proven"] else "–"
         rows.append([label, f"{found['limit_ms']:g}", name, rate, ratio, alone_ms, one["setup"], rates])
@@ -280,6 +294,7 @@ if __name__ == "__main__":
     options.add_argument(
         "--minutes", type=float, default=9.0, help="for each model, beside the job that makes the engine"
     )
+    options.add_argument("--reuse", action="store_true", help="the engine of the run before, no new job")
     options.add_argument("--alone", action="store_true", help="one caller only")
     options.add_argument("--p99-ms", type=float, help="default: 6 × the shortest p50 of one caller, at least 10")
     options.add_argument("--budget", type=int, default=60, help="budget_seconds of the job that makes the engine")
