@@ -23,6 +23,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.factories.serving import FAILS, WAITS, bundle
+from workers.backends.bundle_script import infer_script
 from workers.serving import v2
 from workers.serving.serving_settings import InvalidRequest
 
@@ -249,6 +250,15 @@ def test_it_lives_before_it_is_ready(tmp_path: Path) -> None:
         assert (status, answer["code"]) == (503, "not_ready")
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.process.wait(10) == 0
+
+
+def test_an_engine_that_takes_no_number_of_threads_runs_with_its_own(tmp_path: Path) -> None:
+    """A backend of another package may have written its `load` without."""
+    loader = "def load():\n    return ['x'], lambda feeds: {'y': 2 * feeds['x'], 'width': feeds['x'][:, 0]}\n"
+    script = infer_script(library="numpy", imports="", loader=loader)
+    with serving(bundle(tmp_path, script, instances=2, threads=1)) as server:
+        status, _ = server.infer(asked([1], [1, 1]))
+    assert status == 200
 
 
 def test_an_engine_that_does_not_start_ends_it(tmp_path: Path) -> None:

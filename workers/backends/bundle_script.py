@@ -91,6 +91,7 @@ def limited(load):
 
         return names, checked if accepts else run
 
+    loaded.__wrapped__ = load  # who asks for its parameters sees those: an engine may take no number of threads
     return loaded
 
 
