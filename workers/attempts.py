@@ -28,6 +28,7 @@ from workers.pipeline.report import make_manifest, make_report
 from workers.pipeline.results import engine_row, no_feasible_candidate, publish
 from workers.pipeline.runner import StageRunner
 from workers.pipeline.shared_caches import SharedCaches
+from workers.pipeline.workspace import Workspace
 from workers.room import Room
 from workers.telemetry.telling import Attempt, Telemetry
 
@@ -133,7 +134,7 @@ class Attempts:
                 ).run()
                 if keeper.should_stop():
                     raise Interrupted
-                self._finish(claim, found, runner)
+                self._finish(claim, found, runner, workspace)
                 shipped = found.package is not None
                 attempt.judged(found.spent_seconds, found.spec.budget_seconds, shipped=shipped)
             self._ended(None)
@@ -156,15 +157,11 @@ class Attempts:
         if self._unwell.add(code in _OF_THE_WORKER):
             self.give_up(f"{_TOO_MANY} jobs in a row failed here with {sorted(_OF_THE_WORKER)}")
 
-    def _finish(self, claim: Claim, found: Optimization, runner: StageRunner) -> None:
+    def _finish(self, claim: Claim, found: Optimization, runner: StageRunner, workspace: Workspace) -> None:
         equipment = self._equipment
         report = make_report(found, runner.calls, runner.view.stages)
         published = publish(
-            equipment.content,
-            claim.tenant_id,
-            report,
-            lambda digest: make_manifest(found, runner.calls, equipment.fingerprint, digest),
-            self._settings.temp_dir,
+            workspace, report, lambda digest: make_manifest(found, runner.calls, equipment.fingerprint, digest)
         )
         if found.package is None:
             failure = no_feasible_candidate(found)

@@ -30,8 +30,13 @@ from tests.factories.deployment import Deployment, deployment
 
 Json = dict[str, Any]
 
-# Streams and long polls end at once; what waits for a lease or a body is another test's.
-SETTINGS = {"LIMIT_WAIT_S": "0", "LIMIT_COMPLETE_WAIT_S": "5", "ANNEAL_LOG_LEVEL": "WARNING"}
+# Streams and long polls end at once; what waits for a lease or a body is another test's. Wrong keys are told each time.
+SETTINGS = {
+    "LIMIT_WAIT_S": "0",
+    "LIMIT_COMPLETE_WAIT_S": "5",
+    "LIMIT_WRONG_KEYS_PER_MINUTE": "0",
+    "ANNEAL_LOG_LEVEL": "WARNING",
+}
 _TIMEOUT_S = 30
 _LINES_TOLD = 40
 _TEXTS = (

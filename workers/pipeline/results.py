@@ -3,15 +3,10 @@ nobody meets."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
-from app.blobs.content import ContentStore
 from app.db.base import utcnow
 from app.db.ids import new_id
 from app.db.orm import Engine
@@ -20,6 +15,7 @@ from app.domain.report import Report
 from app.jobs.ledger import Claim
 from workers.pipeline.checks import Check
 from workers.pipeline.outcome import Optimization
+from workers.pipeline.workspace import Workspace
 
 # The fields of the job's spec that the checks come from.
 _FIELDS = {
@@ -49,27 +45,9 @@ class Published:
         }
 
 
-def publish(
-    content: ContentStore,
-    tenant_id: str,
-    report: Report,
-    manifest_for: Callable[[str], dict[str, Any]],
-    temp_dir: Path,
-) -> Published:
-    temp_dir.mkdir(parents=True, exist_ok=True)
-    stored = _store(content, tenant_id, report.model_dump(mode="json"), temp_dir)
-    manifest = _store(content, tenant_id, manifest_for(stored[0]), temp_dir)
-    return Published(report, stored, manifest)
-
-
-def _store(content: ContentStore, tenant_id: str, document: dict[str, Any], temp_dir: Path) -> tuple[str, int]:
-    raw = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-    digest = hashlib.sha256(raw).hexdigest()
-    with NamedTemporaryFile(dir=temp_dir, suffix=".json") as file:
-        file.write(raw)
-        file.flush()
-        content.put(tenant_id, Path(file.name), digest)
-    return digest, len(raw)
+def publish(workspace: Workspace, report: Report, manifest_for: Callable[[str], dict[str, Any]]) -> Published:
+    stored = workspace.store_document("report", report.model_dump(mode="json"))
+    return Published(report, stored, workspace.store_document("manifest", manifest_for(stored[0])))
 
 
 def no_feasible_candidate(found: Optimization) -> StageFailure:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.blobs.content import ContentStore, sha256_file
 from app.domain.artifact_key import ArtifactRef, FileRef
@@ -56,6 +59,16 @@ class Workspace:
             files.append(FileRef(path.name, digest, path.stat().st_size))
             self.content.put(self.tenant_id, path, digest)
         return ArtifactRef(tuple(files))
+
+    def store_document(self, name: str, document: dict[str, Any]) -> tuple[str, int]:
+        """Put it in storage as JSON: digest and size. By a file of this folder, so that one whose worker is killed
+        meanwhile goes with it."""
+        raw = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+        digest = hashlib.sha256(raw).hexdigest()
+        path = self.root / f"{name}.json"
+        path.write_bytes(raw)
+        self.content.put(self.tenant_id, path, digest)
+        return digest, len(raw)
 
 
 def _unlink_from_store(path: Path) -> None:
