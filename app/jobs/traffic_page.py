@@ -129,7 +129,10 @@ def _cost(cost: Json) -> str:
         each = text(cost["samples_per_request"])
         told += f"; a million samples, {each} in a request, {text(cost.get('per_million_samples'))}"
     if cost.get("per_hour") is not None:
-        told += f"; the wanted rate takes {text(cost.get('machines'))} machines, {text(cost['per_hour'])} per hour"
+        about = "" if cost.get("proven") else "about "
+        told += (
+            f"; the wanted rate takes {about}{text(cost.get('machines'))} machines, {text(cost['per_hour'])} per hour"
+        )
     return f"<p>{told}.</p>"
 
 

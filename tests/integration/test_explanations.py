@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,16 @@ def test_the_bundle_that_ships_is_measured_under_the_traffic(job: dict[str, Any]
     assert config["serving"]["settings"]["max_batch"] == engine["setup"]["max_batch"]
     assert {row["pattern"] for row in told["patterns"]} >= {"several instances", "dynamic batching", "static batching"}
     assert told["method"]["load"].startswith("open loop")
+
+
+def test_the_bundle_that_is_downloaded_is_served_as_the_report_says(job: dict[str, Any]) -> None:
+    config = job["report"]["deployment_config"]
+    with zipfile.ZipFile(job["bundle"]) as archive:
+        shipped = json.loads(archive.read("serving.json"))
+    if "serving" in config["reasons"]:  # on a machine so busy that nothing was left of the budget
+        assert "the budget had" in config["reasons"]["serving"]
+    else:
+        assert shipped == config["serving"]["settings"]
 
 
 def test_the_package_was_made_before_anything_was_explained(job: dict[str, Any]) -> None:

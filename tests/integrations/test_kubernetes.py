@@ -80,7 +80,7 @@ def test_the_check_finds_a_field_that_there_is_not(name: str, field: str, tmp_pa
 def test_the_image_is_what_the_manifests_say(tmp_path: Path) -> None:
     """Its server starts by their command, answers as the engine does, and tells every metric that they ask for."""
     settings = {"instances": 1, "threads": 1, "max_batch": 4, "max_delay_ms": 1.0}
-    traffic = {"settings": settings, "goodput": 100.0, "p99_limit_ms": 20.0, "memory_mb": 300.0}
+    traffic = {"settings": settings, "goodput": 100.0, "goodput_proven": True, "p99_limit_ms": 20.0, "memory_mb": 300.0}
     made = bundled("onnxruntime", models.mlp(), tmp_path, deployment={"serving": traffic})
     folder = made.unpacked("kserve", tmp_path / "kserve")
     paths = sorted((folder / "kserve").glob("*.yaml"))

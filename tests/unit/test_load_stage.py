@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from onnx import helper, numpy_helper
 
@@ -20,6 +21,7 @@ from tests.factories import onnx_models
 from tests.factories.bundles import bundle
 from workers.hardware import describe
 from workers.kernel import StageContext, TensorSpec
+from workers.measure.instances import memory_bytes
 from workers.measure.load.arrivals import Arrivals
 from workers.measure.load.bench import Bench, Clock, Limit, Setup, opened
 from workers.measure.load.mix import Kind, Mix, mix_of
@@ -96,17 +98,22 @@ def test_the_server_in_the_bundle_is_driven_over_http(tmp_path: Path) -> None:
         async with opened(bench):
             target = await bench.target(Setup(max_batch=4))
             assert (await target.submit({"input": np.ones((2, 3), dtype=np.float32)}, 20.0)).status == FAILED
-            memory = target.memory_mb()
-            return (
+            (server,) = [p for p in psutil.Process().children() if "serve.py" in " ".join(p.cmdline())]
+            memory = (target.memory_mb(), memory_bytes(server.pid) / 1e6)
+            found = (
                 await bench.alone(Setup(max_batch=4)),
                 await bench.point(Setup(max_batch=4), 100.0, proven=False, requests=40),
                 memory,
             )
+            server.kill()
+            server.wait(30)
+        assert bench.memory == {Setup(max_batch=4): None}, "a server that is dead loses nothing of what was measured"
+        return found
 
-    alone, point, memory = asyncio.run(run())
+    alone, point, (memory, without_instances) = asyncio.run(run())
     assert alone.ended(OK) == alone.count > 0
     assert point.figures["ended"] == {"ok": point.count, "rejected": 0, "timed_out": 0, "failed": 0}
-    assert memory > 10
+    assert memory > without_instances + 5
 
 
 def test_a_limit_that_nobody_keeps_is_told_with_the_nearest(load: Callable[..., dict[str, Any]]) -> None:

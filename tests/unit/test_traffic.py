@@ -200,7 +200,7 @@ DATA: dict[str, Any] = {
         "setup": {"instances": 1, "threads": None, "max_batch": 8, "max_delay_ms": 10.0},
         "goodput": {**GOODPUT, "rate": 120.0},
     },
-    "http": {"setup": {}, "goodput": {**GOODPUT, "rate": 150.0}, "alone_p50_ms": 3.5, "curve": []},
+    "http": {"setup": {}, "goodput": {**GOODPUT, "rate": 150.0}, "alone_p50_ms": 3.5, "memory_mb": 140.0, "curve": []},
     "generator": {"cpu_us_per_request": 40.0, "late": {"p99_ms": 0.1}},
     "method": {"load": "open loop"},
     "conditions": {},
@@ -250,6 +250,23 @@ def test_whether_the_wanted_rate_is_served() -> None:
     assert served(None, 180.0, GOODPUT) is False
     assert served(False, 100.0, GOODPUT) is False
     assert served(None, None, GOODPUT) is None
+    unproven = {**GOODPUT, "proven": False}
+    assert [served(None, wanted, unproven) for wanted in (100.0, 180.0)] == [None, None], (
+        "so few requests prove nothing"
+    )
+    assert served(True, 100.0, unproven) is True, "proven at that very rate"
+    nobody = {"rate": 0.0, "interval": [0.0, None], "proven": False}
+    assert served(None, 1.0, nobody) is False, "one caller alone waits too long"
+    assert served(None, 1.0, {**nobody, "interval": [0.0, 0.5]}) is None
+
+
+def test_what_was_not_proven_counts_no_machines() -> None:
+    data = copy.deepcopy(DATA)
+    data["engine"]["goodput"]["proven"] = False
+    report = traffic_report(found(data))
+    assert report is not None
+    assert (report.served, report.nearest_rate, report.machines) == (None, None, None)
+    assert report.reasons["served"] == "400/s was not proven either way; what keeps 20 ms is about 163/s"
 
 
 def test_traffic_that_was_not_measured_has_its_reason() -> None:
@@ -268,6 +285,11 @@ def test_the_tuned_settings_fill_the_deployment() -> None:
     assert told["settings"]["max_batch"] == 8
     assert (told["goodput"], told["p99_limit_ms"]) == (163.2, 20.0)
     assert told["brought"][0]["setting"] == "max_batch"
+    assert (told["goodput_proven"], told["goodput_over_http_proven"]) == (True, True)
+    assert (told["memory_mb"], told["memory_of"]) == (140.0, "server"), "of the server that ships, not of its instances"
+    within = serving_of(found({**DATA, "http": None}).explanation)
+    assert within is not None
+    assert (within["memory_mb"], within["memory_of"]) == (100.0, "instances")
     assert serving_of(found(None).explanation) is None
 
 

@@ -30,6 +30,10 @@ def deployment_of(proof: Proof, explanation: Explanation) -> DeploymentConfig:
         config.serving = serving_of(explanation)
         if config.serving is None:
             config.reasons["serving"] = explanation.reasons.get("traffic", "not measured")
+    if explanation.bundle_lacks is not None:
+        config.reasons["serving"] = "; ".join(
+            why for why in (config.reasons.get("serving"), explanation.bundle_lacks) if why
+        )
     return config
 
 

@@ -24,14 +24,18 @@ def serving_of(explanation: Explanation) -> dict[str, Any] | None:
         return None
     data = explanation.load.data
     goodput, http = _goodput(data["engine"]), _goodput(data["http"])
+    server_mb = (data["http"] or {}).get("memory_mb")
     return {
         "settings": data["serving"]["settings"],
         "goodput": goodput.get("rate"),
         "goodput_interval": goodput.get("interval"),
+        "goodput_proven": bool(goodput.get("proven")),
         "goodput_over_http": http.get("rate"),
         "goodput_over_http_interval": http.get("interval"),
+        "goodput_over_http_proven": bool(http.get("proven")),
         "p99_limit_ms": data["traffic"]["p99_limit_ms"],
-        "memory_mb": data["engine"]["memory_mb"],
+        "memory_mb": data["engine"]["memory_mb"] if server_mb is None else server_mb,
+        "memory_of": "instances" if server_mb is None else "server",
         "start_seconds": data["engine"]["start_seconds"],
         "brought": data["serving"]["brought"],
         "kept_start": data["serving"]["kept_start"],
@@ -56,7 +60,7 @@ def traffic_report(found: Optimization) -> TrafficReport | None:
     data = load.data
     ours, theirs = _goodput(data["engine"]), _goodput(data["original"])
     wanted = data["traffic"]["rate_per_second"]
-    rate = ours.get("rate") or 0.0
+    rate = (ours.get("rate") or 0.0) if ours.get("proven") else 0.0
     return TrafficReport(
         headline=headline(limit, ours, theirs),
         traffic=data["traffic"],
@@ -118,25 +122,31 @@ def gain(ours: _Json, theirs: _Json) -> dict[str, float | None] | None:
 
 
 def served(proven: bool | None, wanted: float | None, ours: _Json) -> bool | None:
-    """Whether the wanted rate is served within the limit: as measured there, else by the interval."""
+    """Whether the wanted rate is served within the limit: as measured there, else by the interval where that is proven.
+    None is where one caller alone waits too long."""
     if proven is not None or wanted is None or ours.get("rate") is None:
         return proven
     high = (ours.get("interval") or [None, None])[1]
+    if not ours.get("proven"):
+        return False if ours["rate"] == 0 and high is None else None
     if ours["rate"] >= wanted:
         return True
-    return False if ours["rate"] == 0 or (high is not None and wanted >= high) else None
+    return False if high is not None and wanted >= high else None
 
 
 def _reasons(data: _Json, wanted: float | None, ours: _Json) -> dict[str, str]:
     reasons = dict(data["reasons"])
-    rate = ours.get("rate") or 0.0
     if ours.get("reason"):
         reasons["goodput"] = str(ours["reason"])
-    if wanted is not None and served(data["served"], wanted, ours) is False:
-        limit = data["traffic"]["p99_limit_ms"]
+    if wanted is None:
+        return reasons
+    answer, limit = served(data["served"], wanted, ours), data["traffic"]["p99_limit_ms"]
+    if answer is False:
         reasons["served"] = f"{wanted:g}/s is more than this machine serves within {limit:g} ms"
-        if rate:
+        if ours.get("rate"):
             reasons["served"] += f"; the nearest rate that it serves is {_shown(ours)}"
+    elif answer is None and ours.get("rate"):
+        reasons["served"] = f"{wanted:g}/s was not proven either way; what keeps {limit:g} ms is {_shown(ours)}"
     return reasons
 
 

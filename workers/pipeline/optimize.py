@@ -5,6 +5,7 @@ last finished one."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,10 @@ class Optimizer:
             explanation = Explainer(proof, evaluator, self.backends, self.budget, made, self.crew).explain()
             if explanation.deployment is not None or explanation.load is not None:
                 deployment = deployment_of(proof, explanation)
-                made = completed(
+                made, lacks = completed(
                     self.runner, proof, self.data, made, deployment, self.budget, tritonserver=self.tritonserver
                 )
+                explanation = replace(explanation, bundle_lacks=lacks)
         told = compatibility_of(self.runner, export, self.offered, self.budget)
         spent = self.budget.elapsed()
         return Optimization.of(proof, explanation=explanation, package=made, spent_seconds=spent, compatibility=told)

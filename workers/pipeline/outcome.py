@@ -117,7 +117,8 @@ class Proof:
 class Explanation:
     """What each part of the engine gained, how to run it, and where its time goes; `load`: how it serves the job's
     traffic; `cold`: how long it takes to its first answer there. `reasons`: why a part of this is missing, by its name
-    (`ablation`, `deployment`, `profile`, `traffic`, `cold_start`)."""
+    (`ablation`, `deployment`, `profile`, `traffic`, `cold_start`). `bundle_lacks`: why the bundle that ships does not
+    hold the deployment that was found; None where it does."""
 
     ablation: tuple[Ablated, ...] = ()
     deployment: Outcome | None = None
@@ -125,6 +126,7 @@ class Explanation:
     load: Outcome | None = None
     cold: Outcome | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    bundle_lacks: str | None = None
 
 
 @dataclass(frozen=True)

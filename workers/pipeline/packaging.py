@@ -28,6 +28,7 @@ from workers.pipeline.stage_calls import Outcome
 log = structlog.get_logger(__name__)
 
 _AT_ONCE_S = 2.0  # a bundle made in less is made again, whatever the budget has left
+_AS_MADE_FIRST = "the bundle was made before these settings were known, and serving.json in it does not hold them"
 _NOT_YET = "not known when the bundle was made: see the job's report"
 
 
@@ -67,15 +68,18 @@ def completed(
     budget: Budget,
     *,
     tritonserver: Path | None = None,
-) -> Outcome:
-    """The bundle with the deployment in its manifest; the `first` one where that fails or would take long."""
-    if first.seconds > _AT_ONCE_S and first.seconds > budget.left(budget.end):
-        return first
+) -> tuple[Outcome, str | None]:
+    """The bundle with the deployment in its manifest and its settings in `serving.json`; the `first` one where that
+    fails or would take long, and why, in words for the report."""
+    left = budget.left(budget.end)
+    if first.seconds > _AT_ONCE_S and first.seconds > left:
+        why = f"to make it again takes about {first.seconds:.0f} s, and the budget had {max(left, 0.0):.0f} s left"
+        return first, f"{_AS_MADE_FIRST}: {why}"
     try:
-        return package(runner, proof, data, deployment, tritonserver=tritonserver)
+        return package(runner, proof, data, deployment, tritonserver=tritonserver), None
     except StageFailure as failure:
         log.warning("bundle_not_completed", code=failure.code, detail=failure.detail)
-        return first
+        return first, f"{_AS_MADE_FIRST}: with them the bundle failed ({failure.code}: {failure.detail})"
 
 
 def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> dict[str, Any]:

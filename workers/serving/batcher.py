@@ -59,7 +59,7 @@ __all__ = [
     "TimedOut",
 ]
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _GIVEN_UP = 3  # starts in a row that came to nothing, of all instances: then nobody is kept waiting
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.05, 30.0
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ class Kinds:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_OVER_HTTP, _IN_PROCESS = "over HTTP", "in the batcher's own process, which HTTP comes on top of,"
 _SCALARS = "Triton has no tensors without an axis where there is no batch, and the engine has such"
 
 
@@ -158,6 +159,7 @@ def _kserve(bundled: Bundled, kinds: Kinds) -> None:
     traffic = deployment.get("serving") or {}
     reasons = deployment.get("reasons") or {}
     memory, basis = _memory(bundled, deployment, traffic)
+    kept = _kept(traffic, str(reasons.get("serving") or "the job told no traffic"))
     instances = int(bundled.serving["instances"])
     made = kserve.manifests(
         kserve.Deployed(
@@ -168,12 +170,12 @@ def _kserve(bundled: Bundled, kinds: Kinds) -> None:
             memory_mb=memory,
             memory_basis=basis,
             pod_resource=devices.named(bundled.backend.device).pod_resource,
-            # By its own server, where that was measured: its client had a part of the cores, so that it serves no less.
-            rate=traffic.get("goodput_over_http") or traffic.get("goodput") or None,
-            rate_interval=traffic.get("goodput_over_http_interval") or traffic.get("goodput_interval"),
+            rate=kept.rate,
+            rate_interval=kept.interval,
+            rate_basis=kept.basis,
             p99_ms=traffic.get("p99_limit_ms"),
             start_seconds=traffic.get("start_seconds"),
-            reason=str(reasons.get("serving") or "the job told no traffic"),
+            reason=kept.reason,
             members=[*names_in(bundled.engine), *bundled.texts],
         )
     )
@@ -181,10 +183,37 @@ def _kserve(bundled: Bundled, kinds: Kinds) -> None:
     kinds.entries["kserve"] = {"files": made.files, "notes": made.notes}
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The rate that one server was proven to keep its limit at, and what it was measured with; None, and the reason."""
+
+    rate: float | None = None
+    interval: Sequence[float | None] | None = None
+    basis: str = ""
+    reason: str = ""
+
+
+def _kept(traffic: Mapping[str, Any], untold: str) -> _Kept:
+    """By the bundle's own server, where that was measured: its client had a part of the cores, so that it serves no
+    less. Rate and interval are of one measurement."""
+    if not traffic:
+        return _Kept(reason=untold)
+    http = traffic.get("goodput_over_http") is not None
+    side, basis = ("goodput_over_http", _OVER_HTTP) if http else ("goodput", _IN_PROCESS)
+    rate, limit = traffic.get(side), f"p99 within {traffic.get('p99_limit_ms')} ms"
+    if not rate:
+        return _Kept(reason=f"no rate was found that keeps {limit}" if rate is None else f"no rate keeps {limit}")
+    if not traffic.get(f"{side}_proven"):
+        return _Kept(reason=f"about {rate:.4g} requests/s were seen {basis} to keep {limit}, and that was not proven")
+    return _Kept(rate, traffic.get(f"{side}_interval"), basis)
+
+
 def _memory(bundled: Bundled, deployment: Mapping[str, Any], traffic: Mapping[str, Any]) -> tuple[float | None, str]:
     """What all processes of a server were seen to take, in MB (10⁶ bytes), and of what."""
     if traffic.get("memory_mb"):
-        return float(traffic["memory_mb"]), "of the server under the job's traffic"
+        whole = traffic.get("memory_of") == "server"
+        of = "of the server and the engine's processes" if whole else "of the engine's processes, without the server,"
+        return float(traffic["memory_mb"]), f"{of} under the job's traffic"
     if deployment.get("memory_mb"):
         return float(deployment["memory_mb"]), "of the engine's processes while they were timed, without the server"
     one = (bundled.manifest.get("figures") or {}).get("memory_mb")

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from workers.serving.batcher import SECONDS
+
 FOLDER = "kserve"  # of the bundle and of the archive
 IMAGE_FOLDER = "image"  # of the archive: what the image is built from
 SERVER = "serve.py"
@@ -22,6 +24,7 @@ PORT = 8000
 _PORT_NAME = "http1"  # as KServe knows it
 _MOST_REPLICAS = 10
 _ERROR_SHARE, _QUEUE_SHARE = 0.01, 0.8
+_TIMEOUT_S = 60.0  # of a request, where the server is not told otherwise
 _START_S = 10.0  # between two looks at whether it is ready
 _CLIENTS = "cancelled|input_refused|invalid_request|too_large"  # outcomes that are no fault of the server
 
@@ -30,7 +33,8 @@ _CLIENTS = "cancelled|input_refused|invalid_request|too_large"  # outcomes that 
 class Deployed:
     """An engine that is to be deployed. `memory_mb`: of all processes (10⁶ bytes), by `memory_basis`; `cpus`: that they
     compute on. `pod_resource`: what a pod asks for to have the accelerator. `rate`: requests per second that one server
-    was measured to keep its limit at, with `p99_ms`; None where no traffic was measured, for this `reason`."""
+    was proven to keep its limit at, with `p99_ms`, measured as `rate_basis` says; None where there is none, for this
+    `reason`. `rate_interval`: its upper end None where no rate was seen to exceed the limit."""
 
     name: str
     machine: str
@@ -40,7 +44,8 @@ class Deployed:
     memory_basis: str
     pod_resource: str | None = None
     rate: float | None = None
-    rate_interval: Sequence[float] | None = None
+    rate_interval: Sequence[float | None] | None = None
+    rate_basis: str = ""
     p99_ms: float | None = None
     start_seconds: float | None = None
     reason: str = "the job told no traffic"
@@ -94,7 +99,7 @@ def _service(deployed: Deployed) -> dict[str, Any]:
     container = {
         "name": "kserve-container",
         "image": f"REGISTRY/{name}:latest",
-        "command": ["python", SERVER, "--host", "0.0.0.0", "--port", str(PORT), "--name", name],  # noqa: S104 (in a pod)
+        "command": ["python", SERVER, *_listens(), *_patience(deployed), "--name", name],
         "env": [{"name": "PROTOCOL", "value": "v2"}],
         "ports": [{"name": _PORT_NAME, "containerPort": PORT, "protocol": "TCP"}],
         "resources": resources,
@@ -130,12 +135,23 @@ def _service(deployed: Deployed) -> dict[str, Any]:
     }
 
 
+def _listens() -> list[str]:
+    return ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 (in a pod)
+
+
 def _probe(what: str) -> dict[str, Any]:
     return {
         "httpGet": {"path": f"/v2/health/{what}", "port": PORT},
         "periodSeconds": int(_START_S),
         "timeoutSeconds": 5,
     }
+
+
+def _patience(deployed: Deployed) -> list[str]:
+    """The server turns away what takes longer than a minute, unless it is told: a limit that long could not be seen to
+    be missed."""
+    limit_s = (deployed.p99_ms or 0.0) / 1000
+    return ["--timeout", f"{2 * limit_s:g}"] if 2 * limit_s > _TIMEOUT_S else []
 
 
 def _starts(deployed: Deployed) -> int:
@@ -193,7 +209,7 @@ def _rules(deployed: Deployed) -> dict[str, Any]:
 
 def _alerts(deployed: Deployed) -> Iterator[dict[str, Any]]:
     pods = _pods(deployed)
-    if deployed.p99_ms is not None:
+    if deployed.p99_ms is not None and not _beyond_buckets(deployed.p99_ms):
         bucket = f"sum by (le) (rate(anneal_serve_request_seconds_bucket{pods}[5m]))"
         yield _alert(
             "P99AboveLimit",
@@ -224,6 +240,10 @@ def _alerts(deployed: Deployed) -> Iterator[dict[str, Any]]:
         f"anneal_serve_instances_up{pods} < anneal_serve_instances{pods}",
         "Processes of the engine are down.",
     )
+
+
+def _beyond_buckets(limit_ms: float) -> bool:
+    return limit_ms / 1000 >= SECONDS[-1]
 
 
 def _alert(name: str, expr: str, summary: str) -> dict[str, Any]:
@@ -272,10 +292,13 @@ def _about_service(deployed: Deployed) -> Iterator[str]:
 
 def _about_scaling(deployed: Deployed) -> Iterator[str]:
     assert deployed.rate is not None
-    interval = deployed.rate_interval
-    within = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
+    low, high = deployed.rate_interval or (None, None)
+    least = "at least " if deployed.rate_interval is not None and high is None else ""
+    within = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""
     limit = f", p99 within {deployed.p99_ms:g} ms" if deployed.p99_ms is not None else ""
-    yield f"One server was measured to serve {deployed.rate:.4g} requests/s{within}{limit}, under the job's traffic."
+    how = f" {deployed.rate_basis}" if deployed.rate_basis else ""
+    served = f"{least}{deployed.rate:.4g} requests/s{within}"
+    yield f"One server was measured{how} to serve {served}{limit}, under the job's traffic."
     yield "maxReplicaCount is a bound of yours: several of them were not measured together."
     yield "serverAddress and the label `pod` are those of the Prometheus operator's defaults."
 
@@ -283,6 +306,11 @@ def _about_scaling(deployed: Deployed) -> Iterator[str]:
 def _about_rules(deployed: Deployed) -> Iterator[str]:
     if deployed.p99_ms is None:
         yield f"No rule on p99: no limit was told ({deployed.reason})."
+    elif _beyond_buckets(deployed.p99_ms):
+        yield (
+            f"No rule on p99: the limit of {deployed.p99_ms:g} ms is not below the largest bucket of the server's "
+            f"histogram ({SECONDS[-1]:g} s), beyond which Prometheus estimates no quantile."
+        )
     else:
         yield "Between the buckets of its histogram (5, 10, 25, 50, 100 ms, ...) Prometheus estimates a quantile."
     if deployed.rate is None:

@@ -158,7 +158,7 @@ def _said(log: Path) -> str:
 
 
 def _free_ports(count: int) -> Sequence[int]:
-    """That nothing on this machine listens on now."""
+    """That nothing on this machine listens on now: tritonserver takes no port 0."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 from pydantic import Field
 
 from app.domain.failures import FailureKind, StageFailure
@@ -112,10 +112,12 @@ def started(folder: Path, until: float) -> Start:
     with np.load(folder / "sample_input.npz", allow_pickle=False) as sample:
         feeds = {name: sample[name] for name in sample.files}
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    outputs, port = [told["name"] for told in manifest["outputs"]], _free_port()
+    outputs = [told["name"] for told in manifest["outputs"]]
     log = folder.parent / "serve.log"
     began = time.monotonic()
-    with _server(folder, port, log) as process:
+    with _server(folder, log) as process:
+        _until(process, log, until, lambda: _port(process.pid) is not None)
+        port = _port(process.pid) or 0
         alive = _until(process, log, until, lambda: _status(port, "live", until) is not None) - began
         ready = _until(process, log, until, lambda: _status(port, "ready", until) == http.HTTPStatus.OK) - began
         connection = Connection(port, _MODEL, max(until - time.monotonic(), 0.1))
@@ -129,9 +131,9 @@ def started(folder: Path, until: float) -> Start:
 
 
 @contextmanager
-def _server(folder: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _server(folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """In a group of its own, with its instances; nothing of it is left afterwards."""
-    command = [sys.executable, SERVER, "--port", str(port), "--name", _MODEL, "--grace", "1"]
+    command = [sys.executable, SERVER, "--port", "0", "--name", _MODEL, "--grace", "1"]
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -182,7 +184,9 @@ def _failure(what: str, log: Path) -> StageFailure:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _port(pid: int) -> int | None:
+    """That the process listens on, which it tells itself only once it is ready."""
+    with suppress(psutil.Error):
+        found = psutil.Process(pid).net_connections("tcp")
+        return next((c.laddr.port for c in found if c.status == psutil.CONN_LISTEN), None)
+    return None

@@ -60,7 +60,7 @@ class LoadTest(Stage[LoadTestOptions]):
     """
 
     name = "load_test"
-    version = 2
+    version = 3
     Options = LoadTestOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
 from workers.measure.load.arrivals import Arrivals
 from workers.measure.load.company import Company
@@ -130,9 +131,11 @@ class Bench:
     async def close(self) -> None:
         if self._open is not None and self._setup is not None and self._target is not None:
             opened, self._open = self._open, None
-            self.memory.setdefault(self._setup, self._target.memory_mb())
-            self._setup = self._target = None
-            await opened.__aexit__(None, None, None)
+            try:
+                self.memory.setdefault(self._setup, _memory_mb(self._target))
+            finally:
+                self._setup = self._target = None
+                await opened.__aexit__(None, None, None)
 
     async def target(self, setup: Setup) -> Running:
         """The server in this setup. Raises what `launch` raises where it does not start."""
@@ -210,6 +213,14 @@ class Bench:
             return effort.requests(rate) / rate + _SETTLING_S + 0.5 <= self.clock.left()
 
         return await highest(lambda rate: self.point(setup, rate, proven=proven), plan, fits)
+
+
+def _memory_mb(target: Running) -> float | None:
+    """None where one of its processes has ended: what the others take is not the server's memory."""
+    try:
+        return target.memory_mb()
+    except (OSError, KeyError, psutil.Error):
+        return None
 
 
 def answered(run: Run) -> float:

@@ -13,6 +13,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
+
 from app.domain.failures import StageFailure
 from workers.measure.instances import memory_bytes
 from workers.measure.load.bench import Launch, Running, Setup
@@ -65,7 +67,11 @@ class HttpTarget:
         return Counters()
 
     def memory_mb(self) -> float | None:
-        return None if self.pid is None else memory_bytes(self.pid) / 1e6
+        """Of the server's process and its instances'."""
+        if self.pid is None:
+            return None
+        children = psutil.Process(self.pid).children(recursive=True)
+        return sum(map(memory_bytes, [self.pid, *(child.pid for child in children)])) / 1e6
 
     async def close(self) -> None:
         connections, self._idle = self._idle, []
