@@ -78,6 +78,7 @@ def nothing_left_in_the_checkout() -> Iterator[None]:
 _ALONE = (
     "unit/test_benchmark.py",
     "unit/test_disturbance.py",
+    "unit/test_goodput_proven.py",
     "unit/test_machine.py",
     "unit/test_measure_again.py",
     "unit/test_never_slower.py",

@@ -17,6 +17,7 @@ _TRIED = {
     "max_batch": "largest batch",
     "max_delay_ms": "delay, ms",
     "padded": "filled up to common sizes",
+    "preferred": "sizes not waited for",
     "yields_per_second": "yields at most, requests/s",
     "batch_ms": "a batch takes, ms",
     "goodput_seen": "within the limit (short look), requests/s",
@@ -31,7 +32,7 @@ _BROUGHT = {
     "ratio": "times as many with it",
     "reason": "",
 }
-_PATTERNS = {"pattern": "pattern", "fits": "fits", "why": "why"}
+_PATTERNS = {"pattern": "pattern", "fits": "fits", "why": "why", "told": "figures"}
 _POINTS = {
     "rate": "requests/s",
     "verdict": "the limit",
@@ -51,7 +52,7 @@ def traffic(found: Json) -> str:
     """HTML; empty where the job told no traffic."""
     if not found:
         return ""
-    engine, original = part_of(found, "engine"), part_of(found, "original")
+    engine, original, http = (part_of(found, side) for side in ("engine", "original", "http"))
     limit = as_number(part_of(found, "traffic").get("p99_limit_ms"))
     return "".join(
         [
@@ -59,12 +60,14 @@ def traffic(found: Json) -> str:
             _sentences(found),
             _cost(part_of(found, "cost")),
             _cold_start(part_of(found, "cold_start")),
-            _picture(engine, original, limit),
+            _picture(found, limit),
             _under("Points of the engine, as it is served", rows_table(_shown(engine), _POINTS, 24)),
             _under("Points of the original, with its own default settings", rows_table(_shown(original), _POINTS, 24)),
+            _static(part_of(found, "static")),
+            _under("Points of the bundle's serve.py, over HTTP", rows_table(_shown(http), _POINTS, 24)),
             _under("What each setting brought", rows_table(found.get("brought"), _BROUGHT, 8)),
             _under("Settings that were tried", rows_table(found.get("tried"), _TRIED, 40)),
-            _under("Ways to serve it", rows_table(found.get("patterns"), _PATTERNS, 12)),
+            _under("Ways to serve it", rows_table(_ways(found.get("patterns")), _PATTERNS, 12)),
             _asides(found),
         ]
     )
@@ -72,6 +75,29 @@ def traffic(found: Json) -> str:
 
 def _under(title: str, body: str) -> str:
     return f"<h4>{text(title)}</h4>{body}" if body else ""
+
+
+def _static(static: Json) -> str:
+    """Beside the engine's own points, whose batches are those that form while instances are busy."""
+    setup = part_of(static, "setup")
+    how = f"of {setup.get('max_batch')}, waited for up to {setup.get('max_delay_ms')} ms (short looks)"
+    return _under(f"Points of the engine with static batches, {how}", rows_table(_shown(static), _POINTS, 24))
+
+
+def _ways(patterns: Any) -> list[Json]:
+    """With the figures that each goes by, in words."""
+    return [
+        {**row, "told": ", ".join(f"{name.replace('_', ' ')} {_shortly(value)}" for name, value in told)}
+        for row in objects(patterns)
+        for told in [[(name, value) for name, value in part_of(row, "figures").items() if value not in (None, [])]]
+    ]
+
+
+def _shortly(value: Any) -> str:
+    number = as_number(value)
+    if number is not None:
+        return f"{number:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _sentences(found: Json) -> str:
@@ -178,9 +204,16 @@ def _asides(found: Json) -> str:
     return bullets(lines)
 
 
-def _picture(engine: Json, original: Json, limit: float | None) -> str:
+def _picture(found: Json, limit: float | None) -> str:
     """p99 (full) and p50 (dashed) by rate."""
-    sides = [(_points(original), "var(--base)", "the original"), (_points(engine), "var(--good)", "the engine")]
+    sides = [
+        (_points(part_of(found, side)), colour, name)
+        for side, colour, name in (
+            ("original", "var(--base)", "the original"),
+            ("engine", "var(--good)", "the engine, batches as they form"),
+            ("static", "currentColor", "the engine, static batches"),
+        )
+    ]
     if limit is None or not any(points for points, _, _ in sides):
         return ""
     most_rate = max(rate for points, _, _ in sides for rate, _, _ in points) * 1.05

@@ -26,7 +26,7 @@ Service = Callable[[Setup, int], float]  # seconds of a batch of so many
 
 def simulated(due: Any, setup: Setup, service: Service, timeout_s: float) -> Run:
     """Requests of one sample each; a batch starts when an instance is free and the batch is full, or its first request
-    has waited the delay."""
+    has waited the delay, or there are as many as one of the preferred sizes."""
     count = len(due)
     free = [0.0] * setup.instances
     latency, waited = np.zeros(count), np.zeros(count)
@@ -34,10 +34,13 @@ def simulated(due: Any, setup: Setup, service: Service, timeout_s: float) -> Run
     compute, first = 0.0, 0
     while first < count:
         ready = heapq.heappop(free)
-        full = due[first + setup.max_batch - 1] if first + setup.max_batch <= count else np.inf
+        enough = min(setup.preferred, default=setup.max_batch)
+        full = due[first + enough - 1] if first + enough <= count else np.inf
         start = max(ready, min(full, due[first] + setup.max_delay_ms / 1e3))
         last = min(int(np.searchsorted(due, start, side="right")), first + setup.max_batch)
         size = max(last - first, 1)
+        if start < due[first] + setup.max_delay_ms / 1e3:  # before the delay has ended: of the sizes not waited for
+            size = max((n for n in setup.preferred if n <= size < setup.max_batch), default=size)
         seconds = service(setup, size)
         waited[first : first + size] = start - due[first : first + size]
         latency[first : first + size] = start + seconds - due[first : first + size]

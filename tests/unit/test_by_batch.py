@@ -26,6 +26,7 @@ from workers.measure.pieces import folder_digest
 from workers.members import names_of
 from workers.pipeline.workspace import Workspace
 from workers.serving.batcher import Batcher, Settings
+from workers.serving.proof import run_bundle
 from workers.stages.benchmark import Benchmark, BenchmarkOptions
 from workers.stages.package import Package, PackageOptions
 
@@ -169,6 +170,11 @@ def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -
     run, (small, large) = loaded(bundle), alone(engine, runtime)
     for count, session in ((MOST, small), (MOST + 1, large)):
         np.testing.assert_array_equal(run(rows(count))["logits"], session.run(rows(count))["logits"])
+
+    answers = [(rows(n), session.run(rows(n))) for n, session in ((1, small), (MOST + 1, large))]
+    answers[1][1]["logits"] += 1
+    with pytest.raises(StageFailure, match=r"serve\.py of the bundle.* answered otherwise"):
+        run_bundle(bundle, "m-fp32", answers, 1e-2, at_once=True)
 
     with np.load(bundle / "sample_input_large.npz") as sample:
         assert len(sample["input"]) == MOST + 1

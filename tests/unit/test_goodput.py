@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from tests.factories.queueing import SimulatedBench
 from workers.measure.load.bench import Setup
 from workers.measure.load.goodput import Goodput, Plan, highest
 from workers.measure.load.judged import EXCEEDS, KEEPS, LATE, OPEN, Point
+from workers.measure.load.served import settings_of
 from workers.measure.load.trial import Found, Trial
 from workers.measure.load.tuning import Space, Tuned, Tuner
+from workers.serving.batcher import Settings
 
 SPACE = Space([(1, None), (2, 1)], (1, 2, 4, 8, 16))
 
@@ -188,6 +191,27 @@ def test_requests_are_filled_up_where_that_serves_more(padded: float, wanted: bo
     assert tuned.best.padded == wanted
     assert not wanted or tuned.best.max_batch > 1
     assert [t.decision for t in tuned.tried if t.setup.padded]
+
+
+def tiles(size: int, cost_ms: float, start_ms: float) -> Any:
+    """A batch costs as much as its whole tiles."""
+
+    def service(setup: Setup, batch: int) -> float:
+        slower = 1.9 if setup.threads is not None else 1.0
+        return slower * (start_ms + cost_ms * math.ceil(batch / size)) / 1e3
+
+    return service
+
+
+@pytest.mark.parametrize(
+    ("service", "sizes"), [(tiles(4, 8.0, 0.0), (3,)), (tiles(2, 2.0, 1.0), ())], ids=["serves more", "none stands out"]
+)
+def test_a_size_that_formed_is_waited_for_no_longer_where_that_serves_more(service: Any, sizes: Any) -> None:
+    tuned = tune(SimulatedBench(service))
+    assert tuned.best.max_delay_ms > 0
+    assert tuned.best.preferred == sizes
+    assert [t.setup.preferred for t in tuned.tried if t.setup.preferred] == ([sizes] if sizes else [])
+    assert settings_of(Settings(), tuned.best).preferred_batches == sizes
 
 
 def test_little_time_is_told() -> None:

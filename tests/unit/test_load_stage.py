@@ -67,6 +67,7 @@ def test_a_bundle_and_the_original_under_traffic(load: Callable[..., dict[str, A
         "max_batch": 1,
         "max_delay_ms": 0.0,
         "padded": False,
+        "preferred": [],
     }
     settings = Settings.from_json(data["serving"]["settings"])
     assert settings.instances == engine["setup"]["instances"]

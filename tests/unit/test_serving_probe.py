@@ -57,6 +57,31 @@ def test_who_depends_on_the_batch(nodes: list[Any], outputs: list[Any], words: s
     assert (found is None) if words is None else (found is not None and words in found)
 
 
+def by_size(small: Run, large: Run, most: int) -> Run:
+    return lambda feeds: (small if len(feeds["x"]) <= most else large)(feeds)
+
+
+@pytest.mark.parametrize(
+    ("most", "small", "large", "words"),
+    [
+        (4, "Relu", "Neg", None),  # what two engines answer differs by what their verdict allows
+        (1, "Softmax", "Neg", None),  # of one sample by itself
+        (1, "Relu", "Softmax", "changes with what else is in its batch"),
+        (4, "Relu", "Softmax", "changes with what else is in its batch"),
+        (4, "Softmax", "Relu", "changes with what else is in its batch"),
+    ],
+)
+def test_of_two_engines_each_is_tried_at_the_batches_that_it_answers(
+    most: int, small: str, large: str, words: str | None
+) -> None:
+    runs = [
+        runner([node(op, ["x"], "y", **({"axis": 0} if op == "Softmax" else {}))], [X], [models.value("y", ["n", 4])])
+        for op in (small, large)
+    ]
+    found = depends_on_batch(by_size(*runs, most), SAMPLES, ["x"], 1e-3, (), [(1, most), (most + 1, None)])
+    assert (found is None) if words is None else (found is not None and words in found)
+
+
 def test_a_batch_that_the_engine_does_not_take() -> None:
     one = runner([node("Relu", ["x"], "y")], [models.value("x", [1, 4])], [models.value("y", [1, 4])])
     assert "does not take 3 samples at once" in str(depends_on_batch(one, SAMPLES, ["x"], 1e-3))

@@ -199,6 +199,7 @@ DATA: dict[str, Any] = {
     "static": {
         "setup": {"instances": 1, "threads": None, "max_batch": 8, "max_delay_ms": 10.0},
         "goodput": {**GOODPUT, "rate": 120.0},
+        "curve": [{**POINT, "rate": 100.0, "p99_ms": 14.0}, {**POINT, "rate": 120.0, "p99_ms": 19.0}],
     },
     "http": {"setup": {}, "goodput": {**GOODPUT, "rate": 150.0}, "alone_p50_ms": 3.5, "memory_mb": 140.0, "curve": []},
     "generator": {"cpu_us_per_request": 40.0, "late": {"p99_ms": 0.1}},
@@ -285,6 +286,10 @@ def test_the_tuned_settings_fill_the_deployment() -> None:
     assert told["settings"]["max_batch"] == 8
     assert (told["goodput"], told["p99_limit_ms"]) == (163.2, 20.0)
     assert told["brought"][0]["setting"] == "max_batch"
+    assert told["batches_formed"] == [], "nothing was seen at the very rate"
+    at_rate = copy.deepcopy(DATA)
+    at_rate["engine"]["curve"].append({**POINT, "rate": 163.2})
+    assert (serving_of(found(at_rate).explanation) or {})["batches_formed"] == [1, 4]
     assert (told["goodput_proven"], told["goodput_over_http_proven"]) == (True, True)
     assert (told["memory_mb"], told["memory_of"]) == (140.0, "server"), "of the server that ships, not of its instances"
     within = serving_of(found({**DATA, "http": None}).explanation)
@@ -332,9 +337,14 @@ def test_the_page_shows_latency_against_rate_with_the_limit() -> None:
         "batches that formed",
         "What each setting brought",
         "Ways to serve it",
+        "the engine, static batches: p99, p50 dashed",
+        "Points of the engine with static batches, of 8, waited for up to 10.0 ms (short looks)",
+        "goodput 120, goodput dynamic 163.2",
+        "yields with several 90, yields with one 500, instances 1",
         "takes 40.0 µs of a core for a request",
     ):
         assert words in shown, words
+    assert shown.count("<polyline") == 6, "p50 and p99 of the original, of batches as they form, and of static ones"
     assert page({}) == ""
 
 

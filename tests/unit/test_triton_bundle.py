@@ -171,6 +171,13 @@ def test_the_text_format_quotes_what_a_name_may_hold() -> None:
     ]
 
 
+def test_the_sizes_that_formed_under_the_traffic_are_warmed_up() -> None:
+    text = config(served(InTriton("openvino"), formed=[2, 3, 5, 99]))
+    for size in (1, 2, 3, 4, 5, 32):
+        assert f'name: "batch {size}"' in text
+    assert text.count("model_warmup {") == 6
+
+
 def test_many_preferred_sizes_warm_up_with_the_ends() -> None:
     serving = {"instances": 1, "max_batch": 40, "max_delay_ms": 0, "preferred_batches": list(range(2, 40, 2))}
     text = config(served(InTriton(backend="onnxruntime"), serving=serving))

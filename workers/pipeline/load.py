@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.domain.report import TrafficReport
+from workers.measure.load.judged import KEEPS
 from workers.measure.load.patterns import Facts, patterns
 from workers.pipeline.cost import limit_cost
 from workers.pipeline.outcome import Explanation, Optimization
@@ -33,6 +34,7 @@ def serving_of(explanation: Explanation) -> dict[str, Any] | None:
         "goodput_over_http": http.get("rate"),
         "goodput_over_http_interval": http.get("interval"),
         "goodput_over_http_proven": bool(http.get("proven")),
+        "batches_formed": _formed(data["engine"]),
         "p99_limit_ms": data["traffic"]["p99_limit_ms"],
         "memory_mb": data["engine"]["memory_mb"] if server_mb is None else server_mb,
         "memory_of": "instances" if server_mb is None else "server",
@@ -40,6 +42,13 @@ def serving_of(explanation: Explanation) -> dict[str, Any] | None:
         "brought": data["serving"]["brought"],
         "kept_start": data["serving"]["kept_start"],
     }
+
+
+def _formed(side: _Json) -> list[int]:
+    """Sizes of the batches that formed at the rate that is kept, where that was seen last."""
+    rate = _goodput(side).get("rate")
+    seen = [p for p in side["curve"] if p["rate"] == rate and p["verdict"] == KEEPS]
+    return sorted(int(size) for size in (seen[-1].get("batches") or {})) if seen else []
 
 
 def traffic_report(found: Optimization) -> TrafficReport | None:

@@ -33,7 +33,8 @@ class Bundled:
     """`name`, `backend`, `runtime`, `manifest`: as the stage `package` has them. `texts`: the bundle's own files beside
     the engine's. `batched`: whether every tensor follows the batch on its first axis
     (`follows_batch`). `serving`: `serving.json`. `expected`: what comes out for `sample`, of what comes out alike each
-    time. `tritonserver`: the one that the repository is tried in, which takes `scratch`, an empty folder."""
+    time; `further`: such a pair for each further engine. `tritonserver`: the one that the repository is tried in, which
+    takes `scratch`, an empty folder."""
 
     name: str
     backend: Backend
@@ -48,6 +49,7 @@ class Bundled:
     texts: Mapping[str, bytes]
     versions: Mapping[str, str]
     expected: Arrays = field(default_factory=dict)
+    further: Sequence[tuple[Arrays, Arrays]] = ()
     tritonserver: Path | None = None
     scratch: Path | None = None
 
@@ -105,6 +107,7 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
         sample=bundled.sample,
         batched=bundled.batched and not one_by_one,
         serving=serving,
+        formed=((bundled.manifest.get("deployment") or {}).get("serving") or {}).get("batches_formed") or (),
         group=devices.named(backend.device).triton_group,
         native=native,
         versions=bundled.versions,

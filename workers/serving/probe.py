@@ -39,26 +39,51 @@ def depends_on_batch(
     batched: Collection[str],
     allowed: float,
     random: Collection[str] = (),
+    engines: Sequence[tuple[int, int | None]] = ((1, None),),
 ) -> str | None:
     """Why requests cannot share a batch, in words; None where each sample's rows come out as they do alone.
 
     `samples`: at least two, of one shape, a row each, unlike each other; `batched`: inputs along whose first axis the
     samples lie. `allowed`: see `apart`. `random`: outputs whose numbers differ from call to call, of which only the
-    shape is asked. Raises what `run` raises for a single sample."""
-    alone = [run(dict(s)) for s in samples]
-    order = [*range(len(samples)), 0]
-    joined = {n: np.concatenate([samples[i][n] for i in order]) if n in batched else a for n, a in samples[0].items()}
-    try:
-        together = run(joined)
-    except Exception as error:  # whatever a library raises: it takes no such batch
-        return f"the engine does not take {len(order)} samples at once: {str(error)[:200]}"
+    shape is asked. `engines`: the smallest and largest batch of each engine that answers; of one that is not asked for
+    a single sample, that a sample comes out as it does among its own copies: what one engine answers is not compared
+    with what another does. Raises what `run` raises for a single sample, or its copies."""
+    for least, most in engines:
+        size = max(len(samples) + 1, least) if most is None else min(max(len(samples) + 1, least), most)
+        if size == 1:
+            continue  # no batch ever has two samples
+        order = [i % len(samples) for i in range(size)]
+        alone = [run(_joined(samples, [i] * least, batched)) for i in range(len(samples))]
+        try:
+            together = run(_joined(samples, order, batched))
+        except Exception as error:  # whatever a library raises: it takes no such batch
+            return f"the engine does not take {size} samples at once: {str(error)[:200]}"
+        if why := _not_alike(together, alone, order, least, allowed, random):
+            return why
+    return None
+
+
+def _joined(samples: Sequence[Arrays], order: Sequence[int], batched: Collection[str]) -> dict[str, Array]:
+    return {n: np.concatenate([samples[i][n] for i in order]) if n in batched else a for n, a in samples[0].items()}
+
+
+def _not_alike(
+    together: Arrays,
+    alone: Sequence[Arrays],
+    order: Sequence[int],
+    copies: int,
+    allowed: float,
+    random: Collection[str],
+) -> str | None:
+    """`alone`: of each sample, so many copies of it."""
     for name, array in together.items():
         if not array.ndim or array.shape[0] != len(order):
             return (
                 f"output {name} has no row for each sample: its shape is {list(array.shape)} for {len(order)} of them"
             )
         for row, i in enumerate(order):
-            wanted, found = np.asarray(alone[i][name]), array[row : row + 1]
+            whole, found = np.asarray(alone[i][name]), array[row : row + 1]
+            wanted = whole if copies == 1 else whole[:1]
             if found.shape != wanted.shape:
                 return f"output {name} has another shape in a batch than alone"
             if name not in random and (off := apart(found, wanted)) > allowed:

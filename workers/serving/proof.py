@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,11 @@ _TOLD = 1500  # of what a process wrote
 
 
 def run_bundle(
-    folder: Path, name: str, sample: Arrays, expected: Arrays, allowed: float, *, at_once: bool
+    folder: Path, name: str, examples: Sequence[tuple[Arrays, Arrays]], allowed: float, *, at_once: bool
 ) -> dict[str, Any]:
     """What was seen: {infer_s, serve_s, largest_difference}. `folder`: the unpacked bundle, which is written to;
-    `name`: the model's; `allowed`: see `workers.serving.probe.apart`. `at_once`: both beside each other, where the
-    machine holds two of these engines.
+    `name`: the model's; `examples`: (sample, expected output) for each engine in it; `allowed`: see
+    `workers.serving.probe.apart`. `at_once`: both beside each other, where the machine holds two of these engines.
 
     Raises StageFailure `bundle_fails`."""
     start = time.perf_counter()
@@ -44,7 +44,7 @@ def run_bundle(
         infer_s = time.perf_counter() - start
         serve = stack.enter_context(_process(folder, "serve", ["serve.py", "--port", "0"]))
         port = _port(serve, folder)
-        worst = _asked(port, name, sample, expected, allowed, folder)
+        worst = max(_asked(port, name, *example, allowed, folder) for example in examples)
         serve.send_signal(signal.SIGTERM)
         if at_once:
             infer_s = _finished(infer, folder) - start

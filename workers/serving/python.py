@@ -48,9 +48,11 @@ def why_apart(
     seed: int,
     precision: str,
     random: Collection[str],
+    engines: Sequence[tuple[int, int | None]],
 ) -> str | None:
     """Why requests to this engine cannot share a batch, in words: what its inputs tell, or what came out for real
-    samples (synthetic ones without `data`) together. None where they can. Raises what the session does."""
+    samples (synthetic ones without `data`) together. None where they can. `engines`: see `depends_on_batch`. Raises
+    what the session does."""
     why = why_one_by_one(session.inputs)
     if why is not None:
         return why
@@ -59,7 +61,7 @@ def why_apart(
     for name in session.inputs:
         if name.name not in batched:  # the same for all of them
             samples[1] = {**samples[1], name.name: samples[0][name.name]}
-    return depends_on_batch(session.run, samples, batched, allowed(precision), random)
+    return depends_on_batch(session.run, samples, batched, allowed(precision), random, engines)
 
 
 def _unlike(session: Session, data: Path | None) -> list[Arrays]:
@@ -108,7 +110,8 @@ def tried(bundle: Path, bundled: Bundled, reporter: Reporter) -> dict[str, Any]:
     small = sum(p.stat().st_size for p in files) <= _LARGE_BYTES
     at_once = small and bundled.backend.device == Backend.device
     precision = str((bundled.manifest.get("engine") or {}).get("precision", "fp32"))
-    return run_bundle(folder, bundled.name, bundled.sample, bundled.expected, allowed(precision), at_once=at_once)
+    examples = [(bundled.sample, bundled.expected), *bundled.further]
+    return run_bundle(folder, bundled.name, examples, allowed(precision), at_once=at_once)
 
 
 def _lacking(text: str) -> list[str]:

@@ -51,7 +51,8 @@ class Served:
     """An engine that is to be served. `batched`: the first axis of every input and output is the batch, which was
     tried. `sample`: one call's inputs. `serving`: the settings (`serving.json`). `accepts`: as in the bundle's
     manifest. `group`: Triton's kind of instances (`KIND_CPU`). `script`: `infer.py` and what it needs beside itself,
-    name there → member of the bundle. `labels`: names of the classes, by number."""
+    name there → member of the bundle. `labels`: names of the classes, by number. `formed`: sizes of the batches that
+    formed under the job's traffic."""
 
     name: str
     machine: str
@@ -66,6 +67,7 @@ class Served:
     script: Mapping[str, str]
     accepts: Mapping[str, Sequence[Sequence[int | None] | None]] = field(default_factory=dict)
     labels: Sequence[str] = ()
+    formed: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,9 @@ def _batching(serving: Mapping[str, Any], most: int) -> dict[str, Any]:
 
 
 def _warm_sizes(served: Served, most: int) -> list[int]:
-    """The batch sizes to warm up with: one, the preferred ones, the largest."""
+    """The batch sizes to warm up with: one, the preferred ones, those that formed under the traffic, the largest."""
     preferred = [int(size) for size in served.serving.get("preferred_batches") or () if size < most]
-    sizes = sorted({1, *preferred, max(most, 1)})
+    sizes = sorted({1, *preferred, *(size for size in served.formed if size < most), max(most, 1)})
     return [*sizes[: _MOST_WARM_UPS - 1], sizes[-1]] if len(sizes) > _MOST_WARM_UPS else sizes
 
 

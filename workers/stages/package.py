@@ -12,7 +12,6 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,7 @@ class Package(Stage[PackageOptions]):
     Raises StageFailure `packaged_engine_fails`, `bundle_fails`."""
 
     name = "package"
-    version = 12
+    version = 13
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
@@ -108,6 +107,11 @@ class Package(Stage[PackageOptions]):
             texts=extra,
             versions=versions(names_of(options.backend, options.runtime)),
             expected={n: a for n, a in expected[""].items() if n not in random},
+            further=[
+                (samples[which], {n: a for n, a in at.items() if n not in random})
+                for which, at in expected.items()
+                if which
+            ],
             tritonserver=None if options.tritonserver is None else Path(options.tritonserver),
             scratch=ctx.workspace,
         )
@@ -199,14 +203,23 @@ def _samples(
     """What the bundle is tried with: inputs and outputs by what their files' names end with, a sample for each engine
     in it; and the outputs that came out otherwise when the same input ran again."""
     members = kernel.backends()[options.backend].members(options.runtime)
-    # The smallest batch that each of several engines answers: one more than the one before it does.
-    least = {f"_{m.folder}": (before.most or 0) + 1 for before, m in pairwise(members)}
+    further = zip(members[1:], _answers(options)[1:], strict=True)
+    least = {f"_{member.folder}": smallest for member, (smallest, _) in further}
     sizes = {"": fixed_batch(session.inputs) or 1, **least}
     feeds = {which: _sample_feeds(ctx, session, options, batch) for which, batch in sizes.items()}
     expected = {which: session.run(given) for which, given in feeds.items()}
     again = {which: session.run(given) for which, given in feeds.items()}
     random = {n for which, at in expected.items() for n, array in at.items() if not _repeated(array, again[which][n])}
     return feeds, expected, sorted(random)
+
+
+def _answers(options: PackageOptions) -> list[tuple[int, int | None]]:
+    """The smallest and the largest batch that each engine answers: of several, one more than the one before it does."""
+    members = kernel.backends()[options.backend].members(options.runtime)
+    if not members:
+        return [(1, None)]
+    least = [1, *((before.most or 0) + 1 for before in members[:-1])]
+    return [(smallest, member.most) for smallest, member in zip(least, members, strict=True)]
 
 
 def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions, batch: int) -> Arrays:
@@ -228,7 +241,8 @@ def _twice(session: Session, feeds: Arrays) -> Arrays:
 def _settings(ctx: StageContext, session: Session, options: PackageOptions, random: Sequence[str]) -> Settings:
     """How the engine is served; whether requests may share a batch was tried."""
     data = ctx.only_file("data") if "data" in ctx.inputs else None
-    why = why_apart(session, data, options.shapes, options.seed, _precision(options), random)
+    engines = _answers(options)
+    why = why_apart(session, data, options.shapes, options.seed, _precision(options), random, engines)
     return settings_of(session.inputs, options.manifest, why)
 
 

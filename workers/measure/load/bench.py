@@ -38,13 +38,14 @@ _MOST_CALLERS = 512
 @dataclass(frozen=True, order=True)
 class Setup:
     """How an engine is served. `threads`: of each instance; None leaves the engine's own. `padded`: requests are filled
-    up to common sizes."""
+    up to common sizes. `preferred`: sizes of batches for which the delay is not waited."""
 
     instances: int = 1
     threads: int | None = None
     max_batch: int = 1
     max_delay_ms: float = 0.0
     padded: bool = False
+    preferred: tuple[int, ...] = ()
 
     def but(self, **changes: Any) -> Setup:
         return replace(self, **changes)
@@ -54,14 +55,15 @@ class Setup:
         return f"{self.instances} × {'its own' if self.threads is None else self.threads}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "preferred": list(self.preferred)}
 
     def __str__(self) -> str:
         threads = "its own" if self.threads is None else self.threads
         batches = f"batches of up to {self.max_batch}" if self.max_batch > 1 else "one by one"
         delay = f", {self.max_delay_ms:g} ms of delay" if self.max_batch > 1 else ""
         padded = ", filled up to common sizes" if self.padded else ""
-        return f"{self.instances} instance(s) × {threads} thread(s), {batches}{delay}{padded}"
+        sizes = f", {' or '.join(map(str, self.preferred))} at once" if self.preferred else ""
+        return f"{self.instances} instance(s) × {threads} thread(s), {batches}{delay}{sizes}{padded}"
 
 
 class Running(Target, Protocol):

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -28,6 +31,9 @@ _START_S = 60.0
 _GRACE_S = 5.0
 _LIMIT = 64 << 20  # of a line or body that is read
 _LOST = "connection_lost"
+_METRICS_S = 2.0  # to wait for the server's metrics
+_METRIC = re.compile(r"^anneal_serve_(\w+) (\S+)$", re.MULTILINE)
+_BATCHES = re.compile(r'^anneal_serve_batches_total\{rows="(\d+)"\} (\S+)$', re.MULTILINE)
 _STATUS = {200: OK, 503: REJECTED, 504: TIMED_OUT}
 
 
@@ -39,6 +45,7 @@ class HttpTarget:
         self._host, self._port, self.pid = parts.hostname or "127.0.0.1", parts.port or 80, pid
         self._head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {parts.netloc}\r\n".encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._counted = Counters()
         self._encoded: dict[int, tuple[Feeds, bytes]] = {}  # by the feeds' identity: the same few come again and again
 
     async def submit(self, feeds: Feeds, deadline_s: float) -> Outcome:
@@ -64,7 +71,19 @@ class HttpTarget:
                 connection[1].close()
 
     def counters(self) -> Counters:
-        return Counters()
+        """As the server's /metrics tells them; where it does not answer, as it told them last. Between runs: it waits
+        for the answer."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=_METRICS_S)
+        try:
+            connection.request("GET", "/metrics")
+            answer = connection.getresponse()
+            if answer.status == http.HTTPStatus.OK:
+                self._counted = counters_of(answer.read().decode())
+        except (OSError, http.client.HTTPException, ValueError):
+            pass
+        finally:
+            connection.close()
+        return self._counted
 
     def memory_mb(self) -> float | None:
         """Of the server's process and its instances'."""
@@ -85,6 +104,19 @@ class HttpTarget:
         if known is None:
             known = self._encoded[id(feeds)] = (feeds, self._head + encoded(feeds))
         return known[1]
+
+
+def counters_of(text: str) -> Counters:
+    """Of serve.py's metrics, in Prometheus' text format; zero is what a server does not tell."""
+    told = {name: float(value) for name, value in _METRIC.findall(text)}
+    batches = {int(rows): int(float(count)) for rows, count in _BATCHES.findall(text)}
+    return Counters(
+        Counter(batches),
+        told.get("queue_seconds_sum", 0.0),
+        int(told.get("queue_seconds_count", 0)),
+        told.get("compute_seconds_sum", 0.0),
+        int(told.get("compute_seconds_count", 0)),
+    )
 
 
 def encoded(feeds: Feeds) -> bytes:

@@ -68,7 +68,7 @@ def settings_of(base: Settings, setup: Setup) -> Settings:
         threads=setup.threads,
         max_batch=setup.max_batch,
         max_delay_ms=setup.max_delay_ms,
-        preferred_batches=(),
+        preferred_batches=setup.preferred,
         pad=base.pad if setup.padded else {},
         cut=base.cut if setup.padded else {},
     )

@@ -302,12 +302,13 @@ class Trial:
             "instances × threads": ("layout", side.setup.but(instances=start.instances, threads=start.threads)),
             "max_batch": ("max_batch", start.but(instances=side.setup.instances, threads=side.setup.threads)),
             "max_delay_ms": ("max_delay_ms", side.setup.but(max_delay_ms=0.0)),
+            "preferred_batches": ("preferred", side.setup.but(preferred=())),
             "padding": ("padded", side.setup.but(padded=False)),
         }
         for name, (value, without) in parts.items():
             if getattr(without, value) == getattr(side.setup, value):
                 continue
-            told = {"setting": name, "value": getattr(side.setup, value), "instead": getattr(without, value)}
+            told = {"setting": name, "value": _told(side.setup, value), "instead": _told(without, value)}
             told["goodput_with"] = round(rate, 2)
             if self.clock.left() < _LEAST_STEP_S:
                 self.found.brought.append({**told, "goodput_without": None, "ratio": None, "reason": NO_TIME})
@@ -328,7 +329,7 @@ class Trial:
             self.found.reasons["static"] = "the engine is served one by one"
             return
         best = side.setup if side.setup.max_batch > 1 else max(able, key=lambda t: t.yields or 0.0).setup
-        setup = best.but(max_delay_ms=round(1e3 * _STATIC * self.shipped.limit.p99_s, 3))
+        setup = best.but(max_delay_ms=round(1e3 * _STATIC * self.shipped.limit.p99_s, 3), preferred=())
         rate = side.goodput.rate if side.goodput is not None and side.goodput.rate > 0 else 1.0
         found = await self.shipped.goodput(
             setup, Plan(0.8 * rate, _COARSE, most=1.2 * rate, least=0.05 * rate), proven=False
@@ -343,6 +344,12 @@ class Trial:
             if self.clock.left() < _LEAST_STEP_S or await self._whole(side.setup, share * rate) is None:
                 self.found.reasons["curve"] = "not complete: the time ran out"
         side.curve = [*self.shipped.points.get(side.setup, [])]
+
+
+def _told(setup: Setup, name: str) -> Any:
+    """As JSON has it."""
+    value = getattr(setup, name)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def serves(point: Point | None) -> bool | None:

@@ -1,4 +1,4 @@
-"""Instances × threads × maximal batch × delay for one traffic, by few measurements.
+"""Instances × threads × maximal batch × delay × preferred sizes for one traffic, by few measurements.
 
 What a setup yields at most (a short closed loop) says which are worth more. Then they race: whoever keeps the limit at
 a rate just above what the best so far was seen to serve takes its place, and who does not is done with after the few
@@ -27,6 +27,7 @@ _BAR = 1.05  # over the best so far: what is not more than this is the same on a
 _RACERS = 4  # of those that yield most
 _REACH = 0.97  # of what a setup yields at most: it keeps no limit beyond that
 _DELAYS = (1 / 16, 1 / 6, 1 / 3)  # of the limit
+_STANDS_OUT = 0.25  # of the batches, that are of one size
 _GUESS = 0.9  # of what theory says, to begin with: calls do not all take the same
 _FAR = 12.0  # calls that fit into the limit, from which on load is what counts
 _STRIDE = 1.3  # upwards from the bar
@@ -107,6 +108,9 @@ class Tuner:
             for share in _DELAYS:
                 delayed = self._tried(best.but(max_delay_ms=round(1e3 * share * self.bench.limit.p99_s, 3)))
                 best, goodput = await self._race(delayed, best, goodput)
+        if best.max_delay_ms > 0 and (size := self._formed(best)) is not None:
+            at_once = self._tried(best.but(preferred=(size,)))
+            best, goodput = await self._race(at_once, best, goodput)
         self.tried[best].decision = "the best" if best != self.start else "where the search starts, and the best"
         return Tuned(best, goodput, start, list(self.tried.values()), self.complete, self.bench.clock.spent - began)
 
@@ -116,6 +120,14 @@ class Tuner:
             return []
         sizes = {best.max_batch, max(self.space.batches)} - {1}
         return [self._tried(best.but(max_batch=size, padded=True)) for size in sorted(sizes)]
+
+    def _formed(self, setup: Setup) -> int | None:
+        """The size of the batches that formed most often, between one by one and the largest, where one stands out: it
+        may be worth no longer wait."""
+        known = [p for p in self.bench.points.get(setup, []) if p.verdict == KEEPS and p.figures.get("batches")]
+        shares = {int(size): share for size, share in known[-1].figures["batches"].items()} if known else {}
+        between = [size for size, share in shares.items() if 1 < size < setup.max_batch and share >= _STANDS_OUT]
+        return max(between, key=lambda size: shares[size], default=None)
 
     def _tried(self, setup: Setup) -> Tried:
         return self.tried.setdefault(setup, Tried(setup))
