@@ -2,7 +2,7 @@
 come later without a task of its own.
 
 A general server hands a body on in pieces of what a socket held, copied at every step and with a turn of the event loop
-for each: with an image of 600 kB that took longer than some engines. Requests are parsed by llhttp (`httptools`); each
+for each: of an image of 600 kB that makes some ten. Requests are parsed by llhttp (`httptools`); each
 connection answers one after the other, in the order in which they came.
 """
 
