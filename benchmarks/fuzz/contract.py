@@ -5,13 +5,16 @@ one after the other, and whether each answer is one that the document names.
     .venv/bin/python -m benchmarks.fuzz.contract --seconds 60 --seed 7
 
 It runs in an environment of its own (`tests/integrations/requirements-schemathesis.txt`), as often as it takes for so
-many inputs, each time with another seed; what does not depend on the seed (boundary values) is asked the first time
-only. With `--notes` each run is a line of that file, and the same command goes on after the last one: what is cut
-(Ctrl-C, SIGTERM) loses nothing, and `--inputs 0` tells what was found so far.
+many inputs, each time with another seed; what does not depend on the seed (boundary values) and keys that are none are
+tried the first time only: what is answered 401 came nowhere, and does not count. Nothing is deleted in three of four
+runs, so that the rest of the API has something to answer with. With `--notes` each run is a line of that file, and the
+same command goes on after the last one: what is cut (Ctrl-C, SIGTERM) loses nothing, and `--inputs 0` tells what was
+found so far.
 
 A find is a status, a media type, a header or a body that is not as the document says, a 5xx, or an error in the
-service's log; each is printed with its `curl`, and the status is 1. Meanwhile there is always a model, a data set, an
-upload and a job to be found by id, whatever is deleted, and jobs do not stay queued, so that their streams end.
+service's log; each is printed with its `curl`, and the status is 1. There is always a model, a data set, an upload and
+a job to be found by id, whatever is deleted, and an engine, made by a real worker, at the beginning of each run; jobs
+do not stay queued, so that their streams end.
 """
 
 from __future__ import annotations
@@ -48,10 +51,18 @@ CHECKS = (
 )
 _ALL_PHASES = "examples,coverage,fuzzing,stateful"
 _SEEDED_PHASES = "fuzzing,stateful"
+_DELETES_IN = 4  # one of so many runs
+_JOB_S = 300.0
 _COUNTED = re.compile(
     r'^anneal_http_requests_total\{method="([^"]*)",route="([^"]*)",status="(\d+)"\} ([0-9.e+]+)$', re.MULTILINE
 )
 _RAW = {"Content-Type": "application/octet-stream"}
+_QUICK: dict[str, Any] = {
+    "precisions": ["fp32"],
+    "target": {"backends": ["onnxruntime"]},
+    "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
+    "budget_seconds": 30,
+}
 
 
 @dataclass
@@ -92,8 +103,13 @@ class Found:
 
     @property
     def inputs(self) -> int:
-        """Requests that Schemathesis sent."""
-        return self.answers.total()
+        """Requests that Schemathesis sent, but for those that were `refused`."""
+        return self.answers.total() - self.refused
+
+    @property
+    def refused(self) -> int:
+        """Of those that came with a key that is none."""
+        return sum(count for key, count in self.answers.items() if key.endswith(" 401"))
 
     @property
     def seconds(self) -> float:
@@ -125,9 +141,32 @@ class Keeper:
         with self._one_at_a_time:
             self._keep()
 
-    def _keep(self) -> None:
+    def engine(self, deployed: Deployment) -> None:
+        """Sees to it that there is one, and with it a job that ended well, its report and its bundle."""
+        with self._one_at_a_time:
+            self._cancel_what_waits()
+            if self.ask("GET", "/v1/engines", "?limit=1").get("items"):
+                return
+            model = self.ask("POST", "/v1/models", "?filename=m.onnx", content=models()[0], headers=_RAW)
+            worker, deadline = deployed.start_hurried_worker(), time.monotonic() + _JOB_S
+            try:
+                deployed.wait_ready(_JOB_S)
+                job = self.ask("POST", "/v1/jobs", json={"model_id": model["id"], **_QUICK})
+                while job["status"] in ("queued", "running") and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    job = self.ask("GET", "/v1/jobs/{job_id}", job_id=job["id"])
+            finally:
+                worker.terminate()
+                worker.wait()
+            if job["status"] != "succeeded":
+                raise RuntimeError(f"There is no engine: {job}")
+
+    def _cancel_what_waits(self) -> None:
         for job in self.ask("GET", "/v1/jobs", "?status=queued&limit=200").get("items", ()):
             self.ask("POST", "/v1/jobs/{job_id}/cancel", job_id=job["id"])
+
+    def _keep(self) -> None:
+        self._cancel_what_waits()
         found = {
             kind: self.ask("GET", f"/v1/{kind}", "?limit=1").get("items") for kind in ("models", "datasets", "jobs")
         }
@@ -186,8 +225,9 @@ def fuzz(
     command = environment("schemathesis") / "bin" / "st"
     with kept(deployed.url) as keeper:
         while found.inputs < inputs and (left := seconds - (time.monotonic() - began)) > 0:
-            phases, number = (_SEEDED_PHASES if found.runs else _ALL_PHASES), seed + len(found.runs)
-            options = ["--phases", phases, "--seed", str(number), "--max-examples", str(examples)]
+            keeper.engine(deployed)
+            number = seed + len(found.runs)
+            options = [*_what(len(found.runs)), "--seed", str(number), "--max-examples", str(examples)]
             options += ["--workers", str(workers)]
             before, at, answers = keeper.answers(), time.monotonic(), Counter[str]()
             report, cut = None, True
@@ -206,10 +246,18 @@ def fuzz(
                 if text:
                     print(text, flush=True)
             finds = f"{len(found.reports)} runs with finds, {len(found.traces)} traces"
-            _say(f"seed {number}: {answers.total()} inputs, {found.inputs} by now, {finds}")
+            _say(f"seed {number}: {answers.total()} answers, {found.inputs} inputs by now, {finds}")
             if not answers:
                 break
     return found
+
+
+def _what(run: int) -> list[str]:
+    """What the run of this number is to try."""
+    if not run:
+        return ["--phases", _ALL_PHASES]
+    options = ["--phases", _SEEDED_PHASES, "--generation-with-security-parameters", "false"]
+    return options if run % _DELETES_IN == 0 else [*options, "--exclude-method", "DELETE"]
 
 
 def _say(text: str) -> None:
@@ -272,7 +320,8 @@ def main() -> int:
     print(table(found.answers))
     print(f"\nBy status: {dict(sorted(statuses.items()))}")
     print(
-        f"{found.inputs} inputs in {len(found.runs)} runs, {found.seconds:.0f} s, "
+        f"{found.inputs} inputs and {found.refused} with a key that is none in {len(found.runs)} runs, "
+        f"{found.seconds:.0f} s, "
         f"{len(found.reports)} runs with finds, {len(found.traces)} traces"
     )
     return 1 if found.reports or found.traces else 0

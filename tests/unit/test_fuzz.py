@@ -51,11 +51,11 @@ def test_a_long_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     notes = tmp_path / "build" / "contract.jsonl"
     first = Found.noted(notes)
     first.add(Run(5, 1.5, {"GET /v1/jobs 200": 3, "POST /v1/jobs 422": 2}))
-    first.add(Run(6, 2.0, {"GET /v1/jobs 200": 4}, report="FAILURES", traces=["Traceback"]))
+    first.add(Run(6, 2.0, {"GET /v1/jobs 200": 4, "GET (none) 401": 8}, report="FAILURES", traces=["Traceback"]))
     again = Found.noted(notes)
-    assert (again.inputs, again.seconds, len(again.runs)) == (9, 3.5, 2)
+    assert (again.inputs, again.refused, again.seconds, len(again.runs)) == (9, 8, 3.5, 2)
     assert (again.reports, again.traces) == (["FAILURES"], ["Traceback"])
-    assert table(again.answers).splitlines()[2:] == ["| `GET /v1/jobs` | 200: 7 |", "| `POST /v1/jobs` | 422: 2 |"]
+    assert table(again.answers).splitlines()[3:] == ["| `GET /v1/jobs` | 200: 7 |", "| `POST /v1/jobs` | 422: 2 |"]
 
 
 def test_errors_are_found_wherever_in_the_log_they_stand(tmp_path: Path) -> None:
