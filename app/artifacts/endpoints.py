@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Annotated, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
@@ -37,7 +37,15 @@ ConnectQuery = Annotated[
     ),
 ]
 
+_TAR = "application/x-tar"
 _BUFFER = 64 << 10  # bytes that one read of the stored bundle asks for
+# The bundle of kind `python` as it is stored; of the others a .tar that is made while it is sent.
+_BUNDLE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {**told, "content": {**told["content"], _TAR: {"schema": {"type": "string", "format": "binary"}}}}
+    if status in (200, 206)
+    else told
+    for status, told in DOWNLOAD_RESPONSES.items()
+}
 _PYTHON_ALWAYS = "Every engine has the kind `python`."
 
 
@@ -71,7 +79,7 @@ async def download_engine(
 
 
 @router.head("/{engine_id}/bundle", response_class=Response, responses=HEAD_RESPONSES)
-@router.get("/{engine_id}/bundle", response_class=Response, responses=DOWNLOAD_RESPONSES | problems(409))
+@router.get("/{engine_id}/bundle", response_class=Response, responses=_BUNDLE_RESPONSES | problems(409))
 async def download_bundle(  # the query's parameters
     request: Request,
     services: ServicesDep,
@@ -158,6 +166,6 @@ def _sent(tenant_id: str, found: Rearranged, filename: str, opened: Sequence[Ope
         found.sha256,
         found.size_bytes,
         filename,
-        "application/x-tar",
+        _TAR,
         lambda start, length: cast("BinaryIO", Joined(found.pieces, opened, start, length)),
     )

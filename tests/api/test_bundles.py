@@ -129,6 +129,16 @@ def test_a_kind_that_is_not_there(
     assert client.get(url).content == content
 
 
+def test_its_media_types_are_documented(client: httpx.Client, url: str) -> None:
+    """Found by the long run of Schemathesis, once there was an engine."""
+    answers = client.get("/openapi.json").json()["paths"]["/v1/engines/{engine_id}/bundle"]["get"]["responses"]
+    for query in ("", "?kind=triton"):
+        whole, part = client.get(f"{url}{query}"), client.get(f"{url}{query}", headers={"Range": "bytes=0-9"})
+        for answer, status in ((whole, 200), (part, 206)):
+            assert answer.status_code == status
+            assert answer.headers["content-type"] in answers[str(status)]["content"]
+
+
 def test_an_unknown_kind(client: httpx.Client, url: str) -> None:
     for kind in ("tensorflow", "", "Triton"):
         problem = assert_problem(client.get(f"{url}?kind={kind}"), 422, "invalid_request")
