@@ -72,7 +72,7 @@ def test_the_page_tells_cost_and_cold_start() -> None:
     cold = {"from_zero_seconds": 1.5, "unpack_seconds": 0.1, "archive_mb": 7, "alive_seconds": 0.3, "ready_seconds": 1}
     shown = page({"cost": cost.model_dump(), "cold_start": cold})
     assert "cost about <b>1 EUR</b> [0.8, 1], of the original about 4; a million samples, 4 in a request, 0.25" in shown
-    assert "the wanted rate takes 3 machines, 1.08 per hour" in shown
+    assert "the wanted rate takes about 3 machines, 1.08 per hour" in shown
     assert "From nothing to the first answer: 1.5 s" in shown
 
 

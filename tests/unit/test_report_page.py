@@ -126,7 +126,7 @@ def test_a_pointer_on_a_mark_gets_the_figures_behind_it() -> None:
         "&lt;a&gt;: p50 1 ms, p99 1.5 ms, of 1234 calls",
         "&lt;a&gt;, b=1: 2.00x [1.90, 2.10]",
         "&lt;a&gt;: 1 ms, 0.2 points, 1 MB",
-        "the engine at 20 requests/s: p99 8 ms, p50 3 ms",
+        "the engine, batches as they form at 20 requests/s: p99 8 ms, p50 3 ms",
     ):
         assert f"<g><title>{words}</title>" in page, words
 
