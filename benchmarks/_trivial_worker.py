@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from app.domain.failures import FailureKind, StageFailure
 from app.settings import load_settings
-from workers import service
+from workers import attempts
 from workers.__main__ import main
 
 FOLDER, SECONDS = Path(sys.argv[1]), float(sys.argv[2])
@@ -40,7 +40,7 @@ class Trivial:
         raise StageFailure("trivial", "There was nothing to do.", FailureKind.MODEL)
 
 
-service.Optimizer = Trivial
+attempts.Optimizer = Trivial
 
 if __name__ == "__main__":
     sys.exit(main())
