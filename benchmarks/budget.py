@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from _common import deployment, execute, parser, say, scratch, table, verdict
-from make_models import case
+from make_models import named
 from peers import anneal
 
 from anneal_client import AnnealError, Client
@@ -28,8 +28,7 @@ def seconds_of(job: dict[str, Any]) -> float:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows, figures = [], []
-    for name in arguments.models.split(","):
-        files = case(name)
+    for name, files in named(arguments.models):
         for budget in map(int, arguments.budgets.split(",")):
             say(f"{files.label}, budget {budget} s …")
             fields = {

@@ -28,7 +28,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from _common import CannotMeasure, say
 from peers.runner import rows
 from torch import nn
 from zoo import data, images, language, shipped, small, tabular, vision
@@ -150,6 +151,16 @@ class Case:
     metric: str
     transformer: bool = False
     axes: Mapping[str, int | None] = field(default_factory=dict)
+
+
+def named(names: str) -> Iterator[tuple[str, Case]]:
+    """The models of this list, made one after the other as they are needed, each announced by its label."""
+    for name in names.split(","):
+        if name not in NAMES:
+            raise CannotMeasure(f"no such model: {name}; there are {', '.join(NAMES)}")
+        files = case(name)
+        say(f"{files.label} …")
+        yield name, files
 
 
 def case(name: str, folder: Path = CACHE) -> Case:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from _common import deployment, execute, parser, say, scratch, table, verdict
-from make_models import case
+from _common import deployment, execute, parser, scratch, table, verdict
+from make_models import named
 from peers import anneal
 
 from anneal_client import AnnealError, Client
@@ -52,9 +52,7 @@ def overlap(one: Json, other: Json) -> bool:
 
 def measure(arguments: argparse.Namespace) -> Json:
     rows, figures = [], {}
-    for name in arguments.models.split(","):
-        files = case(name)
-        say(f"{files.label}, twice …")
+    for name, files in named(arguments.models):
         try:
             first, second = once(files, arguments), once(files, arguments)
         except (anneal.JobEnded, AnnealError) as failure:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import CannotMeasure, deployment, execute, parser, say, scratch, table, verdict
-from make_models import NAMES, Case, case
+from make_models import NAMES, Case, named
 from peers import anneal, contest
 
 from anneal_client import AnnealError, Client, Event, InvalidRequest
@@ -93,11 +93,7 @@ def row(label: str, found: Mapping[str, Json], speed: Mapping[str, Json]) -> lis
 def measure(arguments: argparse.Namespace) -> Json:
     rows: list[list[str]] = []
     figures: Json = {}
-    for name in arguments.models.split(","):
-        if name not in NAMES:
-            raise CannotMeasure(f"no such model: {name}; there are {', '.join(NAMES)}")
-        files = case(name)
-        say(f"{files.label} …")
+    for name, files in named(arguments.models):
         with scratch(arguments.folder, 4 << 30) as folder:
             try:
                 found = {

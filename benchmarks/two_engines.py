@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import CannotMeasure, deployment, execute, parser, say, scratch, table
-from make_models import NAMES, Case, case
+from _common import CannotMeasure, deployment, execute, parser, scratch, table
+from make_models import NAMES, Case, named
 from peers import anneal
 
 from anneal_client import AnnealError, Client
@@ -131,11 +131,7 @@ def measure(arguments: argparse.Namespace) -> Json:
     figures: Json = {}
     rows: list[list[str]] = []
     sizes = [int(size) for size in arguments.batches.split(",")]
-    for name in arguments.models.split(","):
-        if name not in NAMES:
-            raise CannotMeasure(f"no such model: {name}; there are {', '.join(NAMES)}")
-        files = case(name)
-        say(f"{files.label} …")
+    for name, files in named(arguments.models):
         with scratch(arguments.folder, 4 << 30) as folder:
             try:
                 report = job_of(files, sizes, arguments, folder)

@@ -57,7 +57,7 @@ def set_retention(db: Database, which: str, days: Mapping[str, int | str], *, ac
     forgotten = [kind for kind, value in days.items() if value == DEFAULT]
     with db.write() as uow:
         named = (Tenant.id == which) | (Tenant.name == which)
-        tenant = uow.session.scalar(select(Tenant).where(named).order_by(Tenant.name != which))
+        tenant = uow.session.scalar(select(Tenant).where(named).order_by(Tenant.id != which))
         if tenant is None:
             raise not_found("tenant", which)
         change_policy(uow.session, tenant.id, own, forgotten)

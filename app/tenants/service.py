@@ -139,7 +139,7 @@ def limits_of(values: dict[str, Any]) -> Limits:
 
 def _tenant(session: Session, which: str, *, lock: bool = False) -> Tenant:
     tenants = TenantRepository(session)
-    found = tenants.by_name(which) or tenants.get(which)
+    found = tenants.get(which) or tenants.by_name(which)  # no name stands in for the id of another
     if found is not None and lock:
         found = tenants.get(found.id, lock=True)
     if found is None:

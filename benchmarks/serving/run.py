@@ -42,7 +42,7 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE.parents[1]), str(_HERE.parent), str(_HERE)]
 import servers
 from _common import CannotMeasure, deployment, execute, parser, say, scratch, table
-from make_models import NAMES, Case, case
+from make_models import NAMES, Case, named
 from peers import anneal
 
 from anneal_client import AnnealError, Client
@@ -247,11 +247,7 @@ def _generator(points: list[Point]) -> Json:
 def measure(arguments: argparse.Namespace) -> Json:
     figures: Json = {}
     rows: list[list[str]] = []
-    for name in arguments.models.split(","):
-        if name not in NAMES:
-            raise CannotMeasure(f"no such model: {name}; there are {', '.join(NAMES)}")
-        files = case(name)
-        say(f"{files.label} …")
+    for name, files in named(arguments.models):
         with scratch(arguments.folder, 4 << 30) as folder:
             try:
                 # A cheap client: it has its part of the same cores.

@@ -26,7 +26,7 @@ import numpy as np
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE.parents[1]), str(_HERE.parent)]
 from _common import CannotMeasure, deployment, execute, parser, say, scratch, table
-from make_models import NAMES, Case, case
+from make_models import NAMES, Case, named
 from peers import anneal
 from run import requests
 
@@ -112,11 +112,7 @@ def made(files: Case, arguments: argparse.Namespace, folder: Path) -> Path:
 def measure(arguments: argparse.Namespace) -> Json:
     figures: Json = {}
     rows = []
-    for name in arguments.models.split(","):
-        if name not in NAMES:
-            raise CannotMeasure(f"no such model: {name}; there are {', '.join(NAMES)}")
-        files = case(name)
-        say(f"{files.label} …")
+    for name, files in named(arguments.models):
         with scratch(arguments.folder, 4 << 30) as folder:
             try:
                 bundle = made(files, arguments, folder)

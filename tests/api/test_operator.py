@@ -17,6 +17,8 @@ from app.settings import Settings
 from app.tenants import create_key
 from tests.api.conftest import assert_problem, report_worker, serving
 from tests.api.test_jobs import advance
+from tests.api.test_pages import token_in
+from tests.api.test_signing_in import sign_in
 
 
 @dataclass
@@ -143,3 +145,25 @@ def test_workers_and_the_jobs_that_they_hold(service: Service, operator: httpx.C
 def test_the_embedded_default_is_no_operator(client: httpx.Client) -> None:
     refused = assert_problem(client.get("/v1/operator/tenants"), 403, "role_required")
     assert "anneal-admin" in refused["remedy"]
+
+
+def test_nor_does_the_page_make_one(service: Service) -> None:
+    key = create_key(service.services.db, "platform", "ops", Role.OPERATOR)
+    with sign_in(service.url, key) as (browser, _):
+        shown = browser.get("/keys")
+        assert 'value="operator"' not in shown.text
+        answer = browser.post("/keys", data={"csrf": token_in(shown), "name": "more", "role": "operator", "days": ""})
+    assert answer.status_code == 422
+    assert "There is no role" in answer.text
+    tenant = service.services.tenants.get("platform")
+    assert len(service.services.keys.page(tenant.id, limit=9)) == 1
+
+
+def test_an_id_is_never_taken_for_a_name(service: Service, operator: httpx.Client) -> None:
+    first = _tenant(operator)
+    second = _tenant(operator, first["id"])  # a name like another's id
+    path = f"/v1/operator/tenants/{first['id']}"
+    changed = operator.patch(path, json={"enabled": False, "retention": {"jobs": 3}}).json()
+    assert (changed["id"], changed["name"], changed["retention"]["jobs"]) == (first["id"], "acme", 3)
+    other = operator.get(second["links"]["self"]).json()
+    assert (other["disabled_at"], other["retention"]["jobs"]) == (None, None)
