@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
@@ -22,11 +23,13 @@ from engine import encoded
 from tests.integrations.environments import environment
 from tests.integrations.tritonserver import tritonserver
 from workers.measure.load.bench import Launch, Running, Setup
-from workers.measure.load.over_http import HttpTarget, launch_server
+from workers.measure.load.over_http import MODEL, HttpTarget
+from workers.measure.load.served import settings_of
 from workers.measure.load.target import Feeds
-from workers.serving.serving_settings import Settings
+from workers.serving.serving_settings import FILE, Settings
 
-NAMES = ("serve.py", "Triton", "LitServe", "BentoML")
+OURS = "serve.py"
+NAMES = (OURS, "Triton", "LitServe", "BentoML")
 _HERE = Path(__file__).resolve().parent
 _READY_S, _STOP_S = 90.0, 10.0
 
@@ -38,8 +41,8 @@ def launches(names: list[str], bundle: Path, archive: Path, folder: Path) -> dic
     for name in names:
         if name not in NAMES:
             raise CannotMeasure(f"no such server: {name}; there are {', '.join(NAMES)}")
-        if name == "serve.py":
-            made[name] = launch_server(bundle, base)
+        if name == OURS:
+            made[name] = own(bundle, base)
         else:
             made[name] = triton(archive, folder) if name == "Triton" else peer(name, bundle, folder)
     return made
@@ -103,6 +106,24 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def own(bundle: Path, base: Settings) -> Launch:
+    """`serve.py`, with its settings written anew for each setup; in a session of its own, as its peers."""
+
+    @asynccontextmanager
+    async def serving(setup: Setup) -> AsyncIterator[Running]:
+        (bundle / FILE).write_text(json.dumps(settings_of(base, setup).to_json()), encoding="utf-8")
+        port = free_port()
+        command = [sys.executable, "serve.py", "--port", str(port), "--name", MODEL]
+        async with launched(command, bundle, f"http://127.0.0.1:{port}/v2/health/ready", {}) as pid:
+            target = HttpTarget(f"http://127.0.0.1:{port}", pid=pid)
+            try:
+                yield target
+            finally:
+                await target.close()
+
+    return serving
 
 
 def peer(name: str, bundle: Path, folder: Path) -> Launch:
