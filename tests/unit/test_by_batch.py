@@ -230,7 +230,7 @@ def test_it_is_timed_as_one_engine_that_is_the_faster_at_either_size(tmp_path: P
     inputs = {"baseline": tmp_path / "model-small", "engine.large": engine / "large", "engine.both": engine}
     large = EngineOption(id="large", backend="onnxruntime", runtime=runtime["engines"][1]["runtime"])
     options = BenchmarkOptions(
-        engines=[large, EngineOption(id="both", backend="by-batch", runtime=runtime)],
+        engines=[large, EngineOption(id="both", backend="by-batch", runtime=runtime, beside=True)],
         batch_sizes=[1, 32],
         min_seconds=0.05,
         rounds=5,
@@ -242,6 +242,9 @@ def test_it_is_timed_as_one_engine_that_is_the_faster_at_either_size(tmp_path: P
     assert ms["both"][0] < ms["large"][0] / 1.5
     assert ms["both"][1] < ms["baseline"][1] / 1.5
     both = found.data["engines"]["both"]
+    over = [both["batches"][b]["beside"]["large"]["speedup"]["ratio"] for b in ("1", "32")]
+    assert over[0] > 1.5 > 1.2 > over[1], "over the other engine, by rounds of both"
+    assert "beside" not in found.data["engines"]["large"]["batches"]["1"]
     assert both["size_bytes"] == sum((engine / n).stat().st_size for n in names_in(engine))
     assert both["peak_memory_mb"] > 0
     assert both["cold_start_ms"] > 0

@@ -121,6 +121,26 @@ def test_two_ship_where_they_gain_beyond_doubt_over_one(small: Any, large: Any, 
         assert pair.tried.reasons
 
 
+@pytest.mark.parametrize(
+    ("gain", "undisturbed", "ships"),
+    [
+        ((1.06, 1.04, 1.08), True, ID),
+        ((1.06, 1.02, 1.10), True, "int8-a"),
+        ((1.06, 1.04, 1.08), False, "int8-a"),  # too few rounds to go by
+    ],
+)
+def test_the_gain_over_one_is_that_of_the_same_rounds(gain: Any, undisturbed: bool, ships: str) -> None:
+    """Their gains over the original reach into each other, as the original itself was slow in some rounds."""
+    runs = [a_run("int8-a", (3.0, 1.2)), a_run("bf16-b", (2.0, 1.27))]
+    pair = both_of(runs, "int8-a", "bf16-b")
+    pair.tried.figures = figures(3.0, 1.27, width=0.05)
+    runs[0].tried.figures = figures(3.0, 1.2, width=0.05)
+    beside = dict(zip(("ratio", "low", "high"), gain, strict=True))
+    told = {"undisturbed": undisturbed, "speedup": beside, "throughput_ratio": beside}
+    pair.tried.figures["batches"]["8"]["beside"] = {"int8-a": told}
+    assert picked([*runs, pair]).picked == ships
+
+
 def test_the_memory_of_both_counts() -> None:
     runs = [a_run("int8-a", (3.0, 1.2)), a_run("bf16-b", (2.0, 2.5))]
     pair = both_of(runs, "int8-a", "bf16-b")

@@ -13,12 +13,14 @@ BASELINE = "baseline"
 
 class EngineOption(StageOptions):
     """One engine: the input artifact `engine.<id>`, and how its backend loads it. `expected`: its latency over the
-    baseline's, as far as it is known; it only decides who is left out where the time runs out."""
+    baseline's, as far as it is known; it only decides who is left out where the time runs out. `beside`: whether it is
+    compared with each of the other engines, too."""
 
     id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     backend: str
     runtime: dict[str, Any] = Field(default_factory=dict)
     expected: float = Field(default=1.0, gt=0, le=10_000)
+    beside: bool = False
 
 
 class BenchmarkOptions(StageOptions):

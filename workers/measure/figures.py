@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ NS_PER_MS = 1e6
 # By which one process of an engine may differ from the next, at 95 %: the original against itself scatters by 1.6 % on
 # a quiet machine, so one process by 1.1 %. No number of rounds in one process can show it.
 PROCESSES_DIFFER = 1.02
+ONE_FROM_ANOTHER = PROCESSES_DIFFER ** math.sqrt(2)  # where either side is one process
 
 
 def rounded(value: float | None) -> float | None:
@@ -91,6 +93,17 @@ def comparison(baseline: Timing, again: Timing, engine: Timing, seed: int) -> di
         first = ratio(one, mine, seed)
         found[name] = first.hull(ratio(two, mine, seed)).widened(PROCESSES_DIFFER).to_json()
     return found
+
+
+def beside(other: Timing, engine: Timing, seed: int) -> dict[str, Any]:
+    """`speedup` and `throughput_ratio` of an engine over another one, one process each, by the rounds that both had to
+    themselves; `undisturbed` as in `comparison`. What made a round slow made it slow for both: that is much more
+    certain than what their gains over a third one tell."""
+    rounds, enough = counting(other, engine)
+    theirs, mine = ([side.rounds[i] for i in rounds] for side in (other, engine))
+    ratios = {"speedup": ratio_of_medians, "throughput_ratio": ratio_of_means}
+    found = {name: ratio(theirs, mine, seed).widened(ONE_FROM_ANOTHER).to_json() for name, ratio in ratios.items()}
+    return {"undisturbed": enough, **found}
 
 
 def itself() -> dict[str, dict[str, float]]:

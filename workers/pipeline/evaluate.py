@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
@@ -34,6 +34,7 @@ class CandidateRun:
     `validate`: the last check of the search, `confirmed`: what the verdict goes by. `history`: what the search found
     and decided, in order."""
 
+    has_rivals: ClassVar[bool] = False  # whether it is compared with the other engines, not with the original alone
     plan: Candidate
     tried: Tried
     graph: Outcome | None = None
@@ -347,7 +348,8 @@ class Evaluator:
             inputs[f"engine.{run.plan.id}"] = run.engine
             known = speed_of(self.spec, run.screened)
             expected = {} if known is None else {"expected": min(max(round(1 / known.ratio, 3), 0.001), 1000.0)}
-            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected})
+            told = {"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected}
+            engines.append({**told, "beside": True} if run.has_rivals else told)
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
         sizes = [str(b) for b in self.spec.benchmark.batch_sizes]

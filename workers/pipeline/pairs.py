@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from app.domain.artifact_key import ArtifactRef, digest_of
 from app.domain.spec import OptimizationSpec
@@ -46,6 +46,7 @@ class PairRun(CandidateRun):
     """The two as one candidate. `border`: the batch sizes between which one overtakes the other; between them nothing
     was timed. `choice`: how their backend knows the batch size (`input`, `axis`)."""
 
+    has_rivals: ClassVar[bool] = True
     sides: tuple[Side, ...] = ()
     border: tuple[int, int] = (1, 2)
     choice: Mapping[str, Any] | None = None

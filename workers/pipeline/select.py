@@ -253,19 +253,34 @@ def _original_answers(tried: Tried, size: str) -> bool:
 
 def not_worth_it(spec: OptimizationSpec, pair: Tried, alone: Tried | None) -> list[str]:
     """Why two engines, which take the memory of both, do not ship in place of the one that would: nowhere a gain that
-    is beyond noise (the ends of the two intervals that lie the nearest), or somewhere a loss."""
+    is beyond noise, or somewhere a loss."""
     if alone is None or pair.figures is None or "failed" in pair.figures:
         return []
-    ours, theirs = _ratios(spec, pair), _ratios(spec, alone)
-    gains = {size: ours[size][1] / theirs[size][2] for size in ours.keys() & theirs.keys()}
+    gains = _over(spec, pair, alone)
     # Where that one answers here, too, two processes of one engine are compared, which differ by a few percent.
-    losses = [size for size in gains if ours[size][2] < SLOWER * theirs[size][1]]
+    losses = [size for size, (_, high) in gains.items() if high < SLOWER]
     if losses:
         return [f"slower than {alone.id} alone at batch size {size}" for size in sorted(losses, key=int)]
-    if max(gains.values(), default=0.0) > WORTH_TWO:
+    if max((low for low, _ in gains.values()), default=0.0) > WORTH_TWO:
         return []
     least = 100 * (WORTH_TWO - 1)
     return [f"at no batch size faster than {alone.id} alone by {least:.0f} % beyond doubt, for the memory of two"]
+
+
+def _over(spec: OptimizationSpec, tried: Tried, other: Tried) -> dict[str, tuple[float, float]]:
+    """By batch size, between what its gain over the other one lies: of the two side by side, round by round; where too
+    few rounds were undisturbed, by the ends of both gains over the original."""
+    ours, theirs = _ratios(spec, tried), _ratios(spec, other)
+    found = {}
+    for size in ours.keys() & theirs.keys():
+        assert tried.figures is not None
+        direct = (tried.figures["batches"][size].get("beside") or {}).get(other.id) or {}
+        ratio = ratio_of(spec, direct) if direct.get("undisturbed") else None
+        if ratio is not None:
+            found[size] = (float(ratio["low"]), float(ratio["high"]))
+        else:
+            found[size] = (ours[size][1] / theirs[size][2], ours[size][2] / theirs[size][1])
+    return found
 
 
 def _noise(spec: OptimizationSpec, aa: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

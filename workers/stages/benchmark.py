@@ -48,7 +48,8 @@ class Benchmark(Stage[BenchmarkOptions]):
     {ratio, low, high of p50, throughput {ratio, low, high}}} (empty in a screening), [aa_compared, the same of
     the engine compared with], batch_sizes, skipped_batches {batch: why}, shape {label, dims {input: sizes}, batch,
     in_use, why: what `batches` were timed at}, skipped_shapes [shapes with `reason`], screening, shortened, engines
-    {id: {batches {batch: figures, with `compare_to` also against {id, speedup, throughput_ratio}}, [shapes: likewise at
+    {id: {batches {batch: figures, with `compare_to` also against {id, speedup, throughput_ratio}, where an engine asks
+    for it also beside {id: {undisturbed, speedup, throughput_ratio} over that one}}, [shapes: likewise at
     those beside the typical, each with label, dims, batch, in_use, or with `failed` or `reason` where there are no
     figures], cold_start_ms, load_ms, first_inference_ms, peak_memory_mb, gpu_memory_mb (10⁶ bytes; the latter of
     engines on a GPU), size_bytes, [reasons], [failed]}}. An engine that fails has `failed` (a StageFailure as JSON);
@@ -395,4 +396,7 @@ class _Run:
             if pair is not None:
                 found = figures.itself() if name == other else figures.comparison(*pair, timing, seed)
                 at["against"] = {"id": other, **found}
+            if self.specs[name].beside:
+                rivals = [i for i in self.specs if i in timings and i not in (name, BASELINE)]
+                at["beside"] = {i: figures.beside(timings[i], timing, seed) for i in rivals}
             self.figures[name].batches[str(batch)] = at
