@@ -107,7 +107,7 @@ def test_the_image_is_what_the_manifests_say(tmp_path: Path) -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
                 assert answer.status == 200
     asked = {name for path in paths for name in re.findall(r"anneal_serve_\w+", path.read_text())}
-    assert len(asked) == 6
+    assert len(asked) == 12
     assert [name for name in asked if not re.search(rf"^{name}[ {{]", metrics, re.MULTILINE)] == []
 
 

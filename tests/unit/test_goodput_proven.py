@@ -103,3 +103,9 @@ def test_queue_and_compute_stand_apart_over_http(goodput: Goodput) -> None:
 def test_metrics_that_tell_nothing_count_nothing() -> None:
     assert counters_of("# HELP x\nanneal_serve_queue_seconds_sum 1.5\n").queue_s == 1.5
     assert counters_of("").mean_compute_s is None
+
+
+def test_sizes_of_batches_over_http_are_bounds_of_the_histogram() -> None:
+    at = zip(("1", "2", "4", "1024", "+Inf"), (3, 3, 8, 8, 9), strict=True)
+    text = "\n".join(f'anneal_serve_batch_size_bucket{{le="{bound}"}} {count}' for bound, count in at)
+    assert counters_of(text).batches == {1: 3, 4: 5, 2048: 1}

@@ -72,7 +72,10 @@ def test_what_was_measured_under_traffic_stands_in_the_manifests(tmp_path: Path)
     assert container["command"][-1] == "my-model-fp32"
     (trigger,) = read(found, "scaledobject")["spec"]["triggers"]
     assert trigger["metadata"]["threshold"] == "163", "never above what was measured"
-    rules = {rule["alert"]: rule["expr"] for rule in read(found, "prometheusrule")["spec"]["groups"][0]["rules"]}
+    alerts, recorded = (group["rules"] for group in read(found, "prometheusrule")["spec"]["groups"])
+    rules = {rule["alert"]: rule["expr"] for rule in alerts}
+    means = [f"anneal_serve:{name}:mean5m" for name in ("batch_size", "queue_seconds", "compute_seconds")]
+    assert [rule["record"] for rule in recorded] == means
     assert rules["P99AboveLimit"].endswith("> 0.02")
     assert rules["Saturated"].endswith("> 163")
 

@@ -207,11 +207,20 @@ def test_metrics_count_what_was_done(server: Server) -> None:
     after = server.metrics()
     grown = {k: v - before.get(k, 0) for k, v in after.items()}
     assert grown["anneal_serve_requests_total", "ok"] == 3
-    assert grown["anneal_serve_batches_total", "2"] == 3
+    sizes = [grown["anneal_serve_batch_size_bucket", bound] for bound in ("1", "2", "1024", "+Inf")]
+    assert sizes == [0, 3, 3, 3]
+    assert grown["anneal_serve_batch_size_sum",] == 6
     assert grown["anneal_serve_request_seconds_count",] == 3
     assert grown["anneal_serve_queue_seconds_bucket", "+Inf"] == 3
     assert after["anneal_serve_instances_up",] == 1
     assert after["anneal_serve_queue_limit",] == 3
+
+
+def test_the_metrics_do_not_grow_with_the_sizes_of_batches(server: Server) -> None:
+    for rows in range(1, 9):
+        assert server.infer(asked([1] * rows, [rows, 1]))[0] == 200
+    bounds = {key[1] for key in server.metrics() if key[0] == "anneal_serve_batch_size_bucket"}
+    assert bounds == {*(str(2**n) for n in range(11)), "+Inf"}
 
 
 def test_sigterm_answers_what_was_taken(tmp_path: Path) -> None:

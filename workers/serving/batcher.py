@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,39 +61,46 @@ __all__ = [
 ]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+BATCH_SIZES = tuple(2**n for n in range(11))  # rows
 _GIVEN_UP = 3  # starts in a row that came to nothing, of all instances: then nobody is kept waiting
+_MOST_SIZES = 4096  # different ones that are counted each by itself
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.05, 30.0
 
 
 class Histogram:
-    """Cumulative counts below the bounds `SECONDS`, as Prometheus has them."""
+    """Counts of values up to each of the bounds, and above the last one."""
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(SECONDS) + 1)
+    def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        at = 0
-        while at < len(SECONDS) and seconds > SECONDS[at]:
-            at += 1
-        self.counts[at] += 1
-        self.sum += seconds
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
 
 @dataclass
 class Stats:
     """Since the start. `ended`: requests by how they ended: `ok`, an error's code, or `cancelled` by the caller.
-    `batches`: batches that ran by their rows. `queue`: what requests waited before their batch; `compute`: what batches
-    took, arrays there and back included; `request`: from arrival to answer. `retried`: requests that were run once
-    more, alone; `restarts`: processes that ended."""
+    `batches`: batches that ran by their rows, of so many sizes at most; `batch_size`: the same of all. `queue`: what
+    requests waited before their batch; `compute`: what batches took, arrays there and back included; `request`: from
+    arrival to answer. `retried`: requests that were run once more, alone; `restarts`: processes that ended."""
 
     ended: Counter[str] = field(default_factory=Counter)
     batches: Counter[int] = field(default_factory=Counter)
+    batch_size: Histogram = field(default_factory=lambda: Histogram(BATCH_SIZES))
     queue: Histogram = field(default_factory=Histogram)
     compute: Histogram = field(default_factory=Histogram)
     request: Histogram = field(default_factory=Histogram)
     retried: int = 0
     restarts: int = 0
+
+    def ran(self, rows: int) -> None:
+        """A batch."""
+        self.batch_size.add(rows)
+        if rows in self.batches or len(self.batches) < _MOST_SIZES:
+            self.batches[rows] += 1
 
 
 class Batcher:
@@ -315,7 +323,7 @@ class Batcher:
             return
         for request in batch:
             self.stats.queue.add(now - request.arrived)
-        self.stats.batches[sum(p.rows for p in plans)] += 1
+        self.stats.ran(sum(p.rows for p in plans))
         self._running[instance] = (batch, now)
         instance.run()
 

@@ -203,7 +203,12 @@ def _rules(deployed: Deployed) -> dict[str, Any]:
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": {"name": name},
-        "spec": {"groups": [{"name": name, "rules": [*_alerts(deployed)]}]},
+        "spec": {
+            "groups": [
+                {"name": name, "rules": [*_alerts(deployed)]},
+                {"name": f"{name}-recorded", "rules": [*_recorded(deployed)]},
+            ]
+        },
     }
 
 
@@ -240,6 +245,15 @@ def _alerts(deployed: Deployed) -> Iterator[dict[str, Any]]:
         f"anneal_serve_instances_up{pods} < anneal_serve_instances{pods}",
         "Processes of the engine are down.",
     )
+
+
+def _recorded(deployed: Deployed) -> Iterator[dict[str, Any]]:
+    """What to hold against the batch sizes and times that were measured."""
+    pods = _pods(deployed)
+    for name in ("batch_size", "queue_seconds", "compute_seconds"):
+        parts = (f"sum(rate(anneal_serve_{name}_{part}{pods}[5m]))" for part in ("sum", "count"))
+        expr, labels = " / ".join(parts), {"service": resource_name(deployed.name)}
+        yield {"record": f"anneal_serve:{name}:mean5m", "expr": expr, "labels": labels}
 
 
 def _beyond_buckets(limit_ms: float) -> bool:

@@ -26,7 +26,6 @@ from typing import Any
 if __package__:
     from . import v2
     from .batcher import (
-        SECONDS,
         Batcher,
         Histogram,
         ServingError,
@@ -40,7 +39,6 @@ else:  # beside this file, in a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import v2  # type: ignore[import-not-found,no-redef]
     from batcher import (  # type: ignore[import-not-found,no-redef]
-        SECONDS,
         Batcher,
         Histogram,
         ServingError,
@@ -180,11 +178,6 @@ def _metrics(batcher: Batcher) -> Iterator[str]:
         "# TYPE anneal_serve_requests_total counter",
     )
     yield from (f'anneal_serve_requests_total{{outcome="{how}"}} {n}' for how, n in sorted(stats.ended.items()))
-    yield from (
-        "# HELP anneal_serve_batches_total Batches that ran, by rows.",
-        "# TYPE anneal_serve_batches_total counter",
-    )
-    yield from (f'anneal_serve_batches_total{{rows="{rows}"}} {n}' for rows, n in sorted(stats.batches.items()))
     for name, kind, value, text in (
         ("retried_total", "counter", stats.retried, "Requests that were run once more, alone."),
         ("instance_restarts_total", "counter", stats.restarts, "Processes of the engine that ended."),
@@ -199,6 +192,7 @@ def _metrics(batcher: Batcher) -> Iterator[str]:
             f"# TYPE anneal_serve_{name} {kind}",
             f"anneal_serve_{name} {value}",
         )
+    yield from _histogram("batch_size", stats.batch_size, "Rows of the batches that ran.")
     yield from _histogram("request_seconds", stats.request, "From a request's arrival to its answer, where it had one.")
     yield from _histogram("queue_seconds", stats.queue, "What requests waited before their batch began.")
     yield from _histogram("compute_seconds", stats.compute, "What batches took, arrays there and back included.")
@@ -208,7 +202,7 @@ def _histogram(name: str, found: Histogram, text: str) -> Iterator[str]:
     name = f"anneal_serve_{name}"
     yield from (f"# HELP {name} {text}", f"# TYPE {name} histogram")
     total = 0
-    for bound, n in zip((*map(str, SECONDS), "+Inf"), found.counts, strict=True):
+    for bound, n in zip((*map(str, found.bounds), "+Inf"), found.counts, strict=True):
         total += n
         yield f'{name}_bucket{{le="{bound}"}} {total}'
     yield from (f"{name}_sum {found.sum:.9g}", f"{name}_count {total}")

@@ -33,7 +33,7 @@ _LIMIT = 64 << 20  # of a line or body that is read
 _LOST = "connection_lost"
 _METRICS_S = 2.0  # to wait for the server's metrics
 _METRIC = re.compile(r"^anneal_serve_(\w+) (\S+)$", re.MULTILINE)
-_BATCHES = re.compile(r'^anneal_serve_batches_total\{rows="(\d+)"\} (\S+)$', re.MULTILINE)
+_BATCHES = re.compile(r'^anneal_serve_batch_size_bucket\{le="([^"]+)"\} (\S+)$', re.MULTILINE)
 _STATUS = {200: OK, 503: REJECTED, 504: TIMED_OUT}
 
 
@@ -107,11 +107,17 @@ class HttpTarget:
 
 
 def counters_of(text: str) -> Counters:
-    """Of serve.py's metrics, in Prometheus' text format; zero is what a server does not tell."""
+    """Of serve.py's metrics, in Prometheus' text format; zero is what a server does not tell. Sizes of batches are the
+    bounds of its histogram; those beyond the last one are counted as twice that."""
     told = {name: float(value) for name, value in _METRIC.findall(text)}
-    batches = {int(rows): int(float(count)) for rows, count in _BATCHES.findall(text)}
+    batches: Counter[int] = Counter()
+    size = below = 0
+    for bound, count in _BATCHES.findall(text):
+        size = 2 * size if bound == "+Inf" else int(bound)
+        batches[size] = int(float(count)) - below
+        below += batches[size]
     return Counters(
-        Counter(batches),
+        +batches,
         told.get("queue_seconds_sum", 0.0),
         int(told.get("queue_seconds_count", 0)),
         told.get("compute_seconds_sum", 0.0),

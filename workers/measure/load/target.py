@@ -28,7 +28,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Counters:
     """What a server counted since its start, in seconds: what requests waited before their batch, what batches took.
-    `batches`: those that ran, by their samples."""
+    `batches`: those that ran, by their samples, as exactly as the server tells them."""
 
     batches: Counter[int] = field(default_factory=Counter)
     queue_s: float = 0.0
