@@ -13,11 +13,10 @@ All of it is done in turns, since the machine is not as fast in each minute: set
 last, longer measurements rate by rate, with all servers running beside each other and one of them being asked. Servers
 come in an order that is drawn. "alone" is the p50 of one caller over HTTP, in turns too.
 
-Short looks are lucky ones, as the best of several: a proof begins below them, and goes down until a rate is proven. A
-rate that is open, between what proves that it keeps the limit and what proves that it does not, is measured once more
-with three times the requests. Peers that were seen to serve far less than the best of them are not proven: the time is
-for those by which the ratio goes. Each server has a session of its own (Linux shares cores among sessions), and the
-client is a real-time thread where the system allows it: on the same cores it would else be what is late.
+Short looks are lucky ones, as the best of several: a proof begins below them, and goes down until a rate is proven.
+Peers that were seen to serve far less than the best of them are not proven: the time is for those by which the ratio
+goes. Each server has a session of its own (Linux shares cores among sessions), and the client is a real-time thread
+where the system allows it: on the same cores it would else be what is late.
 
 Triton is the server of a wheel, without its C++ backends for ONNX Runtime and OpenVINO: its Python backend stands in
 for them, so that its figures tell of its HTTP server, its batcher and that backend. LitServe and BentoML get tensors as
@@ -38,7 +37,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +53,10 @@ from peers import anneal
 
 from anneal_client import AnnealError, Client
 from workers.measure.load.arrivals import Arrivals
-from workers.measure.load.bench import Bench, Clock, Effort, Launch, Limit, Setup, median_s
+from workers.measure.load.bench import Bench, Clock, Launch, Limit, Setup, median_s
 from workers.measure.load.generator import closed_loop
 from workers.measure.load.goodput import Goodput, Plan
-from workers.measure.load.judged import BEYOND, OPEN, Point
+from workers.measure.load.judged import Point
 from workers.measure.load.mix import Kind, Mix
 
 CACHE = _HERE.parent / ".cache" / "serving"
@@ -67,7 +65,6 @@ _IDLE_S = 2.0
 _MORE = 4  # beside other work
 _REQUESTS = 32  # different ones
 _FIRST_PROVEN, _LEAST_PROVEN = 0.9, 0.15  # of the rate that a short look found: where a proof begins, and ends
-_LONGER = 3  # times the requests, at a rate that is open
 _CONTENDS = 0.6  # of what the best peer was seen to serve: a peer below is not proven
 _LOOKED = 0.4  # of the time, for the short looks
 OURS = servers.OURS
@@ -81,28 +78,9 @@ class InTurns(Bench):
         super().__init__(*given)
         self._turn = turn
 
-    async def point(self, setup: Setup, rate: float, *, proven: bool, requests: int | None = None) -> Point:
+    async def point(self, *given: Any, **how: Any) -> Point:
         async with self._turn:
-            found = await super().point(setup, rate, proven=proven, requests=requests)
-            if proven and requests is None and found.verdict == OPEN and found.over <= BEYOND * found.count:
-                usual, self.judged = self.judged, longer(self.judged)
-                try:
-                    if self.judged.requests(rate) / rate < self.clock.left() / 2:
-                        found = await super().point(setup, rate, proven=True)
-                finally:
-                    self.judged = usual
-            return found
-
-
-def longer(effort: Effort) -> Effort:
-    """With more requests a smaller difference from the limit is seen."""
-    return replace(
-        effort,
-        seconds=_LONGER * effort.seconds,
-        least=_LONGER * effort.least,
-        most=_LONGER * effort.most,
-        cap_s=_LONGER * effort.cap_s,
-    )
+            return await super().point(*given, **how)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from workers.measure.load.arrivals import Arrivals
-from workers.measure.load.bench import Bench, Clock, Limit, Setup
+from workers.measure.load.bench import Bench, Clock, Effort, Limit, Setup
 from workers.measure.load.generator import Run
 from workers.measure.load.judged import Point, judged
 from workers.measure.load.mix import Kind, Mix
@@ -94,8 +94,10 @@ class SimulatedBench(Bench):
         full = np.full(count, seconds)
         return Run(1.0, zeros, zeros, full, zeros.astype(np.int8), zeros.astype(np.int32), seen, wall_s=0.4)
 
-    async def point(self, setup: Setup, rate: float, *, proven: bool, requests: int | None = None) -> Point:
-        effort = self.judged if proven else self.looked
+    async def point(
+        self, setup: Setup, rate: float, *, proven: bool, requests: int | None = None, effort: Effort | None = None
+    ) -> Point:
+        effort = effort or (self.judged if proven else self.looked)
         count = requests or effort.requests(rate)
         self._seed += 1
         run = simulated(self.arrivals.due(rate, count, self._seed), setup, self.service, self.limit.timeout_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from workers.measure.load.arrivals import Arrivals
 from workers.measure.load.company import Company
 from workers.measure.load.generator import Run, Schedule, closed_loop, drive
 from workers.measure.load.goodput import Goodput, Plan, highest
-from workers.measure.load.judged import DISTURBED, OPEN, Point, allowed, judged, least_over
+from workers.measure.load.judged import BEYOND, DISTURBED, OPEN, Point, allowed, judged, least_over
 from workers.measure.load.mix import Mix
 from workers.measure.load.target import OK, Target
 from workers.measure.quiet import Quiet
@@ -25,6 +25,8 @@ from workers.measure.stats import P99_BOUND_SAMPLES
 
 _PATIENCE_S, _PATIENCE = 5.0, 0.1  # to wait for a quiet machine, after each point that had company; of the time left
 _LEAST_POINT_S = 1.0
+_LONGER = 3  # times the requests, of a rate that is open
+_LONGEST = 0.5  # of the time left, that those may take
 _SETTLING_S = 0.25  # of a run, whose requests do not count
 _SETTLING = 0.2  # of the counted ones, at most
 _LEAST_LOOKED = 100  # requests of a short look: one of them may be late
@@ -89,6 +91,11 @@ class Effort:
     def requests(self, rate: float) -> int:
         wanted = min(max(round(self.seconds * rate), self.least), self.most)
         return max(min(wanted, int(self.cap_s * rate)), self.needed)
+
+    def times(self, factor: int) -> Effort:
+        """With so many times the requests, which see a smaller difference from the limit."""
+        f = factor
+        return Effort(f * self.seconds, f * self.least, f * self.most, f * self.cap_s, self.needed)
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,21 @@ class Bench:
         callers = min(math.ceil(_QUEUED * setup.instances * rows), _MOST_CALLERS)
         return await closed_loop(target, self.mix, callers, _BURST_S, self.limit.timeout_s)
 
-    async def point(self, setup: Setup, rate: float, *, proven: bool, requests: int | None = None) -> Point:
+    async def proof(self, setup: Setup, rate: float) -> Point:
+        """One rate by the bound. Where so many requests leave it open, and few enough were late that it may keep the
+        limit, once more with several times as many, as far as the time holds them."""
+        found = await self.point(setup, rate, proven=True)
+        effort = self.judged.times(_LONGER)
+        known = found.verdict == OPEN and found.count and found.over <= BEYOND * found.count
+        if known and effort.requests(rate) / rate < _LONGEST * self.clock.left():
+            found = await self.point(setup, rate, proven=True, effort=effort)
+        return found
+
+    async def point(
+        self, setup: Setup, rate: float, *, proven: bool, requests: int | None = None, effort: Effort | None = None
+    ) -> Point:
         """One rate, on arrivals of its own. A run that has failed is not taken to its end."""
-        effort = self.judged if proven else self.looked
+        effort = effort or (self.judged if proven else self.looked)
         count = requests or effort.requests(rate)
         if requests is None and effort.needed / rate > max(self.clock.left(), _LEAST_POINT_S):
             return Point(rate, OPEN, proven, 0, 0, {"reason": "the time left holds too few requests at this rate"})
@@ -214,7 +233,10 @@ class Bench:
         def fits(rate: float) -> bool:
             return effort.requests(rate) / rate + _SETTLING_S + 0.5 <= self.clock.left()
 
-        return await highest(lambda rate: self.point(setup, rate, proven=proven), plan, fits)
+        def measured(rate: float) -> Awaitable[Point]:
+            return self.proof(setup, rate) if proven else self.point(setup, rate, proven=False)
+
+        return await highest(measured, plan, fits)
 
 
 def _memory_mb(target: Running) -> float | None:

@@ -228,7 +228,7 @@ class Trial:
         if count / self.rate > self.clock.left():
             self.found.reasons["at_rate"] = f"not measured: a proof at {self.rate:g}/s takes longer than the time left"
             return None
-        return await bench.point(setup, self.rate, proven=True)
+        return await bench.proof(setup, self.rate)
 
     # The original, and what explains
 
