@@ -17,7 +17,7 @@ from workers.measure.load.goodput import Goodput, Plan, highest
 from workers.measure.load.judged import EXCEEDS, KEEPS, LATE, OPEN, Point
 from workers.measure.load.served import settings_of
 from workers.measure.load.trial import Found, Trial
-from workers.measure.load.tuning import Space, Tuned, Tuner
+from workers.measure.load.tuning import Space, Tried, Tuned, Tuner
 from workers.serving.batcher import Settings
 
 SPACE = Space([(1, None), (2, 1)], (1, 2, 4, 8, 16))
@@ -212,6 +212,20 @@ def test_a_size_that_formed_is_waited_for_no_longer_where_that_serves_more(servi
     assert tuned.best.preferred == sizes
     assert [t.setup.preferred for t in tuned.tried if t.setup.preferred] == ([sizes] if sizes else [])
     assert settings_of(Settings(), tuned.best).preferred_batches == sizes
+
+
+def test_the_smallest_batch_that_yields_as_much_is_worth_no_longer_wait_where_there_is_one() -> None:
+    """As a tile of 8 would: half of what fits there yields as much as all of it."""
+    tuner = Tuner(SimulatedBench(tiles(8, 8.0, 0.0)), Setup(), SPACE, 1e6)
+    for batch, yields in ((1, 125.0), (2, 250.0), (4, 500.0), (8, 980.0), (16, 1000.0)):
+        tuner.tried[Setup(max_batch=batch)] = Tried(Setup(max_batch=batch), yields)
+        other = Setup(2, 1, batch)
+        tuner.tried[other] = Tried(other, 1000.0)
+    best = Setup(max_batch=16, max_delay_ms=3.333)
+    assert tuner.not_worth_waiting(best) == [8]
+    assert tuner.not_worth_waiting(best.but(max_batch=8)) == [], "half of it is not enough"
+    assert tuner.not_worth_waiting(best.but(max_delay_ms=0.0)) == [], "nothing is waited for"
+    assert tuner.not_worth_waiting(best.but(padded=True)) == [], "what it yields in other batches is not known"
 
 
 def test_little_time_is_told() -> None:

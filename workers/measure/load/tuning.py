@@ -28,6 +28,7 @@ _RACERS = 4  # of those that yield most
 _REACH = 0.97  # of what a setup yields at most: it keeps no limit beyond that
 _DELAYS = (1 / 16, 1 / 6, 1 / 3)  # of the limit
 _STANDS_OUT = 0.25  # of the batches, that are of one size
+_AS_MUCH = 0.95  # of what the largest batch yields, from which on a smaller one need not be waited for
 _GUESS = 0.9  # of what theory says, to begin with: calls do not all take the same
 _FAR = 12.0  # calls that fit into the limit, from which on load is what counts
 _STRIDE = 1.3  # upwards from the bar
@@ -108,7 +109,7 @@ class Tuner:
             for share in _DELAYS:
                 delayed = self._tried(best.but(max_delay_ms=round(1e3 * share * self.bench.limit.p99_s, 3)))
                 best, goodput = await self._race(delayed, best, goodput)
-        if best.max_delay_ms > 0 and (size := self._formed(best)) is not None:
+        for size in self.not_worth_waiting(best):
             at_once = self._tried(best.but(preferred=(size,)))
             best, goodput = await self._race(at_once, best, goodput)
         self.tried[best].decision = "the best" if best != self.start else "where the search starts, and the best"
@@ -121,9 +122,23 @@ class Tuner:
         sizes = {best.max_batch, max(self.space.batches)} - {1}
         return [self._tried(best.but(max_batch=size, padded=True)) for size in sorted(sizes)]
 
+    def not_worth_waiting(self, setup: Setup) -> list[int]:
+        """Sizes of batches, between one by one and the largest, that may be worth no longer wait: the smallest that
+        yields about as much as the largest, and the one that formed most often, where one stands out. None where no
+        request waits: a batch is then whatever has come when an instance is free."""
+        if setup.max_delay_ms <= 0:
+            return []
+        at = {
+            s.max_batch: t.yields or 0.0
+            for s, t in self.tried.items()
+            if s.but(max_batch=setup.max_batch) == setup.but(max_delay_ms=0.0)
+        }
+        enough = _AS_MUCH * at.get(setup.max_batch, math.inf)
+        able = [size for size, yields in at.items() if 1 < size < setup.max_batch and yields >= enough]
+        formed = self._formed(setup)
+        return sorted({*([min(able)] if able else []), *([] if formed is None else [formed])})
+
     def _formed(self, setup: Setup) -> int | None:
-        """The size of the batches that formed most often, between one by one and the largest, where one stands out: it
-        may be worth no longer wait."""
         known = [p for p in self.bench.points.get(setup, []) if p.verdict == KEEPS and p.figures.get("batches")]
         shares = {int(size): share for size, share in known[-1].figures["batches"].items()} if known else {}
         between = [size for size, share in shares.items() if 1 < size < setup.max_batch and share >= _STANDS_OUT]
