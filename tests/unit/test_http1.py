@@ -22,7 +22,8 @@ PLAIN = [(b"content-type", b"text/plain")]
 
 
 class Echo:
-    """Tells method, path and body. `/later`: when `ready` is set; `/fails`: raises; `/large`: 8 MiB."""
+    """Tells method, path and body. `/later`: when `ready` is set; `/fails`: raises; `/large`: 8 MiB; `/pieces`: in
+    three, with the body once more."""
 
     def __init__(self) -> None:
         self.seen: list[Request] = []
@@ -37,6 +38,8 @@ class Echo:
             raise HttpError(503, "queue_full", "later", 2.0)
         if request.path == "/large":
             text = bytes(8 << 20)
+        if request.path == "/pieces":  # the second one is empty
+            return 200, PLAIN, [text, memoryview(b""), memoryview(bytes(request.body))]
         if request.path == "/later":
             future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             self.waiting.append(future)
@@ -113,6 +116,18 @@ async def test_bodies_of_any_size_come_whole() -> None:
         writer.write(b"HEAD /h HTTP/1.1\r\nHost: x\r\n\r\n")
         assert int((await answer(reader, head_only=True))[1]["content-length"]) == len(b"HEAD /h ")
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await answer(reader))[2] == b"GET / "
+
+
+@in_both_loops
+async def test_a_body_in_pieces_is_one() -> None:
+    async with served(Echo()) as (_, port), connected(port) as (reader, writer):
+        for size in (0, 5, 40_000, 3_000_000):
+            body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+            writer.write(post("/pieces", body))
+            assert (await answer(reader))[2] == b"POST /pieces " + 2 * body
+        writer.write(post("/pieces", b"abc").replace(b"POST", b"HEAD") + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert int((await answer(reader, head_only=True))[1]["content-length"]) == len(b"HEAD /pieces ") + 6
         assert (await answer(reader))[2] == b"GET / "
 
 

@@ -176,6 +176,52 @@ def test_a_full_queue_answers_503_and_when_to_come_again(server: Server) -> None
     assert all((status == 503) == (retry is not None and int(retry) >= 1) for status, retry in found)
 
 
+SLOW = """
+import time
+
+import numpy as np
+
+
+def load(threads=None):
+    def run(feeds):
+        time.sleep(0.04)
+        return {"y": 2 * feeds["x"] + 1, "width": np.zeros(len(feeds["x"]), np.int64)}
+
+    return ["x"], run
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_whoever_asks_without_end_keeps_no_other_caller_waiting(named: bool, tmp_path: Path) -> None:
+    """Callers are told apart by the header that names them; without it all of one address are one, and wait for all
+    that came before."""
+    folder = bundle(tmp_path / "bundle", SLOW, max_batch=1, queue_limit=64 if named else 256)
+    ended: list[tuple[str, int]] = []
+
+    def one(caller: str) -> None:
+        status, _, _ = server.ask("POST", "/v2/models/doubling/infer", asked([1], [1, 1]), X_Caller=caller)
+        ended.append((caller, status))
+
+    header = ["--caller-header", "X-Caller"] if named else []
+    with serving(folder, *header) as server, ThreadPoolExecutor(88) as pool:
+        asking = [pool.submit(one, "greedy") for _ in range(80)]
+        until = time.monotonic() + 30
+        while (waiting := server.metrics()["anneal_serve_waiting",]) < 40 and time.monotonic() < until:
+            time.sleep(0.005)
+        asking += [pool.submit(one, f"other {n}") for n in range(8)]
+        for request in asking:
+            request.result(60)
+    others = [status for caller, status in ended if caller != "greedy"]
+    assert others == 8 * [200], "the newest of whoever holds most makes room where the queue is full"
+    served = [caller == "greedy" for caller, status in ended if status == 200]
+    if named:
+        assert sum(served[len(served) - served[::-1].index(False) :]) >= 20, (
+            "whom the last of the others did not wait for"
+        )
+    else:
+        assert sum(served[: served.index(False)]) >= waiting
+
+
 def test_who_hangs_up_is_not_computed(server: Server) -> None:
     before = server.metrics()
 
@@ -286,7 +332,8 @@ def test_every_type_goes_there_and_back(dtype: str) -> None:
     ask = v2.Asked({}, None, True, None, None)
     for binary in (True, False):
         ask = v2.Asked({}, {"a": binary}, False, None, None)
-        body, length = v2.encode("m", ask, {"a": array})
+        pieces, length = v2.encode("m", ask, {"a": array})
+        body = b"".join(pieces)
         told = json.loads(body if length is None else body[:length])
         told["inputs"] = told.pop("outputs")
         text = json.dumps(told).encode()
@@ -332,7 +379,7 @@ def test_json_is_read_alike_with_and_without_the_quick_library(quick: bool, monk
     odd = b'{"inputs": [{"name": "a", "shape": [3], "datatype": "FP32", "data": [NaN, Infinity, -Infinity]}]}'
     found = v2.decode(odd, None).feeds["a"]
     np.testing.assert_array_equal(found, np.array([np.nan, np.inf, -np.inf], np.float32))
-    answer, length = v2.encode("m", v2.Asked({}, None, False, None, None), {"a": found, "b": np.float64([[0.1]])})
+    (answer,), length = v2.encode("m", v2.Asked({}, None, False, None, None), {"a": found, "b": np.float64([[0.1]])})
     assert length is None
     first, second = json.loads(answer)["outputs"]
     assert [str(v) for v in first["data"]] == ["nan", "inf", "-inf"]

@@ -312,23 +312,23 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send(self, incoming: Incoming, answer: Answer) -> None:
         status, headers, body = answer
+        pieces: list[bytes | memoryview] = [body] if isinstance(body, bytes) else body
+        size = sum(map(len, pieces))
         last = self._server.stopping and not self._waiting and not (self._coming and self._coming.ready)
         lines = [_status(status), b"date: ", self._server.date()]
         for name, value in headers:
             lines += (b"\r\n", name, b": ", value)
         if last or not incoming.keep_alive:
             lines.append(b"\r\nconnection: close")
-        lines += (b"\r\ncontent-length: ", str(len(body)).encode(), b"\r\n\r\n")
+        lines += (b"\r\ncontent-length: ", str(size).encode(), b"\r\n\r\n")
         if incoming.method == "HEAD":
-            body = b""
+            pieces, size = [], 0
         self._busy = False
         self._idle_until = self._loop.time() + self._server.idle_s
-        if len(body) <= _TOGETHER:
-            lines.append(body)
-            self._transport.write(b"".join(lines))
+        if size <= _TOGETHER:
+            self._transport.write(b"".join((*lines, *pieces)))
         else:
-            self._transport.write(b"".join(lines))
-            self._transport.write(body)
+            self._transport.writelines((b"".join(lines), *pieces))
         if incoming.error is not None:
             self._loop.call_later(_LINGER_S, self._transport.close)
         elif last or not incoming.keep_alive:

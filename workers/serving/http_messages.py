@@ -22,7 +22,7 @@ else:  # beside this file, in a bundle
     )
 
 Headers = list[tuple[bytes, bytes]]
-Answer = tuple[int, Headers, bytes]
+Answer = tuple[int, Headers, bytes | list[bytes | memoryview]]  # a body, or its pieces, which are sent as they lie
 Told = Callable[[asyncio.Future[Any]], Answer]
 
 

@@ -190,19 +190,20 @@ def datatype_of(name: str, array: Array) -> str:
     return found
 
 
-def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[bytes, int | None]:
-    """The body, and the length of its JSON where binary tensors follow. Raises `InvalidRequest`."""
+def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[list[bytes | memoryview], int | None]:
+    """The pieces of the body, and the length of its JSON where binary tensors follow: those are the memory of `outputs`
+    itself, which is not to change any more. Raises `InvalidRequest`."""
     check_outputs(asked, list(outputs))
     told: list[dict[str, Any]] = []
-    tail: list[bytes] = []
+    tail: list[bytes | memoryview] = []
     finite = True
     for name in outputs if asked.outputs is None else asked.outputs:
         array = outputs[name]
         entry: dict[str, Any] = {"name": name, "datatype": datatype_of(name, array), "shape": list(array.shape)}
         wanted = None if asked.outputs is None else asked.outputs[name]
         if asked.binary if wanted is None else wanted:
-            tail.append(array.tobytes())
-            entry["parameters"] = {"binary_data_size": len(tail[-1])}
+            tail.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            entry["parameters"] = {"binary_data_size": array.nbytes}
         else:
             plain = array.astype(np.float32) if array.dtype.kind == "V" else array
             finite = finite and bool(np.isfinite(plain).all())
@@ -212,7 +213,7 @@ def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[byte
     if asked.id is not None:
         head["id"] = asked.id
     text = _text(head, finite=finite)
-    return (b"".join([text, *tail]), len(text)) if tail else (text, None)
+    return [text, *tail], len(text) if tail else None
 
 
 def metadata(model: str, platform: str, tensors: tuple[Sequence[Tensor], Sequence[Tensor]] | None) -> dict[str, Any]:
