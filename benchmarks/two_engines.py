@@ -46,7 +46,7 @@ def job_of(files: Case, sizes: list[int], arguments: argparse.Namespace, folder:
             bounds["opt"][axis] = bounds["max"][axis] = max(sizes)
     with deployment(folder / "home") as service, Client(service.url) as client:
         fields = {
-            "benchmark": {"batch_sizes": sizes, "min_seconds": 0.3, "allow_noisy": True},
+            "benchmark": {"batch_sizes": sizes, "min_seconds": arguments.job_seconds, "allow_noisy": True},
             "budget_seconds": arguments.budget,
             "shapes": shapes,
         }
@@ -113,18 +113,31 @@ def rows_of(label: str, report: Json, sizes: list[int], waits: dict[str, dict[in
         gains = [told.get(f"{name}_speedup") for name in ("small", "large")]
         shown = [f"{cid} {gain:.2f}x" if gain else cid for cid, gain in zip(who, gains, strict=True)]
         cells = [f"{np.median(waits[name][size]):.2f}" for name in (PAIR, "small", "large")]
-        rows.append([label, str(size), *shown, *cells])
+        rows.append([label, str(size), *shown, over_one(report, size), *cells])
     return rows
 
 
+def over_one(report: Json, size: int) -> str:
+    """What the two gain over the engine that would ship alone, by the rounds that both were timed in."""
+    alone = (report["by_batch"]["costs"].get("alone") or {}).get("candidate")
+    both = next(c for c in report["candidates"] if c["id"] == report["picked"])
+    at = (both["batches"][str(size)].get("beside") or {}).get(alone)
+    if at is None:
+        return "–"
+    ratio = at["speedup"]
+    return f"{ratio['ratio']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}] {alone}"
+
+
 def why_not(report: Json, sizes: list[int]) -> str:
-    """What was timed at the batch sizes, as a table."""
+    """What was timed at the batch sizes, and how long each phase of the search took, as tables."""
     rows = []
     for one in report["candidates"]:
         timed = [one["batches"].get(str(size), {}) for size in sizes]
         cells = [f"{t['speedup']['ratio']:.2f}x" if (t.get("speedup") or {}).get("ratio") else "–" for t in timed]
         rows.append([one["id"], one["status"], *cells, one["reason"][:100]])
-    return table(["candidate", "status", *(f"b {s}" for s in sizes), "reason"], rows)
+    phases = [[str(phase["name"]), f"{phase['seconds']:.1f}"] for phase in report["search"]["phases"]]
+    found = table(["candidate", "status", *(f"b {s}" for s in sizes), "reason"], rows)
+    return f"{found}\n\n{table(['phase', 's'], phases)}"
 
 
 def measure(arguments: argparse.Namespace) -> Json:
@@ -147,7 +160,16 @@ def measure(arguments: argparse.Namespace) -> Json:
             figures[name]["http_p50_ms"] = waits
             rows += rows_of(files.label, report, sizes, waits)
     if rows:
-        head = ["model", "batch", "small", "large", "serve.py, both: p50 ms", "small alone", "large alone"]
+        head = [
+            "model",
+            "batch",
+            "small",
+            "large",
+            "both over one",
+            "serve.py, both: p50 ms",
+            "small alone",
+            "large alone",
+        ]
         print(table(head, rows))
     return {"models": figures}
 
@@ -156,5 +178,6 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--models", default="recommender", help=f"some of {','.join(NAMES)}")
     options.add_argument("--batches", default="1,64", help="batch sizes that count")
-    options.add_argument("--budget", type=int, default=180, help="budget_seconds of the job")
+    options.add_argument("--budget", type=int, default=300, help="budget_seconds of the job")
+    options.add_argument("--job-seconds", type=float, default=1.5, help="benchmark.min_seconds of the job")
     execute(measure, options.parse_args())
