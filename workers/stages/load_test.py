@@ -60,7 +60,7 @@ class LoadTest(Stage[LoadTestOptions]):
     """
 
     name = "load_test"
-    version = 3
+    version = 4
     Options = LoadTestOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True

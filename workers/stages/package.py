@@ -69,7 +69,7 @@ class Package(Stage[PackageOptions]):
     Raises StageFailure `packaged_engine_fails`, `bundle_fails`."""
 
     name = "package"
-    version = 13
+    version = 14
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
