@@ -65,7 +65,8 @@ _IDLE_S = 2.0
 _MORE = 4  # beside other work
 _REQUESTS = 32  # different ones
 _FIRST_PROVEN, _LEAST_PROVEN = 0.9, 0.15  # of the rate that a short look found: where a proof begins, and ends
-_CONTENDS = 0.6  # of what the best peer was seen to serve: a peer below is not proven
+_CONTENDS = 0.6  # of what the best peer was seen to serve: a peer below is not tried further, nor proven
+_TOLD = 2  # setups, after which that is looked at: one by one, and in batches
 _LOOKED = 0.4  # of the time, for the short looks
 OURS = servers.OURS
 Json = dict[str, Any]
@@ -150,16 +151,25 @@ def _cpu_s(pid: int) -> float:
 async def looked(benches: dict[str, InTurns], tried: list[Setup], guess: float, until: float) -> dict[str, list[Json]]:
     """What each server was seen to serve in each setup, by short looks."""
     found: dict[str, list[Json]] = {name: [] for name in benches}
-    left = len(tried) * len(benches)
-    for setup in tried:
-        for name, bench in benches.items():
+    able = [*benches]
+    for done, setup in enumerate(tried):
+        if done == _TOLD:
+            able = [*contenders(bests_of(found))] or able
+        for number, name in enumerate(able):
             best = max((one["rate"] for one in found[name]), default=0.0) or guess
+            bench, left = benches[name], (len(tried) - done) * len(able) - number
+            await bench.target(setup)  # some take seconds to start
             with bench.within((until - time.monotonic()) / left):
                 seen = await bench.goodput(setup, Plan(best, resolution=1.15, least=0.02 * guess), proven=False)
-            left -= 1
             found[name].append({"setup": setup, "rate": seen.rate})
             say(f"  {name}: {setup}: {seen.rate:.0f}/s")
     return found
+
+
+def bests_of(looks: dict[str, list[Json]]) -> dict[str, tuple[Setup, float]]:
+    """The best setup of each server that was seen to serve something, and its rate."""
+    bests = {name: max(seen, key=lambda one: one["rate"]) for name, seen in looks.items()}
+    return {name: (best["setup"], best["rate"]) for name, best in bests.items() if best["rate"] > 0}
 
 
 def contenders(bests: dict[str, tuple[Setup, float]]) -> dict[str, tuple[Setup, float]]:
@@ -240,13 +250,11 @@ async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> J
     start = time.monotonic()
     try:
         looks = await looked(benches, tried, 0.5e3 / min(middle.values()), start + _LOOKED * (until - start))
-        bests: dict[str, tuple[Setup, float]] = {}
+        bests = bests_of(looks)
         for name, seen in looks.items():
-            best = max(seen, key=lambda one: one["rate"])
             told = [{"setup": str(one["setup"]), "rate": round(one["rate"], 1)} for one in seen]
-            found["servers"][name] = {"setup": str(best["setup"]), "tried": told, "proven": []}
-            if best["rate"] > 0:
-                bests[name] = best["setup"], best["rate"]
+            setup = str(bests[name][0]) if name in bests else "–"
+            found["servers"][name] = {"setup": setup, "tried": told, "proven": []}
         bests = contenders(bests)
         for number in range(arguments.rounds):
             share = (until - time.monotonic()) / (arguments.rounds - number)
@@ -263,6 +271,11 @@ async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> J
         rates = [one["rate"] for one in told["proven"] if one["rate"]]
         told["rate"] = float(np.mean(rates)) if rates else 0.0
         told["generator"] = _generator([p for points in benches[name].points.values() for p in points])
+        told["points"] = [
+            {"setup": str(setup), **point.to_json()}
+            for setup, points in benches[name].points.items()
+            for point in points
+        ]
     return found
 
 
