@@ -21,12 +21,14 @@ import numpy as np
 
 from tests.factories.serving import bundle, play
 from workers.serving.batcher import Batcher, Settings
+from workers.serving.instances import keep_freed_memory
 
 CALLS = 3000
 
 
 async def overhead(folder: Path) -> None:
     """One caller: what `submit` takes, less what the engine's own call takes in this process."""
+    keep_freed_memory()  # as `serve.py` does
     sys.path.insert(0, str(folder))
     from infer import load  # type: ignore[import-not-found]
 

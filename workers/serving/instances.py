@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -41,6 +42,8 @@ else:  # beside this file, in a bundle
 _FRAME = struct.Struct("=II")  # what it is, and the length of the JSON at the start of the region
 _CALL, _READY, _DONE, _FAILED = range(4)
 _ALIGNED = 64
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGEST_KEPT, _MOST_KEPT = 32 << 20, 128 << 20  # bytes of an array (glibc allows no more), and of all that are free
 _LARGEST_REGION = 16 << 30  # reserved, not used: a page costs memory from its first use on
 _BACK_OFF_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # before it is started once more
 _WARM_UP_S = 2.0
@@ -258,6 +261,15 @@ class Instance:
         return f"it ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
 
 
+def keep_freed_memory() -> None:
+    """Of this process: by default glibc gives that of a large array back as soon as it is free, and each page of the
+    next request's is a fault."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        libc.mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
+
+
 def cores_for(instances: int, threads: int | None) -> list[list[int]]:
     """The cores of each instance, where several have so many of their own; else none are chosen."""
     here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -326,6 +338,7 @@ def _answer_calls(channel: socket.socket, inputs: Region, outputs: Region, run: 
 
 def main(arguments: Sequence[str]) -> int:
     """The process. It ends when the other side of the socket does."""
+    keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):  # of the whole group: what runs is still to be answered
         signal.signal(number, signal.SIG_IGN)
     channel, told = socket.socket(fileno=int(arguments[0])), json.loads(arguments[2])

@@ -34,6 +34,7 @@ if __package__:
     )
     from .http1 import HttpServer
     from .http_messages import Answer, HttpError, Later, Request, http_error
+    from .instances import keep_freed_memory
     from .rows import Array
 else:  # beside this file, in a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -53,6 +54,7 @@ else:  # beside this file, in a bundle
         Request,
         http_error,
     )
+    from instances import keep_freed_memory  # type: ignore[import-not-found,no-redef]
     from rows import Array  # type: ignore[import-not-found,no-redef]
 
 
@@ -232,6 +234,7 @@ def main() -> int:
     )
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for what was taken, after SIGTERM")
     args = parser.parse_args()
+    keep_freed_memory()
     name, platform = _told(args.folder)
     try:
         batcher = Batcher(args.folder, Settings.of_folder(args.folder))

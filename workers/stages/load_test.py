@@ -31,6 +31,7 @@ from workers.measure.load.trial import Found, Trial, mix_json, serves
 from workers.measure.load.tuning import Space
 from workers.measure.method import load_method, versions
 from workers.serving.batcher import Settings
+from workers.serving.instances import keep_freed_memory
 from workers.serving.probe import Padding, padding
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -70,6 +71,7 @@ class LoadTest(Stage[LoadTestOptions]):
 
     def run(self, ctx: StageContext, options: LoadTestOptions) -> StageResult:
         traffic = Traffic.model_validate(options.traffic)
+        keep_freed_memory()  # as `serve.py` does
         before = hardware.conditions(ctx.hardware)
         bundle = _unpacked(ctx.only_file("bundle"), ctx.workspace / "bundle")
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
