@@ -30,6 +30,11 @@ def current_actor() -> str:
     return _actor.get()
 
 
+def as_stored(actor: str) -> str:
+    """As rows have it: at most 200 characters that every database takes."""
+    return storable(actor)[:_LONGEST]
+
+
 def record(
     session: Session,
     tenant_id: str | None,
@@ -44,7 +49,7 @@ def record(
         AuditEvent(
             id=new_id("aud"),
             tenant_id=tenant_id,
-            actor=storable(actor)[:_LONGEST],
+            actor=as_stored(actor),
             action=action,
             resource=None if resource is None else storable(resource)[:_LONGEST],
             detail=dict(redact(None, "", dict(detail or {}))),

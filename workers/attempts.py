@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.orm import Dataset, Job, SourceModel
 from app.domain.failures import FailureKind, StageFailure
+from app.errors import AppError
 from app.jobs.ledger import Claim, JobLedger, LeaseLost
 from app.logging import bind_correlation_id
 from workers import kernel
@@ -107,7 +108,7 @@ class Attempts:
         log.info("job_started", job_id=job.id, attempt=claim.attempt)
         stages: list[dict[str, Any]] = []
         again = False
-        crew = self._sharing.crew(claim, keeper.should_stop)
+        crew = self._sharing.crew(claim, keeper.should_stop, attempt.traceparent)
         try:
             name = f"{claim.job_id}-{claim.token}"
             with infrastructure_faults(), self._equipment.workspace(name, claim.tenant_id) as workspace:
@@ -181,8 +182,9 @@ class Attempts:
     def _failed(self, claim: Claim, failure: StageFailure, stages: list[dict[str, Any]]) -> bool:
         """Whether the job is tried again."""
         log.warning("job_failed", job_id=claim.job_id, code=failure.code, stage=failure.stage, detail=failure.detail)
-        of_this_disk = failure.code == "storage_full" and self._room.short_lately()  # another's may have room
-        if (failure.code in RETRIED_LATER or of_this_disk) and not self._ledger.exhausted(claim):
+        # Another's disk may have room; and the storage's operator will make some.
+        full = failure.code == "storage_full" and (self._room.short_lately() or isinstance(failure.__cause__, AppError))
+        if (failure.code in RETRIED_LATER or full) and not self._ledger.exhausted(claim):
             self._ledger.retry_later(claim, failure.detail)
             return True
         self._ledger.fail(claim, failure.public(), {"stages": stages})

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
+from structlog.contextvars import bound_contextvars
 
 from app.capabilities.service import CapabilityService
 from app.db.base import utcnow
@@ -57,9 +58,10 @@ class Sharing:
         """Where this worker hears that others hand out calls."""
         return help_queue(self.kind.plain)
 
-    def crew(self, claim: Claim, should_stop: Callable[[], bool]) -> Crew:
+    def crew(self, claim: Claim, should_stop: Callable[[], bool], traceparent: str | None = None) -> Crew:
+        """`traceparent`: of the attempt at the job."""
         return Crew(
-            CallBoard(self._db, claim, self._settings.worker),
+            CallBoard(self._db, claim, self._settings.worker, traceparent),
             helpers=self._helpers,
             kind=self.kind.of,
             machine=machine(),
@@ -99,11 +101,13 @@ class Helper:
                 return False
             asked = time.monotonic()
             hold = self._service.take(self._equipment.worker_id, self._kind.both, self._machine)
-            return hold is not None and self._help(hold, asked)
+            if hold is None:
+                return False
+            with bound_contextvars(**hold.logged, call=hold.call_id[:12]):
+                return self._help(hold, asked)
 
     def _help(self, hold: HelpHold, asked: float) -> bool:
-        told = {"job_id": hold.job_id, "call": hold.call_id[:12]}
-        log.info("help_started", **told)
+        log.info("help_started")
         on_lost = self._equipment.isolated.interrupt
         with LeaseKeeper(self._renewals, hold, self._spare.shutdown, asked=asked, on_lost=on_lost) as keeper:
             try:
@@ -114,7 +118,7 @@ class Helper:
                 self._telemetry.helped("failed")
                 raise  # the lease runs out
         self._telemetry.helped(outcome)
-        log.info("help_ended", outcome=outcome, **told)
+        log.info("help_ended", outcome=outcome)
         return outcome in ("answered", "lost")
 
     def _answered(self, hold: HelpHold, keeper: LeaseKeeper[HelpHold]) -> str:
@@ -133,14 +137,14 @@ class Helper:
             self._service.give_back(hold)
             return "given_back"
         except StageFailure as failure:
-            log.info("help_failed", job_id=hold.job_id, code=failure.code, detail=failure.detail)
+            log.info("help_failed", code=failure.code, detail=failure.detail)
             if failure.kind is FailureKind.INFRASTRUCTURE:
                 self._service.give_back(hold)
                 return "failed"
         except (LeaseLost, SQLAlchemyError, OSError):
             raise
         except Exception:  # what another worker wrote down is no reason for this one to end
-            log.exception("help_failed", job_id=hold.job_id)
+            log.exception("help_failed")
             self._service.give_back(hold)
             return "failed"
         self._service.end(hold)  # what fails on the model, the job's own worker finds, too
@@ -151,10 +155,11 @@ class Helper:
         waited = (utcnow() - hold.offered_at).total_seconds() if hold.offered_at else 0.0
         # The call's deadlines are seconds of the job's budget.
         hold = replace(hold, spent_seconds=call.now + max(waited, 0.0))
-        stages = _Stages(self._service, hold, self._telemetry, should_stop)
-        job, model, datasets = self._equipment.ledger.load(hold)
-        runner = self._equipment.runner(hold, workspace, should_stop, watch=stages, elsewhere=stages.elsewhere)
-        Optimizer(runner, job, model, datasets, self._backends, self._equipment.settings.limits).answer(call)
+        with self._telemetry.help(hold) as seen:
+            stages = _Stages(self._service, hold, seen, should_stop)
+            job, model, datasets = self._equipment.ledger.load(hold)
+            runner = self._equipment.runner(hold, workspace, should_stop, watch=stages, elsewhere=stages.elsewhere)
+            Optimizer(runner, job, model, datasets, self._backends, self._equipment.settings.limits).answer(call)
 
 
 class _Stages(Watch):

@@ -122,8 +122,9 @@ class Job(Base):
     without having been begun, it fails.
     `spent_seconds`: of its budget, by attempts that ended; the one that runs began at `claimed_at`. `tallied_at`: since
     then an ended job stands in its status's `JobTally`. `parent_id`: of the job that compares this one's target with
-    others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced. `told`: its end,
-    to the tenant's webhook endpoints; a worker of the release before leaves that to others (`app.webhooks.outbox`).
+    others (`app.jobs.family`). `traceparent`: of the request that submitted it, where that is traced; `actor`: in whose
+    name that was, as audit rows have it. `told`: its end, to the tenant's webhook endpoints; a worker of the release
+    before leaves that to others (`app.webhooks.outbox`).
     """
 
     __tablename__ = "jobs"
@@ -143,6 +144,7 @@ class Job(Base):
     manifest_sha256: Mapped[str | None] = mapped_column(Sha256)
     correlation_id: Mapped[str] = mapped_column(String(128))
     traceparent: Mapped[str | None] = mapped_column(String(55))
+    actor: Mapped[str | None] = mapped_column(String(200))
     version: Mapped[int] = mapped_column(BigInteger, default=1)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     attempts_in_all: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.audit import current_actor, record
+from app.audit import as_stored, current_actor, record
 from app.blobs.content import ContentStore
 from app.blobs.removal import release
 from app.capabilities.service import CapabilityService
@@ -41,10 +41,11 @@ from app.tenants.quotas import Quotas
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a job comes from: whose it is, and the request that submitted it."""
+    """Where a job comes from: whose it is, and the request that submitted it, in whose name."""
 
     tenant_id: str
     correlation_id: str
+    actor: str
     traceparent: str | None = None
 
 
@@ -67,7 +68,7 @@ class JobService:
     ) -> tuple[Job, bool]:
         """Queue a job; the row, and whether it is new. `traceparent`: of the span that its own are to follow. Raises
         `AppError` for a spec that cannot be met here."""
-        origin = Origin(tenant_id, correlation_id, traceparent)
+        origin = Origin(tenant_id, correlation_id, current_actor(), traceparent)
         return once(idempotency, lambda: self._submit(origin, spec, idempotency))
 
     def _submit(self, origin: Origin, spec: OptimizationSpec, idempotency: Idempotency | None) -> tuple[Job, bool]:
@@ -264,6 +265,7 @@ def _queued(
         engine_ids=[],
         correlation_id=origin.correlation_id,
         traceparent=origin.traceparent,
+        actor=as_stored(origin.actor),
         webhook_url=spec.webhook.url if spec.webhook else None,
         webhook_attempts=0,
         version=1,

@@ -18,10 +18,12 @@ from app.db.sharing import SharedCall
 from app.db.uow import Database, patiently
 from app.domain.job_state import JobStatus
 from app.jobs.ledger import Claim, LeaseLost
+from app.jobs.logs import log_context
 from app.settings import WorkerSettings
 from app.sharing.repository import SharedCallRepository, busy_with, holding
 
 MOST_TAKES = 5  # of one call: after that its job's own worker is left to make it
+_TRACEPARENT = "traceparent"  # beside the call, in its body
 _TRIES = 3  # of taking one, where others look at the same moment
 
 
@@ -56,6 +58,12 @@ class HelpHold:
     body: Mapping[str, Any] = field(compare=False, default_factory=dict)
     offered_at: datetime | None = None
     spent_seconds: float = 0.0
+    logged: Mapping[str, str] = field(compare=False, default_factory=dict)  # what its log lines bear
+
+    @property
+    def traceparent(self) -> str | None:
+        """Of the job's attempt, whose worker handed this out."""
+        return self.body.get(_TRACEPARENT)
 
     @property
     def row(self) -> list[ColumnElement[bool]]:
@@ -77,18 +85,20 @@ class HelpHold:
 
 
 class CallBoard:
-    """Of one job, for the worker that has it."""
+    """Of one job, for the worker that has it. `traceparent`: of its attempt, which spans of helpers are to follow."""
 
-    def __init__(self, db: Database, claim: Claim, settings: WorkerSettings) -> None:
+    def __init__(self, db: Database, claim: Claim, settings: WorkerSettings, traceparent: str | None = None) -> None:
         self._db, self._settings = db, settings
         self._job_id, self._token = claim.job_id, claim.token
+        self._told = {} if traceparent is None else {_TRACEPARENT: traceparent}
 
     def offer(self, offers: Sequence[Offer]) -> None:
         mine = {"job_id": self._job_id, "token": self._token}
 
         def write() -> None:
             rows = [
-                SharedCall(**mine, id=o.id, kind=o.kind, apart=o.apart, turn=o.turn, body=dict(o.body)) for o in offers
+                SharedCall(**mine, id=o.id, kind=o.kind, apart=o.apart, turn=o.turn, body={**o.body, **self._told})
+                for o in offers
             ]
             with self._db.write() as uow:
                 SharedCallRepository(uow.session).offer(self._job_id, self._token, rows)
@@ -148,7 +158,17 @@ class SharingService:
             with self._db.write() as uow:
                 if SharedCallRepository(uow.session).take(call, owner, self._until()):
                     take = call.takes + 1
-                    return HelpHold(job.id, job.tenant_id, owner, call.id, call.token, take, call.body, call.offered_at)
+                    return HelpHold(
+                        job.id,
+                        job.tenant_id,
+                        owner,
+                        call.id,
+                        call.token,
+                        take,
+                        call.body,
+                        call.offered_at,
+                        logged=log_context(job),
+                    )
         return None
 
     def remove_stale(self) -> None:

@@ -62,7 +62,17 @@ def test_a_storage_that_is_away_costs_an_attempt_not_the_job(worker: WorkerServi
     assert (job.status, job.error) == ("queued", None)
 
 
-def test_a_full_storage_is_said_so(worker: WorkerService, desk: Desk) -> None:
+def test_a_full_storage_is_waited_for(worker: WorkerService, desk: Desk) -> None:
+    """Whoever runs it makes room."""
+    job = _run(worker, desk, storage_full())
+    assert (job.status, job.error, job.attempts) == ("queued", None, 1)
+    assert job.not_before is not None
+
+
+def test_a_storage_that_stays_full_is_said_so(
+    worker: WorkerService, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.ledger, "exhausted", lambda _: True)
     job = _run(worker, desk, storage_full())
     assert job.status == "failed"
     assert job.error is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import select
 
+from app.db.orm import ApiKey
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.eight_toys_installed import SPEC as EIGHT
+from tests.factories.eight_toys_installed import installed
 from tests.factories.otlp import Receiver, receiving
 from tests.integration.test_plugin import sum_of_constants
 from tests.servers import free_port
@@ -27,10 +32,11 @@ SPEC: dict[str, Any] = {
 pytestmark = pytest.mark.timeout(200)
 
 
-def submit(found: Deployment, folder: Path, **headers: str) -> str:
+def submit(found: Deployment, folder: Path, spec: dict[str, Any] = SPEC, **headers: str) -> str:
     with found.client() as client:
         model = client.upload_model(sum_of_constants(folder / "sum.onnx"), "sum")
-    answer = httpx.post(f"{found.url}/v1/jobs", json={"model_id": model["id"], **SPEC}, headers=headers)
+    headers |= found.headers
+    answer = httpx.post(f"{found.url}/v1/jobs", json={"model_id": model["id"], **spec}, headers=headers)
     assert answer.status_code == 202, answer.text
     return str(answer.json()["id"])
 
@@ -96,6 +102,61 @@ def check_metrics(metrics: str) -> None:
     assert 'outcome="succeeded"' in ended
     assert "anneal_job_budget_used_ratio_count 1.0" in lines
     assert "anneal_worker_busy 0.0" in lines
+
+
+def test_what_helpers_do_belongs_to_the_job(tmp_path: Path) -> None:
+    """One job on three workers is one trace, and every line about it says whose key it was submitted with."""
+    with receiving() as receiver:
+        told = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+            "PYTHONPATH": str(installed(tmp_path / "site")),
+            "TOY_SECONDS": "0.5",
+            "ANNEAL_REQUIRE_KEYS": "true",
+            "ANNEAL_LOG_JSON": "true",
+        }
+        with deployment(tmp_path / "home", told) as found:
+            found.api_key = found.create_key("test")
+            for _ in range(3):
+                found.start_worker()
+            with found.client() as client:
+                found.wait_for(lambda: len(client.capabilities()["workers"]) == 3)
+                job_id = submit(found, tmp_path, EIGHT, traceparent=f"00-{TRACE}-{PARENT}-01")
+                until(lambda: bool(receiver.named("help")), found)
+                client.cancel(job_id)
+                client.wait(job_id, check=False)
+            until(lambda: bool(receiver.named("job")), found)
+            key_id, log = key_of(found), found.worker_log()
+    (job,), helps = receiver.named("job"), receiver.named("help")
+    for help_ in helps:
+        assert (help_["trace_id"], help_["parent_id"]) == (TRACE, job["span_id"])
+        assert help_["attributes"]["anneal.job.id"] == job_id
+        assert help_["attributes"]["anneal.outcome"] in ("answered", "interrupted", "lease_lost")
+        assert help_["resource"]["service.instance.id"] != job["resource"]["service.instance.id"]
+    theirs = [span for span in receiver.spans if span["parent_id"] in {help_["span_id"] for help_ in helps}]
+    assert "stage toy_slow_fold" in {span["name"] for span in theirs}
+    assert {span["trace_id"] for span in theirs} == {TRACE}
+    check_lines(log, job_id, key_id)
+
+
+def key_of(found: Deployment) -> str:
+    db = found.database()
+    try:
+        with db.read() as session:
+            return str(session.scalars(select(ApiKey.id)).one())
+    finally:
+        db.close()
+
+
+def check_lines(log: str, job_id: str, key_id: str) -> None:
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{") and line.endswith("}")]
+    (submitted,) = {line["correlation_id"] for line in lines if line["event"] == "job_started"}
+    about = [
+        line for line in lines if line["event"] in ("job_started", "job_interrupted", "help_started", "help_ended")
+    ]
+    assert {"job_started", "help_started", "help_ended"} <= {line["event"] for line in about}
+    for line in about:
+        assert (line["job_id"], line["correlation_id"]) == (job_id, submitted)
+        assert line["event"] == "job_interrupted" or (line["key_id"], bool(line["tenant_id"])) == (key_id, True), line
 
 
 def test_a_collector_that_is_away_costs_spans_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from app.db.base import utcnow
 from app.db.orm import Job
 from app.domain.failures import FailureKind, StageFailure
 from app.jobs.ledger import Claim, LeaseLost
+from app.jobs.logs import log_context
 from app.operations import tracing
 from app.operations.tracing import (
     NO_ATTRIBUTES,
@@ -28,6 +29,7 @@ from app.operations.tracing import (
     traceparent_of,
 )
 from app.settings import Settings, TracingSettings, WorkerSettings
+from app.sharing.service import HelpHold
 from tests.servers import free_port
 from workers.pipeline.isolated import Interrupted
 from workers.telemetry import exposition as exposition_module
@@ -182,6 +184,37 @@ def test_stages_are_spans_of_their_job(telemetry: Telemetry) -> None:
     assert (export["anneal.backend"], export["anneal.outcome"], export["failed"]) == ("none", "succeeded", None)
     assert (build["anneal.backend"], build["anneal.candidate"], build["anneal.tries"]) == ("openvino", "c1", 2)
     assert (build["anneal.outcome"], build["failed"], build["ended"]) == ("failed", "out_of_memory", True)
+
+
+def test_help_is_a_span_of_the_job_that_is_helped(telemetry: Telemetry) -> None:
+    hold = HelpHold("job_1", "tnt_1", "worker-2", "c" * 64, 1, 1, {"traceparent": CALLER})
+    with telemetry.help(hold) as told, told.stage(StageSeen("build", "openvino")):
+        pass
+    with pytest.raises(LeaseLost), telemetry.help(hold):
+        raise LeaseLost("job_1")
+    with pytest.raises(StageFailure), telemetry.help(hold):
+        raise failing("out_of_memory")
+    assert isinstance(telemetry.tracing, Recorded)
+    answered, build, lost, failed = telemetry.tracing.spans
+    assert (answered["name"], answered["parent"], answered["anneal.job.id"]) == ("help", CALLER, "job_1")
+    assert (build["name"], build["parent"]) == ("stage build", "help")
+    assert [s["anneal.outcome"] for s in (answered, lost, failed)] == ["answered", "lease_lost", "failed"]
+    assert [s["failed"] for s in (answered, lost, failed)] == [None, None, "out_of_memory"]
+
+
+@pytest.mark.parametrize(
+    ("actor", "told"),
+    [
+        ("key:key_7", {"key_id": "key_7"}),
+        ("oidc:auth0|ada:1", {"subject": "auth0|ada:1"}),
+        ("local", {}),
+        (None, {}),  # of a job that the release before took
+    ],
+)
+def test_lines_about_a_job_say_who_submitted_it(actor: str | None, told: dict[str, str]) -> None:
+    ids = {"job_id": "job_1", "tenant_id": "tnt_1"}
+    given = Job(id="job_1", tenant_id="tnt_1", correlation_id="req-1", actor=actor)
+    assert log_context(given) == {**ids, "correlation_id": "req-1", **told}
 
 
 def test_chores_are_counted(telemetry: Telemetry) -> None:

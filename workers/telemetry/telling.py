@@ -6,15 +6,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from structlog.contextvars import bound_contextvars
 
 from app.db.orm import Job
 from app.domain.failures import StageFailure
 from app.jobs.ledger import Claim, LeaseLost
-from app.operations.tracing import NO_TRACING, Tracing, make_tracing
+from app.jobs.logs import log_context
+from app.operations.tracing import NO_TRACING, Attributes, Tracing, make_tracing
 from app.settings import Settings
+from app.sharing.service import HelpHold
 from workers import devices
 from workers.pipeline.isolated import Interrupted
 from workers.telemetry.exposition import Exposition
@@ -57,7 +59,7 @@ class Telemetry(Watch):
             metrics.job_wait.labels(job.queue).observe(max((claim.claimed_at - job.created_at).total_seconds(), 0.0))
         metrics.busy.set(1)
         try:
-            with bound_contextvars(job_id=job.id, tenant_id=job.tenant_id):
+            with bound_contextvars(**log_context(job)):
                 yield attempt
         except LeaseLost:
             attempt.outcome = LEASE_LOST
@@ -71,6 +73,25 @@ class Telemetry(Watch):
             if attempt.outcome == LEASE_LOST:
                 metrics.leases_lost.inc()
             attempt.end()
+
+    @contextmanager
+    def help(self, hold: HelpHold) -> Iterator[Watch]:
+        """Around one attempt at a call of another worker's job: what watches its stages."""
+        help_ = _Help(self, hold)
+        try:
+            yield help_
+            help_.outcome = "answered"
+        except LeaseLost:
+            help_.outcome = LEASE_LOST
+            raise
+        except Interrupted:
+            help_.outcome = "interrupted"
+            raise
+        except StageFailure as failure:
+            help_.outcome, help_.code = "failed", failure.code
+            raise
+        finally:
+            help_.end()
 
     # As a watch
 
@@ -151,39 +172,25 @@ class Telemetry(Watch):
         return self._last_reading
 
 
-class Attempt(Watch):
-    """One attempt at a job. `outcome`: succeeded, failed, retried, or why it was stopped; `code`: of its failure."""
+class _Traced(Watch):
+    """Work on a job, with its stages as spans below its own. `outcome`: how it ended; `code`: of its failure."""
 
-    def __init__(self, telemetry: Telemetry, job: Job, claim: Claim) -> None:
+    well: ClassVar[tuple[str, ...]] = ()  # outcomes that are no failure
+
+    def __init__(self, telemetry: Telemetry, name: str, parent: str | None, attributes: Attributes) -> None:
         self._telemetry = telemetry
         self.outcome = "error"
         self.code: str | None = None
-        self._span = telemetry.tracing.start(
-            "job",
-            parent=job.traceparent,
-            kind="consumer",
-            attributes={
-                "anneal.job.id": job.id,
-                "anneal.tenant.id": job.tenant_id,
-                "anneal.job.queue": job.queue,
-                "anneal.job.attempt": claim.attempt,
-                "anneal.request.id": job.correlation_id,
-            },
-        )
+        self._span = telemetry.tracing.start(name, parent=parent, kind="consumer", attributes=attributes)
 
-    def judged(self, spent_seconds: float, budget_seconds: float, *, shipped: bool) -> None:
-        """It ended with a verdict; `shipped`: and an engine."""
-        self.outcome, self.code = ("succeeded", None) if shipped else ("failed", _NOTHING_SHIPS)
-        self._telemetry.metrics.budget_used.observe(spent_seconds / budget_seconds)
-
-    def failed(self, code: str, *, again: bool = False) -> None:
-        """`again`: the job is queued once more."""
-        self.outcome, self.code = "retried" if again else "failed", code
+    @property
+    def traceparent(self) -> str | None:
+        """Of its span; None where nothing is traced."""
+        return self._span.traceparent
 
     def end(self) -> None:
         told = {"anneal.outcome": self.outcome, **({"anneal.failure.code": self.code} if self.code else {})}
-        well = self.outcome in ("succeeded", "cancelled", "shutdown")
-        self._span.end(told, failed=None if well else self.code or self.outcome)
+        self._span.end(told, failed=None if self.outcome in self.well else self.code or self.outcome)
 
     @contextmanager
     def stage(self, seen: StageSeen) -> Iterator[None]:
@@ -219,3 +226,38 @@ class Attempt(Watch):
     def held(self, *, alone: bool) -> Iterator[None]:
         with self._telemetry.held(alone=alone):
             yield
+
+
+class Attempt(_Traced):
+    """One attempt at a job. `outcome`: succeeded, failed, retried, or why it was stopped."""
+
+    well = ("succeeded", "cancelled", "shutdown")
+
+    def __init__(self, telemetry: Telemetry, job: Job, claim: Claim) -> None:
+        told: Attributes = {
+            "anneal.job.id": job.id,
+            "anneal.tenant.id": job.tenant_id,
+            "anneal.job.queue": job.queue,
+            "anneal.job.attempt": claim.attempt,
+            "anneal.request.id": job.correlation_id,
+        }
+        super().__init__(telemetry, "job", job.traceparent, told)
+
+    def judged(self, spent_seconds: float, budget_seconds: float, *, shipped: bool) -> None:
+        """It ended with a verdict; `shipped`: and an engine."""
+        self.outcome, self.code = ("succeeded", None) if shipped else ("failed", _NOTHING_SHIPS)
+        self._telemetry.metrics.budget_used.observe(spent_seconds / budget_seconds)
+
+    def failed(self, code: str, *, again: bool = False) -> None:
+        """`again`: the job is queued once more."""
+        self.outcome, self.code = "retried" if again else "failed", code
+
+
+class _Help(_Traced):
+    """One attempt at a call of a job that another worker has. `outcome`: answered, failed, or why it was stopped."""
+
+    well = ("answered", "interrupted", LEASE_LOST)
+
+    def __init__(self, telemetry: Telemetry, hold: HelpHold) -> None:
+        told = {"anneal.job.id": hold.job_id, "anneal.tenant.id": hold.tenant_id, "anneal.call.id": hold.call_id[:12]}
+        super().__init__(telemetry, "help", hold.traceparent, told)
