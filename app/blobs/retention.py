@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.db.accounts import Tenant
 from app.db.base import utcnow
-from app.db.orm import Dataset, Engine, Job, JobEvent, SourceModel, StageResult
+from app.db.orm import Dataset, Engine, Examination, Job, JobEvent, SourceModel, StageResult
 from app.db.uow import Database
 from app.domain.spec import DATASETS
 from app.jobs.removal import remove_engine, remove_jobs
@@ -28,6 +28,7 @@ from app.settings import Settings
 _STEP = 50  # rows that one transaction deletes
 _EVENTS_OF = 200  # jobs whose events one transaction deletes
 _KNOWN_S = 5.0
+_HIDDEN_DAYS = 1  # that the row of what was deleted stays at least
 _ALONE = {"synchronize_session": False}
 _Uploaded: TypeAlias = type[SourceModel] | type[Dataset]
 
@@ -112,6 +113,8 @@ class Retention:
             yield from self._engines(tenant_id, policy.engines)
             yield from self._uploaded(tenant_id, SourceModel, policy.models)
             yield from self._uploaded(tenant_id, Dataset, policy.datasets)
+            yield from self._deleted(tenant_id, SourceModel)
+            yield from self._deleted(tenant_id, Dataset)
             if "results" in (own or {}):  # of all others the collector removes them together
                 yield from self._results(tenant_id, policy.results)
 
@@ -168,6 +171,28 @@ class Retention:
                 gone = update(table).where(table.id.in_(unused)).values(deleted_at=utcnow())
                 uow.session.execute(gone, execution_options=_ALONE)
             yield len(unused)
+
+    def _deleted(self, tenant_id: str, table: _Uploaded) -> Iterator[int]:
+        """Rows of what was deleted, by its owner or by the policy: a deletion hides a row, as jobs may point to it. One
+        that no job and no engine points to any more is of no use to anybody. Nothing new can point to it."""
+        old = [table.tenant_id == tenant_id, table.deleted_at < _before(_HIDDEN_DAYS)]
+        if table is SourceModel:
+            old += [~select(t.id).where(t.model_id == SourceModel.id).exists() for t in (Job, Engine)]
+        after = ""
+        while True:
+            query = select(table.id).where(*old, table.id > after).order_by(table.id).limit(_STEP)
+            with self._db.write() as uow:
+                ids = [*uow.session.scalars(query.with_for_update(skip_locked=True))]
+                gone = {*ids} - _used(uow.session, tenant_id, table)
+                if gone and table is SourceModel:
+                    asked = delete(Examination).where(Examination.model_id.in_(gone))
+                    uow.session.execute(asked, execution_options=_ALONE)
+                if gone:
+                    uow.session.execute(delete(table).where(table.id.in_(gone)), execution_options=_ALONE)
+            if not ids:
+                return
+            after = ids[-1]
+            yield len(gone)
 
     def _results(self, tenant_id: str, days: int | None) -> Iterator[int]:
         while days is not None:

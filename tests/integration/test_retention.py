@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 
 from app.artifacts.service import EngineService
 from app.blobs import retention
@@ -14,7 +14,7 @@ from app.blobs.collector import Collector
 from app.blobs.retention import Policies, Policy, change_policy, policy_of
 from app.db.base import utcnow
 from app.db.ids import new_id
-from app.db.orm import LOCAL_TENANT, Dataset, Engine, Job, JobEvent, SourceModel, StageResult, Tenant
+from app.db.orm import LOCAL_TENANT, Dataset, Engine, Examination, Job, JobEvent, SourceModel, StageResult, Tenant
 from app.domain.job_state import JobStatus
 from app.errors import AppError
 from app.jobs.removal import remove_jobs
@@ -257,3 +257,26 @@ def test_an_engine_deleted_twice_at_once_goes_once(desk: Desk) -> None:
     _at_once(delete, delete, delete)
     assert sorted(found) == [False, False, True]
     assert desk.job(job.id).version == version + 1
+
+
+def test_rows_of_what_was_deleted_go_once_nothing_points_to_them(desk: Desk) -> None:
+    job, asked, young, data = _ended(desk, 1), desk.add_model(), desk.add_model(), desk.add_dataset()
+    with desk.db.write() as uow:
+        used = uow.session.get_one(SourceModel, job.model_id)
+        uow.session.add(
+            Examination(model_id=asked.id, backend="onnxruntime", tenant_id=LOCAL_TENANT, version="1", status="asked")
+        )
+    for row, days in ((used, 2.0), (asked, 2.0), (data, 2.0), (young, 0.5)):
+        _age(desk, row, days, "deleted_at")
+    assert _collect(desk) == 2
+    with desk.db.read() as session:
+        assert {*session.scalars(select(SourceModel.id))} == {used.id, young.id}
+    assert (_count(desk, Dataset), _count(desk, Examination)) == (0, 0)
+    with desk.db.write() as uow:
+        remove_jobs(uow.session, LOCAL_TENANT, [job.id])
+    assert _collect(desk) == 0, "an engine of it is there"
+    with desk.db.write() as uow:
+        uow.session.execute(delete(Engine))
+    assert _collect(desk) == 1
+    with desk.db.read() as session:
+        assert [*session.scalars(select(SourceModel.id))] == [young.id]
