@@ -179,7 +179,7 @@ def make_services(settings: Settings, metrics: Metrics, dispatch: Dispatch) -> S
         files=CapacityLimiter(16),
         storage=SharedThreads(24, each=12, patience_s=10),
         creations=SharedThreads(32, each=8, patience_s=120),
-        reads=SharedReads(threads=8),
+        reads=SharedReads(threads=2),  # crowds come at once, and others are to get a word in
         waiting=Places(settings.limits.waiting_per_tenant),
         inspector=inspector,
         provider=provider,

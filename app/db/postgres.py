@@ -6,6 +6,8 @@ network) keeps its connections open and answers nothing. libpq has a time-out fo
 
 from __future__ import annotations
 
+import math
+import select
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -24,6 +26,7 @@ _STATEMENT_S = 60.0
 _LOCK_S = 20.0
 _CONNECT_S = 10.0
 _LEAST_CONNECT_S = 2.0  # libpq's own
+_TRUSTED_S = 1.0  # after its last word, a connection is not asked again whether it is there
 
 
 def make_postgres_engine(url: str, silence_s: float, **arguments: Any) -> Engine:
@@ -38,6 +41,8 @@ def make_postgres_engine(url: str, silence_s: float, **arguments: Any) -> Engine
         **arguments,
     )
 
+    _ask_seldom(engine.dialect)
+
     @event.listens_for(engine, "do_connect")
     def _connect(_dialect: Dialect, _record: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Connection:
         connection = _Connection.connect(*args, **kwargs)
@@ -50,6 +55,17 @@ def make_postgres_engine(url: str, silence_s: float, **arguments: Any) -> Engine
             _ask_the_time(connection)
 
     return engine
+
+
+def _ask_seldom(dialect: Dialect) -> None:
+    """Whether a connection is still there is asked where it was silent for a while, or was closed: a job's worker goes
+    to the database so often that a trip more for each time is a third of all."""
+    ping = dialect.do_ping
+
+    def do_ping(dbapi_connection: Any) -> bool:
+        return bool(dbapi_connection.surely_there() or ping(dbapi_connection))
+
+    vars(dialect)["do_ping"] = do_ping  # there is no event for it
 
 
 def _ask_the_time(connection: psycopg.Connection[Any]) -> None:
@@ -72,6 +88,15 @@ def _ms(seconds: float, silence_s: float) -> int:
 
 class _Connection(psycopg.Connection[Any]):
     silence_s = _STATEMENT_S
+    heard = -math.inf  # when the server spoke last, by the monotonic clock
+
+    def surely_there(self) -> bool:
+        """Whether the server spoke a moment ago, and has not hung up since: that would be there to be read."""
+        if self.closed or time.monotonic() - self.heard > _TRUSTED_S:
+            return False
+        unread = select.poll()
+        unread.register(self.fileno(), select.POLLIN)
+        return not unread.poll(0)
 
     def wait(self, gen: Any, interval: float = _LOOK_S, timeout: float | None = None) -> Any:
         return super().wait(self._while_it_speaks(gen), interval, timeout)
@@ -84,7 +109,7 @@ class _Connection(psycopg.Connection[Any]):
             while True:
                 ready = yield state
                 if ready:
-                    heard = time.monotonic()
+                    heard = self.heard = time.monotonic()
                 elif time.monotonic() - heard > self.silence_s:
                     self.pgconn.finish()  # in an unknown state: the pool is to drop it
                     raise psycopg.OperationalError(f"the database said nothing for {self.silence_s:.1f} s")

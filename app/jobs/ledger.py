@@ -12,12 +12,12 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
 import structlog
-from sqlalchemy import ColumnElement, func, literal
+from sqlalchemy import ColumnElement, select
 
 from app.blobs.content import ContentStore
 from app.blobs.references import keep_result
 from app.blobs.removal import discard
-from app.db.base import UtcDateTime, utcnow
+from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database, patiently
 from app.domain.failures import infrastructure_failure
@@ -25,8 +25,8 @@ from app.domain.job_state import JobStatus, Trigger
 from app.domain.spec import datasets_of
 from app.jobs.columns import LEAN
 from app.jobs.holds import Hold
-from app.jobs.repository import JobRepository, next_lease_lock
-from app.jobs.schedule import Offer, in_line, may_take, next_of, note_service, turn_of
+from app.jobs.repository import JobRepository
+from app.jobs.schedule import Offer, in_line, may_take, note_service
 from app.jobs.sweep import Sweeper, exhausted
 from app.queue.producer import Dispatch
 from app.settings import WorkerSettings
@@ -100,17 +100,7 @@ class JobLedger:
         """One look at the queues; and whether a tenant was passed over at which another worker was at this moment:
         where there was nothing else, another look may find a job of it."""
         now, queues, passed_over = utcnow(), offer.queues, False
-        values = {
-            "fencing_token": Job.fencing_token + 1,
-            "lease_expires_at": now + timedelta(seconds=self.settings.lease_s),
-            "lease_lock": next_lease_lock(offer.lock),
-            "attempts": Job.attempts + 1,
-            "attempts_in_all": Job.attempts_in_all + 1,
-            "started_at": func.coalesce(Job.started_at, literal(now, UtcDateTime())),
-            "claimed_at": now,
-            "not_before": None,
-            "turn": turn_of(cast("Any", Job.priority), begun=True),
-        }
+        until = now + timedelta(seconds=self.settings.lease_s)
         with self.db.write() as uow:
             for head in in_line(uow.session, queues, now):
                 tenant_id = head.job.tenant_id
@@ -118,8 +108,8 @@ class JobLedger:
                 passed_over = passed_over or may is None
                 if not may:
                     continue  # as many of its jobs run as its plan allows
-                which = next_of(tenant_id, head.queues, now)
-                job = JobRepository(uow.session).take(which, offer.worker_id, values)
+                jobs = JobRepository(uow.session)
+                job = jobs.take(tenant_id, head.queues, offer.worker_id, offer.lock, now, until)
                 if job is not None:
                     note_service(uow.session, tenant_id, now)
                     claim = Claim(
@@ -191,8 +181,8 @@ class JobLedger:
     def load(self, claim: Hold) -> tuple[Job, SourceModel, dict[str, Dataset]]:
         """The job, its model and its data sets by id."""
         with self.db.read() as session:
-            job = session.get_one(Job, claim.job_id)
-            model = session.get_one(SourceModel, job.model_id)
+            both = select(Job, SourceModel).join(SourceModel, SourceModel.id == Job.model_id)
+            job, model = session.execute(both.where(Job.id == claim.job_id)).one()
             wanted = set(datasets_of(job.spec).values())
             datasets = {i: session.get_one(Dataset, i) for i in wanted}
             return job, model, datasets

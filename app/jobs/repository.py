@@ -3,6 +3,7 @@ compares this one's target with others follows in the same transaction."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -10,25 +11,25 @@ from typing import Any, TypeVar
 from sqlalchemy import (
     ColumnElement,
     Row,
-    ScalarSelect,
     Select,
     String,
     bindparam,
     cast,
+    func,
     insert,
-    literal,
     select,
     update,
 )
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.db import counts
-from app.db.base import utcnow
+from app.db.base import UtcDateTime, utcnow
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 from app.jobs.columns import LEAN
 from app.jobs.family import Child, fate, progress_of, stages_of
-from app.jobs.schedule import RUNNING, UNDER_WAY
+from app.jobs.schedule import NOW, RUNNING, UNDER_WAY, next_of, turn_of
 from app.queue.messages import on_gpu
 from app.tenants.quotas import spend_gpu
 from app.webhooks.outbox import job_ended
@@ -38,6 +39,8 @@ ACTIVE = (JobStatus.QUEUED.value, JobStatus.RUNNING.value)
 
 # Built once: composing it costs more than the database takes to answer it.
 _VERSION = select(Job.version).where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
+
+_EVENT = insert(JobEvent.metadata.tables[JobEvent.__tablename__])
 
 # What a statement that changes a job tells of it, so that nobody has to ask for it afterwards: each statement is a trip
 # to the database, and a job's claim and its end are made of few.
@@ -68,9 +71,33 @@ def lease_lock(lock: str | None, token: int) -> str | None:
     return None if lock is None else f"{lock}:{token}"
 
 
-def next_lease_lock(lock: str | None) -> ColumnElement[str] | None:
-    """The same for the claim that is being made, whose token is the row's next one."""
-    return None if lock is None else literal(f"{lock}:") + cast(Job.fencing_token + 1, String)
+@functools.cache
+def _taking() -> ReturningUpdate[*tuple[Any, ...]]:
+    """Composed once. Its values: `now`, `until` (the end of the lease), `owner`, `lock`, and those of `next_of`."""
+    owner, until = bindparam("owner", type_=String()), bindparam("until", type_=UtcDateTime())
+    priority: Any = Job.priority
+    token = Job.fencing_token + 1
+    return (
+        update(Job)
+        .where(Job.id == next_of(), Job.status == JobStatus.QUEUED.value)
+        .values(
+            status=transition(JobStatus.QUEUED, Trigger.CLAIM).value,
+            version=Job.version + 1,
+            lease_owner=owner,
+            lease_expires_at=until,
+            # As `lease_lock` has it; NULL where there is no lock.
+            lease_lock=bindparam("lock", type_=String()) + ":" + cast(token, String),
+            fencing_token=token,
+            attempts=Job.attempts + 1,
+            attempts_in_all=Job.attempts_in_all + 1,
+            started_at=func.coalesce(Job.started_at, NOW),
+            claimed_at=NOW,
+            not_before=None,
+            turn=turn_of(priority, begun=True),
+        )
+        .returning(*_CHANGED)
+        .execution_options(synchronize_session=False)
+    )
 
 
 class JobRepository:
@@ -143,15 +170,16 @@ class JobRepository:
             self._follow(changed.parent_id, job_id)
         return int(changed.version)
 
-    def take(self, which: ScalarSelect[Any], worker: str, values: dict[str, Any]) -> Row[*tuple[Any, ...]] | None:
-        """Take the queued job that `which` finds, in one statement: the columns of `_CHANGED` as they are afterwards.
-        None where it finds none."""
-        target = transition(JobStatus.QUEUED, Trigger.CLAIM)
-        changes = {"status": target.value, "lease_owner": worker, **values}
-        changed = self._change([Job.id == which, Job.status == JobStatus.QUEUED.value], changes)
+    def take(
+        self, tenant_id: str, queues: Collection[str], worker: str, lock: str | None, now: datetime, until: datetime
+    ) -> Row[*tuple[Any, ...]] | None:
+        """Take the tenant's next job in these queues, in one statement: the columns of `_CHANGED` as they are
+        afterwards. None where there is none. `lock`: the worker's liveness lock; `until`: the end of its lease."""
+        asked = {"whose": tenant_id, "queues": [*queues], "now": now, "until": until, "owner": worker, "lock": lock}
+        changed = self.session.execute(_taking(), asked).one_or_none()
         if changed is None:
             return None
-        told = {"status": target.value, "worker": worker, "attempt": changed.attempts}
+        told = {"status": JobStatus.RUNNING.value, "worker": worker, "attempt": changed.attempts}
         self._event(changed.id, changed.version, "state", told)
         if changed.parent_id is not None:
             self._follow(changed.parent_id, changed.id)
@@ -254,7 +282,7 @@ class JobRepository:
         return self.session.execute(statement).one_or_none()
 
     def _event(self, job_id: str, seq: int, event_type: str, data: dict[str, Any]) -> None:
-        self.session.execute(insert(JobEvent).values(job_id=job_id, seq=seq, type=event_type, data=data))
+        self.session.execute(_EVENT, {"job_id": job_id, "seq": seq, "type": event_type, "data": data})
 
     def events_after(self, job_id: str, seq: int, limit: int) -> list[JobEvent]:
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq).order_by(JobEvent.seq)

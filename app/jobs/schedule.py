@@ -29,6 +29,8 @@ from sqlalchemy import (
     ColumnElement,
     ScalarSelect,
     Select,
+    String,
+    Update,
     bindparam,
     func,
     literal_column,
@@ -155,22 +157,34 @@ def may_take(session: Session, head: Head) -> bool | None:
     return head.most is None or may_run(session, head.job.tenant_id, head.most)
 
 
-def next_of(tenant_id: str, queues: Collection[str], now: datetime) -> ScalarSelect[Any]:
-    """The id of the tenant's next job, as a part of the statement that takes it: its row is locked.
+# Of `next_of`.
+WHOSE: BindParameter[str] = bindparam("whose", type_=String())
+QUEUES: BindParameter[Any] = bindparam("queues", expanding=True)
+NOW: BindParameter[datetime] = bindparam("now", type_=UtcDateTime())
+
+
+def next_of() -> ScalarSelect[Any]:
+    """The id of the next job of the tenant `WHOSE` in `QUEUES`, as a part of the statement that takes it: its row is
+    locked.
 
     Rows that others are taking at this moment are passed over, so that two workers neither get the same job nor wait
     for each other (on SQLite one writes at a time anyway). Those who look at the very same moment see the same shares:
     a tenant may then be ahead of its turn by as many jobs as workers looked."""
-    first = _in_turn(select(_WAITING.id), tenant_id, queues, now)
+    first = _in_turn(select(_WAITING.id), WHOSE, QUEUES, NOW)
     return first.with_for_update(of=_WAITING, skip_locked=True).scalar_subquery()
 
 
 def note_service(session: Session, tenant_id: str, now: datetime) -> None:
     """A job of this tenant was taken. Who finds another at it leaves it: only claims lock the row (and an operator's
     changes), so it is the same moment, and nobody is to wait for a commit."""
-    free = select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True, skip_locked=True)
-    noted = update(Tenant).where(Tenant.id.in_(free)).values(served_at=now)
-    session.execute(noted.execution_options(synchronize_session=False))
+    session.execute(_noted(), {"whose": tenant_id, "now": now})
+
+
+@functools.cache
+def _noted() -> Update:
+    free = select(Tenant.id).where(Tenant.id == WHOSE).with_for_update(key_share=True, skip_locked=True)
+    noted = update(Tenant).where(Tenant.id.in_(free)).values(served_at=NOW)
+    return noted.execution_options(synchronize_session=False)
 
 
 def running_jobs(session: Session) -> dict[str, int]:
@@ -197,9 +211,7 @@ def _heads(
 @functools.cache
 def _heads_query(*, some: bool) -> Select[*tuple[Any, ...]]:
     """Composed once: that costs more than the database takes to answer it. `some`: of `tenant_ids` only."""
-    queues: BindParameter[Any] = bindparam("queues", expanding=True)
-    now = bindparam("now", type_=UtcDateTime())
-    first = _in_turn(select(_WAITING.id), Tenant.id, queues, now).correlate(Tenant).scalar_subquery()
+    first = _in_turn(select(_WAITING.id), Tenant.id, QUEUES, NOW).correlate(Tenant).scalar_subquery()
     which = select(Tenant.served_at, Tenant.limits, Tenant.plan, first.label("job_id"))
     if some:
         which = which.where(Tenant.id.in_(bindparam("tenant_ids", expanding=True)))

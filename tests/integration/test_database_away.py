@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import psycopg
 import pytest
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import OperationalError
@@ -64,6 +65,36 @@ def test_a_server_that_says_nothing_is_given_up_and_found_again(fresh_postgres: 
         with pytest.raises(OperationalError, match="timeout"):  # a server that answers late is told to stop
             connection.scalar(text("SELECT pg_sleep(5)"))
     engine.dispose()
+
+
+_PID = text("SELECT pg_backend_pid()")
+
+
+def test_a_connection_that_was_hung_up_is_noticed_though_nobody_asks_it(fresh_postgres: str) -> None:
+    """It spoke a moment ago, so it is not asked whether it is there: that it was closed is seen all the same."""
+    db = Database(make_engine(Settings(DATABASE_URL=fresh_postgres).database))
+    with db.read() as session:
+        first = session.scalar(_PID)
+    with psycopg.connect(fresh_postgres, autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(%s)", [first])
+        deadline = time.monotonic() + 10
+        while other.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [first]).fetchone():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with db.write() as uow:
+        assert uow.session.scalar(_PID) != first
+    db.close()
+
+
+def test_a_read_is_in_no_transaction_and_a_write_in_one(fresh_postgres: str) -> None:
+    db = Database(make_engine(Settings(DATABASE_URL=fresh_postgres).database))
+    number = text("SELECT txid_current()")
+    for _ in range(2):  # by the same connection
+        with db.read() as session:
+            assert session.scalar(number) != session.scalar(number)
+        with db.write() as uow:
+            assert uow.session.scalar(number) == uow.session.scalar(number)
+    db.close()
 
 
 def test_a_write_waits_for_a_server_that_ends_all_connections(fresh_postgres: str) -> None:
