@@ -14,7 +14,8 @@ found so far.
 A find is a status, a media type, a header or a body that is not as the document says, a 5xx, or an error in the
 service's log; each is printed with its `curl`, and the status is 1. There is always a model, a data set, an upload and
 a job to be found by id, whatever is deleted, and an engine, made by a real worker, at the beginning of each run; jobs
-do not stay queued, so that their streams end.
+do not stay queued, so that their streams end. It asks with a key of the role `operator`, so that all of the API is open
+to it: what it does to its own tenant and key there is undone.
 """
 
 from __future__ import annotations
@@ -36,12 +37,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from sqlalchemy import select, update
 
+from app.db.accounts import ApiKey, Tenant
+from app.db.uow import Database
+from app.domain.plan import Limits
+from app.domain.roles import Role
+from app.tenants.callers import hash_key
+from app.tenants.keys import create_key
 from benchmarks.fuzz.http import SETTINGS, crashes
 from benchmarks.fuzz.intake import data_sets, models
 from tests.factories.deployment import Deployment, deployment
 from tests.integrations.environments import environment
 
+KEYED = {**SETTINGS, "ANNEAL_REQUIRE_KEYS": "true"}
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -56,6 +65,7 @@ _JOB_S = 300.0
 _COUNTED = re.compile(
     r'^anneal_http_requests_total\{method="([^"]*)",route="([^"]*)",status="(\d+)"\} ([0-9.e+]+)$', re.MULTILINE
 )
+_NO_LIMITS = dict.fromkeys(Limits.model_fields)
 _RAW = {"Content-Type": "application/octet-stream"}
 _QUICK: dict[str, Any] = {
     "precisions": ["fp32"],
@@ -124,11 +134,37 @@ class Found:
         return [trace for run in self.runs for trace in run.traces]
 
 
+class Home:
+    """The tenant and the key of whoever fuzzes, which may switch off the one and revoke the other."""
+
+    def __init__(self, db: Database) -> None:
+        self._db, self.key = db, ""
+
+    def mend(self) -> None:
+        """They are as they have to be; `key` may be another one then."""
+        with self._db.read() as session:
+            found = session.execute(
+                select(Tenant)
+                .join(ApiKey, ApiKey.tenant_id == Tenant.id)
+                .where(
+                    ApiKey.key_sha256 == hash_key(self.key), ApiKey.revoked_at.is_(None), ApiKey.expires_at.is_(None)
+                )
+            ).scalar_one_or_none()
+        if found is None:
+            self.key = create_key(self._db, "fuzz", "fuzz", Role.OPERATOR)
+        elif (found.disabled_at, found.limits, found.retention) == (None, _NO_LIMITS, None):
+            return
+        whole = {"disabled_at": None, "limits": _NO_LIMITS, "retention": None}
+        with self._db.write() as uow:
+            uow.session.execute(update(Tenant).where(Tenant.name == "fuzz").values(**whole))
+
+
 class Keeper:
     """Sees to it that there is one of each kind, and that no job waits for ever. Counts its own requests."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, home: Home) -> None:
         self.client = httpx.Client(base_url=url, trust_env=False, timeout=30)
+        self.home = home
         self._own = Counter[str]()
         self._one_at_a_time = threading.Lock()
 
@@ -162,6 +198,8 @@ class Keeper:
                 raise RuntimeError(f"There is no engine: {job}")
 
     def _cancel_what_waits(self) -> None:
+        self.home.mend()
+        self.client.headers["Authorization"] = f"Bearer {self.home.key}"
         for job in self.ask("GET", "/v1/jobs", "?status=queued&limit=200").get("items", ()):
             self.ask("POST", "/v1/jobs/{job_id}/cancel", job_id=job["id"])
 
@@ -194,8 +232,9 @@ class Keeper:
 
 
 @contextlib.contextmanager
-def kept(url: str) -> Iterator[Keeper]:
-    over, keeper = threading.Event(), Keeper(url)
+def kept(deployed: Deployment) -> Iterator[Keeper]:
+    over, db = threading.Event(), deployed.database()
+    keeper = Keeper(deployed.url, Home(db))
     for _ in range(2):  # the second time it sees what it made
         keeper.keep()
     keeper.ask("POST", "/v1/uploads", json={"filename": "m.onnx", "size_bytes": 5 << 20})
@@ -207,6 +246,7 @@ def kept(url: str) -> Iterator[Keeper]:
         over.set()
         thread.join()
         keeper.client.close()
+        db.close()
 
 
 def fuzz(
@@ -219,16 +259,16 @@ def fuzz(
     found: Found | None = None,
     workers: int = 1,
 ) -> Found:
-    """So many inputs, or as many as the seconds allow. `found`: what earlier ones did, which counts. `workers`: how
-    many operations are asked at once."""
+    """So many inputs, or as many as the seconds allow, at a service that asks for keys (`KEYED`). `found`: what earlier
+    ones did, which counts. `workers`: how many operations are asked at once."""
     found, began, told = Found() if found is None else found, time.monotonic(), 0
     command = environment("schemathesis") / "bin" / "st"
-    with kept(deployed.url) as keeper:
+    with kept(deployed) as keeper:
         while found.inputs < inputs and (left := seconds - (time.monotonic() - began)) > 0:
             keeper.engine(deployed)
             number = seed + len(found.runs)
             options = [*_what(len(found.runs)), "--seed", str(number), "--max-examples", str(examples)]
-            options += ["--workers", str(workers)]
+            options += ["--workers", str(workers), "--header", f"Authorization: Bearer {keeper.home.key}"]
             before, at, answers = keeper.answers(), time.monotonic(), Counter[str]()
             report, cut = None, True
             try:
@@ -310,7 +350,7 @@ def main() -> int:
         limits = (asked.inputs, asked.seconds, asked.seed, asked.examples)
         with (
             tempfile.TemporaryDirectory(prefix="fuzz-") as name,
-            deployment(Path(name) / "home", SETTINGS) as deployed,
+            deployment(Path(name) / "home", KEYED) as deployed,
             contextlib.suppress(KeyboardInterrupt),
         ):
             fuzz(deployed, Path(name), *limits, found, asked.workers)
