@@ -162,12 +162,22 @@ def swift() -> Iterator[S3Server]:
 
 
 @contextmanager
-def swift_with_proxy() -> Iterator[tuple[S3Server, Callable[[], AbstractContextManager[subprocess.Popen[bytes]]]]]:
-    """An S3 server whose storage runs, and what runs the proxy before it: the process that clients speak to."""
+def _folder(path: Path) -> Iterator[None]:
+    path.mkdir()
+    yield
+
+
+@contextmanager
+def swift_with_proxy(
+    disk: Callable[[Path], AbstractContextManager[None]] = _folder,
+) -> Iterator[tuple[S3Server, Callable[[], AbstractContextManager[subprocess.Popen[bytes]]]]]:
+    """An S3 server whose storage runs, and what runs the proxy before it: the process that clients speak to. `disk`:
+    makes the folder in which its files lie, for as long as it runs."""
     python = swift_python()
     with temporary_folder("swift", base=_folder_with_attributes()) as folder, ExitStack() as servers:
         ports = {kind: free_port() for kind in (*STORAGE_SERVERS, "proxy")}
-        (folder / "disks" / "d1").mkdir(parents=True)
+        servers.enter_context(disk(folder / "disks"))
+        (folder / "disks" / "d1").mkdir()
         _write_configuration(folder, ports)
         rings = [f"{kind}={ports[kind]}" for kind in STORAGE_SERVERS]
         command = [str(python), "-W", "ignore", "-c", _MAKE_RINGS, str(folder), *rings]

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 
 from benchmarks.soak.recoveries import Recoveries
 from benchmarks.soak.strikes import Strike
+from tests.factories.every_stage import ROUTE_OF
 
 # How often of each ten times: those that take long come less often.
-_OFTEN = {"Redis gone for a minute": 5}
+_OFTEN = {
+    "Redis gone for a minute": 5,
+    **{f"worker killed in {stage}": 4 for stage in ROUTE_OF if stage not in ROUTE_OF["export"].stages},
+}
 _LEAST_PAUSE_S = 0.5
 
 

@@ -1,4 +1,6 @@
-"""How long it takes after a fault: until a job that it hit goes on, until the service answers again."""
+"""How long it takes after a fault: until a job that it hit may be taken again, until it goes on, until the service
+answers again. A job that may be taken waits for a worker that is free, which is a matter of how many there are; what it
+waits though one is free is the service's own."""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ import httpx
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.db.orm import Job
+from app.db.orm import Job, Worker
 from app.db.uow import Database
 
 _PATIENCE_S = 180.0
 _LOOK_S = 0.05
 _ENDED = ("succeeded", "failed", "cancelled")
+WAITED_FOR = ("queued", "own", "goes_on", "answers")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ class Times:
     """Seconds, by what was waited for. `never`: not within three minutes."""
 
     queued: list[float] = field(default_factory=list)  # until the job was taken from who had it
+    own: list[float] = field(default_factory=list)  # until it went on, without the time in which no worker was free
     goes_on: list[float] = field(default_factory=list)
     answers: list[float] = field(default_factory=list)
     never: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {name: spread(getattr(self, name)) for name in ("queued", "goes_on", "answers")} | {"never": self.never}
+        return {name: spread(getattr(self, name)) for name in WAITED_FOR} | {"never": self.never}
 
 
 class Eyes:
@@ -81,6 +85,16 @@ class Eyes:
             return session.execute(query).one_or_none()
         return None
 
+    def idle(self, started: Mapping[str, float]) -> bool:
+        """Whether one of these workers has signed on since it was started (by `time.time()`), and has no job. False
+        while nothing can be seen."""
+        busy = {job.owner for job in self.running()}
+        query = select(Worker.id, Worker.started_at).where(Worker.id.in_(started), Worker.stopped_at.is_(None))
+        with contextlib.suppress(SQLAlchemyError), self._db.read() as session:
+            there = [name for name, at in session.execute(query) if at.timestamp() > started[name]]
+            return bool({*there} - busy)
+        return False
+
     def any_job(self) -> Job | None:
         """One that waits, or else one that runs."""
         query = select(Job).where(Job.status.in_(("queued", "running"))).order_by(Job.status, Job.id).limit(1)
@@ -103,10 +117,10 @@ def _now(stages: list[dict[str, Any]] | None) -> str | None:
 
 
 class Recoveries:
-    """Watches each fault in a thread of its own."""
+    """Watches each fault in a thread of its own. `free`: whether some worker could take a job at this moment."""
 
-    def __init__(self, eyes: Eyes) -> None:
-        self.eyes = eyes
+    def __init__(self, eyes: Eyes, free: Callable[[], bool]) -> None:
+        self.eyes, self._free = eyes, free
         self.times: dict[str, Times] = defaultdict(Times)
         self._threads: list[threading.Thread] = []
 
@@ -126,8 +140,11 @@ class Recoveries:
 
     def _watch(self, times: Times, struck: Struck) -> None:
         waiting, held, served = {job.job_id: job for job in struck.jobs}, {j.job_id for j in struck.jobs}, struck.served
+        own, looked, free = dict.fromkeys(waiting, 0.0), struck.began, False
         deadline = struck.began + _PATIENCE_S
         while (waiting or served is not None) and time.monotonic() < deadline:
+            was_free, free = free, any(job_id not in held for job_id in waiting) and self._free()
+            passed, looked = time.monotonic() - looked, time.monotonic()
             for job_id, job in [*waiting.items()]:
                 row = self.eyes.row(job_id)
                 if row is None:
@@ -136,11 +153,16 @@ class Recoveries:
                 seconds = time.monotonic() - struck.began
                 if job_id in held and (token > job.token or status != "running"):
                     held.discard(job_id)
+                    own[job_id] = seconds
                     if not struck.same_worker:
                         times.queued.append(seconds)
+                elif job_id not in held and (free or was_free):  # the one that was free may have it by now
+                    own[job_id] += passed
                 moved = struck.same_worker and status == "running" and version > job.version
                 if token > job.token or status in _ENDED or moved:
                     times.goes_on.append(seconds)
+                    if not struck.same_worker:
+                        times.own.append(own[job_id])
                     del waiting[job_id]
             if served is not None and served():
                 times.answers.append(time.monotonic() - struck.began)
@@ -179,9 +201,10 @@ def table(times: Mapping[str, Any], done: Mapping[str, int]) -> str:
     def cell(found: Mapping[str, float] | None) -> str:
         return "" if found is None else f"{found['median']:g} / {found['max']:g}"
 
-    lines = ["| fault | times | job taken from who had it | it goes on | service answers |", "|---|---|---|---|---|"]
+    head = ("fault", "times", "job taken from who had it", "the service's own part", "it goes on", "service answers")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for kind, count in sorted(done.items()):
         row = times.get(kind) or {}
-        cells = [cell(row.get(name)) for name in ("queued", "goes_on", "answers")]
+        cells = [cell(row.get(name)) for name in WAITED_FOR]
         lines.append(f"| {kind} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -41,13 +41,15 @@ from benchmarks.soak.checks import (
 from benchmarks.soak.faults import Injector
 from benchmarks.soak.gate import Gate, gate
 from benchmarks.soak.recoveries import Eyes, Recoveries
-from benchmarks.soak.strikes import Field, clock_shim, small_disk
+from benchmarks.soak.strikes import Field, clock_shim
 from benchmarks.soak.strikes_api import ApiStrikes
 from benchmarks.soak.strikes_servers import ServerStrikes
 from benchmarks.soak.strikes_workers import WorkerStrikes
 from benchmarks.soak.users import Accepted, User
 from benchmarks.soak.verdict import told, verdict
 from tests.cluster.cluster import Cluster, cluster
+from tests.factories import every_stage
+from tests.factories.small_disk import small_disk
 
 _LAST_JOBS_S = 900.0
 _LATER = 1.5  # times its minutes a run may last, until its faults are made
@@ -61,6 +63,7 @@ _SETTINGS = {
     "ANNEAL_LOG_JSON": "true",
 }
 _SMALL_DISK_MB = 1024
+_DISKS = {"postgres": 2048, "s3": 1024}
 
 
 class Soak:
@@ -73,11 +76,12 @@ class Soak:
         keys = [found.run("app", "create-key", "--tenant", f"tenant{i}") for i in range(options.users + 1)]
         self.people = [self._user(i, keys[i]) for i in range(options.users)]
         eyes, draw = Eyes(self.db), random.Random(options.seed)
-        field = Field(found, eyes, before_s3, keys[-1], draw, clock_shim(found.folder), disk)
+        struck = self._user(options.users, keys[-1])
+        field = Field(found, eyes, before_s3, keys[-1], struck, draw, clock_shim(found.folder), disk)
         self.apis = ApiStrikes(field, self.db)
         kinds = {**WorkerStrikes(field).kinds(), **ServerStrikes(field).kinds(), **self.apis.kinds()}
         kinds = {kind: strike for kind, strike in kinds.items() if re.search(options.only, kind)}
-        self.injector = Injector(kinds, Recoveries(eyes), draw)
+        self.injector = Injector(kinds, Recoveries(eyes, field.a_worker_is_free), draw)
 
     def _user(self, number: int, key: str) -> User:
         return User(f"user{number}", key, self.found.urls, self.accepted, self.options.seed + number)
@@ -161,7 +165,9 @@ def soak(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             gates.append(stack.enter_context(gate(url)))
             return gates[0].url
 
-        with cluster(folder, workers=options.workers, settings=_SETTINGS, before_s3=before_s3) as found:
+        settings = {**_SETTINGS, "PYTHONPATH": str(every_stage.installed(folder / "site"))}
+        sizes = {"workers": options.workers, "disks": _DISKS}
+        with cluster(folder, **sizes, settings=settings, before_s3=before_s3) as found:
             running = Soak(found, gates[0], disk, options)
             try:
                 result = running.run()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.soak.gate import Gate
 from benchmarks.soak.recoveries import Eyes, Running, Struck, ready
+from benchmarks.soak.users import User
 from tests import servers
 from tests.cluster.cluster import Cluster, Managed
 
@@ -23,13 +23,15 @@ Strike = Callable[[], Struck | None]  # None: there was nothing to strike
 
 @dataclass
 class Field:
-    """Where faults strike. `key`: of the tenant in whose name uploads are interrupted. `clock`: what makes a process's
-    clock be off, None where there is no compiler for it. `disk`: the home of the worker whose disk can be filled."""
+    """Where faults strike. `key`: of the tenant in whose name uploads are interrupted. `struck`: a user of that tenant,
+    who asks for what a fault needs. `clock`: what makes a process's clock be off, None where there is no compiler for
+    it. `disk`: the home of the worker whose disk can be filled."""
 
     cluster: Cluster
     eyes: Eyes
     gate: Gate
     key: str
+    struck: User
     draw: random.Random
     clock: Path | None
     disk: Path | None
@@ -46,6 +48,11 @@ class Field:
         worker = None if job is None else self.worker_of(job)
         return worker, [] if job is None else [job]
 
+    def a_worker_is_free(self) -> bool:
+        """Whether one lives that has signed on and has no job."""
+        up = {w.name: w.started for w in self.cluster.workers if not w.held and not w.down()}
+        return self.eyes.idle(up)
+
     def all_ready(self) -> bool:
         return all(ready(url) for url in self.cluster.urls)
 
@@ -57,17 +64,21 @@ class Field:
             assert managed.process is not None
             managed.process.wait(30)
             time.sleep(away_s)
-            managed.stop()
-            for attempt in range(5):
-                try:
-                    managed.start()
-                    break
-                except servers.ServerFailed:
-                    if attempt == 4:
-                        raise
-                    time.sleep(1)
+            return self.start_again(managed)
         finally:
             managed.held = False
+
+    def start_again(self, managed: Managed) -> float:
+        """What is down. When it was there again."""
+        managed.stop()
+        for attempt in range(5):
+            try:
+                managed.start()
+                break
+            except servers.ServerFailed:
+                if attempt == 4:
+                    raise
+                time.sleep(1)
         return time.monotonic()
 
 
@@ -80,18 +91,3 @@ def clock_shim(folder: Path) -> Path | None:
     source = Path(__file__).with_name("clock_off.c")
     subprocess.run([compiler, "-O1", "-fPIC", "-shared", "-o", target, source, "-ldl"], check=True)
     return target
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
-    """A file system of its own at `folder`; yields None where this user may not mount one."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    made = subprocess.run(mount, capture_output=True, check=False)
-    if made.returncode:
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=False)

@@ -15,9 +15,11 @@ import redis
 from benchmarks.soak.recoveries import Struck
 from benchmarks.soak.strikes import LEASE_S, Field, Strike
 from tests.cluster.cluster import Managed
+from tests.factories.small_disk import full
 
 _A_MINUTE_S = 60.0
 _S3_S = 6.0
+_FULL_S = 8.0
 
 # At the very commit of whatever tells of a job, the server stands still for a moment.
 _SLOW_COMMIT = """
@@ -54,6 +56,8 @@ class ServerStrikes:
             "S3 slow": lambda: self.s3_misbehaves(slow_s=3.0),
             "S3 answering 500": lambda: self.s3_misbehaves(answer=500),
             "S3 answering 503": lambda: self.s3_misbehaves(answer=503),
+            "PostgreSQL's disk full": lambda: self.disk_full("postgres", cluster.postgres),
+            "S3's disk full": lambda: self.disk_full("s3", cluster.s3),
         }
 
     def _over(self, at: float) -> Struck:
@@ -102,6 +106,17 @@ class ServerStrikes:
 
     def s3_killed(self) -> Struck:
         return self._over(self.field.restart(self.field.cluster.s3, 4.0, signal.SIGKILL))
+
+    def disk_full(self, name: str, managed: Managed) -> Struck | None:
+        """To the last byte, while a job runs. PostgreSQL may end itself: it is started again once there is room."""
+        disk = self.field.cluster.disks.get(name)
+        if disk is None or self.field.eyes.wait_for(lambda found: found.stage is not None, 20) is None:
+            return None
+        with full(disk):
+            time.sleep(_FULL_S)
+        if managed.down():
+            return self._over(self.field.start_again(managed))
+        return self._over(time.monotonic())
 
     def s3_misbehaves(self, **how: Any) -> Struck | None:
         """Until it has struck somebody, and for a while."""

@@ -13,10 +13,13 @@ import psutil
 
 from app.queue.producer import make_dispatch
 from app.settings import Settings
-from benchmarks.soak.recoveries import Struck
+from benchmarks.soak.recoveries import Running, Struck
 from benchmarks.soak.strikes import LEASE_S, Field, Strike
+from tests.factories.every_stage import ROUTE_OF
+from tests.factories.small_disk import fill
 
-STAGES = ("export", "simplify", "quantize", "build", "validate", "benchmark", "package")
+_OF_MOST = ROUTE_OF["export"].stages  # of the jobs that users submit
+_OF_ITS_OWN_S = 100.0
 _OFF_S = 300
 _FULL_S = 6.0
 _ENOUGH_S = 8.0  # that a worker with a wrong clock works, once it is there
@@ -29,7 +32,7 @@ class WorkerStrikes:
 
     def kinds(self) -> dict[str, Strike]:
         return {
-            **{f"worker killed in {stage}": partial(self.killed_in, stage) for stage in STAGES},
+            **{f"worker killed in {stage}": partial(self.killed_in, stage) for stage in sorted(ROUTE_OF)},
             "worker killed, unseen by its neighbours": self.lost_machine,
             "worker told to end (SIGTERM)": self.told_to_end,
             "all workers killed": self.all_killed,
@@ -43,9 +46,16 @@ class WorkerStrikes:
         }
 
     def killed_in(self, stage: str) -> Struck | None:
-        """Counted as what it was: by the time of the kill, another stage may have begun."""
-        field = self.field
-        job = field.eyes.wait_for(lambda found: found.stage == stage and field.worker_of(found) is not None, 25)
+        """Counted as what it was: by the time of the kill, another stage may have begun. Stages that few jobs go
+        through have one of their own."""
+        field, seconds, own = self.field, 25.0, None
+        if stage not in _OF_MOST:
+            seconds, own = _OF_ITS_OWN_S, field.struck.ask(ROUTE_OF[stage])
+
+        def in_it(found: Running) -> bool:
+            return found.stage == stage and own in (None, found.job_id) and field.worker_of(found) is not None
+
+        job = field.eyes.wait_for(in_it, seconds)
         worker = None if job is None else field.worker_of(job)
         if job is None or worker is None:
             return None
@@ -55,7 +65,7 @@ class WorkerStrikes:
         if row is None or row[0] != "running" or row[1] != job.token or not row[3]:
             return Struck(began, [], kind="worker killed between jobs")
         now = row[3][-1]
-        found = now["name"] if now["status"] == "running" and now["name"] in STAGES else None
+        found = now["name"] if now["status"] == "running" and now["name"] in ROUTE_OF else None
         kind = f"worker killed in {found}" if found else "worker killed between stages"
         return Struck(began, [job], kind=kind)
 
@@ -130,7 +140,7 @@ class WorkerStrikes:
             return None
         name, filler = field.disk.name, field.disk / "filler"
         field.eyes.wait_for(lambda found: found.owner == name, 20)
-        _fill(filler)
+        fill(filler)
         jobs = [job for job in field.eyes.running() if job.owner == name]
 
         def has_room() -> None:
@@ -184,11 +194,3 @@ def _hide_lock(pid: int) -> None:
             target = link.readlink()
             if target.name.startswith("anneal-alive-"):
                 target.unlink()
-
-
-def _fill(path: Path) -> None:
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(size))

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 
 from tests.factories import onnx_models
+from tests.factories.every_stage import Route
 
 Json = dict[str, Any]
 _PATIENCE_S = 180.0
@@ -123,15 +124,10 @@ class User:
         inputs = np.random.default_rng(seed).normal(size=(64, _FEATURES)).astype(np.float32)
         raw = io.BytesIO()
         np.savez(raw, **{onnx_models.mlp(features=_FEATURES).graph.input[0].name: inputs})
-        key = f"data-{self.name}-{seed}"
-        path = f"/v1/datasets?name={key}&filename=data.npz"
-        answer = self.call("POST", path, content=raw.getvalue(), headers={"Idempotency-Key": key})
-        self._expect(answer, 201)
-        return str(answer.json()["id"])
+        return self._put_in("datasets", "data.npz", raw.getvalue(), seed)
 
     def submit(self, model_id: str) -> str:
-        """One of two needs some second, the other goes through every stage."""
-        key = f"job-{self.name}-{next(self._seeds)}"
+        """One of two needs some second, the other goes through most stages."""
         body: Json = {
             "model_id": model_id,
             "target": {"backends": ["onnxruntime"]},
@@ -143,6 +139,26 @@ class User:
         else:
             data = {"dataset_id": self.dataset()}
             body |= {"calibration": data, "validation": {**data, "max_accuracy_loss_percent": 100}}
+        return self._submit(body)
+
+    def ask(self, route: Route) -> str:
+        """A job that goes that way; nobody waits for its end."""
+        number = next(self._seeds)
+        filename, raw = route.model(number)
+        model_id = self._put_in("models", filename, raw, number)
+        with self.accepted.lock:
+            self.accepted.models[model_id] = hashlib.sha256(raw).hexdigest()
+        return self._submit(route.body(model_id, self._put_in("datasets", "data.npz", route.data(number), number)))
+
+    def _put_in(self, where: str, filename: str, raw: bytes, number: int) -> str:
+        key = f"{where}-{self.name}-{number}"
+        path = f"/v1/{where}?name={key}&filename={filename}"
+        answer = self.call("POST", path, content=raw, headers={"Idempotency-Key": key})
+        self._expect(answer, 201)
+        return str(answer.json()["id"])
+
+    def _submit(self, body: Json) -> str:
+        key = f"job-{self.name}-{next(self._seeds)}"
         answer = self.call("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": key})
         self._expect(answer, 202)
         job_id = str(answer.json()["id"])

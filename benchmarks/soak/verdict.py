@@ -15,13 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.soak.recoveries import spread, table
+from benchmarks.soak.recoveries import WAITED_FOR, spread, table
 
 Json = dict[str, Any]
 
 _ZERO = ("lost_jobs", "lost_models", "ended_twice", "never_ended", "engines_twice", "without_engine")
 _ZEROS = "lost 0, twice 0, stuck 0, orphans 0, leaked bytes 0, leftover processes 0, leftover folders 0"
-_WAITED_FOR = ("queued", "goes_on", "answers")
 
 
 def verdict(result: Json) -> list[str]:
@@ -92,8 +91,8 @@ def _recoveries(found: Sequence[Json]) -> Json:
     return {
         kind: {
             **{
-                name: spread([seconds for times in of_it for seconds in (times[name] or {"all": []})["all"]])
-                for name in _WAITED_FOR
+                name: spread([seconds for times in of_it for seconds in (times.get(name) or {"all": []})["all"]])
+                for name in WAITED_FOR
             },
             "never": sum(times["never"] for times in of_it),
         }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import secrets
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import boto3
 import httpx
@@ -27,10 +30,12 @@ from botocore.config import Config
 from tests import servers, swift_server
 from tests.cluster import topology
 from tests.cluster.front import prometheus, proxy, watcher
+from tests.factories.small_disk import small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 _STARTER = ThreadPoolExecutor(1)
 LEASE_S = 4.0
+NO_DISKS: Mapping[str, int] = MappingProxyType({})
 SETTINGS = {
     "WORKER_LEASE_S": str(LEASE_S),
     "WORKER_HEARTBEAT_S": "1",
@@ -55,6 +60,7 @@ class Managed:
     process: subprocess.Popen[bytes] | None = None
     held: bool = False  # a fault keeps it down: the supervisor leaves it alone
     starts: int = 0
+    started: float = 0.0  # when it was last (`time.time()`)
     told: dict[str, str] = field(default_factory=dict)
     _context: AbstractContextManager[subprocess.Popen[bytes]] | None = None
 
@@ -63,7 +69,7 @@ class Managed:
         _STARTER.submit(self._start).result()
 
     def _start(self) -> None:
-        self._context = self.make()
+        self._context, self.started = self.make(), time.time()
         self.process = self._context.__enter__()
         self.starts += 1
 
@@ -86,9 +92,9 @@ class Managed:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def kill(self) -> None:
-        """SIGKILL to that one process."""
-        self.signal(signal.SIGKILL)
+    def kill(self, *, whole: bool = False) -> None:
+        """SIGKILL to that one process; `whole`: and at once to all that it started."""
+        self.signal(signal.SIGKILL, whole=whole)
         if self.process is not None:
             self.process.wait()
 
@@ -111,7 +117,8 @@ class Managed:
 @dataclass
 class Cluster:
     """`postgres`, `redis`, `s3`: the servers; `apis`, `workers`: ours, at `ports` and with metrics at `metrics_ports`.
-    `proxy`, `prometheus`: where it is whole, at `url` and `prometheus_url`; or why there is no Prometheus."""
+    `proxy`, `prometheus`: where it is whole, at `url` and `prometheus_url`; or why there is no Prometheus. `disks`: of
+    `postgres` and `s3`, where each has one of its own."""
 
     folder: Path
     environment: dict[str, str]
@@ -129,6 +136,7 @@ class Cluster:
     url: str = ""
     prometheus_url: str = ""
     without_prometheus: str | None = None
+    disks: dict[str, Path] = field(default_factory=dict)
     ending: threading.Event = field(default_factory=threading.Event)
     begun: float = field(default_factory=time.time)
 
@@ -192,14 +200,24 @@ def cluster(
     whole: bool = False,
     port: int | None = None,
     before_s3: Callable[[str], str] = lambda url: url,
+    disks: Mapping[str, int] = NO_DISKS,
 ) -> Iterator[Cluster]:
     """All of it, migrated and ready, with the supervisor running. `whole`: with the proxy (`port`) and Prometheus.
-    `before_s3`: the URL of what stands before the S3 server at this one."""
+    `before_s3`: the URL of what stands before the S3 server at this one. `disks`: megabytes of the disks of `postgres`
+    and `s3`; those who may not mount one have none."""
     with ExitStack() as stack:
-        postgres, database_url = _postgres(stack)
+        mounted: dict[str, Path] = {}
+
+        @contextlib.contextmanager
+        def disk(name: str, at: Path, owner: pwd.struct_passwd | None = None) -> Iterator[None]:
+            with small_disk(at, disks.get(name), owner) as made:
+                mounted.update({} if made is None else {name: made})
+                yield
+
+        postgres, database_url = _postgres(stack, partial(disk, "postgres"))
         redis_port, password = servers.free_port(), secrets.token_hex(8)
         redis = Managed("redis", lambda: _redis(folder, redis_port, password))
-        s3_server, s3 = stack.enter_context(_s3())
+        s3_server, s3 = stack.enter_context(_s3(partial(disk, "s3")))
         s3_server = replace(s3_server, endpoint_url=before_s3(s3_server.endpoint_url))
         bucket, broker_url = "anneal", f"redis://:{password}@127.0.0.1:{redis_port}/0"
         environment = {
@@ -208,7 +226,7 @@ def cluster(
             **topology.shared(database_url, broker_url, bucket, s3_server),
             "ANNEAL_SOAK": secrets.token_hex(4),
         }
-        found = Cluster(folder, environment, postgres, redis, s3, s3_server, bucket)
+        found = Cluster(folder, environment, postgres, redis, s3, s3_server, bucket, disks=mounted)
         redis.start()
         found.client_of_s3().create_bucket(Bucket=bucket)  # type: ignore[attr-defined]
         found.run("app", "migrate")
@@ -292,11 +310,13 @@ def _add_front(cluster: Cluster, port: int) -> None:
         cluster.prometheus.start()
 
 
-def _postgres(stack: ExitStack) -> tuple[Managed, str]:
+def _postgres(stack: ExitStack, disk: Callable[..., AbstractContextManager[None]]) -> tuple[Managed, str]:
     """A server that keeps its data when it is killed, unlike that of the tests."""
     user = servers.unprivileged()
     folder = stack.enter_context(servers.temporary_folder("postgres", owner=user))
-    binaries, data, password = servers.postgres_installation(folder, user), folder / "data", secrets.token_hex(8)
+    stack.enter_context(disk(folder / "disk", owner=user))
+    binaries, data = servers.postgres_installation(folder, user), folder / "disk" / "data"
+    password = secrets.token_hex(8)
     servers.init_database(binaries, data, password, user)
     port = servers.free_port()
     managed = Managed("postgres", lambda: servers.postmaster(binaries, data, password, user, port=port, durable=True))
@@ -317,9 +337,9 @@ def _redis(folder: Path, port: int, password: str) -> Iterator[subprocess.Popen[
 
 
 @contextlib.contextmanager
-def _s3() -> Iterator[tuple[swift_server.S3Server, Managed]]:
+def _s3(disk: Callable[[Path], AbstractContextManager[None]]) -> Iterator[tuple[swift_server.S3Server, Managed]]:
     """Swift; what is killed and stopped is its proxy, the process that clients speak to."""
-    with swift_server.swift_with_proxy() as (server, proxy):
+    with swift_server.swift_with_proxy(disk) as (server, proxy):
         managed = Managed("s3", proxy)
         managed.start()
         swift_server.wait_healthy(server.endpoint_url)

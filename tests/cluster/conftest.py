@@ -15,11 +15,13 @@ import pytest
 
 from anneal_client import Client
 from tests.cluster.callers import Callers
-from tests.cluster.cluster import Cluster, Managed, cluster
+from tests.cluster.cluster import SETTINGS, Cluster, Managed, cluster
 from tests.cluster.topology import COUNTS
+from tests.factories import every_stage
 from tests.factories.deployment import submit_case
 from tests.integrations.conftest import pytest_runtest_call, pytest_runtest_setup  # noqa: F401  # what is missing
 
+DISKS = {"postgres": 1024, "s3": 512}  # megabytes
 SPEC: dict[str, Any] = {
     "target": {"backends": ["onnxruntime"]},
     "precisions": ["fp32"],
@@ -55,7 +57,9 @@ class Front:
 @pytest.fixture(scope="session")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     folder = tmp_path_factory.mktemp("cluster")
-    with cluster(folder, workers=COUNTS["worker"], apis=COUNTS["api"], whole=True) as found:
+    settings = {**SETTINGS, "PYTHONPATH": str(every_stage.installed(folder / "site"))}
+    sizes = {"workers": COUNTS["worker"], "apis": COUNTS["api"]}
+    with cluster(folder, **sizes, settings=settings, whole=True, disks=DISKS) as found:
         wait_for(lambda: live_workers(found) == COUNTS["worker"])
         yield Front(found, found.run("app", "create-key", "--tenant", "cluster-tests"))
         family = [process for managed in found.everything() for process in managed.family()]

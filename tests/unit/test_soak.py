@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.soak import faults
 from benchmarks.soak.faults import Injector
-from benchmarks.soak.recoveries import Recoveries, Struck, Times, table
+from benchmarks.soak.recoveries import Recoveries, Running, Struck, Times, table
 from benchmarks.soak.verdict import together, verdict
 
 
@@ -20,7 +20,7 @@ def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _injector(**kinds: Any) -> Injector:
-    return Injector(kinds, Recoveries(None), random.Random(1))  # type: ignore[arg-type]  # nothing is looked at
+    return Injector(kinds, Recoveries(None, lambda: True), random.Random(1))  # type: ignore[arg-type]  # nothing is looked at
 
 
 def test_faults_that_take_longer_than_their_minutes_are_made_after_them() -> None:
@@ -46,6 +46,33 @@ def test_a_run_that_is_asked_to_end_strikes_no_more() -> None:
     assert injector.done.total() == 1
 
 
+class _Seen:
+    """A job that is taken from its worker after a moment, waits, and is taken up again."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def row(self, _: str) -> tuple[str, int, int, list[Any]]:
+        self.looks += 1
+        return (
+            ("running", 1, 5, [])
+            if self.looks < 3
+            else ("queued", 1, 6, [])
+            if self.looks < 9
+            else ("running", 2, 7, [])
+        )
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_what_a_job_waits_for_a_free_worker_is_not_the_services_own_part(free: bool) -> None:
+    recoveries = Recoveries(_Seen(), lambda: free)  # type: ignore[arg-type]  # no more is looked at
+    struck = Struck(time.monotonic(), [Running("job_1", "worker0", 1, 5, "build")])
+    recoveries.watch("kind", struck).join()
+    (taken,), (own,), (on,) = (getattr(recoveries.times["kind"], name) for name in ("queued", "own", "goes_on"))
+    assert 0 < taken < on
+    assert own == pytest.approx(on, abs=0.02) if free else own == taken
+
+
 def _result(seconds: list[float], **more: Any) -> dict[str, Any]:
     times = Times(goes_on=seconds)
     zero = ("lost_jobs", "lost_models", "ended_twice", "never_ended", "engines_twice", "without_engine")
@@ -67,7 +94,7 @@ def test_several_runs_are_told_as_one() -> None:
     found = together([_result([1.0, 5.0]), _result([3.0])])
     assert (found["minutes"], found["jobs"], found["status"], found["blobs"]) == (6.0, 4, {"succeeded": 4}, 8)
     assert found["stages"] == {"begun": 18, "done_again": 2, "taken": 2, "tried_again": 0}
-    assert table(found["recovery"], found["faults"]).splitlines()[-1] == "| Redis flushed | 3 |  | 3 / 5 |  |"
+    assert table(found["recovery"], found["faults"]).splitlines()[-1] == "| Redis flushed | 3 |  |  | 3 / 5 |  |"
 
 
 def test_a_run_that_was_cut_vouches_for_nothing() -> None:
