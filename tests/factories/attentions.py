@@ -1,7 +1,6 @@
 """Small seeded torch models with attention as known architectures write it, exported by either exporter of torch.
 
-`spelling`: `sdpa`, by `scaled_dot_product_attention`, as today's implementations; `eager`, in products and a softmax,
-as those of some years ago. Every model takes free batch and length.
+Every model takes free batch and length.
 """
 
 from __future__ import annotations
@@ -22,83 +21,11 @@ from onnx import ModelProto
 from torch import Tensor, nn
 from torch.nn import functional
 
-Spelling = Literal["sdpa", "eager"]
-HIDDEN, HEADS, LAYERS, VOCABULARY, LONGEST = 32, 4, 1, 50, 40
-SIZE = HIDDEN // HEADS
+from tests.factories import near_attentions as near
+from tests.factories.attention_blocks import HEADS, HIDDEN, LAYERS, LONGEST, SIZE, VOCABULARY, Block, Spelling, Text
 
 
-class Attention(nn.Module):
-    """`scaling`: where the scores are scaled: `scores`, `queries` (before they are split, as Whisper), `none` (as
-    T5)."""
-
-    def __init__(self, spelling: Spelling, scaling: str = "scores") -> None:
-        super().__init__()
-        self.spelling, self.scaling = spelling, scaling
-        self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        def split(y: Tensor) -> Tensor:
-            return y.view(y.shape[0], y.shape[1], HEADS, SIZE).transpose(1, 2)
-
-        source = x if other is None else other
-        projected = self.q(x) * SIZE**-0.5 if self.scaling == "queries" else self.q(x)
-        q, k, v = split(projected), split(self.k(source)), split(self.v(source))
-        scale = SIZE**-0.5 if self.scaling == "scores" else 1.0
-        if self.spelling == "sdpa":
-            context = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-        else:
-            scores = torch.matmul(q, k.transpose(-1, -2))
-            if self.scaling == "scores":
-                scores = scores / math.sqrt(SIZE)
-            if mask is not None and mask.dtype == torch.bool:
-                lowest = torch.full([], torch.finfo(scores.dtype).min, dtype=scores.dtype)
-                scores = torch.where(mask, scores, lowest)
-            elif mask is not None:
-                scores = scores + mask
-            context = torch.matmul(functional.softmax(scores, dim=-1), v)
-        joined = context.transpose(1, 2).reshape(x.shape[0], x.shape[1], HIDDEN)
-        return self.out(joined)
-
-
-class Block(nn.Module):
-    def __init__(self, spelling: Spelling, *, cross: bool = False, scaling: str = "scores") -> None:
-        super().__init__()
-        self.attention = Attention(spelling, scaling)
-        self.cross = Attention(spelling, scaling) if cross else None
-        self.up, self.down = nn.Linear(HIDDEN, 2 * HIDDEN), nn.Linear(2 * HIDDEN, HIDDEN)
-        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(3))
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        x = x + self.attention(self.norms[0](x), mask, None, causal)
-        if self.cross is not None:
-            x = x + self.cross(self.norms[2](x), None, other)
-        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
-
-
-class _Text(nn.Module):
-    def __init__(self, spelling: Spelling, **of_block: Any) -> None:
-        super().__init__()
-        self.spelling = spelling
-        self.words, self.positions = nn.Embedding(VOCABULARY, HIDDEN), nn.Embedding(LONGEST, HIDDEN)
-        self.blocks = nn.ModuleList(Block(spelling, **of_block) for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(HIDDEN)
-
-    def embedded(self, ids: Tensor) -> Tensor:
-        return self.words(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-
-    def through(
-        self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        for block in self.blocks:
-            x = block(x, mask, other, causal)
-        return self.norm(x)
-
-
-class Bert(_Text):
+class Bert(Text):
     """A mask of keys: added, of the lowest float (`eager`), or of booleans (`sdpa`)."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -108,7 +35,7 @@ class Bert(_Text):
         return self.through(self.embedded(input_ids), mask.bool().expand(-1, -1, input_ids.shape[1], -1))
 
 
-class Gpt2(_Text):
+class Gpt2(Text):
     """Causal: by the operator's own flag (`sdpa`), or a Where with a slice of a constant triangle (`eager`)."""
 
     def __init__(self, spelling: Spelling) -> None:
@@ -122,7 +49,7 @@ class Gpt2(_Text):
         return self.through(self.embedded(input_ids), self.triangle[:, :, :length, :length])
 
 
-class PaddedGpt2(_Text):
+class PaddedGpt2(Text):
     """Causal, and a mask of keys: queries of padding at the left see no key at all."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -131,7 +58,7 @@ class PaddedGpt2(_Text):
         return self.through(self.embedded(input_ids), mask)
 
 
-class ClipText(_Text):
+class ClipText(Text):
     """A causal mask that is added: a constant of minus infinity above the diagonal, cut to the length."""
 
     def __init__(self, spelling: Spelling) -> None:
@@ -144,26 +71,35 @@ class ClipText(_Text):
         return x[:, -1]
 
 
-class Windowed(_Text):
-    """Causal over the last 24 keys: at short lengths it looks like a causal mask."""
+class ClipPadded(ClipText):
+    """With a mask of keys added to the triangle, as CLIP's text tower has it where captions are padded."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        steps = torch.arange(input_ids.shape[1])
-        back = steps[:, None] - steps[None, :]
-        return self.through(self.embedded(input_ids), ((back >= 0) & (back < 24))[None, None])
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]  # one input more
+        length, lowest = input_ids.shape[1], torch.finfo(torch.float32).min
+        padding = (1.0 - attention_mask[:, None, None, :].float()) * lowest
+        return self.through(self.embedded(input_ids), self.causal[None, None, :length, :length] + padding)
 
 
-class T5(_Text):
+def buckets(distance: Tensor, count: int = 32, far: int = 128) -> Tensor:
+    """Of T5: half of them for each direction; of these half for one distance each, the others in steps that grow by
+    their logarithm, up to `far` (Raffel et al., 2020)."""
+    half, exact = count // 2, count // 4
+    before, distance = (distance > 0).long() * half, distance.abs()
+    grown = torch.log(distance.float() / exact) / math.log(far / exact) * (half - exact)
+    grown = torch.min(exact + grown.long(), torch.full_like(distance, half - 1))
+    return before + torch.where(distance < exact, distance, grown)
+
+
+class T5(Text):
     """No scale; a bias by relative position, the same in all layers, and a mask of keys, both added."""
 
     def __init__(self, spelling: Spelling) -> None:
         super().__init__(spelling, scaling="none")
-        self.relative = nn.Embedding(16, HEADS)
+        self.relative = nn.Embedding(32, HEADS)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         steps = torch.arange(input_ids.shape[1])
-        buckets = (steps[None, :] - steps[:, None]).clamp(-8, 7) + 8
-        bias = self.relative(buckets).permute(2, 0, 1)[None]
+        bias = self.relative(buckets(steps[None, :] - steps[:, None])).permute(2, 0, 1)[None]
         mask = (1.0 - attention_mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
         return self.through(self.words(input_ids), bias + mask)
 
@@ -196,7 +132,7 @@ class WhisperEncoder(nn.Module):
         return self.norm(x)
 
 
-class Decoder(_Text):
+class Decoder(Text):
     """Causal over itself, without a mask over what an encoder said."""
 
     def __init__(self, spelling: Spelling) -> None:
@@ -208,7 +144,96 @@ class Decoder(_Text):
         return self.through(self.embedded(input_ids), mask, states)
 
 
-class Flattened(_Text):
+class MaskedDecoder(Text):
+    """As BART's and T5's decoders: causal and padded over itself, and over what an encoder said with a mask of its
+    frames."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__(spelling, cross=True)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, states: Tensor, frame_mask: Tensor) -> Tensor:
+        steps = torch.arange(input_ids.shape[1])
+        own = (steps[None, :] <= steps[:, None])[None, None] & attention_mask[:, None, None, :].bool()
+        seen = frame_mask[:, None, None, :].bool()
+        if self.spelling == "sdpa":
+            seen = seen.expand(-1, -1, input_ids.shape[1], -1)
+        x = self.embedded(input_ids)
+        for block in self.blocks:
+            x = block(x, own, states, False, seen)
+        return self.norm(x)
+
+
+class WhisperDecoder(nn.Module):
+    """Keys without a bias, queries scaled before they are split; a constant triangle of minus infinity, cut to the
+    length, over itself, and no mask over the encoder's states."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.words = nn.Embedding(VOCABULARY, HIDDEN)
+        self.positions = nn.Parameter(torch.randn(LONGEST, HIDDEN) * 0.1)
+        self.blocks = nn.ModuleList(Block(spelling, cross=True, scaling="queries") for _ in range(LAYERS))
+        for block in self.blocks:
+            for attention in (block.attention, block.cross):
+                attention.k = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.register_buffer("causal", torch.full((LONGEST, LONGEST), float("-inf")).triu(1))
+        self.norm = nn.LayerNorm(HIDDEN)
+
+    def forward(self, input_ids: Tensor, states: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        x = self.words(input_ids) + self.positions[:length]
+        for block in self.blocks:
+            x = block(x, self.causal[:length, :length], states)
+        return self.norm(x) @ self.words.weight.T
+
+
+class Gpt2Merged(nn.Module):
+    """As GPT-2 itself: queries, keys and values by one product that is split, the triangle by its own flag or as a
+    Where; the head is the table of words."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.words, self.positions = nn.Embedding(VOCABULARY, HIDDEN), nn.Embedding(LONGEST, HIDDEN)
+        self.merged = nn.ModuleList(nn.Linear(HIDDEN, 3 * HIDDEN) for _ in range(LAYERS))
+        self.out = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(LAYERS))
+        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
+        self.register_buffer("triangle", torch.tril(torch.ones(LONGEST, LONGEST)).bool()[None, None])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        batch, length = input_ids.shape
+        x = self.words(input_ids) + self.positions(torch.arange(length))
+        for merged, out, norm in zip(self.merged, self.out, self.norms, strict=True):
+            q, k, v = (
+                part.view(batch, length, HEADS, SIZE).transpose(1, 2) for part in merged(norm(x)).split(HIDDEN, dim=2)
+            )
+            if self.spelling == "sdpa":
+                context = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                scores = torch.matmul(q, k.transpose(-1, -2)) / torch.full([], SIZE**0.5)
+                scores = torch.where(self.triangle[:, :, :length, :length], scores, torch.finfo(torch.float32).min)
+                context = torch.matmul(functional.softmax(scores, dim=-1), v)
+            x = x + out(context.transpose(1, 2).reshape(batch, length, HIDDEN))
+        return x @ self.words.weight.T
+
+
+class TorchLayers(nn.Module):
+    """torch's own layers, with a mask of keys (`MultiheadAttention` merges the three products by itself)."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, HIDDEN)
+        self.layers = nn.ModuleList(nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True) for _ in range(LAYERS))
+        self.weights = spelling == "eager"  # asked for its weights, it computes in products and a softmax
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        for layer in self.layers:
+            x = x + layer(x, x, x, key_padding_mask=attention_mask == 0, need_weights=self.weights)[0]
+        return x
+
+
+class Flattened(Text):
     """As CLIP, BART and Whisper were written for years: products of [batch · heads, length, size], between which the
     scores are taken apart to be masked."""
 
@@ -231,21 +256,12 @@ class Flattened(_Text):
         return self.norm(x)
 
 
-class Softcapped(_Text):
-    """Almost attention: the scores go through a tanh."""
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embedded(input_ids)
-        for block in self.blocks:
-            q, k, v = (p(x).unflatten(2, (HEADS, SIZE)).transpose(1, 2) for p in (block.attention.q, block.attention.k,
-                                                                                 block.attention.v))  # fmt: skip
-            scores = 5 * torch.tanh(q @ k.transpose(2, 3) / 5)
-            x = x + block.attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return self.norm(x)
-
-
 def _ids() -> Tensor:
     return torch.randint(0, VOCABULARY, (2, 12))
+
+
+def _padded_ids() -> tuple[Tensor, ...]:
+    return _ids(), torch.ones(2, 12, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -258,21 +274,36 @@ class Kind:
 _TEXT = {"input_ids": {0: "batch", 1: "sequence"}}
 _MASKED = {**_TEXT, "attention_mask": {0: "batch", 1: "sequence"}}
 KINDS: dict[str, Kind] = {
-    "bert": Kind(Bert, lambda: (_ids(), torch.ones(2, 12, dtype=torch.int64)), _MASKED),
+    "bert": Kind(Bert, _padded_ids, _MASKED),
     "vit": Kind(Vit, lambda: (torch.randn(2, 3, 16, 16),), {"pixel_values": {0: "batch"}}),
     "gpt2": Kind(Gpt2, lambda: (_ids(),), _TEXT),
-    "padded_gpt2": Kind(PaddedGpt2, lambda: (_ids(), torch.ones(2, 12, dtype=torch.int64)), _MASKED),
+    "padded_gpt2": Kind(PaddedGpt2, _padded_ids, _MASKED),
     "clip_text": Kind(ClipText, lambda: (_ids(),), _TEXT),
-    "windowed": Kind(Windowed, lambda: (_ids(),), _TEXT),
+    "windowed": Kind(near.Windowed, lambda: (_ids(),), _TEXT),
     "whisper_encoder": Kind(WhisperEncoder, lambda: (torch.randn(2, 8, 24),), {"input_features": {0: "batch"}}),
-    "t5": Kind(T5, lambda: (_ids(), torch.ones(2, 12, dtype=torch.int64)), _MASKED),
+    "t5": Kind(T5, _padded_ids, _MASKED),
+    "clip_padded": Kind(ClipPadded, _padded_ids, _MASKED),
+    "gpt2_merged": Kind(Gpt2Merged, lambda: (_ids(),), _TEXT),
+    "torch_layers": Kind(TorchLayers, _padded_ids, _MASKED),
+    "shifted": Kind(near.Shifted, lambda: (_ids(),), _TEXT),
+    "masked_decoder": Kind(
+        MaskedDecoder,
+        lambda: (*_padded_ids(), torch.randn(2, 9, HIDDEN), torch.ones(2, 9, dtype=torch.int64)),
+        {**_MASKED, "states": {0: "batch", 1: "frames"}, "frame_mask": {0: "batch", 1: "frames"}},
+    ),
+    "whisper_decoder": Kind(
+        WhisperDecoder, lambda: (_ids(), torch.randn(2, 9, HIDDEN)), {**_TEXT, "states": {0: "batch", 1: "frames"}}
+    ),
     "decoder": Kind(
         Decoder,
         lambda: (_ids(), torch.randn(2, 9, HIDDEN)),
         {**_TEXT, "states": {0: "batch", 1: "frames"}},
     ),
-    "flattened": Kind(Flattened, lambda: (_ids(), torch.ones(2, 12, dtype=torch.int64)), _MASKED),
-    "softcapped": Kind(Softcapped, lambda: (_ids(),), _TEXT),
+    "flattened": Kind(Flattened, _padded_ids, _MASKED),
+    "softcapped": Kind(near.Softcapped, lambda: (_ids(),), _TEXT),
+    "head_scaled": Kind(near.HeadScaled, lambda: (_ids(),), _TEXT),
+    "head_masked": Kind(near.HeadMasked, lambda: (_ids(),), _TEXT),
+    "talking_heads": Kind(near.TalkingHeads, lambda: (_ids(),), _TEXT),
 }
 
 
@@ -294,5 +325,6 @@ def export(
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.backends.mha.set_fastpath_enabled(False)  # an operator of torch's own, which no exporter knows
         torch.onnx.export(model, inputs, str(path), input_names=list(kind.free), **options)
     return onnx.load(path)

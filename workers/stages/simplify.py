@@ -53,7 +53,7 @@ class Simplify(Stage[SimplifyOptions]):
     """See the module. `data`: nodes_before, nodes_after, fusions, at_load, fell_back, max_abs_diff, tolerance, …"""
 
     name = "simplify"
-    version = 5
+    version = 6
     Options = SimplifyOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxslim", "onnxruntime")
     gives: ClassVar[Mapping[str, str]] = {"model": ONNX}

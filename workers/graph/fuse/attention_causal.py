@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from workers.graph.fuse.attention_dims import same
-from workers.graph.fuse.attention_match import Core, Operand, Term
+from workers.graph.fuse.attention_operands import Core, Operand, Term
 from workers.graph.fuse.attention_view import View
 
 _MASKED = -9_000.0

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from workers.graph.fuse.attention_dims import Dims, same
-from workers.graph.fuse.attention_match import Core, Operand, Term
+from workers.graph.fuse.attention_operands import Core, Operand, Term
 from workers.graph.fuse.attention_view import MOVES, View
 from workers.graph.onnx_graph import CONTRIB_DOMAIN
 from workers.graph.rewriting import attribute
@@ -98,7 +98,7 @@ class Emitter:
         """Where the graph goes on, with what of the fused operator's output: as far on as the heads are joined
         again."""
         view = self.view
-        if not core.heads:
+        if not core.heads or core.joined:
             return core.anchor, core.out, made
         turn = view.only_reader(core.out)
         if turn is None or turn.op_type != "Transpose" or tuple(attribute(turn, "perm", ())) != _BY_HEADS:
@@ -119,29 +119,38 @@ class Emitter:
         """The sum of the terms, [1 or b, 1 or n, s, l], finite; and, where `empty` rows matter, whether a key is left
         to a query, [1 or b, s, 1 or n, 1]."""
         lengths = self._dims(core.query)[-2], self._dims(core.key)[-2]
-        key = (tuple(terms), lengths, len(core.query.order), empty)
+        by_head = len(core.query.order) == 4 or core.joined
+        key = (tuple(terms), lengths, by_head, empty)
         if key in self.biases:
             return self.biases[key]
-        parts = [self._term(t, empty=empty) for t in terms]
+        parts = [self._term(t, infinite=empty or len(terms) > 1) for t in terms]
         total = parts[0][0]
         for name, _ in parts[1:]:
             total = self._node("Add", [total, name], f"{name}_bias")
         dims = self._sum(terms)
-        if len(core.query.order) == 3 and len(dims) == 3:
+        if not by_head and len(dims) == 3:
             total = self._unsqueezed(total)
             dims = (dims[0], 1, *dims[1:])
         if len(dims) != 4 or not same(dims[2], lengths[0]) or not same(dims[3], lengths[1]):
             total = self._node("Expand", [total, self._full(lengths, rows)], f"{total}_full")
         left = self._left(total) if empty else ""
         if not all(finite for _, finite in parts) or len(parts) > 1:
-            total = self._node("Max", [total, self._scalar(_LOWEST)], f"{total}_finite")
+            total = self._finite(total)
         self.biases[key] = total, left
         return total, left
 
-    def _term(self, term: Term, *, empty: bool) -> tuple[str, bool]:
-        """A term as a tensor of floats, and whether it is finite."""
+    def _finite(self, total: str) -> str:
+        """The lowest number in the place of minus infinity, and half of it for all others that low: a row in which some
+        keys are masked by a number and others by infinity, as of a padded query in a causal model, keeps the first."""
+        bounded = self._node("Max", [total, self._scalar(_LOWEST / 2)], f"{total}_bounded")
+        endless = self._node("Equal", [total, self._scalar(float("-inf"))], f"{total}_endless")
+        return self._node("Where", [endless, self._scalar(_LOWEST), bounded], f"{total}_finite")
+
+    def _term(self, term: Term, *, infinite: bool) -> tuple[str, bool]:
+        """A term as a tensor of floats, and whether it is finite. `infinite`: what masks by minus infinity is to be
+        told from what masks by a number."""
         if term.keep is not None:
-            masked = term.factor if empty and np.isinf(term.factor) else _LOWEST
+            masked = term.factor if infinite and np.isinf(term.factor) else _LOWEST
             values = [self._scalar(0.0), self._scalar(masked)]
             chosen = values if term.keep else values[::-1]
             return self._node("Where", [term.name, *chosen], f"{term.name}_bias"), bool(np.isfinite(masked))
