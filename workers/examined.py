@@ -30,12 +30,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Precision:
-    """`admitted`: whether something of the graph can be in it; `reason` says why not. `needs`: of the device."""
+    """`admitted`: whether something of the graph can be in it; `reason` says why not. `needs`: of the device. `how`:
+    what was done to find out."""
 
     name: str
     admitted: bool
     reason: str | None = None
     needs: str | None = None
+    how: str | None = None
 
 
 @dataclass(frozen=True)

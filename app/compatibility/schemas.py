@@ -29,6 +29,7 @@ class PrecisionOut(BaseModel):
     admitted: bool
     reason: str | None = None
     needs: str | None = None
+    how: str | None = Field(None, description="What was done to find out")
 
 
 class BackendCompatibilityOut(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from tests.factories.tensorrt_rtx import TARGET, Recorder, built, refused, signi
 from tests.gpu.models import Case, make_case
 from workers import installation
 from workers.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
+from workers.backends.tensorrt import build as building
 from workers.backends.tensorrt import probe as trt_probe
 from workers.backends.tensorrt import recipes as trt_recipes
 from workers.backends.tensorrt.library import RTX
 from workers.backends.tensorrt.probe import Gpu
+from workers.backends.tensorrt.progress import Progress
 from workers.backends.tensorrt.sidecar import check_compatible, read_verified
-from workers.kernel import backends
+from workers.kernel import Reporter, backends
 
 L4 = Gpu("NVIDIA L4", "8.9", 24 << 30, "13.1", "590.44.01")
 PRECISIONS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
@@ -249,17 +252,68 @@ def test_external_weights(tmp_path: Path) -> None:
     assert (beside / "engine.plan").stat().st_size > 0
 
 
-def test_a_build_is_cancelled_in_its_middle_by_the_monitor(tmp_path: Path) -> None:
+class Watched(Progress):
+    """Keeps what the real builder tells through its `IProgressMonitor`, and cancels at the step `at`, where given."""
+
+    def __init__(self, reporter: Reporter, at: int | None) -> None:
+        super().__init__(reporter)
+        self.at = at
+        self.phases: dict[str, int] = {}  # that were begun → their steps
+        self.steps: list[tuple[str, int]] = []
+        self.finished: list[str] = []
+        self.began = self.ended = time.monotonic()
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self.phases[phase] = steps
+        super().start(phase, parent, steps)
+
+    def step(self, phase: str, step: int) -> bool:
+        self.steps.append((phase, step))
+        if self.at is not None and len(self.steps) >= self.at:
+            self.cancel()
+        return super().step(phase, step)
+
+    def finish(self, phase: str) -> None:
+        self.finished.append(phase)
+        super().finish(phase)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, model: Path, root: Path, at: int | None = None) -> tuple[Watched, float]:
+    """What a build tells, and the seconds that the builder took until it was through, or was cancelled."""
+    made: list[Watched] = []
+
+    def progress(reporter: Reporter, _: float | None) -> Watched:
+        made.append(Watched(reporter, at))
+        return made[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "Progress", progress)
+        if at is None:
+            built(model, root)
+        else:
+            failure = refused(model, root)
+            assert (failure.code, failure.kind, failure.cacheable) == ("build_cancelled", FailureKind.MODEL, False)
+    return made[0], time.monotonic() - made[0].began
+
+
+def test_a_build_is_cancelled_in_its_middle_by_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "case").mkdir()
     case = make_case("bert", tmp_path / "case")
-    whole, cut = Recorder(), Recorder()
-    built(case.simplified, tmp_path / "whole", whole)
-    with pytest.raises(StageFailure) as caught:
-        built(case.simplified, tmp_path / "cut", cut, max_seconds=0.02)
-    assert (caught.value.code, caught.value.kind) == ("build_cancelled", FailureKind.MODEL)
-    assert not caught.value.cacheable
-    assert 0 < len(cut.told) < len(whole.told)
-    assert not list((tmp_path / "cut" / "engine").iterdir())
+    watched(monkeypatch, case.simplified, tmp_path / "first")  # what is loaded once counts for neither
+    whole, seconds = watched(monkeypatch, case.simplified, tmp_path / "whole")
+    assert len(whole.steps) > 8
+    cut, took = watched(monkeypatch, case.simplified, tmp_path / "cut", len(whole.steps) // 2)
+    assert cut.phases, "it had begun"
+    assert max(step for _, step in cut.steps) > 0, "and had done steps of a phase"
+    assert len(whole.steps) // 2 <= len(cut.steps) < len(whole.steps), "but not all"
+    left = [
+        phase
+        for phase, steps in cut.phases.items()
+        if 0 < 1 + max((s for p, s in cut.steps if p == phase), default=-1) < steps
+    ]
+    assert left, "a phase was cut in its middle"
+    assert took < seconds
+    assert not list((tmp_path / "cut" / "engine").iterdir()), "no plan is left"
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ class Compatibility(Stage[CompatibilityOptions]):
     """Input `model` → no output; `data`: `workers.examined.Examined` as JSON."""
 
     name: ClassVar[str] = "compatibility"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     Options = CompatibilityOptions
-    libraries: ClassVar[tuple[str, ...]] = ("onnx",)
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx", "onnxruntime", "ml-dtypes")
     weight: ClassVar[float] = 0.5
 
     def run(self, ctx: StageContext, options: CompatibilityOptions) -> StageResult:

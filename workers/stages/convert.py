@@ -32,7 +32,7 @@ from workers.graph.fuse import transformers as fusion
 from workers.graph.onnx_files import MODEL_FILE, read_skeleton, save_model, size_of
 from workers.graph.onnx_graph import model_specs, opset_of
 from workers.graph.onnxruntime_messages import runtime_failure
-from workers.graph.precision import awq, floats, int4, measure
+from workers.graph.precision import awq, explicit, floats, int4, measure
 from workers.graph.prepare import prepare
 from workers.graph.qdq import placement
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, runner_of
@@ -42,7 +42,6 @@ from workers.measure.rows import count
 _TRIAL_SAMPLES = 8
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-Recipe = Literal["fp16", "bf16", "int8", "fp8", "int4"]
 
 
 class ConvertOptions(StageOptions):
@@ -50,8 +49,8 @@ class ConvertOptions(StageOptions):
     `op_types`: None = all that gain. `exclude_nodes` stay in float32. `method`, `percentile`, `max_samples`, `part` say
     how to calibrate. `block_size`: of int4, at most. `shapes`: min/opt/max by input, for the trial run."""
 
-    recipe: Recipe
-    high_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    recipe: explicit.Recipe
+    high_precision: explicit.High = "fp32"
     op_types: list[str] | None = Field(default=None, min_length=1)
     exclude_nodes: list[str] = Field(default_factory=list)
     method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
@@ -97,7 +96,8 @@ class Convert(Stage[ConvertOptions]):
         shared.check_source(original, options.exclude_nodes)
         ctx.reporter.progress(0.02, "shape inference")
         prepared = prepare(source, ctx.workspace)
-        prepared = shared.in_opset(prepared, _opset_for(options), ctx.workspace)
+        least = explicit.least_opset(options.recipe, options.high_precision)
+        prepared = shared.in_opset(prepared, least, ctx.workspace)
         work = _Work(ctx, options, prepared)
         model, data = work.converted()
         rewriting.restore_interface(model, original)
@@ -115,15 +115,6 @@ class Convert(Stage[ConvertOptions]):
             "size_bytes": size_of(out),
         }
         return StageResult(outputs=["model", "ranges"] if options.recipe in ("int8", "fp8") else ["model"], data=data)
-
-
-def _opset_for(options: ConvertOptions) -> int:
-    """What the recipe needs."""
-    needed = {"int8": placement.OPSET, "fp8": placement.OPSET, "int4": int4.OPSET}
-    minimum = needed.get(options.recipe, 0)
-    if "bf16" in (options.recipe, options.high_precision):
-        minimum = max(minimum, floats.BF16_OPSET)
-    return minimum
 
 
 class _Work:
@@ -146,18 +137,14 @@ class _Work:
         if recipe in ("fp16", "bf16"):
             low: Literal["fp16", "bf16"] = "fp16" if recipe == "fp16" else "bf16"
             self._keep_out_of_range(model, low, data)
-            made = floats.to_low(model, low, self.keep)
-            if not set(made.by_op) & {*rewriting.WEIGHTED_OPS, "LSTM", "GRU", "RNN", "Attention", "Einsum"}:
-                raise _nothing(f"no product or convolution has a form in {recipe}")
+            made = explicit.to_halves(model, low, self.keep)
             return made.model, data | _told(made) | {"qdq_by_op": dict(made.by_op), "computes_in": recipe}
         if high == "fp16":
             self._keep_out_of_range(model, "fp16", data)
         if recipe == "int4":
-            placed = self._int4(model, data)
+            placed = explicit.placed(self._int4(model, data))
         else:
-            placed = self._eight_bits(model, "int8" if recipe == "int8" else "fp8", data)
-        if not placed.by_op:
-            raise _nothing("no product or convolution with float32 weights of a fitting shape")
+            placed = explicit.placed(self._eight_bits(model, "int8" if recipe == "int8" else "fp8", data))
         if placed.left:
             self.ctx.reporter.note("Some nodes stay as they are: their values have no finite range.", nodes=placed.left)
         model = placed.model
@@ -169,9 +156,7 @@ class _Work:
 
     def _eight_bits(self, model: ModelProto, eight: Literal["int8", "fp8"], data: dict[str, Any]) -> placement.Placed:
         options = self.options
-        wanted = placement.targets(model, eight, options.op_types, options.exclude_nodes)
-        if not wanted.nodes:
-            raise _nothing(f"no product or convolution that {eight} suits")
+        wanted = explicit.eight_bit_targets(model, eight, options.op_types, options.exclude_nodes)
         if "ranges" in self.ctx.inputs:
             known = ranges.read_ranges(self.ctx.only_file("ranges"), eight, wanted.tensors)
         else:
@@ -236,14 +221,6 @@ class _Work:
 
 def _told(made: floats.Converted) -> dict[str, Any]:
     return {"kept_fp32": dict(made.kept), "clamped": made.clamped, "low_precision_nodes": sum(made.by_op.values())}
-
-
-def _nothing(reason: str) -> StageFailure:
-    return model_failure(
-        "nothing_to_convert",
-        f"There is nothing to convert: the model has {reason}.",
-        remedy="Use another precision for this model.",
-    )
 
 
 def _trial_run(

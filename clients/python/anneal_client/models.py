@@ -322,6 +322,7 @@ class Precision(Answer):
     """Whether something of the graph can be in this precision, and what the device must have for it."""
 
     admitted: bool
+    how: str | None  # What was done to find out
     name: str
     needs: str | None
     reason: str | None

@@ -148,8 +148,8 @@ class _Plans(Backend):
         """Where its parser can be asked: that of TensorRT for RTX without a GPU."""
         return examine.possible(self.library)
 
-    def examine(self, model: Path, scratch: Path, reporter: Reporter, seconds: float) -> Examined:  # noqa: ARG002
-        return examine.examine(self.library, model, reporter, seconds)
+    def examine(self, model: Path, scratch: Path, reporter: Reporter, seconds: float) -> Examined:
+        return examine.examine(self.library, model, scratch, reporter, seconds)
 
     def in_triton(self, instances: Instances) -> InTriton:
         return in_triton(self.library, instances.engine, parsed(RuntimeOptions, instances.runtime, "TensorRT"))

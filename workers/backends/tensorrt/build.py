@@ -28,6 +28,8 @@ from workers.kernel import Reporter
 if TYPE_CHECKING:
     import tensorrt
 
+CANCELLED = "build_cancelled"
+
 
 @dataclass
 class Building:
@@ -264,7 +266,7 @@ def _build_plan(state: Building, progress: Progress) -> tensorrt.IHostMemory:
         plan = None
     if progress.cancelled:
         raise model_failure(
-            "build_cancelled",
+            CANCELLED,
             "The TensorRT build was ended before it was finished.",
             remedy="Give the job a larger budget, or a lower optimization level.",
             cacheable=False,
