@@ -20,7 +20,8 @@ import httpx
 import pytest
 
 from tests.factories.deployment import Deployment, deployment
-from tests.integration.test_plugin import EXAMPLE, install, sum_of_constants
+from tests.factories.plugins import EXAMPLE, install
+from tests.integration.test_plugin import sum_of_constants
 from tests.integrations.conftest import CLIENT, KEPT, MISSED
 from tests.integrations.environments import REPOSITORY, environment
 from tests.servers import free_port, launched, stop

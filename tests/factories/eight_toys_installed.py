@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.integration.test_plugin import EXAMPLE, install
+from tests.factories.plugins import EXAMPLE, install
 
 COUNT = 8
 POINTS = {

@@ -1,13 +1,11 @@
-"""A backend and a stage from a package of their own (`examples/plugin`): installed beside a worker they take a whole
-job, with nothing of them in this repository's code. What cannot be used is told, and the worker lives."""
+"""A backend and a stage from a package of their own (`examples/plugin`): its wheel, installed beside a worker, takes a
+whole job, with nothing of them in this repository's code. What cannot be used is told, and the worker lives."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,34 +18,22 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.plugins import EXAMPLE, install_wheel, project, wheel_of
 from tests.servers import free_port
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 BROKEN = {"anneal.backends": {"broken": "anneal_broken:Nothing", "none": "anneal_toy:TOY_SUM"}}
 _ADDS = 300
 
 pytestmark = pytest.mark.timeout(200)
 
 
-def install(folder: Path, name: str, version: str, points: dict[str, dict[str, str]], *modules: Path) -> None:
-    """What `pip install` leaves of a package without dependencies: its modules, and its metadata."""
-    for module in modules:
-        shutil.copy(module, folder)
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    lines = [line for group, at in points.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in at.items()))]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture
 def deployed(tmp_path: Path) -> Iterator[Deployment]:
-    site = tmp_path / "site"
-    site.mkdir()
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
-    install(site, project["name"], project["version"], project["entry-points"], EXAMPLE / "anneal_toy.py")
-    (tmp_path / "anneal_broken.py").write_text("import no_such_library\n")
-    install(site, "anneal-broken", "1.0", BROKEN, tmp_path / "anneal_broken.py")
+    site, sources = tmp_path / "site", {"anneal_broken": "import no_such_library\n"}
+    install_wheel(wheel_of(EXAMPLE, tmp_path / "toy"), site)
+    broken = project(tmp_path / "sources", "anneal-broken", "1.0", BROKEN, sources)
+    install_wheel(wheel_of(broken, tmp_path / "broken"), site)
+    assert sorted(p.name for p in site.glob("*.py")) == ["anneal_broken.py", "anneal_toy.py"]
     told = {"PYTHONPATH": str(site), "WORKER_METRICS_PORT": str(free_port())}
     with deployment(tmp_path / "home", told) as found:
         found.start_worker()

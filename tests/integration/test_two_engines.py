@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.factories.deployment import deployment
-from tests.integration.test_plugin import EXAMPLE, install
+from tests.factories.plugins import EXAMPLE, install
 
 TOYS = Path(__file__).resolve().parents[1] / "factories" / "two_toys.py"
 _ADDS = 4000

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.factories.deployment import Deployment, deployment
-from tests.integration.test_plugin import EXAMPLE, install, sum_of_constants
+from tests.factories.plugins import EXAMPLE, install
+from tests.integration.test_plugin import sum_of_constants
 from tests.integrations.environments import REPOSITORY, NoSystemPackage, environment
 
 CLIENT = REPOSITORY / "clients" / "python"
