@@ -17,7 +17,7 @@ import pytest
 
 from app.domain.failures import StageFailure
 from tests.unit.test_export import export
-from workers.graph.exported_program import quiet
+from workers.graph.exported_program import ProgramFolder, quiet
 from workers.stages.export import Export, _pt2
 from workers.stages.export._pt2_guard import clean_copy
 
@@ -108,6 +108,35 @@ def test_the_program_is_kept_beside_the_onnx(program: Path, tmp_path: Path) -> N
         wanted, found = (torch.export.load(str(p)).module()(image, scale) for p in (program, path))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert Export.kinds({}) == {"model": "onnx", "program": "exported-program"}
+
+
+def test_what_a_program_hands_on_as_it_is(tmp_path: Path) -> None:
+    """Inputs keep their names, and their copies are outputs; so does a tensor that is given twice, and a constant."""
+    import torch
+
+    class Through(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 3)
+            self.register_buffer("seen", torch.ones(2))
+
+        def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = self.fc(x)
+            return y, state, x, y, self.seen
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with quiet():
+        program = torch.export.export(
+            Through().eval(), (torch.randn(2, 4), torch.randn(2, 5)), dynamic_shapes=({0: batch}, {0: batch})
+        )
+        torch.export.save(program, str(tmp_path / "through.pt2"))
+    result, folder = export(tmp_path / "through.pt2", tmp_path, format="pt2")
+    assert [i["name"] for i in result.data["inputs"]] == ["x", "state"]
+    assert len({o["name"] for o in result.data["outputs"]} | {"x", "state"}) == 7
+    assert result.data["checks"]["source_comparison"]["batch_sizes"] == [1, 2]
+    assert any("is input 'state' as it is" in note for note in result.data["notes"])
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    assert ProgramFolder.read(folder.parent / "program").order == ("x", "state")
 
 
 def test_static_program_stays_static(tmp_path: Path) -> None:

@@ -79,10 +79,7 @@ class ProgramFolder:
         """Raises StageFailure: `load_failed`, `invalid_model`."""
         interface = Interface.read(folder)
         program = load_program(folder / PROGRAM_FILE)
-        import torch
-
-        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-        user = [n for n in program.graph_signature.user_inputs if isinstance(values.get(n), torch.Tensor)]
+        user, values = tensor_inputs(program), _placeholders(program)
         known = {spec.name for spec in interface.inputs}
         if known != set(user):
             raise model_failure(
@@ -102,6 +99,18 @@ class ProgramFolder:
         return least, max(least, min(held, most))
 
 
+def tensor_inputs(program: Any) -> list[str]:
+    """The names of the tensors that a loaded program takes, by position."""
+    import torch
+
+    values = _placeholders(program)
+    return [n for n in program.graph_signature.user_inputs if isinstance(values.get(n), torch.Tensor)]
+
+
+def _placeholders(program: Any) -> dict[str, Any]:
+    return {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+
+
 def _range(program: Any, size: Any) -> list[int | None]:
     if isinstance(size, int):
         return [size, size]
@@ -116,7 +125,7 @@ def _example_inputs(torch: Any, program: Any) -> Any:
     sizes that the program was traced with."""
     from torch.utils import _pytree as pytree
 
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    values = _placeholders(program)
     flat = []
     for name in program.graph_signature.user_inputs:
         value = values.get(name) if isinstance(name, str) else name

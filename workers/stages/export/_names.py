@@ -114,6 +114,23 @@ def make_room(model: ModelProto) -> list[str]:
     return [f"Tensors made room for the names that quantizers give: {told}."]
 
 
+def name_inputs(model: ModelProto, names: Sequence[str]) -> list[str]:
+    """Give the inputs these names, in their order: torch's exporter calls an input `x_orig` where the program hands it
+    on as it is, and its copy, the output, `x`. That one is `x_out` then. Returns notes; nothing to do where there are
+    more or fewer inputs than names."""
+    graph = model.graph
+    if len(graph.input) != len(names):
+        return []
+    renamed = {info.name: name for info, name in zip(graph.input, names, strict=True) if info.name != name}
+    known = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    known |= {name for node in graph.node for name in node.output if name}
+    handed_on = [name for name in renamed.values() if name in known and name not in renamed]
+    renamed |= {name: _fresh(f"{name}_out", known) for name in handed_on}
+    if renamed:
+        _rename_tensors(graph, renamed)
+    return [f"Output {renamed[name]!r} is input {name!r} as it is." for name in handed_on]
+
+
 def _fresh(name: str, known: set[str]) -> str:
     while name in known:
         name += "_"

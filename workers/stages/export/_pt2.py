@@ -12,10 +12,10 @@ import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure, model_failure
 from workers.graph import learned_ranges
-from workers.graph.exported_program import load_program, message_of, quiet
+from workers.graph.exported_program import load_program, message_of, quiet, tensor_inputs
 from workers.graph.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, read_skeleton
 from workers.stages.export._first_inference import Exported
-from workers.stages.export._names import rename_symbol
+from workers.stages.export._names import name_inputs, rename_symbol
 from workers.stages.export._pt2_guard import clean_copy
 from workers.stages.export._trial import TrialInputs, batch_sizes, compare, open_session
 from workers.stages.export._write import write_model
@@ -95,6 +95,10 @@ class Program:
                 remedy="Convert it to ONNX yourself, or replace the operation that has no ONNX counterpart.",
             ) from None
         model = read_skeleton(path)
+        names = {info.name for info in model.graph.input}
+        self.notes += name_inputs(model, tensor_inputs(self._program))
+        if names != {info.name for info in model.graph.input}:
+            write_model(model, folder)
         first: Any = next(
             (i.type.tensor_type.shape.dim[:1] for i in model.graph.input if i.type.tensor_type.shape.dim), []
         )

@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from onnx import ModelProto, TensorProto
 
-from workers.graph.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE
+from workers.artifacts import DATA_FILE
+from workers.graph.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE
 from workers.graph.onnx_graph import all_tensors, external_tensors
 from workers.stages.export._source import External, copy_range, point_to
 
