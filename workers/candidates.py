@@ -68,7 +68,8 @@ class Candidate:
     `narrows`: which of this model's types the library computes in narrower ones; what does is not lossless.
     `other_values`: its runtime options change the arithmetic, so that its accuracy is not that of the engine as built.
     `unlikely`: why it seldom wins on such a machine; only an exhaustive search tries it. `rest`: what the nodes compute
-    in that it does not quantize.
+    in that it does not quantize. `options_gain`: what its other runtime options may gain at most, where that is more
+    than options usually do: it is tried with them although without them it is not among the fastest.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Candidate:
     other_values: bool = False
     narrows: str | None = None
     rest: str = "fp32"
+    options_gain: float | None = None
 
     def __post_init__(self) -> None:
         assert not (self.lossless and self.narrows), "what computes in narrower types is not lossless"
@@ -111,6 +113,7 @@ class Candidate:
             unlikely=unlikely,
             other_values=other_values,
             lossless=self.lossless and not other_values,
+            options_gain=None,
         )
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from app.domain.failures import FailureKind, StageFailure
 from workers import registry
 from workers.artifacts import ONNX
-from workers.candidates import Candidate, Case, Member, Proposal, Rounding, StepPart, Target
+from workers.candidates import Candidate, Case, Member, Proposal, Rounding, Skipped, StepPart, Target
 from workers.examined import Examined, Refused
 from workers.serving.native import Instances, InTriton
 
@@ -235,6 +235,7 @@ class Backend(ABC):
     uses_cache: ClassVar[bool] = False  # it writes to the installation's cache folder, where no other call reaches it
     stops: ClassVar[bool] = False  # its build takes the option `max_seconds`, and ends by itself
     script_libraries: ClassVar[tuple[str, ...]] = ()  # what `infer_script` imports beside `libraries`
+    script_hurry: ClassVar[tuple[str, ...]] = ()  # arguments with which its script leaves out what tells only the time
     device: ClassVar[str] = "cpu"  # where its engines run, "cpu" or "cuda": what a build or a measurement locks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -275,6 +276,10 @@ class Backend(ABC):
     def propose(self, case: Case) -> Proposal:
         """What is worth trying for this case, in this backend's recipes. Pure: imports no library. Ids are unique over
         all backends (they start with a short name of the backend)."""
+
+    def lacking(self, case: Case) -> Sequence[Skipped]:  # noqa: ARG002
+        """What the report of a worker that does not offer it is to say of it. Pure, as `propose`."""
+        return ()
 
     @abstractmethod
     def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:

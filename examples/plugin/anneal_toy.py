@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from app.domain.failures import StageFailure, model_failure
 from workers.artifacts import ONNX
-from workers.backends.bundle_script import infer_script
+from workers.backends.bundle_script import HURRY, infer_script
 from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 from workers.graph.onnx_graph import model_specs
 from workers.kernel import (
@@ -91,6 +91,7 @@ class ToyBackend(Backend):
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)  # of the engine; this package's own version is part of all keys
     accepts: ClassVar[tuple[str, ...]] = (TOY_SUM,)
     engine_format: ClassVar[str] = "toy-engine"
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         return BackendInfo(self.name, {"numpy": np.__version__}, ("cpu",), ("fp32",))

@@ -13,6 +13,7 @@ from workers.candidates import Candidate, Step
 from workers.pipeline.planner import planned
 from workers.search import requests
 from workers.search.policy import Policy
+from workers.search.recording import Recorder
 from workers.search.requests import Done, Judge, Make, Rank, Request, Stopped, Time, TryShapes
 from workers.search.state import Deadlines, Facts, SearchState
 
@@ -99,6 +100,35 @@ class World:
             self.asked.append({**requests.to_json(request), "now": self.now})
             state = policy.take(state, request, self.answer(request), self.now)
         raise AssertionError("the search does not end")
+
+    def recorded(self) -> list[str]:
+        """The lines that a driver would write of it."""
+        lines: list[str] = []
+        kept, policy = Recorder(lines.append), self.policy()
+        of_policy, final = policy.variants, policy.final_seconds
+
+        def variants(plan: Candidate) -> list[Candidate]:
+            found = [*of_policy(plan)]
+            kept.has_variants(plan, found)
+            return found
+
+        def final_seconds(calls: Any) -> float:
+            kept.final_takes(final(calls))
+            return final(calls)
+
+        policy.variants, policy.final_seconds = variants, final_seconds
+        kept.begins(self.facts(), self.candidates(), self.deadlines(), self.now)
+        state = policy.begin(self.candidates(), self.deadlines(), self.now)
+        while True:
+            asked = self.now
+            state, request = policy.advance(state, asked)
+            if isinstance(request, Done):
+                kept.ends(request, asked)
+                return lines
+            assert not isinstance(request, Stopped)
+            answer = self.answer(request)
+            kept.told(request, answer, asked, self.now)
+            state = policy.take(state, request, answer, self.now)
 
     def answer(self, request: Request) -> dict[str, Any]:
         match request:

@@ -347,3 +347,13 @@ print(len(os.listdir("/proc/self/task")))
         counted.append(int(done.stdout.split()[-1]))
     if name == "onnxruntime":  # OpenVINO takes no more than there are cores
         assert counted[1] == counted[0] + 4
+
+
+@pytest.mark.parametrize("name", sorted(backends()))
+def test_a_script_takes_the_arguments_that_hurry_it(name: str) -> None:
+    """What a backend says of its own script, nobody looks into."""
+    kind = backends()[name]
+    engine = {"folder": "small", "backend": "onnxruntime", "runtime": {}, "most": None}
+    source = kind().infer_script({"input": "x", "axis": 0, "engines": [engine]} if kind.accepts == () else {})
+    options = [argument for argument in kind.script_hurry if argument.startswith("--")]
+    assert options == [option for option in ("--repeat",) if f'"{option}"' in source]

@@ -19,6 +19,7 @@ from app.domain.failures import StageFailure
 from tests.factories import onnx_models as models
 from tests.unit.test_bundle import Notes, infer, loaded
 from workers.artifacts import names_in
+from workers.backends.bundle_script import HURRY
 from workers.hardware import describe
 from workers.kernel import Session, StageContext, backends
 from workers.measure.benchmark_options import EngineOption
@@ -174,7 +175,7 @@ def test_the_bundle_runs_both_and_tells_a_difference_of_either(tmp_path: Path) -
     answers = [(rows(n), session.run(rows(n))) for n, session in ((1, small), (MOST + 1, large))]
     answers[1][1]["logits"] += 1
     with pytest.raises(StageFailure, match=r"serve\.py of the bundle.* answered otherwise"):
-        run_bundle(bundle, "m-fp32", answers, 1e-2, at_once=True)
+        run_bundle(bundle, "m-fp32", answers, 1e-2, at_once=True, arguments=HURRY)
 
     with np.load(bundle / "sample_input_large.npz") as sample:
         assert len(sample["input"]) == MOST + 1

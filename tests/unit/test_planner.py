@@ -53,6 +53,24 @@ def test_without_calibration_data_there_is_no_static_int8_and_the_reason_is_said
     assert "calibration data" in next(s.reason for s in found.skipped if s.name == "ort-int8-static")
 
 
+def test_a_worker_without_pytorch_says_what_a_program_would_bring() -> None:
+    """Figures are those of models of this class on this kind of hardware, or there are none."""
+
+    def told(kind: str, **changes: Any) -> list[str]:
+        found = _plan(CNN, kind, **changes)
+        return [s.reason for s in found.skipped if s.name == "Torch Inductor"]
+
+    h100 = {"gpu": {"compute_capability": "9.0"}}
+    (reason,) = told("cnn", hardware=h100)
+    assert "a worker that has PyTorch, in fp32 and fp16 and bf16" in reason
+    assert "an NVIDIA H200 to ONNX Runtime's best on an H100; docs/gpu-figures.md" in reason
+    assert "ResNet-50 0.41 ms to 0.574 at batch 1" in reason
+    assert "BERT-base" in told("transformer", hardware=h100)[0]
+    assert told("rnn", hardware=h100)[0].endswith("was not measured for models of this class.")
+    assert told("cnn", hardware={"gpu": {"compute_capability": "8.6"}})[0].endswith("GPU was not measured.")
+    assert told("cnn", spec={"target": {"backends": ["onnxruntime"]}}) == []
+
+
 def test_without_dot_product_instructions_the_range_is_reduced() -> None:
     assert not _quantize(_plan(CNN, "cnn"), "ort-int8-static")["reduce_range"]
     assert _quantize(_plan(CNN, "cnn", isa=["avx2"]), "ort-int8-static")["reduce_range"]

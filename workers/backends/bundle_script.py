@@ -6,6 +6,7 @@ import json
 
 from workers.rounding import TOLERANCES
 
+HURRY = ("--repeat", "1")  # of `infer_script`'s (`kernel.Backend.script_hurry`): no runs but one to tell the latency
 # Of every backend's `infer.py`: it takes `np`, `json`, `sys` and `HERE`.
 CHECK = '''
 # How far a number may be from the one where the engine was built, over the largest one of its output: another machine

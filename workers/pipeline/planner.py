@@ -9,6 +9,7 @@ import structlog
 
 from workers.candidates import Candidate, Case, Skipped
 from workers.kernel import Backend, stages
+from workers.kernel import backends as known_backends
 from workers.pipeline import training
 
 log = structlog.get_logger(__name__)
@@ -51,6 +52,7 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
         candidates += [planned(c) for c, reason in reasons if reason is None]
         skipped += proposal.skipped
         skipped += [Skipped(c.name, reason) for c, reason in reasons if reason is not None]
+    skipped += _lacking(case, backends)
     trained, why_not = _trained(case, candidates)
     skipped += why_not
     tried = {c.precision for c in candidates} | {"fp32"}
@@ -61,6 +63,18 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
         if precision not in tried and precision not in named
     ]
     return Plan((*sorted(candidates, key=lambda c: c.prior), *trained), tuple(skipped))
+
+
+def _lacking(case: Case, offered: Mapping[str, Backend]) -> list[Skipped]:
+    """What backends that this worker does not offer have to say, of those that the job allows."""
+    found: list[Skipped] = []
+    for name, backend in sorted(known_backends().items()):
+        if name not in offered and name in (case.spec.target.backends or {name}):
+            try:
+                found += backend().lacking(case)
+            except Exception:  # of a plug-in
+                log.exception("lacking_failed", backend=name)
+    return found
 
 
 def _trained(case: Case, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Skipped]]:

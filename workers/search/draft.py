@@ -98,7 +98,13 @@ class Draft:
 
     def tuning_gain(self, cid: str) -> float:
         """What other runtime options may still gain, at most; nothing where none would be tried."""
-        return TUNING_GAIN if any(v.unlikely is None for v in self.variants(self[cid].plan)) else 1.0
+        if not any(v.unlikely is None for v in self.variants(self[cid].plan)):
+            return 1.0
+        return max(TUNING_GAIN, self.large_gain(cid))
+
+    def large_gain(self, cid: str) -> float:
+        """What its options may gain beyond what options usually do; 1 where nothing is known to."""
+        return self[cid].plan.options_gain or 1.0
 
     def beyond_doubt(self, cid: str) -> bool:
         """Whether no further sample will show that it loses too much."""

@@ -37,12 +37,13 @@ def speed_of(spec: OptimizationSpec, figures: Mapping[str, Any] | None) -> Speed
     return None if ratio is None else Speed(float(ratio["ratio"]), float(ratio["low"]), float(ratio["high"]))
 
 
-def slower_elsewhere(spec: OptimizationSpec, figures: Mapping[str, Any]) -> str | None:
-    """A batch size other than the objective's at which the engine is slower with confidence: it can never ship."""
+def slower_elsewhere(spec: OptimizationSpec, figures: Mapping[str, Any], gain: float = 1.0) -> str | None:
+    """A batch size other than the objective's at which the engine is slower with confidence, whatever its options may
+    `gain`: it can never ship."""
     batch = primary_batch(spec, [*figures["batches"]])
     for size, at in figures["batches"].items():
         ratio = ratio_of(spec, at)
-        if size != batch and ratio is not None and ratio["high"] < SLOWER:
+        if size != batch and ratio is not None and ratio["high"] * gain < SLOWER:
             return f"slower at batch size {size}: {ratio['ratio']:.2f}x"
     return None
 

@@ -84,7 +84,7 @@ def _timed(d: Draft, cid: str, figures: Mapping[str, Any] | None, name: str, at:
         return
     d.put(cid, figures=figures, figures_at=at, speed=speed)
     d.note(cid, name, "timed", ratio=round(speed.ratio, 4), low=round(speed.low, 4), high=round(speed.high, 4))
-    elsewhere = halving.slower_elsewhere(d.spec, figures)
+    elsewhere = halving.slower_elsewhere(d.spec, figures, d.large_gain(cid))
     if elsewhere and not shall_shrink(d):
         d.put(cid, slow_elsewhere=d[cid].refused is None or d[cid].slow_elsewhere)
         d.drop(cid, name, elsewhere)

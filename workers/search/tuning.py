@@ -32,11 +32,11 @@ def begin(d: Draft) -> None:
 
 def _leaders(d: Draft, alive: list[str]) -> list[str]:
     """A further engine is tuned where its options may make it the fastest, or where the fastest may turn out to lose
-    too much."""
+    too much; more than one where options are known to gain much."""
     if not alive:
         return []
     low, sure = d.speed(alive[0]).low, d.beyond_doubt(alive[0])
-    further = alive[1 : limits.MOST_TUNED]
+    further = [i for n, i in enumerate(alive) if n >= 1 and (n < limits.MOST_TUNED or d.large_gain(i) > 1)]
     return alive[:1] + [i for i in further if not sure or halving.can_win(d.speed(i), low, gain=d.tuning_gain(i))]
 
 

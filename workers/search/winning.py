@@ -68,9 +68,10 @@ def _would_be_sure(d: Draft, cid: str) -> bool:
 
 
 def _gain(d: Draft, cid: str) -> float:
-    """Other runtime options are tried for the fastest accurate ones only: a further one has to win as it is."""
+    """Other runtime options are tried for the fastest accurate ones only: a further one has to win as it is, unless
+    options are known to gain much."""
     faster = sum(d.speed(i).ratio >= d.speed(cid).ratio for i in d.state.accurate)
-    return d.tuning_gain(cid) if faster < limits.MOST_TUNED else 1.0
+    return d.tuning_gain(cid) if faster < limits.MOST_TUNED or d.large_gain(cid) > 1 else 1.0
 
 
 def _order(d: Draft) -> list[str]:

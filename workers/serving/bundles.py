@@ -16,6 +16,7 @@ from workers.kernel import Backend, Session
 from workers.measure.axes import batch_axes
 from workers.members import scripts_of
 from workers.serving import kserve, triton
+from workers.serving.launching import SERVER
 from workers.serving.native import Instances, InTriton
 from workers.serving.triton_server import Example, NotLoaded, replayed, running
 
@@ -155,7 +156,7 @@ def _tried(
 
 
 def _kserve(bundled: Bundled, kinds: Kinds) -> None:
-    if kserve.SERVER not in bundled.texts:
+    if SERVER not in bundled.texts:
         kinds.entries["kserve"] = {"reason": "The bundle has no server of its own."}
         return
     deployment = bundled.manifest.get("deployment") or {}

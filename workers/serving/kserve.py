@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.serving.batcher import SECONDS
+from workers.serving.launching import SERVER
 
 FOLDER = "kserve"  # of the bundle and of the archive
 IMAGE_FOLDER = "image"  # of the archive: what the image is built from
-SERVER = "serve.py"
 PORT = 8000
 _PORT_NAME = "http1"  # as KServe knows it
 _MOST_REPLICAS = 10

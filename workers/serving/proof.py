@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
-import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.domain.failures import StageFailure
+from workers.serving.launching import port_of, process, server_command
 from workers.serving.probe import apart
 from workers.serving.v2_client import Connection, Refused
 
@@ -29,26 +28,33 @@ _TOLD = 1500  # of what a process wrote
 
 
 def run_bundle(
-    folder: Path, name: str, examples: Sequence[tuple[Arrays, Arrays]], allowed: float, *, at_once: bool
+    folder: Path,
+    name: str,
+    examples: Sequence[tuple[Arrays, Arrays]],
+    allowed: float,
+    *,
+    at_once: bool,
+    arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What was seen: {infer_s, serve_s, largest_difference}. `folder`: the unpacked bundle, which is written to;
     `name`: the model's; `examples`: (sample, expected output) for each engine in it; `allowed`: see
     `workers.serving.probe.apart`. `at_once`: both beside each other, where the machine holds two of these engines.
+    `arguments`: of `infer.py` (`kernel.Backend.script_hurry`).
 
     Raises StageFailure `bundle_fails`."""
     start = time.perf_counter()
     with ExitStack() as stack:
-        infer = stack.enter_context(_process(folder, "infer", _infer_arguments(folder)))
+        infer = stack.enter_context(process(folder, _log(folder, "infer"), [sys.executable, "infer.py", *arguments]))
         if not at_once:
-            _finished(infer, folder)
+            _finished(infer, folder, "infer")
         infer_s = time.perf_counter() - start
-        serve = stack.enter_context(_process(folder, "serve", ["serve.py", "--port", "0"]))
+        serve = stack.enter_context(process(folder, _log(folder, "serve"), server_command(), reads=True))
         port = _port(serve, folder)
         worst = max(_asked(port, name, *example, allowed, folder) for example in examples)
         serve.send_signal(signal.SIGTERM)
         if at_once:
-            infer_s = _finished(infer, folder) - start
-        _finished(serve, folder)
+            infer_s = _finished(infer, folder, "infer") - start
+        _finished(serve, folder, "serve")
     return {
         "infer_s": round(infer_s, 3),
         "serve_s": round(time.perf_counter() - start - (0.0 if at_once else infer_s), 3),
@@ -56,38 +62,10 @@ def run_bundle(
     }
 
 
-def _infer_arguments(folder: Path) -> list[str]:
-    """Without the runs that only tell the latency, where the script can leave them out."""
-    script = (folder / "infer.py").read_text(encoding="utf-8")
-    return ["infer.py", "--repeat", "1"] if '"--repeat"' in script else ["infer.py"]
-
-
-@contextmanager
-def _process(folder: Path, what: str, arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    with (folder / f"{what}-{_LOG}").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if what == "serve" else log,
-            stderr=log,
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _finished(process: subprocess.Popen[bytes], folder: Path) -> float:
+def _finished(started: subprocess.Popen[bytes], folder: Path, what: str) -> float:
     """When it had ended, which it is to do with exit code 0."""
-    what = Path(str(process.args[1])).stem  # type: ignore[index]
     try:
-        code = process.wait(_LIMIT_S)
+        code = started.wait(_LIMIT_S)
     except subprocess.TimeoutExpired:
         raise _failure(folder, what, f"did not end within {_LIMIT_S:.0f} s") from None
     if code:
@@ -101,10 +79,10 @@ def _port(serve: subprocess.Popen[bytes], folder: Path) -> int:
     told = b""
     if select.select([serve.stdout], [], [], _LIMIT_S)[0]:
         told = serve.stdout.readline()
-    found = re.search(rb"http://\S+:(\d+)", told)
-    if found is None:
+    port = port_of(told)
+    if port is None:
         raise _failure(folder, "serve", "did not come to listen")
-    return int(found[1])
+    return port
 
 
 def _asked(port: int, name: str, sample: Arrays, expected: Arrays, allowed: float, folder: Path) -> float:
@@ -124,10 +102,14 @@ def _asked(port: int, name: str, sample: Arrays, expected: Arrays, allowed: floa
     return worst
 
 
+def _log(folder: Path, what: str) -> Path:
+    return folder / f"{what}-{_LOG}"
+
+
 def _failure(folder: Path, what: str, how: str) -> StageFailure:
     text = ""
     with contextlib.suppress(OSError):
-        text = (folder / f"{what}-{_LOG}").read_text(encoding="utf-8", errors="replace")[-_TOLD:].strip()
+        text = _log(folder, what).read_text(encoding="utf-8", errors="replace")[-_TOLD:].strip()
     return StageFailure(
         "bundle_fails",
         f"{what}.py of the bundle, run as its user would, {how}." + (f" It wrote: {text}" if text else ""),

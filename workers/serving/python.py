@@ -111,7 +111,8 @@ def tried(bundle: Path, bundled: Bundled, reporter: Reporter) -> dict[str, Any]:
     at_once = small and bundled.backend.device == Backend.device
     precision = str((bundled.manifest.get("engine") or {}).get("precision", "fp32"))
     examples = [(bundled.sample, bundled.expected), *bundled.further]
-    return run_bundle(folder, bundled.name, examples, allowed(precision), at_once=at_once)
+    hurry = bundled.backend.script_hurry
+    return run_bundle(folder, bundled.name, examples, allowed(precision), at_once=at_once, arguments=hurry)
 
 
 def _lacking(text: str) -> list[str]:

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from workers.rounding import tolerance
+from workers.serving.probe import apart
 from workers.serving.v2_client import Connection, Refused
 
 if TYPE_CHECKING:
@@ -119,20 +118,14 @@ def _asked(server: Server, example: Example, times: int) -> float:
         raise NotLoaded(f"it does not answer: {error}") from error
     finally:
         connection.close()
-    return max(_apart(answer[name], wanted) for answer in found for name, wanted in example.expected.items())
+    return max(
+        apart(_shaped(answer[name], wanted), wanted) for answer in found for name, wanted in example.expected.items()
+    )
 
 
-def _apart(found: Any, wanted: Any) -> float:
-    if found.dtype != wanted.dtype or found.shape not in (wanted.shape, (*wanted.shape, 1)):
-        return float("inf")
-    if wanted.dtype.kind != "f":
-        return 0.0 if np.array_equal(found.reshape(wanted.shape), wanted) else float("inf")
-    a, b = found.reshape(wanted.shape).astype(np.float64), wanted.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-    size = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
-    worst = float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
-    return worst / size if size else worst
+def _shaped(found: Any, wanted: Any) -> Any:
+    """Without the axis that Triton gives to what has none."""
+    return found.reshape(wanted.shape) if found.shape == (*wanted.shape, 1) else found
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, ready_s: float) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
 import statistics
 import subprocess
-import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +22,7 @@ from pydantic import Field
 from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.method import versions
-from workers.serving.kserve import SERVER
+from workers.serving.launching import SERVER, process, server_command
 from workers.serving.v2_client import Connection, Refused
 
 _STARTS = 3
@@ -115,11 +112,11 @@ def started(folder: Path, until: float) -> Start:
     outputs = [told["name"] for told in manifest["outputs"]]
     log = folder.parent / "serve.log"
     began = time.monotonic()
-    with _server(folder, log) as process:
-        _until(process, log, until, lambda: _port(process.pid) is not None)
-        port = _port(process.pid) or 0
-        alive = _until(process, log, until, lambda: _status(port, "live", until) is not None) - began
-        ready = _until(process, log, until, lambda: _status(port, "ready", until) == http.HTTPStatus.OK) - began
+    with process(folder, log, server_command("--name", _MODEL, "--grace", "1")) as server:
+        _until(server, log, until, lambda: _port(server.pid) is not None)
+        port = _port(server.pid) or 0
+        alive = _until(server, log, until, lambda: _status(port, "live", until) is not None) - began
+        ready = _until(server, log, until, lambda: _status(port, "ready", until) == http.HTTPStatus.OK) - began
         connection = Connection(port, _MODEL, max(until - time.monotonic(), 0.1))
         try:
             connection.infer(feeds, outputs)
@@ -130,31 +127,11 @@ def started(folder: Path, until: float) -> Start:
         return Start(alive, ready, time.monotonic() - began)
 
 
-@contextmanager
-def _server(folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """In a group of its own, with its instances; nothing of it is left afterwards."""
-    command = [sys.executable, SERVER, "--port", "0", "--name", _MODEL, "--grace", "1"]
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=folder, env=clean, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=3)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _until(process: subprocess.Popen[bytes], log: Path, until: float, there: Callable[[], bool]) -> float:
+def _until(server: subprocess.Popen[bytes], log: Path, until: float, there: Callable[[], bool]) -> float:
     """The moment at which it is there."""
     while not there():
-        if process.poll() is not None:
-            raise _failure(f"its server ended with {process.returncode}", log)
+        if server.poll() is not None:
+            raise _failure(f"its server ended with {server.returncode}", log)
         if time.monotonic() > until:
             raise _failure("its server was not there when the time was up", log)
         time.sleep(_PAUSE_S)

@@ -32,6 +32,7 @@ from workers.measure.load.tuning import Space
 from workers.measure.method import load_method, versions
 from workers.serving.batcher import Settings
 from workers.serving.instances import keep_freed_memory
+from workers.serving.launching import SERVER
 from workers.serving.probe import Padding, padding
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -94,7 +95,7 @@ class LoadTest(Stage[LoadTestOptions]):
         arrivals, rate = Arrivals.of(traffic), rate_of(traffic)
         space = _space(backend, options, base, inputs, accepts, ctx.hardware.get("cpu_quota"))
         launches = [launch_of(bundle, base), launch_of(original, one)]
-        if (bundle / "serve.py").exists():
+        if (bundle / SERVER).exists():
             launches.append(launch_server(bundle, base))
         benches = [Bench(x, mix, arrivals, limit, clock, options.seed + 10_000 * i) for i, x in enumerate(launches)]
         served = benches[2] if len(benches) > 2 else None

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from app.domain.failures import FailureKind, StageFailure
 from workers import kernel
 from workers.artifacts import BY_BATCH, ONNX
+from workers.backends.bundle_script import HURRY
 from workers.backends.by_batch.script import infer_script
 from workers.backends.by_batch.session import ByBatchSession
 from workers.backends.options import parsed
@@ -48,6 +49,7 @@ class ByBatchBackend(Backend):
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     accepts: ClassVar[tuple[str, ...]] = ()
     engine_format: ClassVar[str] = BY_BATCH
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
 
     @classmethod
     def members(cls, runtime: Mapping[str, Any]) -> tuple[Member, ...]:

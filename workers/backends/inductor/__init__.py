@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from workers.artifacts import EXPORTED_PROGRAM, INDUCTOR_PACKAGE
+from workers.backends.bundle_script import HURRY
 from workers.backends.inductor import build as building
 from workers.backends.inductor import recipes as inductor_recipes
 from workers.backends.inductor.library import facts_of, library, torch_version
@@ -14,7 +15,7 @@ from workers.backends.inductor.options import BuildOptions, RuntimeOptions
 from workers.backends.inductor.script import infer_script
 from workers.backends.inductor.session import load_session
 from workers.backends.options import parsed
-from workers.candidates import BF16_FLAGS, Candidate, Case, Proposal
+from workers.candidates import BF16_FLAGS, Candidate, Case, Proposal, Skipped
 from workers.devices.cuda import compute_capability
 from workers.devices.cuda import runtime as cuda_runtime
 from workers.kernel import Backend, BackendInfo, Reporter, Session
@@ -30,6 +31,7 @@ class _Inductor(Backend):
     engine_format: ClassVar[str] = INDUCTOR_PACKAGE
     signed: ClassVar[bool] = True
     script_libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
 
     @classmethod
     def facts_of_build(cls, hardware: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,6 +78,9 @@ class InductorBackend(_Inductor):
 
     def propose(self, case: Case) -> Proposal:
         return inductor_recipes.propose_cpu(case)
+
+    def lacking(self, case: Case) -> Sequence[Skipped]:
+        return inductor_recipes.lacking(case)
 
     def variants(self, case: Case, candidate: Candidate) -> Sequence[Candidate]:
         return inductor_recipes.variants_cpu(case, candidate)

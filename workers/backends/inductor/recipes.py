@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from workers import recipes
 from workers.artifacts import EXPORTED_PROGRAM
+from workers.backends.inductor.gains import only_for_programs
 from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 
 # Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16. Guesses beside OpenVINO's measured ones; they
@@ -22,6 +23,21 @@ FP8_FROM = 8.9
 _KINDS_OF_PRODUCTS = (("Conv", "ConvTranspose"), ("MatMul", "Gemm", "Attention"))
 
 
+@dataclass(frozen=True)
+class _Place:
+    """One of the two backends. `prefix`: of its candidates' ids; `words`: where it runs, in their names.
+    `options_gain`: as a candidate's."""
+
+    backend: str
+    prefix: str
+    words: str = ""
+    options_gain: float | None = None
+
+
+_ON_CPU = _Place("inductor", "ti")
+_ON_CUDA = _Place("inductor-cuda", "tic", "CUDA, ", recipes.GRAPH_GAIN)
+
+
 def propose_cpu(case: Case) -> Proposal:
     why = _why_not(case)
     if why is not None:
@@ -29,15 +45,20 @@ def propose_cpu(case: Case) -> Proposal:
     candidates, skipped = [], []
     fp32, bf16 = _CPU_PRIORS.get(case.kind, _CPU_PRIORS["other"])
     if case.wants("fp32"):
-        candidates.append(_candidate("inductor", "ti-fp32", "fp32", fp32))
+        candidates.append(_candidate(_ON_CPU, "fp32", fp32))
     if case.wants("bf16"):
         if not case.bf16_pays:
             skipped.append(Skipped("ti-bf16", "the processor has no bf16 instructions"))
         elif not _products(case):
             skipped.append(Skipped("ti-bf16", "the model has no float32 products to convert"))
         else:
-            candidates.append(_candidate("inductor", "ti-bf16", "bf16", bf16))
+            candidates.append(_candidate(_ON_CPU, "bf16", bf16))
     return Proposal(tuple(candidates), tuple(skipped))
+
+
+def lacking(case: Case) -> tuple[Skipped, ...]:
+    """What a worker without PyTorch says of it: it never gets a program, which only others take."""
+    return (Skipped("Torch Inductor", only_for_programs(case, here=False)),)
 
 
 def propose_cuda(case: Case, capability: float) -> Proposal:
@@ -49,14 +70,12 @@ def propose_cuda(case: Case, capability: float) -> Proposal:
     found: list[Candidate] = []
     skipped: list[Skipped] = []
     if case.wants("fp32"):
-        found.append(_candidate("inductor-cuda", "tic-fp32", "fp32", _CUDA_PRIORS["fp32"]))
+        found.append(_candidate(_ON_CUDA, "fp32", _CUDA_PRIORS["fp32"]))
     for precision, least in _HALF_FROM.items():
         if not case.wants(precision) or capability < least or not _products(case):
             continue
         for channels_last in _layouts(case):
-            cid = f"tic-{precision}{'-nhwc' if channels_last else ''}"
-            prior = _CUDA_PRIORS[precision]
-            found.append(_candidate("inductor-cuda", cid, precision, prior, channels_last=channels_last))
+            found.append(_candidate(_ON_CUDA, precision, _CUDA_PRIORS[precision], channels_last=channels_last))
     if case.wants("fp8"):
         why = _why_no_fp8(case, capability)
         if why is None:
@@ -68,13 +87,13 @@ def propose_cuda(case: Case, capability: float) -> Proposal:
 
 def _fp8(case: Case) -> Candidate:
     """The program calibrated, and compiled with its matrix products in float8, the rest in fp16."""
-    last = _layouts(case)[0]
-    plain = _candidate("inductor-cuda", "tic-fp8", "fp16", _CUDA_PRIORS["fp8"], channels_last=last)
+    plain = _candidate(_ON_CUDA, "fp16", _CUDA_PRIORS["fp8"], channels_last=_layouts(case)[0])
     calibration = recipes.calibration_options(case)
     calibration["max_samples"] = min(calibration["max_samples"], _FP8_SAMPLES)
     step = Step("observe", calibration, ("calibration",))
     name = "Torch Inductor CUDA, products in fp8, fp16"
-    return replace(plain, name=name, precision="fp8", steps=(step,), rest="fp16")
+    cid = f"{_ON_CUDA.prefix}-fp8"
+    return replace(plain, id=cid, name=name, precision="fp8", steps=(step,), rest="fp16")
 
 
 def _why_no_fp8(case: Case, capability: float) -> str | None:
@@ -101,12 +120,7 @@ def variants_cuda(candidate: Candidate) -> tuple[Candidate, ...]:
 
 def _why_not(case: Case) -> str | None:
     if EXPORTED_PROGRAM not in case.kinds:
-        half = "fp16 and bf16" if case.hardware.get("gpu") else "bf16" if case.bf16_pays else None
-        gains = f", in fp32 and {half}" if half else ""
-        return (
-            "only for .pt2: an ONNX file holds no program that Inductor could compile. Uploaded as "
-            f"torch.export.save writes it, the same model would be compiled for this machine, too{gains}"
-        )
+        return only_for_programs(case)
     if not case.hardware.get("cxx"):
         return "Inductor compiles with a C++ compiler (g++), and this worker has none"
     if case.spec.budget_seconds < LEAST_BUDGET_S:
@@ -131,16 +145,16 @@ def _products(case: Case) -> bool:
     return not case.quantized and bool(case.has("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention"))
 
 
-def _candidate(backend: str, cid: str, precision: str, prior: float, *, channels_last: bool = False) -> Candidate:
-    where = "CUDA, " if backend.endswith("cuda") else ""
+def _candidate(place: _Place, precision: str, prior: float, *, channels_last: bool = False) -> Candidate:
     layout = ", channels last" if channels_last else ""
     return Candidate(
-        cid,
-        f"Torch Inductor {where}{precision}{layout}",
-        backend,
+        f"{place.prefix}-{precision}{'-nhwc' if channels_last else ''}",
+        f"Torch Inductor {place.words}{precision}{layout}",
+        place.backend,
         precision,
         (),
         build_options={"precision": precision, **({"channels_last": True} if channels_last else {})},
         lossless=precision == "fp32",
         prior=prior,
+        options_gain=place.options_gain,
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from app.domain.failures import StageFailure
-from workers.artifacts import ONNX
+from workers.artifacts import DATA_FILE, ONNX
+from workers.backends.bundle_script import HURRY
 from workers.backends.onnxruntime import profile as profiling
 from workers.backends.onnxruntime import recipes as ort_recipes
 from workers.backends.onnxruntime.script import infer_script
@@ -22,7 +23,7 @@ from workers.backends.onnxruntime.session import (
 )
 from workers.backends.options import parsed
 from workers.candidates import Candidate, Case, Proposal
-from workers.graph.onnx_files import DATA_FILE, INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
+from workers.graph.onnx_files import INLINE_LIMIT_BYTES, MODEL_FILE, files_of, link_or_copy, size_of
 from workers.kernel import WARM_UP_RUNS, Backend, BackendInfo, LayerTime, Reporter, Session
 from workers.serving.native import Instances, InTriton
 
@@ -37,6 +38,7 @@ class OnnxRuntimeBackend(Backend):
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     engine_format: ClassVar[str] = ONNX
     reference: ClassVar[bool] = True
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """None where ONNX Runtime is not installed."""

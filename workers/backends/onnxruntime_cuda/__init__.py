@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from app.domain.failures import StageFailure
 from workers.artifacts import ONNX
+from workers.backends.bundle_script import HURRY
 from workers.backends.onnxruntime_cuda import recipes as cuda_recipes
 from workers.backends.onnxruntime_cuda.script import infer_script
 from workers.backends.onnxruntime_cuda.serving import in_triton
@@ -35,6 +36,7 @@ class OnnxRuntimeCudaBackend(Backend):
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
     engine_format: ClassVar[str] = ONNX
     device: ClassVar[str] = "cuda"
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:
         """None where ONNX Runtime has no CUDA provider or there is no usable GPU. Does not touch CUDA itself: the

@@ -100,4 +100,5 @@ def _int8(case: Case, candidates: list[Candidate], skipped: list[Skipped]) -> No
 def _candidate(
     cid: str, name: str, precision: str, steps: list[Step], *, lossless: bool = False, prior: float = 0.98
 ) -> Candidate:
-    return Candidate(cid, name, _NAME, precision, tuple(steps), lossless=lossless, prior=prior)
+    gain = recipes.GRAPH_GAIN
+    return Candidate(cid, name, _NAME, precision, tuple(steps), lossless=lossless, prior=prior, options_gain=gain)

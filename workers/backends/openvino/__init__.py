@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.artifacts import ONNX, OPENVINO_IR
+from workers.backends.bundle_script import HURRY
 from workers.backends.openvino import recipes
 from workers.backends.openvino.script import infer_script
 from workers.backends.openvino.serving import in_triton
@@ -89,6 +90,7 @@ class OpenVinoBackend(Backend):
     accepts: ClassVar[tuple[str, ...]] = (ONNX, OPENVINO_IR)
     engine_format: ClassVar[str] = OPENVINO_IR
     reference: ClassVar[bool] = True
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
     plain_runtime: ClassVar[Mapping[str, Any]] = {"inference_precision": "f32"}
 
     def probe(self, hardware: Mapping[str, Any]) -> BackendInfo | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from workers import recipes
@@ -12,6 +13,24 @@ _NAME = "openvino"
 # Values beyond int32 are cut to their lower 32 bits; Mod, Div, comparisons and sums were seen in float32, and int8 and
 # uint8 arithmetic that saturates where it should wrap.
 ARITHMETIC = Narrowing("float32", "int32, or in float32", "OpenVINO 2026.4.1, CPU")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One of the forms that a model is tried in. `rest`: what is not quantized computes in; `place`: of its figure in
+    a row of `_PRIORS`."""
+
+    id: str
+    name: str
+    precision: str
+    rest: str
+    place: int
+
+
+_FP32 = _Form("ov-fp32", "fp32", "fp32", "fp32", 0)
+_BF16 = _Form("ov-bf16", "bf16", "bf16", "bf16", 1)
+_INT8 = _Form("ov-int8", "NNCF int8", "int8", "fp32", 2)
+_INT8_BF16 = _Form("ov-int8-bf16", "NNCF int8, rest in bf16", "int8", "bf16", 3)
 # Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16, int8 (rest in fp32), int8 (rest in bf16). Measured
 # at batch 1 on x86 with VNNI and BF16 (docs/backends.md).
 _PRIORS = {
@@ -20,6 +39,7 @@ _PRIORS = {
     "rnn": (1.15, 0.63, 1.1, 0.65),
     "other": (1.05, 0.7, 0.6, 0.6),
 }
+_COMPUTES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's own names
 # A call of a small model takes well under a millisecond, most of which is OpenVINO's fixed cost.
 _SMALL_FACTOR = {"fp32": 1.4, "bf16": 1.9, "int8": 2.5}
 # NNCF's own default; statistics of further samples cost an inference each and move little.
@@ -32,21 +52,21 @@ def propose(case: Case) -> Proposal:
     skipped: list[Skipped] = []
     plain = (recipes.simplify(),)
     if case.wants("fp32"):
-        candidates.append(_candidate(case, "ov-fp32", "fp32", "fp32", plain, lossless=True))
+        candidates.append(_candidate(case, _FP32, plain, lossless=True))
     if case.wants("bf16"):
         if case.bf16_pays:
-            candidates.append(_candidate(case, "ov-bf16", "bf16", "bf16", plain))
+            candidates.append(_candidate(case, _BF16, plain))
         else:
-            skipped.append(Skipped("ov-bf16", "the processor has no bf16 instructions"))
+            skipped.append(Skipped(_BF16.id, "the processor has no bf16 instructions"))
     if case.wants("int8"):
         reason = _no_int8(case)
         if reason:
-            skipped.append(Skipped("ov-int8", reason))
+            skipped.append(Skipped(_INT8.id, reason))
         else:
             steps = (*plain, nncf_int8(case))
-            candidates.append(_candidate(case, "ov-int8", "NNCF int8", "int8", steps))
+            candidates.append(_candidate(case, _INT8, steps))
             if case.bf16_pays and case.wants("bf16"):
-                candidates.append(_candidate(case, "ov-int8-bf16", "NNCF int8, rest in bf16", "int8", steps))
+                candidates.append(_candidate(case, _INT8_BF16, steps))
     return Proposal(tuple(candidates), tuple(skipped))
 
 
@@ -106,26 +126,22 @@ def _has_siblings(hardware: Mapping[str, Any]) -> bool:
     return bool(physical and logical and logical > physical)
 
 
-def _candidate(
-    case: Case, cid: str, name: str, precision: str, steps: tuple[Step, ...], *, lossless: bool = False
-) -> Candidate:
-    fp32, bf16, int8, int8_bf16 = _PRIORS.get(case.kind, _PRIORS["other"])
-    prior = {"ov-fp32": fp32, "ov-bf16": bf16, "ov-int8": int8, "ov-int8-bf16": int8_bf16}[cid]
-    if precision == "int8" and not case.int8_pays:
+def _candidate(case: Case, form: _Form, steps: tuple[Step, ...], *, lossless: bool = False) -> Candidate:
+    prior = _PRIORS.get(case.kind, _PRIORS["other"])[form.place]
+    if form.precision == "int8" and not case.int8_pays:
         prior = max(prior, 0.9)
     if recipes.is_small(case):
-        prior = round(prior * _SMALL_FACTOR[precision], 2)
-    compute, rest = ("bf16", "bf16") if cid.endswith("bf16") else ("f32", "fp32")
+        prior = round(prior * _SMALL_FACTOR[form.precision], 2)
     narrows = ARITHMETIC.of(case)
     return Candidate(
-        cid,
-        f"OpenVINO {name}",
+        form.id,
+        f"OpenVINO {form.name}",
         _NAME,
-        precision,
+        form.precision,
         steps,
-        runtime={"inference_precision": compute},
+        runtime={"inference_precision": _COMPUTES[form.rest]},
         lossless=lossless and narrows is None,
         prior=prior,
         narrows=narrows,
-        rest=rest,
+        rest=form.rest,
     )

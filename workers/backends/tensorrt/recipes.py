@@ -111,5 +111,14 @@ def _candidate(
     narrows = ARITHMETIC.of(case)
     lossless = precision == "fp32" and not tf32 and narrows is None
     return Candidate(
-        cid, name, library.name, precision, tuple(steps), options, lossless=lossless, prior=prior, narrows=narrows
+        cid,
+        name,
+        library.name,
+        precision,
+        tuple(steps),
+        options,
+        lossless=lossless,
+        prior=prior,
+        narrows=narrows,
+        options_gain=recipes.GRAPH_GAIN,
     )

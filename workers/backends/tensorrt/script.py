@@ -41,6 +41,7 @@ PRIMARY = pycuda.autoprimaryctx.context
 
 # How this engine was measured. `declared`: where the model's type differs from the engine's.
 RUNTIME = json.loads(r"""__RUNTIME__""")
+COMPILES_WHEN_LOADED = __COMPILES__  # for the GPU that is here, of the compute capability that it was built for
 DECLARED = RUNTIME.get("declared", {})
 
 
@@ -82,8 +83,8 @@ def read_engine(logger):
         raise SystemExit(f"The engine needs TensorRT {facts['tensorrt']}, here is {trt.__version__}.")
     device, built = pycuda.autoprimaryctx.device, facts["gpu"]
     found, level = ".".join(map(str, device.compute_capability())), facts["hardware_compatibility"]
-    if facts.get("library") == "tensorrt-rtx":
-        level = "same_compute_capability"  # it is compiled here, when it is loaded
+    if COMPILES_WHEN_LOADED:
+        level = "same_compute_capability"
     other_model = level == "none" and device.name() != built["name"]
     if other_model or (level != "ampere_plus" and found != built["compute_capability"]):
         raise SystemExit(f"The engine is for {built['name']}, here is {device.name()}.")
@@ -251,4 +252,5 @@ def infer_script(runtime: Mapping[str, Any], version: str, library: Library = TE
     """Source of a standalone script for this engine; `version` is the TensorRT that was measured."""
     told = json.dumps(dict(runtime), indent=4, sort_keys=True).replace('"""', r"\"\"\"")
     named = _TEMPLATE.replace("__MODULE__", library.module).replace("__LIBRARY__", library.distributions[0])
+    named = named.replace("__COMPILES__", str(library.compiles_when_loaded))
     return named.replace("__CHECK__", COMMON).replace("__RUNTIME__", told).replace("__VERSION__", version)

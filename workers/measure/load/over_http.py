@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ from workers.measure.load.bench import Launch, Running, Setup
 from workers.measure.load.served import settings_of
 from workers.measure.load.target import FAILED, OK, REJECTED, TIMED_OUT, Counters, Feeds, Outcome
 from workers.serving.batcher import Settings
+from workers.serving.launching import environment, port_of, server_command
 from workers.serving.v2 import DATATYPES
 
 MODEL = "model"
@@ -173,8 +173,9 @@ def launch_server(folder: Path, base: Settings) -> Launch:
 async def _serving(folder: Path, settings: Settings) -> AsyncIterator[Running]:
     (folder / "serving.json").write_text(json.dumps(settings.to_json()), encoding="utf-8")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(folder / "serve.py"), "--port", "0", "--name", MODEL),
+        *server_command("--name", MODEL),
         cwd=folder,
+        env=environment(),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -196,11 +197,11 @@ async def _url(process: asyncio.subprocess.Process) -> str:
         line = await asyncio.wait_for(process.stdout.readline(), _START_S)
     except TimeoutError:
         line = b""
-    url = next((word for word in line.decode(errors="replace").split() if word.startswith("http://")), None)
-    if url is None:
+    port = port_of(line)
+    if port is None:
         detail = f"serve.py of the bundle was not ready within {time.monotonic() - began:.1f} s."
         raise StageFailure("server_does_not_start", detail, stage="load_test", cacheable=False)
-    return url
+    return f"http://127.0.0.1:{port}"
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -1,0 +1,75 @@
+"""What a program would bring where only its ONNX form was uploaded: figures of models of the same class, and where they
+are from. They were measured by this service's own benchmarks, none of them in the job whose report they stand in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.candidates import Case
+from workers.devices.cuda import compute_capability
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`ours`, `theirs`: ms of Inductor's fastest engine and of the fastest of its ONNX form, by batch size."""
+
+    model: str
+    ours: dict[int, float]
+    theirs: dict[int, float]
+
+    def told(self) -> str:
+        at = [f"{ours:g} ms to {self.theirs[b]:g} at batch {b}" for b, ours in self.ours.items()]
+        return f"{self.model} {', '.join(at)}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """By class of model (`Case.kind`). `on`: what with; `source`: where the figures stand."""
+
+    on: str
+    source: str
+    by_kind: dict[str, tuple[Compared, ...]]
+
+
+ON_HOPPER = Measured(
+    "fp16 with CUDA graphs, an NVIDIA H200 to ONNX Runtime's best on an H100",
+    "docs/gpu-figures.md",
+    {
+        "cnn": (Compared("ResNet-50", {1: 0.410, 32: 1.338}, {1: 0.574, 32: 3.116}),),
+        "transformer": (
+            Compared("ViT-B/16", {1: 0.631, 32: 3.199}, {1: 1.004, 32: 5.105}),
+            Compared("BERT-base", {1: 0.504, 32: 1.838}, {1: 0.775, 32: 2.753}),
+        ),
+    },
+)
+ON_CPU = Measured("", "", {})
+_HOPPER = 9.0  # compute capability
+
+
+def only_for_programs(case: Case, *, here: bool = True) -> str:
+    """Why there is no candidate for an ONNX upload, and what a program would bring. `here`: whether this worker could
+    compile one."""
+    half = "fp16 and bf16" if case.hardware.get("gpu") else "bf16" if case.bf16_pays else None
+    gains = f", in fp32 and {half}" if half else ", in fp32"
+    able = "would be compiled for this machine, too" if here else "would be compiled by a worker that has PyTorch"
+    return (
+        "only for .pt2: an ONNX file holds no program that Inductor could compile. Uploaded as torch.export.save "
+        f"writes it, the same model {able}{gains}. {_figures(case)}"
+    )
+
+
+def _figures(case: Case) -> str:
+    measured = _measured(case)
+    if measured is None:
+        return "What that brings on this kind of GPU was not measured."
+    found = measured.by_kind.get(case.kind, ())
+    if not found:
+        return "What that brings was not measured for models of this class."
+    told = "; ".join(c.told() for c in found)
+    return f"Measured elsewhere, not in this job ({measured.on}; {measured.source}): {told}."
+
+
+def _measured(case: Case) -> Measured | None:
+    if not case.hardware.get("gpu"):
+        return ON_CPU
+    return ON_HOPPER if compute_capability(case.hardware) == _HOPPER else None
