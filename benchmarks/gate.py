@@ -34,9 +34,9 @@ from workers.measure.shares import judging
 from workers.measure.stats import Level, Loss, p99_bound, paired_loss, paired_normalized_error
 from workers.measure.truth import share_figures
 from workers.pipeline.budget import Budget
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.checking import confidence_of_each, confirm
 from workers.pipeline.checks import LOSS, p99_check
-from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.planner import Plan
 from workers.pipeline.select import Tried, judge
 from workers.search.driver import Search

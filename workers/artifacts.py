@@ -3,6 +3,7 @@ another package may have kinds of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,10 @@ TENSORRT_RTX_PLAN: Final = "tensorrt-rtx-plan"  # the same, of TensorRT for RTX
 BY_BATCH: Final = "engines-by-batch"  # engines of other kinds, in a folder each
 
 PROGRAM_FILE: Final = "program.pt2"
+DATA_FILE: Final = "model.onnx.data"
+# Files of a kind that have no other link where a stage sees them: the package onnx takes a second one of external data
+# for an attack.
+UNSHARED: Final[Mapping[str, frozenset[str]]] = {ONNX: frozenset({DATA_FILE})}
 
 
 def names_in(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
 from workers import recipes
 from workers.candidates import Candidate, Case
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.planner import planned
 
 BATCHES = ("1", "8")

@@ -20,9 +20,10 @@ from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate, Case, Proposal
 from workers.hardware import describe
 from workers.kernel import Backend, BackendInfo, Reporter, Session, StageContext, TensorSpec, backends
-from workers.measure import engine_process, plan, rounds
+from workers.measure import engine_child, engine_process, plan, rounds
 from workers.measure.axes import fixed_batch
-from workers.measure.engine_process import EngineProcess, WarmUp
+from workers.measure.engine_child import WarmUp
+from workers.measure.engine_process import EngineProcess
 from workers.measure.figures import a_a
 from workers.measure.inputs import DISTINCT, rotating_feeds
 from workers.stages.benchmark import Benchmark, BenchmarkOptions
@@ -348,7 +349,7 @@ def test_inputs_are_distinct_at_every_batch_size() -> None:
 
 
 def test_a_window_of_a_tiny_model_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process, "MAX_WINDOW_SAMPLES", 50)
+    monkeypatch.setattr(engine_child, "MAX_WINDOW_SAMPLES", 50)
     x = np.ones((1, 16), np.float32)
     process = EngineProcess("x", "onnxruntime", mlp(tmp_path / "m", width=8), {}, {1: [{"x": x}]})
     process.load()

@@ -18,7 +18,8 @@ import pytest
 from tests.unit.test_benchmark import mlp
 from workers.measure import claim, disturbance
 from workers.measure.disturbance import Disturbance, Reading, in_a_row, thread_waits, together, usual_cores
-from workers.measure.engine_process import EngineProcess, WarmUp
+from workers.measure.engine_child import WarmUp
+from workers.measure.engine_process import EngineProcess
 from workers.measure.figures import comparison
 from workers.measure.instances import Instances, Layout
 from workers.measure.quiet import Quiet

@@ -16,7 +16,7 @@ from app.domain.spec import OptimizationSpec
 from app.jobs.ledger import LeaseLost
 from workers.candidates import Candidate, Step
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.explain import Explainer
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Explanation, Proof

@@ -12,7 +12,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories.search_world import World, candidate
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.finals import Finals, Judged
 from workers.search.driver import Found
 from workers.search.halving import Speed
@@ -144,7 +144,6 @@ def test_a_safe_finalist_is_not_measured_where_the_fastest_ships(judged: Any) ->
         ({"int8": 3.0, "fp32": 1.2}, {"constraints": {"max_memory_mb": 50.0}}),
         ({"int8": 3.0, "fp32": 1.2}, {"free_axes": True}),  # other shapes are measured in full only
         ({"int8": 3.0, "fp32": 1.2}, {"budget_seconds": 60}),  # no time to make up for it
-        ({"int8": 3.0, "fp32": 1.2}, {"losses": {"int8": 2.0}}),
     ],
 )
 def test_all_finalists_are_measured_where_the_fastest_may_not_ship(
@@ -153,9 +152,27 @@ def test_all_finalists_are_measured_where_the_fastest_may_not_ship(
     _, stages, _ = judged(screened, **changes)
     assert stages.timed[0] == [*screened]
     assert stages.confirmed == [*screened]
-    if not {"budget_seconds", "losses"} & {*changes}:
+    if "budget_seconds" not in changes:
         first, second = screened
         assert stages.crew.told == [(first, [second]), (second, [])]
+
+
+def test_what_loses_too_much_is_not_measured_where_another_keeps_the_limit(judged: Any) -> None:
+    done, stages, found = judged({"int8": 3.0, "fp32": 1.2}, losses={"int8": 2.0})
+    assert stages.confirmed == ["int8", "fp32"]
+    assert stages.timed == [["fp32"]]
+    assert done.verdict.picked == "fp32"
+    assert found.runs[0].tried.missed is not None
+    assert found.runs[0].tried.failed == (
+        "accuracy loss 2.000 %, over the limit of 1.0 %; not measured in full: fp32 keeps the limit"
+    )
+
+
+def test_all_that_lose_too_much_are_measured_where_nobody_keeps_the_limit(judged: Any) -> None:
+    """Their figures tell what a looser limit would buy."""
+    done, stages, _ = judged({"int8": 3.0, "bf16": 2.0}, losses={"int8": 2.0, "bf16": 1.5})
+    assert stages.timed == [["int8", "bf16"]]
+    assert done.verdict.picked == "baseline"
 
 
 def test_who_was_spared_is_measured_after_all_where_the_fastest_does_not_ship(judged: Any) -> None:
@@ -174,7 +191,7 @@ MENDED = {"int8.keep1": "int8"}
     [
         ({"int8": 3.0, "int8.keep1": 2.95, "fp32": 1.2}, {}, ["int8"]),
         ({"int8.keep1": 3.0, "int8": 2.98, "fp32": 1.2}, {}, ["int8.keep1"]),  # by chance the faster one
-        ({"int8": 3.0, "int8.keep1": 2.95, "fp32": 1.2}, {"int8": 2.0}, ["int8", "int8.keep1"]),
+        ({"int8": 3.0, "int8.keep1": 2.95, "fp32": 1.2}, {"int8": 2.0}, ["int8.keep1"]),
         ({"int8": 3.0, "int8.keep1": 3.2, "fp32": 1.2}, {}, ["int8", "int8.keep1"]),  # it is clearly faster
         ({"int8": 3.0, "bf16": 2.95}, {}, ["int8", "bf16"]),  # another engine, which may win
     ],

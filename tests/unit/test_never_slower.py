@@ -28,7 +28,7 @@ from workers.data import part_of, sample_digests
 from workers.hardware import describe
 from workers.kernel import Reporter, StageContext
 from workers.measure import figures
-from workers.measure.engine_process import WarmUp
+from workers.measure.engine_child import WarmUp
 from workers.measure.rounds import Timing
 from workers.pipeline.select import BASELINE, Tried, judge
 from workers.stages.benchmark import Benchmark, BenchmarkOptions

@@ -25,7 +25,7 @@ from workers.measure.orders import at_least
 from workers.measure.pieces import folder_digest
 from workers.measure.shapes import judged_shapes
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.job_data import spanned
 from workers.pipeline.select import Tried, judge
 from workers.pipeline.shape_checks import ShapeChecks

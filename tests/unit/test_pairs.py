@@ -15,7 +15,7 @@ from tests.factories.search_world import candidate
 from workers.bundle_readme import readme
 from workers.kernel import backends
 from workers.pipeline.by_batch import by_batch
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.final import final_metrics
 from workers.pipeline.outcome import nodes_kept
 from workers.pipeline.pairs import ID, PairRun, together

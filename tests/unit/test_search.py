@@ -18,7 +18,7 @@ from workers import recipes
 from workers.backends.onnxruntime import OnnxRuntimeBackend
 from workers.candidates import Candidate, Case, Step
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.planner import Plan, planned
 from workers.search import requantized
 from workers.search.calls import Call, Elsewhere, execute

@@ -17,7 +17,8 @@ from app.domain.spec import OptimizationSpec
 from workers.artifacts import ONNX
 from workers.candidates import Candidate, Step
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.job_data import Data
 from workers.pipeline.protocol import Limits
 from workers.pipeline.runner import StageRunner

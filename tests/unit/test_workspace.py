@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any, cast
 
 import psutil
 
-from workers.pipeline.workspace import open_workspace, remove_stale, work_dir
+from app.domain.artifact_key import ArtifactRef, FileRef
+from workers.artifacts import ONNX
+from workers.pipeline.workspace import Workspace, open_workspace, remove_stale, work_dir
 
 CONTENT = cast("Any", None)
 
@@ -92,3 +95,21 @@ def test_a_workspace_that_is_just_made_or_left_is_nobodys_prey(tmp_path: Path) -
             thread.join()
     assert not errors
     assert not [f for f in psutil.Process().open_files() if f.path.startswith(str(tmp_path))]
+
+
+def test_external_data_of_an_onnx_model_has_no_second_link(tmp_path: Path) -> None:
+    """onnx takes one for an attack; what else lies in the store is shared with it."""
+    stored = {name: tmp_path / f"stored-{name}" for name in ("model.onnx", "model.onnx.data")}
+    for path in stored.values():
+        path.write_bytes(b"weights")
+
+    class Store:
+        def fetch(self, _: str, sha256: str, target: Path) -> None:
+            os.link(stored[sha256], target)
+
+    files = tuple(FileRef(name, name, 7) for name in stored)
+    for kind, links in ((ONNX, 1), ("another-kind", 2)):
+        folder = Workspace(tmp_path / kind, "t", cast("Any", Store())).fetch(ArtifactRef(files, kind))
+        assert (folder / "model.onnx.data").stat().st_nlink == links
+        assert (folder / "model.onnx").stat().st_nlink > 1
+        assert (folder / "model.onnx.data").read_bytes() == b"weights"

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
+from workers.artifacts import DATA_FILE
+
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 # A protobuf message cannot pass 2 GiB; above this the weights go into a file of their own.
 INLINE_LIMIT_BYTES = 1_500_000_000

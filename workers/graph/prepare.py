@@ -11,8 +11,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
+from workers.artifacts import DATA_FILE
 from workers.graph.interpreter import open_session
-from workers.graph.onnx_files import DATA_FILE, MODEL_FILE, files_of, load_model, read_external, save_model
+from workers.graph.onnx_files import MODEL_FILE, files_of, load_model, read_external, save_model
 from workers.graph.onnx_graph import all_nodes
 
 _SMALL_CONSTANT = 256  # elements

@@ -11,6 +11,11 @@ from workers.kernel import StageOptions
 BASELINE = "baseline"
 
 
+def again(engine: str) -> str:
+    """The name of the second process of an engine that others are compared with."""
+    return f"{engine} (again)"
+
+
 class EngineOption(StageOptions):
     """One engine: the input artifact `engine.<id>`, and how its backend loads it. `expected`: its latency over the
     baseline's, as far as it is known; it only decides who is left out where the time runs out. `beside`: whether it is

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.domain.failures import StageFailure
-from workers.measure.engine_process import EngineProcess, Feeds, Loaded
+from workers.measure.engine_child import Feeds, Loaded
+from workers.measure.engine_process import EngineProcess
 from workers.measure.figures import rounded
 
 

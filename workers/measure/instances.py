@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.failures import StageFailure
 from workers.measure.disturbance import Disturbance, together
-from workers.measure.engine_process import INFERENCE_LIMIT_S, LOAD_LIMIT_S, EngineProcess, Feeds, WarmUp
+from workers.measure.engine_child import Feeds, WarmUp
+from workers.measure.engine_process import INFERENCE_LIMIT_S, LOAD_LIMIT_S, EngineProcess
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from workers.measure.engine_process import SETTLE_BELOW_NS, WARM_UP_CAP_S
+from workers.measure.benchmark_options import BASELINE, again
+from workers.measure.engine_child import SETTLE_BELOW_NS, WARM_UP_CAP_S
 from workers.measure.inputs import DISTINCT
 from workers.measure.stats import P50_SAMPLES, P99_SAMPLES
 
@@ -108,8 +109,8 @@ def expected_seconds(
     """What the benchmark of these engines is expected to take: engine → batch size → p50 in ms, None where it is not
     known (then taken as small). The engine `baseline` counts twice, as it is measured twice."""
     calls = {i: {b: (p50 or 0.0) / 1e3 for b, p50 in at.items()} for i, at in p50_ms.items()}
-    if "baseline" in calls:
-        calls["baseline (again)"] = calls["baseline"]
+    if BASELINE in calls:
+        calls[again(BASELINE)] = calls[BASELINE]
     total = sum(_START_S + (_START_S + sum(at.values()) if cold else 0.0) for at in calls.values())
     for batch in sorted({b for at in calls.values() for b in at}):
         p50_ns = {i: max(at[batch], 1e-6) * 1e9 for i, at in calls.items() if batch in at}

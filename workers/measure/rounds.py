@@ -13,7 +13,8 @@ import numpy as np
 
 from app.domain.failures import FailureKind, StageFailure
 from workers.measure.disturbance import Disturbance, Window
-from workers.measure.engine_process import LONGEST_SETTLE_S, WARM_UP_ITERATIONS, EngineProcess, WarmUp
+from workers.measure.engine_child import LONGEST_SETTLE_S, WARM_UP_ITERATIONS, WarmUp
+from workers.measure.engine_process import EngineProcess
 from workers.measure.plan import (
     LEAST_CALLS,
     MIN_ROUNDS,

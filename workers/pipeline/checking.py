@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from app.domain.spec import OptimizationSpec
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.checks import confidence_of_a_look, looks
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.evaluate import Evaluator
 
 
 def confidence_of_each(spec: OptimizationSpec, finalists: Sequence[CandidateRun]) -> float:

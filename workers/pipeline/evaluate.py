@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
@@ -15,9 +14,9 @@ from workers.candidates import Candidate, Step
 from workers.kernel import backends, stages
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.job_data import Data
 from workers.pipeline.runner import StageRunner
-from workers.pipeline.select import Tried
 from workers.pipeline.stage_calls import Outcome
 from workers.search import room
 from workers.search.halving import speed_of
@@ -26,87 +25,6 @@ from workers.search.objective import primary_batch
 
 SEED = 20_240_229
 _NOT_ITS_FAULT = (FailureKind.INFRASTRUCTURE, FailureKind.DATA, FailureKind.REQUEST)
-
-
-@dataclass
-class CandidateRun:
-    """A candidate and how far it came. `screened`: its figures of the last short timing, made at `screened_at`.
-    `validate`: the last check of the search, `confirmed`: what the verdict goes by. `history`: what the search found
-    and decided, in order."""
-
-    has_rivals: ClassVar[bool] = False  # whether it is compared with the other engines, not with the original alone
-    plan: Candidate
-    tried: Tried
-    graph: Outcome | None = None
-    build: Outcome | None = None
-    validate: Outcome | None = None
-    confirmed: Outcome | None = None
-    steps: list[Outcome] = field(default_factory=list)
-    failure: StageFailure | None = None
-    screened: Mapping[str, Any] | None = None
-    screened_at: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    sensitivity: Outcome | None = None
-
-    @classmethod
-    def of(cls, candidate: Candidate) -> CandidateRun:
-        tried = Tried(candidate.id, candidate.precision, candidate.lossless, narrows=candidate.narrows)
-        run = cls(candidate, tried)
-        if candidate.narrows:
-            run.note("plan", "not lossless", candidate.narrows)
-        return run
-
-    @property
-    def selected(self) -> Mapping[str, Any]:
-        """What the search knew of its accuracy, on samples that it chose by."""
-        return self.validate.data if self.validate else {}
-
-    @property
-    def figures(self) -> Mapping[str, Any]:
-        """The full measurement, or the last short one."""
-        return self.tried.figures or self.screened or {}
-
-    @property
-    def runtime(self) -> dict[str, Any]:
-        """What the engine is loaded with: the build's options under the candidate's own."""
-        assert self.build is not None
-        return {**self.build.data["runtime"], **self.plan.runtime}
-
-    @property
-    def engine(self) -> ArtifactRef:
-        assert self.build is not None
-        return self.build.outputs["engine"]
-
-    @property
-    def loadable(self) -> bool:
-        """Whether there is an engine."""
-        return self.build is not None
-
-    @property
-    def recipe(self) -> str:
-        return self.plan.recipe
-
-    @property
-    def parts(self) -> list[CandidateRun]:
-        """The candidates whose engines it holds: itself alone, but for two in one bundle."""
-        return [self]
-
-    @property
-    def judged_digest(self) -> str:
-        """Of the files whose accuracy was judged, as the stage saw them."""
-        judged = self.confirmed or self.validate
-        assert judged is not None
-        return str(judged.data["engine_digest"])
-
-    def drop(self, phase: str, reason: str) -> None:
-        """Out of the race, for this reason. The first one stands."""
-        if self.tried.failed is None:
-            self.tried.failed = reason
-            self.note(phase, "dropped", reason)
-
-    def note(self, phase: str, decision: str, reason: str | None = None, **facts: Any) -> None:
-        entry = {"phase": phase, "decision": decision, "reason": reason, **facts}
-        self.history.append({k: v for k, v in entry.items() if v is not None})
 
 
 class Evaluator:
@@ -348,8 +266,7 @@ class Evaluator:
             inputs[f"engine.{run.plan.id}"] = run.engine
             known = speed_of(self.spec, run.screened)
             expected = {} if known is None else {"expected": min(max(round(1 / known.ratio, 3), 0.001), 1000.0)}
-            told = {"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected}
-            engines.append({**told, "beside": True} if run.has_rivals else told)
+            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected})
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
         sizes = [str(b) for b in self.spec.benchmark.batch_sizes]

@@ -21,7 +21,8 @@ from app.jobs.ledger import LeaseLost
 from workers.kernel import Backend, stages
 from workers.pipeline.ablation import Part, parts
 from workers.pipeline.budget import LEAST_EXPLAINED_S, Budget
-from workers.pipeline.evaluate import SEED, CandidateRun, Evaluator
+from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.evaluate import SEED, Evaluator
 from workers.pipeline.isolated import Interrupted
 from workers.pipeline.outcome import Ablated, Explanation, Proof
 from workers.pipeline.stage_calls import Outcome

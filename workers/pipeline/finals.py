@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers.pipeline.budget import Budget
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.checking import confidence_of_each, confirm
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.checks import Check, accuracy_checks
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.pairs import together
 from workers.pipeline.select import Tried, Verdict, judge, undecided
 from workers.pipeline.shape_checks import ShapeChecks
@@ -78,8 +80,7 @@ class Finals:
         return Judged(benchmark, baseline, judge(self.spec, baseline, tried, benchmark.data["aa"], told))
 
     def _measured(self) -> Outcome:
-        """Full validation of the finalists, then baseline and all that passed it side by side. Those that lose too much
-        are timed too where nobody keeps the limit: their figures tell what a looser limit would buy."""
+        """Full validation of the finalists, then baseline and all that passed it side by side."""
         finalists, until, judged_until = self.found.finalists, self.budget.final_until(), self.budget.judged_until()
         hurried = self.budget.left(until) < self.budget.final_seconds
         spare = _LOOK_SHARE * self.budget.left(until) if hurried else math.inf
@@ -92,6 +93,7 @@ class Finals:
         self._in_every_order(measured, judged_until)
         if all(r.tried.failed for r in measured):
             measured += self._taken_back(judged_until)
+        measured = self._keeping(measured)
         measured += self._together()
         ready = self._ready(measured)
         self._nothing_is_out()
@@ -138,6 +140,26 @@ class Finals:
         self._pairs = [both]
         self.found.runs.append(both)
         return self._pairs
+
+    def _keeping(self, runs: Sequence[CandidateRun]) -> list[CandidateRun]:
+        """Those that keep the limit of accuracy: what does not never ships, however fast it is. Where nobody keeps it,
+        all of them: their figures tell what a looser limit would buy."""
+        missed = {r.plan.id: self._missed(r) for r in runs}
+        keeping = [r for r in runs if r.tried.failed is None and missed[r.plan.id] is None]
+        if not keeping:
+            return [*runs]
+        for run in runs:
+            check = missed[run.plan.id]
+            if run.tried.failed is None and check is not None:
+                run.tried.missed = check
+                run.drop("final", f"{check.reason}; not measured in full: {keeping[0].plan.id} keeps the limit")
+        return keeping
+
+    def _missed(self, run: CandidateRun) -> Check | None:
+        """What the verdict would hold against its accuracy."""
+        tried = run.tried
+        checks = accuracy_checks(self.spec, tried.accuracy, lossless=tried.lossless, narrows=tried.narrows)
+        return next((c for c in checks if not c.passed), None)
 
     def _in_every_order(self, runs: Sequence[CandidateRun], until: float) -> None:
         shapes = ShapeChecks(self.evaluator)

@@ -18,9 +18,10 @@ from workers import devices, kernel
 from workers.candidates import Case
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.compatibility import asked, compatibility_of
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.explain import Explainer
 from workers.pipeline.finals import Finals, final_seconds, too_small
 from workers.pipeline.job_data import Data

@@ -12,7 +12,7 @@ from app.domain.artifact_key import ArtifactRef
 from app.domain.spec import OptimizationSpec
 from workers.candidates import Case
 from workers.pipeline.ablation import Part
-from workers.pipeline.evaluate import CandidateRun
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.pairs import PairRun
 from workers.pipeline.planner import RANDOM, Plan
 from workers.pipeline.select import Tried, Verdict

@@ -13,7 +13,8 @@ from workers.candidates import Candidate
 from workers.kernel import TensorSpec
 from workers.measure.axes import batch_axes
 from workers.members import chooser_of
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.select import Tried, worse_of
 from workers.search.objective import BASELINE
 from workers.search.state import Pair

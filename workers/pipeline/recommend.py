@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from workers import devices
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.checks import LOSS
-from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.outcome import Optimization
 from workers.search.objective import ratio_of
 

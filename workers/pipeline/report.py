@@ -16,9 +16,9 @@ from app.domain.report import (
 )
 from workers.kernel import stages
 from workers.pipeline.by_batch import by_batch
+from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.checks import same_bytes
 from workers.pipeline.deployment import deployment_of
-from workers.pipeline.evaluate import CandidateRun
 from workers.pipeline.final import final_metrics, winner
 from workers.pipeline.final import latency_ms as _latency
 from workers.pipeline.final import mb as _mb

@@ -5,7 +5,8 @@ from __future__ import annotations
 from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import TensorSpec
 from workers.measure.shapes import free_axes
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.stage_calls import Outcome
 
 

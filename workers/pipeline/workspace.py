@@ -16,6 +16,7 @@ from typing import Any
 
 from app.blobs.content import ContentStore, sha256_file
 from app.domain.artifact_key import ArtifactRef, FileRef
+from workers.artifacts import UNSHARED
 from workers.pipeline.folders import remove_tree
 
 
@@ -38,7 +39,7 @@ class Workspace:
             for file in ref.files:
                 (partial / file.name).parent.mkdir(exist_ok=True)
                 self.content.fetch(self.tenant_id, file.sha256, partial / file.name)
-                if file.name.endswith(".data"):
+                if file.name in UNSHARED.get(ref.kind or "", ()):
                     _unlink_from_store(partial / file.name)
             partial.rename(folder)
         return folder
@@ -72,7 +73,7 @@ class Workspace:
 
 
 def _unlink_from_store(path: Path) -> None:
-    """Make a hard link a file of its own: onnx refuses external data with more than one link."""
+    """Make a hard link a file of its own (`artifacts.UNSHARED`)."""
     if path.stat().st_nlink > 1:
         copy = path.with_suffix(".copy")
         shutil.copyfile(path, copy)

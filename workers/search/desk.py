@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from app.domain.failures import FailureKind, StageFailure
 from workers.candidates import Candidate
 from workers.pipeline import compatibility
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.shape_checks import ShapeChecks
 from workers.pipeline.stage_calls import Outcome
 from workers.search.limits import NO_MEMORY

@@ -14,7 +14,8 @@ from workers.measure.plan import expected_seconds
 from workers.measure.shape_timing import SHARE
 from workers.pipeline import training
 from workers.pipeline.budget import Budget
-from workers.pipeline.evaluate import CandidateRun, Evaluator
+from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.evaluate import Evaluator
 from workers.pipeline.planner import Plan
 from workers.pipeline.shape_checks import ShapeChecks
 from workers.pipeline.stage_calls import Outcome

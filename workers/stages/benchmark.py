@@ -15,13 +15,14 @@ from workers import devices, hardware
 from workers.kernel import Stage, StageContext, StageResult, backends
 from workers.measure import claim, figures
 from workers.measure.axes import fixed_batch
-from workers.measure.benchmark_options import BASELINE, BenchmarkOptions, EngineOption
+from workers.measure.benchmark_options import BASELINE, BenchmarkOptions, EngineOption, again
 from workers.measure.bound import bound_seconds, measure_bound
 from workers.measure.cold import Cold, cold_start
 from workers.measure.device_company import DeviceCompany
 from workers.measure.device_memory import DeviceMemory
 from workers.measure.disturbance import Disturbance
-from workers.measure.engine_process import EngineProcess, Feeds, Loaded, Prepared
+from workers.measure.engine_child import Feeds, Loaded, Prepared
+from workers.measure.engine_process import EngineProcess
 from workers.measure.inputs import InputSource
 from workers.measure.method import benchmark_method, versions
 from workers.measure.plan import LEAST_CALLS
@@ -30,8 +31,7 @@ from workers.measure.rounds import Timing, budget_exhausted, measure
 from workers.measure.shape_timing import SHARE, OtherShapes
 from workers.members import names_of
 
-_AGAIN = " (again)"  # the second process of an engine that others are compared with
-AGAIN = BASELINE + _AGAIN
+AGAIN = again(BASELINE)
 _COLD_SHARE = 0.15
 _SHAPES_PART = 0.2  # of the progress
 _BOUND_SHARE = 0.2  # of the time left, at most, for the cheapest calls beside those that decide
@@ -78,6 +78,7 @@ class _Run:
         self.options = options
         baseline = EngineOption(id=BASELINE, backend=options.baseline_backend, runtime=options.baseline_runtime)
         self.specs = {e.id: e for e in (baseline, *options.engines)}
+        self.engine_of = {name: i for i in self.specs for name in (i, again(i))}  # by the name of a process
         self.folders = {i: ctx.inputs[i if i == BASELINE else f"engine.{i}"] for i in self.specs}
         self.figures = {i: figures.EngineFigures.start(folder, options.cold) for i, folder in self.folders.items()}
         self.skipped: dict[str, str] = {}
@@ -150,14 +151,14 @@ class _Run:
     def _fail(self, engine: str, failure: StageFailure) -> None:
         """An engine's failure is written down; the baseline's is raised: without it nothing can be compared."""
         failure.stage = Benchmark.name
-        engine = engine.removesuffix(_AGAIN)
+        engine = self.engine_of[engine]
         if engine == BASELINE:
             raise replace(failure, detail=f"The original model cannot be measured. {failure.detail}")
         self.figures[engine].failed = failure
         self.ctx.reporter.note(f"Engine {engine!r} failed in the benchmark: {failure.detail}", code=failure.code)
 
     def _process(self, name: str, feeds: Prepared | None) -> EngineProcess:
-        spec = self.specs[name.removesuffix(_AGAIN)]
+        spec = self.specs[self.engine_of[name]]
         return EngineProcess(name, spec.backend, self.folders[spec.id], spec.runtime, feeds)
 
     def _alive(self) -> list[str]:
@@ -261,9 +262,9 @@ class _Run:
             shapes = self.others.feeds if self.others else {}
             prepared: dict[int | str, Any] = dict([*feeds.items(), *shapes.items()])
             compared = [i for i in self._alive() if i in self.twice]
-            both = [name for i in compared for name in (i, i + _AGAIN)]
+            both = [name for i in compared for name in (i, again(i))]
             for name in (*both, *(i for i in self._alive() if i not in compared)):
-                if self.figures[name.removesuffix(_AGAIN)].failed is not None:
+                if self.figures[self.engine_of[name]].failed is not None:
                     continue
                 process = self._process(name, prepared)
                 stack.callback(process.close)
@@ -303,7 +304,7 @@ class _Run:
     def _give_up(self, processes: dict[str, EngineProcess], name: str, failure: StageFailure) -> None:
         """An engine that fails in one of its processes is gone from all."""
         self._fail(name, failure)
-        for other in [n for n in processes if n.removesuffix(_AGAIN) == name.removesuffix(_AGAIN)]:
+        for other in [n for n in processes if self.engine_of[n] == self.engine_of[name]]:
             processes.pop(other).close()
 
     def _batch(self, processes: dict[str, EngineProcess], batch: int, done: int, to_do: list[int]) -> None:
@@ -373,14 +374,14 @@ class _Run:
     def _write_down(self, timings: dict[str, Timing], batch: int, windows: Sequence[Disturbance]) -> None:
         seed = self.options.seed
         baseline = timings[BASELINE]
-        again = timings.get(AGAIN, baseline)
-        if again is not baseline:
-            aa = figures.a_a(baseline, again, seed)
+        second = timings.get(AGAIN, baseline)
+        if second is not baseline:
+            aa = figures.a_a(baseline, second, seed)
             self.aa[str(batch)] = aa.to_json()
             device = devices.of_backend(self.options.baseline_backend)
-            self.noise += claim.objections(batch, baseline, again, aa.p50, windows=windows, device=device)
+            self.noise += claim.objections(batch, baseline, second, aa.p50, windows=windows, device=device)
         other = self.options.compare_to
-        pair = (timings[other], timings[other + _AGAIN]) if other and other in timings else None
+        pair = (timings[other], timings[again(other)]) if other and other in timings else None
         if pair is not None:
             self.aa_compared[str(batch)] = figures.a_a(*pair, seed).to_json()
         for name, timing in timings.items():
@@ -389,9 +390,9 @@ class _Run:
                 np.arange(len(timing.rounds), dtype=np.int16), [len(r) for r in timing.rounds]
             )
             self.raw[f"{name}|{batch}|disturbed"] = np.array(sorted(timing.disturbed), np.int16)
-            if name.endswith(_AGAIN):
+            if self.engine_of[name] != name:
                 continue
-            found = figures.itself() if name == BASELINE else figures.comparison(baseline, again, timing, seed)
+            found = figures.itself() if name == BASELINE else figures.comparison(baseline, second, timing, seed)
             at = {**figures.latency_figures(timing, batch, screening=self.options.screening), **found}
             if pair is not None:
                 found = figures.itself() if name == other else figures.comparison(*pair, timing, seed)

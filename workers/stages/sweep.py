@@ -16,7 +16,8 @@ from workers.measure import winner
 from workers.measure.axes import fixed_batch
 from workers.measure.deployment import choose
 from workers.measure.device_memory import DeviceMemory
-from workers.measure.engine_process import EngineProcess, Feeds
+from workers.measure.engine_child import Feeds
+from workers.measure.engine_process import EngineProcess
 from workers.measure.figures import distribution, rounded
 from workers.measure.inputs import InputSource
 from workers.measure.instances import Driven, Instances, Layout, default_layouts, usable_cores
