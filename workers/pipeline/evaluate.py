@@ -266,7 +266,8 @@ class Evaluator:
             inputs[f"engine.{run.plan.id}"] = run.engine
             known = speed_of(self.spec, run.screened)
             expected = {} if known is None else {"expected": min(max(round(1 / known.ratio, 3), 0.001), 1000.0)}
-            engines.append({"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected})
+            told = {"id": run.plan.id, "backend": run.plan.backend, "runtime": run.runtime, **expected}
+            engines.append({**told, "beside": True} if run.has_rivals else told)
         if self.data.validation is not None:
             inputs["data"] = self.data.validation
         sizes = [str(b) for b in self.spec.benchmark.batch_sizes]
