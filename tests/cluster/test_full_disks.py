@@ -68,7 +68,7 @@ def asked(http: httpx.Client, seconds: float, first: int) -> tuple[Counter[str],
 @pytest.mark.parametrize("server", ["postgres", "s3"])
 def test_a_full_disk_costs_nothing_that_was_taken(front: Front, tmp_path: Path, server: str) -> None:
     disk, managed = disk_of(front, server), {"postgres": front.cluster.postgres, "s3": front.cluster.s3}[server]
-    wait_for(lambda: live_workers(front.cluster) == COUNTS["worker"])
+    wait_for(lambda: live_workers(front.cluster) == COUNTS["worker"], 180)
     with front.client() as client, front.http(timeout=30) as http:
         job = front.submit(client, tmp_path, seed=30 if server == "s3" else 31, **SLOW)
         wait_for(lambda: holder(front, job["id"]))
