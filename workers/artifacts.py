@@ -18,6 +18,7 @@ TENSORRT_PLAN: Final = "tensorrt-plan"  # `engine.plan`, `engine.json`
 TENSORRT_RTX_PLAN: Final = "tensorrt-rtx-plan"  # the same, of TensorRT for RTX
 
 BY_BATCH: Final = "engines-by-batch"  # engines of other kinds, in a folder each
+CHAINED: Final = "engines-in-a-chain"  # likewise: one of each model of a chain
 
 PROGRAM_FILE: Final = "program.pt2"
 DATA_FILE: Final = "model.onnx.data"

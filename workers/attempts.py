@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,10 +91,10 @@ class Attempts:
         return False
 
     def _run(self, claim: Claim, keeper: LeaseKeeper[Claim]) -> bool:
-        job, model, datasets = self._ledger.load(claim)
+        job, models, datasets = self._ledger.load(claim)
         bind_correlation_id(job.correlation_id)
         with self._telemetry.attempt(job, claim, lambda: keeper.reason) as attempt:
-            return self._attempt(claim, keeper, attempt, job, model, datasets)
+            return self._attempt(claim, keeper, attempt, job, models, datasets)
 
     def _attempt(
         self,
@@ -102,7 +102,7 @@ class Attempts:
         keeper: LeaseKeeper[Claim],
         attempt: Attempt,
         job: Job,
-        model: SourceModel,
+        models: Sequence[SourceModel],
         datasets: Mapping[str, Dataset],
     ) -> bool:
         log.info("job_started", job_id=job.id, attempt=claim.attempt)
@@ -125,7 +125,7 @@ class Attempts:
                 found = Optimizer(
                     runner,
                     job,
-                    model,
+                    models,
                     datasets,
                     self._backends,
                     self._settings.limits,

@@ -23,6 +23,7 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any]) -> str:
         "`python infer.py` ends with exit code 1 where an output differs by more than the precision's rounding.",
         "In Python: `names, run = infer.load()`, then `run({name: array})`, which many threads may call.",
         "",
+        *_told("The chain", _chain(manifest.get("chain") or {})),
         *_told("Two engines", _by_batch((manifest.get("engine") or {}).get("by_batch") or {})),
         *_told("Figures", _figures(manifest.get("figures") or {})),
         *_told("Sizes that it takes", _sizes((manifest.get("engine") or {}).get("accepts") or {})),
@@ -39,6 +40,9 @@ def readme(name: str, backend: str, manifest: Mapping[str, Any]) -> str:
 
 
 def _what(backend: str, manifest: Mapping[str, Any]) -> str:
+    apart = ((manifest.get("engine") or {}).get("runtime") or {}).get("engines") or ()
+    if manifest.get("chain") and apart:
+        return f"{len(apart)} engines, one of each model of a chain, for `{apart[0]['backend']}`"
     both = ((manifest.get("engine") or {}).get("by_batch") or {}).get("engines") or ()
     names = " and ".join(dict.fromkeys(f"`{engine['backend']}`" for engine in both))
     return f"Two engines for {names}" if both else f"An engine for `{backend}`"
@@ -80,6 +84,15 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         )
     if figures.get("memory_mb") is not None:
         yield f"{figures['memory_mb']:.4g} MB of memory, {_number(figures.get('size_mb'))} MB on disk"
+
+
+def _chain(told: Mapping[str, Any]) -> Iterator[str]:
+    """What goes where."""
+    for model in told.get("models") or ():
+        joints = [f"`{given}` of the one before as `{own}`" for own, given in (model.get("connect") or {}).items()]
+        taken = [f"`{name}`" for name in model.get("taken") or ()]
+        gives = ", ".join(f"`{tensor['name']}`" for tensor in model.get("outputs") or ())
+        yield f"{model['name']}: takes {', '.join([*joints, *taken])}; gives {gives}"
 
 
 def _by_batch(told: Mapping[str, Any]) -> Iterator[str]:

@@ -101,6 +101,22 @@ class Candidate:
         own = (instead.get(step.stage, step) for step in self.steps)
         return replace(self, id=f"{self.id}.{suffix}", name=f"{self.name}, {name}", steps=(*steps, *own))
 
+    def linked(self, backend: str) -> Candidate:
+        """The same with an engine of each model of a chain, which `backend` calls one after the other."""
+        return replace(
+            self,
+            backend=backend,
+            build_options={"backend": self.backend, "options": dict(self.build_options)},
+            runtime={"each": dict(self.runtime)} if self.runtime else {},
+        )
+
+    def unlinked(self) -> Candidate:
+        """What `linked` was called on."""
+        built = self.build_options
+        return replace(
+            self, backend=built["backend"], build_options=built["options"], runtime=self.runtime.get("each", {})
+        )
+
     def variant(
         self, suffix: str, name: str, unlikely: str | None = None, *, other_values: bool = False, **runtime: Any
     ) -> Candidate:
@@ -130,12 +146,14 @@ class Target:
 @dataclass(frozen=True)
 class Member:
     """One of several engines that lie side by side: below `folder`, and loaded by `backend` with `runtime`. It answers
-    batches of at most `most` samples that none before it does; None: all others."""
+    batches of at most `most` samples that none before it does; None: all others. `link`: it answers none alone: every
+    call goes through all of them."""
 
     folder: str
     backend: str
     runtime: Mapping[str, Any]
     most: int | None
+    link: bool = False
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,9 @@ class Helper:
         hold = replace(hold, spent_seconds=call.now + max(waited, 0.0))
         with self._telemetry.help(hold) as seen:
             stages = _Stages(self._service, hold, seen, should_stop)
-            job, model, datasets = self._equipment.ledger.load(hold)
+            job, models, datasets = self._equipment.ledger.load(hold)
             runner = self._equipment.runner(hold, workspace, should_stop, watch=stages, elsewhere=stages.elsewhere)
-            Optimizer(runner, job, model, datasets, self._backends, self._equipment.settings.limits).answer(call)
+            Optimizer(runner, job, models, datasets, self._backends, self._equipment.settings.limits).answer(call)
 
 
 class _Stages(Watch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers.artifacts import BY_BATCH
+from workers.artifacts import BY_BATCH, CHAINED
 from workers.kernel import Backend, backends
 
 
@@ -18,6 +18,11 @@ def names_of(backend: str, runtime: Mapping[str, Any]) -> tuple[str, ...]:
 def chooser_of(device: str) -> type[Backend] | None:
     """The backend that puts engines of this device side by side."""
     return next((b for b in backends().values() if b.engine_format == BY_BATCH and b.device == device), None)
+
+
+def linker_of(device: str) -> type[Backend]:
+    """The backend that calls engines of this device one after the other."""
+    return next(b for b in backends().values() if b.engine_format == CHAINED and b.device == device)
 
 
 def scripts_of(backend: str, runtime: Mapping[str, Any]) -> dict[str, str]:

@@ -90,9 +90,9 @@ class Prebuilder:
         return True
 
     def _optimizer(self, hold: PrebuildHold, workspace: Workspace, held: Held) -> Optimizer:
-        job, model, datasets = self._equipment.ledger.load(hold)
+        job, models, datasets = self._equipment.ledger.load(hold)
         runner = self._equipment.runner(hold, workspace, held.should_stop, watch=self._watch)
         target, backend = self.targets[hold.backend][hold.target], kernel.backends()[hold.backend]
         offered = kernel.BackendInfo(hold.backend, {}, (backend.device,), target.precisions)
         hardware = {**self._equipment.hardware, **target.hardware}
-        return Optimizer(runner, job, model, datasets, [offered], self._equipment.settings.limits, hardware=hardware)
+        return Optimizer(runner, job, models, datasets, [offered], self._equipment.settings.limits, hardware=hardware)

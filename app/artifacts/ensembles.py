@@ -7,15 +7,16 @@ beside a third folder with the ensemble's configuration.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from app.artifacts.kinds import AGAIN, END, KindMissing, Piece, Rearranged, digest, entry_of, text_pieces
 from app.artifacts.protobuf_text import Word, text_format
+from app.domain.chain import NotJoined, joints_of, listed, outputs_of
 
 _ALONE = 0  # Triton's `max_batch_size` of a model without a batch axis
 _Json = Mapping[str, Any]
@@ -103,57 +104,56 @@ def _model(first: _Json, second: _Json, connect: Sequence[str]) -> tuple[str, di
     inputs = _inputs(first, second, joints)
     # A tensor of the ensemble has one name inside of it: what goes in and what comes out may share theirs.
     names = {tensor["name"] for tensor in inputs}
-    outputs = _outputs([tensor["name"] for tensor in second["output"]], names)
+    outputs = outputs_of([tensor["name"] for tensor in second["output"]], names)
     between = {name: f"{first['name']}/{name}" for name in joints.values()}
     name = f"{first['name']}-then-{second['name']}"
+    taken = {t["name"]: between[joints[t["name"]]] if t["name"] in joints else t["name"] for t in second["input"]}
+    steps = [Step(first, {t["name"]: t["name"] for t in first["input"]}, between), Step(second, taken, outputs)]
+    given = [{**tensor, "name": outputs[tensor["name"]]} for tensor in second["output"]]
+    return name, folder_of(name, steps, inputs, given)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model of an ensemble. `inputs`, `outputs`: the model's tensor → the ensemble's."""
+
+    model: _Json
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    def told(self) -> dict[str, Any]:
+        def pairs(tensors: Mapping[str, str]) -> list[dict[str, str]]:
+            return [{"key": own, "value": name} for own, name in tensors.items()]
+
+        return {
+            "model_name": self.model["name"],
+            "model_version": -1,
+            "input_map": pairs(self.inputs),
+            "output_map": pairs(self.outputs),
+        }
+
+
+def folder_of(name: str, steps: Sequence[Step], inputs: Sequence[_Json], outputs: Sequence[_Json]) -> dict[str, bytes]:
+    """The folder of an ensemble of these models, which lie beside it. `inputs`, `outputs`: its tensors, as a
+    model's."""
     config = {
         "name": name,
         "platform": "ensemble",
-        "max_batch_size": min(sizes),
-        "input": [_tensor(tensor, tensor["name"]) for tensor in inputs],
-        "output": [_tensor(tensor, outputs[tensor["name"]]) for tensor in second["output"]],
-        "ensemble_scheduling": {
-            "step": [
-                _step(first, {t["name"]: t["name"] for t in first["input"]}, between),
-                _step(
-                    second,
-                    {
-                        t["name"]: between[joints[t["name"]]] if t["name"] in joints else t["name"]
-                        for t in second["input"]
-                    },
-                    outputs,
-                ),
-            ]
-        },
+        "max_batch_size": min(int(step.model["max_batch_size"]) for step in steps),
+        "input": [_tensor(tensor) for tensor in inputs],
+        "output": [_tensor(tensor) for tensor in outputs],
+        "ensemble_scheduling": {"step": [step.told() for step in steps]},
     }
-    head = f"# What {first['name']} gives goes to {second['name']}; both lie beside this folder."
+    names = [str(step.model["name"]) for step in steps]
+    ways = "; ".join(f"what {one} gives goes to {other}" for one, other in itertools.pairwise(names))
+    head = f"# {_sentence(ways)}; {'both' if len(names) == 2 else 'all'} lie beside this folder."
     texts = {"config.pbtxt": "\n".join([head, *text_format(config)]) + "\n", "1/README.md": f"{head[2:]}\n"}
-    return name, {f"{name}/{path}": text.encode() for path, text in texts.items()}
-
-
-def _outputs(own: Sequence[str], inputs: AbstractSet[str]) -> dict[str, str]:
-    """Output of the second → its name in the ensemble: another one where an input has that."""
-    found: dict[str, str] = {}
-    for name in own:
-        told = name
-        while told in inputs or told in found.values() or (told != name and told in own):
-            told += "_out"
-        found[name] = told
-    return found
+    return {f"{name}/{path}": text.encode() for path, text in texts.items()}
 
 
 def _joints(first: _Json, second: _Json, connect: Sequence[str]) -> dict[str, str]:
     """Input of the second → output of the first."""
     outputs, inputs = ([str(t["name"]) for t in tensors] for tensors in (first["output"], second["input"]))
-    if not connect:
-        same = {name: name for name in inputs if name in outputs}
-        if not same and len(inputs) == len(outputs) == 1:
-            return {inputs[0]: outputs[0]}
-        if not same:
-            raise NotChained(
-                f"No output of the first ({_list(outputs)}) is called as an input of the second ({_list(inputs)})"
-            )
-        return same
     found: dict[str, str] = {}
     for pair in connect:
         # Names may hold colons.
@@ -161,13 +161,20 @@ def _joints(first: _Json, second: _Json, connect: Sequence[str]) -> dict[str, st
         joint = next(((o, i) for o, i in cuts if o in outputs and i in inputs), None)
         if joint is None:
             raise NotChained(
-                f"{pair!r} is no output:input; the first one gives {_list(outputs)}, the second one takes "
-                f"{_list(inputs)}"
+                f"{pair!r} is no output:input; the first one gives {listed(outputs)}, the second one takes "
+                f"{listed(inputs)}"
             )
         if joint[1] in found:
             raise NotChained(f"The input {joint[1]!r} is connected twice")
         found[joint[1]] = joint[0]
-    return found
+    try:
+        return joints_of(outputs, inputs, found)
+    except NotJoined as error:
+        raise NotChained(_sentence(str(error))) from error
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _inputs(first: _Json, second: _Json, joints: Mapping[str, str]) -> list[_Json]:
@@ -194,27 +201,9 @@ def _told(tensor: _Json) -> str:
     return f"{tensor['name']!r} ({str(tensor['data_type']).removeprefix('TYPE_')} {[*tensor['dims']]})"
 
 
-def _tensor(tensor: _Json, name: str) -> dict[str, Any]:
-    return {"name": name, "data_type": Word(tensor["data_type"]), "dims": [*tensor["dims"]]}
-
-
-def _step(model: _Json, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:
-    """`inputs`, `outputs`: the model's tensor → the ensemble's."""
-
-    def pairs(tensors: Mapping[str, str]) -> list[dict[str, str]]:
-        return [{"key": own, "value": name} for own, name in tensors.items()]
-
-    return {
-        "model_name": model["name"],
-        "model_version": -1,
-        "input_map": pairs(inputs),
-        "output_map": pairs(outputs),
-    }
+def _tensor(tensor: _Json) -> dict[str, Any]:
+    return {"name": tensor["name"], "data_type": Word(tensor["data_type"]), "dims": [*tensor["dims"]]}
 
 
 def _named(tensors: Sequence[_Json], name: str) -> _Json:
     return next(tensor for tensor in tensors if tensor["name"] == name)
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)

@@ -20,6 +20,7 @@ from app.db.accounts import Tenant
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Examination, Job, JobEvent, SourceModel, StageResult
 from app.db.uow import Database
+from app.domain.chain import CHAINED
 from app.domain.spec import DATASETS
 from app.jobs.removal import remove_engine, remove_jobs
 from app.jobs.repository import ACTIVE
@@ -227,7 +228,7 @@ class Retention:
 def _used(session: Session, tenant_id: str, table: _Uploaded) -> set[str]:
     """Those that queued or running jobs of the tenant use."""
     if table is SourceModel:
-        columns: list[ColumnElement[str]] = [Job.model_id.expression]
+        columns: list[ColumnElement[str]] = [Job.model_id.expression, *(Job.spec[path].as_string() for path in CHAINED)]
     else:
         columns = [Job.spec[path].as_string() for path in DATASETS]
     rows = session.execute(select(*columns).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE)))

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from app.domain.chain import Deploy
+
 
 class _Part(BaseModel):
     # What is made here has no other fields; whoever reads a report is told that a later version may.
@@ -170,6 +172,31 @@ class ByBatch(_Part):
     costs: dict[str, Any] = {}
 
 
+class ChainedModel(_Part):
+    """One model of a chain. `connect`: its input → the output of the model before that goes there; `taken`: its inputs
+    that are the whole's. Tensors as {name, dtype, shape}."""
+
+    id: str
+    name: str
+    format: str
+    sha256: str
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    taken: list[str]
+    connect: dict[str, str] = {}
+
+
+class ChainReport(_Part):
+    """What was optimized as one: the models in order. `deploy`: what ships, one engine of the whole (`merged`) or one
+    of each model (`ensemble`); where it is not what the job `asked` for, the `reason`. The original that everything is
+    compared with is the chain of the originals in one graph."""
+
+    models: list[ChainedModel]
+    deploy: Deploy
+    asked: Deploy
+    reason: str | None = None
+
+
 class CandidateReport(_Part):
     """One tried configuration. `status`: picked | kept | dropped; `reason` says why, always. `accuracy`: of finalists
     on the samples that confirm, and `accuracy_in_search` on those that the search chose by; else on the latter.
@@ -323,6 +350,7 @@ class Report(_Part):
     sensitivity: list[dict[str, Any]] = []
     shapes: list[ShapeReport] = []
     by_batch: ByBatch | None = None
+    chain: ChainReport | None = None
     profile: dict[str, Any] | None = None
     traffic: TrafficReport | None = None
     not_explained: dict[str, str] = {}

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
+from app.domain.chain import Chain, Link
 from app.domain.shapes import ShapeRange, TensorRt
 from app.domain.strict import Name, Strict
 from app.domain.traffic import Traffic
@@ -34,7 +35,7 @@ DATASETS = (
 )
 OF_THE_QUEUE = ("priority", "max_queue_seconds")  # kept in columns of the job, beside its spec
 # What the release before does not know: its workers refuse a spec that has it.
-NEW = (("quantization", "training"),)
+NEW = (("quantization", "training"), ("chain",))
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
@@ -247,7 +248,9 @@ class OptimizationSpec(Strict):
     nor what an earlier job's results are good for."""
 
     model_id: str
-    """The uploaded model."""
+    """The uploaded model; with `chain`, the first of its models."""
+    chain: Chain | None = None
+    """Further models that the outputs go to: all of them are optimized as one."""
     objective: Objective = "latency"
     """What is to be best: latency at the first batch size; throughput or cost at the largest."""
     target: Target = Target()
@@ -292,8 +295,15 @@ class OptimizationSpec(Strict):
     """Who is told of the job's end."""
 
     @property
+    def links(self) -> list[Link]:
+        """The models behind the first one, where it is a chain."""
+        return [] if self.chain is None else self.chain.then
+
+    @property
     def most_engines(self) -> int:
-        """That one bundle may hold."""
+        """That one bundle may hold, beside those of a chain."""
+        if self.chain is not None and self.chain.apart:
+            return 1
         return self.engines_per_bundle or (2 if self.objective == "latency" else 1)
 
     @field_validator("targets")
@@ -320,6 +330,16 @@ class OptimizationSpec(Strict):
             raise ValueError("give either cost or targets, not both: each target has its own price")
         if self.target.hardware is not None or self.target.compute_capability is not None:
             raise ValueError("give either one target's hardware or targets, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine_each(self) -> OptimizationSpec:
+        if self.chain is None or not self.chain.apart:
+            return self
+        if self.engines_per_bundle == 2:
+            raise ValueError("an ensemble has one engine of each model: leave engines_per_bundle out, or deploy merged")
+        if self.tensorrt.profiles:
+            raise ValueError("tensorrt.profiles are of one engine, and an ensemble has several: give shapes instead")
         return self
 
     @model_validator(mode="after")

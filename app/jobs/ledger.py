@@ -20,6 +20,7 @@ from app.blobs.removal import discard
 from app.db.base import utcnow
 from app.db.orm import Dataset, Engine, Job, SourceModel, StageResult
 from app.db.uow import Database, patiently
+from app.domain.chain import models_of
 from app.domain.failures import infrastructure_failure
 from app.domain.job_state import JobStatus, Trigger
 from app.domain.spec import datasets_of
@@ -178,14 +179,15 @@ class JobLedger:
     # Progress
 
     @_patient
-    def load(self, claim: Hold) -> tuple[Job, SourceModel, dict[str, Dataset]]:
-        """The job, its model and its data sets by id."""
+    def load(self, claim: Hold) -> tuple[Job, list[SourceModel], dict[str, Dataset]]:
+        """The job, its model (of a chain, all of them in order) and its data sets by id."""
         with self.db.read() as session:
             both = select(Job, SourceModel).join(SourceModel, SourceModel.id == Job.model_id)
-            job, model = session.execute(both.where(Job.id == claim.job_id)).one()
+            job, first = session.execute(both.where(Job.id == claim.job_id)).one()
+            models = [first, *(session.get_one(SourceModel, i) for i in models_of(job.spec))]
             wanted = set(datasets_of(job.spec).values())
             datasets = {i: session.get_one(Dataset, i) for i in wanted}
-            return job, model, datasets
+            return job, models, datasets
 
     @_patient
     def progress(self, claim: Hold, changes: dict[str, Any], event_type: str, event: dict[str, Any]) -> None:

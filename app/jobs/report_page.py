@@ -9,6 +9,7 @@ from typing import Any
 
 from app.figures import metric
 from app.jobs.by_batch_page import by_batch
+from app.jobs.chain_page import chain
 from app.jobs.comparison_page import comparison_body
 from app.jobs.page_parts import (
     MAX_ROWS,
@@ -103,6 +104,7 @@ def report_body(report: Json) -> str:
         section("Latency (p50, lower is better)", latencies(report)),
         section("Speed-up over the original, with its 95 % interval", speedups(report)),
         section("Which engine answers which batch", by_batch(part_of(report, "by_batch"))),
+        section("The chain", chain(part_of(report, "chain"))),
         section("At every shape", rows_table(report.get("shapes"), _SHAPES, 16)),
         section("Speed, accuracy and size", pareto(report)),
         section("What each part gained, measured by leaving it out", waterfall(report) + _applied(report)),

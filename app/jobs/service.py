@@ -23,6 +23,7 @@ from app.domain.spec import OptimizationSpec, datasets_of, stored
 from app.errors import FieldError, conflict, invalid_request, not_found
 from app.idempotency import Idempotency, once, recall, remember, resource_gone
 from app.jobs.admission import Queue, check_shapes, find_queue, fit_batch_sizes
+from app.jobs.chain_admission import Source, pointer_of, source_of
 from app.jobs.data_admission import check_dataset, check_inputs
 from app.jobs.family import PARENTS, stages_of
 from app.jobs.metric_admission import check_metric
@@ -83,23 +84,23 @@ class JobService:
                     raise resource_gone("job")
                 return job, False
             quotas = Quotas(session, tenant_id, self.settings.limits)
-            model = self._model(session, tenant_id, spec)
+            source = source_of(spec, self._models(session, tenant_id, spec))
             if spec.inputs is not None:
-                check_inputs(spec.inputs, model.inputs)
+                check_inputs(spec.inputs, source.inputs)
             if spec.shapes is not None:
-                check_shapes(spec.shapes, model.inputs)
-                spec = fit_batch_sizes(spec, model.inputs)
-            spec = fit_traffic(spec, model.inputs)
-            self._datasets(session, tenant_id, spec, model)
+                check_shapes(spec.shapes, source.inputs)
+                spec = fit_batch_sizes(spec, source.inputs)
+            spec = fit_traffic(spec, source.inputs)
+            self._datasets(session, tenant_id, spec, source)
             if spec.targets is not None:
-                wanted = per_target(spec, model.format, live)
+                wanted = per_target(spec, source.format, live)
             else:
-                wanted = [(spec, find_queue(spec, model.format, live, known))]
+                wanted = [(spec, find_queue(spec, source.format, live, known))]
             quotas.check_jobs(len(wanted))
             quotas.check_results()
             if any(on_gpu(queue.name) for _, queue in wanted):
                 quotas.check_gpu()
-            queued = partial(_queued, origin=origin, model_id=model.id)
+            queued = partial(_queued, origin=origin)
             parent = _running(queued(new_id("job"), spec, Queue(PARENTS), None)) if spec.targets is not None else None
             if parent is not None:
                 jobs.add(parent)
@@ -111,7 +112,7 @@ class JobService:
             if parent is not None:
                 parent.stages = stages_of(jobs.children(parent.id))
             submitted = parent or added[0]
-            record(session, tenant_id, current_actor(), "job.submit", submitted.id, {"model_id": model.id})
+            record(session, tenant_id, current_actor(), "job.submit", submitted.id, {"model_id": spec.model_id})
             if idempotency is not None:
                 remember(session, tenant_id, idempotency, submitted.id)
             return submitted, True
@@ -122,15 +123,19 @@ class JobService:
             PrebuildRepository(uow.session).add(job.id, backend, built_for)
         uow.after_commit(lambda: self.dispatch(job))
 
-    def _model(self, session: Session, tenant_id: str, spec: OptimizationSpec) -> SourceModel:
-        model = JobRepository(session).usable_model(tenant_id, spec.model_id)
-        if model is None:
-            detail = f"There is no model {spec.model_id!r}."
-            raise invalid_request(detail, [FieldError("/model_id", "unknown model")], "Upload it with POST /v1/models.")
-        return model
+    def _models(self, session: Session, tenant_id: str, spec: OptimizationSpec) -> list[SourceModel]:
+        """The job's model, or those of its chain in order."""
+        found = []
+        for place, model_id in enumerate([spec.model_id, *(link.model_id for link in spec.links)]):
+            model = JobRepository(session).usable_model(tenant_id, model_id)
+            if model is None:
+                error = FieldError(pointer_of(place), "unknown model")
+                raise invalid_request(f"There is no model {model_id!r}.", [error], "Upload it with POST /v1/models.")
+            found.append(model)
+        return found
 
-    def _datasets(self, session: Session, tenant_id: str, spec: OptimizationSpec, model: SourceModel) -> None:
-        check_training(spec, model.format)
+    def _datasets(self, session: Session, tenant_id: str, spec: OptimizationSpec, source: Source) -> None:
+        check_training(spec, source.format)
         judging: tuple[str, list[dict[str, Any]] | None] = ("/validation/dataset_id", None)
         for pointer, dataset_id in datasets_of(spec.model_dump()).items():
             row = JobRepository(session).usable_dataset(tenant_id, dataset_id)
@@ -142,14 +147,14 @@ class JobService:
             check_dataset(
                 pointer,
                 row.arrays,
-                model.inputs,
-                model.outputs,
+                source.inputs,
+                source.outputs,
                 spec.shapes,
                 samples=row.samples,
                 options=spec.inputs,
             )
             judging = (pointer, row.arrays)  # the validation data; without it, the rest of the calibration data
-        check_metric(spec.validation.metric, *judging, model.outputs)
+        check_metric(spec.validation.metric, *judging, source.outputs)
 
     def get(self, tenant_id: str, job_id: str) -> Job:
         with self.db.read() as session:
@@ -245,13 +250,12 @@ def _queued(
     parent: Job | None,
     *,
     origin: Origin,
-    model_id: str,
 ) -> Job:
     now = utcnow()
     return Job(
         id=job_id,
         tenant_id=origin.tenant_id,
-        model_id=model_id,
+        model_id=spec.model_id,
         status=JobStatus.QUEUED.value,
         stage=None,
         progress=0.0,

@@ -14,6 +14,12 @@ def check_training(spec: OptimizationSpec, model_format: str) -> None:
     if training.mode != "always":
         return
     pointer = "/quantization/training/mode"
+    if spec.chain is not None:
+        raise invalid_request(
+            "A chain of models cannot be trained.",
+            [FieldError(pointer, "only one model, uploaded as a .pt2 (torch.export), can be trained")],
+            "Train in a job of that model alone; or use the mode 'auto' or 'off'.",
+        )
     if model_format != _TRAINED:
         raise invalid_request(
             f"A model uploaded as {model_format!r} cannot be trained.",

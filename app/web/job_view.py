@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from app.db.orm import Job
+from app.domain.chain import models_of
 from app.domain.job_state import TERMINAL
 from app.jobs.family import PARENTS
 from app.jobs.outlook import Outlook
@@ -15,6 +16,8 @@ from app.jobs.outlook import Outlook
 Json = Mapping[str, Any]
 STAGES = {
     "export": "read the model",
+    "chain": "join the models",
+    "unchain": "take the models apart",
     "simplify": "simplify the graph",
     "equalize": "even out weights",
     "convert": "convert precision",
@@ -162,6 +165,9 @@ def asked_for(spec: Json) -> list[tuple[str, Any]]:
         rate, slo = traffic.get("rate_per_second"), (traffic.get("slo") or {}).get("p99_latency_ms")
         within = "" if slo is None else f" with p99 within {slo:g} ms"
         found.append(("Traffic", f"{'the highest rate' if rate is None else f'{rate:g} requests/s'}{within}"))
+    if further := models_of(spec):
+        whole = "one engine of the whole" if spec["chain"].get("deploy") != "ensemble" else "an engine of each"
+        found.append(("Chain", f"this model, then {', then '.join(further)}; {whole}"))
     training = ((spec.get("quantization") or {}).get("training") or {}).get("mode", "off")
     if training != "off":
         found.append(("Training", training))

@@ -108,6 +108,7 @@ _NAMED = {
     "benchmark": "Batch sizes",
     "objective": "Best by",
     "quantization": "Training",
+    "chain": "Chain",
 }
 
 

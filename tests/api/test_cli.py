@@ -13,9 +13,11 @@ import httpx
 import numpy as np
 import pytest
 
+from anneal_client import Client
 from anneal_client.cli import logins
 from anneal_client.cli.exits import Exit
 from anneal_client.cli.main import main
+from anneal_client.io import run
 from app.db.orm import LOCAL_TENANT, Job
 from app.http.services import Services
 from app.main import create_app
@@ -24,7 +26,7 @@ from app.tenants import create_key
 from app.webhooks.sender import WebhookSender
 from tests.api.conftest import report_worker, serving
 from tests.api.test_jobs import finish
-from tests.factories import onnx_models
+from tests.factories import chains, onnx_models
 from tests.factories.webhooks import deliver_due
 
 Said = tuple[int, str, str]
@@ -98,6 +100,36 @@ def test_submit_list_look_and_cancel(anneal: Anneal, model_file: Path, tmp_path:
         "deleted": [other["id"], other["model_id"]]
     }
     assert anneal("delete", "upl_1")[0] == 2
+
+
+def test_a_chain_of_files(anneal: Anneal, tmp_path: Path, base_url: str, dispatched: list[str]) -> None:
+    """By the command line, and by the client, which takes files wherever it takes ids."""
+    first, second = tmp_path / "encoder.onnx", tmp_path / "head.onnx"
+    onnx_models.save(chains.encoder(), first)
+    onnx_models.save(chains.head(), second)
+    third = onnx_models.save(onnx_models.mlp(features=4), tmp_path / "last.onnx")
+    joint = ["--then", str(second), "--connect", "embedding=embedding", "--then", str(third)]
+    code, out, err = anneal(
+        "optimize", str(first), *joint, "--connect", "input=logits", "--deploy", "ensemble", "--json"
+    )
+    assert code == Exit.OK, err
+    spec = json.loads(out)["spec"]
+    assert spec["chain"]["deploy"] == "ensemble"
+    assert [link["connect"] for link in spec["chain"]["then"]] == [{"embedding": "embedding"}, {"input": "logits"}]
+    for arguments, code, words in (
+        (["--then", str(tmp_path / "none.onnx")], 2, "--then"),
+        (["--connect", "a=b"], 2, "give the --then that it is of before it"),
+        (["--then", str(second), "--connect", "a"], 2, "INPUT=OUTPUT"),
+        (["--then", str(second), "--connect", "a=b"], 1, "/chain/then/0/connect/a"),
+        (["--deploy", "ensemble"], 1, "/chain/then"),
+    ):
+        found, out, err = anneal("optimize", str(first), *arguments)
+        assert (found, words in out + err) == (code, True), (arguments, out, err)
+    with Client(base_url) as client:
+        core, wanted = client._core, {"chain": {"then": [{"model_id": second, "connect": {"embedding": "embedding"}}]}}
+        prepared = run(core.prepared(first, None, None, wanted))
+    assert prepared["chain"]["then"][0]["model_id"].startswith("mdl_")
+    assert prepared["chain"]["then"][0]["connect"] == {"embedding": "embedding"}
 
 
 def test_refusals_say_what_where_and_the_remedy(anneal: Anneal, model_file: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests.factories import onnx_models as models
 from tests.factories.bundled import Made, bundled, chained, packaged
+from tests.factories.chains import encoder, engines, head, pixels
 from tests.integrations.environments import environment
 from tests.integrations.tritonserver import tritonserver
 from tests.unit.test_by_batch import apart, side_by_side
@@ -272,6 +273,58 @@ def test_engines_that_are_served_one_by_one_are_chained_too(server: Path, tmp_pa
 def _negated(batch: int) -> ModelProto:
     nodes = [helper.make_node("Neg", ["x"], ["y"])]
     return models.make_model(nodes, [models.value("x", [batch, 4])], [models.value("y", [batch, 4])], [])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_chain_with_an_engine_of_each_model_is_one_ensemble(server: Path, backend: str, tmp_path: Path) -> None:
+    """As a job ships it: the stage tries it in the server by itself, and each model answers by itself, too."""
+    parts = [pixels(), encoder(), head()]
+    engine, runtime = engines(backend, parts, tmp_path)
+    made = packaged(
+        "chained", engine, runtime, tmp_path, tritonserver=server, name="m-fp32", isa=("avx512_bf16",), deployment=TUNED
+    )
+    tried = made.data["kinds"]["triton"]["tried"]
+    assert (tried["requests"], tried["largest_difference"] < 1e-5) == (CALLS, True)
+    sample, expected = made.arrays("sample_input.npz"), made.arrays("expected_output.npz")
+    with served(server, made, tmp_path) as (found, config):
+        assert (config["platform"], config["max_batch_size"]) == ("ensemble", 8)
+        assert [t["name"] for t in config["input"]] == ["pixels", "weight"]
+        assert [s["model_name"] for s in config["ensemble_scheduling"]["step"]] == ["m-fp32-1", "m-fp32-2", "m-fp32-3"]
+        known = dict(sample)
+        for place, (takes, gives) in enumerate((("pixels", "input"), ("input", "embedding")), 1):
+            connection = Connection(found.http_port, f"m-fp32-{place}", 10.0)
+            known |= connection.infer({takes: known[takes]}, [gives], batched=True)
+            connection.close()
+        connection = Connection(found.http_port, "m-fp32-3", 10.0)
+        last = connection.infer({n: known[n] for n in ("embedding", "weight")}, ["logits"], batched=True)
+        connection.close()
+        np.testing.assert_allclose(last["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+        # Eight callers at once: the models batch by themselves.
+        replayed(found, Example("m-fp32", sample, expected, True, "fp32"))
+        counted = found.metrics("m-fp32-2")
+        assert counted["nv_inference_exec_count"] < counted["nv_inference_request_success"]
+        rows = {
+            "pixels": np.random.default_rng(4).integers(0, 256, size=(5, 8)).astype(np.uint8),
+            "weight": np.ones((5, 1), np.float32),
+        }
+        connection = Connection(found.http_port, "m-fp32", 10.0)
+        whole = connection.infer(rows, ["logits"], batched=True)["logits"]
+        connection.close()
+    session = backends()["chained"]().load(engine, runtime)
+    np.testing.assert_allclose(whole, session.run(rows)["logits"], rtol=1e-4, atol=1e-5)
+    session.close()
+
+
+def test_a_chain_between_whose_models_the_batch_is_lost_is_served_one_by_one(server: Path, tmp_path: Path) -> None:
+    """All samples of a call together between the two: no server may put further ones beside them."""
+    nodes = [helper.make_node("Transpose", ["input"], ["turned"], perm=[1, 0])]
+    first = models.make_model(nodes, [models.value("input", ["batch", 4])], [models.value("turned", [4, "batch"])], [])
+    nodes = [helper.make_node("Transpose", ["turned"], ["back"], perm=[1, 0]), helper.make_node("Neg", ["back"], ["y"])]
+    second = models.make_model(nodes, [models.value("turned", [4, "n"])], [models.value("y", ["n", 4])], [])
+    engine, runtime = engines("onnxruntime", [first, second], tmp_path)
+    made = packaged("chained", engine, runtime, tmp_path, tritonserver=server, deployment=TUNED)
+    assert made.data["kinds"]["triton"]["tried"]["largest_difference"] == 0.0
+    assert "max_batch_size: 0" in (made.unpacked("triton", tmp_path / "models") / "m-fp32/config.pbtxt").read_text()
 
 
 def test_the_stage_tries_the_repository_where_there_is_a_server(server: Path, tmp_path: Path) -> None:

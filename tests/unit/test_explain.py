@@ -71,8 +71,9 @@ def proof() -> Proof:
     unused: Any = SimpleNamespace(data={}, outputs={"model": engine})
     return Proof(
         job=unused,
-        model=unused,
+        models=[unused],
         spec=SPEC,
+        chain=None,
         case=unused,
         hardware={},
         export=unused,

@@ -10,15 +10,30 @@ import ast
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from app.domain import axes
 from app.domain.axes import BATCH, UNBATCHED
-from workers.kernel import TensorSpec
+from workers.kernel import Session, TensorSpec
+
+if TYPE_CHECKING:
+    from workers.kernel import Arrays
 
 
 def batch_axes(inputs: Sequence[TensorSpec]) -> dict[str, int | None]:
     """For each input the axis that follows the batch; None for one that is the same whatever the batch."""
     return axes.batch_axes({spec.name: spec.shape for spec in inputs})
+
+
+def follows_batch(session: Session, expected: Arrays, twice: Arrays) -> bool:
+    """Whether the first axis of every input and output is the batch: `twice` came out for two samples where `expected`
+    did for one."""
+    known = batch_axes(session.inputs)
+    free = all(known[spec.name] == 0 and isinstance(spec.shape[0], str) for spec in session.inputs)
+    return free and all(
+        array.shape and name in twice and twice[name].shape == (2 * array.shape[0], *array.shape[1:])
+        for name, array in expected.items()
+    )
 
 
 def fixed_batch(inputs: Sequence[TensorSpec]) -> int | None:

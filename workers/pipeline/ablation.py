@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from workers.artifacts import CHAINED
 from workers.candidates import Candidate, Step
-from workers.kernel import stages
+from workers.kernel import backends, stages
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def _with(picked: Candidate, index: int, step: Step | None) -> Candidate:
 def _backend_part(picked: Candidate, others: Sequence[Candidate], baseline: str) -> list[Part]:
     """The backend left out: the baseline's on the same graph, or on its own graph of the same precision where this one
     is the backend's alone."""
+    kind = backends().get(picked.backend)
+    if kind is not None and kind.engine_format == CHAINED:
+        return [Part("an engine of each model in place of one of the whole", picked.unlinked())]
     if picked.backend == baseline:
         return []
     name = f"{picked.backend} in place of {baseline}"

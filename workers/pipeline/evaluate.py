@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from workers import devices
+from workers.artifacts import CHAINED
 from workers.candidates import Candidate, Step
 from workers.kernel import backends, stages
 from workers.measure.shares import Part
 from workers.pipeline.budget import Budget
 from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.chain import engine_of_each
 from workers.pipeline.job_data import Data
 from workers.pipeline.runner import StageRunner
 from workers.pipeline.stage_calls import Outcome
@@ -38,10 +41,13 @@ class Evaluator:
         data: Data,
         budget: Budget,
         baseline_backend: str,
+        chain: Outcome | None = None,
     ) -> None:
+        """`chain`: how the model was made of several, where it was."""
         self.runner = runner
         self.spec = spec
         self.export = export
+        self.chain = chain
         self.data = data
         self.budget = budget
         self.baseline_backend = baseline_backend
@@ -74,9 +80,13 @@ class Evaluator:
         for step in plan.steps:
             graph = self._step(step, graph, plan.id, until)
             steps.append(graph)
+        model = graph.of_kind(*backends()[plan.backend].accepts)
+        if backends()[plan.backend].engine_format == CHAINED:
+            assert self.chain is not None
+            run = partial(self.call, candidate=plan.id, until=until)
+            return steps, engine_of_each(run, self.chain, self.export, plan.unlinked(), model, self.data.shapes)
         shapes = {"shapes": self.data.shapes} if self.data.shapes else {}
         options = {"backend": plan.backend, "options": {**plan.build_options, **shapes}}
-        model = graph.of_kind(*backends()[plan.backend].accepts)
         return steps, self.call("build", {"model": model}, options, plan.id, until)
 
     def _step(self, step: Step, graph: Outcome, candidate: str, until: float) -> Outcome:

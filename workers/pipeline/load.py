@@ -9,6 +9,7 @@ from typing import Any
 from app.domain.report import TrafficReport
 from workers.measure.load.judged import KEEPS
 from workers.measure.load.patterns import Facts, patterns
+from workers.pipeline.chain_report import chain_report
 from workers.pipeline.cost import limit_cost
 from workers.pipeline.outcome import Explanation, Optimization
 
@@ -161,7 +162,14 @@ def _reasons(data: _Json, wanted: float | None, ours: _Json) -> dict[str, str]:
 
 def _facts(found: Optimization) -> Facts:
     names = [t["name"] for side in ("inputs", "outputs") for t in found.export.data[side]]
-    return Facts(memory_mb=_mb(found.hardware.get("memory_bytes")), cores=found.case.cores, tensors=names)
+    chain = chain_report(found)
+    return Facts(
+        memory_mb=_mb(found.hardware.get("memory_bytes")),
+        cores=found.case.cores,
+        tensors=names,
+        models=len(found.models),
+        apart=chain is not None and chain.deploy == "ensemble",
+    )
 
 
 def _goodput(side: _Json | None) -> _Json:

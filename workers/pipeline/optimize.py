@@ -15,10 +15,13 @@ from app.domain.failures import StageFailure
 from app.domain.spec import OptimizationSpec
 from app.settings import LimitSettings
 from workers import devices, kernel
+from workers.artifacts import ONNX
 from workers.candidates import Case
+from workers.members import linker_of
 from workers.pipeline import planner
 from workers.pipeline.budget import Budget
 from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.chain import chained
 from workers.pipeline.compatibility import asked, compatibility_of
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.evaluate import Evaluator
@@ -48,7 +51,7 @@ class Optimizer:
         self,
         runner: StageRunner,
         job: Job,
-        model: SourceModel,
+        models: Sequence[SourceModel],
         datasets: Mapping[str, Dataset],
         backends: Sequence[kernel.BackendInfo],
         limits: LimitSettings,
@@ -57,17 +60,20 @@ class Optimizer:
         tritonserver: Path | None = None,
         crew: Crew | None = None,
     ) -> None:
-        """`searches_dir`: where the search is recorded, if anywhere. `hardware`: that the job is for, if not this
-        machine's. `tritonserver`: what bundles for it are tried in, if anything. `crew`: whom the job is shared
-        with."""
+        """`models`: the job's, or those of its chain in order. `searches_dir`: where the search is recorded, if
+        anywhere. `hardware`: that the job is for, if not this machine's. `tritonserver`: what bundles for it are tried
+        in, if anything. `crew`: whom the job is shared with."""
         self.runner = runner
         self.job = job
-        self.model = model
+        self.models = models
         self.spec = OptimizationSpec.model_validate(job.spec)
         self.hardware = runner.hardware if hardware is None else hardware
         self.device = device_of(self.spec, backends)
         known = kernel.backends()
         self.backends = {b.name: known[b.name]() for b in backends if self.device in b.devices}
+        if self.spec.chain is not None and self.spec.chain.apart:
+            linker = linker_of(self.device)
+            self.backends[linker.name] = linker()
         self.offered = frozenset(b.name for b in backends)
         self.limits = limits
         self.searches_dir = searches_dir
@@ -77,6 +83,7 @@ class Optimizer:
         runner.view.progress = JobProgress(self.budget, job.progress)
         self.baseline_backend = devices.named(self.device).baseline_backend
         self.data = Data.of(self.spec, datasets)
+        self.chain: Outcome | None = None  # how its models are one, where they are several
 
     def _budget(self, spent: float) -> Budget:
         """The rest of it, where an earlier attempt was lost; always so much that something can be proven: what that one
@@ -92,7 +99,7 @@ class Optimizer:
         """What ships is proven and packaged first, then explained. Raises `StageFailure` where the job fails as a
         whole."""
         export = self._export()
-        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        evaluator = self._evaluator(export)
         proof = self._prove(export, evaluator)
         made, explanation = None, Explanation()
         if proof.verdict.picked is not None:
@@ -116,7 +123,7 @@ class Optimizer:
         """The engines of all candidates, for whoever takes the job: nothing is measured, and nothing ships. Raises
         `StageFailure` where the job itself would fail."""
         export = self._export()
-        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        evaluator = self._evaluator(export)
         candidates = planner.plan(self._case(export), self.backends).candidates
         self.runner.view.progress.enter("search", 6.0 * max(len(candidates), 1))
         for candidate in candidates:
@@ -128,7 +135,7 @@ class Optimizer:
         """One call of this job's search, for the worker that has the job: what it makes is in storage afterwards.
         Raises `StageFailure` where the job itself would fail."""
         export = self._export()
-        evaluator = Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend)
+        evaluator = self._evaluator(export)
         self.budget.share(final_seconds(self.spec, 4), export.outputs["model"].size_bytes)
         Desk(evaluator).answer(call.request)
 
@@ -153,8 +160,9 @@ class Optimizer:
         done = Finals(evaluator, found, self.crew).judged()
         return Proof(
             job=self.job,
-            model=self.model,
+            models=self.models,
             spec=self.spec,
+            chain=self.chain,
             case=case,
             hardware=self.runner.hardware,
             export=export,
@@ -167,21 +175,28 @@ class Optimizer:
             verdict_seconds=self.budget.elapsed(),
         )
 
+    def _evaluator(self, export: Outcome) -> Evaluator:
+        return Evaluator(self.runner, self.spec, export, self.data, self.budget, self.baseline_backend, self.chain)
+
     def _export(self) -> Outcome:
         options = {
-            "format": self.model.format,
+            "format": self.models[0].format,
             "shapes": self.data.shapes,
             "batch_axes": {n: i.batch_axis for n, i in self.spec.inputs.items()} if self.spec.inputs else None,
             "max_unpacked_bytes": self.limits.unpacked_bytes,
             "max_members": self.limits.archive_members,
             "max_ratio": self.limits.compression_ratio,
         }
-        inputs = {"source": source_ref(self.model)}
-        if self.data.validation is not None:
-            inputs["data"] = self.data.validation  # the model is tried on what it is for
+        inputs = {"source": source_ref(self.models[0])}
         _, hard = self.budget.limits(self.budget.end)
+        run = partial(self.runner.run, seconds=hard)
         try:
-            return self.runner.run("export", inputs, options, seconds=hard)
+            if self.spec.chain is not None:
+                self.chain = chained(run, self.models, self.spec, options, self.data.validation)
+                inputs["source"], options["format"] = self.chain.of_kind(ONNX), "onnx"
+            if self.data.validation is not None:
+                inputs["data"] = self.data.validation  # the model is tried on what it is for
+            return run("export", inputs, options)
         except StageFailure as failure:
             if failure.code == "timed_out" and self.budget.over(self.budget.end):
                 raise too_small(self.spec, self.budget, "the export", "export") from failure

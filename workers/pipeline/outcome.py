@@ -34,11 +34,13 @@ class Ablated:
 
 @dataclass(frozen=True)
 class Proof:
-    """What ships, and the evidence for it. `verdict_seconds`: of the budget, until it was known."""
+    """What ships, and the evidence for it. `models`: the job's, or those of its chain, with the call that made one of
+    them (`chain`). `verdict_seconds`: of the budget, until it was known."""
 
     job: Job
-    model: SourceModel
+    models: Sequence[SourceModel]
     spec: OptimizationSpec
+    chain: Outcome | None
     case: Case
     hardware: Mapping[str, Any]
     export: Outcome
@@ -49,6 +51,16 @@ class Proof:
     benchmark: Outcome
     verdict: Verdict
     verdict_seconds: float
+
+    @property
+    def model(self) -> SourceModel:
+        """The first one."""
+        return self.models[0]
+
+    @property
+    def name(self) -> str:
+        """Of the model, or of all of the chain."""
+        return " then ".join(model.name for model in self.models)
 
     @property
     def runs(self) -> list[CandidateRun]:

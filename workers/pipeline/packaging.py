@@ -18,6 +18,7 @@ from workers.measure.method import versions
 from workers.members import names_of
 from workers.pipeline.budget import Budget
 from workers.pipeline.by_batch import by_batch_told
+from workers.pipeline.chain_report import chain_told
 from workers.pipeline.evaluate import SEED
 from workers.pipeline.final import accepts, final_metrics, winner
 from workers.pipeline.job_data import Data
@@ -46,7 +47,7 @@ def package(
     if data.validation is not None:
         inputs["data"] = data.validation
     options = {
-        "name": f"{slug(proof.model.name)}-{proof.precision.replace('+', '-')}",
+        "name": f"{slug(proof.name)}-{proof.precision.replace('+', '-')}",
         "backend": proof.backend,
         "runtime": proof.runtime,
         "engine_format": _format(proof),
@@ -102,6 +103,7 @@ def _manifest(proof: Proof, data: Data, deployment: DeploymentConfig | None) -> 
             "format": proof.model.format,
             "sha256": proof.model.sha256,
         },
+        **chain_told(proof),
         "data": {
             "calibration": _files(data.calibration),
             "validation": _files(data.validation),

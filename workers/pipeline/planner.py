@@ -11,6 +11,7 @@ from workers.candidates import Candidate, Case, Skipped
 from workers.kernel import Backend, stages
 from workers.kernel import backends as known_backends
 from workers.pipeline import training
+from workers.pipeline.chain import apart
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +50,12 @@ def plan(case: Case, backends: Mapping[str, Backend]) -> Plan:
             skipped.append(Skipped(backend.name, f"its proposal failed: {type(error).__name__}: {error}"[:300]))
             continue
         reasons = [(c, _misfit(c, case.kinds, backend.accepts)) for c in proposal.candidates]
-        candidates += [planned(c) for c, reason in reasons if reason is None]
+        kept = [planned(c) for c, reason in reasons if reason is None]
+        if case.spec.chain is not None and case.spec.chain.apart:
+            linked = [apart(c, case.device) for c in kept]
+            kept = [c for c in linked if isinstance(c, Candidate)]
+            skipped += [c for c in linked if isinstance(c, Skipped)]
+        candidates += kept
         skipped += proposal.skipped
         skipped += [Skipped(c.name, reason) for c, reason in reasons if reason is not None]
     skipped += _lacking(case, backends)

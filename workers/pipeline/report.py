@@ -17,6 +17,7 @@ from app.domain.report import (
 from workers.kernel import stages
 from workers.pipeline.by_batch import by_batch
 from workers.pipeline.candidate_run import CandidateRun
+from workers.pipeline.chain_report import chain_report, chain_told
 from workers.pipeline.checks import same_bytes
 from workers.pipeline.deployment import deployment_of
 from workers.pipeline.final import final_metrics, winner
@@ -41,8 +42,8 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
     shipped = found.verdict.picked is not None
     return Report(
         analysis=Analysis(
-            model=found.model.name,
-            original_size_mb=_mb(found.export.data.get("size_bytes") or found.model.size_bytes),
+            model=found.name,
+            original_size_mb=_mb(found.export.data.get("size_bytes") or sum(m.size_bytes for m in found.models)),
             original_latency_ms=_rounded(_latency(found.baseline, batch)),
             hardware=str(found.hardware.get("cpu_model") or found.hardware.get("id")),
             parameters=found.export.data.get("parameters"),
@@ -89,6 +90,7 @@ def make_report(found: Optimization, calls: Sequence[Outcome], stages: Sequence[
         sensitivity=_sensitivity(found),
         shapes=[ShapeReport(**row) for row in _shapes(found, batch)],
         by_batch=by_batch(found),
+        chain=chain_report(found),
     )
 
 
@@ -111,6 +113,7 @@ def make_manifest(
         "job_id": found.job.id,
         "spec": found.job.spec,
         "model": {"id": found.model.id, "sha256": found.model.sha256, "format": found.model.format},
+        **chain_told(found),
         "hardware": dict(found.hardware),
         "hardware_fingerprint": fingerprint,
         "versions": _versions(calls),

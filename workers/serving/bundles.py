@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workers import devices
+import numpy as np
+
+from workers import devices, kernel
 from workers.artifacts import names_in
 from workers.bundle_readme import machine_of
 from workers.graph.onnx_files import link_or_copy
-from workers.kernel import Backend, Session
-from workers.measure.axes import batch_axes
+from workers.kernel import Backend, Session, TensorSpec
 from workers.members import scripts_of
-from workers.serving import kserve, triton
+from workers.serving import ensemble, kserve, triton
 from workers.serving.launching import SERVER
 from workers.serving.native import Instances, InTriton
 from workers.serving.triton_server import Example, NotLoaded, replayed, running
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from workers.kernel import Arrays
 
 _MANIFEST = "manifest.json"  # which infer.py asks for the sizes that it takes
@@ -74,60 +74,28 @@ def other_kinds(bundled: Bundled) -> Kinds:
     return kinds
 
 
-def follows_batch(session: Session, expected: Arrays, twice: Arrays) -> bool:
-    """Whether the first axis of every input and output is the batch: `twice` came out for two samples where `expected`
-    did for one."""
-    axes = batch_axes(session.inputs)
-    free = all(axes[spec.name] == 0 and isinstance(spec.shape[0], str) for spec in session.inputs)
-    return free and all(
-        array.shape and name in twice and twice[name].shape == (2 * array.shape[0], *array.shape[1:])
-        for name, array in expected.items()
-    )
-
-
 def _triton(bundled: Bundled, kinds: Kinds) -> None:
-    serving, backend = bundled.serving, bundled.backend
-    threads = serving.get("threads")
-    runtime = backend.with_threads(bundled.runtime, threads) if threads else dict(bundled.runtime)
-    native = backend.in_triton(Instances(bundled.engine, runtime, int(serving["instances"]), bundled.hardware))
-    scalars = [spec.name for spec in bundled.session.inputs if not spec.shape]
-    if not bundled.batched and any(not spec.shape for spec in (*bundled.session.inputs, *bundled.session.outputs)):
-        native = InTriton(why=_SCALARS, parameters={"SCALARS": json.dumps(scalars)})
-    scripts = scripts_of(backend.name, runtime)
+    threads = bundled.serving.get("threads")
+    runtime = bundled.backend.with_threads(bundled.runtime, threads) if threads else dict(bundled.runtime)
+    scripts = scripts_of(bundled.backend.name, runtime)
     # As members of the bundle: its own, unless they load the engine otherwise.
     at = {
         name: name if text.encode() == bundled.texts[name] else f"{triton.FOLDER}/{name}"
         for name, text in scripts.items()
     }
-    one_by_one = any(axis is None for axis in (serving.get("batch_axis") or {}).values())
-    served = triton.Served(
-        name=bundled.name,
-        machine=machine_of(backend.name, bundled.manifest),
-        inputs=bundled.session.inputs,
-        outputs=bundled.session.outputs,
-        sample=bundled.sample,
-        batched=bundled.batched and not one_by_one,
-        serving=serving,
-        formed=((bundled.manifest.get("deployment") or {}).get("serving") or {}).get("batches_formed") or (),
-        group=devices.named(backend.device).triton_group,
-        native=native,
-        versions=bundled.versions,
-        script={**{name: name for name in (*names_in(bundled.engine), _MANIFEST)}, **at},
-        accepts=(bundled.manifest.get("engine") or {}).get("accepts") or {},
-        labels=bundled.manifest.get("labels") or (),
-    )
+    linked = any(member.link for member in bundled.backend.members(runtime))
     try:
-        made = triton.repository(served)
+        made, native = _ensemble(bundled, runtime, at) if linked else _model(bundled, runtime, at)
     except triton.NotServable as refused:
         kinds.entries["triton"] = {"reason": str(refused)}
         return
     texts = dict(made.texts)
     used = {*made.files.values()}
     texts |= {at[name]: text.encode() for name, text in scripts.items() if at[name] in used and at[name] != name}
-    entry: dict[str, Any] = {"files": made.files, "backend": native.backend, "notes": made.notes, "model": made.model}
+    entry: dict[str, Any] = {"files": made.files, "backend": native, "notes": made.notes, "model": made.model}
     if bundled.tritonserver is not None:
         try:
-            entry["tried"] = _tried(bundled, served, made.files, texts)
+            entry["tried"] = _tried(bundled, made, texts)
         except NotLoaded as failed:
             kinds.entries["triton"] = {"reason": f"In {bundled.tritonserver.name} of this worker {failed}."}
             return
@@ -135,14 +103,95 @@ def _triton(bundled: Bundled, kinds: Kinds) -> None:
     kinds.entries["triton"] = entry
 
 
-def _tried(
-    bundled: Bundled, served: triton.Served, files: Mapping[str, str], texts: Mapping[str, bytes]
-) -> dict[str, Any]:
+def _model(bundled: Bundled, runtime: Mapping[str, Any], at: Mapping[str, str]) -> tuple[triton.Repository, str]:
+    """The repository of one engine, and the backend that runs it. `at`: the bundle's scripts → its members."""
+    session = bundled.session
+    native = _native(bundled, bundled.backend, bundled.engine, runtime)
+    if not bundled.batched and any(not spec.shape for spec in (*session.inputs, *session.outputs)):
+        native = _with_scalars(session.inputs)
+    own = {name: name for name in (*names_in(bundled.engine), _MANIFEST)}
+    served = _served(bundled, session.inputs, session.outputs, bundled.sample, native, bundled.batched)
+    return triton.repository(replace(served, script={**own, **at})), native.backend
+
+
+def _ensemble(bundled: Bundled, runtime: Mapping[str, Any], at: Mapping[str, str]) -> tuple[triton.Repository, str]:
+    """The same of an engine of each model of a chain."""
+    twice = {n: np.concatenate([a, a]) for n, a in bundled.sample.items()} if bundled.batched else {}
+    links = ensemble.links(bundled.backend.members(runtime), bundled.engine, bundled.sample, twice)
+    batched = bundled.batched and all(link.batched for link in links)  # in an ensemble all are, or none is
+    texts, files, notes, models = dict[str, bytes](), dict[str, str](), list[str](), list[dict[str, Any]]()
+    for place, link in enumerate(links, 1):
+        folder, backend = link.member.folder, kernel.backends()[link.member.backend]()
+        native = _native(bundled, backend, bundled.engine / folder, link.member.runtime)
+        native = replace(native, files={name: f"{folder}/{file}" for name, file in native.files.items()})
+        if not batched and any(not spec.shape for spec in (*link.inputs, *link.outputs)):
+            native = _with_scalars(link.inputs)
+        served = _served(bundled, link.inputs, link.outputs, link.sample, native, batched)
+        name = f"{bundled.name}-{place}"
+        own = ensemble.files_of(link.member, bundled.engine, at)
+        served = replace(served, name=name, script=own, folder=f"{triton.FOLDER}/{folder}")
+        if link is not links[-1]:
+            served = replace(served, labels=())
+        made = triton.repository(served)
+        texts |= made.texts
+        files |= made.files
+        models.append(made.model)
+        notes += [f"{name}: {note}" for note in made.notes]
+    session = bundled.session
+    found, told = ensemble.whole(
+        bundled.name, models, [s.name for s in session.inputs], [s.name for s in session.outputs]
+    )
+    own_texts = {f"{triton.FOLDER}/ensemble/{path.partition('/')[2]}": text for path, text in found.items()}
+    files |= dict(zip(found, own_texts, strict=True))
+    notes.insert(0, ensemble.NOTE.format(names=", ".join(str(model["name"]) for model in models)))
+    return triton.Repository({**texts, **own_texts}, files, notes, told), "ensemble"
+
+
+def _native(bundled: Bundled, backend: Backend, engine: Path, runtime: Mapping[str, Any]) -> InTriton:
+    return backend.in_triton(Instances(engine, runtime, int(bundled.serving["instances"]), bundled.hardware))
+
+
+def _with_scalars(inputs: Sequence[TensorSpec]) -> InTriton:
+    scalars = [spec.name for spec in inputs if not spec.shape]
+    return InTriton(why=_SCALARS, parameters={"SCALARS": json.dumps(scalars)})
+
+
+def _served(
+    bundled: Bundled,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    sample: Arrays,
+    native: InTriton,
+    batched: bool,
+) -> triton.Served:
+    """Without `script`."""
+    serving = bundled.serving
+    one_by_one = any(axis is None for axis in (serving.get("batch_axis") or {}).values())
+    accepts = (bundled.manifest.get("engine") or {}).get("accepts") or {}
+    return triton.Served(
+        name=bundled.name,
+        machine=machine_of(bundled.backend.name, bundled.manifest),
+        inputs=inputs,
+        outputs=outputs,
+        sample=sample,
+        batched=batched and not one_by_one,
+        serving=serving,
+        formed=((bundled.manifest.get("deployment") or {}).get("serving") or {}).get("batches_formed") or (),
+        group=devices.named(bundled.backend.device).triton_group,
+        native=native,
+        versions=bundled.versions,
+        script={},
+        accepts={spec.name: accepts[spec.name] for spec in inputs if spec.name in accepts},
+        labels=bundled.manifest.get("labels") or (),
+    )
+
+
+def _tried(bundled: Bundled, made: triton.Repository, texts: Mapping[str, bytes]) -> dict[str, Any]:
     """What a real server made of it (`replayed`). Raises `NotLoaded`."""
     assert bundled.tritonserver is not None
     assert bundled.scratch is not None
     repository = bundled.scratch / "models"
-    for path, member in files.items():
+    for path, member in made.files.items():
         target = repository / path
         target.parent.mkdir(parents=True, exist_ok=True)
         if member in texts or member in bundled.texts:
@@ -150,7 +199,7 @@ def _tried(
         else:
             link_or_copy(bundled.engine / member, target)
     precision = str((bundled.manifest.get("engine") or {}).get("precision", "fp32"))
-    example = Example(bundled.name, bundled.sample, bundled.expected, served.batched, precision)
+    example = Example(bundled.name, bundled.sample, bundled.expected, made.model["max_batch_size"] > 0, precision)
     with running(bundled.tritonserver, repository, bundled.scratch, _READY_S) as server:
         return replayed(server, example)
 

@@ -52,7 +52,7 @@ class Served:
     tried. `sample`: one call's inputs. `serving`: the settings (`serving.json`). `accepts`: as in the bundle's
     manifest. `group`: Triton's kind of instances (`KIND_CPU`). `script`: `infer.py` and what it needs beside itself,
     name there → member of the bundle. `labels`: names of the classes, by number. `formed`: sizes of the batches that
-    formed under the job's traffic."""
+    formed under the job's traffic. `folder`: of the bundle, where its texts are kept."""
 
     name: str
     machine: str
@@ -68,6 +68,7 @@ class Served:
     accepts: Mapping[str, Sequence[Sequence[int | None] | None]] = field(default_factory=dict)
     labels: Sequence[str] = ()
     formed: Sequence[int] = ()
+    folder: str = FOLDER
 
 
 @dataclass(frozen=True)
@@ -86,24 +87,24 @@ def repository(served: Served) -> Repository:
     for spec in (*served.inputs, *served.outputs):
         if spec.dtype not in _TYPES or (served.native.backend == PYTHON and spec.dtype == "bfloat16"):
             raise NotServable(f"Triton has no type for {spec.name!r}, which is {spec.dtype}.")
-    home = served.name
-    texts = {f"{FOLDER}/warmup/input_{i}": served.sample[s.name][_one(served)].tobytes() for i, s in _warmed(served)}
-    files = {f"{home}/{path.removeprefix(f'{FOLDER}/')}": path for path in texts}
+    home, folder = served.name, served.folder
+    texts = {f"{folder}/warmup/input_{i}": served.sample[s.name][_one(served)].tobytes() for i, s in _warmed(served)}
+    files = {f"{home}/{path.removeprefix(f'{folder}/')}": path for path in texts}
     version = f"{home}/{VERSION}"
     if served.native.backend == PYTHON:
-        texts[f"{FOLDER}/model.py"] = MODEL.encode()
-        files[f"{version}/model.py"] = f"{FOLDER}/model.py"
+        texts[f"{folder}/model.py"] = MODEL.encode()
+        files[f"{version}/model.py"] = f"{folder}/model.py"
         files |= {f"{version}/{name}": member for name, member in served.script.items()}
     else:
         files |= {f"{version}/{name}": member for name, member in served.native.files.items()}
     if any(_classes(spec, served) for spec in served.outputs):
-        texts[f"{FOLDER}/{_LABELS}"] = "".join(f"{label}\n" for label in served.labels).encode()
-        files[f"{home}/{_LABELS}"] = f"{FOLDER}/{_LABELS}"
+        texts[f"{folder}/{_LABELS}"] = "".join(f"{label}\n" for label in served.labels).encode()
+        files[f"{home}/{_LABELS}"] = f"{folder}/{_LABELS}"
     notes = [*_notes(served)]
-    texts[f"{FOLDER}/config.pbtxt"] = _config(served, notes).encode()
-    texts[f"{FOLDER}/README.md"] = _readme(served, notes).encode()
-    files |= {f"{home}/{name}": f"{FOLDER}/{name}" for name in ("config.pbtxt", "README.md")}
-    return Repository(texts, files, notes, _interface(served))
+    texts[f"{folder}/config.pbtxt"] = _config(served, notes).encode()
+    texts[f"{folder}/README.md"] = _readme(served, notes).encode()
+    files |= {f"{home}/{name}": f"{folder}/{name}" for name in ("config.pbtxt", "README.md")}
+    return Repository(texts, files, notes, interface(served))
 
 
 def max_batch(served: Served) -> int:
@@ -117,12 +118,12 @@ def max_batch(served: Served) -> int:
 
 def _config(served: Served, notes: Sequence[str]) -> str:
     most = max_batch(served)
-    interface = _interface(served)
-    config: dict[str, Any] = {"name": interface["name"], "backend": served.native.backend, **interface}
+    seen = interface(served)
+    config: dict[str, Any] = {"name": seen["name"], "backend": served.native.backend, **seen}
     labelled = {"label_filename": _LABELS}
     config["output"] = [
         told | (labelled if _classes(spec, served) else {})
-        for spec, told in zip(served.outputs, interface["output"], strict=True)
+        for spec, told in zip(served.outputs, seen["output"], strict=True)
     ]
     group: dict[str, Any] = {"count": int(served.serving["instances"]), "kind": Word(served.group)}
     if served.native.profiles > 1:
@@ -140,7 +141,8 @@ def _config(served: Served, notes: Sequence[str]) -> str:
     return "\n".join([*head, *text_format({k: v for k, v in config.items() if v != []})]) + "\n"
 
 
-def _interface(served: Served) -> dict[str, Any]:
+def interface(served: Served) -> dict[str, Any]:
+    """Of the model, as `config.pbtxt` has it."""
     most = max_batch(served)
     return {
         "name": served.name,

@@ -23,14 +23,15 @@ from app.domain.failures import StageFailure, infrastructure_failure
 from workers import kernel
 from workers.artifacts import names_in
 from workers.bundle_readme import readme
+from workers.candidates import Member
 from workers.data import Samples, synthetic_feeds
 from workers.graph.onnx_files import link_or_copy
 from workers.kernel import Session, Stage, StageContext, StageOptions, StageResult
 from workers.libraries import installed_version
-from workers.measure.axes import fixed_batch
+from workers.measure.axes import fixed_batch, follows_batch
 from workers.measure.method import versions
 from workers.members import names_of, scripts_of
-from workers.serving.bundles import Bundled, follows_batch, other_kinds
+from workers.serving.bundles import Bundled, other_kinds
 from workers.serving.defaults import settings_of
 from workers.serving.python import requirements, serving_files, tried, why_apart
 
@@ -202,7 +203,7 @@ def _samples(
 ) -> tuple[dict[str, Arrays], dict[str, Arrays], list[str]]:
     """What the bundle is tried with: inputs and outputs by what their files' names end with, a sample for each engine
     in it; and the outputs that came out otherwise when the same input ran again."""
-    members = kernel.backends()[options.backend].members(options.runtime)
+    members = _members(options)
     further = zip(members[1:], _answers(options)[1:], strict=True)
     least = {f"_{member.folder}": smallest for member, (smallest, _) in further}
     sizes = {"": fixed_batch(session.inputs) or 1, **least}
@@ -215,11 +216,17 @@ def _samples(
 
 def _answers(options: PackageOptions) -> list[tuple[int, int | None]]:
     """The smallest and the largest batch that each engine answers: of several, one more than the one before it does."""
-    members = kernel.backends()[options.backend].members(options.runtime)
+    members = _members(options)
     if not members:
         return [(1, None)]
     least = [1, *((before.most or 0) + 1 for before in members[:-1])]
     return [(smallest, member.most) for smallest, member in zip(least, members, strict=True)]
+
+
+def _members(options: PackageOptions) -> list[Member]:
+    """The engines that answer by themselves, where those are several."""
+    members = kernel.backends()[options.backend].members(options.runtime)
+    return [member for member in members if not member.link]
 
 
 def _sample_feeds(ctx: StageContext, session: Session, options: PackageOptions, batch: int) -> Arrays:

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from workers import devices
+from workers.artifacts import names_in
 from workers.data import Samples, synthetic_feeds
-from workers.graph.onnx_files import size_of
 from workers.kernel import WARM_UP_RUNS, LayerTime, Stage, StageContext, StageOptions, StageResult, backends
 from workers.measure.axes import fixed_batch
 
@@ -69,7 +69,8 @@ class Profile(Stage[ProfileOptions]):
         ctx.reporter.progress(0.8, "memory bandwidth")
         ours = devices.of_backend(options.backend).reads_machine_memory  # the speed of no other memory is measured
         bandwidth = copy_bandwidth(int(ctx.hardware.get("cores") or 1)) if ours else None
-        size = size_of(ctx.inputs["engine"])
+        folder = ctx.inputs["engine"]
+        size = sum((folder / name).stat().st_size for name in names_in(folder))
         data: dict[str, Any] = {
             "batch": batch,
             "inference_ms": inference_ms,

@@ -186,7 +186,7 @@ class Client:
 
         `model`, `data`: a file, what `from_torch` or `anneal_client.data` made, an answer, or an id. `data` judges the
         accuracy and calibrates (the service keeps these samples apart), unless `calibration_data` does. `spec`: as for
-        `submit`. Raises `JobFailed`, `WaitTimeout`.
+        `submit`; the models of a `chain` may be given as `model` is. Raises `JobFailed`, `WaitTimeout`.
         """
         job = self.submit(run(self._core.prepared(model, data, calibration_data, spec)))
         return self.result(self.wait(job.id, on_event, timeout_s=timeout_s))

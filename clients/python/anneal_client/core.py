@@ -264,8 +264,12 @@ class Core:
         return str(made["id"])
 
     async def prepared(self, model: Any, data: Any, calibration: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """The spec of a job on `model`, with what `data` and `calibration` are."""
+        """The spec of a job on `model`, with what `data` and `calibration` are; models of a chain are given
+        likewise."""
         wanted: dict[str, Any] = {**spec, "model_id": await self.given(Model, "models", model)}
+        if chain := wanted.get("chain"):
+            then = [{**link, "model_id": await self.given(Model, "models", link["model_id"])} for link in chain["then"]]
+            wanted["chain"] = {**chain, "then": then}
         if data is not None:
             dataset_id = await self.given(Dataset, "datasets", data)
             wanted["validation"] = {**(wanted.get("validation") or {}), "dataset_id": dataset_id}

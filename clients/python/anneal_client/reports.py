@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from anneal_client.answers import Answer
 
@@ -102,6 +102,31 @@ class CandidateReport(
     shapes: list[dict[str, Any]]
     size_mb: float | None
     status: str
+
+
+class ChainReport(Answer):
+    """What was optimized as one: the models in order. `deploy`: what ships, one engine of the whole (`merged`) or one
+    of each model (`ensemble`); where it is not what the job `asked` for, the `reason`. The original that everything is
+    compared with is the chain of the originals in one graph."""
+
+    asked: Literal["merged", "ensemble"]
+    deploy: Literal["merged", "ensemble"]
+    models: list[ChainedModel]
+    reason: str | None
+
+
+class ChainedModel(Answer, defaults={"connect": {}}):
+    """One model of a chain. `connect`: its input → the output of the model before that goes there; `taken`: its inputs
+    that are the whole's. Tensors as {name, dtype, shape}."""
+
+    connect: dict[str, str]
+    format: str
+    id: str
+    inputs: list[dict[str, Any]]
+    name: str
+    outputs: list[dict[str, Any]]
+    sha256: str
+    taken: list[str]
 
 
 class ComparedTarget(Answer, defaults={"engine_ids": []}):
@@ -283,6 +308,7 @@ class Report(
     bundles: dict[str, dict[str, Any]]
     by_batch: ByBatch | None
     candidates: list[CandidateReport]
+    chain: ChainReport | None
     checks: list[dict[str, Any]]
     claim: bool
     compatibility: list[dict[str, Any]]

@@ -23,6 +23,15 @@ class Calibration(TypedDict, total=False):
     ]  # How ranges are found; `auto` tries what suits the model.
 
 
+class Chain(TypedDict, total=False):
+    """The models behind `model_id`, which is the first of them. `deploy`: `merged` makes one engine of the whole;
+    `ensemble` one of each model, which the bundle for Triton holds as an ensemble: each can be given instances, and be
+    asked, by itself. Either way the whole is what is judged and measured."""
+
+    deploy: Literal["merged", "ensemble"]  # `merged`: one engine of the whole; `ensemble`: an engine of each model.
+    then: Required[list[Link]]  # The models that follow, in order.
+
+
 class Constraints(TypedDict, total=False):
     max_memory_mb: float | None
     max_size_mb: float | None  # At most so large an engine file.
@@ -45,6 +54,15 @@ class InputOptions(TypedDict, total=False):
     batch_axis: Required[int | None]
 
 
+class Link(TypedDict, total=False):
+    """A model that the outputs of the one before it go to. `connect`: its input → the output that goes there; null: by
+    equal names, or the only output to the only input. Inputs that nothing goes to are inputs of the whole; one of the
+    same name is one input of both."""
+
+    connect: dict[str, str] | None
+    model_id: Required[str]  # The uploaded model.
+
+
 class OptimizationSpec(TypedDict, total=False):
     """`measure`: "again" takes no timing from an earlier job; graphs and builds that are known still are. `traffic`:
     what the engine is to serve; it is then measured under it, and its serving tuned for it. `targets`: machines that
@@ -61,13 +79,14 @@ class OptimizationSpec(TypedDict, total=False):
     benchmark: Benchmark  # What is measured, and for how long.
     budget_seconds: int  # After which the best engine so far ships.
     calibration: Calibration | None  # Data that int8 needs; without it int8 is tried only where it needs none.
+    chain: Chain | None  # Further models that the outputs go to: all of them are optimized as one.
     constraints: Constraints
     cost: Cost | None  # What the machine costs.
     engines_per_bundle: int | None  # 2: the bundle may hold one engine for small and one for large batches.
     inputs: dict[str, InputOptions] | None  # Which axis is the batch, by input, where it is not the first.
     max_queue_seconds: int | None  # The job fails where no worker has taken it by then.
     measure: Literal["cached", "again"]  # `again`: no timing is taken from an earlier job.
-    model_id: str  # The uploaded model.
+    model_id: str  # The uploaded model; with `chain`, the first of its models.
     objective: Literal["latency", "throughput", "cost"]
     precisions: (
         list[Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]] | None

@@ -17,11 +17,14 @@ _FITS = 0.8  # of the machine's memory
 
 @dataclass(frozen=True)
 class Facts:
-    """`tensors`: names of the model's inputs and outputs."""
+    """`tensors`: names of the model's inputs and outputs. `models`: of the job's chain; `apart`: whether an engine of
+    each ships."""
 
     memory_mb: float | None
     cores: int
     tensors: Sequence[str] = ()
+    models: int = 1
+    apart: bool = False
 
 
 def patterns(data: _Json, facts: Facts) -> list[dict[str, Any]]:
@@ -31,15 +34,26 @@ def patterns(data: _Json, facts: Facts) -> list[dict[str, Any]]:
         _instances(data),
         _dynamic(data),
         _static(data),
-        _row(
-            "ensemble",
-            None,
-            "for a chain of models whose arrays stay on the server: the Triton bundle of two engines holds one "
-            "(`then`); this job has one model",
-        ),
+        _ensemble(facts),
         _parallel(data, facts),
         _continuous(facts),
     ]
+
+
+def _ensemble(facts: Facts) -> dict[str, Any]:
+    if facts.models == 1:
+        return _row(
+            "ensemble",
+            None,
+            "for a chain of models whose arrays stay on the server: the Triton bundle of two engines holds one "
+            "(`then`), and a job may have one (`chain`); this job has one model",
+        )
+    why = (
+        "an engine of each model ships, and the Triton bundle is an ensemble of them"
+        if facts.apart
+        else "one engine of the whole chain ships: nothing is handed over between its models"
+    )
+    return _row("ensemble", facts.apart, why, models=facts.models)
 
 
 def _row(pattern: str, fits: bool | None, why: str, **figures: Any) -> dict[str, Any]:

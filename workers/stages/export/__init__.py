@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -13,7 +15,7 @@ from workers.graph import learned_ranges
 from workers.graph.interface import Interface
 from workers.graph.labels import labels_of
 from workers.graph.onnx_arithmetic import describe_arithmetic
-from workers.graph.onnx_files import size_of
+from workers.graph.onnx_files import MODEL_FILE, size_of
 from workers.graph.onnx_graph import describe_structure, opset_of
 from workers.kernel import Stage, StageContext, StageOptions, StageResult, TensorSpec
 from workers.stages.export._first_inference import Exported
@@ -37,10 +39,10 @@ class ExportOptions(StageOptions):
 
 
 class Export(Stage[ExportOptions]):
-    """Inputs `source` (one file) and, where the job has a data set, `data` (one file, on whose samples the model is
-    tried) → outputs `model` (`model.onnx`; large weights in `model.onnx.data`) and, of a `.pt2` upload, `program`: the
-    exported program itself, cleaned of what could run code, with `interface.json`. Of a program that was trained, the
-    ranges that it learned go with the ONNX graph (`workers.graph.learned_ranges`)."""
+    """Inputs `source` (one file, or what the stage `chain` made) and, where the job has a data set, `data` (one file,
+    on whose samples the model is tried) → outputs `model` (`model.onnx`; large weights in `model.onnx.data`) and, of a
+    `.pt2` upload, `program`: the exported program itself, cleaned of what could run code, with `interface.json`. Of a
+    program that was trained, the ranges that it learned go with the ONNX graph (`workers.graph.learned_ranges`)."""
 
     name: ClassVar[str] = "export"
     version: ClassVar[int] = 6
@@ -58,7 +60,7 @@ class Export(Stage[ExportOptions]):
         `shape_mismatch`, `batch_axis_mismatch` and `missing_extra` (kind REQUEST), `export_failed`, `export_mismatch`,
         `unsafe_program`, and `dataset_*` (kind DATA)."""
         learned = learned_ranges.read(ctx.inputs["source"])
-        source = ctx.inputs["source"] / PROGRAM_FILE if learned is not None else ctx.only_file("source")
+        source = ctx.inputs["source"] / PROGRAM_FILE if learned is not None else _source(ctx)
         data = ctx.only_file("data") if "data" in ctx.inputs else None
         reporter = ctx.reporter
         reporter.progress(0.0, "reading the upload")
@@ -101,6 +103,14 @@ class Export(Stage[ExportOptions]):
             reporter.note(note)
         reporter.progress(1.0, "exported")
         return StageResult(("model", "program") if program else ("model",), _data(exported))
+
+
+def _source(ctx: StageContext) -> Path:
+    """The uploaded file; or the model that a stage made of several, whose files are not an input's: they are moved."""
+    made = ctx.inputs["source"]
+    if not (made / MODEL_FILE).exists():
+        return ctx.only_file("source")
+    return Path(shutil.copytree(made, ctx.workspace / "made")) / MODEL_FILE
 
 
 def _data(exported: Exported) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anneal_client import Client
-from anneal_client.cli import figures
+from anneal_client.cli import figures, values
 from anneal_client.cli.context import Context
 from anneal_client.cli.exits import Exit, Stop
 from anneal_client.cli.listing import limited, listed
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     pull.add_argument(
         "--connect",
         metavar="INPUT=OUTPUT",
-        type=_joint,
+        type=values.joint,
         action="append",
         help="of --then: its input, this one's output",
     )
@@ -93,13 +93,6 @@ def _engine(service: Service, given: str) -> Json:
             raise Stop(what, where=given, remedy=remedy, exit=Exit.REFUSED)
         given = str(ids[0])
     return dict(service.client.engine(given))
-
-
-def _joint(text: str) -> tuple[str, str]:
-    own, sign, given = text.partition("=")
-    if not (own and sign and given):
-        raise argparse.ArgumentTypeError(f"{text!r} is not INPUT=OUTPUT")
-    return own, given
 
 
 def _pull(service: Service, engine: Json, args: argparse.Namespace) -> Path:

@@ -18,12 +18,25 @@ from anneal_client.cli.service import Service
 Json = dict[str, Any]
 OBJECTIVES = ("latency", "throughput", "cost")
 TRAINING = ("off", "auto", "always")
+DEPLOY = ("merged", "ensemble")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("optimize", help="optimize a model; with --watch, wait for what comes out")
     parser.add_argument("model", metavar="MODEL", help=".onnx, .pt2, an archive of one, or the id of an uploaded model")
+    chain = parser.add_argument_group("a chain: further models, optimized with MODEL as one")
+    chain.add_argument(
+        "--then", metavar="MODEL", action="append", help="that the outputs go to; as often as there are models"
+    )
+    chain.add_argument(
+        "--connect",
+        metavar="INPUT=OUTPUT",
+        type=values.joint,
+        action=_Connect,
+        help="of the --then before it: its input, the output that goes there (those of one name)",
+    )
+    chain.add_argument("--deploy", choices=DEPLOY, help="one engine of the whole (merged), or one of each model")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="NPZ", help="calibrates and judges: split sample by sample (file or id)")
     data.add_argument("--calibration", metavar="NPZ", help="calibrates only")
@@ -77,6 +90,7 @@ def run(ctx: Context, args: argparse.Namespace) -> Exit:
         ctx.busy(f"uploading {args.model}")
         found = upload.model(service, args.model, args.name)
         ctx.say(f"model  {clean(found['id'])}  {clean(found['name'])}, {figures.size(found.get('size_bytes'))}")
+        _add_models(ctx, service, args, spec)
         _add_data(ctx, service, args, spec)
         job = service.client.submit({**spec, "model_id": found["id"]}, idempotency_key=args.idempotency_key)
         ctx.say(f"job    {clean(job['id'])}")
@@ -87,6 +101,24 @@ def run(ctx: Context, args: argparse.Namespace) -> Exit:
     else:
         ctx.say(f"`anneal watch {job['id']}` shows how it goes, `anneal report {job['id']}` what came out.")
     return Exit.OK
+
+
+class _Connect(argparse.Action):
+    """Joints by the place of the `--then` that they stand behind."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        joint: Any,
+        option_string: str | None = None,  # noqa: ARG002  (argparse gives it)
+    ) -> None:
+        links = namespace.then or []
+        if not links:
+            parser.error("argument --connect: give the --then that it is of before it")
+        found: dict[int, dict[str, str]] = {**(namespace.connect or {})}
+        found[len(links) - 1] = {**found.get(len(links) - 1, {}), joint[0]: joint[1]}
+        namespace.connect = found
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -103,9 +135,24 @@ def _check(args: argparse.Namespace) -> None:
 def _require_files(args: argparse.Namespace) -> None:
     """Before a large model has gone up for nothing."""
     upload.require("mdl", args.model, "MODEL")
+    for given in args.then or ():
+        upload.require("mdl", given, "--then")
     for name in ("data", "calibration", "validation"):
         if (given := getattr(args, name)) is not None:
             upload.require("dst", given, f"--{name}")
+
+
+def _add_models(ctx: Context, service: Service, args: argparse.Namespace, spec: Json) -> None:
+    """Upload the models of the chain behind the first one."""
+    links: list[Json] = []
+    for place, given in enumerate(args.then or ()):
+        ctx.busy(f"uploading {given}")
+        found = upload.model(service, given, None)
+        ctx.say(f"then   {clean(found['id'])}  {clean(found['name'])}, {figures.size(found.get('size_bytes'))}")
+        joints = (args.connect or {}).get(place)
+        links.append({"model_id": found["id"], **({"connect": joints} if joints else {})})
+    if links:
+        spec["chain"] = {**(spec.get("chain") or {}), "then": links}
 
 
 def _add_data(ctx: Context, service: Service, args: argparse.Namespace, spec: Json) -> None:
@@ -149,6 +196,7 @@ def spec_of(args: argparse.Namespace) -> Json:
         "shapes": dict(args.shape or ()),
         "cost": {"price_per_hour": args.price},
         "webhook": {"url": args.webhook},
+        "chain": {"deploy": args.deploy},
     }
     for name, fields in told.items():
         given = {k: v for k, v in fields.items() if v is not None}

@@ -108,6 +108,14 @@ def shape(text: str) -> tuple[str, dict[str, list[int]]]:
     return name, dict(zip(("min", "opt", "max"), sizes, strict=True))
 
 
+def joint(text: str) -> tuple[str, str]:
+    """INPUT=OUTPUT: of the model behind, and of the one before it."""
+    own, sign, given = text.partition("=")
+    if not (own and sign and given):
+        raise _wrong(text, "joint; INPUT=OUTPUT is one")
+    return own, given
+
+
 def target(text: str) -> dict[str, Any]:
     """`cpu`, `cuda`, `auto`; a GPU's compute capability, as 8.9; a hardware id of `anneal capabilities`."""
     if text in ("auto", "cpu", "cuda"):

@@ -1,0 +1,36 @@
+"""The report page's part on a chain of models."""
+
+from __future__ import annotations
+
+from app.jobs.page_parts import Json, objects, rows_table, text
+
+_MODELS = {"place": "", "name": "model", "format": "format", "given": "goes to", "takes": "takes", "gives": "gives"}
+_SHIPS = {
+    "merged": "One engine of the whole ships.",
+    "ensemble": "An engine of each model ships; they were judged and measured as the chain that they are.",
+}
+
+
+def chain(told: Json) -> str:
+    """What goes where, and what ships of it."""
+    models = objects(told.get("models"))
+    if not models:
+        return ""
+    rows = []
+    for place, model in enumerate(models, 1):
+        connect = model.get("connect")
+        joints = connect.items() if isinstance(connect, dict) else ()
+        rows.append(
+            {
+                "place": place,
+                "name": model.get("name"),
+                "format": model.get("format"),
+                "given": "; ".join(f"{given} → {own}" for own, given in joints),
+                "takes": model.get("taken"),
+                "gives": [tensor.get("name") for tensor in objects(model.get("outputs"))],
+            }
+        )
+    ships = _SHIPS.get(str(told.get("deploy")), "")
+    why = f" {text(told['reason'])}." if told.get("reason") else ""
+    said = f"{ships}{why} The original that it is compared with is the chain of the originals in one graph."
+    return f"<p class=sub>{said}</p>{rows_table(rows, _MODELS, 8)}"
