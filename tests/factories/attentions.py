@@ -285,6 +285,8 @@ KINDS: dict[str, Kind] = {
     "clip_padded": Kind(ClipPadded, _padded_ids, _MASKED),
     "gpt2_merged": Kind(Gpt2Merged, lambda: (_ids(),), _TEXT),
     "torch_layers": Kind(TorchLayers, _padded_ids, _MASKED),
+    # TorchScript's exporter writes the length of its inputs into torch's own layers.
+    "torch_layers_of_12": Kind(TorchLayers, _padded_ids, {name: {0: "batch"} for name in _MASKED}),
     "shifted": Kind(near.Shifted, lambda: (_ids(),), _TEXT),
     "masked_decoder": Kind(
         MaskedDecoder,

@@ -93,9 +93,9 @@ TODAY, OPERATOR, SCRIPTED, OLD = "sdpa-dynamo-18", "sdpa-dynamo-23", "sdpa-torch
         ("masked_decoder", SCRIPTED, 4, 0),
         ("masked_decoder", OLD, 4, 0),
         ("torch_layers", TODAY, 2, 0),
-        ("torch_layers", OPERATOR, 2, 0),
-        ("torch_layers", SCRIPTED, 2, 0),
-        ("torch_layers", OLD, 2, 0),
+        # By opset 23 ONNX Runtime 1.32 does not run them: their mask has one row for all queries.
+        ("torch_layers_of_12", SCRIPTED, 2, 0),
+        ("torch_layers_of_12", OLD, 2, 0),
     ],
 )
 def test_attention_of_exporters_is_fused(name: str, how: str, attentions: int, causal: int, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Package(Stage[PackageOptions]):
     Raises StageFailure `packaged_engine_fails`, `bundle_fails`."""
 
     name = "package"
-    version = 14
+    version = 15
     Options = PackageOptions
     libraries = ("numpy",)
     hardware_bound = True  # the expected output is this machine's
