@@ -68,6 +68,7 @@ def test_a_worker_without_pytorch_says_what_a_program_would_bring() -> None:
     assert "BERT-base" in told("transformer", hardware=h100)[0]
     assert told("rnn", hardware=h100)[0].endswith("was not measured for models of this class.")
     assert told("cnn", hardware={"gpu": {"compute_capability": "8.6"}})[0].endswith("GPU was not measured.")
+    assert "What that brings on a CPU was not measured" in told("cnn")[0]
     assert told("cnn", spec={"target": {"backends": ["onnxruntime"]}}) == []
 
 
