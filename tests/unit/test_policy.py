@@ -430,8 +430,18 @@ def test_of_a_model_with_free_axes_who_may_ship_is_tried_at_other_shapes() -> No
         assert cid.split(".")[0] in tried
 
 
+def test_two_engines_are_finalists_where_each_wins_at_some_batch_size() -> None:
+    """A search of a real job with the two engines of `tests/factories/two_toys.py`."""
+    recording, state = replayed("two-toys")
+    assert recording.done is not None
+    assert recording.done.finalists == ("toy-per-sample-sum", "toy-any-batch-sum")
+    assert state.pair is not None
+    assert (state.pair.small, state.pair.large, state.pair.border) == (*recording.done.finalists, (2, 4))
+
+
 def test_there_are_recorded_searches() -> None:
-    assert {path.stem for path in RECORDED} >= {"digits-strict", "lstm", "gpu-bert", "bert-two-lengths"}
+    known = {path.stem for path in RECORDED}
+    assert known >= {"digits-strict", "lstm", "gpu-bert", "bert-two-lengths", "two-toys"}
 
 
 def test_a_recording_is_written_line_by_line_and_no_disk_fails_a_job(tmp_path: Path) -> None:
