@@ -17,8 +17,6 @@ from workers.search.recording import Recorder
 from workers.search.requests import Done, Judge, Make, Rank, Request, Stopped, Time, TryShapes
 from workers.search.state import Deadlines, Facts, SearchState
 
-BATCHES = (1, 8)
-
 
 @dataclass(frozen=True)
 class Truth:
@@ -187,7 +185,7 @@ class World:
         if len(request.subjects) > self.largest:
             self.now += self.timing_s
             return {"failure": {"code": "out_of_memory", "detail": "too many"}}
-        sizes = request.batch_sizes or BATCHES
+        sizes = request.batch_sizes or tuple(self.spec.benchmark.batch_sizes)
         self.now += (self.timing_s + request.seconds) * (len(request.subjects) + 1) * len(sizes)
         if self.now > request.until + 0.05 * self.seconds:
             self.now = request.until + 0.05 * self.seconds

@@ -286,6 +286,16 @@ def test_one_engine_is_enough_where_two_gain_nothing_or_may_not(
     assert state.pair is None
 
 
+@pytest.mark.parametrize(("largest", "found"), [(8, False), (64, True)])
+def test_who_is_far_behind_at_one_is_looked_at_where_batches_are_large(largest: int, found: bool) -> None:
+    """What it loses for each call, the batch shares."""
+    sizes = {"batch_sizes": [1, largest]}
+    _, state, _ = paired(
+        {"int8-a": Truth(3.0, 2.0), "bf16-b": Truth(0.7, 1.8)}, spec=spec(engines_per_bundle=2, benchmark=sizes)
+    )
+    assert (state.pair is not None) == found
+
+
 def test_for_throughput_two_are_found_where_the_job_asks_for_them() -> None:
     """The largest batch counts; who is the fastest there is slower than the original at the smallest."""
     truths = {"bf16-b": Truth(0.7, 3.0), "fp32": Truth(1.3, 1.3)}

@@ -109,11 +109,14 @@ def _to_time(d: Draft) -> list[str]:
     for cid, found in d.state.candidates.items():
         if _eligible(d, cid) and found.kept and wanted <= {*(found.figures or {})["batches"]}:
             seen.add((found.plan.backend, found.plan.precision))
+    within = limits.PAIR_WITHIN ** max(
+        1.0, math.log(max(d.facts.batch_sizes) / min(d.facts.batch_sizes), limits.PAIR_STEP)
+    )
     pool: list[str] = []
     for cid in d.by_speed(d.alive()):
         found = d[cid]
         kind = (found.plan.backend, found.plan.precision)
-        far = d.speed(cid).ratio < limits.PAIR_WITHIN * fastest
+        far = d.speed(cid).ratio < within * fastest
         if kind in seen or far or found.kept is False or wanted <= {*(found.figures or {})["batches"]}:
             continue
         seen.add(kind)
