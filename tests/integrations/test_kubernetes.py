@@ -176,6 +176,23 @@ def test_the_rules_fire_at_what_was_measured(given: list[dict[str, str]], fires:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_mean_batch_is_recorded(tmp_path: Path) -> None:
+    rules = yaml.safe_load(written(MEASURED, tmp_path)["prometheusrule"].read_text())["spec"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
+    given = [series("batch_size_sum", "0+24000x30"), series("batch_size_count", "0+6000x30")]
+    name = "anneal_serve:batch_size:mean5m"
+    expected = {"labels": f'{name}{{service="resnet-50-int8"}}', "value": 4}
+    asked = {"expr": name, "eval_time": "20m", "exp_samples": [expected]}
+    test = {
+        "rule_files": ["rules.yaml"],
+        "tests": [{"interval": "1m", "input_series": given, "promql_expr_test": [asked]}],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    command = [promtool(), "test", "rules", "test.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_was_not_measured_is_left_out_and_told(tmp_path: Path) -> None:
     paths = written(UNKNOWN, tmp_path)
     service = yaml.safe_load(paths["inferenceservice"].read_text())
