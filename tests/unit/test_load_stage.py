@@ -74,9 +74,9 @@ def test_a_bundle_and_the_original_under_traffic(load: Callable[..., dict[str, A
     assert settings.max_batch == engine["setup"]["max_batch"]
     assert all(t["decision"] for t in data["tried"])
     seen = [p for p in engine["curve"] if p["requests"]]
-    assert seen
+    assert seen or "time ran out" in engine["goodput"]["reason"], engine
     assert all(sum(p["ended"].values()) == p["requests"] for p in seen)
-    assert any(p["batches"] for p in seen)
+    assert not seen or any(p["batches"] for p in seen)
     assert (data["http"] is None) == ("http" in data["reasons"])
     assert data["http"] is None or data["http"]["setup"] == engine["setup"]
     assert data["traffic"]["rate_per_second"] == 40
@@ -118,7 +118,7 @@ def test_the_server_in_the_bundle_is_driven_over_http(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_nobody_keeps_is_told_with_the_nearest(load: Callable[..., dict[str, Any]]) -> None:
-    data = load(8.0, slo={"p99_latency_ms": 0.001})
+    data = load(40.0, slo={"p99_latency_ms": 0.001})
     assert data["engine"]["goodput"]["rate"] == 0
     assert "the nearest limit that can be kept is about" in data["engine"]["goodput"]["reason"]
     assert data["original"]["goodput"]["rate"] == 0

@@ -33,6 +33,7 @@ _LEAST_LOOKED = 100  # requests of a short look: one of them may be late
 _WARM_UP_S = 0.15  # of a server that was just started
 _BURST_S = 0.4  # of a closed loop
 _ALONE_S = 0.6  # of one caller
+_STAYS_S = 10.0  # that caller, at least
 _QUEUED = 2  # batches for each instance, that callers of a closed loop keep filled
 _MOST_CALLERS = 512
 
@@ -160,9 +161,9 @@ class Bench:
         return target
 
     async def alone(self, setup: Setup) -> Run:
-        """One caller: what a request takes where nobody else asks."""
+        """One caller, who does not leave: what a request takes where nobody else asks, however short the limit is."""
         target = await self.target(setup)
-        return await closed_loop(target, self.mix, 1, _ALONE_S, self.limit.timeout_s)
+        return await closed_loop(target, self.mix, 1, _ALONE_S, max(self.limit.timeout_s, _STAYS_S))
 
     async def burst(self, setup: Setup) -> Run:
         """As many callers as keep every instance busy: what it yields at most."""
