@@ -7,9 +7,10 @@ job or stage is counted in the workers' own metrics.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
-from sqlalchemy import select
+from sqlalchemy import Executable, bindparam, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -34,12 +35,18 @@ def write_noted(session: Session) -> None:
     if not noted:
         return
     session.flush()  # whatever else this transaction locks, it has locked by now
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    for (name, label), more in sorted(noted.items()):
-        row = insert(OperationCount).values(name=name, label=label, value=more)
-        session.execute(
-            row.on_conflict_do_update(index_elements=["name", "label"], set_={"value": OperationCount.value + more})
-        )
+    more = _more(session.get_bind().dialect.name)
+    for (name, label), value in sorted(noted.items()):
+        session.execute(more, {"of": name, "by": label, "more": value})
+
+
+@functools.cache
+def _more(dialect: str) -> Executable:
+    """Adds `more` to what stands under the name `of` and the label `by`. Composed once for each dialect."""
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    row = insert(OperationCount).values(name=bindparam("of"), label=bindparam("by"), value=bindparam("more"))
+    more = {"value": OperationCount.value + row.excluded.value}
+    return row.on_conflict_do_update(index_elements=["name", "label"], set_=more)
 
 
 def counted(session: Session) -> dict[str, dict[str, int]]:

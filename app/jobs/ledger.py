@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
 import structlog
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, bindparam, select
 
 from app.blobs.content import ContentStore
 from app.blobs.references import keep_result
@@ -37,6 +37,11 @@ log = structlog.get_logger(__name__)
 
 _LONGEST_PAUSE_S = 3600.0
 _LOOK_AGAIN_S = (0.005, 0.02, 0.05, 0.1)  # another's claim takes some milliseconds
+
+# Composed once.
+_WITH_ITS_MODEL = (
+    select(Job, SourceModel).join(SourceModel, SourceModel.id == Job.model_id).where(Job.id == bindparam("job_id"))
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -182,8 +187,7 @@ class JobLedger:
     def load(self, claim: Hold) -> tuple[Job, list[SourceModel], dict[str, Dataset]]:
         """The job, its model (of a chain, all of them in order) and its data sets by id."""
         with self.db.read() as session:
-            both = select(Job, SourceModel).join(SourceModel, SourceModel.id == Job.model_id)
-            job, first = session.execute(both.where(Job.id == claim.job_id)).one()
+            job, first = session.execute(_WITH_ITS_MODEL, {"job_id": claim.job_id}).one()
             models = [first, *(session.get_one(SourceModel, i) for i in models_of(job.spec))]
             wanted = set(datasets_of(job.spec).values())
             datasets = {i: session.get_one(Dataset, i) for i in wanted}
