@@ -190,6 +190,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a regular expression")
     parser.add_argument("--keep", type=Path, help="a folder for the logs and result.json")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that what was begun is ended, and small disks do not stay
+        signal.signal(number, signal.default_int_handler)
     options.keep = options.keep or Path(tempfile.mkdtemp(prefix="anneal-soak-"))
     options.keep.mkdir(parents=True, exist_ok=True)
     result = {"whole": True, **soak(options.keep, options)}
