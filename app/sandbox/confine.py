@@ -23,7 +23,11 @@ def confine(policy: Policy, grounds: Grounds, features: Features) -> int | None:
     done (`processes.wait_counting`), for somebody else: without it none is started. Raises OSError, and the process is
     not to be used then."""
     if features.namespaces and policy.processes:
-        namespaces.enter(network=policy.loopback, shared_memory_bytes=policy.shared_memory_bytes)
+        namespaces.enter(
+            network=policy.loopback,
+            shared_memory_bytes=policy.shared_memory_bytes,
+            settings_read_only=policy.names_threads,
+        )
     syscalls.no_new_privileges()
     if features.landlock:
         _ruleset(policy, grounds, features).enforce()
@@ -63,12 +67,21 @@ def _ruleset(policy: Policy, grounds: Grounds, features: Features) -> landlock.R
     rules.allow(policy.shared, landlock.SHARED, follow=False)
     rules.allow(policy.folders, landlock.FOLDERS, follow=False)
     rules.allow(policy.devices, landlock.DEVICE)
+    if policy.names_threads:
+        # A process that it starts has threads, too, and what they are called lies in a folder that is not there yet.
+        rules.allow(("/proc",) if _settings_are_safe(features) else ("/proc/self/task",), landlock.NAME)
     if policy.shared_memory_bytes:
         rules.allow(("/dev/shm",), landlock.OWN if features.namespaces else landlock.UNSEEN)  # noqa: S108
     if policy.loopback and not own_loopback and features.landlock >= 4:
         rules.allow_ports((0,), landlock.BIND_TCP)
         rules.allow_ports(_ephemeral_ports(), landlock.BIND_TCP | landlock.CONNECT_TCP)
     return rules
+
+
+def _settings_are_safe(features: Features) -> bool:
+    """Whether who may write below /proc can change nothing of the machine: it is mounted so, or belongs to another
+    user."""
+    return features.namespaces or os.geteuid() != 0 or bool(os.statvfs("/proc/sys").f_flag & os.ST_RDONLY)
 
 
 def _ephemeral_ports() -> range:

@@ -89,7 +89,7 @@ def _namespaces_work() -> bool:
     if pid == 0:
         code = 1
         try:
-            namespaces.enter(network=True, shared_memory_bytes=_PROBED_BYTES)
+            namespaces.enter(network=True, shared_memory_bytes=_PROBED_BYTES, settings_read_only=True)
             with Path(os.__file__).open("rb") as file:
                 file.read(1)
             code = 0 if os.access(sys.executable, os.X_OK) else 1

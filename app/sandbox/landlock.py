@@ -28,6 +28,7 @@ OWN = SHARED | MAKE_SYM
 UNSEEN = SHARED & ~READ_DIR  # files of one's own in a folder that is not listed
 DEVICE = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV | READ_DIR
 LIST = READ_DIR
+NAME = WRITE_FILE | TRUNCATE  # of a thread
 FOLDERS = MAKE_DIR | REMOVE_DIR  # empty ones
 
 

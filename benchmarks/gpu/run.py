@@ -1,21 +1,38 @@
-"""ONNX Runtime's CUDA provider, PyTorch and TensorRT side by side on one GPU, on the models of `models.py`.
+"""What a job would pick on an NVIDIA GPU, beside everything that one tool alone offers there.
 
-    python benchmarks/gpu/run.py --json figures.json --markdown figures.md
+    python benchmarks/gpu/run.py --results figures               # every model, then the tables
+    python benchmarks/gpu/run.py --results figures --only vit --batch 32 --lines inductor "torch compiled"
+    python benchmarks/gpu/run.py --results figures --tables      # of what was measured before
 
-Needs the `gpu` extra, torch with CUDA, onnxscript; what is missing is skipped, with its reason. Inputs and outputs
-stay on the GPU. "GPU ms" is the median of the time between two CUDA events around one run in its stream, "ms" that of
-the wall clock until the GPU is done, one caller. All contenders of a batch size are measured in turns in one process.
+Needs the `gpu` extra, torch with CUDA, onnxscript and a C++ compiler; what is missing is skipped, with its reason.
+Contenders: ONNX Runtime's CUDA provider in every configuration, Inductor's engines in the layouts that a job tries (one
+for all batch sizes) and with products in fp8, torch eager, compiled and by max-autotune (for each batch size, captured
+in a CUDA graph, with weights in channels-last layout too where there are convolutions), TensorRT where it is installed.
+
+Each is made ready in a process of its own, of all models side by side, first the service's engines; then all of a model
+and batch size are measured in turns, one model on a GPU at a time, while nothing else works on that GPU. "GPU ms" is
+the median of the time between two CUDA events around one call with its inputs on the GPU, "ms" that of the wall clock
+until the GPU is done. "Pick" is the fastest of the service's engines by every other turn, compared with the others by
+the rest of the turns.
+
+What is measured is written after each batch size.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,276 +41,272 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import models
-from timing import Contender, contest, cosine
+from breakdown import parts
+from contenders import ORT, TRT, Json, Line, serve
+from models import say
+from tables import tables
+from timing import figures
 
 from workers import hardware, kernel
-from workers.backends.onnxruntime_cuda.session import OnnxRuntimeCudaSession, RuntimeOptions
-from workers.devices.cuda import gpus
-from workers.devices.cuda.runtime import Cuda, Stream
-from workers.kernel import Reporter, StageContext
-from workers.stages.convert import Convert, ConvertOptions
-from workers.stages.simplify import Simplify, SimplifyOptions
 
-BATCHES = (1, 8, 32)
-CALIBRATION = 32
-GRAPHS: dict[str, dict[str, str] | None] = {  # name → options of `convert`; None = simplified; "fused": with fusions
-    "fp32": None,
-    "fp32 fused": None,
-    "fp16": {"recipe": "fp16"},
-    "fp16 fused": {"recipe": "fp16"},
-    "int8": {"recipe": "int8"},
-    "int8+fp16": {"recipe": "int8", "high_precision": "fp16"},
-    "fp8+fp16": {"recipe": "fp8", "high_precision": "fp16"},
-}
-ORT = (  # name, graph, runtime options
-    ("ORT CUDA fp32", "fp32", {}),
-    ("ORT CUDA fp32, no TF32", "fp32", {"tf32": False}),
-    ("ORT CUDA fp32, graph", "fp32", {"cuda_graph": True}),
-    ("ORT CUDA fp16", "fp16", {}),
-    ("ORT CUDA fp16, graph", "fp16", {"cuda_graph": True}),
-    ("ORT CUDA fp16, NHWC, graph", "fp16", {"cuda_graph": True, "prefer_nhwc": True}),
-    ("ORT CUDA fp32, fused, graph", "fp32 fused", {"cuda_graph": True}),
-    ("ORT CUDA fp16, fused, graph", "fp16 fused", {"cuda_graph": True}),
-    # The provider has no int8 products; without this it even sends part of the Q/DQ to the CPU.
-    ("ORT CUDA int8 Q/DQ in fp32", "int8", {"session_config": {"session.disable_quant_qdq": "1"}}),
-    ("ORT CUDA int8 Q/DQ in fp16", "int8+fp16", {"session_config": {"session.disable_quant_qdq": "1"}}),
-)
-TRT = tuple(  # name, graph, runtime options
-    (f"TensorRT {label}{', graph' if captured else ''}", graph, {"cuda_graph": captured})
-    for label, graph in (("fp32", "fp32"), ("fp16", "fp16"), ("int8", "int8+fp16"), ("fp8", "fp8+fp16"))
-    for captured in (False, True)
-)
-Arrays = dict[str, np.ndarray[Any, Any]]
-Json = dict[str, Any]
+ROUNDS = 10
+_ENGINE_BATCH = 32  # what engines are laid out for, as a job would for these sizes
+_SLOW = ("ORT int8 Q/DQ in fp32", "ORT int8 Q/DQ in fp16")  # no gain for sure: the provider has no such products
+LINES = ("ort", "ort-int8", "inductor", "inductor-exported", "fp8", "torch eager fp32", "torch eager",
+         "torch compiled", "torch max-autotune", "tensorrt")  # fmt: skip
+_USUAL = ("ort", "inductor", "fp8", "torch eager", "torch compiled", "torch max-autotune", "tensorrt")
 
 
-class Said(Reporter):
-    def progress(self, fraction: float, message: str = "") -> None: ...
-
-    def note(self, message: str, **facts: Any) -> None:
-        say(f"    note: {message} {facts or ''}"[:300])
-
-
-def say(text: str) -> None:
-    print(f"[{time.monotonic() - _BEGAN:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-_BEGAN = time.monotonic()
-
-
-def prepare(name: str, root: Path, described: Json, wanted: Sequence[str]) -> tuple[dict[str, Path], Json]:
-    """Folders of the graphs in each precision, and what the conversion told of each."""
-    exported, data, facts = root / "exported", root / "data", {}
-    exported.mkdir(parents=True)
-    data.mkdir()
-    models.write(name, exported)
-    say(f"{name}: exported")
-    np.savez(data / "data.npz", **models.MODELS[name].samples(CALIBRATION, np.random.default_rng(11)))
-    folders: dict[str, Path] = {}
-    first = ["fp32", *(["fp32 fused"] if any("fused" in g for g in wanted) else [])]
-    for label in (*first, *(g for g in wanted if g not in first)):
-        options = GRAPHS[label]
-        workspace, out = root / f"{label}-work".replace(" ", "-"), root / f"{label}-out".replace(" ", "-")
-        workspace.mkdir()
-        try:
-            if options is None:
-                ctx = StageContext({"model": exported}, workspace, out, Said(), described)
-                found = Simplify().run(ctx, SimplifyOptions(fusions="fused" in label)).data
-                if "fused" in label and not found["contrib_ops"]:
-                    raise ValueError("nothing was fused")
-                facts[label] = {"fusions": found["fusions"]}
+def lines_of(name: str, arguments: argparse.Namespace) -> list[Line]:
+    """The processes of one model."""
+    model, batches = models.MODELS[name], tuple(arguments.batch)
+    found: list[Line] = []
+    for asked in arguments.lines:
+        if asked == "ort":
+            labels = [label for label, graph, _ in ORT if label not in _SLOW and _known(name, graph, label)]
+            found.append(Line("ort", "ort", batches, {}, tuple(labels)))
+        elif asked == "ort-int8":
+            found.append(Line(asked, "ort", batches, {}, _SLOW))
+        elif asked == "inductor":
+            for last in model.layouts:
+                found.append(_engine("Inductor fp16", batches, {"channels_last": True} if last else {}))
+        elif asked == "inductor-exported":  # as it was before engines were laid out for a batch size
+            build = {"precision": "fp16", **({"channels_last": True} if model.layouts[0] else {})}
+            found.append(Line("Inductor fp16, of the export's sizes", "inductor", batches, {"build": build}))
+        elif asked == "fp8" and name in ("vit", "bert"):
+            found.append(_engine("Inductor fp8", batches, {}, fp8=True))
+        elif asked.startswith("torch"):
+            how = asked.removeprefix("torch ")
+            ways = [how, f"{how} channels_last"] if model.convolutions and "eager" not in how else [how]
+            if how == "max-autotune":  # minutes, in a process for each batch size
+                sizes = [(b,) for b in batches if b in arguments.autotune_at]
+                found += [Line(f"torch {ways[-1]}", "torch", size, {"how": ways[-1]}) for size in sizes]
             else:
-                inputs = {"model": folders["fp32 fused" if "fused" in label else "fp32"], "calibration": data}
-                ctx = StageContext(inputs, workspace, out, Said(), described)
-                found = Convert().run(ctx, ConvertOptions.model_validate(options)).data
-                facts[label] = {k: found[k] for k in ("trial_run", "qdq_by_op", "kept_fp32", "opset")}
-            folders[label] = out / "model"
-        except Exception as error:
-            facts[label] = {"failed": str(error)[:300]}
-        say(f"{name}: {label} {json.dumps(facts.get(label, {}))[:200]}")
-    return folders, facts
+                found += [Line(f"torch {way}", "torch", batches, {"how": way}) for way in ways]
+        elif asked == "tensorrt" and kernel.backends()["tensorrt"]().probe(hardware.describe()):
+            found.append(Line(asked, "tensorrt", batches, {}, tuple(label for label, _, _ in TRT)))
+    return found
 
 
-def ort_contender(folder: Path, runtime: Json, feeds: Arrays, stream: Stream) -> tuple[Callable[[], Any], Arrays]:
-    session = OnnxRuntimeCudaSession(folder, RuntimeOptions.model_validate(runtime), stream.handle)
-    return session.bound(feeds, wait=False), session.run(feeds)
+# Kernels are timed while an engine is built or a module compiled, and who else works on the GPU then spoils the choice:
+# the service's engines first, then torch's compiler, then its search among products, which keeps a GPU busy.
+_WAVES = (("inductor", "ort", "tensorrt"), ("torch eager", "torch compiled"), ("torch max-autotune",))
 
 
-def torch_contender(name: str, feeds: Arrays, stream: Stream, how: str) -> tuple[Callable[[], Any], Arrays]:
-    """`how`: words among fp32, fp16, compiled."""
-    half = "fp16" in how
-    module = models.make(name).cuda()
-    placed = [torch.from_numpy(a).cuda() for a in feeds.values()]
-    if half:
-        module = module.half()
-        placed = [t.half() if t.is_floating_point() else t for t in placed]
-    run: Any = module
-    if "compiled" in how:  # `reduce-overhead` is torch's name for CUDA graphs
-        run = torch.compile(module, mode="reduce-overhead" if "graph" in how else None)
-    external = torch.cuda.ExternalStream(stream.handle)
-
-    def submit() -> Any:
-        with torch.inference_mode(), torch.cuda.stream(external):
-            return run(*placed)
-
-    for _ in range(3):
-        output = submit()
-    external.synchronize()
-    return submit, models.MODELS[name].named(output)
+def _wave(line: Line) -> str:
+    return " ".join(line.name.split()[:2]) if line.kind == "torch" else line.kind
 
 
-def trt_contender(folder: Path, root: Path, runtime: Json, feeds: Arrays) -> tuple[Callable[[], Any], Arrays, Json]:
-    """By the service's own backend: built for these shapes, inputs on the GPU. Its bound call waits for the GPU, on a
-    stream of its own: the time on the GPU is the one that its own events tell."""
-    backend = kernel.backends()["tensorrt"]()
-    shapes = {n: {k: [*a.shape] for k in ("min", "opt", "max")} for n, a in feeds.items()}
-    out = root / f"trt-{folder.parent.name}-{len(next(iter(feeds.values())))}"
-    if not out.exists():
-        out.mkdir()
-        built = backend.build(folder, out, {"shapes": shapes}, Said())
-        (out.with_suffix(".json")).write_text(json.dumps(built["runtime"]))
-    session = backend.load(out, {**json.loads(out.with_suffix(".json").read_text()), **runtime})
-    profile = dict(session.profile(feeds) or {})
-    return session.bind(feeds), session.run(feeds), {**profile, "own_gpu_p50_ms": profile.get("compute_ms")}
+def _known(name: str, graph: str, label: str) -> bool:
+    """Whether a configuration is one for this model."""
+    convolutions = models.MODELS[name].convolutions
+    return not ("channels last" in label and not convolutions) and not ("fused" in graph and name in _PLAIN)
 
 
-def trt_missing(described: Json) -> str | None:
-    """Why TensorRT is skipped, or None."""
-    if "tensorrt" not in kernel.backends():
-        return "this version of the service has no TensorRT backend"
-    return None if kernel.backends()["tensorrt"]().probe(described) else "TensorRT is not installed here"
+_PLAIN = ("resnet50", "efficientnet", "convnext")  # no transformers: there is nothing to fuse
 
 
-class Line:
-    """Who runs at one batch size, and what was seen when each was made ready."""
+def _engine(label: str, batches: tuple[int, ...], options: Json, *, fp8: bool = False) -> Line:
+    build = {"precision": "fp16", "batch": _ENGINE_BATCH, **options}
+    label += ", channels last" if options.get("channels_last") else ""
+    return Line(label, "inductor", batches, {"build": build, "fp8": fp8})
 
-    def __init__(self, cuda: Cuda, wanted: Arrays) -> None:
-        self.cuda = cuda
-        self.wanted = wanted
-        self.contenders: list[Contender] = []
-        self.seen: dict[str, Json] = {}
 
-    def enter(self, label: str, make: Callable[[], Any]) -> None:
-        before, began = self.cuda.mem_info()[0], time.monotonic()
+class Process:
+    """A line at work; `ready`: what it told of each contender and batch size."""
+
+    def __init__(self, line: Line, name: str, folder: Path) -> None:
+        self.line = line
+        self._pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=serve, args=(theirs, line, name, folder), daemon=False)
+        self._process.start()
+        theirs.close()
+
+    def wait(self, seconds: float) -> list[tuple[str, int, Json]]:
+        """What became ready; whoever is not ready within `seconds` is ended, and its rows say so."""
+        pipe: Connection = self._pipe
         try:
-            submit, outputs, *more = make()
-        except Exception as error:  # a contender that fails leaves a row that says so
-            self.seen[label] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            say(f"  {label}: {self.seen[label]['failed']}")
-            return
-        self.seen[label] = {
-            "cosine": cosine(self.wanted, outputs),
-            # torch keeps what it frees, for its next contender: what it holds more says nothing of the model
-            **({} if "torch" in label else {"gpu_memory_mb": round((before - self.cuda.mem_info()[0]) / 1e6)}),
-            "ready_s": round(time.monotonic() - began, 1),
-            **(more[0] if more else {}),
+            if pipe.poll(max(seconds, 0.0)):
+                found: list[tuple[str, int, Json]] = pipe.recv()
+                return found
+            why = "was not ready in time"
+        except EOFError:
+            why = f"its process ended ({self._process.exitcode})"
+        self.close(kill=True)
+        labels = self.line.labels or (self.line.name,)
+        return [(label, batch, {"failed": why}) for label in labels for batch in self.line.batches]
+
+    def ask(self, *asked: Any) -> Any:
+        """What the line answers; a text where something went wrong there."""
+        try:
+            self._pipe.send(asked)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            return f"its process ended ({self._process.exitcode})"
+
+    def close(self, *, kill: bool = False) -> None:
+        with suppress(OSError):  # it was ended before
+            self._pipe.send(None)
+        if not kill:
+            self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class Measured:
+    """One model on this process's GPU; `path`: what was found, written after each batch size."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
+        self.name, self.arguments, self.folder = name, arguments, folder
+        self.path: Path = arguments.results / f"{name}.json"
+        described = hardware.describe()
+        empty = {"gpu": described["gpu"], "versions": versions(), "batches": {}}
+        self.result: Json = json.loads(self.path.read_text()) if self.path.exists() else empty
+        self.described = described
+        self.facts: dict[tuple[str, int], Json] = {}
+        self.processes: dict[tuple[str, int], Process] = {}
+
+    def run(self) -> None:
+        with self._gpu(fcntl.LOCK_SH):
+            self._write()
+            say(f"{self.name}: written")
+            lines = lines_of(self.name, self.arguments)
+            until = time.monotonic() + self.arguments.ready_within
+            started: list[Process] = []
+            for wave, kinds in enumerate(_WAVES):
+                begun = [Process(line, self.name, self.folder) for line in lines if _wave(line) in kinds]
+                started += begun
+                self._wait(begun, until)
+                self._together(wave, until)
+        with self._gpu(fcntl.LOCK_EX):
+            for batch in self.arguments.batch:
+                self._measure(batch)
+        for process in started:
+            process.close()
+
+    def _wait(self, begun: Sequence[Process], until: float) -> None:
+        for process in begun:
+            for label, batch, facts in process.wait(until - time.monotonic()):
+                self.facts[label, batch] = facts
+                if "failed" in facts:
+                    say(f"{self.name}: {label}, b={batch}: {facts['failed']}")
+                else:
+                    self.processes[label, batch] = process
+            say(f"{self.name}: {process.line.name} {process.line.batches} ready")
+
+    def _together(self, wave: int, until: float) -> None:
+        """Until all models have come so far, or the time is over."""
+        (self.arguments.results / f"{self.name}.wave-{wave}").touch()
+        others = [self.arguments.results / f"{name}.wave-{wave}" for name in self.arguments.only]
+        while time.monotonic() < until and not all(path.exists() for path in others):
+            time.sleep(0.2)
+
+    @contextmanager
+    def _gpu(self, how: int) -> Iterator[None]:
+        """Shared by those that make ready, and for one alone that measures."""
+        with (self.arguments.results / f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}.lock").open("w") as lock:
+            fcntl.flock(lock, how)
+            yield
+
+    def _write(self) -> None:
+        """What all processes of this model read."""
+        torch.backends.cudnn.allow_tf32 = False
+        module = models.make(self.name)
+        torch.save(module, self.folder / "module.pt")
+        models.program(self.name, self.folder / "program", module)
+        net = module.cuda()
+        for batch in self.arguments.batch:
+            feeds = models.MODELS[self.name].samples(batch, np.random.default_rng(99))
+            with torch.inference_mode():
+                wanted = models.MODELS[self.name].named(net(*(torch.from_numpy(a).cuda() for a in feeds.values())))
+            np.savez(self.folder / f"feeds-{batch}.npz", **feeds)  # type: ignore[arg-type]
+            np.savez(self.folder / f"wanted-{batch}.npz", **wanted)  # type: ignore[arg-type]
+        del net
+        torch.cuda.empty_cache()
+
+    def _measure(self, batch: int) -> None:
+        labels = [label for label, size in self.processes if size == batch]
+        turns: dict[str, list[Any]] = {label: [] for label in labels}
+        before, chance = hardware.conditions(self.described), np.random.default_rng(0)
+        for turn in range(ROUNDS + 1):  # the first warms up
+            for label in chance.permutation(labels):
+                found = self.processes[label, batch].ask("time", label, batch, self.arguments.seconds / ROUNDS)
+                if isinstance(found, str):
+                    self.facts[label, batch]["failed"] = found
+                elif turn:
+                    turns[label].append(found)
+        kept = self.result["batches"].setdefault(str(batch), {"contenders": {}})
+        for (label, size), facts in self.facts.items():
+            if size == batch:
+                kept["contenders"][label] = {**facts, **(figures(turns[label]) if turns.get(label) else {})}
+        kept["conditions"] = {"before": before, "after": hardware.conditions(self.described)}
+        if batch in self.arguments.breakdown:
+            told = {label: self.processes[label, batch].ask("breakdown", label, batch) for label in labels}
+            kept["kernels"] = {label: found for label, found in told.items() if isinstance(found, dict)}
+            for label, found in kept["kernels"].items():
+                say(f"{self.name} b={batch} {label}: {parts(found)}")
+        self.path.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
+        say(f"{self.name} b={batch}: { ({k: v.get('gpu_ms') for k, v in kept['contenders'].items()}) }")
+
+
+def spread(names: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Each model in a process of its own, on one GPU after the other: what they need is made side by side."""
+
+    def one(numbered: tuple[int, str]) -> None:
+        index, name = numbered
+        command = [sys.executable, __file__, *sys.argv[1:], "--alone", name]
+        own = {
+            "CUDA_VISIBLE_DEVICES": str(index % arguments.gpus),
+            "TORCHINDUCTOR_COMPILE_THREADS": "2",
+            "OMP_NUM_THREADS": "6",
         }
-        self.contenders.append(Contender(label, submit))
+        subprocess.run(command, env=os.environ | own, check=False)
 
-    def figures(self, batch: int) -> dict[str, Json]:
-        timed = {c.name: {**self.seen[c.name], **c.figures(batch)} for c in self.contenders}
-        for found in timed.values():
-            if own := found.get("own_gpu_p50_ms"):  # `runner_overhead`: one caller's wait over TensorRT's own time
-                found |= {"gpu_p50_ms": own, "runner_overhead": round(found["wall_p50_ms"] / own, 3)}
-        return {**{k: v for k, v in self.seen.items() if k not in timed}, **timed}
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(one, enumerate(names)))
 
 
-def measure(name: str, arguments: argparse.Namespace, root: Path, described: Json) -> Json:
-    folders, facts = prepare(name, root, described, arguments.graphs)
-    reference = kernel.backends()["onnxruntime"]().load(folders["fp32"], {})
-    skipped = trt_missing(described)
-    result: Json = {"conversion": facts, "batches": {}, "skipped": {"TensorRT": skipped} if skipped else {}}
-    cuda = Cuda()
-    with cuda.context():
-        stream = cuda.stream()
-        for batch in arguments.batch:
-            feeds = models.MODELS[name].samples(batch, np.random.default_rng(99))
-            line = Line(cuda, reference.run(feeds))
-            for label, graph, runtime in ORT:
-                if graph in folders:
-                    line.enter(label, partial(ort_contender, folders[graph], runtime, feeds, stream))
-            for how in arguments.torch:
-                line.enter(f"torch {how}", partial(torch_contender, name, feeds, stream, how))
-            for label, graph, runtime in TRT if skipped is None else ():
-                if graph in folders:
-                    line.enter(label, partial(trt_contender, folders[graph], root, runtime, feeds))
-            before = hardware.conditions(described)
-            contest(cuda, stream, line.contenders, arguments.seconds)
-            result["batches"][str(batch)] = {
-                "figures": line.figures(batch),
-                "conditions": {"before": before, "after": hardware.conditions(described)},
-            }
-            say(f"{name} batch {batch}: { ({k: v.get('gpu_p50_ms') for k, v in line.figures(batch).items()}) }")
-            line.contenders.clear()
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
-            if arguments.json:
-                arguments.json.with_suffix(f".{name}.json").write_text(json.dumps(result, indent=1))
-    return result
-
-
-def table(label: str, found: Mapping[str, Any]) -> str:
-    """Markdown: one row per contender, GPU time and the ratio to ORT CUDA fp32 for each batch size."""
-    sizes = list(found["batches"])
-    names = list(dict.fromkeys(n for s in sizes for n in found["batches"][s]["figures"]))
-    head = [label, *(t for s in sizes for t in (f"b={s}: GPU ms", "× ORT fp32", "ms, 1 caller")), "cosine", "GPU MB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name in names:
-        cells = [name]
-        last: Mapping[str, Any] = {}
-        for size in sizes:
-            figures = found["batches"][size]["figures"]
-            last, base = figures.get(name, {}), figures.get("ORT CUDA fp32", {})
-            if "gpu_p50_ms" not in last:
-                cells += [f"failed: {str(last.get('failed', '–'))[:60]}", "–", "–"]
-                continue
-            ratio = base["gpu_p50_ms"] / last["gpu_p50_ms"] if "gpu_p50_ms" in base else float("nan")
-            cells += [f"{last['gpu_p50_ms']:.3f}", f"{ratio:.2f}", f"{last['wall_p50_ms']:.3f}"]
-        cells += [str(last.get("cosine", "–")), str(last.get("gpu_memory_mb", "–"))]
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    return "\n".join(lines)
+def versions() -> Json:
+    found: Json = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    try:
+        import onnxruntime
+    except ImportError:
+        return found
+    return {**found, "onnxruntime": onnxruntime.__version__}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(models.MODELS), action="append", help="may be given several times")
-    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--graphs", nargs="+", choices=list(GRAPHS), default=list(GRAPHS), help="precisions to prepare")
+    parser.add_argument("--results", type=Path, required=True, help="folder: a JSON file for each model")
+    parser.add_argument("--only", choices=list(models.MODELS), nargs="+", default=list(models.MODELS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--lines", choices=LINES, nargs="+", default=list(_USUAL), help="who is measured")
+    parser.add_argument("--autotune-at", type=int, nargs="*", default=[1, 8, 32], help="batch sizes of max-autotune")
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and batch size")
-    parser.add_argument(
-        "--torch",
-        nargs="*",
-        default=["eager fp32", "eager fp16", "compiled fp16", "compiled graph fp16"],
-        help="PyTorch contenders: words among eager, compiled, graph, fp32, fp16",
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--ready-within", type=float, default=3600.0, help="seconds that making ready may take")
+    parser.add_argument("--breakdown", type=int, nargs="*", default=[], help="batch sizes whose kernels are listed")
+    parser.add_argument("--gpus", type=int, default=1, help="how many to spread the models over")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, print what was measured")
+    parser.add_argument("--alone", choices=list(models.MODELS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    described = hardware.describe()
-    if described["gpu"] is None or not torch.cuda.is_available():
-        print("There is no NVIDIA GPU here, or torch has no CUDA: nothing was measured.")
-        return 0
-    torch.backends.cuda.matmul.allow_tf32 = True  # as ONNX Runtime's default
-    results: Json = {"gpu": described["gpu"], "hardware": described["id"], "versions": versions(), "models": {}}
-    text = [f"GPU: {described['gpu']['name']}, driver {described['gpu']['driver']}, {json.dumps(results['versions'])}"]
-    for name in arguments.only or models.MODELS:
-        with tempfile.TemporaryDirectory(prefix="anneal-gpu-") as folder:
-            results["models"][name] = measure(name, arguments, Path(folder), described)
-        text.append(table(models.MODELS[name].label, results["models"][name]))
-        print(text[-1], flush=True)
-        results["gpu_state"] = gpus.state(str(described["gpu"]["uuid"]))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1, default=str) + "\n")
-        if arguments.markdown:
-            arguments.markdown.write_text("\n\n".join(text) + "\n")
+    arguments.results = arguments.results.resolve()
+    if not arguments.tables:
+        if not torch.cuda.is_available():
+            print("There is no NVIDIA GPU here, or torch has no CUDA: nothing was measured.")
+            return 0
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        if not arguments.alone:
+            for left in arguments.results.glob("*.wave-*"):
+                left.unlink()
+        if arguments.alone:
+            with tempfile.TemporaryDirectory(prefix="anneal-gpu-") as folder:
+                Measured(arguments.alone, arguments, Path(folder)).run()
+            return 0
+        spread(arguments.only, arguments)
+    print(tables(arguments.results, {name: model.label for name, model in models.MODELS.items()}))
     return 0
-
-
-def versions() -> Json:
-    import onnxruntime
-
-    found = {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "onnxruntime": onnxruntime.__version__}
-    return {**found, "cuda_library": Cuda().library, "cudnn": torch.backends.cudnn.version()}
 
 
 if __name__ == "__main__":

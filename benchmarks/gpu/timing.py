@@ -1,78 +1,59 @@
-"""How `benchmarks/gpu` times a call: by CUDA events in the stream it works in, and by the wall clock beside."""
+"""How `benchmarks/gpu` times a call: by CUDA events in the stream that it works in, and by the wall clock beside."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from workers.devices.cuda.runtime import Cuda, Stream
-
-WARM_UP_S = 0.3
-ROUNDS = 10
-
-
-@dataclass
-class Contender:
-    """`submit` puts one run into the stream and need not wait for it."""
-
-    name: str
-    submit: Callable[[], Any]
-    gpu_ms: list[float] = field(default_factory=list)
-    wall_ms: list[float] = field(default_factory=list)
-    failed: str | None = None
-
-    def figures(self, batch: int) -> dict[str, Any]:
-        if self.failed is not None or not self.gpu_ms:
-            return {"failed": self.failed or "not run"}
-        gpu, wall = np.asarray(self.gpu_ms), np.asarray(self.wall_ms)
-        p50 = float(np.median(wall))
-        return {
-            "gpu_p50_ms": round(float(np.median(gpu)), 4),
-            "gpu_p90_ms": round(float(np.percentile(gpu, 90)), 4),
-            "wall_p50_ms": round(p50, 4),
-            "wall_p90_ms": round(float(np.percentile(wall, 90)), 4),
-            "samples_per_s": round(batch / p50 * 1e3, 1),
-            "runs": len(gpu),
-        }
+Call = Callable[[], Any]
+_WARM_UP_SHARE = 0.15  # of a turn's time: a GPU's clocks follow its load
 
 
-def contest(cuda: Cuda, stream: Stream, contenders: Sequence[Contender], seconds: float) -> None:
-    """All in turns, `ROUNDS` times, `seconds` each in all; who fails drops out."""
-    start, end = cuda.event(), cuda.event()
+def captured(call: Call) -> Call:
+    """`call` as a CUDA graph; its input and output tensors stay where they are."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own has no annotation
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
-    def once(contender: Contender) -> tuple[float, float]:
-        begin = time.perf_counter()
-        start.record(stream)
-        contender.submit()
+
+def clocked(call: Call, stream: Any, seconds: float) -> tuple[list[float], list[float]]:
+    """GPU and wall times in ms of calls for `seconds`; `call` puts its work into `stream` and need not wait for it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # likewise
+    gpu: list[float] = []
+    wall: list[float] = []
+    started = time.perf_counter()
+    while not gpu or time.perf_counter() < started + seconds:
+        start = time.perf_counter()
+        begin.record(stream)
+        call()
         end.record(stream)
         end.synchronize()
-        return end.elapsed_ms(start), (time.perf_counter() - begin) * 1e3
+        if start > started + _WARM_UP_SHARE * seconds or not gpu:
+            wall.append(1e3 * (time.perf_counter() - start))
+            gpu.append(begin.elapsed_time(end))
+    return (gpu[1:] or gpu), (wall[1:] or wall)
 
-    for contender in contenders:
-        try:
-            until = time.perf_counter() + WARM_UP_S
-            while time.perf_counter() < until:
-                once(contender)
-        except Exception as error:  # whatever a library raises
-            contender.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    rng = np.random.default_rng(0)
-    for _ in range(ROUNDS):
-        for index in rng.permutation(len(contenders)):
-            contender = contenders[index]
-            if contender.failed is not None:
-                continue
-            once(contender)
-            until = time.perf_counter() + seconds / ROUNDS
-            while time.perf_counter() < until:
-                gpu, wall = once(contender)
-                contender.gpu_ms.append(gpu)
-                contender.wall_ms.append(wall)
-    start.close()
-    end.close()
+
+def figures(turns: Sequence[tuple[list[float], list[float]]]) -> dict[str, float]:
+    """Medians of all turns; `choosing_ms` and `judging_ms`: of every other turn each, so that what is picked by one
+    half is compared by the other."""
+
+    def median(found: Sequence[list[float]]) -> float:
+        return round(float(np.median(np.concatenate(found))), 4)
+
+    gpu, wall = [t[0] for t in turns], [t[1] for t in turns]
+    halves = {"choosing_ms": gpu[::2], "judging_ms": gpu[1::2] or gpu}
+    return {"gpu_ms": median(gpu), "ms": median(wall), **{name: median(half) for name, half in halves.items()}}
 
 
 def cosine(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> float:

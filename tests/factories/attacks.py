@@ -53,6 +53,13 @@ class Attack(Stage[AttackOptions]):
     def _nothing(self, ctx: StageContext, options: AttackOptions) -> str:
         return "nothing"
 
+    def _gpu(self, ctx: StageContext, options: AttackOptions) -> float:
+        """No attack: its device, which it may use."""
+        import torch
+
+        ones = torch.ones(64, 64, device="cuda")
+        return float((ones @ ones).sum())
+
     # Files
 
     def _read(self, ctx: StageContext, options: AttackOptions) -> str:
@@ -87,6 +94,13 @@ class Attack(Stage[AttackOptions]):
 
     def _hard_link(self, ctx: StageContext, options: AttackOptions) -> None:
         os.link(options.target, ctx.output("file") / "linked")
+
+    def _moved(self, ctx: StageContext, options: AttackOptions) -> str:
+        """No attack: a file of its own, from one of its folders to another."""
+        (ctx.workspace / "made").mkdir()
+        (ctx.workspace / "made" / "file").write_text("moved")
+        (ctx.workspace / "made" / "file").replace(ctx.workspace / "file")
+        return (ctx.workspace / "file").read_text()
 
     # Network
 

@@ -44,6 +44,36 @@ def cnn() -> nn.Module:
     return net.eval()
 
 
+def convnext(width: int = 64, blocks: int = 3) -> nn.Module:
+    """As ConvNeXt: depthwise convolutions among matrix products, more of these than of those; image [batch, 3, 32, 32]
+    to ten scores."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+            self.norm = nn.LayerNorm(width)
+            self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+            return x + self.narrow(nn.functional.gelu(self.wide(y))).permute(0, 3, 1, 2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, width, 4, 4), nn.Linear(width, 10)
+            self.blocks = nn.Sequential(*(Block() for _ in range(blocks)))
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.head(self.blocks(self.stem(image)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Net().eval()
+
+
 def transformer() -> nn.Module:
     """Two layers of attention under a mask: ids and mask [batch, time], int64; two outputs, of which one is the mask as
     it came."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.factories import architectures
+from tests.factories import architectures, programs
 from tests.factories.deployment import Deployment, deployment
 from tests.gpu.models import make_case
 from workers import kernel
@@ -35,8 +36,12 @@ def submit(client: Any, folder: Path, seed: int, **fields: Any) -> str:
     """A seeded model and its data, as a job for a GPU."""
     folder.mkdir()
     case = make_case(NAME, folder, architectures.vit(**SIZES, seed=seed))
-    model = client.upload_model(case.model / "model.onnx")
-    data = client.upload_dataset(next(case.data.iterdir()))
+    return submitted(client, case.model / "model.onnx", next(case.data.iterdir()), **fields)
+
+
+def submitted(client: Any, path: Path, samples: Path, **fields: Any) -> str:
+    model, data = client.upload_model(path), client.upload_dataset(samples)
+    fields = {"calibration": {"dataset_id": data["id"]}, **fields}
     job: dict[str, Any] = client.submit(
         {
             "model_id": model["id"],
@@ -65,7 +70,13 @@ def test_a_job_from_the_upload_to_an_engine_that_runs(served: Deployment, tmp_pa
     assert report["final_metrics"]["accuracy_loss_percent"] <= 1.0
     assert report["final_metrics"]["gpu_memory_mb"] > 50
     assert "ortcuda-fp16-fused" in [c["id"] for c in report["candidates"]]
-    folder = tmp_path / "bundle"
+    folder = inferred(archive, tmp_path / "bundle")
+    if report["picked"].startswith("ortcuda-"):
+        assert onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+
+
+def inferred(archive: Path, folder: Path) -> Path:
+    """The unpacked bundle, whose own script answered as it says."""
     with zipfile.ZipFile(archive) as bundle:
         bundle.extractall(folder)
     done = subprocess.run([sys.executable, "infer.py"], cwd=folder, capture_output=True, text=True, check=False)
@@ -73,8 +84,41 @@ def test_a_job_from_the_upload_to_an_engine_that_runs(served: Deployment, tmp_pa
     with np.load(folder / "expected_output.npz") as expected, np.load(folder / "output.npz") as got:
         for name in expected.files:
             assert np.allclose(expected[name], got[name], rtol=0.02, atol=0.02)
-    if report["picked"].startswith("ortcuda-"):
-        assert onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+    return folder
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its own deprecations
+def test_a_program_is_compiled_in_each_layout_and_precision(served: Deployment, tmp_path: Path) -> None:
+    """A `.pt2`: engines of ONNX Runtime and of Inductor, in fp16 with the program's layout and with channels last, and
+    in fp8, are made, judged and timed; one of them ships and runs."""
+    torch = pytest.importorskip("torch")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the GPU has no float8 products")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        args = (torch.zeros(2, 3, 32, 32),)
+        program = torch.export.export(programs.convnext(), args, dynamic_shapes=({0: batch},))
+    torch.export.save(program, str(tmp_path / "model.pt2"))
+    image = np.random.default_rng(7).normal(size=(96, 3, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", image=image)
+    served.start_worker()
+    served.wait_ready()
+    with served.client() as client:
+        fields = {"precisions": ["fp16", "fp8"], "budget_seconds": 300}
+        job_id = submitted(client, tmp_path / "model.pt2", tmp_path / "data.npz", **fields)
+        job = client.wait(job_id, check=False)
+        assert job["status"] == "succeeded", (job["error"], served.worker_log()[-3000:])
+        report = client.report(job_id)
+        archive = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
+    told = {c["id"]: c for c in report["candidates"]}
+    sys.stdout.write(f"picked {report['picked']}\n{json.dumps(report['candidates'], default=str)}\n")
+    made = {"ortcuda-fp16", "tic-fp16-nhwc", "tic-fp16", "tic-fp8"}
+    assert made <= {*told}
+    assert not [c for c in told.values() if c["id"].split(".")[0] in made and c["status"] == "failed"]
+    assert report["picked"].startswith(("ortcuda-", "tic-")), report["picked"]
+    assert report["final_metrics"]["accuracy_loss_percent"] <= 1.0
+    inferred(archive, tmp_path / "bundle")
 
 
 def test_each_worker_has_a_gpu_of_its_own(served: Deployment, tmp_path: Path) -> None:

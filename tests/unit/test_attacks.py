@@ -128,6 +128,11 @@ def test_its_own_model_is_read_and_not_changed(attack: Callable[..., Any], tmp_p
     assert model.read_text() == "a model"
 
 
+def test_its_own_files_are_moved_from_folder_to_folder(attack: Callable[..., Any]) -> None:
+    """As caches of compilers do (`app.sandbox.moving`)."""
+    assert attack("moved") == {"got": "moved"}
+
+
 @needs_landlock
 def test_the_system_is_not_written_to(attack: Callable[..., Any]) -> None:
     for place in (

@@ -338,7 +338,11 @@ def test_what_is_proposed_for_a_gpu() -> None:
     vit, data = {"Conv": 1, "MatMul": 72}, {"calibration": {"dataset_id": "d", "max_samples": 100}}
     (*plain, fp8) = proposal(ops=vit, spec=data, has_calibration=True).candidates
     assert not [c for c in plain if "channels_last" in c.build_options]
-    assert (fp8.id, fp8.precision, fp8.lossless, fp8.build_options) == ("tic-fp8", "fp8", False, {"precision": "fp16"})
+    built = {"precision": "fp16", "batch": 8}
+    assert (fp8.id, fp8.precision, fp8.lossless, fp8.build_options) == ("tic-fp8", "fp8", False, built)
+    for sizes, largest in (([1, 16, 8], 16), ([1], 2), ([1, 512], 32)):
+        measured = proposal(spec={"benchmark": {"batch_sizes": sizes}}).candidates
+        assert {c.build_options["batch"] for c in measured} == {largest}
     assert fp8.steps == (Step("observe", {"max_samples": 64, "part": "all"}, ("calibration",)),)
     assert planner._misfit(fp8, (ONNX, EXPORTED_PROGRAM), InductorCudaBackend.accepts) is None
     assert "observe takes exported-program" in (planner._misfit(fp8, (ONNX,), InductorCudaBackend.accepts) or "")

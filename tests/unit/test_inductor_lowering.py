@@ -198,7 +198,7 @@ def emulated(graph: Any, ranges: dict[str, float]) -> None:
 
     def rounded(x: Any, most: float) -> Any:
         scale = most / 448
-        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
     def product(x: Any, weight: Any, bias: Any, most: float) -> Any:
         operands = rounded(x, most), rounded(weight.float(), float(weight.abs().max()))

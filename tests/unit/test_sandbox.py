@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -105,6 +106,58 @@ def test_files_and_network_are_closed_on_older_machines(features: Features, loop
     else:
         assert told["datagram"] == -errno.EACCES
         assert (told["service"] == -errno.EACCES) == (features.load_tests == "ports")
+
+
+NAME_THREADS = """
+import json, os, sys
+from pathlib import Path
+from app.sandbox import syscalls
+from app.sandbox.confine import confine
+from app.sandbox.features import Features
+from app.sandbox.policy import Grounds, Host, Policy
+grounds = Grounds.of(Host())
+if sys.argv[2] == "user":
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # which another user's process is again once it starts a program
+confine(Policy(names_threads=True, shared_memory_bytes=1 << 20), grounds, Features(**json.loads(sys.argv[1])))
+def named():
+    name = Path(f"/proc/self/task/{os.getpid()}/comm")
+    try:
+        name.write_text("cuda")
+        return name.read_text().strip()
+    except OSError as error:
+        return -error.errno
+def forked(told):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, json.dumps(told()).encode())
+        os._exit(0)
+    return json.loads(os.read(read, 100))
+def written(path):
+    try:
+        Path(path).write_text("no number")
+    except OSError as error:
+        return -error.errno
+settings = ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity")
+print(json.dumps([named(), forked(named), [written(p) for p in settings], written(f"/proc/{os.getppid()}/mem")]))
+"""
+
+
+@pytest.mark.skipif(not FEATURES.enough, reason="Landlock and seccomp are needed")
+@pytest.mark.parametrize("user", ["user", "same"])
+@pytest.mark.parametrize("features", _machines()[:1] + _machines()[-1:], ids=lambda f: f"{f.landlock}-{f.namespaces}")
+def test_threads_are_named_and_settings_stay(features: Features, user: str) -> None:
+    """As CUDA does, in processes that were started as well; what the kernel can be told below /proc stays as it is."""
+    command = [sys.executable, "-c", NAME_THREADS, json.dumps(vars(features)), user]
+    if user == "user" and os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own, of_child, settings, memory = json.loads(done.stdout)
+    safe = features.namespaces or user == "user" or os.geteuid() != 0
+    assert (own, of_child) == ("cuda", "cuda" if safe else -errno.EACCES)
+    assert set(settings) <= {-errno.EACCES, -errno.EROFS, -errno.EPERM, -errno.ENOENT}
+    assert memory == -errno.EACCES
 
 
 SERVICE = """

@@ -9,6 +9,7 @@ import structlog
 from app.domain.failures import StageFailure, infrastructure_failure
 from app.sandbox.confine import confine
 from app.sandbox.features import NOTHING, Features
+from app.sandbox.moving import by_copies
 from app.sandbox.policy import PLAIN_DEVICES, Grounds, Host, Policy
 from app.settings import Settings
 from workers import devices, kernel
@@ -47,9 +48,11 @@ def confine_call(request: StageRequest, grounds: Grounds, features: Features) ->
     if features == NOTHING:
         return None
     try:
-        return confine(policy_of(request), grounds, features)
+        counter = confine(policy_of(request), grounds, features)
     except OSError as error:
         raise sandbox_failed(request.stage, str(error)) from error
+    by_copies()
+    return counter
 
 
 def policy_of(request: StageRequest) -> Policy:
@@ -67,6 +70,7 @@ def policy_of(request: StageRequest) -> Policy:
         folders=_TRITON_FOLDERS if request.options.get("tritonserver") else (),
         devices=(*PLAIN_DEVICES, *used),
         packets=bool(used),
+        names_threads=bool(used),
         counted=True,
         loopback=stage_type is not None and stage_type.loopback,
         shared_memory_bytes=request.limits.memory_bytes,

@@ -64,8 +64,8 @@ class TrainOptions(StageOptions):
 class Train(Stage[TrainOptions]):
     """See the module. `data`: training {steps, steps_planned, best_step, seconds, samples, held_out, overlapping,
     parameters, activations_rounded, weights_rounded, outputs {name: what is compared}, labels (the output they are of),
-    fixed_norms, threads, channels_equalized, ended (why, or None), loss_before, loss, agreement_before, agreement,
-    curve}."""
+    fixed_norms, device (where it was computed), threads, channels_equalized, ended (why, or None), loss_before, loss,
+    agreement_before, agreement, curve}."""
 
     name = "train"
     version = 2
@@ -226,6 +226,7 @@ def _told(source: ProgramFolder, training: Training) -> dict[str, Any]:
         "labels": training.labelled.name if training.labelled is not None else None,
         "fixed_norms": _fixed_norms(source),
         "ended": progress.ended,
+        "device": training.runner.device.type,
         "threads": progress.threads,
         "channels_equalized": progress.equalized,
         "loss_before": progress.before["loss"],

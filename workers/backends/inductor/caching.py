@@ -15,7 +15,7 @@ from workers.backends.inductor.options import BuildOptions
 from workers.backends.inductor.sidecar import CACHE_FILE
 from workers.graph.exported_program import ProgramFolder
 
-_BATCH = 4  # any size above one: sizes of 0 and 1 have code of their own
+_BATCH = 4  # where none is expected: any size above one, for sizes of 0 and 1 have code of their own
 
 
 def write(graph: Any, source: ProgramFolder, out: Path, options: BuildOptions, device: str) -> None:
@@ -29,7 +29,7 @@ def write(graph: Any, source: ProgramFolder, out: Path, options: BuildOptions, d
     runner = _compiled(torch, out)
     specs = source.interface.inputs
     fixed = fixed_batch(specs)
-    for batch in (fixed,) if fixed else (1, _BATCH):
+    for batch in (fixed,) if fixed else (1, source.batch_sizes(options.batch or _BATCH)[1]):
         feeds = synthetic_feeds(specs, batch, options.shapes, 0)
         runner([torch.from_numpy(feeds[name].copy()).to(device) for name in source.order])
     saved = torch.compiler.save_cache_artifacts()

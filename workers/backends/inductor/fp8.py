@@ -67,12 +67,14 @@ def _product(
         "weight": (weight / scales[1]).clamp(-_MOST, _MOST).to(torch.float8_e4m3fn),
         "input_scale": torch.tensor(scales[0], dtype=torch.float32, device=weight.device),
         "weight_scale": torch.tensor(scales[1], dtype=torch.float32, device=weight.device),
+        # Of two axes: a constant of fewer would be written into each kernel, which then serves one product only.
+        "input_inverse": torch.full((1, 1), 1 / scales[0], dtype=torch.float32, device=weight.device),
     }
     if biased:
         kept["bias"] = torch.cat([tensor_of(graph, n.args[2]) for n in nodes]).to(to)
     stored = {part: keep(graph, f"{name}_{part}", value) for part, value in kept.items()}
     x = nodes[0].args[0]
-    narrow = call(aten.clamp.default, (call(aten.mul.Tensor, (x, 1 / scales[0])), -_MOST, _MOST))
+    narrow = call(aten.clamp.default, (call(aten.mul.Tensor, (x, stored["input_inverse"])), -_MOST, _MOST))
     rows = call(aten.reshape.default, (call(aten.to.dtype, (narrow, torch.float8_e4m3fn)), [-1, weight.shape[1]]))
     turned = call(aten.t.default, (stored["weight"],))
     product = call(

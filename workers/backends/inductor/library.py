@@ -16,7 +16,7 @@ from workers.hardware import instruction_sets
 from workers.libraries import installed_version
 
 _MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "killed signal")
-LOWERING = 2  # goes up when the same program is compiled otherwise: engines of before are built anew
+LOWERING = 3  # goes up when the same program is compiled otherwise: engines of before are built anew
 _NO_SPACE = "No space left on device"
 _PRINTED = "Output:\n"
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")

@@ -26,12 +26,14 @@ class RuntimeOptions(BaseModel):
 
 class BuildOptions(BaseModel):
     """`precision`: of products and convolutions; matrix products of a calibrated program compute in float8 beside it.
-    `channels_last`: for convolutions, whatever Inductor would decide. `form`: None takes the package, and the cache
-    where a package cannot be loaded. `shapes`: as in the job's spec."""
+    `channels_last`: for convolutions, whatever Inductor would decide. `batch`: that the kernels are laid out for, where
+    the batch is dynamic; None leaves that of the export. `form`: None takes the package, and the cache where a package
+    cannot be loaded. `shapes`: as in the job's spec."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     channels_last: bool = False
+    batch: int | None = Field(default=None, ge=2, le=1 << 20)
     form: Form | None = None
     shapes: dict[str, Any] | None = None

@@ -17,6 +17,7 @@ _CPU_PRIORS = {"cnn": (1.0, 0.6), "transformer": (1.0, 0.6), "rnn": (1.2, 1.0), 
 _CUDA_PRIORS = {"fp32": 0.9, "bf16": 0.3, "fp16": 0.28, "fp8": 0.26}
 # Compiling takes a minute of a small budget, in which several other engines are built and timed.
 LEAST_BUDGET_S = 60
+_MOST_EXPECTED = 32  # samples, at which kernels fill a GPU; at more, timing their layouts takes memory
 _FP8_SAMPLES = 64  # each is an inference in float32 on the CPU
 _HALF_FROM = {"fp16": 7.0, "bf16": 8.0}  # compute capability
 FP8_FROM = 8.9
@@ -69,13 +70,15 @@ def propose_cuda(case: Case, capability: float) -> Proposal:
         return Proposal(skipped=(Skipped("Torch Inductor on CUDA", why),))
     found: list[Candidate] = []
     skipped: list[Skipped] = []
+    batch = _expected(case)
     if case.wants("fp32"):
-        found.append(_candidate(_ON_CUDA, "fp32", _CUDA_PRIORS["fp32"]))
+        found.append(_candidate(_ON_CUDA, "fp32", _CUDA_PRIORS["fp32"], batch=batch))
     for precision, least in _HALF_FROM.items():
         if not case.wants(precision) or capability < least or not _products(case):
             continue
         for channels_last in _layouts(case):
-            found.append(_candidate(_ON_CUDA, precision, _CUDA_PRIORS[precision], channels_last=channels_last))
+            prior = _CUDA_PRIORS[precision]
+            found.append(_candidate(_ON_CUDA, precision, prior, channels_last=channels_last, batch=batch))
     if case.wants("fp8"):
         why = _why_no_fp8(case, capability)
         if why is None:
@@ -87,7 +90,8 @@ def propose_cuda(case: Case, capability: float) -> Proposal:
 
 def _fp8(case: Case) -> Candidate:
     """The program calibrated, and compiled with its matrix products in float8, the rest in fp16."""
-    plain = _candidate(_ON_CUDA, "fp16", _CUDA_PRIORS["fp8"], channels_last=_layouts(case)[0])
+    prior, last = _CUDA_PRIORS["fp8"], _layouts(case)[0]
+    plain = _candidate(_ON_CUDA, "fp16", prior, channels_last=last, batch=_expected(case))
     calibration = recipes.calibration_options(case)
     calibration["max_samples"] = min(calibration["max_samples"], _FP8_SAMPLES)
     step = Step("observe", calibration, ("calibration",))
@@ -145,7 +149,15 @@ def _products(case: Case) -> bool:
     return not case.quantized and bool(case.has("Conv", "ConvTranspose", "MatMul", "Gemm", "Attention"))
 
 
-def _candidate(place: _Place, precision: str, prior: float, *, channels_last: bool = False) -> Candidate:
+def _expected(case: Case) -> int:
+    """The largest batch that the job measures, where a kernel laid out for another size costs the most time; sizes of
+    0 and 1 have code of their own."""
+    return max(2, min(max(case.spec.benchmark.batch_sizes), _MOST_EXPECTED))
+
+
+def _candidate(
+    place: _Place, precision: str, prior: float, *, channels_last: bool = False, batch: int | None = None
+) -> Candidate:
     layout = ", channels last" if channels_last else ""
     return Candidate(
         f"{place.prefix}-{precision}{'-nhwc' if channels_last else ''}",
@@ -153,7 +165,11 @@ def _candidate(place: _Place, precision: str, prior: float, *, channels_last: bo
         place.backend,
         precision,
         (),
-        build_options={"precision": precision, **({"channels_last": True} if channels_last else {})},
+        build_options={
+            "precision": precision,
+            **({"channels_last": True} if channels_last else {}),
+            **({} if batch is None else {"batch": batch}),
+        },
         lossless=precision == "fp32",
         prior=prior,
         options_gain=place.options_gain,

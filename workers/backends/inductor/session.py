@@ -152,13 +152,18 @@ class CudaSession(InductorSession):
 
     def bind(self, feeds: Arrays) -> Callable[[], Any]:
         """The call on inputs that lie on the GPU and outputs that stay there; it returns when the GPU is done."""
+        return self.bound(feeds)
+
+    def bound(self, feeds: Arrays, *, wait: bool = True) -> Callable[[], Any]:
+        """As `bind`; without `wait` the call returns once the work is submitted."""
         self._check(feeds)
         placed = self._guarded(self._gpu.placed, self._tensors(feeds))
         synchronize = self._torch.cuda.synchronize
 
         def work(tensors: list[Any]) -> Sequence[Any]:
             found = self._gpu.on_device(tensors)
-            synchronize()
+            if wait:
+                synchronize()
             return found
 
         def call() -> None:

@@ -31,7 +31,8 @@ class Runner:
 
     def module(self) -> Any:
         """A graph module with weights of its own, on the device."""
-        return copy.deepcopy(self.source.program.module()).to(self.device)
+        module = copy.deepcopy(self.source.program.module()).to(self.device)
+        return module if self.device.type == _ELSE else _moved(module, self.device)
 
     def answers(self, module: nn.Module, batch: Batch) -> list[Tensor]:
         """The outputs by position, as the interface has them. Raises StageFailure `not_trainable`."""
@@ -74,6 +75,17 @@ class Runner:
         arrays = batch.feeds if len(batch) >= self._least else batch.filled(self._least)
         given = {n: torch.from_numpy(arrays[n].copy()).to(self.device) for n in self.source.order}
         return [given.get(name, name) for name in self.source.program.graph_signature.user_inputs]
+
+
+def _moved(module: Any, device: torch.device) -> Any:
+    """What the program makes anew (positions, masks) made on `device`, too, and nothing asked of where tensors lie."""
+    for node in list(module.graph.nodes):
+        if "_assert_tensor_metadata" in str(node.target):
+            module.graph.erase_node(node)
+        elif isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()
+    return module
 
 
 def not_gradual(runner: Runner, module: Any, batch: Batch, error: Exception) -> StageFailure:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,7 @@ class Training:
         device: str,
     ) -> None:
         """Raises StageFailure: `not_trainable`, `nothing_to_train`, `training_labels_mismatch`."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what its products need to be the same each time
         torch.manual_seed(terms.seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
         placement.check_trainable(source.program)
@@ -65,6 +67,7 @@ class Training:
         self.teacher, self.student = self.runner.module(), self.runner.module()
         self._pairs = channels.pairs_of(self.student)
         self.placed = placement.place(self.student, op_types, activations, levels)
+        self.student.to(self.runner.device)  # with the modules that were placed
         self.ranges = rounding.ranges_of(self.student)
         own = {id(p) for p in self.ranges}
         floating = (p for p in self.student.parameters() if p.requires_grad and p.is_floating_point())
