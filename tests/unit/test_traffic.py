@@ -313,6 +313,10 @@ def test_ways_to_serve_follow_from_the_figures() -> None:
     assert "2.36 × the rate without" in rows["dynamic batching"]["why"]
     assert "several yield 90/s at most, one yields 500/s" in rows["several instances"]["why"]
     assert "batches as they form 163.2/s" in rows["static batching"]["why"]
+    for apart, words in ((True, "an ensemble of them"), (False, "one engine of the whole chain")):
+        of_two = patterns(DATA, Facts(16_000.0, 2, ["x", "y"], models=2, apart=apart))
+        (row,) = (row for row in of_two if row["pattern"] == "ensemble")
+        assert (row["fits"], words in row["why"]) == (apart, True)
     generative = patterns(DATA, Facts(110.0, 2, ["ids", "past_key_values.0.key"]))
     assert [row["fits"] for row in generative if row["pattern"] in ("model parallel", "continuous batching")] == [
         True,

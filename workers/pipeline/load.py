@@ -9,7 +9,6 @@ from typing import Any
 from app.domain.report import TrafficReport
 from workers.measure.load.judged import KEEPS
 from workers.measure.load.patterns import Facts, patterns
-from workers.pipeline.chain_report import chain_report
 from workers.pipeline.cost import limit_cost
 from workers.pipeline.outcome import Explanation, Optimization
 
@@ -162,13 +161,13 @@ def _reasons(data: _Json, wanted: float | None, ours: _Json) -> dict[str, str]:
 
 def _facts(found: Optimization) -> Facts:
     names = [t["name"] for side in ("inputs", "outputs") for t in found.export.data[side]]
-    chain = chain_report(found)
+    chain = found.spec.chain
     return Facts(
         memory_mb=_mb(found.hardware.get("memory_bytes")),
         cores=found.case.cores,
         tensors=names,
-        models=len(found.models),
-        apart=chain is not None and chain.deploy == "ensemble",
+        models=1 + len(found.spec.links),
+        apart=chain is not None and chain.apart and found.picked is not None,
     )
 
 
