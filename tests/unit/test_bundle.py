@@ -23,6 +23,7 @@ from onnx import ModelProto, helper
 
 from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
+from workers.artifacts import BY_BATCH, CHAINED
 from workers.backends.bundle_script import CHECK
 from workers.hardware import describe
 from workers.kernel import Reporter, StageContext, backends
@@ -353,7 +354,11 @@ print(len(os.listdir("/proc/self/task")))
 def test_a_script_takes_the_arguments_that_hurry_it(name: str) -> None:
     """What a backend says of its own script, nobody looks into."""
     kind = backends()[name]
-    engine = {"folder": "small", "backend": "onnxruntime", "runtime": {}, "most": None}
-    source = kind().infer_script({"input": "x", "axis": 0, "engines": [engine]} if kind.accepts == () else {})
+    engine = {"folder": "small", "backend": "onnxruntime", "runtime": {}}
+    several: dict[str, dict[str, Any]] = {
+        BY_BATCH: {"input": "x", "axis": 0, "engines": [{**engine, "most": None}]},
+        CHAINED: {"inputs": [], "outputs": ["y"], "engines": [engine, engine]},
+    }
+    source = kind().infer_script(several.get(kind.engine_format, {}))
     options = [argument for argument in kind.script_hurry if argument.startswith("--")]
     assert options == [option for option in ("--repeat",) if f'"{option}"' in source]
