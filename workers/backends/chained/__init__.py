@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from app.domain.failures import FailureKind, StageFailure
 from workers import kernel
 from workers.artifacts import CHAINED, ONNX
+from workers.backends.bundle_script import HURRY
 from workers.backends.chained.script import infer_script
 from workers.backends.chained.session import ChainedSession
 from workers.backends.options import parsed
@@ -60,6 +61,7 @@ class ChainedBackend(Backend):
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     accepts: ClassVar[tuple[str, ...]] = (ONNX,)
     engine_format: ClassVar[str] = CHAINED
+    script_hurry: ClassVar[tuple[str, ...]] = HURRY
 
     @classmethod
     def members(cls, runtime: Mapping[str, Any]) -> tuple[Member, ...]:
