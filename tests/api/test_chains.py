@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+from anneal_client import Client
+from anneal_client.io import run
 from app.domain.job_state import JobStatus, Trigger
 from app.http.services import Services
 from app.jobs.ledger import JobLedger
@@ -142,3 +146,31 @@ def test_the_same_request_is_the_same_job(
     assert answers[0].json()["id"] == answers[1].json()["id"]
     assert_problem(client.post("/v1/jobs", json=chain(first, other), headers=headers), 409, "idempotency_conflict")
     assert len(dispatched) == 1
+
+
+class _Submits(Client):
+    """Does not wait for what no worker takes here."""
+
+    def optimize(self, model: Any, data: Any = None, **spec: Any) -> Any:
+        return self.submit(run(self._core.prepared(model, data, None, spec)))
+
+
+def test_the_page_s_example(
+    base_url: str,
+    worker: Services,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dispatched: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("encoder.onnx", encoder()), ("head.onnx", head())):
+        onnx_models.save(model, tmp_path / name)
+    np.savez("data.npz", input=np.zeros((6, 8), np.float32), weight=np.ones((6, 1), np.float32))
+    page = Path(__file__).resolve().parents[2] / "docs/how-to/chain-models.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    with _Submits(base_url) as client:
+        names: Json = {"client": client}
+        for block in blocks:
+            exec(block, names)
+        assert [names["result"].id] == dispatched
+        assert client.job(dispatched[0]).spec["chain"]["deploy"] == "merged"
