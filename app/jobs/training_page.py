@@ -34,6 +34,9 @@ def _one(done: Json, names: list[str]) -> str:
     ended = done.get("ended")
     why = f" It ended because {text(ended)}." if ended else ""
     taken = f"The weights of step {text(done.get('best_step'))} were taken."
+    backed_off = as_number(done.get("backed_off"))
+    if backed_off:
+        taken += f" The learning rate was made smaller {number(backed_off)} times, each from the best weights on."
     return f"{whose}{_curve(done)}<p class=sub>{line}. {taken}{why}</p>"
 
 

@@ -151,12 +151,20 @@ def test_a_training_is_drawn_once_with_what_it_says() -> None:
         "held_out": 20,
         "seconds": 3.2,
         "ended": "<done>",
+        "backed_off": 2,
     }
     done |= {"loss_before": 0.4, "loss": 0.02, "agreement_before": 0.8, "agreement": 0.99}
     candidates = [{"name": f"c{i}", "details": {"train": {"training": done}, "simplify": {}}} for i in range(2)]
     page = report_page({"candidates": candidates}, "job_1")
     assert page.count("<polyline") == 1
-    for words in ("c0, c1", "10 steps on 96 samples", "went from 0.4 to 0.02", "80 % to 99 %", "because &lt;done&gt;"):
+    for words in (
+        "c0, c1",
+        "10 steps on 96 samples",
+        "went from 0.4 to 0.02",
+        "80 % to 99 %",
+        "because &lt;done&gt;",
+        "smaller 2 times",
+    ):
         assert words in page
     assert "<h3>Training" not in report_page(
         {"candidates": [{"name": "c", "details": {"train": {"training": {}}}}]}, "job_1"

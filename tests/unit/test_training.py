@@ -210,6 +210,19 @@ def _same_but_seconds(curve: list[dict[str, Any]], other: list[dict[str, Any]]) 
     assert [{**e, "seconds": 0} for e in curve] == [{**e, "seconds": 0} for e in other]
 
 
+def test_a_rate_that_is_too_high_is_made_smaller(brittle: Path, tmp_path: Path) -> None:
+    """From the best weights on; the same whether in one call or in two."""
+    folder = _copied(brittle, tmp_path / "job")
+    whole = _call(folder, folder / "model", "whole", epochs=24, learning_rate=0.2).data["training"]
+    assert whole["backed_off"] >= 1
+    assert whole["loss"] <= whole["curve"][0]["loss"]
+    rates = [entry["learning_rate"] for entry in whole["curve"][1:]]
+    assert min(rates) < 0.2 / 3
+    _call(folder, folder / "model", "first", epochs=24, learning_rate=0.2, round=1, rounds=2)
+    again = _call(folder, folder / "first" / "model", "second", epochs=24, learning_rate=0.2, round=2, rounds=2)
+    _same_but_seconds(again.data["training"]["curve"], whole["curve"])
+
+
 def test_a_trained_program_is_exported_like_an_upload(brittle: Path, tmp_path: Path) -> None:
     from workers.stages.export import Export, ExportOptions
 
@@ -231,6 +244,32 @@ def test_labels_are_learned_beside_the_teacher(tmp_path: Path) -> None:
     (tmp_path / "wrong").mkdir()
     _sets(tmp_path / "wrong", labels=lambda count: np.arange(count) % 9)
     _refused(lambda: _call(tmp_path / "wrong", tmp_path / "model"), "training_labels_mismatch", "0 to 8", "5 classes")
+    (tmp_path / "shape").mkdir()
+    _sets(tmp_path / "shape", labels=lambda count: np.full((count, 3), 2))
+    _refused(lambda: _call(tmp_path / "shape", tmp_path / "model"), "training_labels_mismatch", "[32, 3] do not fit")
+
+
+def test_labels_teach_what_the_teacher_does_not_know(tmp_path: Path) -> None:
+    """Two classes that a random teacher does not tell apart; held-out samples with labels say when it is enough."""
+    import torch
+
+    programs.folder(programs.brittle(), tmp_path / "model", SMALL, SCORES, BATCH)
+    chance = np.random.default_rng(0)
+    for part, count in (("training", 256), ("data", 200)):
+        (tmp_path / part).mkdir()
+        truth = chance.integers(0, 2, count)
+        images = (chance.standard_normal((count, 1, 8, 8)) + truth[:, None, None, None]).astype(np.float32)
+        np.savez(tmp_path / part / "data.npz", input=images, labels=truth)
+    told = _call(tmp_path, tmp_path / "model", epochs=12, learning_rate=5e-3).data["training"]
+    assert told["labels"] == "logits"
+    assert told["loss"] < 0.8 * told["loss_before"]
+    right = []
+    for folder in (tmp_path / "model", tmp_path / "out" / "model"):
+        with quiet():
+            program = torch.export.load(str(folder / PROGRAM_FILE)).module()
+        with torch.no_grad():
+            right.append((program(torch.from_numpy(images[:64])).argmax(1).numpy() == truth[:64]).mean())
+    assert right[1] > right[0] + 0.1, right
 
 
 def test_targets_that_are_no_classes_are_no_labels(tmp_path: Path) -> None:

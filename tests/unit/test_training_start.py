@@ -56,23 +56,26 @@ def test_channels_are_brought_to_like_size_and_nothing_else_changes(tmp_path: Pa
     ):
         programs.folder(net, tmp_path / name, inputs, outputs, {"batch": (1, 64), "time": (2, 32)})
         module = ProgramFolder.read(tmp_path / name).program.module()
-        pairs = channels.pairs_of(module)
+        groups = channels.groups_of(module)
         feeds = (
             [torch.randn(4, 1, 8, 8)]
             if name == "cnn"
             else [torch.randint(0, 50, (3, 5)), torch.ones(3, 5, dtype=torch.int64)]
         )
         with torch.no_grad():
-            before = channels.Sizes(module, pairs)
+            before = channels.Sizes(module, groups)
             wanted = before.run(*feeds, enable_io_processing=False)[0]
-            assert channels.equalize(module, pairs, before.found) > 0
-            after = channels.Sizes(module, pairs)
+            assert channels.equalize(module, groups, before.found) > 0
+            after = channels.Sizes(module, groups)
             made = after.run(*feeds, enable_io_processing=False)[0]
         assert torch.allclose(made, wanted, rtol=1e-3, atol=1e-4)
         if name == "cnn":
-            (deep,) = [p.value for p in pairs if p.read[0][1] > 1]
+            (deep,) = [g.values[-1][0] for g in groups if g.read[0][1] > 1]
             assert _spread(before.found[deep]) > 20
             assert _spread(after.found[deep]) < 1.01
+            (sums,) = [g for g in groups if len(g.written) > 2 and len(g.values) > 3]
+            assert {node.name.rstrip("_0123456789") for node, _ in sums.values} == {"batch_norm", "relu", "add", "mean"}
+            assert [len(sums.written), len(sums.read)] == [4, 2], "two batch norms; the next convolution and the head"
 
 
 def _spread(sizes: Any) -> float:

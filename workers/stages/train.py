@@ -64,11 +64,11 @@ class TrainOptions(StageOptions):
 class Train(Stage[TrainOptions]):
     """See the module. `data`: training {steps, steps_planned, best_step, seconds, samples, held_out, overlapping,
     parameters, activations_rounded, weights_rounded, outputs {name: what is compared}, labels (the output they are of),
-    fixed_norms, device (where it was computed), threads, channels_equalized, ended (why, or None), loss_before, loss,
-    agreement_before, agreement, curve}."""
+    fixed_norms, device (where it was computed), threads, channels_equalized, backed_off (times that the learning rate
+    was made smaller), ended (why, or None), loss_before, loss, agreement_before, agreement, curve}."""
 
     name = "train"
-    version = 2
+    version = 3
     Options = TrainOptions
     libraries: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     takes: ClassVar[tuple[str, ...]] = (TRAINING, EXPORTED_PROGRAM)
@@ -229,6 +229,7 @@ def _told(source: ProgramFolder, training: Training) -> dict[str, Any]:
         "device": training.runner.device.type,
         "threads": progress.threads,
         "channels_equalized": progress.equalized,
+        "backed_off": progress.backed_off,
         "loss_before": progress.before["loss"],
         "loss": best["loss"],
         "agreement_before": progress.before["agreement"],

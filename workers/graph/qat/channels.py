@@ -3,8 +3,8 @@ through weight equalization and bias correction"), with sizes from data.
 
 One scale for a whole activation leaves its small channels few levels, and weights take long to learn another size. So a
 factor per channel goes from what writes an activation (a convolution or product, the batch norm behind it, or a layer
-norm) to the products that read it; what lies between lets positive factors through. The program computes what it did.
-Needs torch.
+norm) to the products that read it; what lies between lets positive factors through. What is summed goes together: all
+that write the sum's terms get one factor. The program computes what it did. Needs torch.
 """
 
 from __future__ import annotations
@@ -24,73 +24,138 @@ if TYPE_CHECKING:
 _MOST = 1e3  # of a factor, and its inverse the least
 _GROUPS = 6  # among a convolution's arguments
 _TINY = 1e-6  # of the largest channel: what is smaller is as good as unused
+# Let a positive factor of a channel through, where the channels stay what they are (`_keeps`).
+_CARRY = frozenset({"relu", "relu_", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "mean", "flatten", "view"})
+_CARRY |= {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "add", "add_", "dropout", "clone", "contiguous", "alias"}
+_SUMS, _ACTIVATIONS = frozenset({"add", "add_"}), frozenset({"relu", "relu_"})
 
 
 @dataclass(frozen=True)
-class Pair:
-    """`value`: the activation, whose channels lie on `axis`; `written`: parameters that make it, with the axis of its
-    channels; `read`: (parameter of a product, its groups), for all that read it."""
+class Group:
+    """`values`: rounded activations with the same channels, each with the axis where they lie; `written`: parameters
+    that make them, with the axis of their channels; `read`: (parameter of a product, its groups), for all that read
+    them."""
 
-    value: Node
-    axis: int
+    values: tuple[tuple[Node, int], ...]
     written: tuple[tuple[str, int], ...]
     read: tuple[tuple[str, int], ...]
 
 
 class Sizes(torch.fx.Interpreter):
-    """Runs the module and notes the largest magnitude in each channel of the pairs' activations."""
+    """Runs the module and notes the largest magnitude in each channel of the groups' activations."""
 
-    def __init__(self, module: GraphModule, pairs: Collection[Pair]) -> None:
+    def __init__(self, module: GraphModule, groups: Collection[Group]) -> None:
         super().__init__(module)
-        self.axes = {pair.value: pair.axis for pair in pairs}
+        self.axes = {value: axis for group in groups for value, axis in group.values}
         self.found: dict[Node, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n in self.axes:
-            axis = self.axes[n] % result.dim()
-            others = [d for d in range(result.dim()) if d != axis]
+            others = [d for d in range(result.dim()) if d != self.axes[n]]
             largest = result.detach().abs().amax(dim=others)
             self.found[n] = torch.maximum(self.found.get(n, largest), largest)
         return result
 
 
-def pairs_of(module: GraphModule) -> list[Pair]:
+def groups_of(module: GraphModule) -> list[Group]:
     """Those whose parameters nothing else reads."""
     once, parameters = _read_once(module), dict(module.named_parameters())
     found = []
-    for node in module.graph.nodes:
-        made = _written(node)
-        if made is None:
-            continue
-        value, axis, written = made
-        read = [_reads(user, value, axis, parameters) for user in value.users]
+    for group in _joined(module):
+        read: list[tuple[str, int] | None] = []
+        for value, axis in group.values.items():
+            read += [_reads(user, value, axis, parameters) for user in value.users if user not in group.carried]
         known = [r for r in read if r is not None]
-        names = [name for name, _ in (*written, *known)]
+        names = [name for name, _ in (*group.written, *known)]
         if known and len(known) == len(read) and all(n in once for n in names) and len(set(names)) == len(names):
-            found.append(Pair(value, axis, tuple(written), tuple(known)))
+            values = [(value, axis) for value, axis in group.values.items() if not _fused(value)]
+            found.append(Group(tuple(values), tuple(group.written), tuple(known)))
     return found
 
 
-def equalize(module: GraphModule, pairs: Collection[Pair], sizes: Mapping[Node, Tensor]) -> int:
-    """Change the parameters in place, pair by pair; answers for how many channels."""
+def _fused(value: Node) -> bool:
+    """Whether it is never rounded, as the activation behind it is part of what made it."""
+    return len(value.users) == 1 and placement.operator(next(iter(value.users))) in _ACTIVATIONS
+
+
+class _Joined:
+    """Values that have to keep the same channels, with their axes; those of them that hand on what others wrote; and
+    the parameters that write them."""
+
+    def __init__(self) -> None:
+        self.values: dict[Node, int] = {}
+        self.carried: set[Node] = set()
+        self.written: list[tuple[str, int]] = []
+
+    def take(self, other: _Joined) -> None:
+        self.values |= other.values
+        self.carried |= other.carried
+        self.written += other.written
+
+
+def _joined(module: GraphModule) -> list[_Joined]:
+    of: dict[Node, _Joined] = {}
+    for node in module.graph.nodes:
+        group, made = _Joined(), _written(node)
+        if made is not None:
+            value, axis, group.written = made
+            group.values[value] = axis % value.meta["val"].dim()
+        else:
+            sources = [of.get(source) for source in _sources(node)]
+            axes = {g.values[s] if g is not None else None for g, s in zip(sources, _sources(node), strict=True)}
+            axis_or_none = next(iter(axes)) if len(axes) == 1 else None
+            if axis_or_none is None or not _keeps(node, axis_or_none):
+                continue
+            for source in {id(g): g for g in sources if g is not None}.values():
+                group.take(source)
+            group.values[node] = axis_or_none
+            group.carried.add(node)
+        of |= dict.fromkeys(group.values, group)
+    return list({id(group): group for group in of.values()}.values())
+
+
+def _sources(node: Node) -> list[Any]:
+    """What it hands on; nothing where it does something else."""
+    op = placement.operator(node)
+    return [*node.args[: 2 if op in _SUMS else 1]] if op in _CARRY else []
+
+
+def _keeps(node: Node, axis: int) -> bool:
+    """Whether the channels are on this axis before and behind it, and each stays by itself."""
+    op = placement.operator(node)
+    shapes = [[str(size) for size in n.meta["val"].shape] for n in (*_sources(node), node)]
+    if any(shape[: axis + 1] != shapes[0][: axis + 1] for shape in shapes):
+        return False
+    if op in _SUMS:
+        return all(shape == shapes[0] for shape in shapes)
+    if op in ("flatten", "view"):
+        return {*shapes[0][axis + 1 :], *shapes[1][axis + 1 :]} <= {"1"}
+    if op == "mean":
+        dims: Any = node.args[1] if len(node.args) > 1 else None
+        return bool(dims) and all(dim % len(shapes[0]) > axis for dim in dims)
+    return True
+
+
+def equalize(module: GraphModule, groups: Collection[Group], sizes: Mapping[Node, Tensor]) -> int:
+    """Change the parameters in place, group by group; answers for how many channels."""
     parameters = dict(module.named_parameters())
     channels = 0
-    for pair in pairs:
-        size = sizes[pair.value].double()
+    for group in groups:
+        size = torch.stack([sizes[value] for value, _ in group.values]).amax(0).double()
         largest = float(size.max())
         if not largest > 0 or not bool(torch.isfinite(size).all()):
             continue
-        factors = _factors(size, [(parameters[name], groups) for name, groups in pair.read])
+        factors = _factors(size, [(parameters[name], parts) for name, parts in group.read])
         factors = torch.where(size > _TINY * largest, factors.clamp(1 / _MOST, _MOST), torch.ones_like(size))
         with torch.no_grad():
-            for name, axis in pair.written:
+            for name, axis in group.written:
                 tensor = parameters[name]
                 shape = [-1 if d == axis else 1 for d in range(tensor.dim())]
                 tensor.copy_(tensor.double() / factors.reshape(shape))
-            for name, groups in pair.read:
+            for name, parts in group.read:
                 tensor = parameters[name]
-                tensor.copy_(tensor.double() * _over_inputs(factors, tensor, groups))
+                tensor.copy_(tensor.double() * _over_inputs(factors, tensor, parts))
         channels += len(size)
     return channels
 
@@ -144,9 +209,6 @@ def _written(node: Node) -> tuple[Node, int, list[tuple[str, int]]] | None:
         names, value = _names(norm.args[1:3]), norm
         if names is None or len(names) != 2:
             return None
-    follower = next(iter(value.users)) if len(value.users) == 1 else None
-    if follower is not None and placement.operator(follower) in ("relu", "relu_"):
-        value = follower
     return value, axis, [(name, 0) for name in names]
 
 
@@ -165,7 +227,8 @@ def _names(values: Any) -> list[str] | None:
 def _reads(user: Node, value: Node, axis: int, parameters: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """The weights of a product that reads `value` once; 1 group, or as many as channels."""
     op, args = placement.operator(user), user.args
-    if op not in ("conv1d", "conv2d", "conv3d", "linear") or (op == "linear") != (axis == -1):
+    last = value.meta["val"].dim() - 1
+    if op not in ("conv1d", "conv2d", "conv3d", "linear") or axis != (last if op == "linear" else 1):
         return None
     names = _names(args[1:2])
     if args[0] is not value or not names or sum(a is value for a in args) != 1:

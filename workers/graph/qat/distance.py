@@ -60,10 +60,17 @@ class Output:
     def _logarithms(self, values: Tensor) -> Tensor:
         return values.clamp(min=_LEAST).log() if self.probabilities else functional.log_softmax(values, self.axis)
 
-    def of_labels(self, labels: Tensor, found: Tensor) -> Tensor:
-        """Cross-entropy."""
+    def of_labels(self, labels: Any, found: Tensor) -> Tensor:
+        """Cross-entropy with class numbers, an array."""
         scores = self._logarithms(found).movedim(self.axis, 1)
-        return functional.nll_loss(scores, labels.reshape(scores.shape[:1] + scores.shape[2:]))
+        truth = torch.from_numpy(labels.astype("int64")).to(found.device)
+        return functional.nll_loss(scores, truth.reshape(scores.shape[:1] + scores.shape[2:]))
+
+    def has(self, labels: Any, found: Tensor) -> bool:
+        """Whether `labels`, an array, are class numbers of what was `found`, one for each."""
+        classes = found.shape[self.axis]
+        fit = labels.dtype.kind in "iu" and labels.size * classes == found.numel()
+        return bool(fit and (not labels.size or 0 <= labels.min() <= labels.max() < classes))
 
 
 def outputs_of(names: Sequence[str], values: Sequence[Any], metric: Metric) -> list[Output]:

@@ -35,6 +35,9 @@ class Progress:
     in_epoch: int = 0
     seconds: float = 0.0
     worse: int = 0
+    rate: float = 1.0
+    backed_off: int = 0
+    stuck: int = 0
     best: int = 0
     evaluations: int = MOST_EVALUATIONS
     threads: int = 1

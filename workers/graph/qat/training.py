@@ -3,7 +3,8 @@
 Channels are brought to like size first, where the student is better for it. Then Adam, with a learning rate that falls
 as a cosine, for weights and for the ranges of activations; gradients of weights are clipped by their norm. At regular
 steps the student is judged on samples that were held out, and the best weights and ranges so far are kept: at the worst
-those it began with. Needs torch.
+those it began with. Where it got worse, or no better twice, it goes back to these with a third of the learning rate.
+Needs torch.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _MOST_NORM = 1.0
 _WARM_UP = 0.05  # of the steps, in which the learning rate rises
 _CALIBRATING = 16  # batches, before the first step
 _BETTER = 0.999  # times the best loss so far
+_RISE, _STUCK = 1.2, 2  # times the best loss, and evaluations without a better one, at which the rate is too high
+_SMALLER = 1 / 3  # of the rate it had
 _USUAL_SIZE, _LEAST_RATE = 0.1, 0.02  # root of a parameter's mean square that has the whole rate; of it at least
 _RANGES_RATE = 10.0  # times the weights' learning rate: that of the logarithms of scales
 _PROBED = 5  # steps that are timed before it is known how many there will be
@@ -65,7 +68,7 @@ class Training:
         self.training, self.held_out, self.terms = training, held_out, terms
         self.runner = Runner(source, device)
         self.teacher, self.student = self.runner.module(), self.runner.module()
-        self._pairs = channels.pairs_of(self.student)
+        self._groups = channels.groups_of(self.student)
         self.placed = placement.place(self.student, op_types, activations, levels)
         self.student.to(self.runner.device)  # with the modules that were placed
         self.ranges = rounding.ranges_of(self.student)
@@ -187,7 +190,7 @@ class Training:
         done = self.progress.step / max(self.progress.steps, 1)
         rise = min(1.0, (done + 1 / max(self.progress.steps, 1)) / _WARM_UP)
         for group in self.optimizer.param_groups:
-            rate = self.terms.learning_rate * group["times"]
+            rate = self.terms.learning_rate * self.progress.rate * group["times"]
             group["lr"] = rate * rise * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 1e-2)
 
     def _loss(self, wanted: Sequence[Any], found: Sequence[Any], batch: Batch) -> Tensor:
@@ -198,8 +201,7 @@ class Training:
             return loss
         scores = found[places[self.labelled.name]]
         distance.check_labels(self.labelled, scores.shape[self.labelled.axis], labels)
-        truth = torch.from_numpy(labels.astype("int64")).to(self.runner.device)
-        return loss + self.labelled.of_labels(truth, scores)
+        return loss + self.labelled.of_labels(labels, scores)
 
     # Before the first step
 
@@ -220,15 +222,15 @@ class Training:
         if not math.isfinite(loss):
             self._diverged(loss)
         self.progress.before = {"loss": short(loss), "agreement": short(agreement)}
-        if not self._pairs:
+        if not self._groups:
             return
         kept = {n: t.clone() for n, t in self.student.state_dict().items()}
         rounding.observe(self.student, observing=False, rounding=False)
-        sizes = channels.Sizes(self.student, self._pairs)
+        sizes = channels.Sizes(self.student, self._groups)
         with torch.no_grad():
             for batch in itertools.islice(self._epoch(0), _CALIBRATING):
                 self.runner.interpreted(sizes, batch)
-        self.progress.equalized = channels.equalize(self.student, self._pairs, sizes.found)
+        self.progress.equalized = channels.equalize(self.student, self._groups, sizes.found)
         self._calibrate()
         made, _ = self._judge()
         if not made < loss:
@@ -278,7 +280,8 @@ class Training:
     # Judging
 
     def _judge(self) -> tuple[float, float]:
-        """On the samples held out: the loss, and of the outputs' mean agreements the least."""
+        """On the samples held out: the loss, with that of their labels where it trains with labels; and of the outputs'
+        mean agreements the least."""
         rounding.observe(self.student, observing=False, rounding=True)
         losses: dict[str, float] = {o.name: 0.0 for o in self.outputs}
         agreed: dict[str, list[Tensor]] = {o.name: [] for o in self.outputs}
@@ -291,6 +294,10 @@ class Training:
                     a, b = wanted[self._places[o.name]], found[self._places[o.name]]
                     losses[o.name] += float(o.distance(a, b)) * len(batch)
                     agreed[o.name].append(o.agreement(a, b).float())
+                labels, known = self.runner.labels(batch), self.labelled
+                if known is not None and labels is not None and known.has(labels, found[self._places[known.name]]):
+                    scores = found[self._places[known.name]]
+                    losses[known.name] += float(known.of_labels(labels, scores)) * len(batch)
         worst = min(float(torch.cat(each).mean()) for each in agreed.values())
         return sum(losses.values()) / max(rows, 1), worst
 
@@ -318,14 +325,23 @@ class Training:
         before = next((e["loss"] for e in known.curve if e["step"] == known.best), math.inf)
         known.curve.append(entry)
         if loss < before * _BETTER or not self._best:
-            known.best, known.worse = known.step, 0
+            known.best, known.worse, known.stuck = known.step, 0, 0
             self._best = {n: p.detach().cpu().clone() for n, p in self.student.named_parameters()}
         else:
-            known.worse += 1
+            known.worse, known.stuck = known.worse + 1, known.stuck + 1
             if known.worse >= _PATIENCE:
                 known.ended = f"no better for {_PATIENCE} evaluations"
+            elif loss > before * _RISE or known.stuck >= _STUCK:
+                self._back_off()
         if known.steps and known.step >= known.steps and known.ended is None:
             known.ended = "all steps were made"
+
+    def _back_off(self) -> None:
+        """From the best weights on with a smaller rate, and without the momentum that led away from them."""
+        self.student.load_state_dict(self._best, strict=False)
+        self.optimizer = self._optimizer()
+        known = self.progress
+        known.rate, known.backed_off, known.stuck = known.rate * _SMALLER, known.backed_off + 1, 0
 
     def _diverged(self, loss: float) -> None:
         known = self.progress
