@@ -18,7 +18,7 @@ from workers.candidates import Candidate, Case
 from workers.pipeline import planner, training
 from workers.pipeline.ablation import parts
 from workers.search import requantized
-from workers.search.requests import Done
+from workers.search.requests import Done, Make
 from workers.search.state import Facts, SearchState
 
 CNN = {"Conv": 20, "Relu": 18, "Add": 8, "Gemm": 1}
@@ -110,15 +110,17 @@ def test_training_is_one_part_of_what_ships() -> None:
 
 
 class Trained(World):
-    """Trained weights lose a tenth of what the others do."""
+    """Trained weights lose a tenth of what the others do, and half of that with each node that they keep."""
 
     def facts(self) -> Facts:
         plan = training.plan(_case("auto"))
         return replace(super().facts(), training=plan.steps, training_instead=plan.instead, training_samples=500)
 
     def loss(self, plan: Candidate) -> float:
-        trained = any(s.group == training.GROUP for s in plan.steps)
-        return super().loss(plan) * (0.1 if trained else 1.0)
+        if not any(s.group == training.GROUP for s in plan.steps):
+            return super().loss(plan)
+        kept = sum(len(s.options.get("exclude_nodes", ())) for s in plan.steps)
+        return 0.1 * self.truth(plan.id).loss * 0.5**kept
 
 
 def _searched(
@@ -148,6 +150,30 @@ def test_auto_does_not_train_where_nodes_kept_are_enough() -> None:
     assert "int8.trained" not in state.candidates
 
 
+def test_nodes_of_what_was_trained_are_kept_where_it_alone_loses_too_much() -> None:
+    done, state, world = _searched({"fp32": Truth(1.1), "int8": Truth(3.0, 3.0, loss=30.0, mends=1.0)})
+    assert isinstance(done, Done)
+    assert done.finalists[0].startswith("int8.trained.keep2")
+    asked = [e for e in world.asked if e["kind"] == "rank"]
+    assert [e["subject"]["candidate"]["id"] for e in asked] == ["int8", "int8.trained"], "its nodes are other ones"
+    made = state.candidates["int8.trained.keep2"]
+    assert made.base == "int8.trained", "its calibration serves"
+    assert made.plan.steps[:6] == state.candidates["int8.trained"].plan.steps[:6]
+
+
+def test_every_other_way_of_every_candidate_comes_before_training() -> None:
+    """The second one is mended in seconds; then the first one is too little faster to be trained."""
+    mended = Truth(2.9, 2.9, loss=3.0, mends=0.5)
+    _, state, world = _searched({"fp32": Truth(1.1), "int8-a": Truth(3.0, 3.0, loss=8.0, mends=1.0), "int8-b": mended})
+    assert [cid for cid in state.candidates if cid.startswith("int8-b.keep")]
+    assert not [cid for cid in state.candidates if "trained" in cid]
+    assert [n for n in state.candidates["int8-a"].history if "hardly faster" in str(n.get("reason"))]
+    first = Truth(6.0, 6.0, loss=8.0, mends=1.0)
+    _, _, world = _searched({"fp32": Truth(1.1), "int8-a": first, "int8-b": mended})
+    tried = [e["subject"]["candidate"]["id"] for e in world.asked if e["kind"] == "make"]
+    assert tried.index("int8-a.trained") > max(i for i, cid in enumerate(tried) if cid.startswith("int8-b.keep"))
+
+
 @pytest.mark.parametrize("mode", ["off", "always"])
 def test_only_auto_trains_to_win_back(mode: str) -> None:
     _, state, _ = _searched({"fp32": Truth(1.1), "int8": Truth(3.0, 3.0, loss=8.0, mends=1.0)}, mode)
@@ -162,12 +188,33 @@ def test_a_training_that_the_budget_does_not_hold_is_not_begun() -> None:
     assert "expected to take" in told["reason"]
 
 
+def test_a_training_that_its_own_limit_does_not_hold_is_not_begun() -> None:
+    _, state, _ = _searched({"fp32": Truth(1.1), "int8": Truth(3.0, 3.0, loss=8.0, mends=1.0)}, max_seconds=5)
+    assert "int8.trained" not in state.candidates
+    (told,) = [n for n in state.candidates["int8"].history if n["decision"] == "not trained"]
+    assert "fewest steps" in told["reason"]
+
+
 def test_a_second_candidate_starts_from_the_same_training() -> None:
     truths = {name: Truth(ratio, ratio, loss=8.0, mends=1.0) for name, ratio in (("int8-a", 3.0), ("int8-b", 2.95))}
     _, state, _ = _searched({"fp32": Truth(1.1), **truths})
     made = [state.candidates[f"{name}.trained"].plan for name in truths if f"{name}.trained" in state.candidates]
     assert made
     assert all(m.steps[:6] == made[0].steps[:6] for m in made)
+
+
+def test_what_cannot_be_trained_is_not_tried_again() -> None:
+    class Untrainable(Trained):
+        def _make(self, request: Make) -> dict[str, Any]:
+            made = super()._make(request)
+            return {"failed": "not trainable"} if ".trained" in request.subject.id else made
+
+    truths = {name: Truth(ratio, ratio, loss=8.0, mends=1.0) for name, ratio in (("int8-a", 3.0), ("int8-b", 2.95))}
+    world = Untrainable({"fp32": Truth(1.1), **truths}, _spec(quantization={"training": {"mode": "auto"}}), 900.0)
+    done, state = world.run()
+    assert isinstance(done, Done)
+    assert [cid for cid in state.candidates if "trained" in cid] == ["int8-a.trained"]
+    assert [n["reason"] for n in state.candidates["int8-b"].history if n["decision"] == "not trained"]
 
 
 # The request

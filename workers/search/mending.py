@@ -1,6 +1,7 @@
 """Winning accuracy back where a quantized candidate loses more than the job allows: the most sensitive nodes in higher
-precision, equalization, other calibration, whichever is expected to gain most for its time (`ways`); at last trained
-weights. Until the limit holds or the time is over. Pure."""
+precision, equalization, other calibration, whichever is expected to gain most for its time (`ways`). Trained weights,
+the most expensive way, come after all others of all candidates, and nodes of what was trained after them. Until the
+limit holds or the time is over. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def begin(d: Draft) -> None:
     best = d.best()
     lost = [i for i in d.by_speed(d.alive()) if d[i].accuracy is not None and requantized.is_quantized(d[i].plan)]
     lost = [i for i in lost if halving.over_limit(d.spec, d[i].loss) and not d[i].mending_tried]
-    d.state.queue, d.state.mended = tuple(_low_first(d, lost)), ()
+    d.state.queue, d.state.mended, d.state.untrained = tuple(_low_first(d, lost)), (), ()
     d.state.reached = best[1].low if best else 0.0
     d.state.phase = Phase.MENDING
 
@@ -44,11 +45,15 @@ def _low_first(d: Draft, ids: Sequence[str]) -> list[str]:
 
 def ask(d: Draft) -> Request | None:
     """None where nobody is left to mend."""
-    while d.state.mending is not None or d.state.queue:
-        if d.state.mending is None:
+    while d.state.mending is not None or d.state.queue or d.state.untrained:
+        if d.state.mending is None and d.state.queue:
             cid, d.state.queue = d.state.queue[0], d.state.queue[1:]
             if _worth_it(d, cid):
                 _start(d, cid)
+            continue
+        if d.state.mending is None:
+            cid, d.state.untrained = d.state.untrained[0], d.state.untrained[1:]
+            _start_training(d, cid)
             continue
         request = _next(d)
         if request is not None:
@@ -58,9 +63,8 @@ def ask(d: Draft) -> Request | None:
 
 
 def _worth_it(d: Draft, cid: str) -> bool:
-    found, reached = d[cid], d.state.reached
-    floor = reached * limits.WIN_BACK_GAIN if reached else 0.0 if shall_shrink(d) else 1.0
-    if d.speed(cid).high < floor or not d.spec.quantization.win_back:
+    found = d[cid]
+    if not _fast_enough(d, cid) or not d.spec.quantization.win_back:
         return False
     if d.over(d.deadlines.search_until) or found.loss.get("source") == "synthetic":
         return False
@@ -81,10 +85,20 @@ def _worth_it(d: Draft, cid: str) -> bool:
     return True
 
 
+def _fast_enough(d: Draft, cid: str) -> bool:
+    reached = d.state.reached
+    floor = reached * limits.WIN_BACK_GAIN if reached else 0.0 if shall_shrink(d) else 1.0
+    return d.speed(cid).high >= floor
+
+
+def _until(d: Draft) -> float:
+    """There is just the time left then to time what is mended."""
+    return d.deadlines.search_until - limits.TIMINGS_KEPT * d.state.seconds_each
+
+
 def _start(d: Draft, cid: str) -> None:
     d.put(cid, mending_tried=True)
-    # Until there is just the time left to time what it mends.
-    until = d.deadlines.search_until - limits.TIMINGS_KEPT * d.state.seconds_each
+    until = _until(d)
     samples = sensitivity_samples(d.state.sample_ms, d.left(until))
     found = ways.in_order(d, cid, samples)
     hopeless = [way.candidate.name for way in found if way.candidate is not None and not ways.worth_it(way)]
@@ -110,10 +124,10 @@ def _next(d: Draft) -> Request | None:
                 return rank
             _change(d, ranking=False)
         elif mending.keep and not d.over(mending.until):
-            _try(d, requantized.kept(d[mending.of].plan, mending.ranked[: mending.keep]))
+            _try(d, requantized.kept(d[mending.graph_of].plan, mending.ranked[: mending.keep]))
         elif mending.ways and mending.best is None:
             _next_way(d, mending)
-        elif not _train(d, mending):
+        else:
             return None
 
 
@@ -139,7 +153,7 @@ def _next_way(d: Draft, mending: Mending) -> None:
 
 def _try(d: Draft, candidate: Candidate) -> None:
     mending = _change(d, trying=candidate.id)
-    d.add(candidate, base=mending.of)
+    d.add(candidate, base=mending.graph_of)
 
 
 def _tried(d: Draft, cid: str) -> Request | None:
@@ -162,32 +176,50 @@ def _judged(d: Draft, cid: str) -> None:
             d.drop(mending.best, PHASE, why)
         d.note(cid, PHASE, "keeps the limit")
         mending = _change(d, best=cid)
+    elif mending.training and mending.trained is None and d[cid].accuracy is not None:
+        mending = _change(d, trained=cid, ranking=True)  # other nodes cost its accuracy than before
     if mending.keep:
         _number(d, mending, keeps=keeps)
 
 
-def _train(d: Draft, mending: Mending) -> bool:
-    """Whether trained weights are tried: the last way, where no other one held, and the time holds it. All candidates
-    start from one training."""
-    candidate = None if mending.best or mending.trained else requantized.trained(d.facts, d[mending.of].plan)
-    if candidate is None or d.spec.quantization.training.mode != "auto":
-        return False
-    known = any(c.plan.steps[:1] == candidate.steps[:1] and c.built for c in d.state.candidates.values())
-    needed = mending.remaking if known else mending.remaking + training_seconds(d)
-    if d.left(mending.until) < needed:
-        why = f"training is expected to take {needed:.0f} s, and {d.left(mending.until):.0f} s are left to the search"
-        d.note(mending.of, PHASE, "not trained", why)
-        return False
-    _change(d, trained=True, keep=0)
+def _start_training(d: Draft, cid: str) -> None:
+    """Try trained weights, if anything can still come of it and the time holds it. All candidates start from one
+    training."""
+    candidate = requantized.trained(d.facts, d[cid].plan)
+    if candidate is None or not _fast_enough(d, cid):
+        return
+    remaking = limits.REMAKING * ways.quantizing_seconds(d, cid)
+    why_not = _why_untrained(d, cid, candidate, remaking)
+    if why_not is not None:
+        d.note(cid, PHASE, "not trained", why_not)
+        return
+    d.state.mending = Mending(cid, _until(d), (), remaking, training=True)
     _try(d, candidate)
-    return True
 
 
-def training_seconds(d: Draft) -> float:
-    """That a training is expected to take."""
+def _why_untrained(d: Draft, cid: str, candidate: Candidate, remaking: float) -> str | None:
+    same = [c for c in d.state.candidates.values() if c.plan.steps[:1] == candidate.steps[:1]]
+    left, needed = d.left(_until(d)), remaking
+    if same and not any(c.built for c in same):
+        return f"{same[0].plan.name} could not be made"
+    if not same:
+        whole, least = training_seconds(d)
+        needed, most = remaking + whole, d.spec.quantization.training.max_seconds
+        if d.speed(cid).ratio < limits.TRAINING_PAYS * d.state.reached:
+            return "it is hardly faster than what keeps the limit without"
+        if least > most:
+            return f"the fewest steps are expected to take {least:.0f} s, and training may take {most} s"
+    if left < needed:
+        return f"training is expected to take {needed:.0f} s, and {left:.0f} s are left to the search"
+    return None
+
+
+def training_seconds(d: Draft) -> tuple[float, float]:
+    """That a training is expected to take, all in all; and its fewest steps, with what comes before them."""
     terms, facts = d.spec.quantization.training, d.facts
     sample_s = limits.TRAINING * d.state.sample_ms / 1e3 + limits.TRAINING_SAMPLE_S
-    return min(terms.epochs * facts.training_samples * sample_s, terms.max_seconds) + limits.TRAINING_CALLS_S
+    whole = min(terms.epochs * facts.training_samples * sample_s, terms.max_seconds)
+    return whole + limits.TRAINING_CALLS_S, limits.TRAINING_LEAST * sample_s
 
 
 def _number(d: Draft, mending: Mending, *, keeps: bool) -> None:
@@ -218,7 +250,7 @@ def _rank(d: Draft, mending: Mending) -> Rank | None:
     if d.over(mending.until) or (needs_data and not d.facts.has_calibration):
         return None
     half = d.now + d.left(mending.until) / 2
-    return Rank(d.subject(mending.of), sensitivity_samples(d.state.sample_ms, d.left(mending.until)), half)
+    return Rank(d.subject(mending.graph_of), sensitivity_samples(d.state.sample_ms, d.left(mending.until)), half)
 
 
 def sensitivity_samples(sample_ms: float, left: float) -> int:
@@ -236,6 +268,8 @@ def _finish(d: Draft) -> None:
     d.state.mending = None
     if mending.best is None:
         d.state.in_vain = {**d.state.in_vain, _graph(d, mending.of): mending.of}
+        if d.spec.quantization.training.mode == "auto" and not mending.training:
+            d.state.untrained = (*d.state.untrained, mending.of)
         return
     d.state.mended = (*d.state.mended, mending.best)
     d.state.reached = max(d.state.reached, limits.MENDED * d.speed(mending.of).ratio)
@@ -254,12 +288,12 @@ def _ranked(d: Draft, answer: Answer) -> None:
     mending = d.state.mending
     assert mending is not None
     if "why_not" in answer:
-        d.note(mending.of, PHASE, "no sensitivity", str(answer["why_not"]))
+        d.note(mending.graph_of, PHASE, "no sensitivity", str(answer["why_not"]))
         _change(d, ranking=False)
         return
     nodes = answer["nodes"]
     worst = [{"node": n["name"], "error": n["error"]} for n in nodes[:10]]
-    d.note(mending.of, PHASE, "sensitivity", worst=worst)
+    d.note(mending.graph_of, PHASE, "sensitivity", worst=worst)
     ranked, shares = ranking.in_order(nodes, squared=answer.get("metric") == "normalized_error")
     first, most = max(1, _having(shares, limits.FIRST_KEPT)), _having(shares, limits.MOST_KEPT)
     _change(d, ranking=False, ranked=ranked, shares=shares, keep=first if first <= most else 0)
@@ -271,8 +305,16 @@ def _graph(d: Draft, cid: str) -> tuple[str, str]:
     return built.graph, json.dumps(built.runtime, sort_keys=True)
 
 
+def _made_from(d: Draft, cid: str) -> str | None:
+    """The engine that it was mended from, of those that were timed."""
+    base = d[cid].base
+    while base is not None and d[base].speed is None:
+        base = d[base].base
+    return base
+
+
 def _mended_from(d: Draft) -> list[str]:
-    return [base for cid in d.state.mended if (base := d[cid].base) is not None]
+    return [base for cid in d.state.mended if (base := _made_from(d, cid)) is not None]
 
 
 def _is_twin(d: Draft, mended: str, cid: str) -> bool:
@@ -285,8 +327,9 @@ def untimed(d: Draft, mended: Sequence[str]) -> None:
     made from: the final measurement tells."""
     for cid in mended:
         found = d[cid]
-        if found.late and found.speed is None and found.base is not None:
-            expected = d.speed(found.base).scaled(limits.MENDED)
+        base = _made_from(d, cid)
+        if found.late and found.speed is None and base is not None:
+            expected = d.speed(base).scaled(limits.MENDED)
             d.put(cid, refused=None, speed=expected)
             ratio = round(expected.ratio, 4)
             d.note(cid, "timing of the mended ones", "expected", "by the engine it was made from", ratio=ratio)

@@ -201,8 +201,9 @@ class Mending:
     """What is tried for one candidate. `ways`: yet to try, in this order; `remaking`: seconds that have to be left for
     one that quantizes anew. `ranking`: whether the sensitivity is asked for; `ranked`: nodes, those first that are
     worth most in higher precision; `shares`: of all work, that so many of them have. `keep`: so many of them are tried
-    next, 0 where no more are; `failed` were too few, `held` are enough (0: none yet). `trained`: whether trained
-    weights were tried. `trying`: who is being made and checked. `best`: who keeps the limit."""
+    next, 0 where no more are; `failed` were too few, `held` are enough (0: none yet). `training`: whether weights are
+    trained for it; `trained`: who has them, where they alone did not hold. `trying`: who is being made and checked.
+    `best`: who keeps the limit."""
 
     of: str
     until: float
@@ -214,9 +215,15 @@ class Mending:
     keep: int = 0
     failed: int = 0
     held: int = 0
-    trained: bool = False
+    training: bool = False
+    trained: str | None = None
     trying: str | None = None
     best: str | None = None
+
+    @property
+    def graph_of(self) -> str:
+        """Whose graph is quantized otherwise."""
+        return self.trained or self.of
 
 
 @dataclass(frozen=True)
@@ -238,8 +245,9 @@ class SearchState:
     `took`: seconds of the last check, `check_asked`: when it was begun. `few`: samples of the next small check;
     `apart`: whether the search looks at samples of its own. `probes`: whether the original gets through other shapes.
     `seconds_each`: that the last short timing took per engine and batch size. `original`: its figures there;
-    `sample_ms`: what it takes for a sample. `in_vain`: graphs that could not be mended, and whose they were. `reached`:
-    the speed that mending has to beat. `pair`: who shall answer together."""
+    `sample_ms`: what it takes for a sample. `untrained`: for whom no way but training is left. `in_vain`: graphs that
+    could not be mended, and whose they were. `reached`: the speed that mending has to beat. `pair`: who shall answer
+    together."""
 
     candidates: dict[str, CandidateState]
     deadlines: Deadlines
@@ -251,6 +259,7 @@ class SearchState:
     queue: tuple[str, ...] = ()
     accurate: tuple[str, ...] = ()
     mended: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
     tuned: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     check_asked: float | None = None
