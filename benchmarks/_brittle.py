@@ -1,4 +1,5 @@
-"""Four models on scikit-learn's handwritten digits that post-training int8 breaks, trained here in minutes.
+"""Models on scikit-learn's handwritten digits that post-training int8 breaks, trained here in minutes: four of
+different kinds, one whose channels cannot be brought to like size, and one that could have learned more.
 
 Each is trained as usual, and then made brittle by a step that changes nothing it computes in float32: channels get
 gains of their own before a layer that takes them back (ReLU lets a positive factor through). So activations have
@@ -62,13 +63,34 @@ class Backbone(nn.Module):
 
 
 class DepthwiseCnn(nn.Module):
-    def __init__(self) -> None:
+    """`unlike` within blocks, or along what the blocks add to."""
+
+    def __init__(self, *, stream: bool = False) -> None:
         super().__init__()
+        self.stream = stream
         self.backbone = Backbone((16, 24, 24, 48, 48), (2, 1, 2, 1))
         self.head = nn.Linear(48, 10)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.backbone(image).mean((2, 3)))
+
+    def unlike(self, generator: torch.Generator) -> None:
+        """Of what is handed from block to block, where some are sums."""
+        blocks: list[Any] = [*self.backbone.blocks]
+        writers: list[Any] = []
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            writers = [*writers, block] if block.adds else [block]
+            if following is not None and following.adds:
+                continue
+            gains = torch.exp(SPREAD * torch.randn(block.norm3.num_features, generator=generator))
+            readers = [b.expand.weight for b in writers[1:]]
+            readers.append(self.head.weight if following is None else following.expand.weight)
+            with torch.no_grad():
+                for writer in writers:
+                    writer.norm3.weight *= gains
+                    writer.norm3.bias *= gains
+                for weight in readers:
+                    weight.div_(gains.reshape(1, -1, *[1] * (weight.dim() - 2)))
 
 
 class Embedder(nn.Module):
@@ -212,52 +234,70 @@ def _detected(found: tuple[Tensor, Tensor], classes: Tensor, boxes: Tensor) -> T
 
 @dataclass(frozen=True)
 class Made:
-    """Files of one model. `metric`: that its job is judged by."""
+    """Files of one model. `metric`: that its job is judged by. `labelled`: the training data with labels."""
 
     model: Path
     training: Path
     judging: Path
     metric: str
+    labelled: Path | None = None
 
 
-_NETS: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
-    "depthwise CNN": (DepthwiseCnn, "agreement"),
-    "small ViT": (Vit, "agreement"),
-    "embedding": (Embedder, "cosine"),
-    "detector": (Detector, "normalized_error"),
+@dataclass(frozen=True)
+class _Recipe:
+    """`epochs`, `samples`: of the training as usual. `labels`: whether the data sets have some."""
+
+    net: Callable[[], nn.Module]
+    metric: str
+    epochs: int = 6
+    samples: int = 2500
+    labels: bool = False
+
+
+_RECIPES: Mapping[str, _Recipe] = {
+    "depthwise CNN": _Recipe(DepthwiseCnn, "agreement"),
+    "small ViT": _Recipe(Vit, "agreement"),
+    "embedding": _Recipe(Embedder, "cosine"),
+    "detector": _Recipe(Detector, "normalized_error", samples=1500),
+    "unlike sums": _Recipe(lambda: DepthwiseCnn(stream=True), "agreement"),
+    "half trained": _Recipe(DepthwiseCnn, "top1", epochs=1, samples=2000, labels=True),
 }
-NAMES = tuple(_NETS)
+NAMES = tuple(_RECIPES)
 
 
 def files(name: str, folder: Path) -> Made:
     """Those in `folder`, made where they are not there."""
-    paths = [folder / name for name in ("model.pt2", "training.npz", "judging.npz")]
-    return Made(*paths, _NETS[name][1]) if all(p.exists() for p in paths) else make(name, folder)
+    if not (folder / "judging.npz").exists():
+        _make(_RECIPES[name], folder)
+    labelled = folder / "labelled.npz"
+    model, training, judging = (folder / name for name in ("model.pt2", "training.npz", "judging.npz"))
+    return Made(model, training, judging, _RECIPES[name].metric, labelled if labelled.exists() else None)
 
 
-def make(name: str, folder: Path, samples: int = 1500, judging: int = 1500) -> Made:
+def _make(recipe: _Recipe, folder: Path, samples: int = 1500) -> None:
     """Train (in one thread: such small products are no faster in more), make brittle, export to `.pt2`, and write
-    unlabelled data sets."""
+    data sets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kind, metric = _NETS[name]
-    net, detects = kind(), kind is Detector
-    arrays: tuple[Array, ...] = canvases(1500, 1, judging=False) if detects else digits(2500, 1, judging=False)
-    loss = _detected if detects else _alike if kind is Embedder else functional.cross_entropy
-    _fit(net, arrays, loss, epochs=6)
+    net = recipe.net()
+    draw = canvases if isinstance(net, Detector) else digits
+    loss = {Detector: _detected, Embedder: _alike}.get(type(net), functional.cross_entropy)
+    _fit(net, draw(recipe.samples, 1, judging=False), loss, epochs=recipe.epochs)
     generator = torch.Generator().manual_seed(0)
     for module in net.modules():
-        if isinstance(module, Separable | Layer):
+        if isinstance(module, DepthwiseCnn) if getattr(net, "stream", False) else isinstance(module, Separable | Layer):
             module.unlike(generator)
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    side = CANVAS if detects else SIDE
+    side = CANVAS if isinstance(net, Detector) else SIDE
     batch = torch.export.Dim("batch", min=1, max=256)
     with torch.no_grad():
         program = torch.export.export(net, (torch.zeros(3, 1, side, side),), dynamic_shapes=({0: batch},))
     torch.export.save(program, str(folder / "model.pt2"))
-    for part, count, seed in (("training", samples, 2), ("judging", judging, 3)):
-        image = (canvases if detects else digits)(count, seed, judging=part == "judging")[0]
-        np.savez(folder / f"{part}.npz", image=image)
-    return Made(folder / "model.pt2", folder / "training.npz", folder / "judging.npz", metric)
+    image, *truth = draw(samples, 2, judging=False)
+    np.savez(folder / "training.npz", image=image)
+    if recipe.labels:
+        np.savez(folder / "labelled.npz", image=image, labels=truth[0])
+    image, *truth = draw(samples, 3, judging=True)
+    np.savez(folder / "judging.npz", image=image, **({"labels": truth[0]} if recipe.labels else {}))

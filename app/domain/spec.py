@@ -176,7 +176,7 @@ class Training(Strict):
     epochs: int = Field(default=20, ge=1, le=1000)
     """Passes over the data, at most: it ends where it gets no better."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
-    """Of Adam, at its highest."""
+    """Of Adam, at its highest: a third of it where the loss rises."""
     max_seconds: int = Field(default=300, ge=5, le=36_000)
     """That training may take."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,28 @@ def brittle() -> nn.Module:
             layer.weight *= sizes.reshape(-1, 1, 1, 1) if layer.groups == 1 else 1
             layer.bias.zero_() if layer.groups == 1 else None
         layers[2].weight /= sizes.reshape(1, -1, 1, 1)
+    return net.eval()
+
+
+def convolutions(*, unlike: bool) -> nn.Module:
+    """Large enough that int8 is faster; image [batch, 3, 16, 16] to an embedding [batch, 16] whose mean is about 0.
+    `unlike`: with channels of sizes up to a thousand times of others between all convolutions, as whose function
+    nothing changes: half of the work kept in float32 leaves the other half as wrong."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 32, 3, padding=1), *(nn.Conv2d(a, 64, 3, padding=1) for a in (32, 64, 64))]
+    head = nn.Linear(64, 16)
+    layers = [part for conv in convs for part in (conv, nn.ReLU())]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    with torch.no_grad():
+        head.bias -= net(torch.randn(64, 3, 16, 16)).mean(0)
+        for writer, reader in pairwise(convs) if unlike else ():
+            gains = torch.logspace(0, 3, writer.out_channels)[torch.randperm(writer.out_channels)]
+            writer.weight *= gains.reshape(-1, 1, 1, 1)
+            writer.bias *= gains
+            reader.weight /= gains.reshape(1, -1, 1, 1)
     return net.eval()
 
 

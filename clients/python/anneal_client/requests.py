@@ -207,7 +207,7 @@ class Training(TypedDict, total=False):
 
     dataset_id: str | None
     epochs: int  # Passes over the data, at most: it ends where it gets no better.
-    learning_rate: float  # Of Adam, at its highest.
+    learning_rate: float  # Of Adam, at its highest: a third of it where the loss rises.
     max_seconds: int  # That training may take.
     mode: Literal["off", "auto", "always"]
 
