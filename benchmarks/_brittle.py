@@ -267,16 +267,20 @@ NAMES = tuple(_RECIPES)
 
 def files(name: str, folder: Path) -> Made:
     """Those in `folder`, made where they are not there."""
-    if not (folder / "judging.npz").exists():
-        _make(_RECIPES[name], folder)
-    labelled = folder / "labelled.npz"
-    model, training, judging = (folder / name for name in ("model.pt2", "training.npz", "judging.npz"))
+    return _made(name, folder) if (folder / "judging.npz").exists() else make(name, folder)
+
+
+def _made(name: str, folder: Path) -> Made:
+    model, training, judging, labelled = (
+        folder / f for f in ("model.pt2", "training.npz", "judging.npz", "labelled.npz")
+    )
     return Made(model, training, judging, _RECIPES[name].metric, labelled if labelled.exists() else None)
 
 
-def _make(recipe: _Recipe, folder: Path, samples: int = 1500) -> None:
+def make(name: str, folder: Path, samples: int = 1500, judging: int = 1500) -> Made:
     """Train (in one thread: such small products are no faster in more), make brittle, export to `.pt2`, and write
     data sets."""
+    recipe = _RECIPES[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -299,5 +303,6 @@ def _make(recipe: _Recipe, folder: Path, samples: int = 1500) -> None:
     np.savez(folder / "training.npz", image=image)
     if recipe.labels:
         np.savez(folder / "labelled.npz", image=image, labels=truth[0])
-    image, *truth = draw(samples, 3, judging=True)
+    image, *truth = draw(judging, 3, judging=True)
     np.savez(folder / "judging.npz", image=image, **({"labels": truth[0]} if recipe.labels else {}))
+    return _made(name, folder)
