@@ -22,7 +22,6 @@ import numpy as np
 from _common import execute, parser, say, scratch, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
-import inductor as exporting
 import models
 
 from workers import hardware, installation, kernel
@@ -49,11 +48,12 @@ def engines(backend: str, found: kernel.BackendInfo) -> Iterator[tuple[str, Json
 
 
 def measure_one(name: str, folder: Path, machine: Json, arguments: argparse.Namespace) -> Json:
-    program, onnx = exporting.program(name, folder / "program"), folder / "onnx"
-    onnx.mkdir()
-    models.write(name, onnx)
+    module, program, onnx = models.make(name), folder / "program", folder / "onnx"
+    onnx.mkdir(parents=True)
+    models.program(name, program, module)
+    models.write(name, onnx, module)
     (work := folder / "work").mkdir()
-    said = exporting.Said()
+    said = models.Said()
     context = kernel.StageContext({"model": onnx}, work, folder / "simplified", said, machine)
     Simplify().run(context, SimplifyOptions())
     simplified, built, options = folder / "simplified" / "model", {}, []
