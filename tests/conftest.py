@@ -20,6 +20,7 @@ from app.db.migrate import upgrade
 from app.settings import Settings, StorageSettings
 from tests import servers, swift_server
 from tests.factories.guards import storage_outside_of_transactions
+from tests.factories.pace import slowness
 from tests.swift_server import S3Server
 
 if TYPE_CHECKING:
@@ -91,10 +92,18 @@ _ALONE = (
 )
 
 
+_TIMEOUT_S = 300.0  # as pyproject.toml has it
+_LONGEST_S = 380.0  # the Makefile ends a process whose test takes 400
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.as_posix().endswith(_ALONE):
             item.add_marker(pytest.mark.alone)
+        limit = item.get_closest_marker("timeout")
+        allowed = _TIMEOUT_S if limit is None else float(limit.args[0])
+        if slowness() > 1 and allowed < _LONGEST_S:
+            item.add_marker(pytest.mark.timeout(min(allowed * slowness(), _LONGEST_S)), append=False)
 
 
 @pytest.fixture(scope="session")

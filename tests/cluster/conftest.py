@@ -19,6 +19,7 @@ from tests.cluster.cluster import SETTINGS, Cluster, Managed, cluster
 from tests.cluster.topology import COUNTS
 from tests.factories import every_stage
 from tests.factories.deployment import submit_case
+from tests.factories.pace import paced
 from tests.integrations.conftest import pytest_runtest_call, pytest_runtest_setup  # noqa: F401  # what is missing
 
 DISKS = {"postgres": 1024, "s3": 512}  # megabytes
@@ -26,7 +27,7 @@ SPEC: dict[str, Any] = {
     "target": {"backends": ["onnxruntime"]},
     "precisions": ["fp32"],
     "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
-    "budget_seconds": 20,
+    "budget_seconds": paced(20),
 }
 
 

@@ -28,6 +28,7 @@ from app.settings import Settings
 from app.tenants import create_key
 from tests.factories import onnx_models
 from tests.factories.migrated import migrate
+from tests.factories.pace import paced
 from tests.servers import free_port, launched
 
 FAST = {
@@ -228,6 +229,6 @@ def submit_case(client: Client, folder: Path, seed: int, **fields: Any) -> dict[
         "calibration": {"dataset_id": data["id"]},
         "validation": {"dataset_id": data["id"], "max_accuracy_loss_percent": 100},
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-        "budget_seconds": 10,
+        "budget_seconds": paced(10),
     }
     return client.submit({**spec, **fields})

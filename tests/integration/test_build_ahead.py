@@ -13,6 +13,7 @@ import pytest
 from anneal_client import Client, InvalidRequest
 from tests.factories import onnx_models as models
 from tests.factories.deployment import Deployment, deployment, kill
+from tests.factories.pace import paced
 
 TARGET = {"compute_capability": "8.9", "backends": ["tensorrt-rtx"]}
 
@@ -31,7 +32,7 @@ def submit(client: Client, folder: Path, seed: int, **changes: Any) -> dict[str,
         "precisions": ["fp32"],
         "validation": {"max_accuracy_loss_percent": 100},
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-        "budget_seconds": 20,
+        "budget_seconds": paced(20),
     }
     return client.submit({**spec, **changes})
 

@@ -21,6 +21,7 @@ from anneal_client import Client
 from tests.factories import cases_engines  # noqa: F401  (registers its own)
 from tests.factories.cases import CASES, Feeds, ModelCase, without_node_names
 from tests.factories.deployment import deployment
+from tests.factories.pace import paced
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -56,7 +57,7 @@ class Jobs:
             # What looks the fastest ships, however busy the machine is: its answers are what is looked at here.
             "benchmark": {"batch_sizes": [1, 4], "min_seconds": 0.1, "allow_noisy": True},
             "engines_per_bundle": 1,
-            "budget_seconds": 10,
+            "budget_seconds": paced(10),
         }
         if case.data is not None:
             np.savez(self.folder / case.name / "data.npz", **case.data)  # type: ignore[arg-type]

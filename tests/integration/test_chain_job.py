@@ -20,6 +20,7 @@ import pytest
 from tests.factories import onnx_models as models
 from tests.factories.chains import encoder, head
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.pace import paced
 
 pytestmark = pytest.mark.timeout(300)
 WIDTH = 512  # enough to be measured
@@ -59,7 +60,7 @@ def spec(deployed: Deployment, tmp_path_factory: pytest.TempPathFactory) -> dict
         "benchmark": {"batch_sizes": [1, 8], "min_seconds": 0.1, "allow_noisy": True},
         "target": {"backends": ["onnxruntime"]},
         "engines_per_bundle": 1,
-        "budget_seconds": 60,
+        "budget_seconds": paced(60),
     }
 
 

@@ -14,6 +14,7 @@ from anneal_client import AsyncClient, Event
 from anneal_client.data import from_arrays
 from anneal_client.exporting import from_torch
 from tests.factories.deployment import deployment
+from tests.factories.pace import paced
 
 
 def test_a_module_becomes_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +38,7 @@ def test_a_module_becomes_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 timeout_s=120,
                 benchmark={"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
                 validation={"max_accuracy_loss_percent": 5},
-                budget_seconds=15,
+                budget_seconds=paced(15),
             )
             assert seen[-1].terminal
             assert result.job.spec["validation"]["max_accuracy_loss_percent"] == 5

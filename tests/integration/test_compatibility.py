@@ -11,6 +11,7 @@ from onnx import helper
 from anneal_client import Client
 from tests.factories import onnx_models as models
 from tests.factories.deployment import Deployment, deployment, submit_case
+from tests.factories.pace import paced
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,11 @@ def test_every_backend_of_a_cpu_worker_answers(client: Client, tmp_path: Path) -
 
 
 def test_the_report_of_a_job_says_it_too(client: Client, tmp_path: Path) -> None:
-    fields = {"benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "precisions": ["fp32"], "budget_seconds": 40}
+    fields = {
+        "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
+        "precisions": ["fp32"],
+        "budget_seconds": paced(40),
+    }
     job = client.wait(submit_case(client, tmp_path, 1, **fields)["id"])
     report = client.report(job["id"])
     (told,) = report["compatibility"]

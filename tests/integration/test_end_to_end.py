@@ -22,6 +22,7 @@ import redis
 
 from tests.conftest import new_bucket
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.pace import paced
 from tests.servers import new_database
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
@@ -60,7 +61,7 @@ def _spec(client: Any, *, min_seconds: float, budget: int) -> dict[str, Any]:
         "benchmark": {"batch_sizes": [1, 8], "min_seconds": min_seconds},
         "engines_per_bundle": 1,  # `test_two_engines` has the other kind
         "target": {"backends": ["onnxruntime"]},
-        "budget_seconds": budget,
+        "budget_seconds": paced(budget),
     }
 
 
@@ -214,7 +215,11 @@ def test_the_request_id_reaches_the_worker_and_the_page_is_readable(deployed: De
 def test_without_data_only_engines_that_keep_the_arithmetic_may_ship(deployed: Deployment) -> None:
     with deployed.client() as client:
         model = client.upload_model(DIGITS / "model.onnx")
-        spec = {"model_id": model["id"], "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "budget_seconds": 10}
+        spec = {
+            "model_id": model["id"],
+            "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
+            "budget_seconds": paced(10),
+        }
         job = client.wait(client.submit(spec)["id"])
         report = client.report(job["id"])
         again = client.wait(client.submit({**spec, "measure": "again"})["id"])
@@ -233,7 +238,7 @@ def test_what_nobody_can_meet_fails_with_the_nearest_miss_and_a_report(deployed:
             "model_id": model["id"],
             "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
             "constraints": {"max_size_mb": 0.001},
-            "budget_seconds": 10,
+            "budget_seconds": paced(10),
         }
         job = client.wait(client.submit(body)["id"], check=False)
         assert job["status"] == "failed"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.factories.deployment import deployment
+from tests.factories.pace import paced
 from workers.kernel import backends
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
@@ -32,7 +33,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "precisions": ["fp32", "int8"],
             "target": {"backends": ["onnxruntime"]},
             "benchmark": {"batch_sizes": [1], "min_seconds": 0.3},
-            "budget_seconds": 45,
+            "budget_seconds": paced(45),
             "traffic": {"rate_per_second": 20, "slo": {"p99_latency_ms": 200}},
         }
         job, events = client.submit(spec), []

@@ -20,6 +20,7 @@ import pytest
 from app.domain.failures import StageFailure
 from tests.factories import programs
 from tests.factories.deployment import deployment
+from tests.factories.pace import paced
 from workers.artifacts import EXPORTED_PROGRAM
 from workers.hardware import CXX, describe
 from workers.installation import KEY_BYTES, Installation
@@ -51,7 +52,7 @@ def test_a_program_is_compiled_judged_and_timed(tmp_path: Path) -> None:
                 "benchmark": {"batch_sizes": [1], "min_seconds": 0.2},
                 "target": {"backends": ["inductor"]},
                 "precisions": [precision],
-                "budget_seconds": 90,
+                "budget_seconds": paced(90),
             }
             job = client.wait(client.submit(spec)["id"])
             assert job["status"] == "succeeded", deployed.logs()

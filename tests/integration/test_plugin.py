@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.pace import paced
 from tests.factories.plugins import EXAMPLE, install_wheel, project, wheel_of
 from tests.servers import free_port
 
@@ -71,7 +72,7 @@ def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tm
     spec: dict[str, Any] = {
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.2, "allow_noisy": True},
         "target": {"backends": ["toy"]},
-        "budget_seconds": 60,  # it is over long before, but beside other tests
+        "budget_seconds": paced(60),  # it is over long before, but beside other tests
     }
     with deployed.client() as client:
         model = client.upload_model(sum_of_constants(tmp_path / "sum.onnx"), "sum")

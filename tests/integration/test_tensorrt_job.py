@@ -20,6 +20,7 @@ from app.domain.failures import FailureKind, StageFailure
 from tests.factories import onnx_models as models
 from tests.factories.cuda_standin import HARDWARE
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.pace import paced
 from workers.installation import KEY_BYTES, Installation
 from workers.pipeline.isolated import Interrupted, IsolatedRunner, StageOutcome
 from workers.pipeline.protocol import Limits, StageRequest
@@ -189,7 +190,7 @@ def submit(client: Client, model: onnx.ModelProto, folder: Path, **changes: Any)
         "search": {"strategy": "exhaustive"},
         "validation": {"max_accuracy_loss_percent": 100},
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-        "budget_seconds": 20,
+        "budget_seconds": paced(20),
     }
     return client.submit({**spec, **changes})
 

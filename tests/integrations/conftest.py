@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.factories.deployment import Deployment, deployment
+from tests.factories.pace import paced
 from tests.factories.plugins import EXAMPLE, install
 from tests.integration.test_plugin import sum_of_constants
 from tests.integrations.environments import REPOSITORY, NoSystemPackage, environment
@@ -24,7 +25,7 @@ CLIENT = REPOSITORY / "clients" / "python"
 KEPT: dict[str, Any] = {
     "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
     "target": {"backends": ["toy"]},
-    "budget_seconds": 10,
+    "budget_seconds": paced(10),
 }
 MISSED: dict[str, Any] = {**KEPT, "constraints": {"max_size_mb": 0.000001}}
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.factories import onnx_models as models
 from tests.factories.deployment import deployment
+from tests.factories.pace import paced
 from tests.integrations.tritonserver import tritonserver
 from workers.serving.triton_server import CALLS, Example, replayed, running
 
@@ -30,7 +31,7 @@ def test_a_job_tries_its_bundle_in_the_operators_server(tmp_path: Path) -> None:
                 "benchmark": {"batch_sizes": [1, 4], "min_seconds": 0.2, "allow_noisy": True},
                 "target": {"backends": ["onnxruntime"]},
                 "precisions": ["fp32"],
-                "budget_seconds": 40,
+                "budget_seconds": paced(40),
             }
             job = client.wait(client.submit(spec)["id"])
             told = client.report(job["id"])["bundles"]["triton"]

@@ -18,6 +18,7 @@ from tests.factories.deployment import Deployment, deployment
 from tests.factories.eight_toys_installed import SPEC as EIGHT
 from tests.factories.eight_toys_installed import installed
 from tests.factories.otlp import Receiver, receiving
+from tests.factories.pace import paced
 from tests.integration.test_plugin import sum_of_constants
 from tests.servers import free_port
 
@@ -26,7 +27,7 @@ SPEC: dict[str, Any] = {
     "benchmark": {"batch_sizes": [1], "min_seconds": 0.1, "allow_noisy": True},
     "target": {"backends": ["onnxruntime"]},
     "precisions": ["fp32"],
-    "budget_seconds": 10,
+    "budget_seconds": paced(10),
 }
 
 pytestmark = pytest.mark.timeout(200)
