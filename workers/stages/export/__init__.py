@@ -60,7 +60,7 @@ class Export(Stage[ExportOptions]):
         `shape_mismatch`, `batch_axis_mismatch` and `missing_extra` (kind REQUEST), `export_failed`, `export_mismatch`,
         `unsafe_program`, and `dataset_*` (kind DATA)."""
         learned = learned_ranges.read(ctx.inputs["source"])
-        source = ctx.inputs["source"] / PROGRAM_FILE if learned is not None else _source(ctx)
+        source = ctx.inputs["source"] / PROGRAM_FILE if learned is not None else _unpacked(ctx)
         data = ctx.only_file("data") if "data" in ctx.inputs else None
         reporter = ctx.reporter
         reporter.progress(0.0, "reading the upload")
@@ -105,7 +105,7 @@ class Export(Stage[ExportOptions]):
         return StageResult(("model", "program") if program else ("model",), _data(exported))
 
 
-def _source(ctx: StageContext) -> Path:
+def _unpacked(ctx: StageContext) -> Path:
     """The uploaded file; or the model that a stage made of several, whose files are not an input's: they are moved."""
     made = ctx.inputs["source"]
     if not (made / MODEL_FILE).exists():
