@@ -89,6 +89,7 @@ _ALONE = (
     "integration/test_busy_machine.py",
     "integration/test_hostile_connections.py",
     "integration/test_hostile_load.py",
+    "integration/test_training_auto.py",
 )
 
 
