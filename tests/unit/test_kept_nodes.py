@@ -17,7 +17,7 @@ from app.domain.failures import FailureKind, StageFailure
 from app.domain.spec import OptimizationSpec
 from tests.factories import architectures
 from tests.factories.onnx_models import make_model, tensor, value
-from tests.unit.test_quantize import Bench, Quiet, fails
+from tests.unit.test_quantize import SEVEN_BITS, Bench, Quiet, fails
 from tests.unit.test_sensitivity import normalized_error, run, with_outlier
 from workers.candidates import Case
 from workers.kernel import StageContext, backends
@@ -57,8 +57,18 @@ def test_the_node_that_hurts_is_found_and_kept(recipe: Any, tmp_path: Path) -> N
     assert (bench.out / "ranges" / "ranges.json").read_bytes() == (ranges / "ranges.json").read_bytes()
 
 
+# What is converted for GPUs has eight bits, and is computed on this processor here.
+_INT8_OR_FP8 = pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("int8", marks=pytest.mark.skipif(SEVEN_BITS, reason="sums of products of bytes saturate here")),
+        "fp8",
+    ],
+)
+
+
 @pytest.mark.parametrize("architecture", [architectures.residual_cnn, architectures.bert], ids=["cnn", "encoder"])
-@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+@_INT8_OR_FP8
 def test_simulated_and_real_conversion_agree(architecture: Any, recipe: Any, tmp_path: Path) -> None:
     sizes = {"channels": 16} if architecture is architectures.residual_cnn else {}
     bench = Bench(tmp_path, architecture(**sizes))
@@ -72,7 +82,7 @@ def test_simulated_and_real_conversion_agree(architecture: Any, recipe: Any, tmp
         assert 0 < data["all_error"] < 0.02
 
 
-@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+@_INT8_OR_FP8
 def test_one_node_alone_agrees_with_converting_it_alone(recipe: Any, tmp_path: Path) -> None:
     bench = Bench(tmp_path, with_outlier(), simplified=False)
     found = {n["name"]: n["error"] for n in run(bench, recipe=recipe, max_samples=32).data["nodes"]}

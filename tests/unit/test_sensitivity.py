@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from app.domain.failures import FailureKind
 from tests.factories import architectures
 from tests.factories.onnx_models import make_model, tensor, value
-from tests.unit.test_quantize import Bench, Quiet, fails
+from tests.unit.test_quantize import SEVEN_BITS, Bench, Quiet, fails
 from workers.kernel import StageContext, StageResult, backends
 from workers.stages.sensitivity import Sensitivity, SensitivityOptions
 
@@ -33,6 +33,8 @@ def run(
         inputs["ranges"] = ranges
     deadline = None if soft is None else time.monotonic() + soft
     ctx = StageContext(inputs, workspace, workspace / "out", Quiet(), {}, soft_deadline=deadline)
+    if options.get("recipe") in ("static_int8", "dynamic_int8"):
+        options.setdefault("reduce_range", SEVEN_BITS)  # as `Bench` quantizes
     result = Sensitivity().run(ctx, SensitivityOptions(**options))
     json.dumps(result.data, allow_nan=False)
     return result
