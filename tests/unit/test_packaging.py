@@ -191,8 +191,13 @@ def test_the_worker_health_check_tells_live_from_dead(tmp_path: Path) -> None:
     try:
         capabilities = CapabilityService(db, settings)
         for hostname, expected in (("elsewhere", False), (socket.gethostname(), True)):
-            capabilities.report(f"on-{hostname}", hostname=hostname, hardware={}, backends=[], formats=[], queues=[])
-            assert healthy() is expected
+            for _ in range(5):  # a report is good for seconds, and the script is as slow as the machine
+                capabilities.report(
+                    f"on-{hostname}", hostname=hostname, hardware={}, backends=[], formats=[], queues=[]
+                )
+                if (found := healthy()) or not expected:
+                    break
+            assert found is expected
         capabilities.stopped(f"on-{socket.gethostname()}")
         assert not healthy()
     finally:
