@@ -16,6 +16,7 @@ from workers.backends.bundle_script import HURRY
 from workers.backends.by_batch.script import infer_script
 from workers.backends.by_batch.session import ByBatchSession
 from workers.backends.options import parsed
+from workers.backends.several import load_each
 from workers.candidates import Candidate, Case, Member, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session
 from workers.serving.native import Instances, InTriton
@@ -85,18 +86,8 @@ class ByBatchBackend(Backend):
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure as the engines' own backends do, and `backend_unavailable` where one is missing."""
-        options, known = _options(runtime), kernel.backends()
-        loaded: list[Session] = []
-        try:
-            for one in options.engines:
-                if one.backend not in known:
-                    detail = f"This worker has no backend {one.backend!r}."
-                    raise StageFailure("backend_unavailable", detail, FailureKind.REQUEST)
-                loaded.append(known[one.backend]().load(engine / one.folder, one.runtime))
-        except StageFailure:
-            for session in loaded:
-                session.close()
-            raise
+        options = _options(runtime)
+        loaded = load_each((e.backend, engine / e.folder, e.runtime) for e in options.engines)
         return ByBatchSession(loaded, [e.most for e in options.engines], options.input, options.axis)
 
     def in_triton(self, instances: Instances) -> InTriton:  # noqa: ARG002

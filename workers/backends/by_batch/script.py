@@ -7,19 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from workers.backends import bundle_script
+from workers.backends.several import ENGINE_OF
 
-_LOADER = '''
+_HEAD = '''
 # Who answers batches of how many samples: the first one whose `most` holds them. `input`, `axis`: where that is read.
 CHOICE = json.loads(r"""__CHOICE__""")
 
-
-def engine_of(folder):
-    """The `infer.py` of one engine, as a module."""
-    spec = importlib.util.spec_from_file_location(f"infer_{folder}", HERE / folder / "infer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+'''
+_LOAD = '''
 
 def load(threads=None):
     """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call. All
@@ -43,5 +38,5 @@ def infer_script(runtime: Mapping[str, Any]) -> str:
     return bundle_script.infer_script(
         library="and what the engines' own infer.py need (requirements.txt lists it)",
         imports="import importlib.util",
-        loader=_LOADER.replace("__CHOICE__", text),
+        loader=_HEAD.replace("__CHOICE__", text) + ENGINE_OF + _LOAD,
     )

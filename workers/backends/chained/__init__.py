@@ -15,6 +15,7 @@ from workers.backends.bundle_script import HURRY
 from workers.backends.chained.script import infer_script
 from workers.backends.chained.session import ChainedSession
 from workers.backends.options import parsed
+from workers.backends.several import load_each
 from workers.candidates import Candidate, Case, Member, Proposal
 from workers.kernel import Backend, BackendInfo, Reporter, Session, TensorSpec
 from workers.serving.native import Instances, InTriton
@@ -105,18 +106,8 @@ class ChainedBackend(Backend):
 
     def load(self, engine: Path, runtime: Mapping[str, Any]) -> Session:
         """Raises StageFailure as the engines' own backends do, and `backend_unavailable` where one is missing."""
-        options, known = _options(runtime), kernel.backends()
-        loaded: list[Session] = []
-        try:
-            for one in options.engines:
-                if one.backend not in known:
-                    detail = f"This worker has no backend {one.backend!r}."
-                    raise StageFailure("backend_unavailable", detail, FailureKind.REQUEST)
-                loaded.append(known[one.backend]().load(engine / one.folder, options.runtime_of(one)))
-        except StageFailure:
-            for session in loaded:
-                session.close()
-            raise
+        options = _options(runtime)
+        loaded = load_each((e.backend, engine / e.folder, options.runtime_of(e)) for e in options.engines)
         inputs = [TensorSpec(i.name, i.dtype, tuple(i.shape), i.values) for i in options.inputs]
         return ChainedSession(loaded, inputs, options.outputs)
 

@@ -7,19 +7,14 @@ import json
 from collections.abc import Sequence
 
 from workers.backends import bundle_script
+from workers.backends.several import ENGINE_OF
 
-_LOADER = '''
+_HEAD = '''
 # The folders of the engines in the order of the chain; inputs and outputs of the whole.
 CHAIN = json.loads(r"""__CHAIN__""")
 
-
-def engine_of(folder):
-    """The `infer.py` of one engine, as a module."""
-    spec = importlib.util.spec_from_file_location(f"infer_{folder}", HERE / folder / "infer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+'''
+_LOAD = '''
 
 def load(threads=None):
     """Names of the inputs, and a function from arrays by name to outputs by name, which many threads may call. What an
@@ -43,5 +38,7 @@ def infer_script(folders: Sequence[str], inputs: Sequence[str], outputs: Sequenc
     return bundle_script.infer_script(
         library="and what the engines' own infer.py need (requirements.txt lists it)",
         imports="import importlib.util",
-        loader=_LOADER.replace("__CHAIN__", json.dumps(told, indent=2, sort_keys=True, ensure_ascii=True)),
+        loader=_HEAD.replace("__CHAIN__", json.dumps(told, indent=2, sort_keys=True, ensure_ascii=True))
+        + ENGINE_OF
+        + _LOAD,
     )
