@@ -190,7 +190,7 @@ def submit(client: Client, model: onnx.ModelProto, folder: Path, **changes: Any)
         "search": {"strategy": "exhaustive"},
         "validation": {"max_accuracy_loss_percent": 100},
         "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
-        "budget_seconds": paced(20),
+        "budget_seconds": paced(60),  # of which 5 are used; beside other tests, more
     }
     return client.submit({**spec, **changes})
 
@@ -209,7 +209,7 @@ def test_the_whole_job_through_the_api(served: Deployment, client: Client, tmp_p
     found = candidates_of(client, job)
     assert {"trt-fp32", "trt-tf32", "trt-fp32.graph"} <= set(found)
     for candidate in found.values():
-        assert candidate["batches"]["1"]["samples"] > 0, candidate["reason"]
+        assert candidate["batches"].get("1", {}).get("samples"), candidate["reason"]
         assert candidate["accuracy"] is None or not candidate["accuracy"].get("broken")
     assert [*served.home.glob("blobs/objects/shared/caches/tensorrt-timing-*/*")], "all workers have its timings"
 

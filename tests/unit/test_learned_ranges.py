@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.factories import programs
 from tests.unit.test_export import Notes
+from tests.unit.test_quantize import SEVEN_BITS
 from workers.graph import learned_ranges
 from workers.graph.onnx_files import MODEL_FILE
 from workers.kernel import StageContext, StageResult
@@ -78,11 +79,11 @@ def _made(folder: Path, net: Any, inputs: Any, outputs: Any, op_types: list[str]
         result: StageResult = stage().run(context, options)
         return result
 
-    train = TrainOptions(op_types=op_types, epochs=3, learning_rate=1e-3)
+    train = TrainOptions(op_types=op_types, epochs=3, learning_rate=1e-3, reduce_range=SEVEN_BITS)
     call(Train, train, model="program", training="training", data="data")
     call(Export, ExportOptions(format="pt2"), source="train/model")
     call(Simplify, SimplifyOptions(), model="export/model")
-    quantize = QuantizeOptions(recipe="static_int8", op_types=op_types)
+    quantize = QuantizeOptions(recipe="static_int8", op_types=op_types, reduce_range=SEVEN_BITS)
     made = call(Quantize, quantize, model="simplify/model", calibration="training")
     return Made(folder, op_types, made)
 
@@ -124,7 +125,7 @@ def _simulated(made: Made, feeds: dict[str, Any], *, rounding: bool) -> Any:
     from workers.graph.qat import rounding as rounded
 
     module = load_program(made.folder / "train" / "model" / "program.pt2").module()
-    placed = placement.place(module, made.op_types, "uint8", 127)
+    placed = placement.place(module, made.op_types, "uint8", 64 if SEVEN_BITS else 127)
     learned, parts = made.learned, dict(module.named_modules())
     limits = {p["value"]: (p["low"], p["high"]) for p in learned["points"]}
     found = [(parts[name], limits[value]) for name, value in placed.points if value in limits]

@@ -143,7 +143,9 @@ class Finals:
 
     def _keeping(self, runs: Sequence[CandidateRun]) -> list[CandidateRun]:
         """Those that keep the limit of accuracy: what does not never ships, however fast it is. Where nobody keeps it,
-        all of them: their figures tell what a looser limit would buy."""
+        all of them: their figures tell what a looser limit would buy. All, too, where everything is to be measured."""
+        if self.spec.search.strategy == "exhaustive":
+            return [*runs]
         missed = {r.plan.id: self._missed(r) for r in runs}
         keeping = [r for r in runs if r.tried.failed is None and missed[r.plan.id] is None]
         if not keeping:
