@@ -50,11 +50,12 @@ cluster-test: $(VENV)/.dev
 # A test that hangs where pytest-timeout's signal is not looked at (in native code, say) ends its process, with all stacks
 # told; the others go on in a new one. Up to three that failed are run once more, alone, and told (tests/again.py).
 ENDS := -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
+SLOWEST := --durations=40 --durations-min=5
 test: $(VENV)/.dev
 ifeq ($(PYTEST_ARGS),)
 	@first=0; second=0; \
-	$(BIN)/python -m pytest --cache-clear $(ENDS) -n 3 --max-worker-restart 3 --dist loadfile --no-loadscope-reorder -m "not alone" || first=$$?; \
-	$(BIN)/python -m pytest $(ENDS) -m alone || second=$$?; \
+	$(BIN)/python -m pytest --cache-clear $(ENDS) $(SLOWEST) -n 3 --max-worker-restart 3 --dist loadfile --no-loadscope-reorder -m "not alone" || first=$$?; \
+	$(BIN)/python -m pytest $(ENDS) $(SLOWEST) -m alone || second=$$?; \
 	case $$first$$second in 00) ;; 01|10|11) $(BIN)/python -m tests.again ;; *) exit 1 ;; esac
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -64,7 +65,7 @@ endif
 # and the cluster, as far as a minute goes.
 test-integrations: $(VENV)/.dev
 	@status=0; \
-	$(BIN)/python -m pytest --cache-clear tests/integrations tests/cluster/test_whole.py $(PYTEST_ARGS) || status=$$?; \
+	$(BIN)/python -m pytest --cache-clear $(SLOWEST) tests/integrations tests/cluster/test_whole.py $(PYTEST_ARGS) || status=$$?; \
 	case $$status in 0) ;; 1) $(BIN)/python -m tests.again ;; *) exit $$status ;; esac
 
 # The tests of the release before on the schema of this one, then an upgrade under load with more jobs (docs/upgrades.md).
