@@ -144,11 +144,12 @@ class User:
     def ask(self, route: Route) -> str:
         """A job that goes that way; nobody waits for its end."""
         number = next(self._seeds)
-        filename, raw = route.model(number)
-        model_id = self._put_in("models", filename, raw, number)
-        with self.accepted.lock:
-            self.accepted.models[model_id] = hashlib.sha256(raw).hexdigest()
-        return self._submit(route.body(model_id, self._put_in("datasets", "data.npz", route.data(number), number)))
+        models = []
+        for filename, raw in route.models(number):
+            models.append(self._put_in("models", filename, raw, next(self._seeds)))
+            with self.accepted.lock:
+                self.accepted.models[models[-1]] = hashlib.sha256(raw).hexdigest()
+        return self._submit(route.body(models, self._put_in("datasets", "data.npz", route.data(number), number)))
 
     def _put_in(self, where: str, filename: str, raw: bytes, number: int) -> str:
         key = f"{where}-{self.name}-{number}"

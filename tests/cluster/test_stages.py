@@ -45,12 +45,12 @@ def db(front: Front) -> Iterator[Database]:
 
 def submitted(client: Client, route: Route, folder: Path) -> str:
     number = next(_numbers)
-    name, raw = route.model(number)
-    model, data = folder / name, folder / f"data{number}.npz"
-    model.write_bytes(raw)
+    models, data = [], folder / f"data{number}.npz"
+    for name, raw in route.models(number):
+        (folder / name).write_bytes(raw)
+        models.append(client.upload_model(folder / name)["id"])
     data.write_bytes(route.data(number))
-    uploaded = client.upload_model(model)["id"], client.upload_dataset(data)["id"]
-    return str(client.submit(route.body(*uploaded))["id"])
+    return str(client.submit(route.body(models, client.upload_dataset(data)["id"]))["id"])
 
 
 @contextmanager

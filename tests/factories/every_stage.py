@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,26 @@ OF_QUESTIONS = frozenset({"compatibility"})
 @dataclass(frozen=True)
 class Route:
     """A kind of job. `stages`: those that it is there for. `model`: of a number, a file's name and its bytes, which no
-    other number gives: nothing of them is known from another job. `data`: an .npz. `spec`: the rest of the job."""
+    other number gives: nothing of them is known from another job. `data`: an .npz. `spec`: the rest of the job. `then`:
+    of a number, a second model, which goes on with what the first one answers."""
 
     stages: frozenset[str]
     model: Callable[[int], tuple[str, bytes]]
     data: Callable[[int], bytes]
     spec: Mapping[str, Any]
+    then: Callable[[int], tuple[str, bytes]] | None = None
 
-    def body(self, model_id: str, dataset_id: str) -> Json:
+    def models(self, number: int) -> list[tuple[str, bytes]]:
+        return [made(number) for made in (self.model, self.then) if made is not None]
+
+    def body(self, model_ids: Sequence[str], dataset_id: str) -> Json:
         """Of `POST /v1/jobs`."""
+        model_id, *then = model_ids
         data = {"dataset_id": dataset_id}
         validation = {"max_accuracy_loss_percent": 100, **self.spec.get("validation", {}), **data}
         given = {"benchmark": _BENCHMARK, **self.spec, "validation": validation, "calibration": data}
-        return {"model_id": model_id, **given}
+        chain = {"chain": {"then": [{"model_id": m} for m in then], "deploy": "ensemble"}} if then else {}
+        return {"model_id": model_id, **given, **chain}
 
 
 def _perceptron(seed: int) -> tuple[str, bytes]:
@@ -66,6 +73,18 @@ def _program(seed: int) -> tuple[str, bytes]:
         return path.name, path.read_bytes()
 
 
+def _encoder(seed: int) -> tuple[str, bytes]:
+    from tests.factories import chains
+
+    return f"encoder{seed}.onnx", chains.encoder(_FEATURES, 64, seed=seed).SerializeToString()
+
+
+def _head(seed: int) -> tuple[str, bytes]:
+    from tests.factories import chains
+
+    return f"head{seed}.onnx", chains.head(64, seed=seed).SerializeToString()
+
+
 def _npz(**arrays: Any) -> bytes:
     raw = io.BytesIO()
     np.savez(raw, **arrays)
@@ -74,6 +93,12 @@ def _npz(**arrays: Any) -> bytes:
 
 def _rows(seed: int) -> bytes:
     return _npz(input=np.random.default_rng(seed).normal(size=(_SAMPLES, _FEATURES)).astype(np.float32))
+
+
+def _weighted(seed: int) -> bytes:
+    chance = np.random.default_rng(seed)
+    shapes = {"input": (_SAMPLES, _FEATURES), "weight": (_SAMPLES, 1)}
+    return _npz(**{name: chance.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in shapes.items()})
 
 
 def _texts(seed: int) -> bytes:
@@ -136,6 +161,13 @@ ROUTES = (
         _perceptron,
         _rows,
         {"target": _ODD, "precisions": ["fp32"], "budget_seconds": _BUDGET_S},
+    ),
+    Route(
+        frozenset({"chain", "unchain"}),
+        _encoder,
+        _weighted,
+        {"target": _ONNX, "precisions": ["fp32"], "budget_seconds": _BUDGET_S},
+        _head,
     ),
     Route(
         frozenset({"observe"}),
