@@ -127,7 +127,7 @@ ROUTES = (
             "target": _ONNX,
             "precisions": ["fp32"],
             "traffic": {"rate_per_second": 20, "slo": {"p99_latency_ms": 500}},
-            "budget_seconds": 120,
+            "budget_seconds": _BUDGET_S,
         },
     ),
     # An axis beside the batch is free.
