@@ -92,7 +92,9 @@ def _chain(told: Mapping[str, Any]) -> Iterator[str]:
         joints = [f"`{given}` of the one before as `{own}`" for own, given in (model.get("connect") or {}).items()]
         taken = [f"`{name}`" for name in model.get("taken") or ()]
         gives = ", ".join(f"`{tensor['name']}`" for tensor in model.get("outputs") or ())
-        yield f"{model['name']}: takes {', '.join([*joints, *taken])}; gives {gives}"
+        own = model.get("engine")
+        engine = f"; its engine, for `{own['backend']}`, lies in `{own['folder']}/`" if own else ""
+        yield f"{model['name']}: takes {', '.join([*joints, *taken])}; gives {gives}{engine}"
 
 
 def _by_batch(told: Mapping[str, Any]) -> Iterator[str]:

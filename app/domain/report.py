@@ -172,9 +172,19 @@ class ByBatch(_Part):
     costs: dict[str, Any] = {}
 
 
+class ChainedEngine(_Part):
+    """The engine of one model of a chain: in this `folder` of the bundle, loaded by this `backend` with these `runtime`
+    options."""
+
+    folder: str
+    backend: str
+    size_mb: float
+    runtime: dict[str, Any] = {}
+
+
 class ChainedModel(_Part):
     """One model of a chain. `connect`: its input → the output of the model before that goes there; `taken`: its inputs
-    that are the whole's. Tensors as {name, dtype, shape}."""
+    that are the whole's. Tensors as {name, dtype, shape}. `engine`: its own; None where one of the whole ships."""
 
     id: str
     name: str
@@ -184,6 +194,7 @@ class ChainedModel(_Part):
     outputs: list[dict[str, Any]]
     taken: list[str]
     connect: dict[str, str] = {}
+    engine: ChainedEngine | None = None
 
 
 class ChainReport(_Part):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from app.jobs.page_parts import Json, objects, rows_table, text
+from app.jobs.page_parts import Json, objects, part_of, rows_table, text
 
 _MODELS = {"place": "", "name": "model", "format": "format", "given": "goes to", "takes": "takes", "gives": "gives"}
+_ENGINES = {"backend": "engine for", "size_mb": "MB on disk"}
 _SHIPS = {
     "merged": "One engine of the whole ships.",
     "ensemble": "An engine of each model ships; they were judged and measured as the chain that they are.",
@@ -28,9 +29,11 @@ def chain(told: Json) -> str:
                 "given": "; ".join(f"{given} → {own}" for own, given in joints),
                 "takes": model.get("taken"),
                 "gives": [tensor.get("name") for tensor in objects(model.get("outputs"))],
+                **{name: part_of(model, "engine").get(name) for name in _ENGINES},
             }
         )
+    columns = _MODELS | (_ENGINES if any(row["backend"] for row in rows) else {})
     ships = _SHIPS.get(str(told.get("deploy")), "")
     why = f" {text(told['reason'])}." if told.get("reason") else ""
     said = f"{ships}{why} The original that it is compared with is the chain of the originals in one graph."
-    return f"<p class=sub>{said}</p>{rows_table(rows, _MODELS, 8)}"
+    return f"<p class=sub>{said}</p>{rows_table(rows, columns, 8)}"

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
+from tests.factories import onnx_models as models
+from tests.factories import sums
 from tests.factories.deployment import Deployment, deployment
 from tests.factories.pace import paced
 from tests.factories.plugins import EXAMPLE, install_wheel, project, wheel_of
@@ -43,19 +42,8 @@ def deployed(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def sum_of_constants(path: Path) -> Path:
-    """`input` [batch, 16] and 300 constants, one after the other: exact in float32, and slow node by node."""
-    rng = np.random.default_rng(7)
-    nodes, constants, value = [], [], "input"
-    for index in range(_ADDS):
-        constants.append(numpy_helper.from_array(rng.integers(-4, 5, 16).astype(np.float32), f"c{index}"))
-        following = "output" if index == _ADDS - 1 else f"v{index}"
-        nodes.append(helper.make_node("Add", [value, f"c{index}"], [following], name=f"add{index}"))
-        value = following
-    shape = ["batch", 16]
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("input", "output")]
-    graph = helper.make_graph(nodes, "sum", tensors[:1], tensors[1:], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
-    return path
+    """`input` [batch, 16] and 300 constants."""
+    return models.save(sums.sum_of_constants(_ADDS), path)
 
 
 def test_a_backend_of_another_package_takes_a_whole_job(deployed: Deployment, tmp_path: Path) -> None:

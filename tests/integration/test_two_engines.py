@@ -4,68 +4,30 @@ at large ones, where the first is slower than the original."""
 from __future__ import annotations
 
 import json
-import shutil
-import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
+from tests.factories import onnx_models as models
 from tests.factories.deployment import deployment
 from tests.factories.pace import paced
-from tests.factories.plugins import EXAMPLE, install
+from tests.factories.sums import seconds_of, sum_of_constants
+from tests.factories.waiting_toys_installed import installed
 
-TOYS = Path(__file__).resolve().parents[1] / "factories" / "two_toys.py"
 _ADDS = 4000
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def sum_of_constants(path: Path) -> Path:
-    """`input` [batch, 16] and so many constants, one after the other: milliseconds of the original's, exact in any
-    order."""
-    rng = np.random.default_rng(7)
-    names = [f"v{i}" for i in range(_ADDS - 1)]
-    pairs = zip(["input", *names], [*names, "output"], strict=True)
-    nodes = [helper.make_node("Add", [a, f"c{i}"], [b], name=f"add{i}") for i, (a, b) in enumerate(pairs)]
-    constants = [numpy_helper.from_array(rng.integers(-4, 5, 16).astype(np.float32), f"c{i}") for i in range(_ADDS)]
-    tensors = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 16]) for n in ("input", "output")]
-    graph = helper.make_graph(nodes, "sum", tensors[:1], tensors[1:], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
-    return path
-
-
-def seconds_of(model: Path) -> float:
-    """What one sample takes in ONNX Runtime here."""
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    took = []
-    for _ in range(30):
-        began = time.perf_counter()
-        session.run(None, {"input": np.zeros((1, 16), np.float32)})
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
-
-
 def test_a_bundle_with_two_engines_ships_where_each_wins_somewhere(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    shutil.copy(EXAMPLE / "anneal_toy.py", site)
-    points = {
-        "anneal.backends": {"toy-per-sample": "two_toys:PerSample", "toy-any-batch": "two_toys:AnyBatch"},
-        "anneal.stages": {"toy_fold": "anneal_toy:Fold"},
-    }
-    install(site, "two-toys", "0.1.0", points, TOYS)
-    original = sum_of_constants(tmp_path / "sum.onnx")
-    (site / "two_toys.txt").write_text(f"{seconds_of(original)}")
+    original = sum_of_constants(_ADDS)
+    site = installed(tmp_path / "site", seconds_of(original))
     spec: dict[str, Any] = {
         "benchmark": {"batch_sizes": [1, 16], "min_seconds": 0.1, "allow_noisy": True},
         "target": {"backends": ["toy-per-sample", "toy-any-batch"]},
@@ -74,7 +36,7 @@ def test_a_bundle_with_two_engines_ships_where_each_wins_somewhere(tmp_path: Pat
     with deployment(tmp_path / "home", {"PYTHONPATH": str(site)}) as deployed, deployed.client() as client:
         deployed.start_worker()
         deployed.wait_ready()
-        model = client.upload_model(original, "sum")
+        model = client.upload_model(models.save(original, tmp_path / "sum.onnx"), "sum")
         job = client.wait(client.submit({"model_id": model["id"], **spec})["id"])
         report, manifest = client.report(job["id"]), client.manifest(job["id"])
         bundle = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")

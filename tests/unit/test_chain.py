@@ -434,7 +434,7 @@ def test_a_model_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_the_page_tells_the_chain_and_escapes_its_names() -> None:
-    told = {
+    told: dict[str, Any] = {
         "models": [
             {"name": "<b>one", "format": "onnx", "taken": ["x"], "connect": {}, "outputs": [{"name": "e"}]},
             {"name": "two", "format": "pt2", "taken": ["w"], "connect": {"z": "e"}, "outputs": [{"name": "y"}]},
@@ -448,6 +448,11 @@ def test_the_page_tells_the_chain_and_escapes_its_names() -> None:
     assert "e → z" in page
     assert "&lt;b&gt;one" in page
     assert "no engines &lt;i&gt;." in page
+    assert "engine for" not in page, "one engine of the whole ships"
+    told["models"][1]["engine"] = {"folder": "part_2", "backend": "b<", "size_mb": 1.5, "runtime": {}}
+    page = report_page({"analysis": {"model": "one then two"}, "chain": told}, "job_1")
+    assert "engine for" in page
+    assert "b&lt;" in page
     assert "The chain" not in report_page({"analysis": {"model": "m"}, "chain": None}, "job_1")
     assert ("Chain", "this model, then mdl_b; an engine of each") in asked_for(
         {"model_id": "mdl_a", "chain": {"then": [{"model_id": "mdl_b"}], "deploy": "ensemble"}}

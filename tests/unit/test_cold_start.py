@@ -17,7 +17,8 @@ from app.domain.failures import StageFailure
 from tests.factories import onnx_models
 from tests.factories.bundles import bundle
 from workers.hardware import describe
-from workers.kernel import StageContext
+from workers.kernel import StageContext, stages
+from workers.pipeline import keys
 from workers.pipeline.child import PipeReporter
 from workers.serving import shipped
 from workers.stages.cold_start import ColdStart, ColdStartOptions
@@ -87,3 +88,20 @@ def test_a_server_that_never_comes_is_given_up_in_time(cold: Callable[..., Any])
         cold(seconds=3, serve="import time\ntime.sleep(600)\n")
     assert time.monotonic() - began < 30
     assert not _left()
+
+
+@pytest.mark.parametrize("backend", ["chained", "by-batch"])
+def test_libraries_of_all_engines_in_the_bundle_are_part_of_the_key(backend: str) -> None:
+    """Which these are, only the options say that they are loaded with."""
+    of_all: dict[str, Any] = {"chained": {"inputs": [], "outputs": []}, "by-batch": {"input": "x", "axis": 0}}
+    engines = [{"folder": f"part_{i}", "backend": "onnxruntime", "runtime": {}} for i in (1, 2)]
+    if backend == "by-batch":
+        engines = [{**engine, "most": most} for engine, most in zip(engines, (4, None), strict=True)]
+    options = ColdStartOptions(backend=backend, runtime={**of_all[backend], "engines": engines})
+    assert "onnxruntime" in keys.libraries(ColdStart, options.model_dump(mode="json"))
+
+
+def test_who_is_told_a_backend_that_ships_is_told_how_it_is_loaded() -> None:
+    whole = {name: stage.Options.model_fields for name, stage in stages().items() if not stage.makes_engine}
+    alone = {name for name, fields in whole.items() if "backend" in fields and "runtime" not in fields}
+    assert alone == {"compatibility"}, "it asks a backend for what it takes: nothing is loaded"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from app.domain.report import ChainedModel, ChainReport
+from app.domain.report import ChainedEngine, ChainedModel, ChainReport
+from workers.kernel import backends
+from workers.pipeline.final import mb
 from workers.pipeline.outcome import Proof
 
 _AS_ONE = (
@@ -18,6 +21,8 @@ def chain_report(proof: Proof) -> ChainReport | None:
     asked, made = proof.spec.chain, proof.chain
     if asked is None or made is None:
         return None
+    apart = asked.apart and proof.picked is not None
+    engines = _engines(proof) if apart else [None] * len(proof.models)
     models = []
     for place, (row, told) in enumerate(zip(proof.models, made.data["models"], strict=True)):
         models.append(
@@ -30,11 +35,21 @@ def chain_report(proof: Proof) -> ChainReport | None:
                 outputs=told["outputs"],
                 taken=told["taken"],
                 connect=made.data["connect"][place - 1] if place else {},
+                engine=engines[place],
             )
         )
-    apart = asked.apart and proof.picked is not None
     reason = _AS_ONE if asked.apart and proof.verdict.picked is not None and not apart else None
     return ChainReport(models=models, deploy="ensemble" if apart else "merged", asked=asked.deploy, reason=reason)
+
+
+def _engines(proof: Proof) -> Sequence[ChainedEngine | None]:
+    """Of each model, of what ships."""
+    found = []
+    for member in backends()[proof.backend].members(proof.runtime):
+        size = sum(file.size_bytes for file in proof.engine.files if file.name.startswith(f"{member.folder}/"))
+        told = {"folder": member.folder, "backend": member.backend, "runtime": dict(member.runtime)}
+        found.append(ChainedEngine(**told, size_mb=mb(size) or 0.0))
+    return found
 
 
 def chain_told(proof: Proof) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class Explainer:
             return None
         options = {
             "backend": self.proof.backend,
+            "runtime": self.proof.runtime,
             "serving": None if load is None else load.data["serving"]["settings"],
         }
         until = self.budget.elapsed() + min(_COLD_SHARE * self.budget.left(self.budget.end), _MOST_COLD_S)

@@ -22,6 +22,7 @@ from pydantic import Field
 from app.domain.failures import FailureKind, StageFailure
 from workers.kernel import Stage, StageContext, StageOptions, StageResult
 from workers.measure.method import versions
+from workers.members import names_of
 from workers.serving.launching import SERVER, process, server_command
 from workers.serving.v2_client import Connection, Refused
 
@@ -38,9 +39,11 @@ _METHOD = (
 
 
 class ColdStartOptions(StageOptions):
-    """`backend`: of what ships. `serving`: what `serving.json` holds then; None: as it lies in the bundle."""
+    """`backend`, `runtime`: of what ships. `serving`: what `serving.json` holds then; None: as it lies in the
+    bundle."""
 
     backend: str
+    runtime: dict[str, Any] = Field(default_factory=dict)
     serving: dict[str, Any] | None = Field(default=None)
 
 
@@ -99,7 +102,7 @@ class ColdStart(Stage[ColdStartOptions]):
             "archive_mb": round(archive.stat().st_size / 1e6, 3),
             "unpacked_mb": round(size / 1e6, 3),
             "method": _METHOD,
-            "versions": versions([options.backend]),
+            "versions": versions(names_of(options.backend, options.runtime)),
         }
         return StageResult((), data, reusable=len(starts) == _STARTS)
 

@@ -30,6 +30,7 @@ from workers.measure.load.served import launch_of, settings_of
 from workers.measure.load.trial import Found, Trial, mix_json, serves
 from workers.measure.load.tuning import Space
 from workers.measure.method import load_method, versions
+from workers.members import names_of
 from workers.serving.batcher import Settings
 from workers.serving.instances import keep_freed_memory
 from workers.serving.launching import SERVER
@@ -62,7 +63,7 @@ class LoadTest(Stage[LoadTestOptions]):
     """
 
     name = "load_test"
-    version = 4
+    version = 5
     Options = LoadTestOptions
     libraries: ClassVar[tuple[str, ...]] = ("numpy",)
     hardware_bound = True
@@ -120,7 +121,7 @@ class LoadTest(Stage[LoadTestOptions]):
             "cores": len(usable_cores(ctx.hardware.get("cpu_quota"))),
             "method": load_method(arrivals.words),
             "conditions": {"before": before, "after": hardware.conditions(ctx.hardware)},
-            "versions": versions([options.backend, options.baseline_backend]),
+            "versions": versions([*names_of(options.backend, options.runtime), options.baseline_backend]),
         }
         complete = not found.reasons and (found.tuned is None or found.tuned.complete)
         return StageResult((), {**told, "complete": complete}, reusable=complete)

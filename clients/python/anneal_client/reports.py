@@ -115,11 +115,22 @@ class ChainReport(Answer):
     reason: str | None
 
 
+class ChainedEngine(Answer, defaults={"runtime": {}}):
+    """The engine of one model of a chain: in this `folder` of the bundle, loaded by this `backend` with these `runtime`
+    options."""
+
+    backend: str
+    folder: str
+    runtime: dict[str, Any]
+    size_mb: float
+
+
 class ChainedModel(Answer, defaults={"connect": {}}):
     """One model of a chain. `connect`: its input → the output of the model before that goes there; `taken`: its inputs
-    that are the whole's. Tensors as {name, dtype, shape}."""
+    that are the whole's. Tensors as {name, dtype, shape}. `engine`: its own; None where one of the whole ships."""
 
     connect: dict[str, str]
+    engine: ChainedEngine | None
     format: str
     id: str
     inputs: list[dict[str, Any]]
