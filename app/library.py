@@ -18,11 +18,11 @@ from app.blobs.references import lock_blob
 from app.blobs.removal import release
 from app.blobs.usage import size_held
 from app.db.base import utcnow
+from app.db.chains import ChainMember
 from app.db.ids import new_id
 from app.db.orm import Dataset, Job, SourceModel, Upload
 from app.db.uow import Database
 from app.domain.artifact_key import digest_of
-from app.domain.chain import CHAINED
 from app.domain.spec import DATASETS
 from app.domain.upload_state import DONE, ENDED, UploadState
 from app.errors import AppError, FieldError, blob_corrupted, conflict, invalid_request, not_found
@@ -76,7 +76,8 @@ class LibraryRepository(Generic[Row]):
     def active_job(self, tenant_id: str, row_id: str) -> str | None:
         """The id of a queued or running job that uses this file."""
         if self.table is SourceModel:
-            uses = or_(Job.model_id == row_id, *(Job.spec[path].as_string() == row_id for path in CHAINED))
+            behind = select(ChainMember.job_id).where(ChainMember.model_id == row_id)
+            uses = or_(Job.model_id == row_id, Job.id.in_(behind))
         else:
             uses = or_(*(Job.spec[path].as_string() == row_id for path in DATASETS))
         active = Job.status.in_(("queued", "running"))

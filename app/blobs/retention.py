@@ -13,14 +13,14 @@ from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
-from sqlalchemy import ColumnElement, and_, delete, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, delete, or_, select, tuple_, union, update
 from sqlalchemy.orm import Session
 
 from app.db.accounts import Tenant
 from app.db.base import utcnow
+from app.db.chains import ChainMember
 from app.db.orm import Dataset, Engine, Examination, Job, JobEvent, SourceModel, StageResult
 from app.db.uow import Database
-from app.domain.chain import CHAINED
 from app.domain.spec import DATASETS
 from app.jobs.removal import remove_engine, remove_jobs
 from app.jobs.repository import ACTIVE
@@ -178,7 +178,8 @@ class Retention:
         that no job and no engine points to any more is of no use to anybody. Nothing new can point to it."""
         old = [table.tenant_id == tenant_id, table.deleted_at < _before(_HIDDEN_DAYS)]
         if table is SourceModel:
-            old += [~select(t.id).where(t.model_id == SourceModel.id).exists() for t in (Job, Engine)]
+            named = (t.model_id for t in (Job, Engine, ChainMember))
+            old += [~select(model_id).where(model_id == SourceModel.id).exists() for model_id in named]
         after = ""
         while True:
             query = select(table.id).where(*old, table.id > after).order_by(table.id).limit(_STEP)
@@ -227,11 +228,11 @@ class Retention:
 
 def _used(session: Session, tenant_id: str, table: _Uploaded) -> set[str]:
     """Those that queued or running jobs of the tenant use."""
+    active = Job.tenant_id == tenant_id, Job.status.in_(ACTIVE)
     if table is SourceModel:
-        columns: list[ColumnElement[str]] = [Job.model_id.expression, *(Job.spec[path].as_string() for path in CHAINED)]
-    else:
-        columns = [Job.spec[path].as_string() for path in DATASETS]
-    rows = session.execute(select(*columns).where(Job.tenant_id == tenant_id, Job.status.in_(ACTIVE)))
+        behind = select(ChainMember.model_id).join(Job, Job.id == ChainMember.job_id).where(*active)
+        return {*session.scalars(union(select(Job.model_id).where(*active), behind))}
+    rows = session.execute(select(*(Job.spec[path].as_string() for path in DATASETS)).where(*active))
     return {found for row in rows for found in row if found is not None}
 
 

@@ -31,6 +31,7 @@ from app.db.accounts import (  # noqa: F401 (here every table is known)
     Tenant,
 )
 from app.db.base import Base, JsonColumn, UtcDateTime, utcnow
+from app.db.chains import ChainMember  # noqa: F401 (likewise)
 from app.db.operations import OperationCount  # noqa: F401 (likewise)
 from app.db.sharing import SharedCall  # noqa: F401 (likewise)
 from app.db.webhooks import WebhookDelivery, WebhookEndpoint  # noqa: F401 (likewise)

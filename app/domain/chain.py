@@ -17,8 +17,6 @@ from app.domain.axes import PLACEHOLDER
 from app.domain.strict import Name, Strict
 
 MOST_MODELS = 4
-# Fields of a job's spec that name the models behind the first one.
-CHAINED = tuple(("chain", "then", place, "model_id") for place in range(MOST_MODELS - 1))
 Tensor = Mapping[str, Any]  # name, dtype, shape: sizes, symbols, or None where nothing is known
 Deploy = Literal["merged", "ensemble"]
 _MERGED: Deploy = "merged"

@@ -139,7 +139,7 @@ def list_jobs(
     status: Status | None = None,
     model_id: IdFilter = None,
 ) -> Response:
-    """Jobs, newest first."""
+    """Jobs, newest first. `model_id`: of a job's model, or of any of its chain."""
 
     def fetch(limit: int, before: str | None) -> list[Job]:
         return services.jobs.list(tenant_id, limit=limit, before=before, status=status, model_id=model_id)

@@ -19,6 +19,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    union,
     update,
 )
 from sqlalchemy.orm import Session
@@ -26,7 +27,9 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.db import counts
 from app.db.base import UtcDateTime, utcnow
+from app.db.chains import ChainMember
 from app.db.orm import Dataset, Job, JobEvent, SourceModel
+from app.domain.chain import models_of
 from app.domain.job_state import TERMINAL, JobStatus, Trigger, transition
 from app.jobs.columns import LEAN
 from app.jobs.family import Child, fate, progress_of, stages_of
@@ -56,15 +59,24 @@ _Q = TypeVar("_Q", bound=Select[*tuple[Any, ...]])
 def filtered(
     query: _Q, tenant_id: str, *, limit: int, before: str | None, status: str | None, model_id: str | None
 ) -> _Q:
-    """A page of a tenant's jobs, newest first, whatever the query takes of them."""
-    query = query.where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
+    """A page of a tenant's jobs, newest first, whatever the query takes of them. `model_id`: of the job, or any of its
+    chain's."""
+    wanted = [Job.tenant_id == tenant_id]
     if before is not None:
-        query = query.where(Job.id < before)
+        wanted.append(Job.id < before)
     if status is not None:
-        query = query.where(Job.status == status)
+        wanted.append(Job.status == status)
     if model_id is not None:
-        query = query.where(Job.model_id == model_id)
-    return query
+        # A page of each, by an index of its own: whoever asks for either at once reads all jobs of the tenant.
+        behind = Job.id.in_(select(ChainMember.job_id).where(ChainMember.model_id == model_id))
+        pages = _newest(limit, *wanted, Job.model_id == model_id), _newest(limit, *wanted, behind)
+        wanted = [Job.id.in_(union(*pages))]
+    return query.where(*wanted).order_by(Job.id.desc()).limit(limit)
+
+
+def _newest(limit: int, *wanted: ColumnElement[bool]) -> Select[tuple[str]]:
+    page = select(Job.id).where(*wanted).order_by(Job.id.desc()).limit(limit).subquery()
+    return select(page.c.id)
 
 
 def lease_lock(lock: str | None, token: int) -> str | None:
@@ -131,6 +143,7 @@ class JobRepository:
     def add(self, job: Job) -> None:
         self.session.add(job)
         self.session.flush()
+        self.session.add_all(ChainMember(model_id=i, job_id=job.id) for i in dict.fromkeys(models_of(job.spec)))
         self._event(job.id, job.version, "state", {"status": job.status})
 
     def get(self, tenant_id: str, job_id: str) -> Job | None:

@@ -89,13 +89,14 @@ def _listed(
     with services.db.read() as session:
         pages = PageRepository(session)
         lines = pages.lines(tenant_id, limit=_ROWS + 1, before=before, status=status, model_id=model_id)
+        name = pages.model_name(tenant_id, model_id) if model_id else None
     more = len(lines) > _ROWS
     lines = lines[:_ROWS]
     return {
         "lines": lines,
         "status": status,
         "model_id": model_id,
-        "model_name": lines[0].model if model_id and lines else model_id,
+        "model_name": name or model_id,
         "cursor": cursor,
         "next_cursor": encode_cursor(lines[-1].id) if more else None,
         "statuses": ("queued", "running", "succeeded", "failed", "cancelled"),

@@ -17,7 +17,8 @@ from app.jobs.repository import ACTIVE, filtered
 
 @dataclass(frozen=True)
 class JobLine:
-    """A job in a list. `engine`: final metrics of what it delivered, None where there is none."""
+    """A job in a list. `chain`: as in its spec. `engine`: final metrics of what it delivered, None where there is
+    none."""
 
     id: str
     status: str
@@ -32,7 +33,13 @@ class JobLine:
     model_id: str
     model: str
     objective: str | None
+    chain: dict[str, Any] | None
     engine: dict[str, Any] | None = None
+
+    @property
+    def behind(self) -> int:
+        """How many models follow the first one."""
+        return len((self.chain or {}).get("then") or ())
 
     @property
     def active(self) -> bool:
@@ -71,7 +78,7 @@ class PageRepository:
         query = select(
             Job.id, Job.status, Job.stage, Job.progress, Job.created_at, Job.started_at, Job.finished_at,
             Job.expected_end, Job.error, Job.queue, Job.model_id, SourceModel.name.label("model"),
-            Job.spec["objective"].as_string().label("objective"),
+            Job.spec["objective"].as_string().label("objective"), Job.spec["chain"].label("chain"),
         ).join(SourceModel, SourceModel.id == Job.model_id)  # fmt: skip
         query = filtered(query, tenant_id, limit=limit, before=before, status=status, model_id=model_id)
         if ids is not None:
@@ -79,6 +86,11 @@ class PageRepository:
         rows = self.session.execute(query).all()
         found = self.engines(tenant_id, [row.id for row in rows if row.status == "succeeded"])
         return [JobLine(**row._mapping, engine=found[row.id].metrics if row.id in found else None) for row in rows]
+
+    def model_name(self, tenant_id: str, model_id: str) -> str | None:
+        """Of an uploaded model, also of one that was deleted since."""
+        query = select(SourceModel.name).where(SourceModel.id == model_id, SourceModel.tenant_id == tenant_id)
+        return self.session.scalar(query)
 
     def engines(self, tenant_id: str, job_ids: Sequence[str]) -> dict[str, Engine]:
         """Of these jobs, by their ids; a job's newest one."""

@@ -137,6 +137,25 @@ def test_every_model_of_a_chain_is_held_until_the_job_has_ended(
     assert client.get(job["links"]["self"]).json()["spec"]["chain"]["then"][1]["model_id"] == third
 
 
+def test_a_job_is_found_by_each_model_of_its_chain(
+    client: httpx.Client, services: Services, worker: Services, upload: Callable[..., str]
+) -> None:
+    first, second, third = upload(encoder()), upload(head()), upload(onnx_models.mlp(features=4))
+    both = client.post("/v1/jobs", json=chain(first, second)).json()["id"]
+    all_three = client.post("/v1/jobs", json=chain(first, second, third)).json()["id"]
+    alone = client.post("/v1/jobs", json={"model_id": second}).json()["id"]
+    for model, wanted in ((first, [all_three, both]), (second, [alone, all_three, both]), (third, [all_three])):
+        page = client.get("/v1/jobs", params={"model_id": model}).json()
+        assert [job["id"] for job in page["items"]] == wanted
+    page = client.get("/v1/jobs", params={"model_id": second, "limit": 1}).json()
+    rest = client.get("/v1/jobs", params={"model_id": second, "limit": 1, "cursor": page["next_cursor"]}).json()
+    assert [job["id"] for job in rest["items"]] == [all_three]
+    assert all_three[-6:] in client.get(f"/models/{third}").text
+    listed = client.get("/jobs", params={"model_id": third}, headers={"Accept": "text/html"}).text
+    assert "m, then 2 more" in listed
+    assert "only of m<" in listed
+
+
 def test_the_same_request_is_the_same_job(
     client: httpx.Client, worker: Services, upload: Callable[..., str], dispatched: list[str]
 ) -> None:

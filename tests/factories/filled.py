@@ -7,6 +7,7 @@ from sqlalchemy import Engine
 from app.db.orm import LOCAL_TENANT
 
 JOBS_OF_A_MODEL = 20
+CHAINED_EVERY = 100  # job, whose second model is that of number 3
 _KINDS = ("model", "report", "manifest", "engine", "bundle", "output", "key")
 
 _MODELS = """
@@ -21,7 +22,7 @@ _JOBS = """
          correlation_id, version, attempts, fencing_token, webhook_attempts, spent_seconds, created_at, finished_at,
          told, tallied_at)
     SELECT {id_of_job}, '{tenant}', {id_of_its_model}, CASE WHEN n / 10 * 10 = n THEN 'failed' ELSE 'succeeded' END, 1,
-        '{spec}', 'anneal.cpu', '{stages}', '[]', {report}, {manifest}, 'filled', 20, 1, 1, 0, 1, {then}, {then},
+        {spec}, 'anneal.cpu', '{stages}', '[]', {report}, {manifest}, 'filled', 20, 1, 1, 0, 1, {then}, {then},
         true, {tallied}
     FROM {numbers}
 """
@@ -49,6 +50,11 @@ _FILES = "INSERT INTO stage_files (tenant_id, key, sha256) SELECT '{tenant}', {k
 _BLOBS = """
     INSERT INTO blobs (tenant_id, sha256, size_bytes, created_at) SELECT '{tenant}', {blob}, 1, {then} FROM {numbers}
 """
+_SPEC = '{"objective": "latency", "validation": {"metric": "auto"}, "benchmark": {"batch_sizes": [1, 8]}'
+_MEMBERS = """
+    INSERT INTO chain_members (model_id, job_id)
+    SELECT '{chained_model}', {id_of_job} FROM {numbers} WHERE n / {every} * {every} = n
+"""
 _STAGE = '{"name": "benchmark", "status": "succeeded", "seconds": 12.5, "cached": false, "candidate": "ort-int8-stat"}'
 
 
@@ -60,7 +66,7 @@ def fill(engine: Engine, jobs: int, stages: int = 12) -> None:
     models, rows = _with_numbers(engine, names, jobs)
     with engine.begin() as connection:
         connection.exec_driver_sql(_MODELS.format(**models))
-        for statement in (_JOBS, _ENGINES, _RESULTS):
+        for statement in (_JOBS, _MEMBERS, _ENGINES, _RESULTS):
             connection.exec_driver_sql(statement.format(**rows, tallied="NULL"))
         for kind in ("output", "engine", "bundle"):
             connection.exec_driver_sql(_FILES.format(**rows, file=names[kind]))
@@ -78,6 +84,7 @@ def fill_with_jobs(engine: Engine, jobs: int, stages: int = 12) -> None:
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql(_MODELS.format(**models))
         connection.exec_driver_sql(_JOBS.format(**rows, tallied=names["then"]))
+        connection.exec_driver_sql(_MEMBERS.format(**rows))
         for seq in (1, 20):
             connection.exec_driver_sql(_EVENTS.format(**rows, seq=seq))
         failed = jobs // JOBS_OF_A_MODEL * JOBS_OF_A_MODEL // 10
@@ -117,6 +124,8 @@ def _expressions(dialect: str, stages: int) -> dict[str, str]:
     def padded(number: str, width: int) -> str:
         return f"lpad(({number})::text, {width}, '0')" if postgres else f"printf('%0{width}d', {number})"
 
+    chained, every = model_id(3), CHAINED_EVERY
+    chain = f'"chain": {{"then": [{{"model_id": "{chained}"}}]}}'
     return {
         **{kind: f"('{i + 1}' || {padded('n', 63)})" for i, kind in enumerate(_KINDS)},
         "id_of_model": f"('mdl_' || {padded('n', 32)})",
@@ -126,7 +135,10 @@ def _expressions(dialect: str, stages: int) -> dict[str, str]:
         "tenant": LOCAL_TENANT,
         "then": "timestamp '2026-01-01'" if postgres else "'2026-01-01 00:00:00.000000'",
         "now": "now()" if postgres else "strftime('%Y-%m-%d %H:%M:%f000', 'now')",
-        "spec": '{"objective": "latency", "validation": {"metric": "auto"}, "benchmark": {"batch_sizes": [1, 8]}}',
+        "chained_model": chained,
+        "every": str(every),
+        "spec": f"(CASE WHEN n / {every} * {every} = n THEN '{_SPEC}, {chain}}}' ELSE '{_SPEC}}}' END)"
+        + ("::jsonb" if postgres else ""),
         "stages": f"[{', '.join([_STAGE] * stages)}]",
         "to_json": "" if postgres else "json",
         "as_json": "::jsonb" if postgres else "",

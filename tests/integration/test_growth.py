@@ -26,6 +26,7 @@ from app.library import LibraryRepository
 from app.operations.statistics import take
 from app.settings import LimitSettings, RetentionSettings, Settings
 from app.tenants.quotas import Quotas
+from app.web.repository import PageRepository
 from tests.factories import filled
 from tests.integration.conftest import Desk
 
@@ -86,6 +87,8 @@ def test_nothing_reads_a_whole_table(grown: Database) -> None:
         for status, model in ((None, None), ("failed", None), ("running", None), (None, filled.model_id(3))):
             page = jobs.page(LOCAL_TENANT, limit=10, before=None, status=status, model_id=model)
             assert len(page) == (0 if status == "running" else 10)
+        page = PageRepository(session).lines(LOCAL_TENANT, limit=10, model_id=filled.model_id(3))
+        assert [line.behind for line in page] == [1] * 10
         assert Quotas(session, LOCAL_TENANT, LimitSettings()).jobs() == {}
         statistics = StatisticsRepository(session)
         assert statistics.job_counts() == ({"succeeded": 18_000, "failed": 2_000, "cancelled": 0}, {})
@@ -97,6 +100,24 @@ def test_nothing_reads_a_whole_table(grown: Database) -> None:
     asked = [statement for statement in seen if statement[0].startswith(("SELECT", "DELETE", "UPDATE"))]
     walks = [walk for statement in asked for walk in _walks(grown, statement)]
     assert not walks, "\n\n".join(walks)
+
+
+def test_jobs_of_a_model_are_those_that_have_it_in_any_place(grown: Database) -> None:
+    first = filled.JOBS_OF_A_MODEL
+    own = [filled.job_id(n) for n in range(2 * first + 1, 3 * first + 1)]
+    chained = [filled.job_id(n) for n in range(filled.CHAINED_EVERY, _ROWS + 1, filled.CHAINED_EVERY)]
+    with grown.read() as session:
+
+        def ids(model: int, tenant: str = LOCAL_TENANT, **asked: Any) -> list[str]:
+            given = {"limit": 1000, "before": None, "status": None, **asked}
+            return [job.id for job in JobRepository(session).page(tenant, model_id=filled.model_id(model), **given)]
+
+        everything = sorted([*own, *chained], reverse=True)
+        assert ids(3) == everything
+        assert ids(3, limit=7, before=everything[6]) == everything[7:14], "the next page"
+        assert ids(3, status="succeeded") == [i for i in own[::-1] if not i.endswith("0")], "every tenth job failed"
+        assert ids(4) == [filled.job_id(n) for n in range(4 * first, 3 * first, -1)]
+        assert ids(3, tenant="tnt_other") == []
 
 
 def test_what_expires_is_found_without_reading_all(grown: Database, tmp_path: Path) -> None:

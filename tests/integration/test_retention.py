@@ -13,6 +13,7 @@ from app.blobs import retention
 from app.blobs.collector import Collector
 from app.blobs.retention import Policies, Policy, change_policy, policy_of
 from app.db.base import utcnow
+from app.db.chains import ChainMember
 from app.db.ids import new_id
 from app.db.orm import LOCAL_TENANT, Dataset, Engine, Examination, Job, JobEvent, SourceModel, StageResult, Tenant
 from app.domain.job_state import JobStatus
@@ -261,20 +262,22 @@ def test_an_engine_deleted_twice_at_once_goes_once(desk: Desk) -> None:
 
 def test_rows_of_what_was_deleted_go_once_nothing_points_to_them(desk: Desk) -> None:
     job, asked, young, data = _ended(desk, 1), desk.add_model(), desk.add_model(), desk.add_dataset()
+    behind = desk.add_model()
     with desk.db.write() as uow:
+        uow.session.add(ChainMember(model_id=behind.id, job_id=job.id))
         used = uow.session.get_one(SourceModel, job.model_id)
         uow.session.add(
             Examination(model_id=asked.id, backend="onnxruntime", tenant_id=LOCAL_TENANT, version="1", status="asked")
         )
-    for row, days in ((used, 2.0), (asked, 2.0), (data, 2.0), (young, 0.5)):
+    for row, days in ((used, 2.0), (behind, 2.0), (asked, 2.0), (data, 2.0), (young, 0.5)):
         _age(desk, row, days, "deleted_at")
     assert _collect(desk) == 2
     with desk.db.read() as session:
-        assert {*session.scalars(select(SourceModel.id))} == {used.id, young.id}
+        assert {*session.scalars(select(SourceModel.id))} == {used.id, behind.id, young.id}
     assert (_count(desk, Dataset), _count(desk, Examination)) == (0, 0)
     with desk.db.write() as uow:
         remove_jobs(uow.session, LOCAL_TENANT, [job.id])
-    assert _collect(desk) == 0, "an engine of it is there"
+    assert _collect(desk) == 1, "the one behind it in the chain; of the first one an engine is there"
     with desk.db.write() as uow:
         uow.session.execute(delete(Engine))
     assert _collect(desk) == 1
