@@ -246,7 +246,7 @@ def test_two_engines_are_found_where_one_wins_at_small_and_the_other_at_large_ba
     done, state, world = paired(PAIRED)
     pair = state.pair
     assert pair is not None
-    assert (pair.small.split(".")[0], pair.large) == ("int8-a", "bf16-b")
+    assert (pair.small.split(".")[0], pair.large.split(".")[0]) == ("int8-a", "bf16-b")
     assert pair.border == (2, 4), "they were timed between the sizes, where one overtakes the other"
     assert pair.most == 2
     assert {pair.small, pair.large} <= {*done.finalists}
@@ -255,6 +255,32 @@ def test_two_engines_are_found_where_one_wins_at_small_and_the_other_at_large_ba
     _, state, world = run(PAIRED)
     assert state.pair is None
     assert "bf16-b" not in kinds(world, "judge")
+
+
+def test_who_is_the_fastest_only_at_large_batches_is_tried_with_other_options_too() -> None:
+    """Those of the fastest at batch size 1 were tried before; of the other one, only those that change no values."""
+    done, state, world = paired(PAIRED)
+    assert state.pair is not None
+    assert (state.pair.small, state.pair.large) == ("int8-a.t1", "bf16-b.t1")
+    assert [i for i in kinds(world, "make") if i.startswith("bf16-b")] == ["bf16-b", "bf16-b.t1", "bf16-b.nospin"]
+    assert [i for i in kinds(world, "judge") if i.startswith("bf16-b")] == ["bf16-b"], "the same values"
+    last = [a for a in world.asked if a["kind"] == "time"][-1]
+    timed = [s["candidate"]["id"] for s in last["subjects"]]
+    assert timed == ["int8-a.t1", "bf16-b", "bf16-b.t1", "bf16-b.nospin"]
+    assert last["batch_sizes"] == (1, 2, 4, 8)
+    assert {state.pair.small, state.pair.large} <= {*done.finalists}
+    for cid in ("bf16-b", "bf16-b.nospin"):
+        assert "gain no more with it" in str(state.candidates[cid].refused)
+    again = World(PAIRED, spec(engines_per_bundle=2))
+    steps = [*Recording.read(again.recorded()).replay()]
+    assert all(now == then for now, then, _ in steps), "as it is recorded"
+
+
+def test_without_time_for_their_options_two_engines_answer_as_they_are() -> None:
+    _, state, world = paired(PAIRED, seconds=110.0)
+    assert state.pair is not None
+    assert state.pair.large == "bf16-b"
+    assert "bf16-b.t1" not in kinds(world, "make")
 
 
 def test_the_original_itself_answers_where_nobody_is_faster() -> None:
@@ -441,7 +467,7 @@ def test_of_a_model_with_free_axes_who_may_ship_is_tried_at_other_shapes() -> No
 
 
 def test_two_engines_are_finalists_where_each_wins_at_some_batch_size() -> None:
-    """A search of a real job with the two engines of `tests/factories/two_toys.py`."""
+    """A search of a real job with the two engines of `tests/factories/waiting_toys.py`."""
     recording, state = replayed("two-toys")
     assert recording.done is not None
     assert recording.done.finalists == ("toy-per-sample-sum", "toy-any-batch-sum")

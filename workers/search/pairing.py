@@ -8,16 +8,16 @@ and the two that together gain the most become finalists: of what the search hol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, permutations
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, permutations, product
 from typing import Any
 
-from workers.search import checking, limits, timing
+from workers.search import checking, limits, timing, tuning
 from workers.search.draft import Draft
 from workers.search.limits import MOST_FINALISTS, SLOWER
 from workers.search.objective import BASELINE, TIE, ratio_of
-from workers.search.requests import Judge, TryShapes
+from workers.search.requests import Judge, Make, TryShapes
 from workers.search.state import Pair, Phase
 
 Gains = Mapping[int, float]  # batch size → gain over the original
@@ -54,13 +54,14 @@ def begin(d: Draft) -> None:
 
 
 def ask(d: Draft) -> Judge | TryShapes | None:
-    """Checks of those that would be of the two; then their timing between the sizes, or nothing more to ask."""
+    """Checks of those that would be of the two, or nothing more to ask."""
     while True:
         found = best(d)
         both = () if found is None else tuple(i for i in (found.small, found.large) if i != BASELINE)
         unknown = next((i for i in both if d[i].kept is None), None)
         if found is not None and unknown is None:
-            _agree(d, found)
+            d.state.pair = _pair(found, _table(d, (found.small, found.large)))
+            _vary(d, d.state.pair)
             return None
         if unknown is None or d.over(d.deadlines.search_until):
             d.state.phase = Phase.CHOOSING
@@ -72,17 +73,40 @@ def ask(d: Draft) -> Judge | TryShapes | None:
             return request
 
 
+def ask_varied(d: Draft) -> Make | None:
+    """Makes the two with other runtime options, which costs no build; then times them side by side once more, at sizes
+    between, too, where the time holds it."""
+    request, known = tuning.to_make(d), d.state.pair
+    if request is not None:
+        return request
+    assert known is not None
+    varied = [i for i in known.varied if d[i].alive]
+    between = sizes_between(*known.border)
+    sizes = tuple(sorted({*d.facts.batch_sizes, *between}))
+    d.state.pair, d.state.phase = replace(known, varied=tuple(varied)), Phase.CHOOSING
+    if (between or varied) and d.search_left > _seconds(d, 2 + len(varied), sizes) + _final_seconds(d):
+        window = timing.short_enough(d, limits.TUNE_SECONDS if varied else limits.SCREEN_SECONDS)
+        timing.begin(d, [*members(d), *varied], window, "timing between the batch sizes", Phase.BORDER, sizes)
+    else:
+        _pass_over(d, varied)
+    return None
+
+
 def ask_border(d: Draft) -> None:
-    """After they were timed between the sizes: the border is where one overtakes the other."""
+    """After they were timed between the sizes: the border is where one overtakes the other, each with the options that
+    gain the most at the batches that it answers."""
     known = d.state.pair
     assert known is not None
-    d.state.phase = Phase.CHOOSING
-    if not all(_eligible(d, i) for i in members(d)):
-        d.state.pair = None
-        return
-    table = _table(d, (known.small, known.large))
-    fitting = [b for b in _borders(known.small, known.large, table) if _worth_it(d, b, table)]
-    d.state.pair = _pair(max(fitting, key=lambda b: _score(b, table)), table) if fitting else None
+    d.state.pair, d.state.phase = None, Phase.CHOOSING
+    both = [i for i in (known.small, known.large) if i != BASELINE]
+    if all(_eligible(d, i) for i in both):
+        varied = [i for i in known.varied if _eligible(d, i)]
+        table = _table(d, (*both, *varied))
+        of_each = [[i, *(v for v in varied if d[v].of == i)] for i in (known.small, known.large)]
+        borders = [b for small, large in product(*of_each) for b in _borders(small, large, table)]
+        fitting = [b for b in borders if _worth_it(d, b, table)]
+        d.state.pair = _pair(max(fitting, key=lambda b: _score(b, table)), table) if fitting else None
+    _pass_over(d, [i for i in (*both, *known.varied) if i not in members(d)])
 
 
 def members(d: Draft) -> tuple[str, ...]:
@@ -98,8 +122,7 @@ def _allowed(d: Draft) -> bool:
         return False
     if not any(_eligible(d, i) and (c.kept or c.slow_elsewhere) for i, c in d.state.candidates.items()):
         return False
-    final = d.deadlines.final_seconds * 2 / (MOST_FINALISTS + 2)
-    return d.search_left > final + _seconds(d, limits.MOST_PAIRED)
+    return d.search_left > _final_seconds(d) + _seconds(d, limits.MOST_PAIRED, facts.batch_sizes)
 
 
 def _to_time(d: Draft) -> list[str]:
@@ -124,20 +147,34 @@ def _to_time(d: Draft) -> list[str]:
     return pool[: limits.MOST_PAIRED]
 
 
-def _seconds(d: Draft, engines: int) -> float:
-    return d.state.seconds_each * (engines + 1) * len(d.facts.batch_sizes)
+def _seconds(d: Draft, engines: int, sizes: Sequence[int]) -> float:
+    """What timing so many of them takes, and the original beside them."""
+    return d.state.seconds_each * (engines + 1) * len(sizes)
 
 
-def _agree(d: Draft, found: Both) -> None:
-    """Who the two are is settled; they are timed side by side once more, at sizes between, where the time holds it."""
-    d.state.pair = _pair(found, _table(d, (found.small, found.large)))
-    between = sizes_between(found.low, found.high)
-    sizes = tuple(sorted({*d.facts.batch_sizes, *between}))
-    seconds = d.state.seconds_each * 3 * len(sizes)
-    d.state.phase = Phase.CHOOSING
-    if between and d.search_left > seconds + d.deadlines.final_seconds * 2 / (MOST_FINALISTS + 2):
-        window = timing.short_enough(d, limits.SCREEN_SECONDS)
-        timing.begin(d, members(d), window, "timing between the batch sizes", Phase.BORDER, sizes)
+def _final_seconds(d: Draft) -> float:
+    """Of two more engines in the full measurement."""
+    return d.deadlines.final_seconds * 2 / (MOST_FINALISTS + 2)
+
+
+def _vary(d: Draft, known: Pair) -> None:
+    """Who the two are is settled. One that is not among the fastest at the size that counts was not tried with other
+    runtime options; where the time holds it, it is now, with those that change no values: its accuracy is known."""
+    engines = [i for i in members(d) if d[i].of is None and all(c.of != i for c in d.state.candidates.values())]
+    variants = {i: [v for v in d.variants(d[i].plan) if not v.other_values] for i in engines}
+    likely = sum(v.unlikely is None for found in variants.values() for v in found)
+    sizes = {*d.facts.batch_sizes, *sizes_between(*known.border)}
+    if likely and d.search_left > _seconds(d, 2 + likely, [*sizes]) + _final_seconds(d):
+        varied = [v for i, found in variants.items() for v in tuning.add_variants(d, i, found)]
+        known = replace(known, varied=tuple(varied))
+    d.state.pair, d.state.queue, d.state.phase = known, known.varied, Phase.PAIR_VARYING
+
+
+def _pass_over(d: Draft, ids: Iterable[str]) -> None:
+    """Of the two engines, those that shall not answer as they are loaded, and that nobody considers alone."""
+    for cid in ids:
+        if cid not in d.state.accurate:
+            d.drop(cid, "pairing", "it was to be one of two engines in a bundle, which gain no more with it")
 
 
 def sizes_between(low: int, high: int) -> tuple[int, ...]:

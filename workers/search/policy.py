@@ -67,7 +67,7 @@ class Policy:
         match request, d.state.phase:
             case Make(), Phase.MAKING:
                 making.take(d, request, answer)
-            case Make(), Phase.VARYING:
+            case Make(), (Phase.VARYING | Phase.PAIR_VARYING):
                 tuning.take(d, request, answer)
             case Time(), _:
                 timing.take(d, request, answer)
@@ -97,6 +97,7 @@ class Policy:
             Phase.VARYING: tuning.ask,
             Phase.TUNED: _tuned,
             Phase.PAIRING: pairing.ask,
+            Phase.PAIR_VARYING: pairing.ask_varied,
             Phase.BORDER: pairing.ask_border,
             Phase.CHOOSING: _choosing,
             Phase.EVERY_VARIANT: exhaustive.add_variants,

@@ -40,6 +40,7 @@ class Phase(StrEnum):
     VARYING = "varying"
     TUNED = "tuned"
     PAIRING = "pairing"
+    PAIR_VARYING = "pair varying"
     BORDER = "border"
     CHOOSING = "choosing"
     EVERY_VARIANT = "every variant"
@@ -230,13 +231,15 @@ class Mending:
 class Pair:
     """Two engines for one bundle: `small` answers batches up to `most`, `large` the others; the baseline's id stands
     for the original itself. `border`: the sizes between which one overtakes the other; nothing was timed between them.
-    `gains`: of a short timing, by id and batch size."""
+    `gains`: of a short timing, by id and batch size. `varied`: their engines with other runtime options, which are
+    still to be timed."""
 
     small: str
     large: str
     most: int
     border: tuple[int, int]
     gains: Mapping[str, Mapping[str, float]]
+    varied: tuple[str, ...] = ()
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from workers.candidates import Candidate
 from workers.search import checking, halving, limits, timing
 from workers.search.draft import Draft
 from workers.search.objective import TIE
@@ -15,19 +18,25 @@ def begin(d: Draft) -> None:
     leaders = _leaders(d, alive)
     tuned: list[str] = []
     for leader in leaders:
-        for variant in d.variants(d[leader].plan):
-            found = d[leader]
-            known = {} if variant.other_values else _accuracy_of(d, leader)
-            d.add(variant, of=leader, base=found.base, **known)
-            if variant.unlikely:
-                d.drop(variant.id, "tuning", f"not tried: {variant.unlikely}")
-            else:
-                tuned.append(variant.id)
+        tuned += add_variants(d, leader, d.variants(d[leader].plan))
     others = [i for i in alive if i in leaders or _ties(d, i, leaders)]
     late = d.deadlines.search_until - _seconds(d, len(others) + len(tuned))
     d.state.tuned = tuple(i for i in tuned if not d.too_late(i, late, "tuning"))
     d.state.queue, d.state.others = d.state.tuned, tuple(others)
     d.state.phase = Phase.VARYING
+
+
+def add_variants(d: Draft, leader: str, variants: Iterable[Candidate]) -> list[str]:
+    """Other runtime options of this engine, as candidates of their own; those that are worth a try."""
+    tuned = []
+    for variant in variants:
+        known = {} if variant.other_values else _accuracy_of(d, leader)
+        d.add(variant, of=leader, base=d[leader].base, **known)
+        if variant.unlikely:
+            d.drop(variant.id, "tuning", f"not tried: {variant.unlikely}")
+        else:
+            tuned.append(variant.id)
+    return tuned
 
 
 def _leaders(d: Draft, alive: list[str]) -> list[str]:
@@ -59,10 +68,9 @@ def _seconds(d: Draft, engines: int) -> float:
 
 def ask(d: Draft) -> Make | None:
     """Builds the variants, which costs no build; then times them. None where that is begun, or not worth it."""
-    while d.state.queue:
-        if not d.too_late(d.state.queue[0], d.deadlines.search_until, "tuning"):
-            return Make(d.subject(d.state.queue[0]), d.deadlines.search_until)
-        d.state.queue = d.state.queue[1:]
+    request = to_make(d)
+    if request is not None:
+        return request
     tuned = [i for i in d.state.tuned if d[i].refused is None]
     timed = {b for i in d.state.others for b in (d[i].figures or {}).get("batches", ())}
     untimed = {str(b) for b in d.facts.batch_sizes} - timed
@@ -72,6 +80,15 @@ def ask(d: Draft) -> Make | None:
     if tuned or (untimed and d.state.others and d.search_left > seconds):
         window = timing.short_enough(d, limits.TUNE_SECONDS)
         timing.begin(d, [*d.state.others, *tuned], window, "timing of runtime options", Phase.TUNED)
+    return None
+
+
+def to_make(d: Draft) -> Make | None:
+    """The next one of the queue for which there is time."""
+    while d.state.queue:
+        if not d.too_late(d.state.queue[0], d.deadlines.search_until, "tuning"):
+            return Make(d.subject(d.state.queue[0]), d.deadlines.search_until)
+        d.state.queue = d.state.queue[1:]
     return None
 
 
