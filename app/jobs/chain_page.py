@@ -5,6 +5,7 @@ from __future__ import annotations
 from app.jobs.page_parts import Json, objects, part_of, rows_table, text
 
 _MODELS = {"place": "", "name": "model", "format": "format", "given": "goes to", "takes": "takes", "gives": "gives"}
+_PROGRAM = "pt2"
 _ENGINES = {"backend": "engine for", "size_mb": "MB on disk"}
 _SHIPS = {
     "merged": "One engine of the whole ships.",
@@ -35,5 +36,7 @@ def chain(told: Json) -> str:
     columns = _MODELS | (_ENGINES if any(row["backend"] for row in rows) else {})
     ships = _SHIPS.get(str(told.get("deploy")), "")
     why = f" {text(told['reason'])}." if told.get("reason") else ""
-    said = f"{ships}{why} The original that it is compared with is the chain of the originals in one graph."
+    programs = any(model.get("format") == _PROGRAM for model in models)
+    became = " What was uploaded as .pt2 became ONNX first, and backends of .pt2 were not tried." if programs else ""
+    said = f"{ships}{why}{became} The original that it is compared with is the chain of the originals in one graph."
     return f"<p class=sub>{said}</p>{rows_table(rows, columns, 8)}"

@@ -448,6 +448,7 @@ def test_the_page_tells_the_chain_and_escapes_its_names() -> None:
     assert "e → z" in page
     assert "&lt;b&gt;one" in page
     assert "no engines &lt;i&gt;." in page
+    assert "What was uploaded as .pt2 became ONNX first" in page
     assert "engine for" not in page, "one engine of the whole ships"
     told["models"][1]["engine"] = {"folder": "part_2", "backend": "b<", "size_mb": 1.5, "runtime": {}}
     page = report_page({"analysis": {"model": "one then two"}, "chain": told}, "job_1")

@@ -70,6 +70,9 @@ def test_a_worker_without_pytorch_says_what_a_program_would_bring() -> None:
     assert told("cnn", hardware={"gpu": {"compute_capability": "8.6"}})[0].endswith("GPU was not measured.")
     assert "What that brings on a CPU was not measured" in told("cnn")[0]
     assert told("cnn", spec={"target": {"backends": ["onnxruntime"]}}) == []
+    (reason,) = told("cnn", hardware=h100, spec={"chain": {"then": [{"model_id": "mdl_y"}]}})
+    assert "those uploaded as .pt2, too" in reason, "of a chain nothing is promised that it would not get"
+    assert "H100" not in reason
 
 
 def test_without_dot_product_instructions_the_range_is_reduced() -> None:

@@ -42,12 +42,18 @@ ON_HOPPER = Measured(
         ),
     },
 )
+_IN_A_CHAIN = (
+    "only for a .pt2 by itself: the models of a chain become one ONNX graph before anything is tried, those uploaded "
+    "as .pt2, too. A job of such a model alone has it compiled."
+)
 _HOPPER = 9.0  # compute capability
 
 
 def only_for_programs(case: Case, *, here: bool = True) -> str:
-    """Why there is no candidate for an ONNX upload, and what a program would bring. `here`: whether this worker could
-    compile one."""
+    """Why there is no candidate for an ONNX upload, and what a program would bring; or for a chain. `here`: whether
+    this worker could compile a program."""
+    if case.spec.chain is not None:
+        return _IN_A_CHAIN
     half = "fp16 and bf16" if case.hardware.get("gpu") else "bf16" if case.bf16_pays else None
     gains = f", in fp32 and {half}" if half else ", in fp32"
     able = "would be compiled for this machine, too" if here else "would be compiled by a worker that has PyTorch"
