@@ -16,6 +16,7 @@ from workers.artifacts import ONNX
 
 # Instructions with which int8 gains: dot products of bytes (x86 VNNI and AMX, Arm dot product).
 INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+_EACH = "each"  # runtime option of engines in a chain: those of all of them
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -92,7 +93,7 @@ class Candidate:
 
     @property
     def recipe(self) -> str:
-        options = ", ".join(f"{k}={v}" for k, v in sorted(self.runtime.items()))
+        options = ", ".join(f"{k}={v}" for k, v in sorted(self.runtime.get(_EACH, self.runtime).items()))
         steps = [told for told, _ in groupby(step.group or step.describe() for step in self.steps)]
         return " → ".join([*steps, "build"]) + (f" [{options}]" if options else "")
 
@@ -107,14 +108,14 @@ class Candidate:
             self,
             backend=backend,
             build_options={"backend": self.backend, "options": dict(self.build_options)},
-            runtime={"each": dict(self.runtime)} if self.runtime else {},
+            runtime={_EACH: dict(self.runtime)} if self.runtime else {},
         )
 
     def unlinked(self) -> Candidate:
         """What `linked` was called on."""
         built = self.build_options
         return replace(
-            self, backend=built["backend"], build_options=built["options"], runtime=self.runtime.get("each", {})
+            self, backend=built["backend"], build_options=built["options"], runtime=self.runtime.get(_EACH, {})
         )
 
     def variant(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from workers.candidates import Candidate, Step
-from workers.pipeline.ablation import Part, parts
+from workers.pipeline.ablation import Part, alone, parts
 
 SIMPLIFY = Step("simplify", {"fusions": False})
 QUANTIZE = Step("quantize", {"recipe": "static_int8", "exclude_nodes": ["n1", "n2"]}, ("calibration",))
@@ -66,3 +66,26 @@ def test_another_backend_is_held_against_the_nearest_that_onnxruntime_runs() -> 
     alone = next(p for p in parts(picked, [picked], {}, "onnxruntime") if "in place of" in p.name)
     assert alone.without is None
     assert "no int8 configuration" in str(alone.reason)
+
+
+def test_engines_of_a_chain_have_the_parts_of_each() -> None:
+    """Their runtime options are named as those of one engine are, and left out in all of them."""
+    each = {"inference_precision": "bf16", "threads": 1}
+    picked = _candidate((SIMPLIFY,), "openvino", runtime=each).linked("chained")
+    assert picked.recipe == "simplify → build [inference_precision=bf16, threads=1]"
+    assert alone(picked) == _candidate((SIMPLIFY,), "openvino", runtime=each)
+    found = parts(picked, [], {"inference_precision": "f32"}, "onnxruntime")
+    assert _names(found) == [
+        "ONNX simplification",
+        "an engine of each model in place of one of the whole",
+        "bf16 arithmetic for what is not quantized",
+        "runtime options (threads=1)",
+    ]
+    without = [p.without for p in found]
+    assert [c.backend for c in without if c] == ["chained", "openvino", "chained", "chained"]
+    assert [c.runtime for c in without if c] == [
+        {"each": each},
+        each,
+        {"each": {"inference_precision": "f32", "threads": 1}},
+        {"each": {"inference_precision": "bf16"}},
+    ]

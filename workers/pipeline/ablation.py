@@ -26,12 +26,21 @@ def parts(
     picked: Candidate, others: Sequence[Candidate], defaults: dict[str, Any], baseline_backend: str
 ) -> list[Part]:
     """The parts of `picked`, in the order they are applied. `others`: the configurations that were built, for a
-    stand-in where the backend is left out, and `baseline_backend` is in its place. `defaults`: the backend's runtime
-    options for plain float32."""
+    stand-in where the backend is left out, and `baseline_backend` is in its place. `defaults`: runtime options of plain
+    float32, of the backend of `alone(picked)`."""
     found = [p for i in range(len(picked.steps)) for p in _step_parts(picked, i)]
     found += _backend_part(picked, others, baseline_backend)
-    found += _runtime_parts(picked, defaults)
+    one = alone(picked)
+    for part in _runtime_parts(one, defaults):
+        without = part.without if one is picked or part.without is None else part.without.linked(picked.backend)
+        found.append(replace(part, without=without))
     return [replace(p, without=_renamed(p.without, i)) if p.without else p for i, p in enumerate(found)]
+
+
+def alone(picked: Candidate) -> Candidate:
+    """What each engine of a chain is; the candidate itself where it has one engine."""
+    kind = backends().get(picked.backend)
+    return picked.unlinked() if kind is not None and kind.engine_format == CHAINED else picked
 
 
 def _step_parts(picked: Candidate, index: int) -> list[Part]:
@@ -77,9 +86,9 @@ def _with(picked: Candidate, index: int, step: Step | None) -> Candidate:
 def _backend_part(picked: Candidate, others: Sequence[Candidate], baseline: str) -> list[Part]:
     """The backend left out: the baseline's on the same graph, or on its own graph of the same precision where this one
     is the backend's alone."""
-    kind = backends().get(picked.backend)
-    if kind is not None and kind.engine_format == CHAINED:
-        return [Part("an engine of each model in place of one of the whole", picked.unlinked())]
+    one = alone(picked)
+    if one is not picked:
+        return [Part("an engine of each model in place of one of the whole", one)]
     if picked.backend == baseline:
         return []
     name = f"{picked.backend} in place of {baseline}"

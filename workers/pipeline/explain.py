@@ -19,7 +19,7 @@ from app.domain.artifact_key import ArtifactRef
 from app.domain.failures import StageFailure
 from app.jobs.ledger import LeaseLost
 from workers.kernel import Backend, stages
-from workers.pipeline.ablation import Part, parts
+from workers.pipeline.ablation import Part, alone, parts
 from workers.pipeline.budget import LEAST_EXPLAINED_S, Budget
 from workers.pipeline.candidate_run import CandidateRun
 from workers.pipeline.evaluate import SEED, Evaluator
@@ -135,7 +135,7 @@ class Explainer:
             return ()
         until = self.budget.elapsed() + _ABLATION_SHARE * self.budget.left(self.budget.end)
         others = [r.plan for r in self.proof.runs if r.build is not None]
-        defaults = dict(self.backends[picked.plan.backend].plain_runtime)
+        defaults = dict(self.backends[alone(picked.plan).backend].plain_runtime)
         wanted = parts(picked.plan, others, defaults, self.proof.baseline_backend)
         tried = self._all_without(wanted, picked, until)
         made = [item.run for item in tried.values() if item.run is not None]
