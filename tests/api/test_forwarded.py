@@ -22,7 +22,7 @@ PROXY, STRANGER = "127.0.0.1", "127.0.0.9"
 
 
 @pytest.fixture
-def strict(settings: Settings) -> Settings:
+def strict(settings: Settings, one_minute: None) -> Settings:
     """One attempt to sign in, one wrong key and two connections from an address; a proxy is trusted."""
     most = {"sign_ins_per_minute": 1, "wrong_keys_per_minute": 1, "connections_per_address": 2}
     limits = settings.limits.model_copy(update=most)

@@ -285,6 +285,7 @@ def test_a_session_ends_by_time_and_with_the_provider_away(flow: Flow) -> None:
         assert browser.post("/logout", data={"csrf": token}).headers["location"] == "/login"
 
 
+@pytest.mark.usefixtures("one_minute")
 def test_attempts_are_counted_by_address(settings: Settings) -> None:
     with local_provider() as provider:
         changed = {

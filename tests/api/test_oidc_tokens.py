@@ -290,6 +290,7 @@ def test_a_provider_that_was_never_there(settings: Settings) -> None:
             assert trusting.ask(provider.token()).status_code == 200
 
 
+@pytest.mark.usefixtures("one_minute")
 def test_claims_become_a_tenant_and_a_role_or_nothing(trusting: Trusting) -> None:
     provider = trusting.provider
     provider.publish(signer("one"))

@@ -315,6 +315,7 @@ def test_jobs_beyond_the_plan_wait_outside(
     assert (usage["jobs_queued"], usage["jobs_running"]) == (2, 0)
 
 
+@pytest.mark.usefixtures("one_minute")
 def test_one_who_asks_too_often_is_told_when_to_come_again(keyed: tuple[str, Services], alice: httpx.Client) -> None:
     url, services = keyed
     assert "ratelimit-limit" not in alice.get("/v1/jobs").headers
@@ -334,6 +335,7 @@ def test_one_who_asks_too_often_is_told_when_to_come_again(keyed: tuple[str, Ser
     assert alice.get("/v1/jobs").status_code == 200
 
 
+@pytest.mark.usefixtures("one_minute")
 def test_an_address_may_not_ask_with_wrong_keys_without_end(settings: Settings) -> None:
     limits = settings.limits.model_copy(update={"wrong_keys_per_minute": 3})
     app = create_app(settings.model_copy(update={"require_keys": True, "limits": limits}), dispatch=lambda job: True)
@@ -347,6 +349,7 @@ def test_an_address_may_not_ask_with_wrong_keys_without_end(settings: Settings) 
         assert client.get("/v1/jobs", headers={"Authorization": f"Bearer {right}"}).status_code == 200
 
 
+@pytest.mark.usefixtures("one_minute")
 def test_an_address_may_not_try_keys_without_end(settings: Settings) -> None:
     limits = settings.limits.model_copy(update={"sign_ins_per_minute": 3})
     app = create_app(settings.model_copy(update={"require_keys": True, "limits": limits}), dispatch=lambda job: True)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.factories.deployment import Deployment, deployment, kill
 from tests.factories.onnx_models import mlp, save_external
+from tests.factories.pace import paced
 from tests.integrations.chromium import chromium
 from tests.integrations.environments import REPOSITORY, environment
 
@@ -28,7 +29,7 @@ def test_a_person_uses_the_pages(tmp_path: Path) -> None:
         deployed.wait_ready(60)
         wide = save_external(mlp(), tmp_path / "wide.onnx", location="wide.onnx.data")
         files = [*(str(DIGITS / name) for name in ("model.onnx", "validation.npz")), str(wide)]
-        command = [str(python), str(CHECK), browser, deployed.url, key, str(shots), *files]
+        command = [str(python), str(CHECK), browser, deployed.url, key, str(shots), *files, str(paced(40))]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
