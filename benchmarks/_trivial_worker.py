@@ -23,19 +23,20 @@ from app.settings import load_settings
 from workers import attempts
 from workers.__main__ import main
 
-FOLDER, SECONDS = Path(sys.argv[1]), float(sys.argv[2])
+SECONDS = float(sys.argv[2])
+NOTES = Path(sys.argv[1]) / load_settings().worker.name  # once: to read the settings takes milliseconds
 
 
 class Trivial:
     """In the place of the optimizer."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.notes = FOLDER / load_settings().worker.name
+        pass
 
     def run(self) -> None:
         began = time.monotonic()
         time.sleep(SECONDS)
-        with self.notes.open("a") as notes:
+        with NOTES.open("a") as notes:
             notes.write(f"{began} {time.monotonic()}\n")
         raise StageFailure("trivial", "There was nothing to do.", FailureKind.MODEL)
 
