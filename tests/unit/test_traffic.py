@@ -378,6 +378,14 @@ def test_time_is_kept_for_the_traffic_and_given_back() -> None:
     assert small.kept == 0
 
 
+def test_a_job_that_is_taken_up_late_keeps_nothing_for_traffic() -> None:
+    """It would be over before it began: a worker killed in its last stage cost a job of 120 s with traffic."""
+    budget = Budget(120, spent=96.0)
+    budget.keep_for_traffic()
+    assert budget.kept == 0
+    assert not budget.over(budget.end)
+
+
 def test_a_traffic_s_own_defaults() -> None:
     told = Traffic.model_validate({"slo": SLO})
     assert (told.arrival, told.batch_mix, told.shape_mix, told.trace_gaps) == ("poisson", {1: 1.0}, None, "refuse")

@@ -53,9 +53,10 @@ class Budget:
         self.make_until = now + _MAKE_SHARE * search
 
     def keep_for_traffic(self) -> None:
-        """Let all phases end earlier, until `give_back`. A small budget keeps nothing: what proves the engine comes
-        first."""
-        self.kept = min(_TRAFFIC_SHARE * max(self.seconds - _TRAFFIC_BEYOND_S, 0.0), _MOST_TRAFFIC_S)
+        """Let all phases end earlier, until `give_back`. A small budget keeps nothing, nor does one of which an attempt
+        that was lost has left little: what proves the engine comes first."""
+        left = self.seconds - self.elapsed()
+        self.kept = min(_TRAFFIC_SHARE * max(left - _TRAFFIC_BEYOND_S, 0.0), _MOST_TRAFFIC_S)
         self.share(0.0, 0)
 
     def give_back(self) -> None:
