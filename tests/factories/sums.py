@@ -30,7 +30,7 @@ def added(model: ModelProto) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]
 
 
 def seconds_of(model: ModelProto) -> float:
-    """What one sample takes in ONNX Runtime here, beside nothing else: the shortest of many, for the machine may be busy
+    """What one sample takes in ONNX Runtime here, beside nothing else: the shortest of many: the machine may be busy
     now and quiet when the job measures."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
