@@ -62,12 +62,12 @@ else
 endif
 
 # What the bundles are for, each in an environment of its own (tests/integrations/requirements-*.txt), kept by its digest;
-# and the cluster, as far as a minute goes. Two at a time: half of it waits for downloads and for servers.
+# and the cluster, as far as a minute goes.
 # First those of what is shipped, should the time not be enough for all (.ci/run).
 BUNDLES := tests/cluster/test_whole.py $(addprefix tests/integrations/test_,triton.py serve.py kubernetes.py)
 test-integrations: $(VENV)/.dev
 	@status=0; \
-	$(BIN)/python -m pytest --cache-clear $(ENDS) $(SLOWEST) -n 2 --dist loadfile --no-loadscope-reorder $(BUNDLES) tests/integrations $(PYTEST_ARGS) || status=$$?; \
+	$(BIN)/python -m pytest --cache-clear $(SLOWEST) $(BUNDLES) tests/integrations $(PYTEST_ARGS) || status=$$?; \
 	case $$status in 0) ;; 1) $(BIN)/python -m tests.again ;; *) exit $$status ;; esac
 
 # The tests of the release before on the schema of this one, then an upgrade under load with more jobs (docs/upgrades.md).

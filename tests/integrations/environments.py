@@ -32,13 +32,12 @@ def environment(name: str) -> Path:
     with requirements.open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "installed").is_file():
-            for stale in FOLDER.glob(f"{name}-*"):
+            for stale in FOLDER.glob(f"{name}-{'?' * len(digest)}"):  # not those of NAME-more
                 shutil.rmtree(stale)
-            # Our own pip installs into it, and compiles nothing that is then not imported: half the time.
-            _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
-            pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
-            what = ["--no-compile", "--no-deps", "--requirement", str(requirements)]
-            _run([*pip, "install", "--quiet", "--disable-pip-version-check", *what])
+            _run([sys.executable, "-m", "venv", str(folder)])
+            pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            # Python compiles what is imported: a fraction of it.
+            _run([*pip, "--no-compile", "--no-deps", "--requirement", str(requirements)])
             (folder / "installed").touch()
     return folder
 
@@ -55,7 +54,7 @@ def node_environment(name: str) -> Path:
     with files[1].open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "installed").is_file():
-            for stale in FOLDER.glob(f"{name}-*"):
+            for stale in FOLDER.glob(f"{name}-{'?' * len(digest)}"):
                 shutil.rmtree(stale)
             folder.mkdir(parents=True)
             for file in files:
