@@ -34,7 +34,9 @@ HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8)
 # By where their memory lies, mostly; the job measures the original against itself in two of them (its A/A).
 PROCESSES_DIFFER = 1.05
-BUDGET_S = 14  # the demo shall be short; the best so far ships when it runs out
+# The demo shall be short: the best so far ships when the first one runs out. A machine that is too busy for anything to
+# be compared in it gets the second.
+BUDGETS_S = (14, 60)
 
 
 class DemoFailed(Exception):
@@ -54,14 +56,25 @@ def optimize(screen: Screen, client: Client, min_seconds: float) -> dict[str, An
     screen.line(f"  calibration  {clean(calibration['id'])}")
     screen.line(f"  validation   {clean(validation['id'])}  (held apart: the model never saw it)")
     screen.title("Optimize")
-    job = client.submit(
-        model_id=model["id"],
-        calibration={"dataset_id": calibration["id"]},
-        validation={"dataset_id": validation["id"], "max_accuracy_loss_percent": 1.0},
-        benchmark={"batch_sizes": list(BATCH_SIZES), "min_seconds": min_seconds},
-        budget_seconds=BUDGET_S,
-    )
-    return client.wait(job["id"], on_event=Progress(screen))
+    spec = {
+        "model_id": model["id"],
+        "calibration": {"dataset_id": calibration["id"]},
+        "validation": {"dataset_id": validation["id"], "max_accuracy_loss_percent": 1.0},
+        "benchmark": {"batch_sizes": list(BATCH_SIZES), "min_seconds": min_seconds},
+    }
+    return within(screen, client, spec, *BUDGETS_S)
+
+
+def within(screen: Screen, client: Client, spec: Mapping[str, Any], seconds: int, *more: int) -> dict[str, Any]:
+    """The job that succeeded: in so many seconds, or in more, where they do not hold the original's measurement."""
+    job = client.submit({**spec, "budget_seconds": seconds})
+    try:
+        return client.wait(job["id"], on_event=Progress(screen))
+    except JobFailed as failed:
+        if failed.code != "budget_too_small" or not more:
+            raise
+    screen.line(f"  {seconds} s are too few on this machine, as busy as it is: once more, with {more[0]} s.")
+    return within(screen, client, spec, *more)
 
 
 def unpack(bundle: Path, folder: Path) -> Path:

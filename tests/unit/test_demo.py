@@ -57,3 +57,31 @@ def test_each_runs_in_a_process_of_its_own(digits: tuple[Any, Any], monkeypatch:
     finally:
         for process in processes:
             process.close()
+
+
+def test_a_machine_that_is_too_busy_gets_more_time(digits: tuple[Any, Any]) -> None:
+    demo, _ = digits
+    asked, said = [], []
+
+    class Busy:
+        def submit(self, spec: dict[str, Any]) -> dict[str, Any]:
+            asked.append(spec["budget_seconds"])
+            return {"id": str(len(asked))}
+
+        def wait(self, job_id: str, **_: Any) -> dict[str, Any]:
+            if asked[-1] < 60:
+                error = {"code": "budget_too_small", "detail": "It ended.", "remedy": None, "stage": None}
+                raise demo.JobFailed({"id": job_id, "status": "failed", "error": error})
+            return {"id": job_id}
+
+    class Screen:
+        line = said.append
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    assert demo.within(Screen(), Busy(), {}, *demo.BUDGETS_S) == {"id": "2"}
+    assert asked == [14, 60]
+    assert "14 s are too few" in said[0]
+    with pytest.raises(demo.JobFailed):
+        demo.within(Screen(), Busy(), {}, 14)
