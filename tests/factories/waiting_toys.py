@@ -76,12 +76,12 @@ class _Toy(ToyBackend):
 
 class PerSample(_Toy):
     name: ClassVar[str] = "toy-per-sample"
-    waits: ClassVar[tuple[float, float]] = (0.15 * _ORIGINAL_S, 0.0)
+    waits: ClassVar[tuple[float, float]] = (0.25 * _ORIGINAL_S, 0.0)
 
 
 class AnyBatch(_Toy):
     name: ClassVar[str] = "toy-any-batch"
-    waits: ClassVar[tuple[float, float]] = (0.0, 0.3 * _ORIGINAL_S)
+    waits: ClassVar[tuple[float, float]] = (0.0, 0.5 * _ORIGINAL_S)
 
 
 class OfAnyGraph(_Toy):
