@@ -30,8 +30,8 @@ def added(model: ModelProto) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]
 
 
 def seconds_of(model: ModelProto) -> float:
-    """What one sample takes in ONNX Runtime here, beside nothing else: the shortest of many: the machine may be busy
-    now and quiet when the job measures."""
+    """What one sample takes in ONNX Runtime here beside nothing else: the shortest of many calls, for the machine may
+    be busy now and quiet when the job measures."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

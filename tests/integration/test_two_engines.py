@@ -62,9 +62,8 @@ def _check_report(report: dict[str, Any]) -> None:
     at = {row["batch"]: row for row in both["batches"]}
     for size in (1, 16):
         assert at[size]["speedup_ci"][0] > 1.0, "never slower, at every batch size that was asked for"
-    assert (
-        at[16]["small_speedup"] < at[16]["large_speedup"]
-    )  # below 1, unless the machine was busy just for the original
+    # The small one's is below 1, unless the machine was busy just when the original was timed.
+    assert at[16]["small_speedup"] < at[16]["large_speedup"]
     assert both["costs"]["memory_mb"] > 0
     assert both["costs"]["cold_start_ms"] > 0
     candidates = {c["id"]: c for c in report["candidates"]}
