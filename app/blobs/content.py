@@ -143,16 +143,18 @@ class ContentStore:
     def record(self, session: Session, seen: Sighting, sizes: Mapping[str, int]) -> None:
         """Note in the database that the tenant holds these blobs, digest → bytes (idempotent). Raises `BlobNotFound`
         where one was removed since it was seen; from here to the end of the transaction none can be."""
+        if not sizes:
+            return
         digests = sorted(sizes)
         lock_blobs(session, seen.tenant_id, digests)
         removals = select(BlobRemoval.sha256, BlobRemoval.id)
         removals = removals.where(BlobRemoval.tenant_id == seen.tenant_id, BlobRemoval.sha256.in_(digests))
-        marks: dict[str, str] = {row.sha256: row.id for row in session.execute(removals)} if digests else {}
+        marks: dict[str, str] = {row.sha256: row.id for row in session.execute(removals)}
         for sha256 in digests:
             if marks.get(sha256) != seen.marks[sha256]:
                 raise BlobNotFound(sha256)
         known = select(Blob.sha256).where(Blob.tenant_id == seen.tenant_id, Blob.sha256.in_(digests))
-        there = {*session.scalars(known)} if digests else set()
+        there = {*session.scalars(known)}
         session.add_all(
             Blob(tenant_id=seen.tenant_id, sha256=sha256, size_bytes=sizes[sha256])
             for sha256 in digests

@@ -44,8 +44,9 @@ def write_noted(session: Session) -> None:
 def _more(dialect: str) -> Executable:
     """Adds `more` to what stands under the name `of` and the label `by`. Composed once for each dialect."""
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    row = insert(OperationCount).values(name=bindparam("of"), label=bindparam("by"), value=bindparam("more"))
-    more = {"value": OperationCount.value + row.excluded.value}
+    table = OperationCount.metadata.tables[OperationCount.__tablename__]
+    row = insert(table).values(name=bindparam("of"), label=bindparam("by"), value=bindparam("more"))
+    more = {"value": table.c.value + row.excluded.value}
     return row.on_conflict_do_update(index_elements=["name", "label"], set_=more)
 
 

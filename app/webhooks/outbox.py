@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Row, bindparam, select, update
 from sqlalchemy.orm import Session
 
 from app.db.base import utcnow
@@ -21,16 +21,20 @@ _TOLD = (
     Job.id, Job.tenant_id, Job.model_id, Job.parent_id, Job.status, Job.queue, Job.error, Job.engine_ids,
     Job.report_sha256, Job.manifest_sha256, Job.webhook_url, Job.webhook_attempts, Job.created_at, Job.finished_at,
 )  # fmt: skip
-# Composed once: it is asked at every job's end, and composing it costs more than the database takes to answer it.
+# Composed once, and of the table: it is asked at every job's end, and composing it costs more than the database takes
+# to answer it.
+_ENDPOINT = WebhookEndpoint.metadata.tables[WebhookEndpoint.__tablename__].c
 _ENDPOINTS = (
-    select(WebhookEndpoint)
+    select(_ENDPOINT.id, _ENDPOINT.url, _ENDPOINT.events, _ENDPOINT.created_at)
     .where(
-        WebhookEndpoint.tenant_id == bindparam("tenant_id"),
-        WebhookEndpoint.disabled_at.is_(None),
-        WebhookEndpoint.deleted_at.is_(None),
+        _ENDPOINT.tenant_id == bindparam("tenant_id"),
+        _ENDPOINT.disabled_at.is_(None),
+        _ENDPOINT.deleted_at.is_(None),
     )
-    .order_by(WebhookEndpoint.id)
+    .order_by(_ENDPOINT.id)
 )
+
+_Endpoint = Row[str, str, list[str] | None, datetime]
 
 
 def receiver_of(url: str) -> str:
@@ -69,7 +73,7 @@ def tell_late(session: Session, job_id: str) -> None:
         _tell(session, job, [endpoint for endpoint in endpoints if endpoint.created_at <= job.finished_at])
 
 
-def _tell(session: Session, job: Job, endpoints: Sequence[WebhookEndpoint]) -> None:
+def _tell(session: Session, job: Job, endpoints: Sequence[_Endpoint]) -> None:
     if not endpoints:
         return
     message = JobEnded.of(job)
@@ -144,6 +148,6 @@ def _told(session: Session, job_id: str) -> Job:
     return Job(**session.execute(select(*_TOLD).where(Job.id == job_id)).one()._mapping)
 
 
-def _listening(session: Session, tenant_id: str, event: str) -> Sequence[WebhookEndpoint]:
-    found = session.scalars(_ENDPOINTS, {"tenant_id": tenant_id})
+def _listening(session: Session, tenant_id: str, event: str) -> Sequence[_Endpoint]:
+    found = session.execute(_ENDPOINTS, {"tenant_id": tenant_id})
     return [endpoint for endpoint in found if endpoint.events is None or event in endpoint.events]
