@@ -232,6 +232,7 @@ class Backend(ABC):
     signed: ClassVar[bool] = False  # its engines are native code, and load only with the key that signed them
     plain_runtime: ClassVar[Mapping[str, Any]] = {}  # runtime options of a plain float32 session
     shares_cache: ClassVar[bool] = False  # its builds keep a cache that all workers share (`shared_caches`)
+    uses_tmp: ClassVar[bool] = False  # its library writes to /tmp, whatever TMPDIR says: such a call has its own
     uses_cache: ClassVar[bool] = False  # it writes to the installation's cache folder, where no other call reaches it
     stops: ClassVar[bool] = False  # its build takes the option `max_seconds`, and ends by itself
     script_libraries: ClassVar[tuple[str, ...]] = ()  # what `infer_script` imports beside `libraries`

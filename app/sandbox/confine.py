@@ -22,15 +22,21 @@ def confine(policy: Policy, grounds: Grounds, features: Features) -> int | None:
     caller sees to that anew. Where the policy wants processes counted, the answer is the descriptor by which that is
     done (`processes.wait_counting`), for somebody else: without it none is started. Raises OSError, and the process is
     not to be used then."""
+    tmp = ""
     if features.namespaces and policy.processes:
+        tmp = _own_tmp(policy, grounds)
         namespaces.enter(
             network=policy.loopback,
             shared_memory_bytes=policy.shared_memory_bytes,
             settings_read_only=policy.names_threads,
+            tmp=tmp,
         )
     syscalls.no_new_privileges()
     if features.landlock:
-        _ruleset(policy, grounds, features).enforce()
+        rules = _ruleset(policy, grounds, features)
+        if tmp:  # the folder that is mounted there
+            rules.allow((namespaces.TMP,), landlock.OWN, follow=False)
+        rules.enforce()
     # Where files are kept apart by Landlock, root may go on reading what belongs to other users.
     kept = (syscalls.CAP_DAC_OVERRIDE, syscalls.CAP_DAC_READ_SEARCH) if features.landlock else ()
     syscalls.drop_capabilities(kept)
@@ -45,6 +51,14 @@ def confine(policy: Policy, grounds: Grounds, features: Features) -> int | None:
         counted=policy.counted and features.counting,
         truncates=not features.landlock or features.landlock >= 3,
     ).enforce()
+
+
+def _own_tmp(policy: Policy, grounds: Grounds) -> str:
+    """Its folder, unless something that is reached lies in the machine's /tmp: it would be out of reach then."""
+    reached = (*grounds.read, *grounds.listed, *policy.read, *policy.inputs, *policy.own, *policy.shared)
+    if any(Path(path).is_relative_to(namespaces.TMP) for path in reached):
+        return ""
+    return policy.tmp
 
 
 def close_descriptors(keep: Iterable[int]) -> None:

@@ -1,6 +1,6 @@
 """A process's own view of the machine: network (loopback, with nobody else on it), shared memory, users, and where
-asked for the kernel's settings as files that nobody writes to. The kernel
-makes it for an ordinary user too, where that is not turned off (containers, hardened distributions)."""
+asked for the kernel's settings as files that nobody writes to, and a /tmp of its own. The kernel makes it for an
+ordinary user too, where that is not turned off (containers, hardened distributions)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS = 2, 4, 8
 _BIND, _HERE, _WHOLE, _READ_ONLY = 0x1000, -100, 0x8000, 1  # MS_BIND, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a mount of the process's own is what is made here)
+TMP = "/tmp"  # noqa: S108 (likewise)
 
 
 class _Attributes(ctypes.Structure):
@@ -30,10 +31,11 @@ class _Attributes(ctypes.Structure):
     )
 
 
-def enter(*, network: bool, shared_memory_bytes: int, settings_read_only: bool = False) -> None:
+def enter(*, network: bool, shared_memory_bytes: int, settings_read_only: bool = False, tmp: str = "") -> None:
     """This process, which has one thread, gets its own; root loses its power over the machine. `network`: a loopback of
-    its own; else the network stays as it is. `settings_read_only`: of /proc all that is no process's. Raises OSError,
-    and the process is not to be used then."""
+    its own; else the network stays as it is. `settings_read_only`: of /proc all that is no process's. `tmp`: the folder
+    that is /tmp from now on, if any; what lies in the machine's is not there any more. Raises OSError, and the process
+    is not to be used then."""
     user, group = os.geteuid(), os.getegid()
     syscalls.call("unshare", _NEW_USERS | _NEW_MOUNTS | _NEW_IPC | (_NEW_NETWORK if network else 0))
     own = Path("/proc/self")
@@ -48,6 +50,8 @@ def enter(*, network: bool, shared_memory_bytes: int, settings_read_only: bool =
         for entry in [*Path("/proc").iterdir()]:
             if not entry.name.isdecimal() and not entry.is_symlink():
                 _protect(str(entry))
+    if tmp:
+        syscalls.mount(tmp, TMP, "", _BIND, "")
     if network:
         _start_loopback()
 

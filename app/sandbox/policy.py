@@ -33,9 +33,10 @@ class Policy:
     """Folders and files by what may be done with them: `read` (and started), `listed`, `inputs` (read only), `own`
     (everything), `shared` (written to, no links), `folders` (empty ones are made and removed), `devices`. What is in
     none of them is out of reach. `loopback`: TCP on this machine; without it there is no network. `packets`: local
-    sockets of that kind. `names_threads`: as CUDA does, which writes below /proc for it and ends where it cannot.
-    `processes`: whether any may be started; `counted`: each is asked for. `shared_memory_bytes`:
-    of /dev/shm, which is its own where that can be; 0 = none."""
+    sockets of that kind. `tmp`: a folder of its own that is /tmp for it, where the machine has namespaces and nothing
+    else that it reaches lies there. `names_threads`: as CUDA does, which writes below /proc for it and ends where it
+    cannot. `processes`: whether any may be started; `counted`: each is asked for. `shared_memory_bytes`: of /dev/shm,
+    which is its own where that can be; 0 = none."""
 
     read: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
@@ -46,6 +47,7 @@ class Policy:
     devices: tuple[str, ...] = PLAIN_DEVICES
     loopback: bool = False
     packets: bool = False
+    tmp: str = ""
     names_threads: bool = False
     processes: bool = True
     counted: bool = False

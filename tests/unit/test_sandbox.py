@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,43 @@ def test_settings_say_what_is_hidden(tmp_path: Path) -> None:
     assert host.read == ("/opt/a", "/opt/b")
     assert {Path(p).name for p in host.hidden} == {"home", "key", "blobs", "db"}
     assert Host.from_json(json.loads(json.dumps(host.to_json()))) == host
+
+
+OWN_TMP = """
+import json, os, sys, tempfile
+from pathlib import Path
+from app.sandbox.confine import confine
+from app.sandbox.features import Features
+from app.sandbox.policy import Grounds, Host, Policy
+folder, read = map(Path, sys.argv[2:])
+policy = Policy(inputs=(str(read),), own=(str(folder),), tmp=str(folder / "tmp"), shared_memory_bytes=1 << 20)
+confine(policy, Grounds.of(Host()), Features(**json.loads(sys.argv[1])))
+told = {"read": (read / "model").read_text()}
+try:
+    made = Path(tempfile.mkdtemp(dir="/tmp"))
+    (made / "unpacked").write_text("1")
+    told |= {"made": made.name, "there": os.listdir("/tmp")}
+except OSError as error:
+    told["made"] = -error.errno
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.skipif(not (FEATURES.enough and FEATURES.namespaces), reason="Landlock, seccomp and namespaces are needed")
+@pytest.mark.parametrize("where", ["/var/tmp", "/tmp"])
+def test_a_library_that_insists_on_tmp_has_one_of_its_own(where: str) -> None:
+    """As AOTInductor's loader does up to torch 2.12. Not where what is read lies in the machine's."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as own, tempfile.TemporaryDirectory(dir=where) as read:
+        (Path(own) / "tmp").mkdir()
+        (Path(read) / "model").write_text("a model")
+        command = [sys.executable, "-c", OWN_TMP, json.dumps(vars(FEATURES)), own, read]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["read"] == "a model"
+        if where == "/tmp":
+            assert told["made"] == -errno.EACCES
+            return
+        assert told["there"] == [told["made"]]
+        assert (Path(own) / "tmp" / told["made"] / "unpacked").read_text() == "1"
+        assert not (Path("/tmp") / told["made"]).exists()

@@ -59,8 +59,10 @@ def policy_of(request: StageRequest) -> Policy:
     """Makes the folders that the call writes to, where they are not there."""
     stage_type = kernel.stages().get(request.stage)
     cache = str(request.installation.get("cache_dir") or "")
-    cached = bool(cache) and any(backend.uses_cache for backend in keys.backends(request.options))
-    for folder in (request.outputs, *([cache] if cached else [])):
+    backends = keys.backends(request.options)
+    cached = bool(cache) and any(backend.uses_cache for backend in backends)
+    tmp = str(Path(request.workspace) / "tmp") if any(backend.uses_tmp for backend in backends) else ""
+    for folder in (request.outputs, *([cache] if cached else []), *([tmp] if tmp else [])):
         Path(folder).mkdir(parents=True, exist_ok=True)
     used = [f for a in devices.ACCELERATORS for f in a.device_files(request.hardware)]
     return Policy(
@@ -70,6 +72,7 @@ def policy_of(request: StageRequest) -> Policy:
         folders=_TRITON_FOLDERS if request.options.get("tritonserver") else (),
         devices=(*PLAIN_DEVICES, *used),
         packets=bool(used),
+        tmp=tmp,
         names_threads=bool(used),
         counted=True,
         loopback=stage_type is not None and stage_type.loopback,

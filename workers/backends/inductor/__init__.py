@@ -30,6 +30,7 @@ class _Inductor(Backend):
     accepts: ClassVar[tuple[str, ...]] = (EXPORTED_PROGRAM,)
     engine_format: ClassVar[str] = INDUCTOR_PACKAGE
     signed: ClassVar[bool] = True
+    uses_tmp: ClassVar[bool] = True
     script_libraries: ClassVar[tuple[str, ...]] = ("torch",)
     script_hurry: ClassVar[tuple[str, ...]] = HURRY
 

@@ -32,6 +32,7 @@ _TYPES = frozenset({"float32", "float64", "float16", "int8", "int16", "int32", "
 # Loads a package and does nothing else: a loader that crashes takes this process down, and no other.
 _LOADS = "import sys, torch; torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], 'model', True, 1, -1)"
 _LOADS_WITHIN_S = 120.0
+_NO_TMP = "create temporary directory"  # of the loader up to torch 2.12, which unpacks below /tmp
 
 
 def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: Reporter) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def build(model: Path, out: Path, options: BuildOptions, device: str, reporter: 
             reporter.progress(0.8, "loading")
             why = _refused(out / PACKAGE_FILE, folder)
             if why is not None:
-                if options.form is not None:
+                # Where /tmp is out of reach, files are not moved from folder to folder either, and the bundle of the
+                # other form compiles in processes of its own, which do that.
+                if options.form is not None or (device == "cuda" and _NO_TMP in why):
                     raise _unloadable(why)
                 reporter.note("AOTInductor's package cannot be loaded here; the engine is its cache.", reason=why)
                 (out / PACKAGE_FILE).unlink()
@@ -237,6 +240,8 @@ def _unloadable(why: str) -> StageFailure:
         "load_failed",
         f"AOTInductor's package cannot be loaded here: {why}.",
         FailureKind.MODEL,
-        remedy="Use the form `cache`, or another build of torch.",
+        remedy="Ask the operator for torch 2.13 or newer, or for a home outside of /tmp and user namespaces."
+        if _NO_TMP in why
+        else "Use the form `cache`, or another build of torch.",
         cacheable=False,
     )

@@ -29,14 +29,17 @@ def torch_version() -> str | None:
 
 def library(*, compiles: bool = False) -> Any:
     """Torch; `compiles`: with Inductor's modules, whose import takes several times as long and which a package does not
-    need. Raises StageFailure(`backend_unavailable`)."""
+    need, and without its compile workers, which would live in process groups of their own. Raises
+    StageFailure(`backend_unavailable`)."""
     try:
         with quiet():
             import torch
 
             if compiles:
-                import torch._inductor
+                import torch._inductor.config
                 import torch.export
+
+                torch._inductor.config.compile_threads = 1  # the environment is read once, at the import
     except Exception as error:  # a broken installation shows as any kind of error
         raise StageFailure(
             "backend_unavailable",
@@ -50,10 +53,9 @@ def library(*, compiles: bool = False) -> Any:
 
 @contextmanager
 def contained() -> Iterator[Path]:
-    """A folder for all caches of Inductor and Triton, below the stage's workspace and gone afterwards; and no compile
-    workers, which would live in process groups of their own."""
+    """A folder for all caches of Inductor and Triton, below the stage's workspace and gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="inductor-", dir=os.environ.get("TMPDIR")))
-    ours = {**dict.fromkeys(_CACHES, str(folder)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    ours = dict.fromkeys(_CACHES, str(folder))
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:
@@ -69,7 +71,8 @@ def contained() -> Iterator[Path]:
 
 def open_package(path: Path) -> Any:
     """AOTInductor's own loader, which `torch._inductor.aoti_load_package` wraps: without the imports of that, and
-    without its lock, for one thread at a time (a CUDA graph is captured without a lock). Unpacks below $TMPDIR."""
+    without its lock, for one thread at a time (a CUDA graph is captured without a lock). Unpacks below $TMPDIR, up to
+    torch 2.12 below /tmp."""
     torch = library()
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
