@@ -77,6 +77,8 @@ def nothing_left_in_the_checkout() -> Iterator[None]:
 # Modules whose tests measure, or load the machine: nothing else may run there meanwhile. `make test` runs all others
 # side by side first (`-m "not alone"`), then these one by one.
 _ALONE = (
+    "gpu/test_job.py",
+    "gpu/test_stages.py",
     "unit/test_benchmark.py",
     "unit/test_disturbance.py",
     "unit/test_goodput_proven.py",

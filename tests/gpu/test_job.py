@@ -17,18 +17,29 @@ import pytest
 from tests.factories import architectures, programs
 from tests.factories.deployment import Deployment, deployment
 from tests.gpu.models import make_case
+from tests.servers import temporary_folder
 from workers import kernel
 from workers.devices.cuda import gpus
 
+# Jobs take minutes there, and the first call of a library much of one.
+pytestmark = pytest.mark.timeout(900)
+
 NAME = "vit"
 SIZES = {"hidden": 384, "layers": 6}
+# The engine that calibrates is begun only where as much of the time for building is left as the others took: room for
+# two of Inductor's builds, twice. Alone on an H200 they took 66 and 56 s.
+BUDGET_OF_BUILDS_S = 600
+# Of half a millisecond, of which most is launching: the original against itself scatters by more than a claim allows.
+SMALL = {"batch_sizes": [1, 8], "min_seconds": 0.3, "allow_noisy": True}
 # The first load of cuDNN and cuBLAS in a fresh process can take its time.
 SETTINGS = {"WORKER_STAGE_TIMEOUT_S": "300", "WORKER_LEASE_S": "20", "WORKER_HEARTBEAT_S": "2"}
 
 
 @pytest.fixture
-def served(tmp_path: Path, ort_cuda: kernel.Backend) -> Iterator[Deployment]:
-    with deployment(tmp_path / "home", SETTINGS) as found:
+def served(ort_cuda: kernel.Backend) -> Iterator[Deployment]:
+    """Its home is not below /tmp: calls that load an engine of Inductor's have a /tmp of their own then, which they
+    need up to torch 2.12."""
+    with temporary_folder("gpu", base=Path("/var/tmp")) as folder, deployment(folder / "home", SETTINGS) as found:
         yield found
 
 
@@ -87,7 +98,6 @@ def inferred(archive: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its own deprecations
 def test_a_program_is_compiled_in_each_layout_and_precision(served: Deployment, tmp_path: Path) -> None:
     """A `.pt2`: engines of ONNX Runtime and of Inductor, in fp16 with the program's layout and with channels last, and
@@ -105,17 +115,18 @@ def test_a_program_is_compiled_in_each_layout_and_precision(served: Deployment, 
     served.start_worker()
     served.wait_ready()
     with served.client() as client:
-        fields = {"precisions": ["fp16", "fp8"], "budget_seconds": 300}
+        fields = {"precisions": ["fp16", "fp8"], "budget_seconds": BUDGET_OF_BUILDS_S, "benchmark": SMALL}
         job_id = submitted(client, tmp_path / "model.pt2", tmp_path / "data.npz", **fields)
         job = client.wait(job_id, check=False)
         assert job["status"] == "succeeded", (job["error"], served.worker_log()[-3000:])
         report = client.report(job_id)
         archive = client.download_bundle(job["engine_ids"][0], tmp_path / "bundle.zip")
     told = {c["id"]: c for c in report["candidates"]}
-    sys.stdout.write(f"picked {report['picked']}\n{json.dumps(report['candidates'], default=str)}\n")
-    made = {"ortcuda-fp16", "tic-fp16-nhwc", "tic-fp16", "tic-fp8"}
-    assert made <= {*told}
-    assert not [c for c in told.values() if c["id"].split(".")[0] in made and c["status"] == "failed"]
+    for told_part in ("picked", "final_metrics", "stages", "candidates"):  # with `-s`: what took how long, and why
+        sys.stdout.write(f"{told_part}: {json.dumps(report[told_part], default=str)}\n")
+    for made in ("ortcuda-fp16", "tic-fp16-nhwc", "tic-fp16", "tic-fp8"):
+        assert told[made]["failure"] is None
+        assert told[made]["batches"], f"{made} was not timed: {told[made]['reason']}"
     assert report["picked"].startswith(("ortcuda-", "tic-")), report["picked"]
     assert report["final_metrics"]["accuracy_loss_percent"] <= 1.0
     inferred(archive, tmp_path / "bundle")

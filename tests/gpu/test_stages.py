@@ -1,5 +1,5 @@
-"""Stages on a GPU as a worker runs them, each in a child process: convert, build, validate, benchmark, package; and the
-bundle's own script."""
+"""Stages on a GPU as a worker runs them, each in a confined child process: convert, build, validate, benchmark,
+package; the bundle's own script; and a build that calls compilers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.factories import programs
 from tests.gpu.models import Case
+from tests.servers import temporary_folder
+from workers import installation
+from workers.artifacts import EXPORTED_PROGRAM
+from workers.backends.inductor import InductorCudaBackend
 from workers.hardware import conditions, fingerprint
+from workers.installation import KEY_BYTES, Installation
 from workers.kernel import Backend
 from workers.measure.pieces import folder_digest
 from workers.pipeline.isolated import IsolatedRunner, StageOutcome
@@ -21,6 +28,7 @@ from workers.pipeline.protocol import Limits, StageRequest
 
 BACKEND = "onnxruntime-cuda"
 LIMITS = Limits(300, 64 << 30, 8 << 30)
+KEY = Installation(b"k" * KEY_BYTES)  # engines that are native code are signed
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +45,15 @@ class Chain:
         self.root = root
         self.hardware = hardware
 
-    def run(self, stage: str, inputs: dict[str, Path], **options: Any) -> tuple[Path, StageOutcome]:
+    def run(
+        self, stage: str, inputs: dict[str, Path], kinds: dict[str, str] | None = None, **options: Any
+    ) -> tuple[Path, StageOutcome]:
         folder = self.root / stage
         (folder / "work").mkdir(parents=True)
         (folder / "out").mkdir()
         paths = {name: str(path) for name, path in inputs.items()}
-        request = StageRequest(stage, options, paths, str(folder / "work"), str(folder / "out"), self.hardware, LIMITS)
+        own = str(folder / "work"), str(folder / "out")
+        request = StageRequest(stage, options, paths, *own, self.hardware, LIMITS, KEY.to_json(), kinds or {})
         return folder / "out", self.isolated.run(request, on_progress=lambda *_: None, should_stop=lambda: False)
 
 
@@ -91,6 +102,39 @@ def test_a_converted_model_is_built_proven_measured_and_packaged(
     )
     assert done.returncode == 0, done.stderr
     assert "max abs difference to expected_output.npz" in done.stdout
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A folder that is not below /tmp: calls that load an engine of Inductor's have a /tmp of their own then."""
+    with temporary_folder("gpu", base=Path("/var/tmp")) as folder:
+        yield folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its own deprecations
+def test_a_program_is_compiled_where_the_call_is_confined(
+    isolated: IsolatedRunner, gpu: dict[str, Any], elsewhere: Path
+) -> None:
+    """Inductor starts compilers, moves what they wrote into its caches, and times kernels on the GPU."""
+    pytest.importorskip("torch")
+    image, logits = {"image": ("float32", ("batch", 3, 16, 16))}, {"logits": ("float32", ("batch", 10))}
+    net = programs.cnn()
+    model = programs.folder(net, elsewhere / "model", image, logits, {"batch": (1, 64)})
+    built, outcome = Chain(isolated, elsewhere, gpu).run(
+        "build",
+        {"model": model},
+        {"model": EXPORTED_PROGRAM},
+        backend=InductorCudaBackend.name,
+        options={"precision": "fp16", "batch": 8},
+    )
+    feeds = {"image": np.random.default_rng(0).standard_normal((3, 3, 16, 16), dtype=np.float32)}
+    with installation.using(KEY):
+        session = InductorCudaBackend().load(built / "engine", outcome.data["runtime"])
+        found = session.run(feeds)["logits"]
+        session.close()
+    wanted = programs.answers(net, feeds)[0]
+    assert np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()
 
 
 def test_the_gpu_is_described(gpu: dict[str, Any]) -> None:
