@@ -29,6 +29,7 @@ from timing import Call, captured, clocked, cosine
 Arrays = dict[str, np.ndarray[Any, Any]]
 Json = dict[str, Any]
 CALIBRATION = 32
+_AUTOTUNE_THREADS = 4
 GRAPHS: dict[str, dict[str, str] | None] = {  # name → options of `convert`; None = simplified; "fused": with fusions
     "fp32": None,
     "fp32 fused": None,
@@ -123,6 +124,10 @@ def torch_line(work: Work) -> Iterator[Ready]:
             module = (module.half() if half else module).eval()
             if "channels_last" in how:
                 module = module.to(memory_format=torch.channels_last)
+            if "max-autotune" in how:  # hundreds of kernels are compiled, and nothing else is made ready beside
+                from torch._inductor import config
+
+                config.compile_threads = _AUTOTUNE_THREADS
             if "eager" not in how:
                 mode = "max-autotune-no-cudagraphs" if "max-autotune" in how else None
                 module = torch.compile(module, mode=mode)
@@ -298,6 +303,7 @@ def serve(pipe: Connection, line: Line, name: str, folder: Path) -> None:
                 for batch in line.batches:
                     ready.setdefault((label, batch), Ready(label, batch, why))
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what making ready took: others need the room
         pipe.send([(r.label, r.batch, r.facts) for r in ready.values()])
         while (asked := pipe.recv()) is not None:
             told, label, batch, *rest = asked

@@ -79,7 +79,7 @@ def lines_of(name: str, arguments: argparse.Namespace) -> list[Line]:
             how = asked.removeprefix("torch ")
             ways = [how, f"{how} channels_last"] if model.convolutions and "eager" not in how else [how]
             if how == "max-autotune":  # minutes, in a process for each batch size
-                sizes = [(b,) for b in batches if b in arguments.autotune_at]
+                sizes = [(b,) for b in batches if {str(b), f"{name}:{b}"} & {*arguments.autotune_at}]
                 found += [Line(f"torch {ways[-1]}", "torch", size, {"how": ways[-1]}) for size in sizes]
             else:
                 found += [Line(f"torch {way}", "torch", batches, {"how": way}) for way in ways]
@@ -283,7 +283,8 @@ def main() -> int:
     parser.add_argument("--only", choices=list(models.MODELS), nargs="+", default=list(models.MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--lines", choices=LINES, nargs="+", default=list(_USUAL), help="who is measured")
-    parser.add_argument("--autotune-at", type=int, nargs="*", default=[1, 8, 32], help="batch sizes of max-autotune")
+    at = "batch sizes of max-autotune, of all models (8) or of one (vit:8)"
+    parser.add_argument("--autotune-at", nargs="*", default=["1", "8", "32"], help=at)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and batch size")
     parser.add_argument("--ready-within", type=float, default=3600.0, help="seconds that making ready may take")
     parser.add_argument("--breakdown", type=int, nargs="*", default=[], help="batch sizes whose kernels are listed")
