@@ -117,7 +117,7 @@ async def complete_upload(services: ServicesDep, tenant_id: TenantId, upload_id:
     """Join the parts and check size and digest. May be repeated at any time; it goes on where one stopped."""
     running = _start_completion(services, tenant_id, upload_id)
     done, _ = await asyncio.wait({running}, timeout=services.settings.limits.complete_wait_s)
-    row = running.result() if done else await anyio.to_thread.run_sync(services.uploads.get, tenant_id, upload_id)
+    row = running.result() if done else await anyio.to_thread.run_sync(services.uploads.outcome, tenant_id, upload_id)
     body = UploadOut.of(row, [], []).model_dump_json()
     if row.status in (UploadState.OPEN, UploadState.COMPLETING):
         return Response(body, 202, {"Retry-After": str(_RETRY_S)}, "application/json")

@@ -181,7 +181,14 @@ class UploadService:
             kept = {"code": error.code, "title": error.title, "status": error.status, "detail": error.detail}
             self._abort(tenant_id, upload_id, {**kept, "remedy": error.remedy})
             raise error from None
+        return self.outcome(tenant_id, upload_id)
+
+    def outcome(self, tenant_id: str, upload_id: str) -> Upload:
+        """The session as far as its completion is, which goes on. Raises what it has failed with, though the storage
+        may have yet to forget it, and 409 where it was aborted."""
         upload = self.get(tenant_id, upload_id)
+        if upload.error is not None:
+            raise AppError(**upload.error)
         if upload.status in ENDED:
             raise conflict("upload_closed", "The upload was aborted.", "Open a new one with POST /v1/uploads.")
         return upload

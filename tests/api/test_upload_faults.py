@@ -269,6 +269,27 @@ def test_a_wrong_digest_is_told_to_whoever_asks_later(
     assert left_in_storage(services, settings) == []
 
 
+def test_a_wrong_digest_is_told_while_the_storage_forgets(
+    client: httpx.Client, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may take longer than a request waits: the session has failed by then, and nobody is told 200."""
+    forgets, forgotten = threading.Event(), services.uploads._clear
+
+    def slowly(upload: Any, stored: bool) -> None:
+        forgets.wait(30)
+        forgotten(upload, stored)
+
+    monkeypatch.setattr(services.uploads, "_clear", slowly)
+    path = open_upload(client, sha256="0" * 64)["links"]["self"]
+    try:
+        client.post(f"{path}/complete")
+        assert completed(client, path)["error"]["code"] == "digest_mismatch"
+        for _ in range(2):
+            assert_problem(client.post(f"{path}/complete"), 422, "digest_mismatch")
+    finally:
+        forgets.set()
+
+
 def test_two_data_sets_do_not_come_of_one_upload(
     client: httpx.Client, at_completion: Callable[[str | None], None]
 ) -> None:
