@@ -1,7 +1,7 @@
 """What a model uploaded as a program (`.pt2`) gains over the same model uploaded as ONNX, on a CPU.
 
-    python benchmarks/programs.py                          # resnet50, mobilenet, vit, encoder; about 20 minutes
-    python benchmarks/programs.py --models vit
+    python benchmarks/programs.py                          # resnet50, mobilenet, vit, encoder
+    python benchmarks/programs.py --models mobilenet,encoder --budget 400   # about 14 minutes on two slow cores
 
 A job of the program alone, which has Inductor's engines beside those of its ONNX form, without int8: all of them
 measured in full, side by side, by the job itself. Of each precision: the fastest of Inductor's to the fastest of the
@@ -109,7 +109,10 @@ def fastest(report: Json, precision: str, batch: int, *, ours: bool) -> tuple[st
         and c["status"] in ("picked", "kept")
         and c["batches"].get(str(batch), {}).get("p50_ms")
     ]
-    return (min(found)[1], min(found)[0]) if found else None
+    if not found:
+        return None
+    ms, candidate = min(found)
+    return candidate, ms
 
 
 def rows_of(label: str, report: Json) -> tuple[list[list[str]], Json]:

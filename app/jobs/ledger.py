@@ -43,7 +43,7 @@ _WITH_ITS_MODEL = (
     select(Job, SourceModel).join(SourceModel, SourceModel.id == Job.model_id).where(Job.id == bindparam("job_id"))
 )
 
-_JOB = Job.metadata.tables[Job.__tablename__].c  # in a statement of each stage; of the mapped class it takes longer
+_JOB = Job.metadata.tables[Job.__tablename__]  # in a statement of each stage; of the mapped class it takes longer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ class Claim:
     attempts_in_all: int = 1  # of those, `attempt` came after a stage was finished last
 
     def holds(self) -> list[ColumnElement[bool]]:
-        return [_JOB.fencing_token == self.token, _JOB.status == JobStatus.RUNNING.value]
+        return [_JOB.c.fencing_token == self.token, _JOB.c.status == JobStatus.RUNNING.value]
 
     def with_a_result(self) -> dict[str, Any]:
         return {"attempts": 1}

@@ -53,12 +53,12 @@ QUEUED: ColumnElement[str] = literal_column("'queued'")
 RUNNING: ColumnElement[str] = literal_column("'running'")
 ONE: ColumnElement[int] = literal_column("1")  # of a parameter a prepared statement would not know how few it is
 _NO_LIMITS = Limits()
-# SQLite sees only by the very words of the index that it may use it.
-UNDER_WAY: ColumnElement[bool] = Job.status.in_([QUEUED, RUNNING])
 # What stands here is asked at every claim, and by the tables: of mapped classes it takes half as long again, and most
 # of a claim is spent on composing what the database answers in no time.
 _JOB, _TENANT, _PLAN = Job.metadata.tables["jobs"], Tenant.metadata.tables["tenants"], Plan.metadata.tables["plans"]
 _WAITING = _JOB.alias()
+# SQLite sees only by the very words of the index that it may use it.
+UNDER_WAY: ColumnElement[bool] = _JOB.c.status.in_([QUEUED, RUNNING])
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _heads_query(*, some: bool) -> Select[*tuple[Any, ...]]:
 def _running() -> Select[*tuple[Any, ...]]:
     """Running jobs by tenant; without those that only compare others."""
     job = _JOB.c
-    rows = (job.status.in_([QUEUED, RUNNING]), job.status == RUNNING, job.queue != PARENTS)
+    rows = (UNDER_WAY, job.status == RUNNING, job.queue != PARENTS)
     query = select(job.tenant_id, func.count().label("jobs")).where(*rows)
     return query.group_by(job.tenant_id)
 
