@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -66,7 +66,14 @@ class Database:
             callback()
 
     def close(self) -> None:
+        """What a thread still has (one whose task was cancelled, say) is closed when it comes back: to a pool that is
+        nobody's any more."""
+        event.listen(self.engine, "checkin", _closed)
         self.engine.dispose()
+
+
+def _closed(_connection: Any, record: Any) -> None:
+    record.invalidate()
 
 
 class UnitOfWork:

@@ -97,6 +97,25 @@ def test_a_read_is_in_no_transaction_and_a_write_in_one(fresh_postgres: str) -> 
     db.close()
 
 
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_what_comes_back_after_the_end_is_closed(fresh_postgres: str, kind: str) -> None:
+    """A thread whose task was cancelled still asks when the database is closed: no connection of it stays."""
+    db = Database(make_engine(Settings(DATABASE_URL=fresh_postgres).database))
+    with contextlib.ExitStack() as later:
+        taken = later.enter_context(db.read() if kind == "read" else db.write())
+        session = getattr(taken, "session", taken)
+        number = session.scalar(_PID)
+        held = session.connection().connection.dbapi_connection
+        db.close()
+        assert session.scalar(_PID) == number, "what is asked is answered"
+    assert held.closed
+    with psycopg.connect(fresh_postgres, autocommit=True) as other:
+        deadline = time.monotonic() + 10
+        while other.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [number]).fetchone():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_a_write_waits_for_a_server_that_ends_all_connections(fresh_postgres: str) -> None:
     engine = make_engine(Settings(DATABASE_URL=fresh_postgres).database)
     db = Database(engine)
