@@ -32,6 +32,13 @@ def test_windows_settle_within_ten_percent() -> None:
     assert not stats.settled([0.0, 0.0, 0.0])
 
 
+def test_a_machine_that_is_fast_and_slow_in_turns_keeps_no_engine_warming_up() -> None:
+    assert stats.settled([9.0, 1.7, 1.0, 1.7, 1.0, 1.7]), "as fast as before, once in three windows"
+    assert not stats.settled([9.0, 1.7, 1.0, 1.7, 1.0]), "too few before them"
+    assert not stats.settled([9.0, 3.0, 2.0, 1.7, 1.5, 1.2]), "still on its way"
+    assert stats.settled([9.0, 1.0, 1.0, 1.7, 1.5, 1.2]), "it was faster: the machine is slow now"
+
+
 def rounds(rng: np.random.Generator, count: int, centre: float, drift: np.ndarray, n: int = 40) -> list[np.ndarray]:
     return [centre * drift[i] * (1 + 0.05 * rng.standard_normal(n)) for i in range(count)]
 

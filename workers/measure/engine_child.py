@@ -56,7 +56,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """`p50_ns`: median of the last window. `settled`: the last three windows agreed within 10 %."""
+    """`p50_ns`: median of the last window. `settled`: it became no faster any more (`stats.settled`)."""
 
     iterations: int
     seconds: float

@@ -88,7 +88,7 @@ class EngineProcess:
         self._call("bind", limit_s=2 * INFERENCE_LIMIT_S)
 
     def warm_up(self, cap_s: float, iterations: int = WARM_UP_ITERATIONS) -> WarmUp:
-        """Until three windows agree within 10 %, after at least `iterations` or 1 s; at most `cap_s`."""
+        """Until it becomes no faster (`stats.settled`), after at least `iterations` or 1 s; at most `cap_s`."""
         answer: WarmUp = self._call("warm_up", cap_s, iterations, limit_s=cap_s + INFERENCE_LIMIT_S)
         return answer
 

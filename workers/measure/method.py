@@ -21,7 +21,10 @@ def benchmark_method(
 ) -> dict[str, str]:
     """How the benchmark stage measures. `inputs`: where the inputs come from, in words."""
     session = "default options" if default_options else "the given options"
-    warm_up = "until three windows agree within 10 %, after at least 50 iterations or 1 s; a few uncounted "
+    warm_up = (
+        "until three windows agree within 10 %, or are no faster than those before, after at least 50 iterations or "
+        "1 s; a few uncounted "
+    )
     most_wide = devices.of_backend(baseline_backend).most_wide
     against = "one baseline process" if screening else "both baseline processes"
     words = {
