@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from tests.factories.serving import DIES, FAILS, REFUSES, WAITS, Ask, bundle, drawn, outcome, play
 from workers.serving.batcher import Batcher, Failed, InvalidRequest, Rejected, Settings, SettingsError, TimedOut
+from workers.serving.instances import Region
 from workers.serving.rows import Rows
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -149,6 +151,42 @@ def test_a_hung_instance_is_ended(folder: Path) -> None:
             assert await outcome(batcher, Ask(2)) == "ok"
 
     asyncio.run(main())
+
+
+def test_a_call_has_its_limit_from_its_own_begin(folder: Path) -> None:
+    """One timer watches many calls: that an earlier one set it ends no later one."""
+
+    async def main() -> None:
+        async with served(folder, call_limit_s=0.5) as batcher:
+            assert await outcome(batcher, Ask(1)) == "ok"
+            await asyncio.sleep(0.4)
+            assert await outcome(batcher, Ask(2, kind=WAITS)) == "ok"
+            await asyncio.sleep(0.6)
+            assert await outcome(batcher, Ask(3)) == "ok"
+            assert batcher.stats.restarts == 0
+
+    asyncio.run(main())
+
+
+def test_what_lies_in_shared_memory_is_told_anew_when_its_form_changes() -> None:
+    memory = mmap.mmap(-1, 1 << 16)
+    ours, theirs = Region(memory, 4096, 1 << 15), Region(memory, 4096, 1 << 15)
+    for width in (3, 3, 4, 3):
+        length, (array,) = ours.place([("x", "int64", (1, width))])
+        array[...] = width
+        found = theirs.read(length)
+        assert found["x"].tolist() == [[width] * width]
+        found.clear()  # whoever runs the engine may do with it what they like
+    ours.write_text({"code": "inference_failed"})
+    length, (array,) = ours.place([("x", "int64", (1, 3))])
+    assert list(theirs.read(length)) == ["x"], "the text lay over the form of the arrays"
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        ours.place([("x", "int64", (1, 1 << 20))])
+    assert list(theirs.read(ours.place([("x", "int64", (1, 3))])[0])) == ["x"]
+    del array, found
+    ours.forget()
+    theirs.forget()
+    memory.close()
 
 
 def test_deadlines_and_callers_that_leave(folder: Path) -> None:

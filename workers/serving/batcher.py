@@ -294,7 +294,7 @@ class Batcher:
 
     def _ask(self) -> None:
         """Look once what is due, when all that comes in this turn of the loop has come."""
-        if not self._asked and self._loop is not None and not self._loop.is_closed():
+        if not self._asked and self._queue and self._loop is not None and not self._loop.is_closed():
             self._asked = True
             self._loop.call_soon(self._dispatch)
 

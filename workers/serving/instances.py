@@ -51,13 +51,20 @@ _REFUSALS = ("ShapeRefused", "ValueError", "InvalidArgument")  # of `run`: the i
 
 
 class Region:
-    """Half of the shared memory: arrays one after the other, behind a JSON of their names, types and shapes."""
+    """Half of the shared memory: arrays one after the other, behind a JSON of their names, types and shapes.
+
+    What lies there mostly has the form of what lay there before: then the JSON and the arrays over the memory stay."""
 
     def __init__(self, memory: mmap.mmap, start: int, size: int) -> None:
         self._memory, self._start, self._size = memory, start, size
+        self._placed: tuple[list[Spec], int, list[Array]] | None = None
+        self._read: tuple[bytes, dict[str, Array]] | None = None
 
-    def place(self, specs: Sequence[Spec]) -> tuple[int, list[Array]]:
+    def place(self, specs: list[Spec]) -> tuple[int, list[Array]]:
         """Length of the JSON, and arrays to be written to; raises `InvalidRequest` (`too_large`)."""
+        if self._placed is not None and self._placed[0] == specs:
+            return self._placed[1:]
+        self.forget()
         head = json.dumps(specs).encode()
         needed = len(head) + sum(nbytes(s) + _ALIGNED for s in specs)
         if needed > self._size:
@@ -65,21 +72,31 @@ class Region:
                 "too_large", f"{needed} bytes do not fit into the {self._size} of an instance's memory"
             )
         self._memory[self._start : self._start + len(head)] = head
-        return len(head), self._views(specs, len(head))
+        views = self._views(specs, len(head))
+        self._placed = (list(specs), len(head), views)
+        return len(head), views
 
     def read(self, length: int) -> dict[str, Array]:
         """The arrays that lie there, by name; they are good until the next batch."""
-        specs = json.loads(self._memory[self._start : self._start + length])
-        views = self._views(specs, length)
-        return {spec[0]: view for spec, view in zip(specs, views, strict=True)}
+        head = self._memory[self._start : self._start + length]
+        if self._read is None or self._read[0] != head:
+            specs = json.loads(head)
+            views = self._views(specs, length)
+            self._read = (head, {spec[0]: view for spec, view in zip(specs, views, strict=True)})
+        return dict(self._read[1])
 
     def write_text(self, value: Any) -> int:
+        self.forget()
         head = json.dumps(value).encode()
         self._memory[self._start : self._start + len(head)] = head
         return len(head)
 
     def read_text(self, length: int) -> Any:
         return json.loads(self._memory[self._start : self._start + length])
+
+    def forget(self) -> None:
+        """Nothing points into the memory from here any more."""
+        self._placed = self._read = None
 
     def _views(self, specs: Sequence[Spec], length: int) -> list[Array]:
         at, found = self._start + length, []
@@ -137,6 +154,7 @@ class Instance:
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._since = 0.0  # in the loop's time: when the call began that runs now
         self._process: subprocess.Popen[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
         self._why = ""
@@ -167,15 +185,16 @@ class Instance:
         self._channel, self._why = ours, ""
         self._loop.add_reader(ours.fileno(), self._readable)
 
-    def begin(self, specs: Sequence[Spec]) -> list[Array]:
+    def begin(self, specs: list[Spec]) -> list[Array]:
         """Arrays to write a batch into, which `run` then starts. Raises `InvalidRequest`."""
         self._length, views = self._inputs.place(specs)
         return views
 
     def run(self) -> None:
         """`Owner.instance_answered` follows, or `Owner.instance_ended`."""
-        self.busy = True
-        self._timer = self._loop.call_later(self._limit_s, self._hung)
+        self.busy, self._since = True, self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._since + self._limit_s, self._watch)
         assert self._channel is not None
         with contextlib.suppress(OSError):  # it is gone: its end is told next
             self._channel.send(_FRAME.pack(_CALL, self._length))
@@ -189,6 +208,8 @@ class Instance:
             await self._end()
         if self._timer is not None:
             self._timer.cancel()
+        self._inputs.forget()
+        self._outputs.forget()
         with contextlib.suppress(BufferError):  # a caller may still hold a view
             self._memory.close()
         os.close(self._fd)
@@ -222,8 +243,6 @@ class Instance:
 
     def _answer(self, what: int, length: int) -> None:
         self.busy = False
-        if self._timer is not None:
-            self._timer.cancel()
         if what == _DONE:
             self._owner.instance_answered(self, self._outputs.read(length))
             return
@@ -231,14 +250,20 @@ class Instance:
         kind = InvalidRequest if told["code"] in ("input_refused", "too_large") else Failed
         self._owner.instance_answered(self, kind(told["code"], told["detail"]))
 
-    def _hung(self) -> None:
+    def _watch(self) -> None:
+        """One timer for many calls: to set one for each would take longer than some calls."""
+        self._timer = None
+        if not self.busy:
+            return
+        until = self._since + self._limit_s
+        if self._loop.time() < until:
+            self._timer = self._loop.call_at(until, self._watch)
+            return
         self._why = f"it did not answer within {self._limit_s:g} s"
         self.kill()
 
     async def _lost(self) -> None:
         was_ready, self.is_ready, self.busy = self.is_ready, False, False
-        if self._timer is not None:
-            self._timer.cancel()
         how = await self._end()
         if not was_ready:
             self.failures += 1
