@@ -29,6 +29,7 @@ CNN_STATIC_OPS = (
 # on an H100 (docs/gpu-figures.md), where all precisions took the same time without one.
 GRAPH_GAIN = 5.0
 
+_RANGE_SAMPLES = 32  # each is an inference on the CPU
 _SMALL_BYTES = 2_000_000
 _FEW_CORES = 4
 
@@ -57,6 +58,12 @@ def calibration_options(case: Case) -> dict[str, Any]:
         "max_samples": case.spec.calibration.max_samples,
         "part": "calibration" if case.same_data else "all",
     }
+
+
+def range_options(case: Case) -> dict[str, Any]:
+    """How a conversion to fp16 takes the samples that tell which nodes leave its range; only a few."""
+    options = calibration_options(case)
+    return {**options, "max_samples": min(options["max_samples"], _RANGE_SAMPLES)}
 
 
 def calibration_method(case: Case) -> str:

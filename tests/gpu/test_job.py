@@ -22,13 +22,14 @@ from workers import kernel
 from workers.devices.cuda import gpus
 
 # Jobs take minutes there, and the first call of a library much of one.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1100)
 
 NAME = "vit"
 SIZES = {"hidden": 384, "layers": 6}
-# The engine that calibrates is begun only where as much of the time for building is left as the others took: room for
-# two of Inductor's builds, twice. Alone on an H200 they took 66 and 56 s.
-BUDGET_OF_BUILDS_S = 600
+# The engine that calibrates is begun only where as much of the time for building is left as the others took: two of
+# Inductor's builds, 37 to 66 s each alone on an H200, and ONNX Runtime's engine; twice, with room for a slower machine.
+# What is not needed is not used: 273 s for all.
+BUDGET_OF_BUILDS_S = 900
 # Of half a millisecond, of which most is launching: the original against itself scatters by more than a claim allows.
 SMALL = {"batch_sizes": [1, 8], "min_seconds": 0.3, "allow_noisy": True}
 # The first load of cuDNN and cuBLAS in a fresh process can take its time.

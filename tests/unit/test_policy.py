@@ -454,6 +454,13 @@ def test_on_a_gpu_options_decide_and_not_the_engine_without_them() -> None:
     assert [*map(json.loads, again[1:])] == [*map(json.loads, known[1:])], "python -m tests.factories.gpu_search"
 
 
+def test_what_looks_at_a_few_samples_for_fp16_is_not_made_last() -> None:
+    """As what calibrates is: on a GPU it is what likely wins, and is made within seconds."""
+    recording, _ = replayed("gpu-bert")
+    made = [request.subject.id for _, request, _, _ in recording.steps if isinstance(request, requests.Make)]
+    assert made[:2] == ["ortcuda-fp16-fused", "ortcuda-fp16"]
+
+
 def test_of_a_model_with_free_axes_who_may_ship_is_tried_at_other_shapes() -> None:
     """A search of a small BERT with calibration data of 16 and of 48 tokens, on a busy machine."""
     recording, state = replayed("bert-two-lengths")

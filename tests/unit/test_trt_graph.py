@@ -170,6 +170,9 @@ def test_candidates_by_compute_capability() -> None:
     int8 = found["trt-int8"].steps[-1]
     assert (int8.stage, int8.options["recipe"], int8.options["high_precision"]) == ("convert", "int8", "fp16")
     assert int8.extra == ("calibration",)
+    fp16, bf16 = found["trt-fp16"].steps[-1], found["trt-bf16"].steps[-1]
+    assert fp16.options["max_samples"] < int8.options["max_samples"], "a few tell what leaves its range"
+    assert not bf16.extra
     assert found["trt-int8"].name == "TensorRT int8, the rest fp16"
     (graph,) = trt_recipes.variants(found["trt-fp16"])
     assert (graph.id, graph.runtime) == ("trt-fp16.graph", {"cuda_graph": True})

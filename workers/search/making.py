@@ -100,4 +100,6 @@ def nothing_is_small_enough(d: Draft) -> bool:
 
 
 def calibrates(plan: Candidate) -> bool:
-    return any("calibration" in step.extra for step in plan.steps)
+    """Whether making it takes long for its samples. A conversion to fp16 looks at a few, for what leaves its range: an
+    engine that takes seconds would get no time where others were compiled for minutes."""
+    return any("calibration" in step.extra and step.options.get("recipe") != "fp16" for step in plan.steps)

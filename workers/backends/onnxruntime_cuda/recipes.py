@@ -11,7 +11,6 @@ from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 from workers.devices.cuda import compute_capability
 
 _NAME = "onnxruntime-cuda"
-_RANGE_SAMPLES = 32  # each is an inference on the CPU
 
 
 def precisions(hardware: Mapping[str, Any]) -> tuple[str, ...]:
@@ -66,9 +65,7 @@ def _converted(case: Case, precision: str) -> Step:
     options = {"recipe": precision, **recipes.kept_nodes(case)}
     if precision != "fp16" or not case.has_calibration:
         return Step("convert", options)
-    calibration = recipes.calibration_options(case)
-    calibration["max_samples"] = min(calibration["max_samples"], _RANGE_SAMPLES)
-    return Step("convert", {**options, **calibration}, ("calibration",))
+    return Step("convert", {**options, **recipes.range_options(case)}, ("calibration",))
 
 
 def _int8(case: Case, candidates: list[Candidate], skipped: list[Skipped]) -> None:

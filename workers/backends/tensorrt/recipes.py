@@ -82,16 +82,17 @@ def _why_not(case: Case, precision: str, found: str) -> str | None:
 
 def _step(case: Case, precision: str) -> Step:
     """The graph in explicit precision. What is not in eight or four bits is fp16, the fastest that all of these GPUs
-    have."""
+    have. bf16 has float32's range, and asks no samples."""
     options: dict[str, Any] = {"recipe": precision, **recipes.kept_nodes(case)}
     if _REST[precision]:
         options["high_precision"] = "fp16"
-    calibrated = precision in ("int8", "fp8") or case.has_calibration
+    calibrated = precision in ("int8", "fp8") or (case.has_calibration and precision != "bf16")
     if not calibrated:
         return Step("convert", options)
     if precision in ("int8", "fp8"):
         options["method"] = recipes.calibration_method(case)
-    return Step("convert", {**options, **recipes.calibration_options(case)}, ("calibration",))
+    samples = recipes.range_options(case) if precision == "fp16" else recipes.calibration_options(case)
+    return Step("convert", {**options, **samples}, ("calibration",))
 
 
 def _candidate(
