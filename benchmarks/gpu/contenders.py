@@ -29,7 +29,6 @@ from timing import Call, captured, clocked, cosine
 Arrays = dict[str, np.ndarray[Any, Any]]
 Json = dict[str, Any]
 CALIBRATION = 32
-_AUTOTUNE_THREADS = 4
 GRAPHS: dict[str, dict[str, str] | None] = {  # name → options of `convert`; None = simplified; "fused": with fusions
     "fp32": None,
     "fp32 fused": None,
@@ -114,7 +113,7 @@ class Work:
 
 def torch_line(work: Work) -> Iterator[Ready]:
     """`how`: words among eager, compiled, max-autotune, fp32, channels_last. In float16 and captured in a CUDA graph,
-    compiled for each batch size; fp32 is torch's eager mode as it is."""
+    compiled for each batch size; fp32 is torch's eager mode as it is. `threads`: that compile, where it tunes."""
     how = str(work.line.options["how"])
     for batch in work.line.batches:
 
@@ -127,7 +126,7 @@ def torch_line(work: Work) -> Iterator[Ready]:
             if "max-autotune" in how:  # hundreds of kernels are compiled, and nothing else is made ready beside
                 from torch._inductor import config
 
-                config.compile_threads = _AUTOTUNE_THREADS
+                config.compile_threads = work.line.options["threads"]
             if "eager" not in how:
                 mode = "max-autotune-no-cudagraphs" if "max-autotune" in how else None
                 module = torch.compile(module, mode=mode)

@@ -9,8 +9,9 @@ Contenders: ONNX Runtime's CUDA provider in every configuration, Inductor's engi
 for all batch sizes) and with products in fp8, torch eager, compiled and by max-autotune (for each batch size, captured
 in a CUDA graph, with weights in channels-last layout too where there are convolutions), TensorRT where it is installed.
 
-Each is made ready in a process of its own, of all models side by side, first the service's engines; then all of a model
-and batch size are measured in turns, one model on a GPU at a time, while nothing else works on that GPU. "GPU ms" is
+Each is made ready in a process of its own, of a GPU's models side by side, first the service's engines (by `--in-turn`
+one after the other); then, one model and batch size on a GPU at a time, max-autotune is made ready, which times kernels
+by the hundred, and all are measured in turns, while nothing else works on that GPU. "GPU ms" is
 the median of the time between two CUDA events around one call with its inputs on the GPU, "ms" that of the wall clock
 until the GPU is done. "Pick" is the fastest of the service's engines by every other turn, compared with the others by
 the rest of the turns.
@@ -80,7 +81,8 @@ def lines_of(name: str, arguments: argparse.Namespace) -> list[Line]:
             ways = [how, f"{how} channels_last"] if model.convolutions and "eager" not in how else [how]
             if how == "max-autotune":  # minutes, in a process for each batch size
                 sizes = [(b,) for b in batches if {str(b), f"{name}:{b}"} & {*arguments.autotune_at}]
-                found += [Line(f"torch {ways[-1]}", "torch", size, {"how": ways[-1]}) for size in sizes]
+                options = {"how": ways[-1], "threads": max(2, len(os.sched_getaffinity(0)) // arguments.gpus)}
+                found += [Line(f"torch {ways[-1]}", "torch", size, options) for size in sizes]
             else:
                 found += [Line(f"torch {way}", "torch", batches, {"how": way}) for way in ways]
         elif asked == "tensorrt" and kernel.backends()["tensorrt"]().probe(hardware.describe()):
@@ -89,8 +91,9 @@ def lines_of(name: str, arguments: argparse.Namespace) -> list[Line]:
 
 
 # Kernels are timed while an engine is built or a module compiled, and who else works on the GPU then spoils the choice:
-# the service's engines first, then torch's compiler, then its search among products, which keeps a GPU busy.
-_WAVES = (("inductor", "ort", "tensorrt"), ("torch eager", "torch compiled"), ("torch max-autotune",))
+# the service's engines first, then torch's compiler. Its search among products needs the GPU for itself.
+_WAVES = (("inductor", "ort", "tensorrt"), ("torch eager", "torch compiled"))
+_ALONE = "torch max-autotune"
 
 
 def _wave(line: Line) -> str:
@@ -167,26 +170,30 @@ class Measured:
         self.described = described
         self.facts: dict[tuple[str, int], Json] = {}
         self.processes: dict[tuple[str, int], Process] = {}
+        self.started: list[Process] = []
 
     def run(self) -> None:
+        in_turn = self.arguments.in_turn
         with self._gpu(fcntl.LOCK_SH):
             self._write()
             say(f"{self.name}: written")
-            lines = lines_of(self.name, self.arguments)
-            until = time.monotonic() + self.arguments.ready_within
-            started: list[Process] = []
-            for wave, kinds in enumerate(_WAVES):
-                begun = [Process(line, self.name, self.folder) for line in lines if _wave(line) in kinds]
-                started += begun
-                self._wait(begun, until)
-                self._together(wave, until)
-        with self._gpu(fcntl.LOCK_EX):
-            for batch in self.arguments.batch:
+        lines = lines_of(self.name, self.arguments)
+        for wave, kinds in enumerate(_WAVES):
+            asked = [line for line in lines if _wave(line) in kinds]
+            for some in [[line] for line in asked] if in_turn else [asked]:
+                with self._gpu(fcntl.LOCK_EX if in_turn else fcntl.LOCK_SH):
+                    self._make_ready(some)
+            self._together(wave)
+        for batch in self.arguments.batch:
+            with self._gpu(fcntl.LOCK_EX):
+                self._make_ready([line for line in lines if _wave(line) == _ALONE and line.batches == (batch,)])
                 self._measure(batch)
-        for process in started:
+        for process in self.started:
             process.close()
 
-    def _wait(self, begun: Sequence[Process], until: float) -> None:
+    def _make_ready(self, lines: Sequence[Line]) -> None:
+        begun, until = [Process(line, self.name, self.folder) for line in lines], self._until()
+        self.started += begun
         for process in begun:
             for label, batch, facts in process.wait(until - time.monotonic()):
                 self.facts[label, batch] = facts
@@ -196,10 +203,15 @@ class Measured:
                     self.processes[label, batch] = process
             say(f"{self.name}: {process.line.name} {process.line.batches} ready")
 
-    def _together(self, wave: int, until: float) -> None:
-        """Until all models have come so far, or the time is over."""
+    def _until(self) -> float:
+        return time.monotonic() + float(self.arguments.ready_within)
+
+    def _together(self, wave: int) -> None:
+        """Until all models of this GPU have come so far, or the time is over."""
         (self.arguments.results / f"{self.name}.wave-{wave}").touch()
-        others = [self.arguments.results / f"{name}.wave-{wave}" for name in self.arguments.only]
+        only, gpus, until = self.arguments.only, self.arguments.gpus, self._until()
+        same = only[only.index(self.name) % gpus :: gpus]
+        others = [self.arguments.results / f"{name}.wave-{wave}" for name in same]
         while time.monotonic() < until and not all(path.exists() for path in others):
             time.sleep(0.2)
 
@@ -252,14 +264,18 @@ class Measured:
 
 
 def spread(names: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Each model in a process of its own, on one GPU after the other: what they need is made side by side."""
+    """Each model in a process of its own, on one GPU after the other (of those that this process sees): what they need
+    is made side by side."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = seen.split(",") if seen else [str(i) for i in range(arguments.gpus)]
+    threads = max(2, len(os.sched_getaffinity(0)) // (2 * len(names)))
 
     def one(numbered: tuple[int, str]) -> None:
         index, name = numbered
         command = [sys.executable, __file__, *sys.argv[1:], "--alone", name]
         own = {
-            "CUDA_VISIBLE_DEVICES": str(index % arguments.gpus),
-            "TORCHINDUCTOR_COMPILE_THREADS": "2",
+            "CUDA_VISIBLE_DEVICES": cards[index % arguments.gpus],
+            "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
             "OMP_NUM_THREADS": "6",
         }
         subprocess.run(command, env=os.environ | own, check=False)
@@ -286,7 +302,9 @@ def main() -> int:
     at = "batch sizes of max-autotune, of all models (8) or of one (vit:8)"
     parser.add_argument("--autotune-at", nargs="*", default=["1", "8", "32"], help=at)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and batch size")
-    parser.add_argument("--ready-within", type=float, default=3600.0, help="seconds that making ready may take")
+    within = "seconds that making ready may take: the engines, then torch's, then each one of max-autotune"
+    parser.add_argument("--ready-within", type=float, default=3600.0, help=within)
+    parser.add_argument("--in-turn", action="store_true", help="each is made ready while nobody else works on its GPU")
     parser.add_argument("--breakdown", type=int, nargs="*", default=[], help="batch sizes whose kernels are listed")
     parser.add_argument("--gpus", type=int, default=1, help="how many to spread the models over")
     parser.add_argument("--tables", action="store_true", help="measure nothing, print what was measured")

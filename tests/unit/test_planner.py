@@ -64,7 +64,7 @@ def test_a_worker_without_pytorch_says_what_a_program_would_bring() -> None:
     (reason,) = told("cnn", hardware=h100)
     assert "a worker that has PyTorch, in fp32 and fp16 and bf16" in reason
     assert "in one run on an NVIDIA H200; docs/gpu-figures.md" in reason
-    assert "ResNet-50 0.361 ms to 0.516 at batch 1" in reason
+    assert "ResNet-50 0.355 ms to 0.518 at batch 1" in reason
     assert "BERT-base" in told("transformer", hardware=h100)[0]
     assert told("rnn", hardware=h100)[0].endswith("was not measured for models of this class.")
     assert told("cnn", hardware={"gpu": {"compute_capability": "8.6"}})[0].endswith("GPU was not measured.")

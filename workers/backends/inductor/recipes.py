@@ -12,7 +12,7 @@ from workers.candidates import Candidate, Case, Proposal, Skipped, Step
 # Expected p50 over ONNX Runtime's fp32 default, by kind: fp32, bf16. Guesses beside OpenVINO's measured ones; they
 # decide the order of trying and nothing else.
 _CPU_PRIORS = {"cnn": (1.0, 0.6), "transformer": (1.0, 0.6), "rnn": (1.2, 1.0), "other": (1.0, 0.8)}
-# Over the CUDA provider's fp32, whose own fp16 is at 0.4. Of fp16's time fp8 took 0.87 to 0.97 on transformers
+# Over the CUDA provider's fp32, whose own fp16 is at 0.4. Of fp16's time fp8 took 0.79 to 0.96 on transformers
 # (docs/gpu-figures.md).
 _CUDA_PRIORS = {"fp32": 0.9, "bf16": 0.3, "fp16": 0.28, "fp8": 0.26}
 # Compiling takes a minute of a small budget, in which several other engines are built and timed.
