@@ -58,6 +58,7 @@ from workers.measure.load.generator import closed_loop
 from workers.measure.load.goodput import Goodput, Plan
 from workers.measure.load.judged import Point
 from workers.measure.load.mix import Kind, Mix
+from workers.serving.serving_settings import Settings
 
 CACHE = _HERE.parent / ".cache" / "serving"
 _ALONE_S, _ALONE_TURNS = 1.0, 6
@@ -111,6 +112,7 @@ def requests(files: Case, bundle: Path) -> Mix:
 
 
 def setups(cores: int, delays: tuple[float, ...]) -> list[Setup]:
+    """`delays`: of batches; without any, requests are served one by one."""
     layouts = [(1, cores), (cores, 1)] if cores > 1 else [(1, 1)]
     batches = [(1, 0.0), *((8, delay) for delay in delays)]
     return [Setup(i, t, b, d) for i, t in layouts for b, d in batches]
@@ -246,7 +248,11 @@ async def compare(files: Case, arguments: argparse.Namespace, folder: Path) -> J
         return found
     turn, limits = asyncio.Lock(), Limit(limit / 1e3, 5 * limit / 1e3 + 1)
     benches = {name: InTurns(turn, made[name], mix, Arrivals(True), limits, Clock()) for name in waits}
-    tried = setups(cores, (0.0, min(2.0, limit / 8)))
+    settings = Settings.of_folder(bundle)
+    one_by_one = all(settings.batch_axis.get(name, 0) is None for name in mix.kinds[0].dims)
+    if one_by_one:  # as the job found: then no server may batch them
+        say(f"{files.label}: {settings.reason}")
+    tried = setups(cores, () if one_by_one else (0.0, min(2.0, limit / 8)))
     start = time.monotonic()
     try:
         looks = await looked(benches, tried, 0.5e3 / min(middle.values()), start + _LOOKED * (until - start))
@@ -298,7 +304,7 @@ def measure(arguments: argparse.Namespace) -> Json:
                 # A cheap client: it has its part of the same cores.
                 with first_on_the_cores(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     figures[name] = found = runner.run(compare(files, arguments, folder))
-            except (anneal.JobEnded, AnnealError) as failure:
+            except (anneal.JobEnded, AnnealError, CannotMeasure) as failure:
                 figures[name] = {"not_measured": str(failure)}
                 print(f"Not measured: {files.label}: {failure}\n", flush=True)
                 continue

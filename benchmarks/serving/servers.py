@@ -49,12 +49,18 @@ def launches(names: list[str], bundle: Path, archive: Path, folder: Path) -> dic
 
 
 class TritonTarget(HttpTarget):
-    """Triton's batch axis stands before an input's own: what has one number a sample comes as [batch, 1]."""
+    """Where Triton batches, its batch axis stands before an input's own: what has one number a sample comes as
+    [batch, 1]."""
+
+    def __init__(self, url: str, model: str, pid: int, *, batched: bool) -> None:
+        super().__init__(url, model, pid)
+        self._batched = batched
 
     def _request(self, feeds: Feeds) -> bytes:
         known = self._encoded.get(id(feeds))
         if known is None:
-            wide = {name: array.reshape(-1, 1) if array.ndim == 1 else array for name, array in feeds.items()}
+            flat = {name for name, array in feeds.items() if self._batched and array.ndim == 1}
+            wide = {name: array.reshape(-1, 1) if name in flat else array for name, array in feeds.items()}
             known = self._encoded[id(feeds)] = (feeds, super()._request(wide))
         return known[1]
 
@@ -179,7 +185,7 @@ def triton(archive: Path, folder: Path) -> Launch:
         command = [str(server), *(f"--{k}={v}" for k, v in given.items()), "--disable-auto-complete-config"]
         ready = f"http://127.0.0.1:{ports[0]}/v2/models/{model}/ready"
         async with launched(command, folder, ready, {}) as pid:
-            target = TritonTarget(f"http://127.0.0.1:{ports[0]}", model, pid)
+            target = TritonTarget(f"http://127.0.0.1:{ports[0]}", model, pid, batched=_batched(text))
             try:
                 yield target
             finally:
@@ -189,16 +195,19 @@ def triton(archive: Path, folder: Path) -> Launch:
 
 
 def with_setup(text: str, setup: Setup) -> str:
-    """`config.pbtxt` with this many instances and this batching. Raises CannotMeasure."""
-    most = re.search(r"^max_batch_size: (\d+)", text, re.MULTILINE)
-    if most is None or int(most[1]) < 1:
-        raise CannotMeasure("this engine's batch is not the first axis: no server batches its requests")
-    text = re.sub(r"^max_batch_size: \d+", f"max_batch_size: {max(setup.max_batch, 1)}", text, flags=re.MULTILINE)
+    """`config.pbtxt` with this many instances and this batching; where requests cannot share a batch, without any."""
+    if _batched(text):
+        text = re.sub(r"^max_batch_size: \d+", f"max_batch_size: {setup.max_batch}", text, flags=re.MULTILINE)
     text = re.sub(r"\bcount: \d+", f"count: {setup.instances}", text, count=1)
     text = _without(_without(text, "dynamic_batching"), "model_warmup")
     if setup.max_batch > 1:
         text += f"\ndynamic_batching {{ max_queue_delay_microseconds: {round(1e3 * setup.max_delay_ms)} }}\n"
     return text
+
+
+def _batched(config: str) -> bool:
+    most = re.search(r"^max_batch_size: (\d+)", config, re.MULTILINE)
+    return most is not None and int(most[1]) > 0
 
 
 def _without(text: str, field: str) -> str:
