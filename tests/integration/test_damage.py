@@ -111,7 +111,7 @@ def test_an_upload_that_was_damaged_is_mended_by_sending_it_again(
                 "precisions": ["fp32"],
                 "benchmark": {"batch_sizes": [1], "min_seconds": 0.1},
             }
-            return client.wait(client.submit({**spec, "budget_seconds": 10})["id"], check=False)
+            return client.wait(client.submit({**spec, "budget_seconds": 60})["id"], check=False)
 
         failed = run(first)
         assert (failed["status"], failed["error"]["code"]) == ("failed", "blob_corrupted"), failed

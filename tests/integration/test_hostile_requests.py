@@ -156,7 +156,7 @@ def test_a_model_in_use_is_not_deleted_and_an_ended_job_is_not_cancelled(service
 
 def test_idempotency_keys_hold_one_request(service: Besieged, model_id: str, succeeded: Json) -> None:
     headers = {"Idempotency-Key": "one"}
-    body = {"model_id": model_id, "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "budget_seconds": 10, **ONE}
+    body = {"model_id": model_id, "benchmark": {"batch_sizes": [1], "min_seconds": 0.1}, "budget_seconds": 60, **ONE}
     first = service.acme.http.post("/v1/jobs", json=body, headers=headers)
     assert service.acme.http.post("/v1/jobs", json=body, headers=headers).json()["id"] == first.json()["id"]
     other = service.acme.http.post("/v1/jobs", json={**body, "budget_seconds": 99}, headers=headers)
