@@ -23,6 +23,7 @@ from app.main import create_app
 from app.settings import Settings
 from app.tenants import create_key
 from tests.api.conftest import assert_problem, report_worker, serving
+from tests.api.test_engines import add_engine
 from tests.api.test_jobs import advance
 from tests.factories import onnx_models
 from tests.factories.chains import encoder, head
@@ -137,8 +138,8 @@ def test_every_model_of_a_chain_is_held_until_the_job_has_ended(
     assert client.get(job["links"]["self"]).json()["spec"]["chain"]["then"][1]["model_id"] == third
 
 
-def test_a_job_is_found_by_each_model_of_its_chain(
-    client: httpx.Client, services: Services, worker: Services, upload: Callable[..., str]
+def test_a_job_and_its_engine_are_found_by_each_model_of_its_chain(
+    client: httpx.Client, services: Services, worker: Services, upload: Callable[..., str], tmp_path: Path
 ) -> None:
     first, second, third = upload(encoder()), upload(head()), upload(onnx_models.mlp(features=4))
     both = client.post("/v1/jobs", json=chain(first, second)).json()["id"]
@@ -151,6 +152,13 @@ def test_a_job_is_found_by_each_model_of_its_chain(
     rest = client.get("/v1/jobs", params={"model_id": second, "limit": 1, "cursor": page["next_cursor"]}).json()
     assert [job["id"] for job in rest["items"]] == [all_three]
     assert all_three[-6:] in client.get(f"/models/{third}").text
+    engines = [add_engine(services, client.get(f"/v1/jobs/{job}").json(), tmp_path) for job in (both, all_three, alone)]
+    for model, numbers in ((first, (1, 0)), (second, (2, 1, 0)), (third, (1,))):
+        found = [engine["id"] for engine in client.get("/v1/engines", params={"model_id": model}).json()["items"]]
+        assert found == [engines[i] for i in numbers]
+    page = client.get("/v1/engines", params={"model_id": second, "limit": 2}).json()
+    rest = client.get("/v1/engines", params={"model_id": second, "limit": 2, "cursor": page["next_cursor"]}).json()
+    assert [engine["id"] for engine in rest["items"]] == [engines[0]]
     listed = client.get("/jobs", params={"model_id": third}, headers={"Accept": "text/html"}).text
     assert "m, then 2 more" in listed
     assert "only of m<" in listed
