@@ -146,7 +146,8 @@ def test_fp32_computes_what_onnxruntime_does(
 
 
 def test_bf16_is_chosen_by_the_option_alone(backend: OpenVinoBackend, tmp_path: Path) -> None:
-    if not BF16_FLAGS & set(describe()["isa"]):
+    emulated = "avx512bw"  # OpenVINO computes it there too, though nothing becomes faster: no job asks for it
+    if not {*BF16_FLAGS, emulated} & set(describe()["isa"]):
         with pytest.raises(StageFailure, match="computes in f32"):
             build(backend, models.transformer_block(), tmp_path, inference_precision="bf16")
         return

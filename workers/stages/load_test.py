@@ -39,7 +39,7 @@ from workers.serving.probe import Padding, padding
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _TIMEOUT = 10.0  # × the limit, where the job does not say when callers leave
 _LONGEST_S = 600.0  # where nothing limits the stage
-_END_S = 2.0  # to stop what was started and to write the result
+_END, _END_S = 0.1, (2.0, 6.0)  # of the time, to stop what was started and to write the result: seconds between these
 
 
 class LoadTestOptions(StageOptions):
@@ -86,7 +86,8 @@ class LoadTest(Stage[LoadTestOptions]):
         data = ctx.only_file("data") if "data" in ctx.inputs else None
         mix = mix_of(traffic, inputs, outputs, data=data, ranges=options.shapes, accepts=accepts, seed=options.seed)
         left = min(ctx.seconds_left(), _LONGEST_S)
-        clock = Clock(time.monotonic() + max(left - _END_S, 0.5 * left))
+        ending = min(max(_END * left, _END_S[0]), _END_S[1])
+        clock = Clock(time.monotonic() + max(left - ending, 0.5 * left))
         limit = _limit(traffic)
         backend, base = known[options.backend](), _base(bundle, inputs)
         precision = str(manifest.get("engine", {}).get("precision", "fp32"))

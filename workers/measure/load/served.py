@@ -78,10 +78,10 @@ def settings_of(base: Settings, setup: Setup) -> Settings:
 async def _serving(folder: Path, settings: Settings) -> AsyncIterator[Running]:
     batcher = Batcher(folder, settings)
     try:
-        await batcher.start()
-    except ServingError as error:
-        raise StageFailure("engine_does_not_serve", error.detail, stage="load_test", cacheable=False) from error
-    try:
+        try:
+            await batcher.start()
+        except ServingError as error:
+            raise StageFailure("engine_does_not_serve", error.detail, stage="load_test", cacheable=False) from error
         yield Served(batcher)
     finally:
         await batcher.stop(grace_s=_GRACE_S)

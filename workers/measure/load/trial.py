@@ -5,6 +5,7 @@ The most important comes first: where the time runs out, what is missing has its
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ _CURVE = (0.25, 0.5, 0.75, 0.9)  # × the rate that is kept
 _CURVE_S = 1.5
 _LEAST_WHOLE = 100  # requests of a run that is shown
 _LEAST_STEP_S = 2.0
+_OVERRUN_S = 1.0  # what was begun in time may end so much later, before it is given up
 _GENERATOR_RATE, _GENERATOR_S = 1000.0, 0.5
 _STATIC = 0.5  # of the limit: how long a static batch is waited for, at most
 NO_TIME = "not measured: the time ran out"
@@ -107,12 +109,18 @@ class Trial:
             bench.judged = replace(bench.judged, cap_s=longest)
         self.on_progress = on_progress
         self.found = Found(Side(Setup()))
+        self.is_decided = False  # which setup of the shipped engine counts
 
     async def run(self) -> Found:
-        """Raises StageFailure where the shipped engine does not serve at all; whatever else fails becomes a reason."""
+        """Raises StageFailure where the shipped engine does not serve at all, or nothing is known of it when the time
+        is over; whatever else fails becomes a reason. What still waits then (a server that does not come up, say) is
+        given up: what was found until then is kept."""
         self.found.generator = await self._generator()
         async with opened(self.shipped), opened(self.original):
-            await self._engine()
+            try:
+                await self._in_time(self._engine)
+            except TimeoutError:
+                self._cut_short()
             await self.shipped.close()
             await self._try("original", self._original)
             await self.original.close()
@@ -132,9 +140,17 @@ class Trial:
             return
         self.on_progress(min(self.clock.spent / (self.whole_s or 1.0), 1.0), name)
         try:
-            await work()
+            await self._in_time(work)
+        except TimeoutError:
+            self.found.reasons[name] = NO_TIME
         except StageFailure as failure:
             self.found.reasons[name] = f"not measured: {failure.detail}"
+
+    async def _in_time(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Raises TimeoutError."""
+        left = max(self.clock.left(), 0.0) + _OVERRUN_S
+        async with asyncio.timeout(left if math.isfinite(left) else None):
+            await work()
 
     def _until(self, share: float) -> float:
         """Seconds left until this share of the time is spent."""
@@ -154,6 +170,7 @@ class Trial:
     async def _engine(self) -> None:
         bench, start, side = self.shipped, Setup(), self.found.engine
         if not await self._alone(bench, side):
+            self.is_decided = True
             await self._facts(bench, side)
             return
         self.on_progress(0.05, "tuning")
@@ -164,9 +181,21 @@ class Trial:
         side.goodput = await self._proven(bench, tuned.best, tuned.goodput, _TUNED_UNTIL)
         if tuned.best != start:
             await self._against_start(start, tuned)
+        self.is_decided = True
         if self.rate is not None and self.rate <= _BEYOND * max(side.goodput.rate, 1e-9):
             side.at_rate = await self._at_rate(bench, side.setup)
         await self._facts(bench, side)
+
+    def _cut_short(self) -> None:
+        """The time was over before the engine's own part was: what was tuned counts where that was decided."""
+        side, tuned, start = self.found.engine, self.found.tuned, Setup()
+        if not self.is_decided:
+            if tuned is None:
+                raise StageFailure("timed_out", "The time was over before a rate was found.", cacheable=False)
+            self.found.kept_start = None if tuned.best == start else _not_better(tuned.best, start)
+            side.setup, side.goodput = start, _not_proven(tuned.start)
+        side.curve = [*self.shipped.points.get(side.setup, [])]
+        self.found.reasons["engine"] = NO_TIME
 
     async def _alone(self, bench: Bench, side: Side) -> bool:
         """Whether any rate can keep the limit: one caller alone waits no longer than that."""
@@ -202,7 +231,7 @@ class Trial:
                 f"{tuned.best} served {rate:.4g}/s within the limit, and {start} was not proven to miss it there"
             )
         else:
-            self.found.kept_start = f"{tuned.best} was not proven to serve more than {start}"
+            self.found.kept_start = _not_better(tuned.best, start)
         before, after = await self._proven(self.shipped, start, tuned.start, _TUNED_UNTIL), side.goodput
         if not before.known and after is not None and after.known:
             self.found.kept_start = None  # nothing is known of it, and a rate is of what was tuned
@@ -219,8 +248,7 @@ class Trial:
             found = await bench.goodput(setup, plan, proven=True)
         if found.rate > 0:
             return found
-        why = "seen in a few hundred requests and not proven: so few carry no proof, or the time ran out before"
-        return replace(looked, points=(*looked.points, *found.points), reason=why)
+        return replace(_not_proven(looked), points=(*looked.points, *found.points))
 
     async def _at_rate(self, bench: Bench, setup: Setup) -> Point | None:
         assert self.rate is not None
@@ -350,6 +378,15 @@ def _told(setup: Setup, name: str) -> Any:
     """As JSON has it."""
     value = getattr(setup, name)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _not_better(tuned: Setup, start: Setup) -> str:
+    return f"{tuned} was not proven to serve more than {start}"
+
+
+def _not_proven(looked: Goodput) -> Goodput:
+    why = "seen in a few hundred requests and not proven: so few carry no proof, or the time ran out before"
+    return replace(looked, reason=why) if looked.rate > 0 else looked
 
 
 def serves(point: Point | None) -> bool | None:
