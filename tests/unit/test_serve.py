@@ -422,3 +422,47 @@ def test_binary_sizes_that_lie(size: Any) -> None:
     text = json.dumps({"inputs": [told]}).encode()
     with pytest.raises(InvalidRequest):
         v2.decode(text + bytes(24), len(text))
+
+
+def test_heads_that_repeat_are_read_once_and_say_the_same() -> None:
+    def asked(*inputs: dict[str, Any], **more: Any) -> bytes:
+        return json.dumps({"inputs": inputs, **more}).encode()
+
+    def tensor(name: str, shape: list[int], datatype: str, size: int) -> dict[str, Any]:
+        return {"name": name, "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": size}}
+
+    a, b = tensor("a", [2, 2], "FP32", 16), tensor("b", [3], "INT64", 24)
+    plain = {"name": "c", "shape": [1], "datatype": "INT32", "data": [7]}
+    wanted = [{"name": "out", "parameters": {"binary_data": True}}]
+    heads = [
+        asked(a, b), asked(b, a), asked(a, plain, b), asked(a, b, id="one"), asked(tensor("a", [0, 4], "FP32", 0)),
+        asked(a, b, outputs=wanted, parameters={"binary_data_output": True, "timeout": 5_000_000}),
+        asked(a, b, parameters={"note": "x" * 5000}),
+    ]  # fmt: skip
+    for text in heads * 3:
+        size = sum(t["parameters"]["binary_data_size"] for t in json.loads(text)["inputs"] if "parameters" in t)
+        body = text + os.urandom(size)
+        found, again = v2.decode(body, len(text)), v2._decoded(memoryview(body), len(text))[0]
+        assert [*found.feeds] == [*again.feeds]
+        for name, array in found.feeds.items():
+            assert (array.dtype, array.shape) == (again.feeds[name].dtype, again.feeds[name].shape)
+            assert array.tobytes() == again.feeds[name].tobytes()
+        kept = (found.outputs, found.binary, found.id, found.timeout_s)
+        assert kept == (again.outputs, again.binary, again.id, again.timeout_s)
+        with pytest.raises(InvalidRequest, match="follow the last"):
+            v2.decode(body + b"x", len(text))
+        if size:
+            with pytest.raises(InvalidRequest, match="ends after the body"):
+                v2.decode(body[:-1], len(text))
+    assert {heads[0], heads[1], heads[5]} <= v2._heads.keys()
+    assert not {heads[2], heads[3], heads[6]} & v2._heads.keys(), "numbers in JSON, an id, long ones"
+    for width in range(2 * v2._KEPT):
+        text = asked(tensor("a", [width], "INT8", width))
+        assert v2.decode(text + bytes(width), len(text)).feeds["a"].shape == (width,)
+        (head, tail), length = v2.encode("m", v2.Asked({}, None, True, None, None), {"o": np.zeros(width, np.int8)})
+        assert json.loads(head)["outputs"][0]["shape"] == [width]
+        assert (len(head), len(tail)) == (length, width)
+    assert len(v2._heads) <= v2._KEPT
+    assert len(v2._answers) <= v2._KEPT
+    with pytest.raises(InvalidRequest, match="the protocol has not"):
+        v2.encode("m", v2.Asked({}, None, True, None, None), {"o": np.array(["text"])})

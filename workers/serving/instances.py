@@ -28,11 +28,11 @@ from typing import Any, Protocol
 import numpy as np
 
 if __package__:
-    from .rows import Array, Spec, dtype_of, nbytes
+    from .rows import Array, Spec, dtype_of, name_of, nbytes
     from .serving_settings import Failed, InvalidRequest, ServingError
 else:  # beside this file, in a bundle
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from rows import Array, Spec, dtype_of, nbytes  # type: ignore[import-not-found,no-redef]
+    from rows import Array, Spec, dtype_of, name_of, nbytes  # type: ignore[import-not-found,no-redef]
     from serving_settings import (  # type: ignore[import-not-found,no-redef]
         Failed,
         InvalidRequest,
@@ -352,7 +352,7 @@ def _answer_calls(channel: socket.socket, inputs: Region, outputs: Region, run: 
             return  # the other side is gone
         try:
             found = {n: np.asarray(a) for n, a in run(inputs.read(_FRAME.unpack(frame)[1])).items()}
-            length, views = outputs.place([(n, a.dtype.name, a.shape) for n, a in found.items()])
+            length, views = outputs.place([(n, name_of(a.dtype), a.shape) for n, a in found.items()])
             for view, array in zip(views, found.values(), strict=True):
                 view[...] = array
             what = _DONE

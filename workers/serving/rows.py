@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -35,6 +36,12 @@ def dtype_of(name: str) -> np.dtype[Any]:
         except AttributeError:
             raise TypeError(f"{name} is no type of an array") from None
         return found
+
+
+@functools.lru_cache(256)
+def name_of(dtype: np.dtype[Any]) -> str:
+    """numpy makes the name anew each time it is asked for, in Python."""
+    return dtype.name
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Rows:
             shape = first.shapes[i]
             if len(plans) > 1 and self._axes[i] == 0:
                 shape = (rows, *shape[1:])
-            found.append((name, first.arrays[i].dtype.name, shape))
+            found.append((name, name_of(first.arrays[i].dtype), shape))
         return found
 
     def fill(self, views: Sequence[Array], plans: Sequence[Plan]) -> None:
