@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -13,7 +13,7 @@ from app.domain.failures import StageFailure
 from tests.factories.queueing import MIX
 from workers.measure.load.arrivals import Arrivals
 from workers.measure.load.bench import Bench, Clock, Launch, Limit, Running, Setup, opened
-from workers.measure.load.target import Counters, Feeds, Instant, Outcome
+from workers.measure.load.target import Feeds, Instant, Outcome
 from workers.measure.load.trial import NO_TIME, Trial
 from workers.measure.load.tuning import Space
 
@@ -25,27 +25,21 @@ class Quick(Instant):
         await asyncio.sleep(0.001)
         return await super().submit(feeds, deadline_s)
 
-    def counters(self) -> Counters:
-        return Counters()
-
     def memory_mb(self) -> float | None:
         return 1.0
 
 
 class Servers:
-    """Come up at once while `quick` says so, else never. `left`: how many starts were given up."""
+    """`come_up`: at once, or never. `left`: how many starts were given up."""
 
-    def __init__(self, quick: Callable[[Setup], bool] = lambda _setup: True) -> None:
-        self.quick, self.left, self.open = quick, 0, 0
-
-    def launch(self, setup: Setup) -> AbstractAsyncContextManager[Running]:
-        return self._serving(setup)
+    def __init__(self, *, come_up: bool = True) -> None:
+        self.come_up, self.left, self.open = come_up, 0, 0
 
     @asynccontextmanager
-    async def _serving(self, setup: Setup) -> AsyncIterator[Running]:
+    async def launch(self, _setup: Setup) -> AsyncIterator[Running]:
         self.open += 1
         try:
-            if not self.quick(setup):
+            if not self.come_up:
                 await asyncio.Event().wait()
             yield Quick()
         except asyncio.CancelledError:
@@ -67,7 +61,7 @@ def tried(shipped: Servers, original: Servers, served: Servers | None = None, *,
 
 
 def test_a_server_that_does_not_come_up_costs_only_its_own_part() -> None:
-    original = Servers(lambda _setup: False)
+    original = Servers(come_up=False)
     trial = tried(Servers(), original, Servers(), seconds=2.5)
 
     async def main() -> None:
@@ -85,7 +79,7 @@ def test_a_server_that_does_not_come_up_costs_only_its_own_part() -> None:
 
 
 def test_where_no_rate_was_found_in_time_the_whole_has_a_reason() -> None:
-    shipped = Servers(lambda _setup: False)
+    shipped = Servers(come_up=False)
     began = time.monotonic()
     with pytest.raises(StageFailure, match="before a rate was found") as failed:
         asyncio.run(tried(shipped, Servers(), seconds=1.0).run())

@@ -252,7 +252,7 @@ def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[list
     finite = True
     for name in outputs if asked.outputs is None else asked.outputs:
         array = outputs[name]
-        entry: dict[str, Any] = {"name": name, "datatype": datatype_of(name, array), "shape": list(array.shape)}
+        entry = _entry(name, array)
         wanted = None if asked.outputs is None else asked.outputs[name]
         if asked.binary if wanted is None else wanted:
             tail.append(_bytes(array))
@@ -262,7 +262,7 @@ def encode(model: str, asked: Asked, outputs: Mapping[str, Array]) -> tuple[list
             finite = finite and bool(np.isfinite(plain).all())
             entry["data"] = plain.ravel().tolist()
         told.append(entry)
-    head: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": told}
+    head = _answer(model, told)
     if asked.id is not None:
         head["id"] = asked.id
     text = _text(head, finite=finite)
@@ -274,18 +274,19 @@ def _all_binary(model: str, outputs: Mapping[str, Array]) -> tuple[list[bytes | 
     key = (model, *((name, array.dtype, array.shape) for name, array in outputs.items()))
     text = _answers.get(key)
     if text is None:
-        told = [
-            {
-                "name": name,
-                "datatype": datatype_of(name, array),
-                "shape": list(array.shape),
-                "parameters": {"binary_data_size": array.nbytes},
-            }
-            for name, array in outputs.items()
-        ]
-        text = _text({"model_name": model, "model_version": "1", "outputs": told}, finite=True)
+        told = [{**_entry(n, a), "parameters": {"binary_data_size": a.nbytes}} for n, a in outputs.items()]
+        text = _text(_answer(model, told), finite=True)
         _keep(_answers, key, text)
     return [text, *map(_bytes, outputs.values())], len(text) if outputs else None
+
+
+def _answer(model: str, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"model_name": model, "model_version": "1", "outputs": outputs}
+
+
+def _entry(name: str, array: Array) -> dict[str, Any]:
+    """Of an output, without its numbers. Raises `InvalidRequest`."""
+    return {"name": name, "datatype": datatype_of(name, array), "shape": list(array.shape)}
 
 
 def _bytes(array: Array) -> memoryview:
